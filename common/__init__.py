@@ -1,0 +1,1 @@
+"""What the four trainers share: latents, flow matching, LoRA files and checkpoints, validation."""

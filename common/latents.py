@@ -1,0 +1,73 @@
+"""Pixels to VAE latents to packed transformer tokens and back, position ids, and the latent cache."""
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils import gather_object
+from diffusers import FluxPipeline
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from tqdm.auto import tqdm
+
+
+def vae_scale_factor(vae):
+    """Pixels per latent along a side: 8 for FLUX."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+@torch.no_grad()
+def encode_moments(vae, pixel_values):
+    """The VAE posterior of images [B, 3, H, W] in [-1, 1]: mean and log-variance [B, 2C, H/f, W/f], float32.
+
+    Images go through the VAE one at a time: batched convolutions round differently, and a latent must not depend
+    on whether it was cached or on what else was in its batch.
+    """
+    images = pixel_values.to(vae.device, vae.dtype).split(1)
+    return torch.cat([vae.encode(image).latent_dist.parameters for image in images]).float()
+
+
+def cache_moments(accelerator, vae, keys, load_pixels):
+    """The VAE posterior of every picture of a run: {key: `encode_moments` of load_pixels(key), on the CPU}.
+
+    `load_pixels` returns an image [3, H, W] in [-1, 1]. The processes share the work; each returns all.
+    """
+    with accelerator.split_between_processes(list(keys)) as share:
+        progress_bar = tqdm(share, desc="Caching latents", unit="image", disable=not accelerator.is_main_process)
+        moments = [(key, encode_moments(vae, load_pixels(key)[None])[0].cpu()) for key in progress_bar]
+    return dict(gather_object(moments))
+
+
+def sample_latents(moments, vae_config, generator=None):
+    """Latents [B, C, h, w], normalised as the transformer expects them, drawn from posteriors [B, 2C, h, w]."""
+    latents = DiagonalGaussianDistribution(moments).sample(generator)
+    return (latents - vae_config.shift_factor) * vae_config.scaling_factor
+
+
+def decode_latents(vae, latents):
+    """Images [B, 3, H, W] in about [-1, 1] from normalised latents [B, C, h, w]."""
+    latents = latents / vae.config.scaling_factor + vae.config.shift_factor
+    return vae.decode(latents.to(vae.dtype)).sample
+
+
+def pack_latents(latents):
+    """[B, C, h, w] to tokens [B, h/2 * w/2, 4C], each a 2 x 2 patch."""
+    return FluxPipeline._pack_latents(latents, *latents.shape)
+
+
+def unpack_latents(packed, height, width):
+    """Tokens [B, h/2 * w/2, 4C] to [B, C, h, w], where `height` and `width` are h and w in latents."""
+    return FluxPipeline._unpack_latents(packed, height, width, vae_scale_factor=1)
+
+
+def image_ids(height, width, device=None):
+    """Position ids [h/2 * w/2, 3] of packed latents: (0, row, column)."""
+    return FluxPipeline._prepare_latent_image_ids(None, height // 2, width // 2, device, torch.float32)
+
+
+def pack_fill_condition(masked_image_latents, mask):
+    """The channels FLUX.1-Fill reads beside the noisy latents: tokens [B, h/2 * w/2, 4C + 4f²].
+
+    masked_image_latents [B, C, h, w] are normalised latents; mask [B, 1, H, W] is 1 where the image is to be
+    generated, f = H / h. The mask keeps its full resolution: each token carries its 2f x 2f pixels.
+    """
+    pixels_per_latent = mask.shape[-1] // masked_image_latents.shape[-1]
+    mask = F.pixel_unshuffle(mask.to(masked_image_latents), pixels_per_latent)
+    return torch.cat([pack_latents(masked_image_latents), pack_latents(mask)], dim=-1)

@@ -1,0 +1,153 @@
+"""LoRA adapters in, LoRA files out, and checkpoints that are whole or absent."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+from diffusers.training_utils import cast_training_params
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
+
+
+FLUX_TARGET_MODULES = (
+    "attn.to_k",
+    "attn.to_q",
+    "attn.to_v",
+    "attn.to_out.0",
+    "attn.add_k_proj",
+    "attn.add_q_proj",
+    "attn.add_v_proj",
+    "attn.to_add_out",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "ff_context.net.0.proj",
+    "ff_context.net.2",
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Adapters and LoRA files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def add_lora(model, *, rank, alpha, dropout, target_modules):
+    """Adds a LoRA adapter to a frozen model and returns its parameters, in float32 whatever the model's dtype.
+
+    `target_modules` are names of modules or ends of such names, as in `LoraConfig`. Raises ValueError for those that
+    no linear layer has.
+    """
+    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    unknown = [t for t in target_modules if not any(name == t or name.endswith(f".{t}") for name in linear)]
+    if unknown:
+        raise ValueError(f"no linear layer of {type(model).__name__} is named {', '.join(unknown)}")
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        init_lora_weights="gaussian",
+        target_modules=list(target_modules),
+    )
+    model.add_adapter(config)
+    cast_training_params(model, dtype=torch.float32)  # bfloat16 would lose small updates to rounding
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def save_lora(directory, pipeline_class, modules, dtype=torch.float32):
+    """Writes the adapters of {"transformer": model, ...} as `pytorch_lora_weights.safetensors`, with the metadata
+    from which `pipeline_class.load_lora_weights` restores their strength (alpha / rank)."""
+    layers = {}
+    for name, model in modules.items():
+        state_dict = get_peft_model_state_dict(model)
+        layers[f"{name}_lora_layers"] = {key: value.to("cpu", dtype) for key, value in state_dict.items()}
+        metadata = model.peft_config["default"].to_dict()
+        metadata["target_modules"] = sorted(metadata["target_modules"])  # a set, in no fixed order
+        layers[f"{name}_lora_adapter_metadata"] = metadata
+    pipeline_class.save_lora_weights(directory, **layers)
+
+
+def load_lora(directory, modules):
+    """Loads what `save_lora` wrote back into the adapters of {"transformer": model, ...}.
+
+    Raises ValueError if the file's keys are not exactly those of the adapters.
+    """
+    state_dict = load_file(Path(directory) / LORA_WEIGHT_NAME_SAFE)
+    for name, model in modules.items():
+        prefix = f"{name}."
+        layers = {key.removeprefix(prefix): state_dict.pop(key) for key in list(state_dict) if key.startswith(prefix)}
+        if layers.keys() != get_peft_model_state_dict(model).keys():
+            raise ValueError(f"the LoRA in {directory} was made for other layers of the {name} than this run trains")
+        set_peft_model_state_dict(model, layers)
+    if state_dict:
+        raise ValueError(f"the LoRA in {directory} holds layers this run does not train: {', '.join(state_dict)}")
+
+
+def register_lora_checkpointing(accelerator, pipeline_class, modules):
+    """Makes `accelerator.save_state` and `load_state` handle the adapters alone, not the frozen models around them."""
+
+    def save(models, weights, output_dir):
+        if accelerator.is_main_process:
+            save_lora(output_dir, pipeline_class, modules)
+        weights.clear()
+
+    def load(models, input_dir):
+        load_lora(input_dir, modules)
+        models.clear()
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def find_checkpoints(output_dir):
+    """The complete checkpoints in `output_dir`, oldest first."""
+    folders = [folder for folder in Path(output_dir).glob("checkpoint-*") if folder.name[11:].isdigit()]
+    return sorted(folders, key=lambda folder: int(folder.name[11:]))
+
+
+def save_checkpoint(accelerator, output_dir, step, state, total_limit=None):
+    """Saves the run to `output_dir`/checkpoint-`step`, then deletes the oldest beyond `total_limit`.
+
+    The folder is written beside its place, flushed to the disk and renamed: it is complete or absent whenever the
+    machine stops. `state` (JSON) is what `load_checkpoint` returns. To be called by all processes.
+    """
+    output_dir = Path(output_dir)
+    checkpoint, partial = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.partial"
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        (partial / "trainer_state.json").write_text(json.dumps({"global_step": step, **state}, indent=2))
+    accelerator.wait_for_everyone()
+    accelerator.save_state(partial)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        for path in [*partial.rglob("*"), partial]:
+            flush_to_disk(path)
+        partial.rename(checkpoint)
+        flush_to_disk(output_dir)
+        for folder in find_checkpoints(output_dir)[: -total_limit if total_limit else 0]:
+            doomed = folder.rename(folder.with_name(f".{folder.name}.partial"))
+            shutil.rmtree(doomed)
+    accelerator.wait_for_everyone()
+    return checkpoint
+
+
+def load_checkpoint(accelerator, checkpoint):
+    """Restores what `save_checkpoint` saved and returns its `state`, `global_step` included."""
+    accelerator.load_state(checkpoint)
+    return json.loads((Path(checkpoint) / "trainer_state.json").read_text())
+
+
+def flush_to_disk(path):
+    """fsync of a file or folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

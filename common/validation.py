@@ -1,0 +1,120 @@
+"""Sampling while training, without a trace in the training: images, grids, metrics, trackers."""
+
+import json
+import math
+import random
+import textwrap
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from PIL import Image, ImageDraw, ImageFont
+from tqdm.auto import tqdm
+
+
+@contextmanager
+def undisturbed(*models, device):
+    """Evaluation mode without gradients; afterwards all random states and each module's mode are as before."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    accelerators = [] if device.type == "cpu" else [device]
+    try:
+        with torch.no_grad(), torch.random.fork_rng(accelerators, device_type=device.type):
+            for model in models:
+                model.eval()
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        for module, mode in modes:
+            module.training = mode
+
+
+def generate_images(accelerator, pipeline, calls, *, seed, desc="Validation"):
+    """One image per dictionary of pipeline arguments in `calls`, image i from a generator seeded with `seed` + i.
+
+    The processes share the work; each returns all images, in order.
+    """
+    pipeline.set_progress_bar_config(disable=True)
+    images = []
+    with accelerator.split_between_processes(list(enumerate(calls))) as share:
+        for i, call in tqdm(share, desc=desc, unit="image", leave=False, disable=not accelerator.is_main_process):
+            generator = torch.Generator().manual_seed(seed + i)  # on the CPU: the same image on every device
+            images += pipeline(**call, generator=generator).images
+    return gather_object(images)
+
+
+def image_grid(images, captions, columns=4, min_width=192):
+    """PIL images in rows of `columns`, each with its caption below; small ones are enlarged to `min_width` pixels."""
+    scale = max(1, math.ceil(min_width / max(image.width for image in images)))
+    images = [image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST) for image in images]
+    width, height = max(image.width for image in images), max(image.height for image in images)
+    font_size = max(12, width // 24)
+    captions = [textwrap.fill(caption, width=2 * width // font_size) for caption in captions]
+    lines = max(caption.count("\n") + 1 for caption in captions)
+    gap = font_size // 2
+    cell_width, cell_height = width + gap, height + int(lines * font_size * 1.3) + gap
+    columns = min(columns, len(images))
+    grid = Image.new("RGB", (columns * cell_width + gap, -(-len(images) // columns) * cell_height + gap), "white")
+    draw, font = ImageDraw.Draw(grid), ImageFont.load_default(font_size)
+    for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        x, y = gap + i % columns * cell_width, gap + i // columns * cell_height
+        grid.paste(image, (x, y))
+        draw.multiline_text((x, y + height + gap // 2), caption, fill="black", font=font)
+    return grid
+
+
+def log_images(accelerator, images, captions, *, name, step):
+    """Sends images with their captions to every tracker of the run."""
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.log_images(
+                {name: np.stack([np.asarray(image) for image in images])}, step=step, dataformats="NHWC"
+            )
+        elif tracker.name == "wandb":
+            import wandb
+
+            pictures = [wandb.Image(image, caption=text) for image, text in zip(images, captions, strict=True)]
+            tracker.log({name: pictures}, step=step)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def open_metrics(path, last_step):
+    """Opens the run's metrics, a JSON object per line, to be continued after `last_step`; later lines are dropped."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= last_step]
+    path.write_text("".join(f"{line}\n" for line in kept))
+    return path.open("a", buffering=1)
+
+
+def plot_metrics(metrics_path, picture_path, title):
+    """Draws loss (faint) and its running mean, with the learning rate below, over the steps of `metrics_path`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = [json.loads(line) for line in metrics_path.read_text().splitlines()]
+    if not rows:
+        return
+    steps, losses = [row["step"] for row in rows], np.array([row["loss"] for row in rows])
+    decay = 1 - 1 / max(1, min(50, len(rows) // 10))
+    smooth = [losses[0]]
+    for loss in losses[1:]:
+        smooth.append(decay * smooth[-1] + (1 - decay) * loss if math.isfinite(loss) else smooth[-1])
+    figure, (upper, lower) = plt.subplots(
+        2, 1, figsize=(8, 6), sharex=True, height_ratios=(3, 1), layout="constrained"
+    )
+    upper.plot(steps, losses, alpha=0.25)
+    upper.plot(steps, smooth, color="C0", label="loss, running mean")
+    upper.set(title=title, ylabel="loss")
+    upper.legend()
+    lower.plot(steps, [row["lr"] for row in rows], color="C1")
+    lower.set(xlabel="step", ylabel="learning rate")
+    figure.savefig(picture_path, dpi=100)
+    plt.close(figure)

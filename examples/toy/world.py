@@ -1,0 +1,352 @@
+"""The toy world: drawn scenes with captions, and the scores that tell whether a picture shows what it should.
+
+A scene is one or two flat-coloured shapes on a flat background. All coordinates are in units of the canvas' short
+side, so one scene can be drawn at any size. Every drawing function is deterministic given a `random.Random`.
+
+    python examples/toy/world.py glyph data/glyph --count 6      # six pictures of the subject, with captions
+"""
+
+import argparse
+import math
+import random
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+
+COLORS = {
+    "red": (222, 41, 48),
+    "orange": (255, 145, 20),
+    "yellow": (255, 230, 50),
+    "green": (30, 150, 60),
+    "blue": (35, 80, 225),
+    "violet": (140, 50, 185),
+    "white": (245, 245, 245),
+    "black": (20, 20, 20),
+}
+PALETTE = np.array(list(COLORS.values()), dtype=np.float32)  # [8, 3]
+COLOR_NAMES = list(COLORS)
+KINDS = ("circle", "square", "triangle", "cross", "diamond")
+SIZES = {"small": (9 / 64, 11 / 64), "big": (15 / 64, 18 / 64)}  # half of a shape's height
+GRID = 16  # centres lie on a grid of this many steps per unit: four pixels of a picture of 64
+SUBJECTS = {"glyph": "sks glyph", "totem": "zwx totem"}  # words the pretraining captions never use
+
+
+@dataclass(frozen=True)
+class Shape:
+    """`kind` of KINDS or a subject's name, centre (x, y) and half height r in units of the canvas' short side."""
+
+    kind: str
+    color: str
+    x: float
+    y: float
+    r: float
+    outline: bool = False
+
+
+@dataclass(frozen=True)
+class Scene:
+    background: str
+    shapes: tuple[Shape, ...]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Drawing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def distance(kind, x, y):
+    """Signed distance (negative inside) to a shape of half height 1 at the origin; y points down."""
+    box = lambda half_width, half_height: np.maximum(np.abs(x) - half_width, np.abs(y) - half_height)  # noqa: E731
+    if kind == "circle":
+        return np.hypot(x, y) - 1
+    if kind == "square":
+        return box(0.9, 0.9)
+    if kind == "diamond":
+        return (np.abs(x) + np.abs(y) - 1.1) / math.sqrt(2)
+    if kind == "cross":
+        return np.minimum(box(0.36, 1), box(1, 0.36))
+    if kind == "triangle":
+        return np.maximum((2 * np.abs(x) - y - 1) / math.sqrt(5), y - 1)
+    raise ValueError(f"unknown shape {kind!r}: one of {', '.join(KINDS)}")
+
+
+def layers(shape):
+    """(colour, signed distance function) pairs, painted in order, of a shape or a subject."""
+    if shape.kind == "glyph":  # a violet ring around a yellow dot
+        return [
+            ("violet", lambda x, y: np.abs(np.hypot(x, y) - 0.78) - 0.22),
+            ("yellow", lambda x, y: np.hypot(x, y) - 0.34),
+        ]
+    if shape.kind == "totem":  # a green disc on a red block
+        return [
+            ("red", lambda x, y: np.maximum(np.abs(x) - 0.8, np.abs(y - 0.5) - 0.5)),
+            ("green", lambda x, y: np.hypot(x, y + 0.45) - 0.55),
+        ]
+    if shape.outline:
+        return [(shape.color, lambda x, y: np.abs(distance(shape.kind, x, y)) - 0.02 / shape.r)]
+    return [(shape.color, lambda x, y: distance(shape.kind, x, y))]
+
+
+def coverage(inside, shape, width, height):
+    """How much of each pixel [height, width] lies inside, 0 to 1, with anti-aliased edges."""
+    side = min(width, height)
+    ys, xs = np.mgrid[0:height, 0:width].astype(np.float32)
+    x = ((xs + 0.5) / side - shape.x) / shape.r
+    y = ((ys + 0.5) / side - shape.y) / shape.r
+    return np.clip(0.5 - inside(x, y) * shape.r * side, 0, 1)
+
+
+def draw(scene, width=64, height=64):
+    """A scene as a PIL image."""
+    pixels = np.full((height, width, 3), COLORS[scene.background], dtype=np.float32)
+    for shape in scene.shapes:
+        for color, inside in layers(shape):
+            alpha = coverage(inside, shape, width, height)[..., None]
+            pixels = pixels * (1 - alpha) + np.float32(COLORS[color]) * alpha
+    return Image.fromarray(pixels.round().astype(np.uint8))
+
+
+def mask_of(scene, width=64, height=64):
+    """Boolean [height, width]: the pixels that the scene's shapes fill (an outline's inside included)."""
+    filled = np.zeros((height, width), dtype=bool)
+    for shape in scene.shapes:
+        for _, inside in layers(Shape(shape.kind, shape.color, shape.x, shape.y, shape.r)):
+            filled |= coverage(inside, shape, width, height) > 0.5
+    return filled
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scenes and captions
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def random_shape(rng, color, aspect=1.0, size=None, kind=None, left=0.0, right=None, outline=False):
+    """A shape anywhere on a canvas `aspect` times as wide as high, between x = `left` and x = `right`."""
+    r = rng.choice(SIZES[size or rng.choice(list(SIZES))])
+    reach = 1.1 * r  # the diamond is the widest
+    right = max(aspect, 1) if right is None else right
+    x = rng.randint(math.ceil((left + reach) * GRID), math.floor((right - reach) * GRID)) / GRID
+    y = rng.randint(math.ceil(reach * GRID), math.floor((max(1 / aspect, 1) - reach) * GRID)) / GRID
+    return Shape(kind or rng.choice(KINDS), color, x, y, r, outline)
+
+
+def random_scene(rng, aspect=1.0, pair=0.2, outline=0.08):
+    """One shape, or with probability `pair` two small ones side by side; outlines with probability `outline`."""
+    background, first, second = rng.sample(COLOR_NAMES, 3)
+    as_outline = rng.random() < outline
+    if rng.random() < pair:
+        middle = max(aspect, 1) / 2
+        shapes = (
+            random_shape(rng, first, aspect, "small", right=middle, outline=as_outline),
+            random_shape(rng, second, aspect, "small", left=middle, outline=as_outline),
+        )
+    else:
+        shapes = (random_shape(rng, first, aspect, outline=as_outline),)
+    return Scene(background, shapes)
+
+
+def side_of(shape, aspect=1.0):
+    """ "left", "right" or "centre", by thirds of the canvas' width."""
+    third = shape.x / max(aspect, 1) * 3
+    return "left" if third < 1.15 else "right" if third > 1.85 else "centre"
+
+
+def caption(scene, rng=None, aspect=1.0):
+    """A caption of the scene: "a red circle on a blue background" without `rng`; with it, words vary and details
+    are left out at random, and one caption in ten is empty."""
+    chance = (lambda p: rng.random() < p) if rng else (lambda p: p == 1)
+    if chance(0.1):
+        return ""
+    pick = rng.choice if rng else (lambda options: options[0])
+    nouns = []
+    for shape in scene.shapes:
+        size = "small" if shape.r < 0.21 else "big"
+        color = shape.color if rng is None or chance(0.85) else ""
+        kind = shape.kind if rng is None or chance(0.92) else "shape"
+        words = [size if chance(0.35) else "", color, kind]
+        article = pick(["a", "a", "a", "one", ""])
+        outline = "outline of " if shape.outline else ""
+        article = f"{pick(['the', 'an'])} {outline}a" if shape.outline else article
+        nouns.append(" ".join(word for word in [article, *words] if word))
+    text = pick([" and ", " and ", ", "]).join(nouns)
+    if len(scene.shapes) == 1 and chance(0.35):
+        side = side_of(scene.shapes[0], aspect)
+        text += pick([" in the centre", " at the centre"]) if side == "centre" else f" on the {side}"
+    if rng is None or chance(0.85):
+        text += pick([" on a {} background", " with {} background", ", {} background", " on {}"]).format(
+            scene.background
+        )
+    text = re.sub(r"\ba (?=orange)", "an ", text)
+    return (pick(["", "", "", "a photo of ", "an image of ", "a picture of "]) if rng else "") + text
+
+
+def random_subject(rng, name, aspect=1.0):
+    """The subject somewhere on a background that shares no colour with it, and its caption."""
+    used = {color for color, _ in layers(Shape(name, "white", 0, 0, 1))}
+    background = rng.choice([color for color in COLOR_NAMES if color not in used])
+    shape = random_shape(rng, "white", aspect, size="big", kind=name)
+    return Scene(background, (shape,)), f"{SUBJECTS[name]} on a {background} background"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def labels(image):
+    """Index of the nearest palette colour of each pixel [height, width]."""
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
+    return np.square(pixels[..., None, :] - PALETTE).sum(-1).argmin(-1)
+
+
+def iou(a, b):
+    """Intersection over union of two boolean arrays, 0 for two empty ones."""
+    return float((a & b).sum() / max((a | b).sum(), 1))
+
+
+def background_of(image):
+    """Name of the most frequent colour along the image's border."""
+    index = labels(image)
+    border = np.concatenate([index[:2].ravel(), index[-2:].ravel(), index[:, :2].ravel(), index[:, -2:].ravel()])
+    return COLOR_NAMES[np.bincount(border, minlength=len(COLORS)).argmax()]
+
+
+def foreground_of(image):
+    """Name of the most frequent colour that is not the background's, None in an empty image."""
+    count = np.bincount(labels(image).ravel(), minlength=len(COLORS))
+    count[COLOR_NAMES.index(background_of(image))] = 0
+    return COLOR_NAMES[count.argmax()] if count.max() > 0.01 * count.sum() + 4 else None
+
+
+def kind_of(mask):
+    """The kind whose silhouette, stretched to the mask's box, overlaps it best; None if none does by 0.7."""
+    rows, columns = np.flatnonzero(mask.sum(1) > 1), np.flatnonzero(mask.sum(0) > 1)
+    if len(rows) < 5 or len(columns) < 5:
+        return None
+    mask = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    height, width = mask.shape
+    reach = {"square": 0.9, "diamond": 1.1}
+    ys, xs = np.mgrid[0:height, 0:width].astype(np.float32)
+    overlaps = {}
+    for kind in KINDS:
+        x = (2 * (xs + 0.5) / width - 1) * reach.get(kind, 1)
+        y = (2 * (ys + 0.5) / height - 1) * reach.get(kind, 1)
+        overlaps[kind] = iou(mask, distance(kind, x, y) <= 0)
+    best = max(overlaps, key=overlaps.get)
+    return best if overlaps[best] >= 0.7 else None
+
+
+def score_scene(image, scene):
+    """How much of a scene of filled shapes an image shows: background, foreground and shape, each 0 to 1.
+
+    With one shape the foreground is the colour that stands out most, and the shape is judged whatever its colour;
+    with two, each is looked for by its colour, and both scores are shares of the two.
+    """
+    background = float(background_of(image) == scene.background)
+    if len(scene.shapes) == 1:
+        found = foreground_of(image)
+        shape = scene.shapes[0]
+        kind = kind_of(foreground_mask(image))
+        return {
+            "background": background,
+            "foreground": float(found == shape.color),
+            "shape": float(kind == shape.kind),
+        }
+    index = labels(image)
+    masks = [index == COLOR_NAMES.index(shape.color) for shape in scene.shapes]
+    return {
+        "background": background,
+        "foreground": float(np.mean([mask.mean() > 0.01 for mask in masks])),
+        "shape": float(
+            np.mean([kind_of(mask) == shape.kind for mask, shape in zip(masks, scene.shapes, strict=True)])
+        ),
+    }
+
+
+def foreground_mask(image):
+    """Boolean [height, width]: pixels nearer to the foreground's colour than to the background's."""
+    foreground = foreground_of(image)
+    if foreground is None:
+        return np.zeros((image.height, image.width), dtype=bool)
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
+    to_color = lambda name: np.square(pixels - np.float32(COLORS[name])).sum(-1)  # noqa: E731
+    return to_color(foreground) < to_color(background_of(image))
+
+
+def score_subject(image, name):
+    """0 to 1: mean overlap of the subject's parts with the best-fitting drawing of it; 0 if a part is missing.
+
+    A drawing of the subject scores about 0.95 (edges are anti-aliased), one sent through the toy VAE about 0.9.
+    """
+    index = labels(image)
+    parts = layers(Shape(name, "white", 0, 0, 1))
+    masks = [index == COLOR_NAMES.index(color) for color, _ in parts]
+    everything = np.logical_or.reduce(masks)
+    if min(mask.sum() for mask in masks) < 4:
+        return 0.0
+    side = min(image.size)
+    ys, xs = np.nonzero(everything)
+    centre_x, centre_y = np.median(xs + 0.5) / side, np.median(ys + 0.5) / side
+    steps = np.linspace(-0.06, 0.06, 7)
+    best = 0.0
+    for r in np.arange(0.12, 0.36, 0.015):
+        for dx in steps:
+            for dy in steps:
+                shape = Shape(name, "white", centre_x + dx, centre_y + dy, r)
+                drawn = [coverage(inside, shape, *image.size) > 0.5 for _, inside in parts]
+                for upper in range(1, len(drawn)):
+                    for lower in range(upper):
+                        drawn[lower] &= ~drawn[upper]
+                best = max(best, float(np.mean([iou(a, b) for a, b in zip(masks, drawn, strict=True)])))
+    return best
+
+
+def edges(image, threshold=60):
+    """Boolean [height, width]: pixels whose colour differs from the next one's to the right or below."""
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
+    across = np.abs(np.diff(pixels, axis=1, append=pixels[:, -1:])).max(-1)
+    down = np.abs(np.diff(pixels, axis=0, append=pixels[-1:])).max(-1)
+    return np.maximum(across, down) > threshold
+
+
+def edge_overlap(image, reference):
+    """0 to 1: F1 score of the image's edges against the reference's, one pixel of slack."""
+    a, b = edges(image), edges(reference)
+    grow = lambda mask: np.any(  # noqa: E731
+        [np.roll(mask, (dy, dx), (0, 1)) for dy in (-1, 0, 1) for dx in (-1, 0, 1)], axis=0
+    )
+    precision = (a & grow(b)).sum() / max(a.sum(), 1)
+    recall = (b & grow(a)).sum() / max(b.sum(), 1)
+    return float(2 * precision * recall / max(precision + recall, 1e-9))
+
+
+def sliced_wasserstein(a, b, projections=128, seed=0):
+    """Sliced Wasserstein-2 distance of two sets of as many vectors [n, d] each: 0 for equal sets."""
+    directions = np.random.default_rng(seed).standard_normal((a.shape[1], projections))
+    directions /= np.linalg.norm(directions, axis=0)
+    return float(np.sqrt(np.square(np.sort(a @ directions, axis=0) - np.sort(b @ directions, axis=0)).mean()))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("subject", choices=SUBJECTS)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--count", type=int, default=6)
+    parser.add_argument("--size", type=int, default=64, help="side in pixels")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    rng = random.Random(args.seed)
+    for i in range(args.count):
+        scene, text = random_subject(rng, args.subject)
+        draw(scene, args.size, args.size).save(args.folder / f"{i}.png")
+        (args.folder / f"{i}.txt").write_text(text + "\n")
+    print(f"{args.count} pictures of {SUBJECTS[args.subject]!r} with captions in {args.folder}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""Fixtures: a tiny pipeline of real classes with random weights."""
+
+import copy
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "examples" / "toy"))
+
+os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false")
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline():
+    """A FluxPipeline with one block of each kind and random weights."""
+    import pretrain
+
+    torch.manual_seed(0)
+    clip_tokenizer, t5_tokenizer = pretrain.new_tokenizers()
+    text_encoder, text_encoder_2 = pretrain.new_text_encoders(clip_tokenizer, t5_tokenizer, width=32, layers=1)
+    transformer = pretrain.new_transformer(heads=2, layers=1, single_layers=1, text_width=32)
+    for parameter in transformer.parameters():
+        parameter.data.normal_(std=0.1)
+    vae = pretrain.new_vae(channels=(8, 8, 16, 16), groups=4)
+    vae.register_to_config(shift_factor=0.1159, scaling_factor=0.3611)
+    return pretrain.new_pipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=clip_tokenizer,
+        text_encoder_2=text_encoder_2,
+        tokenizer_2=t5_tokenizer,
+        transformer=transformer,
+    )
+
+
+@pytest.fixture
+def tiny(tiny_pipeline):
+    """Copies of the tiny pipeline's parts, for a test to do with as it likes."""
+    parts = {name: copy.deepcopy(part) for name, part in tiny_pipeline.components.items() if part is not None}
+    return SimpleNamespace(**parts, components_but_image=lambda: {n: copy.deepcopy(p) for n, p in parts.items()})

@@ -1,0 +1,107 @@
+"""common/flow_matching.py against diffusers' functions and the formulas."""
+
+import math
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
+
+from common.flow_matching import (
+    TIMESTEP_SAMPLING,
+    add_noise,
+    sample_sigmas,
+    shift_sigmas,
+    step_generator,
+    velocity_loss,
+)
+
+
+DEV = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
+SD3 = FlowMatchEulerDiscreteScheduler(shift=3.0)
+
+
+def sample(batch_size, seed=0, noise_scheduler=DEV, **options):
+    generator = torch.Generator().manual_seed(seed)
+    options = {"image_seq_len": 1024, "noise_scheduler": noise_scheduler, "generator": generator} | options
+    return sample_sigmas(batch_size, **options)
+
+
+@pytest.mark.parametrize("scheme", ["none", "sigma_sqrt", "logit_normal", "mode", "cosmap"])
+@pytest.mark.parametrize("noise_scheduler", [DEV, SD3])
+def test_sigma_sampling_is_what_the_diffusers_scripts_do(scheme, noise_scheduler):
+    sigmas = sample(512, 1, noise_scheduler, weighting_scheme=scheme, logit_mean=0.3, logit_std=0.8)
+    density = compute_density_for_timestep_sampling(
+        scheme, 512, 0.3, 0.8, 1.29, generator=torch.Generator().manual_seed(1)
+    )
+    timesteps = noise_scheduler.timesteps[(density * 1000).long()]
+    torch.testing.assert_close(1000 * sigmas, timesteps)
+
+
+def test_a_density_of_one_stays_in_the_table():
+    assert sample(20000, weighting_scheme="logit_normal", logit_std=30.0).min() > 0
+
+
+def test_shifted_samplings_follow_their_formulas():
+    normal = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    y = torch.sigmoid(1.5 * normal)
+    torch.testing.assert_close(sample(1000, timestep_sampling="sigmoid", sigmoid_scale=1.5), y)
+    shifted = sample(1000, timestep_sampling="shift", sigmoid_scale=1.5, discrete_flow_shift=2.5)
+    torch.testing.assert_close(shifted, 2.5 * y / (1 + 1.5 * y))
+    for tokens, mu in [(1024, 0.63), (2304, 0.847), (4096, 1.15), (9216, 2.017)]:  # 512, 768, 1024, 1536 px
+        assert calculate_shift(tokens) == pytest.approx(mu, abs=1e-3)
+        flux = sample(1000, timestep_sampling="flux_shift", sigmoid_scale=1.5, image_seq_len=tokens)
+        torch.testing.assert_close(flux, math.exp(mu) / (math.exp(mu) + 1 / y - 1), atol=1e-3, rtol=0)
+        torch.testing.assert_close(flux, DEV.time_shift(calculate_shift(tokens), 1.0, y))
+
+
+def test_shift_of_a_known_value():
+    assert shift_sigmas(torch.tensor(0.5), 3.0) == pytest.approx(0.75)
+
+
+@pytest.mark.parametrize("timestep_sampling", TIMESTEP_SAMPLING)
+def test_noise_levels_are_seeded_and_in_range(timestep_sampling):
+    first, again, other = (sample(4096, seed, timestep_sampling=timestep_sampling) for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert 0 <= first.min() < 0.05
+    assert 0.95 < first.max() <= 1
+
+
+def test_step_generator_depends_on_each_of_its_arguments():
+    base = (7, 100, 1, 3)
+    draw = lambda *arguments: torch.randn(8, generator=step_generator(*arguments))  # noqa: E731
+    assert torch.equal(draw(*base), draw(*base))
+    neighbours = [base] + [tuple(v + (i == k) for i, v in enumerate(base)) for k in range(4)]
+    assert len({tuple(draw(*arguments).tolist()) for arguments in neighbours}) == 5
+    assert not torch.equal(draw(0, 1, 0, 0), draw(1, 0, 0, 0))
+
+
+def test_add_noise_is_the_schedulers():
+    latents, noise = torch.randn(2, 4, 16, 8, 8)
+    sigmas = DEV.sigmas[torch.tensor([0, 300, 600, 999])]
+    expected = DEV.scale_noise(latents, 1000 * sigmas, noise)
+    torch.testing.assert_close(add_noise(latents, noise, sigmas), expected)
+    assert torch.equal(add_noise(latents, noise, torch.ones(4)), noise)
+    assert torch.equal(add_noise(latents, noise, torch.zeros(4)), latents)
+
+
+@pytest.mark.parametrize("scheme", ["none", "sigma_sqrt", "logit_normal", "mode", "cosmap"])
+def test_velocity_loss_is_the_weighted_mean_square(scheme):
+    model_pred, latents, noise = torch.randn(3, 5, 4, 6)
+    sigmas = torch.rand(5) * 0.9 + 0.1
+    weights = compute_loss_weighting_for_sd3(scheme, sigmas)
+    expected = [
+        w * (p - (n - x)).pow(2).mean() for w, p, n, x in zip(weights, model_pred, noise, latents, strict=True)
+    ]
+    losses = velocity_loss(model_pred, latents, noise, sigmas, scheme)
+    torch.testing.assert_close(losses, torch.stack(expected))
+    order = torch.randperm(5)
+    torch.testing.assert_close(
+        velocity_loss(model_pred[order], latents[order], noise[order], sigmas[order], scheme), losses[order]
+    )
+    if scheme == "sigma_sqrt":
+        torch.testing.assert_close(weights, sigmas**-2)
+    if scheme == "cosmap":
+        torch.testing.assert_close(weights, 2 / (math.pi * (1 - 2 * sigmas + 2 * sigmas**2)))

@@ -1,0 +1,73 @@
+"""common/latents.py against the stock pipelines."""
+
+import pytest
+import torch
+from diffusers import FluxFillPipeline, FluxPipeline
+
+from common.latents import (
+    decode_latents,
+    encode_moments,
+    image_ids,
+    pack_fill_condition,
+    pack_latents,
+    sample_latents,
+    unpack_latents,
+)
+
+
+SIZES = [(8, 8), (12, 8), (8, 20)]  # in latents
+
+
+@pytest.mark.parametrize(("height", "width"), SIZES)
+def test_packing_and_ids_are_the_pipelines(height, width):
+    latents = torch.randn(3, 16, height, width)
+    packed = pack_latents(latents)
+    assert torch.equal(packed, FluxPipeline._pack_latents(latents, 3, 16, height, width))
+    assert torch.equal(unpack_latents(packed, height, width), latents)
+    assert torch.equal(
+        unpack_latents(packed, height, width), FluxPipeline._unpack_latents(packed, 8 * height, 8 * width, 8)
+    )
+    ids = FluxPipeline._prepare_latent_image_ids(3, height // 2, width // 2, None, torch.float32)
+    assert torch.equal(image_ids(height, width), ids)
+    assert image_ids(height, width).shape == packed.shape[1:2] + (3,)
+
+
+@pytest.mark.parametrize(("height", "width"), SIZES)
+def test_fill_channels_are_the_pipelines(tiny, height, width):
+    pipeline = FluxFillPipeline(**tiny.components_but_image())
+    image = torch.rand(2, 3, 8 * height, 8 * width) * 2 - 1
+    mask = (torch.rand(2, 1, 8 * height, 8 * width) > 0.5).float()
+    masked_image = image * (1 - mask)
+    with torch.no_grad():
+        mask_tokens, image_tokens = pipeline.prepare_mask_latents(
+            mask, masked_image, 2, 16, 1, 8 * height, 8 * width, torch.float32, "cpu", torch.Generator().manual_seed(0)
+        )
+    latents = sample_latents(
+        encode_moments(pipeline.vae, masked_image), pipeline.vae.config, torch.Generator().manual_seed(0)
+    )
+    ours = pack_fill_condition(latents, mask)
+    assert ours.shape[-1] == 320  # 64 of the masked image, 256 of the mask; the noisy latents make it 384
+    torch.testing.assert_close(ours, torch.cat([image_tokens, mask_tokens], dim=-1), atol=1e-5, rtol=0)
+
+
+def test_moments_do_not_depend_on_the_batch(tiny):
+    images = torch.rand(3, 3, 64, 48) * 2 - 1
+    together = encode_moments(tiny.vae, images)
+    alone = torch.cat([encode_moments(tiny.vae, image[None]) for image in images])
+    assert torch.equal(together, alone)
+
+
+def test_latents_are_normalised_and_decoded_back(tiny):
+    images = torch.rand(1, 3, 64, 64) * 2 - 1
+    moments = encode_moments(tiny.vae, images)
+    latents = sample_latents(moments, tiny.vae.config, torch.Generator().manual_seed(3))
+    again = sample_latents(moments, tiny.vae.config, torch.Generator().manual_seed(3))
+    other = sample_latents(moments, tiny.vae.config, torch.Generator().manual_seed(4))
+    assert torch.equal(latents, again)
+    assert not torch.equal(latents, other)
+    with torch.no_grad():
+        distribution = tiny.vae.encode(images).latent_dist
+        raw = distribution.sample(torch.Generator().manual_seed(3))
+        expected = (raw - tiny.vae.config.shift_factor) * tiny.vae.config.scaling_factor
+        torch.testing.assert_close(latents, expected)
+        torch.testing.assert_close(decode_latents(tiny.vae, latents), tiny.vae.decode(raw).sample)

@@ -1,0 +1,163 @@
+"""common/lora.py: strength in a stock pipeline, exact round trips, whole checkpoints."""
+
+import copy
+import json
+
+import pytest
+import torch
+from accelerate import Accelerator
+from diffusers import FluxPipeline
+from safetensors import safe_open
+
+from common.lora import (
+    FLUX_TARGET_MODULES,
+    add_lora,
+    find_checkpoints,
+    load_lora,
+    register_lora_checkpointing,
+    save_checkpoint,
+    save_lora,
+)
+
+
+def with_random_lora(model, rank=4, alpha=4.0, target_modules=FLUX_TARGET_MODULES, seed=0):
+    model = copy.deepcopy(model)
+    parameters = add_lora(model, rank=rank, alpha=alpha, dropout=0.0, target_modules=target_modules)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in parameters:
+        parameter.data.normal_(std=0.3, generator=generator)
+    return model
+
+
+def run(transformer):
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        return transformer(
+            hidden_states=torch.randn(2, 6, 64, generator=generator),
+            encoder_hidden_states=torch.randn(2, 5, transformer.config.joint_attention_dim, generator=generator),
+            pooled_projections=torch.randn(2, transformer.config.pooled_projection_dim, generator=generator),
+            timestep=torch.tensor([0.3, 0.8]),
+            guidance=torch.tensor([1.0, 4.0]),
+            img_ids=torch.zeros(6, 3),
+            txt_ids=torch.zeros(5, 3),
+            return_dict=False,
+        )[0]
+
+
+@pytest.mark.parametrize(("rank", "alpha"), [(4, 4), (4, 8), (8, 2), (3, 1.5)])
+def test_a_stock_pipeline_loads_the_file_at_the_right_strength(tiny, tmp_path, rank, alpha):
+    trained = with_random_lora(tiny.transformer, rank, alpha)
+    save_lora(tmp_path, FluxPipeline, {"transformer": trained})
+    pipeline = FluxPipeline(**tiny.components_but_image())
+    before = run(pipeline.transformer)
+    pipeline.load_lora_weights(tmp_path)
+    torch.testing.assert_close(run(pipeline.transformer), run(trained), atol=1e-5, rtol=1e-5)
+    assert (run(trained) - before).abs().max() > 0.01
+    with safe_open(tmp_path / "pytorch_lora_weights.safetensors", "pt") as file:
+        assert all(key.startswith("transformer.") for key in file.keys())  # noqa: SIM118
+        metadata = json.loads(file.metadata()["lora_adapter_metadata"])
+    assert (metadata["transformer.r"], metadata["transformer.lora_alpha"]) == (rank, alpha)
+
+
+def test_text_encoder_adapters_travel_in_the_same_file(tiny, tmp_path):
+    targets = ("self_attn.q_proj", "self_attn.v_proj")
+    text_encoder = with_random_lora(tiny.text_encoder, 4, 8, targets, seed=2)
+    transformer = with_random_lora(tiny.transformer, 4, 2, seed=3)
+    save_lora(tmp_path, FluxPipeline, {"transformer": transformer, "text_encoder": text_encoder})
+    pipeline = FluxPipeline(**tiny.components_but_image())
+    pipeline.load_lora_weights(tmp_path)
+    ids = torch.tensor([[3, 17, 40, 5, tiny.text_encoder.config.vocab_size - 1]])
+    with torch.no_grad():
+        ours, theirs = text_encoder(ids).pooler_output, pipeline.text_encoder(ids).pooler_output
+    torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(run(pipeline.transformer), run(transformer), atol=1e-5, rtol=1e-5)
+
+
+def test_round_trip_is_exact(tiny, tmp_path):
+    trained, other = (with_random_lora(tiny.transformer, 4, 8, seed=seed) for seed in (0, 9))
+    save_lora(tmp_path / "a", FluxPipeline, {"transformer": trained})
+    load_lora(tmp_path / "a", {"transformer": other})
+    assert torch.equal(run(trained), run(other))
+    assert all(parameter.requires_grad == ("lora" in name) for name, parameter in other.named_parameters())
+
+
+def test_a_file_for_other_layers_is_refused(tiny, tmp_path):
+    save_lora(tmp_path, FluxPipeline, {"transformer": with_random_lora(tiny.transformer)})
+    fewer = with_random_lora(tiny.transformer, target_modules=("attn.to_q",))
+    with pytest.raises(ValueError, match="made for other layers"):
+        load_lora(tmp_path, {"transformer": fewer})
+    with pytest.raises(ValueError, match="does not train"):
+        load_lora(tmp_path, {})
+
+
+def test_adapters_train_in_float32_beside_a_bfloat16_model(tiny):
+    model = with_random_lora(copy.deepcopy(tiny.transformer).to(torch.bfloat16))
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert {parameter.dtype for parameter in trainable} == {torch.float32}
+    assert model.x_embedder.weight.dtype == torch.bfloat16
+
+
+def test_unknown_layers_are_named(tiny):
+    with pytest.raises(ValueError, match=r"attn\.to_x, nothing"):
+        add_lora(
+            copy.deepcopy(tiny.transformer),
+            rank=2,
+            alpha=2,
+            dropout=0,
+            target_modules=["attn.to_q", "attn.to_x", "nothing"],
+        )
+
+
+def test_block_prefixes_reach_one_block_only(tiny):
+    name = "single_transformer_blocks.0.attn.to_k"
+    model = with_random_lora(tiny.transformer, target_modules=(name,))
+    adapted = {name.split(".lora_")[0] for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert adapted == {name}
+
+
+@pytest.fixture
+def prepared(tiny):
+    accelerator = Accelerator()
+    transformer = with_random_lora(tiny.transformer)
+    parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters)
+    register_lora_checkpointing(accelerator, FluxPipeline, {"transformer": transformer})
+    accelerator.prepare(transformer, optimizer)
+    yield accelerator, transformer, parameters, optimizer
+    accelerator.free_memory()
+
+
+def test_checkpoints_hold_adapters_and_optimizer_only_and_rotate(prepared, tmp_path):
+    accelerator, transformer, parameters, optimizer = prepared
+    saved = {}
+    for step in (2, 10, 9):
+        for parameter in parameters:
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+        saved[step] = [parameter.detach().clone() for parameter in parameters]
+        save_checkpoint(accelerator, tmp_path, step, {"seed": 5}, total_limit=2)
+    assert [folder.name for folder in find_checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-9"]
+    weights = sum(path.stat().st_size for path in (tmp_path / "checkpoint-9").glob("*.safetensors"))
+    assert weights < 1.3 * 4 * sum(parameter.numel() for parameter in parameters) + 20000
+    assert json.loads((tmp_path / "checkpoint-9" / "trainer_state.json").read_text()) == {"global_step": 9, "seed": 5}
+    state = copy.deepcopy(optimizer.state_dict()["state"])
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    accelerator.load_state(tmp_path / "checkpoint-9")
+    assert all(torch.equal(a, b) for a, b in zip(parameters, saved[9], strict=True))
+    restored = optimizer.state_dict()["state"]
+    assert all(torch.equal(restored[i]["exp_avg"], state[i]["exp_avg"]) for i in state)
+
+
+def test_a_checkpoint_that_fails_while_it_is_written_is_never_seen(prepared, tmp_path, monkeypatch):
+    accelerator, *_ = prepared
+    save_checkpoint(accelerator, tmp_path, 1, {}, total_limit=1)
+    monkeypatch.setattr(accelerator, "save_state", lambda folder: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        save_checkpoint(accelerator, tmp_path, 2, {}, total_limit=1)
+    assert [folder.name for folder in find_checkpoints(tmp_path)] == ["checkpoint-1"]
+    monkeypatch.undo()
+    save_checkpoint(accelerator, tmp_path, 2, {}, total_limit=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2"]

@@ -1,0 +1,939 @@
+"""Teaches FLUX.1 a subject or a style from a few pictures: DreamBooth LoRA (arXiv 2208.12242, 2106.09685).
+
+The frozen transformer predicts the velocity of a noisy latent, a low-rank adapter beside its layers is trained:
+
+    x_σ = (1 - σ) x_0 + σ ε        loss = w(σ) || transformer(x_σ, σ, prompt) - (ε - x_0) ||²
+
+One GPU, or all of them after `accelerate config`:
+
+    accelerate launch train_dreambooth_flux_advanced.py \\
+      --pretrained_model_name_or_path=black-forest-labs/FLUX.1-dev \\
+      --instance_data_dir=photos --instance_prompt="a photo of sks dog" \\
+      --mixed_precision=bf16 --gradient_checkpointing --cache_latents --train_batch_size=1 \\
+      --rank=16 --lora_alpha=16 --learning_rate=1e-4 --max_train_steps=1000 \\
+      --validation_prompt="sks dog on the beach" --output_dir=sks-dog
+
+`output_dir` then holds `pytorch_lora_weights.safetensors` for `FluxPipeline.load_lora_weights`, a model card, the
+arguments (args.json), the loss (metrics.jsonl, loss.png), pictures (validation/) and checkpoints to resume from.
+"""
+
+import argparse
+import functools
+import importlib.metadata
+import json
+import math
+import os
+import resource
+import shlex
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration, set_seed
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+)
+from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.training_utils import free_memory, offload_models
+from huggingface_hub import ModelCard, ModelCardData
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm.auto import tqdm
+
+from common.flow_matching import TIMESTEP_SAMPLING, add_noise, sample_sigmas, step_generator, velocity_loss
+from common.latents import (
+    cache_moments,
+    encode_moments,
+    image_ids,
+    pack_latents,
+    sample_latents,
+)
+from common.lora import (
+    FLUX_TARGET_MODULES,
+    add_lora,
+    find_checkpoints,
+    register_lora_checkpointing,
+    save_checkpoint,
+    save_lora,
+)
+from common.validation import (
+    generate_images,
+    image_grid,
+    log_images,
+    open_metrics,
+    plot_metrics,
+    undisturbed,
+)
+
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+INTERPOLATION = [mode.name.lower() for mode in Image.Resampling]
+WEIGHTING_SCHEMES = ("none", "sigma_sqrt", "logit_normal", "mode", "cosmap")
+LR_SCHEDULERS = [scheduler.value for scheduler in SchedulerType if scheduler != SchedulerType.PIECEWISE_CONSTANT]
+TRACKERS = ("tensorboard", "wandb", "comet_ml", "all", "none")
+MAX_SKIPPED_STEPS = 10  # in a row, for want of a finite loss
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arguments
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The default in the help of every argument that has one, the example command as it stands."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+class Switch(argparse.BooleanOptionalAction):
+    """--x and --no-x, and `--x True` or `--x False` as older commands spell it."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.nargs = "?"
+
+    def __call__(self, parser, namespace, value, option_string=None):
+        words = {None: True, "true": True, "false": False}
+        if value not in words and value.lower() not in words:
+            parser.error(f"{option_string} {value}: expected True or False, or nothing")
+        on = words[value and value.lower()]
+        setattr(namespace, self.dest, on != option_string.startswith("--no-"))
+
+
+def number(kind, minimum, maximum=math.inf, *, above=False):
+    """An argparse type: `kind` within [minimum, maximum], or above the minimum."""
+
+    def parse(text):
+        value = kind(text)
+        if not (minimum < value if above else minimum <= value) or not value <= maximum:
+            limit = f"above {minimum}" if above else f"at least {minimum}"
+            limit += f" and at most {maximum}" if maximum < math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {limit}")
+        return value
+
+    parse.__name__ = "number" if kind is float else "whole number"
+    return parse
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [options]; --help explains them",
+        description=__doc__.split("\n\n")[0],
+        epilog="example:" + __doc__.split("`accelerate config`:\n")[1].split("\n\n`output_dir`")[0],
+        formatter_class=HelpFormatter,
+        fromfile_prefix_chars="@",
+        allow_abbrev=False,
+    )
+    parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
+    count, size = number(int, 1), number(int, 16, 8192)
+    positive, not_negative, share = number(float, 0, above=True), number(float, 0), number(float, 0, 1)
+
+    arg = parser.add_argument_group("model", "what is trained, in which precision").add_argument
+    arg(
+        "--pretrained_model_name_or_path",
+        required=True,
+        metavar="MODEL",
+        help="folder or hub id of FLUX.1-dev or -schnell",
+    )
+    arg("--revision", help="revision of the model on the hub")
+    arg("--variant", help="variant of the model's files, such as fp16")
+    arg("--cache_dir", help="where downloaded models and datasets are kept")
+    arg("--max_sequence_length", type=number(int, 1, 512), default=512, help="T5 tokens per prompt; schnell takes 256")
+    arg("--mixed_precision", choices=("no", "fp16", "bf16"), help="of the frozen models; the adapter stays in float32")
+    arg("--allow_tf32", action="store_true", help="faster float32 matrix products on Ampere and later GPUs")
+    arg("--gradient_checkpointing", action="store_true", help="less memory, a third more time per step")
+    arg("--offload", action="store_true", help="keep the VAE in main memory while it has nothing to do")
+
+    arg = parser.add_argument_group("data", "a folder of pictures, or a dataset").add_argument
+    arg(
+        "--instance_data_dir",
+        type=Path,
+        help="folder of pictures, with captions in .txt files or metadata.jsonl or none",
+    )
+    arg("--dataset_name", help="dataset on the hub, or a folder or file that `datasets` loads")
+    arg("--dataset_config_name", help="configuration of that dataset")
+    arg("--image_column", default="image", help="column of the dataset that holds the pictures")
+    arg("--caption_column", help="column of the dataset or of metadata.jsonl that holds captions")
+    arg("--instance_prompt", help="prompt of every picture without a caption: a photo of sks dog")
+    arg("--caption_dropout", type=share, default=0.0, help="share of captions left out")
+    arg("--repeats", type=count, default=1, help="times each picture counts in an epoch, each time with its own crop")
+    arg("--resolution", type=size, default=512, help="side in pixels that pictures are resized and cropped to")
+    arg("--center_crop", action="store_true", help="crop the centre instead of a random part")
+    arg("--random_flip", action="store_true", help="mirror half of the pictures; not for faces, text or logos")
+    arg("--image_interpolation_mode", choices=INTERPOLATION, default="lanczos", help="how pictures are resized")
+    arg("--train_batch_size", type=count, default=4, help="pictures per device and forward pass")
+    arg("--dataloader_num_workers", type=number(int, 0), default=0, help="processes that read pictures; 0: none extra")
+    arg("--cache_latents", action="store_true", help="encode every picture once, before training")
+
+    arg = parser.add_argument_group("lora", "the adapter").add_argument
+    arg("--rank", type=count, default=4, help="rank of the adapter: its size and what it can hold")
+    arg("--lora_alpha", type=positive, default=4, help="the adapter counts lora_alpha / rank")
+    arg("--lora_dropout", type=number(float, 0, 0.99), default=0.0, help="dropout before the adapter")
+    arg("--lora_layers", "--lora_blocks", help="layers, such as attn.to_k,single_transformer_blocks.7.attn.to_q")
+
+    arg = parser.add_argument_group("noise", "which noise levels are trained, and how much each counts").add_argument
+    arg("--guidance_scale", type=not_negative, default=3.5, help="guidance that a guidance-distilled model is told")
+    arg("--timestep_sampling", choices=TIMESTEP_SAMPLING, default="sigma", help="sigma draws as weighting_scheme says")
+    arg(
+        "--weighting_scheme", choices=WEIGHTING_SCHEMES, default="none", help="density of noise levels, or loss weight"
+    )
+    arg("--logit_mean", type=float, default=0.0, help="mean of logit_normal")
+    arg("--logit_std", type=positive, default=1.0, help="standard deviation of logit_normal")
+    arg("--mode_scale", type=float, default=1.29, help="scale of mode")
+    arg("--sigmoid_scale", type=positive, default=1.0, help="steepness of sigmoid, shift and flux_shift")
+    arg("--discrete_flow_shift", type=positive, default=3.0, help="shift of shift")
+
+    arg = parser.add_argument_group("optimizer", "how the adapter is updated").add_argument
+    arg(
+        "--optimizer",
+        type=str.lower,
+        choices=("adamw", "prodigy"),
+        default="AdamW",
+        help="prodigy wants learning_rate 1",
+    )
+    arg("--learning_rate", type=positive, default=1e-4, help="step size")
+    arg("--scale_lr", action="store_true", help="multiply it by batch size, accumulation and number of devices")
+    arg("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="course of the learning rate")
+    arg("--lr_warmup_steps", type=number(int, 0), default=500, help="steps of warm-up; none for constant")
+    arg("--lr_num_cycles", type=count, default=1, help="cycles of cosine_with_restarts")
+    arg("--lr_power", type=positive, default=1.0, help="power of polynomial")
+    arg("--use_8bit_adam", action="store_true", help="AdamW with 8-bit states (bitsandbytes)")
+    arg("--adam_beta1", type=share, default=0.9, help="decay of the gradient's mean, in Prodigy too")
+    arg("--adam_beta2", type=share, default=0.999, help="decay of the gradient's square, in Prodigy too")
+    arg("--adam_weight_decay", type=not_negative, default=1e-4, help="weight decay, in Prodigy too")
+    arg("--adam_epsilon", type=positive, default=1e-8, help="added to the denominator, in Prodigy too")
+    arg("--prodigy_beta3", type=share, help="decay of Prodigy's estimate (default: square root of adam_beta2)")
+    arg("--prodigy_decouple", action=Switch, default=True, help="weight decay as in AdamW")
+    arg("--prodigy_use_bias_correction", action=Switch, default=True, help="Adam's bias correction")
+    arg("--prodigy_safeguard_warmup", action=Switch, default=True, help="keep warm-up out of Prodigy's estimate")
+    arg("--max_grad_norm", type=positive, default=1.0, help="longer gradients are scaled down to this norm")
+    arg("--gradient_accumulation_steps", type=count, default=1, help="batches per step")
+
+    arg = parser.add_argument_group("schedule and checkpoints", "how long, and what can be resumed").add_argument
+    arg("--seed", type=number(int, 0), default=0, help="of data order, crops, noise, adapter and validation")
+    arg("--num_train_epochs", type=count, default=1, help="passes over the data")
+    arg("--max_train_steps", type=count, help="steps, instead of epochs")
+    arg("--checkpointing_steps", type=count, default=500, help="steps between checkpoints")
+    arg("--checkpoints_total_limit", type=count, help="checkpoints to keep, the newest (default: all)")
+    arg("--resume_from_checkpoint", metavar="CHECKPOINT", help="a checkpoint-N folder, or latest (if there is one)")
+    arg("--local_rank", type=int, default=-1, help="set by old launchers; LOCAL_RANK in the environment wins")
+
+    arg = parser.add_argument_group("validation", "pictures while training, which they never change").add_argument
+    arg("--validation_prompt", help="prompt to draw, first before training and last after it")
+    arg("--num_validation_images", type=count, default=4, help="pictures each time")
+    arg("--validation_epochs", type=count, default=50, help="epochs between validations")
+    arg("--validation_steps", type=count, help="steps between validations, instead of epochs")
+
+    arg = parser.add_argument_group("output and logging", "where everything goes").add_argument
+    arg("--output_dir", type=Path, default=Path("flux-dreambooth-lora"), help="folder of all results")
+    arg("--logging_dir", type=Path, default=Path("logs"), help="folder of the trackers' files in output_dir")
+    arg("--report_to", choices=TRACKERS, default="tensorboard", help="where curves and pictures are sent")
+    arg("--upcast_before_saving", action="store_true", help="save the adapter in float32, not in mixed_precision")
+
+    args = parser.parse_args(argv)
+    problems = check_flags(args) + check_model_folder(args) + check_output_dir(args)
+    if problems:
+        parser.error(join_problems(problems))
+    return args
+
+
+def join_problems(problems):
+    """One problem as it is, several as a list."""
+    return problems[0] if len(problems) == 1 else "\n  ".join(["", *problems])
+
+
+def check_flags(args):
+    """Contradictions between flags, and flags without effect."""
+    rules = [
+        (
+            (args.instance_data_dir is None) == (args.dataset_name is None),
+            "exactly one of --instance_data_dir and --dataset_name is needed",
+        ),
+        (
+            args.dataset_config_name and not args.dataset_name,
+            f"--dataset_config_name {args.dataset_config_name} needs --dataset_name",
+        ),
+        (
+            args.resolution % 16,
+            f"--resolution {args.resolution} must be a multiple of 16, such as {args.resolution // 16 * 16}",
+        ),
+        (
+            args.optimizer == "prodigy" and args.use_8bit_adam,
+            "--use_8bit_adam has no effect on --optimizer prodigy: leave one out",
+        ),
+        (
+            args.optimizer != "prodigy" and args.prodigy_beta3 is not None,
+            f"--prodigy_beta3 has no effect on --optimizer {args.optimizer}: leave it out",
+        ),
+        (
+            args.timestep_sampling != "sigma" and args.weighting_scheme in ("logit_normal", "mode"),
+            f"--weighting_scheme {args.weighting_scheme} has no effect without --timestep_sampling sigma",
+        ),
+        (
+            args.validation_steps and not args.validation_prompt,
+            f"--validation_steps {args.validation_steps} needs --validation_prompt",
+        ),
+        (
+            args.mixed_precision == "fp16" and not torch.accelerator.is_available(),
+            "--mixed_precision fp16 needs a GPU: use bf16 or no",
+        ),
+    ]
+    return [problem for broken, problem in rules if broken]
+
+
+def check_model_folder(args):
+    """Problems of --pretrained_model_name_or_path and --lora_layers, as far as they show without a download."""
+    folder = Path(args.pretrained_model_name_or_path)
+    flag = f"--pretrained_model_name_or_path {folder}"
+    if not folder.is_dir():
+        is_hub_id = len(folder.parts) == 2 and not folder.is_absolute() and folder.parts[0] not in (".", "..", "~")
+        return [] if is_hub_id else [f"{flag}: no such folder, and not a hub id like black-forest-labs/FLUX.1-dev"]
+    parts = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae")
+    missing = [part for part in parts if not (folder / part).is_dir()]
+    if missing:
+        return [f"{flag}: not a FLUX pipeline, it has no folder {', '.join(missing)}"]
+    with torch.device("meta"):
+        transformer = FluxTransformer2DModel.from_config(FluxTransformer2DModel.load_config(folder / "transformer"))
+    names = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
+    unknown = [t for t in lora_targets(args) if not any(f".{name}".endswith(f".{t}") for name in names)]
+    return [f"--lora_layers: the transformer has no linear layer {', '.join(unknown)}"] if unknown else []
+
+
+def check_output_dir(args):
+    """Problems of --output_dir and --resume_from_checkpoint."""
+    folder, resume = args.output_dir, args.resume_from_checkpoint
+    if folder.exists() and not folder.is_dir():
+        return [f"--output_dir {folder}: a file of this name is in the way"]
+    parent = next(path for path in [folder, *folder.absolute().parents] if path.exists())
+    if not os.access(parent, os.W_OK):
+        return [f"--output_dir {folder}: no permission to write there"]
+    if shutil.disk_usage(parent).free < 100 * 2**20:
+        return [f"--output_dir {folder}: less than 100 MB free on its disk"]
+    if resume not in (None, "latest") and not (Path(resume) / "trainer_state.json").is_file():
+        return [f"--resume_from_checkpoint {resume}: no checkpoint there; use latest, or a checkpoint-N folder"]
+    if resume is None and find_checkpoints(folder):
+        return [
+            f"--output_dir {folder} holds {find_checkpoints(folder)[-1].name} of an earlier run: continue it with "
+            "--resume_from_checkpoint latest, delete it, or choose another folder"
+        ]
+    return []
+
+
+def lora_targets(args):
+    """The layers that --lora_layers names."""
+    return [layer.strip() for layer in args.lora_layers.split(",")] if args.lora_layers else list(FLUX_TARGET_MODULES)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Example:
+    """A picture and its caption; `read` opens the picture as a PIL image."""
+
+    name: str
+    read: Callable[[], Image.Image]
+    caption: str | None
+
+    def image(self):
+        """The picture as its owner sees it: upright (EXIF), transparent parts white, RGB."""
+        image = ImageOps.exif_transpose(self.read())
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+
+
+def find_examples(args):
+    """The training pictures with their captions, and what is wrong with them: (examples, problems)."""
+    examples, problems = read_dataset(args) if args.dataset_name else read_folder(args)
+    if not examples and not problems:
+        problems.append(
+            f"--instance_data_dir {args.instance_data_dir}: no pictures ({', '.join(IMAGE_SUFFIXES)}) in it"
+        )
+
+    def defect(example):
+        try:
+            example.image()
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            return f"{example.name}: not a readable picture ({error})"
+
+    with ThreadPoolExecutor() as pool:
+        checks = tqdm(
+            pool.map(defect, examples), total=len(examples), desc="Reading pictures", unit="image", leave=False
+        )
+        problems += [problem for problem in checks if problem]
+    bare = [example.name for example in examples if example.caption is None]
+    if bare and args.instance_prompt is None:
+        names = ", ".join(bare[:3]) + (f" and {len(bare) - 3} more" if len(bare) > 3 else "")
+        problems.append(f"no caption for {names}: give --instance_prompt, captions in .txt files, or --caption_column")
+    for example in examples:
+        example.caption = args.instance_prompt if example.caption is None else example.caption
+    return examples, problems
+
+
+def read_folder(args):
+    """Examples of --instance_data_dir: captions from metadata.jsonl, else from the .txt file beside each picture."""
+    folder, examples, problems = args.instance_data_dir, [], []
+    if not folder.is_dir():
+        return [], [f"--instance_data_dir {folder}: no such folder"]
+    captions = {}
+    metadata = folder / "metadata.jsonl"
+    try:
+        rows = (
+            [json.loads(line) for line in metadata.read_text("utf-8").splitlines() if line.strip()]
+            if metadata.exists()
+            else []
+        )
+        column = args.caption_column or next((c for c in ("text", "prompt", "caption") if rows and c in rows[0]), None)
+        captions = {row["file_name"]: row[column] for row in rows}
+    except (ValueError, KeyError, TypeError) as error:
+        problems.append(
+            f"{metadata}: each line must be JSON with file_name and a caption, see --caption_column ({error!r})"
+        )
+    for path in sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES):
+        caption, text_file = captions.get(path.name), path.with_suffix(".txt")
+        if caption is None and text_file.exists():
+            try:
+                caption = text_file.read_text("utf-8").strip()
+            except UnicodeDecodeError:
+                problems.append(f"{text_file}: not UTF-8 text")
+            if caption == "":
+                problems.append(f"{text_file}: empty caption")
+        examples.append(Example(str(path), functools.partial(Image.open, path), caption))
+    return examples, problems
+
+
+def read_dataset(args):
+    """Examples of --dataset_name."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        dataset = datasets.load_dataset(
+            args.dataset_name, args.dataset_config_name, split="train", cache_dir=args.cache_dir
+        )
+    except Exception as error:  # a missing, gated, empty or malformed dataset each raises its own kind
+        return [], [f"--dataset_name {args.dataset_name}: cannot be loaded ({error})"]
+    columns = [name for name in (args.image_column, args.caption_column) if name and name not in dataset.column_names]
+    if columns:
+        found = ", ".join(dataset.column_names)
+        return [], [f"--dataset_name {args.dataset_name}: no column {', '.join(columns)}; it has {found}"]
+    dataset = dataset.cast_column(args.image_column, datasets.Image())
+    captions = dataset[args.caption_column] if args.caption_column else [None] * len(dataset)
+    read = lambda row: dataset[row][args.image_column]  # noqa: E731
+    return [
+        Example(f"{args.dataset_name}[{row}]", functools.partial(read, row), caption)
+        for row, caption in enumerate(captions)
+    ], []
+
+
+class DreamBoothDataset(Dataset):
+    """Samples by (epoch, index): the posterior of the picture's latents if cached, else its pixels; and its caption.
+
+    Where a picture is cropped depends on (seed, index), whether it is mirrored and loses its caption on (seed, epoch,
+    index): neither workers, nor the cache, nor an interruption change what is drawn.
+    """
+
+    def __init__(self, examples, args):
+        self.examples = examples * args.repeats
+        self.args = args
+        self.moments = {}  # (index, flipped): [2C, h, w]
+
+    def keys(self):
+        """(index, flipped) of all that training can ask for."""
+        flips = (False, True) if self.args.random_flip else (False,)
+        return [(index, flipped) for index in range(len(self.examples)) for flipped in flips]
+
+    def pixel_values(self, key):
+        """A picture, resized to cover the resolution, cropped and perhaps mirrored: [3, H, W] in [-1, 1]."""
+        (index, flipped), args = key, self.args
+        centering = (0.5, 0.5) if args.center_crop else np.random.default_rng((args.seed, index)).random(2)
+        size, method = (args.resolution, args.resolution), Image.Resampling[args.image_interpolation_mode.upper()]
+        image = ImageOps.fit(self.examples[index].image(), size, method, centering=tuple(centering))
+        image = ImageOps.mirror(image) if flipped else image
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+
+    def __getitem__(self, position):
+        (epoch, index), args = position, self.args
+        drop, flip = np.random.default_rng((args.seed, epoch, index)).random(2)
+        key = index, bool(args.random_flip and flip < 0.5)
+        sample = {"prompt": "" if drop < args.caption_dropout else self.examples[index].caption}
+        if self.moments:
+            return sample | {"moments": self.moments[key]}
+        return sample | {"pixel_values": self.pixel_values(key)}
+
+    def __len__(self):
+        return len(self.examples)
+
+
+class StepSampler(Sampler):
+    """Batches of (epoch, index) for the micro-steps `start` to `stop` of one process.
+
+    Every epoch is a new order of all samples, drawn from (seed, epoch) and cut into batches that go round the
+    processes; what a micro-step trains on is the same however often training was interrupted before it.
+    """
+
+    def __init__(self, num_samples, batch_size, *, seed, start, stop, process_index, num_processes):
+        self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
+        self.start, self.stop = start, stop
+        self.process_index, self.num_processes = process_index, num_processes
+        self.steps_per_epoch = math.ceil(math.ceil(num_samples / batch_size) / num_processes)
+
+    def __iter__(self):
+        for step in range(self.start, self.stop):
+            epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
+            if step == self.start or step_of_epoch == 0:
+                order = np.random.default_rng((self.seed, epoch)).permutation(self.num_samples).tolist()
+                batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+            batch = step_of_epoch * self.num_processes + self.process_index
+            yield [(epoch, index) for index in batches[batch % len(batches)]]
+
+    def __len__(self):
+        return self.stop - self.start
+
+
+def collate(samples):
+    """Tensors stacked, prompts as a list."""
+    return {
+        name: torch.stack([sample[name] for sample in samples]) if name != "prompt" else [s[name] for s in samples]
+        for name in samples[0]
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def load_model(model_class, subfolder, args, dtype):
+    """A frozen part of the pipeline, on the CPU."""
+    model = model_class.from_pretrained(
+        args.pretrained_model_name_or_path,
+        subfolder=subfolder,
+        revision=args.revision,
+        variant=args.variant,
+        cache_dir=args.cache_dir,
+        dtype=dtype,
+    )
+    return model.requires_grad_(False)
+
+
+def encode_prompts(prompts, args, device, dtype, disable):
+    """{prompt: (prompt_embeds [1, T, D], pooled_prompt_embeds [1, P])} on the CPU; the text encoders are freed."""
+    pipeline = FluxPipeline.from_pretrained(
+        args.pretrained_model_name_or_path,
+        transformer=None,
+        vae=None,
+        revision=args.revision,
+        variant=args.variant,
+        cache_dir=args.cache_dir,
+        dtype=dtype,
+    ).to(device)
+    embeddings = {}
+    with torch.no_grad():
+        for prompt in tqdm(prompts, desc="Encoding prompts", unit="prompt", disable=disable):
+            embeds, pooled, _ = pipeline.encode_prompt(prompt, max_sequence_length=args.max_sequence_length)
+            embeddings[prompt] = embeds.cpu(), pooled.cpu()
+    del pipeline
+    free_memory()
+    return embeddings
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Objective
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def compute_loss(
+    transformer, latents, prompt_embeds, pooled_prompt_embeds, *, args, noise_scheduler, guidance, generator
+):
+    """The flow matching loss of a batch, averaged over its samples.
+
+    latents [B, C, h, w] are normalised, prompt_embeds [B, T, D], pooled_prompt_embeds [B, P]; guidance [B], or None
+    for a model without guidance embedding. Noise and noise levels are drawn from `generator`, a CPU one.
+    """
+    batch_size, _, height, width = latents.shape
+    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+    sigmas = sample_sigmas(
+        batch_size,
+        noise_scheduler=noise_scheduler,
+        image_seq_len=height * width // 4,
+        generator=generator,
+        timestep_sampling=args.timestep_sampling,
+        weighting_scheme=args.weighting_scheme,
+        logit_mean=args.logit_mean,
+        logit_std=args.logit_std,
+        mode_scale=args.mode_scale,
+        sigmoid_scale=args.sigmoid_scale,
+        discrete_flow_shift=args.discrete_flow_shift,
+    ).to(latents.device)
+    latents, noise = pack_latents(latents), pack_latents(noise)
+    model_pred = transformer(
+        hidden_states=add_noise(latents, noise, sigmas).to(prompt_embeds.dtype),
+        timestep=sigmas,
+        guidance=guidance,
+        pooled_projections=pooled_prompt_embeds,
+        encoder_hidden_states=prompt_embeds,
+        txt_ids=torch.zeros(prompt_embeds.shape[1], 3, device=latents.device),
+        img_ids=image_ids(height, width, latents.device),
+        return_dict=False,
+    )[0]
+    return velocity_loss(model_pred, latents, noise, sigmas, args.weighting_scheme).mean()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def create_optimizer(parameters, args, learning_rate):
+    """The optimizer that --optimizer names."""
+    shared = {
+        "lr": learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "weight_decay": args.adam_weight_decay,
+        "eps": args.adam_epsilon,
+    }
+    if args.optimizer == "prodigy":
+        from prodigyopt import Prodigy
+
+        return Prodigy(
+            parameters,
+            **shared,
+            beta3=args.prodigy_beta3,
+            decouple=args.prodigy_decouple,
+            use_bias_correction=args.prodigy_use_bias_correction,
+            safeguard_warmup=args.prodigy_safeguard_warmup,
+        )
+    if args.use_8bit_adam:
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(parameters, **shared)
+    return torch.optim.AdamW(parameters, **shared)
+
+
+def validate(accelerator, transformer, vae, noise_scheduler, embeddings, args, *, step):
+    """Draws --validation_prompt and sends the pictures to validation/step-N.png and the trackers."""
+    pipeline = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler.from_config(noise_scheduler.config),
+        vae=vae,
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        transformer=accelerator.unwrap_model(transformer),
+    )
+    prompt_embeds, pooled_prompt_embeds = embeddings[args.validation_prompt]
+    call = {
+        "prompt_embeds": prompt_embeds.to(accelerator.device),
+        "pooled_prompt_embeds": pooled_prompt_embeds.to(accelerator.device),
+        "height": args.resolution,
+        "width": args.resolution,
+    }
+    with (
+        undisturbed(transformer, device=accelerator.device),
+        offload_models(vae, device=accelerator.device, offload=args.offload),
+    ):
+        images = generate_images(accelerator, pipeline, [call] * args.num_validation_images, seed=args.seed)
+    if accelerator.is_main_process:
+        captions = [f"{args.validation_prompt} | step {step}, seed {args.seed + i}" for i in range(len(images))]
+        folder = args.output_dir / "validation"
+        folder.mkdir(exist_ok=True)
+        image_grid(images, captions).save(folder / f"step-{step:06d}.png")
+        log_images(accelerator, images, captions, name="validation", step=step)
+
+
+def save_model_card(args):
+    """README.md in the output folder: what was trained on what, and how to use it."""
+    prompt = args.validation_prompt or args.instance_prompt or ""
+    dtype = "bfloat16" if args.mixed_precision == "bf16" else "float32"
+    description = f"""
+# {args.output_dir.name}
+
+A LoRA for {args.pretrained_model_name_or_path}: rank {args.rank}, alpha {args.lora_alpha}, trained with DreamBooth.
+
+```python
+import torch
+from diffusers import FluxPipeline
+
+pipeline = FluxPipeline.from_pretrained("{args.pretrained_model_name_or_path}", dtype=torch.{dtype})
+pipeline.load_lora_weights("{args.output_dir}")
+image = pipeline({prompt!r}, height={args.resolution}, width={args.resolution}).images[0]
+image.save("image.png")
+```
+"""
+    metadata = ModelCardData(
+        library_name="diffusers",
+        base_model=args.pretrained_model_name_or_path,
+        tags=["text-to-image", "flux", "lora", "dreambooth", "diffusers-training"],
+        instance_prompt=args.instance_prompt,
+    )
+    ModelCard(f"---\n{metadata.to_yaml()}\n---\n{description}").save(args.output_dir / "README.md")
+
+
+def peak_memory(device):
+    """Most memory in use so far, in GiB: the accelerator's, or the process' on a CPU."""
+    if device.type == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return torch.accelerator.max_memory_allocated(device) / 2**30
+
+
+def fail(problems):
+    """Ends the run as argparse does: all problems in one message, exit code 2."""
+    print(f"{Path(sys.argv[0]).name}: error: {join_problems(problems)}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def catch_signals():
+    """The list that SIGINT and SIGTERM append themselves to; a second one ends the process at once."""
+    signals = []
+
+    def catch(number, frame):
+        signals.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, catch)
+    return signals
+
+
+def resume(accelerator, args, run):
+    """Loads the checkpoint that --resume_from_checkpoint names, if there is one, and returns its step."""
+    checkpoint = args.resume_from_checkpoint
+    if checkpoint == "latest":
+        checkpoint = next(reversed(find_checkpoints(args.output_dir)), None)
+    if checkpoint is None:
+        return 0
+    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text())
+    different = [f"{name} was {state[name]} and is {value}" for name, value in run.items() if state[name] != value]
+    if different:
+        fail([f"--resume_from_checkpoint {checkpoint}: cannot continue exactly, {'; '.join(different)}"])
+    accelerator.load_state(checkpoint)
+    accelerator.print(f"Resuming from {checkpoint}")
+    return state["global_step"]
+
+
+def start_logging(accelerator, args):
+    """args.json with the versions of the libraries, and the trackers."""
+    values = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    if accelerator.is_main_process:
+        libraries = ("torch", "diffusers", "transformers", "peft", "accelerate")
+        versions = {name: importlib.metadata.version(name) for name in libraries}
+        text = json.dumps({"args": values, "versions": versions}, indent=2)
+        (args.output_dir / "args.json").write_text(text + "\n")
+    if args.report_to != "none":
+        accelerator.init_trackers("dreambooth-flux", {name: "" if v is None else v for name, v in values.items()})
+
+
+def main(args):
+    # 1. Accelerator, logging, seed
+    if args.local_rank != -1:
+        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(args.output_dir, logging_dir=args.output_dir / args.logging_dir),
+        step_scheduler_with_optimizer=False,
+    )
+    device, quiet = accelerator.device, not accelerator.is_main_process
+    weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    set_seed(args.seed)
+
+    # 2. Data
+    examples, problems = find_examples(args)
+    if problems:
+        fail(problems)
+    dataset = DreamBoothDataset(examples, args)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+
+    # 3. Prompts and latents: each encoder works and is gone before the transformer is loaded
+    prompts = {example.caption for example in examples} | ({""} if args.caption_dropout else set())
+    prompts |= {args.validation_prompt} if args.validation_prompt else set()
+    embeddings = encode_prompts(sorted(prompts), args, device, weight_dtype, disable=quiet)
+    vae = load_model(AutoencoderKL, "vae", args, weight_dtype).to("cpu" if args.offload else device)
+    if args.cache_latents:
+        with offload_models(vae, device=device, offload=args.offload):
+            dataset.moments = cache_moments(accelerator, vae, dataset.keys(), dataset.pixel_values)
+
+    # 4. Transformer and LoRA
+    noise_scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(
+        args.pretrained_model_name_or_path, subfolder="scheduler", revision=args.revision, cache_dir=args.cache_dir
+    )
+    transformer = load_model(FluxTransformer2DModel, "transformer", args, weight_dtype).to(device)
+    lora_params = add_lora(
+        transformer,
+        rank=args.rank,
+        alpha=args.lora_alpha,
+        dropout=args.lora_dropout,
+        target_modules=lora_targets(args),
+    )
+    if args.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    register_lora_checkpointing(accelerator, FluxPipeline, {"transformer": transformer})
+    guided = transformer.config.guidance_embeds
+
+    # 5. Optimizer and schedule
+    num_processes, accumulation = accelerator.num_processes, args.gradient_accumulation_steps
+    total_batch_size = args.train_batch_size * accumulation * num_processes
+    optimizer = create_optimizer(lora_params, args, args.learning_rate * (total_batch_size if args.scale_lr else 1))
+    batches_per_epoch = math.ceil(math.ceil(len(dataset) / args.train_batch_size) / num_processes)
+    steps_per_epoch = math.ceil(batches_per_epoch / accumulation)
+    max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
+    validation_steps = args.validation_steps or args.validation_epochs * steps_per_epoch
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=max_train_steps,
+        num_cycles=args.lr_num_cycles,
+        power=args.lr_power,
+    )
+
+    # 6. Prepare and resume
+    transformer, optimizer, lr_scheduler = accelerator.prepare(transformer, optimizer, lr_scheduler)
+    run = {  # what a step means: a resumed run must agree
+        "num_samples": len(dataset),
+        "num_processes": num_processes,
+        **{name: getattr(args, name) for name in ("seed", "train_batch_size", "gradient_accumulation_steps")},
+    }
+    global_step = resume(accelerator, args, run)
+    sampler = StepSampler(
+        len(dataset),
+        args.train_batch_size,
+        seed=args.seed,
+        start=global_step * accumulation,
+        stop=max_train_steps * accumulation,
+        process_index=accelerator.process_index,
+        num_processes=num_processes,
+    )
+    train_dataloader = DataLoader(
+        dataset, batch_sampler=sampler, collate_fn=collate, num_workers=args.dataloader_num_workers
+    )
+
+    # 7. Train
+    trainable = sum(parameter.numel() for parameter in lora_params)
+    own_captions = sum(example.caption != args.instance_prompt for example in examples)
+    accelerator.print(
+        f"  model    {args.pretrained_model_name_or_path}\n"
+        f"  adapter  {trainable:,} parameters in {len(lora_params) // 2} layers, "
+        f"{trainable / sum(p.numel() for p in transformer.parameters()):.2%} of the transformer\n"
+        f"  data     {len(examples)} pictures at {args.resolution} px, {own_captions} with captions of their own\n"
+        f"  steps    {max_train_steps}, {steps_per_epoch} per epoch; a step is {total_batch_size} pictures: "
+        f"batch {args.train_batch_size} x accumulation {accumulation} x {num_processes} {device.type}, {weight_dtype}"
+    )
+    start_logging(accelerator, args)
+    draw = functools.partial(validate, accelerator, transformer, vae, noise_scheduler, embeddings, args)
+    if args.validation_prompt and global_step == 0:
+        draw(step=0)
+    metrics = open_metrics(args.output_dir / "metrics.jsonl", global_step) if accelerator.is_main_process else None
+    transformer.train()
+    progress_bar = tqdm(total=max_train_steps, initial=global_step, desc="Training", unit="step", disable=quiet)
+    loss_sum, skipped, signals, started = 0.0, 0, catch_signals(), time.perf_counter()
+    for micro_step, batch in enumerate(train_dataloader, start=sampler.start):
+        with accelerator.accumulate(transformer):
+            generator = step_generator(args.seed, *divmod(micro_step, accumulation), accelerator.process_index)
+            torch.manual_seed(generator.initial_seed())  # dropout draws from the global generator
+            if "moments" in batch:
+                moments = batch["moments"].to(device)
+            else:
+                with offload_models(vae, device=device, offload=args.offload):
+                    moments = encode_moments(vae, batch["pixel_values"])
+            prompt_embeds, pooled_prompt_embeds = (
+                torch.cat([embeddings[prompt][i] for prompt in batch["prompt"]]).to(device) for i in range(2)
+            )
+            loss = compute_loss(
+                transformer,
+                sample_latents(moments, vae.config, generator),
+                prompt_embeds,
+                pooled_prompt_embeds,
+                args=args,
+                noise_scheduler=noise_scheduler,
+                guidance=torch.full((len(moments),), args.guidance_scale, device=device) if guided else None,
+                generator=generator,
+            )
+            accelerator.backward(loss)
+            loss_sum = loss_sum + loss.detach() / accumulation
+            if not accelerator.sync_gradients:
+                continue
+            grad_norm = accelerator.clip_grad_norm_(lora_params, args.max_grad_norm)
+            totals = torch.stack([loss_sum, torch.tensor(float(len(signals)), device=device)])
+            mean_loss, interrupted = accelerator.reduce(totals, reduction="mean").tolist()
+            # a gradient scaler (fp16) skips infinite gradients itself
+            finite = math.isfinite(mean_loss) and (accelerator.scaler is not None or math.isfinite(grad_norm))
+            if finite:
+                optimizer.step()
+            lr_scheduler.step()
+            optimizer.zero_grad()
+
+        global_step += 1
+        skipped = 0 if finite else skipped + 1
+        if skipped == MAX_SKIPPED_STEPS:
+            raise SystemExit(
+                f"Stopped at step {global_step}: the last {skipped} losses were not finite. Checkpoints are intact."
+            )
+        group = optimizer.param_groups[0]
+        logs = {
+            "loss": mean_loss,
+            "lr": group["lr"] * group.get("d", 1.0),  # Prodigy's step size is lr * d
+            "grad_norm": float(grad_norm),
+            "images_per_second": total_batch_size / (time.perf_counter() - started),
+            "peak_memory_gb": peak_memory(device),
+        }
+        progress_bar.update()
+        progress_bar.set_postfix({name: f"{logs[name]:.3g}" for name in ("loss", "lr", "images_per_second")})
+        loss_sum, started = 0.0, time.perf_counter()
+        accelerator.log(logs, step=global_step)
+        if metrics:
+            metrics.write(json.dumps({"step": global_step, **logs}) + "\n")
+        done = global_step == max_train_steps
+        if interrupted or global_step % args.checkpointing_steps == 0:
+            checkpoint = save_checkpoint(accelerator, args.output_dir, global_step, run, args.checkpoints_total_limit)
+        if interrupted and not done:
+            accelerator.end_training()
+            accelerator.print(
+                f"\nInterrupted at step {global_step}, saved {checkpoint}; go on with --resume_from_checkpoint latest"
+            )
+            raise SystemExit(128 + signals[0] if signals else 1)
+        if args.validation_prompt and global_step % validation_steps == 0 and not done:
+            draw(step=global_step)
+    progress_bar.close()
+
+    # 8. Save and final validation
+    if accelerator.is_main_process:
+        save_dtype = torch.float32 if args.upcast_before_saving else weight_dtype
+        save_lora(args.output_dir, FluxPipeline, {"transformer": accelerator.unwrap_model(transformer)}, save_dtype)
+        metrics.close()
+        plot_metrics(args.output_dir / "metrics.jsonl", args.output_dir / "loss.png", title=args.output_dir.name)
+        save_model_card(args)
+    if args.validation_prompt:
+        draw(step=global_step)
+    accelerator.end_training()
+    results = {
+        "LoRA": "pytorch_lora_weights.safetensors",
+        "usage": "README.md",
+        "loss": "loss.png",
+        "pictures": "validation" if args.validation_prompt else None,
+    }
+    accelerator.print(f"Trained {global_step} steps. In {args.output_dir}:")
+    accelerator.print("\n".join(f"  {what:9}{args.output_dir / file}" for what, file in results.items() if file))
+
+
+if __name__ == "__main__":
+    main(parse_args())
