@@ -1,7 +1,9 @@
-"""Fixtures: a tiny pipeline of real classes with random weights."""
+"""Fixtures: a tiny pipeline of real classes with random weights, drawn pictures, and trainers run in this process."""
 
 import copy
+import importlib
 import os
+import random
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +14,6 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples" / "toy"))
-
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false")
 
 
@@ -44,3 +45,41 @@ def tiny(tiny_pipeline):
     """Copies of the tiny pipeline's parts, for a test to do with as it likes."""
     parts = {name: copy.deepcopy(part) for name, part in tiny_pipeline.components.items() if part is not None}
     return SimpleNamespace(**parts, components_but_image=lambda: {n: copy.deepcopy(p) for n, p in parts.items()})
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_pipeline, tmp_path_factory):
+    """The tiny pipeline as a folder."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """A folder of five small pictures of different shapes with captions."""
+    from world import caption, draw, random_scene
+
+    folder, rng = tmp_path_factory.mktemp("pictures"), random.Random(0)
+    for i, size in enumerate([(48, 32), (32, 32), (40, 64), (64, 48), (33, 37)]):
+        scene = random_scene(rng)
+        draw(scene, *size).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(caption(scene))
+    return folder
+
+
+@pytest.fixture
+def train():
+    """train(script, *flags): runs a trainer's parse_args and main in this process."""
+
+    def run(script, *flags):
+        from accelerate.state import AcceleratorState, GradientState, PartialState
+
+        module = importlib.import_module(script)
+        try:
+            module.main(module.parse_args([str(flag) for flag in flags]))
+        finally:
+            for state in (AcceleratorState, GradientState, PartialState):
+                state._reset_state()
+
+    return run
