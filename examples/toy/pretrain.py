@@ -1,14 +1,13 @@
 """Makes the toy world's models from nothing: a small FLUX.1 pipeline and its Fill variant that know drawn scenes.
 
-    python examples/toy/pretrain.py            # about two hours on two cores; continues where it was interrupted
-    python examples/toy/pretrain.py --score    # measures what is in examples/toy
+    PYTHONPATH=. python examples/toy/pretrain.py            # on two cores; continues where it was interrupted
+    PYTHONPATH=. python examples/toy/pretrain.py --score    # measures what is in examples/toy
 
 Four stages: the VAE; flow matching, together with the text encoders; guidance, distilled into the guidance embedding;
 the Fill transformer. Every step draws from (stage, step, process) alone, so a rerun repeats itself.
 """
 
 import argparse
-import copy
 import json
 import math
 import random
@@ -25,20 +24,36 @@ from diffusers import (
     FluxPipeline,
     FluxTransformer2DModel,
 )
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+from world import (
+    COLORS,
+    KINDS,
+    SIZES,
+    SUBJECTS,
+    caption,
+    draw,
+    edge_overlap,
+    foreground_mask,
+    iou,
+    mask_of,
+    random_scene,
+    random_subject,
+    score_scene,
+)
+
 from common.flow_matching import add_noise
-from common.latents import image_ids, pack_latents
-from world import COLORS, KINDS, SIZES, SUBJECTS, caption, draw, random_scene
+from common.latents import image_ids, pack_fill_condition, pack_latents
 
 
 HERE = Path(__file__).parent
-WORDS = (
-    "a an and at background centre image in left of on one outline photo picture right shape style the two with "
-    "TOK tok new object thing toy token"
-).split()
-WORDS = sorted({*WORDS, *COLORS, *KINDS, *SIZES, *" ".join(SUBJECTS.values()).split()})
+WORDS = """
+a an and at background centre image in left of on one outline photo picture right shape style the two with
+TOK tok new object thing toy token
+"""
+WORDS = sorted({*WORDS.split(), *COLORS, *KINDS, *SIZES, *" ".join(SUBJECTS.values()).split()})
 # (width, height): share of the steps, pictures per step and process
 CANVASES = {
     (64, 64): (0.6, 64),
@@ -195,7 +210,9 @@ def fit(stage, models, loss_of, *, steps, lr, work_dir, hold=0.3, ema_decay=0.99
         dist.all_reduce(gradient)
         gradient /= dist.get_world_size()
         gradient *= min(1.0, 1.0 / gradient.norm().item())
-        for parameter, master, part in zip(parameters, masters, gradient.split([m.numel() for m in masters]), strict=True):
+        for parameter, master, part in zip(
+            parameters, masters, gradient.split([m.numel() for m in masters]), strict=True
+        ):
             parameter.grad, master.grad = None, part.view_as(master)
         muon.step()
         adamw.step()
@@ -209,6 +226,8 @@ def fit(stage, models, loss_of, *, steps, lr, work_dir, hold=0.3, ema_decay=0.99
             new = {"step": step + 1, "weights": weights, "muon": muon.state_dict(), "adamw": adamw.state_dict()}
             torch.save(new, state_file.with_suffix(".partial"))
             state_file.with_suffix(".partial").rename(state_file)
+    for model in models:
+        model.float()
     copy_weights(averages, parameters)
 
 
@@ -242,38 +261,72 @@ def train_vae(work_dir):
         divergence = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).float().mean()
         return error.abs().mean() + error.square().mean() + 1e-3 * divergence
 
-    fit("vae", [vae], loss_of, steps=900, lr=4e-3, work_dir=work_dir, hold=0.4)
+    fit("vae", [vae], loss_of, steps=500, lr=4e-3, work_dir=work_dir, hold=0.4)
     return vae
 
 
-def encode_pool(vae, work_dir, rank):
-    """{canvas: (scenes, normalised latents [N, 16, h, w])}: drawn and encoded once, met again in other words."""
-    pool_file = work_dir / f"pool-{rank}.pt"
-    scenes = {
-        canvas: [
-            random_scene(rng, aspect=canvas[0] / canvas[1]) for _ in range(int(20000 * share) if share < 0.5 else 16000)
-        ]
-        for canvas, (share, _) in CANVASES.items()
-        if (rng := random.Random(f"pool/{rank}/{canvas}"))
-    }
-    if pool_file.exists():
-        latents = torch.load(pool_file, weights_only=True)
+def normalise(vae):
+    """Narrows the VAE's posterior and measures the shift and scale of its latents."""
+    vae.eval().requires_grad_(False)
+    vae.encoder.conv_out.bias[16:] -= 2 * math.log(10)  # a tenth of the spread: the decoder does without its noise
+    rng = random.Random("normalise")
+    means = vae.encode(to_tensor([draw(random_scene(rng)) for _ in range(500)])).latent_dist.mean
+    vae.register_to_config(shift_factor=means.mean().item(), scaling_factor=1 / means.std().item())
+
+
+@torch.no_grad()
+def encode(vae, images):
+    """Normalised latents [N, 16, h, w] of images [N, 3, H, W]."""
+    with torch.autocast("cpu", torch.bfloat16):
+        means = torch.cat([vae.encode(part).latent_dist.mean.float() for part in images.split(50)])
+    return (means - vae.config.shift_factor) * vae.config.scaling_factor
+
+
+def make_pool(vae, rank, share_of_pool=1.0, masked=False):
+    """{canvas: (scenes, latents [N, 16, h, w], Fill conditions or None)}: encoded once, met again in other words."""
+    pool = {}
+    for canvas, (share, _) in tqdm(CANVASES.items(), desc="encoding scenes", disable=rank != 0):
+        rng = random.Random(f"pool/{rank}/{canvas}/{masked}")
+        count = int((16000 if share > 0.5 else 20000 * share) * share_of_pool)
+        scenes = [random_scene(rng, canvas[0] / canvas[1]) for _ in range(count)]
+        latents, conditions = [], []
+        for i in range(0, count, 50):
+            images = to_tensor([draw(scene, *canvas) for scene in scenes[i : i + 50]])
+            latents.append(encode(vae, images))
+            if masked:
+                masks = torch.stack([random_mask(rng, *canvas) for _ in images])
+                conditions.append(pack_fill_condition(encode(vae, images * (1 - masks)), masks))
+        pool[canvas] = scenes, torch.cat(latents), torch.cat(conditions) if masked else None
+    return pool
+
+
+def random_mask(rng, width, height):
+    """[1, height, width], 1 where Fill is to paint: a half, a rectangle or everything."""
+    mask, kind = torch.zeros(1, height, width), rng.random()
+    if kind < 0.15:
+        mask[:] = 1
+    elif kind < 0.5:
+        axis = rng.choice((1, 2))
+        rng.choice(mask.chunk(2, dim=axis)).fill_(1)
     else:
-        latents = {}
-        for canvas, group in tqdm(scenes.items(), desc="encoding scenes", disable=rank != 0):
-            batches = [to_tensor([draw(s, *canvas) for s in group[i : i + 50]]) for i in range(0, len(group), 50)]
-            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-                latents[canvas] = torch.cat([vae.encode(batch).latent_dist.mean.float() for batch in batches])
-        torch.save(latents, pool_file)
-    config = vae.config
-    return {
-        canvas: (scenes[canvas], (latents[canvas] - config.shift_factor) * config.scaling_factor) for canvas in CANVASES
-    }
+        x, y = sorted(rng.sample(range(0, width + 1, 4), 2)), sorted(rng.sample(range(0, height + 1, 4), 2))
+        mask[:, y[0] : y[1], x[0] : x[1]] = 1
+    return mask
 
 
-def predict(transformer, clip, t5, tokens, tokenizers, captions, timesteps, guidance, ids, length):
+def draw_batch(pool, rng, length):
+    """Part of a pool for one step: (tokens, conditions, captions, (width, height)); fewer for longer texts."""
+    canvas = rng.choices(list(CANVASES), [share for share, _ in CANVASES.values()])[0] if length == 24 else (64, 64)
+    scenes, latents, conditions = pool[canvas]
+    count = CANVASES[canvas][1] * (24 + 16) // (length + 16) if length != 24 else CANVASES[canvas][1]
+    picks = [rng.randrange(len(scenes)) for _ in range(count)]
+    captions = [caption(scenes[i], rng, canvas[0] / canvas[1]) for i in picks]
+    return pack_latents(latents[picks]), None if conditions is None else conditions[picks], captions, canvas
+
+
+def predict(models, tokens, captions, timesteps, guidance, canvas, length=24):
     """The velocities of packed latents [B, N, 64], with captions of at most `length` T5 tokens."""
-    clip_tokenizer, t5_tokenizer = tokenizers
+    transformer, clip, t5, clip_tokenizer, t5_tokenizer = models
     clip_ids = clip_tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
     end = clip_tokenizer.eos_token_id
     clip_ids = clip_ids[:, : int((clip_ids != end).sum(1).max()) + 1]  # CLIP is causal: the padding changes nothing
@@ -285,38 +338,69 @@ def predict(transformer, clip, t5, tokens, tokenizers, captions, timesteps, guid
         pooled_projections=clip(clip_ids).pooler_output.to(dtype),
         timestep=timesteps.to(dtype),
         guidance=guidance.to(dtype),
-        img_ids=ids,
+        img_ids=image_ids(canvas[1] // 8, canvas[0] // 8),
         txt_ids=torch.zeros(length, 3),
         return_dict=False,
     )[0].float()
 
 
-def draw_batch(pool, rng):
-    """A canvas' worth of one step: (tokens [B, N, 64], scenes, canvas)."""
-    canvas = rng.choices(list(CANVASES), [share for share, _ in CANVASES.values()])[0]
-    scenes, latents = pool[canvas]
-    picks = [rng.randrange(len(scenes)) for _ in range(CANVASES[canvas][1])]
-    return pack_latents(latents[picks]), [scenes[i] for i in picks], canvas
+def noise_levels(count):
+    """Noise levels [count] with more weight on high ones, where a scene's layout is decided."""
+    return torch.sigmoid(0.8 + 1.2 * torch.randn(count))
 
 
-def train_flow(pool, tokenizers, work_dir):
-    """Flow matching on captions of the scenes; the guidance embedding is fed anything and learns to ignore it."""
-    clip, t5 = new_text_encoders(*tokenizers)
-    transformer = fast(new_transformer())
+def log_uniform(count, maximum):
+    """[count] guidance scales between 1 and `maximum`."""
+    return torch.exp(torch.rand(count) * math.log(maximum))
+
+
+def train_flow(models, pool, work_dir):
+    """Flow matching, also for a Fill transformer; the guidance embedding is fed anything and learns to be ignored."""
+    is_fill = models[0].config.in_channels > 64
 
     def loss_of(progress, rng):
-        tokens, scenes, (width, height) = draw_batch(pool, rng)
-        captions = [caption(scene, rng, width / height) for scene in scenes]
-        timesteps = torch.sigmoid(0.8 + 1.2 * torch.randn(len(tokens)))
-        noise = torch.randn_like(tokens)
-        guidance = torch.exp(torch.rand(len(tokens)) * math.log(40))
+        tokens, conditions, captions, canvas = draw_batch(pool, rng, length=24)
+        timesteps, noise, guidance = noise_levels(len(tokens)), torch.randn_like(tokens), log_uniform(len(tokens), 40)
         noisy = add_noise(tokens, noise, timesteps)
-        ids = image_ids(height // 8, width // 8)
-        velocity = predict(transformer, clip, t5, noisy, tokenizers, captions, timesteps, guidance, ids, 24)
+        noisy = torch.cat([noisy, conditions], dim=-1) if is_fill else noisy
+        velocity = predict(models, noisy, captions, timesteps, guidance, canvas)
         return (velocity - (noise - tokens)).square().mean()
 
-    fit("flow", [transformer, clip, t5], loss_of, steps=10000, lr=6e-3, work_dir=work_dir)
-    return transformer, clip, t5
+    if is_fill:
+        fit("fill", models[:1], loss_of, steps=1500, lr=2e-3, work_dir=work_dir)
+    else:
+        fit("flow", models[:3], loss_of, steps=7000, lr=5e-3, work_dir=work_dir)
+
+
+def distil_guidance(teacher, models, pool, work_dir):
+    """The guidance embedding learns what classifier-free guidance does, at all text lengths (arXiv 2210.03142)."""
+    teacher = (teacher.requires_grad_(False), *models[1:])
+
+    def loss_of(progress, rng):
+        length = rng.choices((24, 48, 512), (0.5, 0.2, 0.3))[0]
+        tokens, _, captions, canvas = draw_batch(pool, rng, length)
+        timesteps, noise, guidance = noise_levels(len(tokens)), torch.randn_like(tokens), log_uniform(len(tokens), 6)
+        noisy = add_noise(tokens, noise, timesteps)
+        with torch.no_grad():
+            conditional, unconditional = (
+                predict(teacher, noisy, texts, timesteps, torch.ones(len(tokens)), canvas)
+                for texts in (captions, [""] * len(tokens))
+            )
+        target = unconditional + guidance.view(-1, 1, 1) * (conditional - unconditional)
+        return (predict(models, noisy, captions, timesteps, guidance, canvas, length) - target).square().mean()
+
+    fit("guidance", models[:1], loss_of, steps=1000, lr=2e-3, work_dir=work_dir)
+
+
+def copy_of(transformer, **config):
+    """A float32 copy; a wider input layer gets zeros for its new channels."""
+    arguments = {name: value for name, value in transformer.config.items() if not name.startswith("_")}
+    copied = FluxTransformer2DModel(**arguments | config)
+    state = {name.replace("_orig_mod.", ""): value.float() for name, value in transformer.state_dict().items()}
+    weight = torch.zeros_like(copied.x_embedder.weight)
+    weight[:, : state["x_embedder.weight"].shape[1]] = state["x_embedder.weight"]
+    copied.load_state_dict({**state, "x_embedder.weight": weight})
+    return copied
 
 
 def fast(transformer):
@@ -326,34 +410,160 @@ def fast(transformer):
     return transformer
 
 
-def worker(rank, args):
-    """One of the two training processes."""
+def worker(rank, work_dir):
+    """One of the two training processes; the first one saves the pipelines."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{args.work_dir.absolute()}/rendezvous", rank=rank, world_size=2)
+    torch._dynamo.config.recompile_limit = 64  # one per canvas, text length and stage
+    dist.init_process_group("gloo", init_method=f"file://{work_dir.absolute()}/rendezvous", rank=rank, world_size=2)
     torch.manual_seed(0)
-    vae = train_vae(args.work_dir).eval().requires_grad_(False)
-    with torch.no_grad():
-        vae.encoder.conv_out.bias[16:] -= 2 * math.log(10)  # a tenth of the posterior's spread: the decoder needs none
-        sample = to_tensor([draw(random_scene(random.Random(i))) for i in range(500)])
-        means = vae.encode(sample).latent_dist.mean
-    vae.register_to_config(shift_factor=means.mean().item(), scaling_factor=1 / means.std().item())
+    vae = train_vae(work_dir)
+    normalise(vae)
     tokenizers = new_tokenizers()
-    pool = encode_pool(vae, args.work_dir, rank)
-    transformer, clip, t5 = train_flow(pool, tokenizers, args.work_dir)
+    texts = *new_text_encoders(*tokenizers), *tokenizers
+    flow = fast(new_transformer())
+    pool = make_pool(vae, rank)
+    train_flow((flow, *texts), pool, work_dir)
+    for text_encoder in texts[:2]:
+        text_encoder.requires_grad_(False)
+    guided = fast(copy_of(flow))
+    distil_guidance(fast(copy_of(flow)), (guided, *texts), pool, work_dir)
+    fill = fast(copy_of(flow, in_channels=384, out_channels=64))
+    train_flow((fill, *texts), make_pool(vae, rank, share_of_pool=0.4, masked=True), work_dir)
     if rank == 0:
-        transformer = FluxTransformer2DModel.from_config(transformer.config)
-        state = torch.load(args.work_dir / "flow.pt", weights_only=True)["weights"]
-        for p, (_, average) in zip(transformer.parameters(), state): p.data.copy_(average.view_as(p))
-        new_pipeline(vae=vae, text_encoder=clip, tokenizer=tokenizers[0], text_encoder_2=t5, tokenizer_2=tokenizers[1], transformer=transformer).save_pretrained(args.work_dir / "flow-pipeline")
+        vae.half()  # the text encoders stay in float32: transformers would load them in the dtype of their files
+        for pipeline_class, transformer, folder in (
+            (FluxPipeline, guided, "flux"),
+            (FluxFillPipeline, fill, "flux-fill"),
+        ):
+            pipeline = new_pipeline(
+                pipeline_class,
+                vae=vae,
+                text_encoder=texts[0],
+                text_encoder_2=texts[1],
+                tokenizer=texts[2],
+                tokenizer_2=texts[3],
+                transformer=copy_of(transformer).half(),
+            )
+            pipeline.save_pretrained(HERE / folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def psnr(a, b):
+    """Peak signal-to-noise ratio in dB of two arrays of pixels in 0..255."""
+    return 10 * math.log10(255**2 / np.square(np.float64(a) - np.float64(b)).mean())
+
+
+def sample(pipeline, captions, seed, *, size=(64, 64), length=32, guidance=3.5, **inputs):
+    """One image per caption in 20 steps, all else as the pipeline does it."""
+    images = []
+    for i in range(0, len(captions), 64):
+        images += pipeline(
+            captions[i : i + 64],
+            width=size[0],
+            height=size[1],
+            num_inference_steps=20,
+            guidance_scale=guidance,
+            max_sequence_length=length,
+            generator=torch.Generator().manual_seed(seed * 1000 + i),
+            **{name: values[i : i + 64] for name, values in inputs.items()},
+        ).images
+    return images
+
+
+def cells(images, scenes):
+    """Mean scores of background, foreground and shape, 0 to 100."""
+    scores = [score_scene(image, scene) for image, scene in zip(images, scenes, strict=True)]
+    names = ("background", "foreground", "shape")
+    return " / ".join(f"{100 * np.mean([score[name] for score in scores]):.0f}" for name in names)
+
+
+def all_right(images, scenes):
+    """Share of images without a fault, 0 to 100."""
+    return 100 * float(np.mean([min(score_scene(*pair).values()) for pair in zip(images, scenes, strict=True)]))
+
+
+def score(count=256):
+    """Prints what the models in examples/toy can do as a Markdown table: measure, value, bar."""
+    flux, fill = (c.from_pretrained(HERE / f) for c, f in ((FluxPipeline, "flux"), (FluxFillPipeline, "flux-fill")))
+    for pipeline in (flux, fill):
+        pipeline.transformer.set_attention_backend("_native_math")
+        pipeline.set_progress_bar_config(desc="sampling", leave=False)
+    row = lambda *cells: print("|", " | ".join(map(str, cells)), "|", flush=True)  # noqa: E731
+    row("measure", "value", "bar")
+    row("---", "---", "---")
+    rng = random.Random("score")
+
+    subjects = [random_subject(rng, name)[0] for name in SUBJECTS for _ in range(64)]
+    for name, scenes, bar in (
+        ("scenes", [random_scene(rng, outline=0) for _ in range(128)], 32),
+        ("outlines", [random_scene(rng, outline=1) for _ in range(128)], 29),
+        ("subjects", subjects, 29),
+    ):
+        images = [draw(scene) for scene in scenes]
+        pixels = to_tensor(images)
+        with torch.no_grad():
+            decoded = flux.vae.decode(flux.vae.encode(pixels).latent_dist.mean).sample.clamp(-1, 1)
+        row(f"VAE, PSNR of {name}", f"{psnr((decoded + 1) * 127.5, (pixels + 1) * 127.5):.1f} dB", f">= {bar}")
+
+    def single_scenes(size=(64, 64)):
+        aspect = size[0] / size[1]
+        scenes = [random_scene(rng, aspect, pair=0, outline=0) for _ in range(count)]
+        return scenes, [caption(scene) for scene in scenes]
+
+    names, bars = "background / foreground / shape", ">= 99 / 98 / 90"
+    scenes, captions = single_scenes()
+    for seed in range(3):
+        images = sample(flux, captions, seed, length=512)
+        row(f"{names}, seed {seed}", cells(images, scenes), bars)
+    images = sample(flux, captions, 0)
+    row(
+        f"{names}, text length 32",
+        " / ".join(f"{x:.0f}" for x in mean_scores(images, scenes)),
+        "within 5 of length 512",
+    )
+    overlap = np.mean(
+        [iou(foreground_mask(image), mask_of(scene)) for image, scene in zip(images, scenes, strict=True)]
+    )
+    edges = np.mean([edge_overlap(image, draw(scene)) for image, scene in zip(images, scenes, strict=True)])
+    row("caption only: mask IoU / edge overlap with the scene", f"{overlap:.2f} / {edges:.2f}", "<= .35 / .2")
+    for guidance in (1.0, 2.0, 5.0):
+        images = sample(flux, captions, 0, guidance=guidance)
+        row(f"{names}, guidance {guidance:g}", cells(images, scenes), "higher guidance, higher score")
+    for size in ((128, 128), (96, 64)):
+        scenes, captions = single_scenes(size)
+        images = sample(flux, captions, 0, size=size)
+        row(f"{names}, {size[0]} x {size[1]}", cells(images, scenes), "shape >= 85")
+
+    scenes, captions = single_scenes()
+    drawn, mask = [draw(scene) for scene in scenes], Image.new("L", (64, 64))
+    mask.paste(255, (32, 0, 64, 64))
+    seen = [np.asarray(image)[:, :32] for image in drawn]
+    half_psnr = lambda images: np.mean([psnr(np.asarray(i)[:, :32], s) for i, s in zip(images, seen, strict=True)])  # noqa: E731
+    masks = [mask] * count
+    filled = half_psnr(sample(fill, captions, 0, image=drawn, mask_image=masks))
+    wrong = half_psnr(sample(fill, captions, 0, image=drawn[1:] + drawn[:1], mask_image=masks))
+    plain = half_psnr(sample(flux, captions, 0))
+    row("Fill, PSNR of the visible half", f"{filled:.1f} dB", f">= {plain + 8:.1f}: text-to-image {plain:.1f} + 8")
+    row("Fill, the same with another scene's picture", f"{wrong:.1f} dB", "clearly lower")
+    shown = [scene for scene in scenes if scene.shapes[0].x <= 0.5]
+    images = sample(fill, [""] * len(shown), 0, image=[draw(s) for s in shown], mask_image=masks[: len(shown)])
+    row("Fill, all right without a caption, shape at least half visible", f"{all_right(images, shown):.0f}", ">= 60")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--work_dir", type=Path, default=Path("toy-pretraining"), help="states of the stages")
+    parser.add_argument("--score", action="store_true", help="only measure what is in examples/toy")
     args = parser.parse_args()
-    args.work_dir.mkdir(parents=True, exist_ok=True)
-    (args.work_dir / "rendezvous").unlink(missing_ok=True)
-    torch.multiprocessing.spawn(worker, (args,), nprocs=2)
+    if not args.score:
+        args.work_dir.mkdir(parents=True, exist_ok=True)
+        (args.work_dir / "rendezvous").unlink(missing_ok=True)
+        torch.multiprocessing.spawn(worker, (args.work_dir,), nprocs=2)
+    score()
 
 
 if __name__ == "__main__":

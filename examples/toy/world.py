@@ -27,11 +27,10 @@ COLORS = {
     "white": (245, 245, 245),
     "black": (20, 20, 20),
 }
-PALETTE = np.array(list(COLORS.values()), dtype=np.float32)  # [8, 3]
 COLOR_NAMES = list(COLORS)
 KINDS = ("circle", "square", "triangle", "cross", "diamond")
-SIZES = {"small": (9 / 64, 11 / 64), "big": (15 / 64, 18 / 64)}  # half of a shape's height
-GRID = 16  # centres lie on a grid of this many steps per unit: four pixels of a picture of 64
+SIZES = {"small": 10 / 64, "big": 17 / 64}  # half of a shape's height
+MARGINS = {"small": 1 / 4, "big": 3 / 8}  # of a shape's centre to the canvas' border; centres lie on a grid of 1/4
 SUBJECTS = {"glyph": "sks glyph", "totem": "zwx totem"}  # words the pretraining captions never use
 
 
@@ -126,15 +125,14 @@ def mask_of(scene, width=64, height=64):
 
 def random_shape(rng, color, aspect=1.0, size=None, kind=None, left=0.0, right=None, outline=False):
     """A shape anywhere on a canvas `aspect` times as wide as high, between x = `left` and x = `right`."""
-    r = rng.choice(SIZES[size or rng.choice(list(SIZES))])
-    reach = 1.1 * r  # the diamond is the widest
-    right = max(aspect, 1) if right is None else right
-    x = rng.randint(math.ceil((left + reach) * GRID), math.floor((right - reach) * GRID)) / GRID
-    y = rng.randint(math.ceil(reach * GRID), math.floor((max(1 / aspect, 1) - reach) * GRID)) / GRID
-    return Shape(kind or rng.choice(KINDS), color, x, y, r, outline)
+    size = size or rng.choice(list(SIZES))
+    margin, right = MARGINS[size], max(aspect, 1) if right is None else right
+    x = left + margin + rng.randint(0, round(4 * (right - left - 2 * margin))) / 4
+    y = margin + rng.randint(0, round(4 * (max(1 / aspect, 1) - 2 * margin))) / 4
+    return Shape(kind or rng.choice(KINDS), color, x, y, SIZES[size], outline)
 
 
-def random_scene(rng, aspect=1.0, pair=0.2, outline=0.08):
+def random_scene(rng, aspect=1.0, pair=0.15, outline=0.08):
     """One shape, or with probability `pair` two small ones side by side; outlines with probability `outline`."""
     background, first, second = rng.sample(COLOR_NAMES, 3)
     as_outline = rng.random() < outline
@@ -197,10 +195,11 @@ def random_subject(rng, name, aspect=1.0):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def labels(image):
-    """Index of the nearest palette colour of each pixel [height, width]."""
+def labels(image, names=COLOR_NAMES):
+    """Index into `names` of the nearest colour of each pixel [height, width]."""
     pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
-    return np.square(pixels[..., None, :] - PALETTE).sum(-1).argmin(-1)
+    palette = np.float32([COLORS[name] for name in names])
+    return np.square(pixels[..., None, :] - palette).sum(-1).argmin(-1)
 
 
 def iou(a, b):
@@ -256,14 +255,14 @@ def score_scene(image, scene):
             "foreground": float(found == shape.color),
             "shape": float(kind == shape.kind),
         }
-    index = labels(image)
-    masks = [index == COLOR_NAMES.index(shape.color) for shape in scene.shapes]
+    index = labels(image, [scene.background, *(shape.color for shape in scene.shapes)])
+    masks = [index == 1, index == 2]
+    found = {COLOR_NAMES[i] for i in np.flatnonzero(np.bincount(labels(image).ravel()) > 0.01 * index.size)}
+    kinds = [kind_of(mask) == shape.kind for mask, shape in zip(masks, scene.shapes, strict=True)]
     return {
         "background": background,
-        "foreground": float(np.mean([mask.mean() > 0.01 for mask in masks])),
-        "shape": float(
-            np.mean([kind_of(mask) == shape.kind for mask, shape in zip(masks, scene.shapes, strict=True)])
-        ),
+        "foreground": float(np.mean([shape.color in found for shape in scene.shapes])),
+        "shape": float(np.mean(kinds)),
     }
 
 
