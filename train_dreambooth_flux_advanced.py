@@ -19,14 +19,11 @@ arguments (args.json), the loss (metrics.jsonl, loss.png), pictures (validation/
 
 import argparse
 import functools
-import importlib.metadata
 import json
 import math
 import os
-import resource
 import shlex
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -52,17 +49,15 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 
 from common.flow_matching import TIMESTEP_SAMPLING, add_noise, sample_sigmas, step_generator, velocity_loss
-from common.latents import (
-    cache_moments,
-    encode_moments,
-    image_ids,
-    pack_latents,
-    sample_latents,
-)
+from common.latents import cache_moments, encode_moments, image_ids, pack_latents, sample_latents
 from common.lora import (
     FLUX_TARGET_MODULES,
     add_lora,
+    catch_signals,
+    checkpoint_conflicts,
+    checkpoint_to_resume,
     find_checkpoints,
+    load_checkpoint,
     register_lora_checkpointing,
     save_checkpoint,
     save_lora,
@@ -72,7 +67,9 @@ from common.validation import (
     image_grid,
     log_images,
     open_metrics,
+    peak_memory,
     plot_metrics,
+    start_logging,
     undisturbed,
 )
 
@@ -686,58 +683,10 @@ image.save("image.png")
     ModelCard(f"---\n{metadata.to_yaml()}\n---\n{description}").save(args.output_dir / "README.md")
 
 
-def peak_memory(device):
-    """Most memory in use so far, in GiB: the accelerator's, or the process' on a CPU."""
-    if device.type == "cpu":
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return torch.accelerator.max_memory_allocated(device) / 2**30
-
-
 def fail(problems):
     """Ends the run as argparse does: all problems in one message, exit code 2."""
     print(f"{Path(sys.argv[0]).name}: error: {join_problems(problems)}", file=sys.stderr)
     raise SystemExit(2)
-
-
-def catch_signals():
-    """The list that SIGINT and SIGTERM append themselves to; a second one ends the process at once."""
-    signals = []
-
-    def catch(number, frame):
-        signals.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, catch)
-    return signals
-
-
-def resume(accelerator, args, run):
-    """Loads the checkpoint that --resume_from_checkpoint names, if there is one, and returns its step."""
-    checkpoint = args.resume_from_checkpoint
-    if checkpoint == "latest":
-        checkpoint = next(reversed(find_checkpoints(args.output_dir)), None)
-    if checkpoint is None:
-        return 0
-    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text())
-    different = [f"{name} was {state[name]} and is {value}" for name, value in run.items() if state[name] != value]
-    if different:
-        fail([f"--resume_from_checkpoint {checkpoint}: cannot continue exactly, {'; '.join(different)}"])
-    accelerator.load_state(checkpoint)
-    accelerator.print(f"Resuming from {checkpoint}")
-    return state["global_step"]
-
-
-def start_logging(accelerator, args):
-    """args.json with the versions of the libraries, and the trackers."""
-    values = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    if accelerator.is_main_process:
-        libraries = ("torch", "diffusers", "transformers", "peft", "accelerate")
-        versions = {name: importlib.metadata.version(name) for name in libraries}
-        text = json.dumps({"args": values, "versions": versions}, indent=2)
-        (args.output_dir / "args.json").write_text(text + "\n")
-    if args.report_to != "none":
-        accelerator.init_trackers("dreambooth-flux", {name: "" if v is None else v for name, v in values.items()})
 
 
 def main(args):
@@ -757,10 +706,18 @@ def main(args):
     set_seed(args.seed)
 
     # 2. Data
+    num_processes, accumulation = accelerator.num_processes, args.gradient_accumulation_steps
     examples, problems = find_examples(args)
+    dataset = DreamBoothDataset(examples, args)
+    run = {  # what a step means: a resumed run must agree
+        "num_samples": len(dataset),
+        "num_processes": num_processes,
+        **{name: getattr(args, name) for name in ("seed", "train_batch_size", "gradient_accumulation_steps")},
+    }
+    checkpoint = checkpoint_to_resume(args.output_dir, args.resume_from_checkpoint)
+    problems += checkpoint_conflicts(checkpoint, run)
     if problems:
         fail(problems)
-    dataset = DreamBoothDataset(examples, args)
     args.output_dir.mkdir(parents=True, exist_ok=True)
 
     # 3. Prompts and latents: each encoder works and is gone before the transformer is loaded
@@ -790,7 +747,6 @@ def main(args):
     guided = transformer.config.guidance_embeds
 
     # 5. Optimizer and schedule
-    num_processes, accumulation = accelerator.num_processes, args.gradient_accumulation_steps
     total_batch_size = args.train_batch_size * accumulation * num_processes
     optimizer = create_optimizer(lora_params, args, args.learning_rate * (total_batch_size if args.scale_lr else 1))
     batches_per_epoch = math.ceil(math.ceil(len(dataset) / args.train_batch_size) / num_processes)
@@ -808,12 +764,7 @@ def main(args):
 
     # 6. Prepare and resume
     transformer, optimizer, lr_scheduler = accelerator.prepare(transformer, optimizer, lr_scheduler)
-    run = {  # what a step means: a resumed run must agree
-        "num_samples": len(dataset),
-        "num_processes": num_processes,
-        **{name: getattr(args, name) for name in ("seed", "train_batch_size", "gradient_accumulation_steps")},
-    }
-    global_step = resume(accelerator, args, run)
+    global_step = load_checkpoint(accelerator, checkpoint)
     sampler = StepSampler(
         len(dataset),
         args.train_batch_size,
@@ -838,7 +789,7 @@ def main(args):
         f"  steps    {max_train_steps}, {steps_per_epoch} per epoch; a step is {total_batch_size} pictures: "
         f"batch {args.train_batch_size} x accumulation {accumulation} x {num_processes} {device.type}, {weight_dtype}"
     )
-    start_logging(accelerator, args)
+    start_logging(accelerator, args, "dreambooth-flux")
     draw = functools.partial(validate, accelerator, transformer, vae, noise_scheduler, embeddings, args)
     if args.validation_prompt and global_step == 0:
         draw(step=0)
@@ -898,7 +849,6 @@ def main(args):
         }
         progress_bar.update()
         progress_bar.set_postfix({name: f"{logs[name]:.3g}" for name in ("loss", "lr", "images_per_second")})
-        loss_sum, started = 0.0, time.perf_counter()
         accelerator.log(logs, step=global_step)
         if metrics:
             metrics.write(json.dumps({"step": global_step, **logs}) + "\n")
@@ -913,6 +863,7 @@ def main(args):
             raise SystemExit(128 + signals[0] if signals else 1)
         if args.validation_prompt and global_step % validation_steps == 0 and not done:
             draw(step=global_step)
+        loss_sum, started = 0.0, time.perf_counter()
     progress_bar.close()
 
     # 8. Save and final validation

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import signal
+import tempfile
 from pathlib import Path
 
 import torch
@@ -65,7 +67,14 @@ def save_lora(directory, pipeline_class, modules, dtype=torch.float32):
         metadata = model.peft_config["default"].to_dict()
         metadata["target_modules"] = sorted(metadata["target_modules"])  # a set, in no fixed order
         layers[f"{name}_lora_adapter_metadata"] = metadata
-    pipeline_class.save_lora_weights(directory, **layers)
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    partial = directory / f".{LORA_WEIGHT_NAME_SAFE}.partial"
+    with tempfile.TemporaryDirectory() as folder:
+        pipeline_class.save_lora_weights(folder, **layers)
+        shutil.copyfile(Path(folder) / LORA_WEIGHT_NAME_SAFE, partial)  # a copy others may read, by the user's umask
+    flush_to_disk(partial)
+    partial.rename(directory / LORA_WEIGHT_NAME_SAFE)
 
 
 def load_lora(directory, modules):
@@ -115,7 +124,8 @@ def save_checkpoint(accelerator, output_dir, step, state, total_limit=None):
     """Saves the run to `output_dir`/checkpoint-`step`, then deletes the oldest beyond `total_limit`.
 
     The folder is written beside its place, flushed to the disk and renamed: it is complete or absent whenever the
-    machine stops. `state` (JSON) is what `load_checkpoint` returns. To be called by all processes.
+    machine stops. `state` (JSON) says what a step means in this run, see `checkpoint_conflicts`. To be called by all
+    processes.
     """
     output_dir = Path(output_dir)
     checkpoint, partial = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.partial"
@@ -138,10 +148,45 @@ def save_checkpoint(accelerator, output_dir, step, state, total_limit=None):
     return checkpoint
 
 
+def checkpoint_to_resume(output_dir, resume_from_checkpoint):
+    """The folder that --resume_from_checkpoint means: None without the flag, or for "latest" without a checkpoint."""
+    if resume_from_checkpoint == "latest":
+        return next(reversed(find_checkpoints(output_dir)), None)
+    return Path(resume_from_checkpoint) if resume_from_checkpoint else None
+
+
+def checkpoint_conflicts(checkpoint, state):
+    """What keeps a run with this `state` from continuing the checkpoint (or None) exactly, as a list of sentences."""
+    if checkpoint is None:
+        return []
+    saved = json.loads((checkpoint / "trainer_state.json").read_text())
+    return [
+        f"--resume_from_checkpoint {checkpoint}: {name} was {saved.get(name)} there and is {value} now"
+        for name, value in state.items()
+        if saved.get(name) != value
+    ]
+
+
 def load_checkpoint(accelerator, checkpoint):
-    """Restores what `save_checkpoint` saved and returns its `state`, `global_step` included."""
+    """Restores what `save_checkpoint` saved and returns its step; step 0 for None."""
+    if checkpoint is None:
+        return 0
     accelerator.load_state(checkpoint)
-    return json.loads((Path(checkpoint) / "trainer_state.json").read_text())
+    accelerator.print(f"Resuming from {checkpoint}")
+    return json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
+
+
+def catch_signals():
+    """The list that SIGINT and SIGTERM append themselves to; a second one ends the process at once."""
+    signals = []
+
+    def catch(number, frame):
+        signals.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, catch)
+    return signals
 
 
 def flush_to_disk(path):

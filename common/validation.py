@@ -1,10 +1,13 @@
 """Sampling while training, without a trace in the training: images, grids, metrics, trackers."""
 
+import importlib.metadata
 import json
 import math
 import random
+import resource
 import textwrap
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -38,7 +41,7 @@ def generate_images(accelerator, pipeline, calls, *, seed, desc="Validation"):
     """
     pipeline.set_progress_bar_config(disable=True)
     images = []
-    with accelerator.split_between_processes(list(enumerate(calls))) as share:
+    with accelerator.split_between_processes(list(enumerate(calls))) as share, accelerator.autocast():
         for i, call in tqdm(share, desc=desc, unit="image", leave=False, disable=not accelerator.is_main_process):
             generator = torch.Generator().manual_seed(seed + i)  # on the CPU: the same image on every device
             images += pipeline(**call, generator=generator).images
@@ -80,8 +83,27 @@ def log_images(accelerator, images, captions, *, name, step):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Metrics
+# Logging
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def start_logging(accelerator, args, project):
+    """Writes args.json with the versions of the libraries, and starts the trackers under the name of `project`."""
+    values = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    if accelerator.is_main_process:
+        libraries = ("torch", "diffusers", "transformers", "peft", "accelerate")
+        versions = {name: importlib.metadata.version(name) for name in libraries}
+        text = json.dumps({"args": values, "versions": versions}, indent=2)
+        (args.output_dir / "args.json").write_text(text + "\n")
+    if accelerator.log_with:
+        accelerator.init_trackers(project, {name: "" if v is None else v for name, v in values.items()})
+
+
+def peak_memory(device):
+    """Most memory in use so far, in GiB: the accelerator's, or the process' on a CPU."""
+    if device.type == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return torch.accelerator.max_memory_allocated(device) / 2**30
 
 
 def open_metrics(path, last_step):

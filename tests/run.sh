@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Installs what the tests need into .venv and runs them; --all adds the slow ones and the benchmarks.
+# Anything else goes to pytest: tests/run.sh -k resume
+set -euo pipefail
+cd "$(dirname "$0")/.."
+[ -x .venv/bin/python ] || python3 -m venv .venv
+.venv/bin/python -m pip install --quiet --requirement tests/requirements.txt
+.venv/bin/ruff check .
+.venv/bin/ruff format --check --quiet .
+selection=(-m "not slow")
+if [ "${1:-}" = --all ]; then
+    shift
+    selection=()
+fi
+.venv/bin/python -m pytest "${selection[@]}" --durations=10 "$@"
+if [ ${#selection[@]} -eq 0 ]; then
+    .venv/bin/python tests/benchmarks/step_overhead.py
+fi
