@@ -4,7 +4,6 @@ import copy
 import importlib
 import os
 import random
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,14 +12,13 @@ import torch
 
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "examples" / "toy"))
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false")
 
 
 @pytest.fixture(scope="session")
 def tiny_pipeline():
     """A FluxPipeline with one block of each kind and random weights."""
-    import pretrain
+    from examples.toy import pretrain
 
     torch.manual_seed(0)
     clip_tokenizer, t5_tokenizer = pretrain.new_tokenizers()
@@ -58,7 +56,7 @@ def tiny_model(tiny_pipeline, tmp_path_factory):
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory):
     """A folder of five small pictures of different shapes with captions."""
-    from world import caption, draw, random_scene
+    from examples.toy.world import caption, draw, random_scene
 
     folder, rng = tmp_path_factory.mktemp("pictures"), random.Random(0)
     for i, size in enumerate([(48, 32), (32, 32), (40, 64), (64, 48), (33, 37)]):

@@ -5,19 +5,17 @@ python examples/toy/compare.py OUTPUT_DIR --subject glyph --output before_after.
 
 import argparse
 import random
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import FluxPipeline
-from world import SUBJECTS, caption, random_scene, random_subject, score_scene, score_subject
+
+from common.validation import image_grid
+from examples.toy.world import SUBJECTS, caption, random_scene, random_subject, score_scene, score_subject
 
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent.parent))
-
-from common.validation import image_grid  # noqa: E402
 
 
 def sample(pipeline, prompts, seed):

@@ -1,7 +1,7 @@
 """Makes the toy world's models from nothing: a small FLUX.1 pipeline and its Fill variant that know drawn scenes.
 
-    PYTHONPATH=. python examples/toy/pretrain.py            # on two cores; continues where it was interrupted
-    PYTHONPATH=. python examples/toy/pretrain.py --score    # measures what is in examples/toy
+    python -m examples.toy.pretrain            # on two cores; continues where it was interrupted
+    python -m examples.toy.pretrain --score    # measures what is in examples/toy
 
 Four stages: the VAE; flow matching, together with the text encoders; guidance, distilled into the guidance embedding;
 the Fill transformer. Every step draws from (stage, step, process) alone, so a rerun repeats itself.
@@ -28,7 +28,10 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
-from world import (
+
+from common.flow_matching import add_noise
+from common.latents import image_ids, pack_fill_condition, pack_latents
+from examples.toy.world import (
     COLORS,
     KINDS,
     SIZES,
@@ -43,9 +46,6 @@ from world import (
     random_subject,
     score_scene,
 )
-
-from common.flow_matching import add_noise
-from common.latents import image_ids, pack_fill_condition, pack_latents
 
 
 HERE = Path(__file__).parent

@@ -1,0 +1,1 @@
+"""What can be run: see README.md."""

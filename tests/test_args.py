@@ -1,0 +1,170 @@
+"""Bad input: one clear message, exit code 2, before any model is loaded, and nothing written."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+import train_dreambooth_flux_advanced as dreambooth
+
+
+@pytest.fixture
+def world(tiny_model, pictures, tmp_path):
+    """Names that stand for paths in the table below."""
+    folders = {
+        name: tmp_path / name for name in ("empty", "bare", "broken", "badtext", "badjson", "halfjson", "blank")
+    }
+    for folder in folders.values():
+        folder.mkdir()
+    for name in ("bare", "badtext", "badjson", "halfjson", "blank"):
+        Image.new("RGB", (20, 20), "red").save(folders[name] / "a.png")
+    (folders["broken"] / "a.png").write_bytes(b"\x89PNG and then nothing")
+    (folders["badtext"] / "a.txt").write_bytes(b"\xff\xfe\xff")
+    (folders["badjson"] / "metadata.jsonl").write_text("{oops\n")
+    (folders["halfjson"] / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png"}) + "\n")
+    (folders["blank"] / "a.txt").write_text("\n")
+    checkpoint = tmp_path / "earlier" / "checkpoint-5"
+    checkpoint.mkdir(parents=True)
+    state = {"global_step": 5, "seed": 1, "train_batch_size": 4, "gradient_accumulation_steps": 1}
+    (checkpoint / "trainer_state.json").write_text(json.dumps({**state, "num_samples": 5, "num_processes": 1}))
+    (tmp_path / "file").write_text("")
+    (tmp_path / "argsfile").write_text("--rank 0  # too small\n")
+    paths = {name: tmp_path / name for name in ("nowhere", "earlier", "file", "argsfile", "out")}
+    return {**folders, **paths, "model": tiny_model, "pictures": pictures, "checkpoint": checkpoint}
+
+
+# flags that follow a working command, and what the message must say
+BAD = [
+    ("--rank 0", "--rank: 0 is out of range: it must be at least 1"),
+    ("--rank four", "--rank: invalid whole number value: 'four'"),
+    ("@{argsfile}", "--rank: 0 is out of range"),
+    ("--learning_rate -1", "--learning_rate: -1 is out of range: it must be above 0"),
+    ("--learning_rate nan", "--learning_rate: nan is out of range"),
+    ("--lora_alpha 0", "--lora_alpha: 0 is out of range"),
+    ("--caption_dropout 1.5", "--caption_dropout: 1.5 is out of range: it must be at least 0 and at most 1"),
+    ("--lora_dropout 1", "--lora_dropout: 1 is out of range"),
+    ("--max_sequence_length 600", "--max_sequence_length: 600 is out of range"),
+    ("--resolution 40", "--resolution 40 must be a multiple of 16, such as 32"),
+    ("--seed -1", "--seed: -1 is out of range"),
+    ("--num_train_epochs 0", "--num_train_epochs: 0 is out of range"),
+    ("--max_train_steps 0", "--max_train_steps: 0 is out of range"),
+    ("--optimizer sgd", "--optimizer: invalid choice: 'sgd'"),
+    ("--lr_scheduler linnear", "--lr_scheduler: invalid choice: 'linnear'"),
+    ("--weighting_scheme best", "--weighting_scheme: invalid choice"),
+    ("--timestep_sampling late", "--timestep_sampling: invalid choice"),
+    ("--image_interpolation_mode cubic", "--image_interpolation_mode: invalid choice"),
+    ("--report_to mlflow9", "--report_to: invalid choice"),
+    ("--mixed_precision fp8", "--mixed_precision: invalid choice"),
+    ("--mixed_precision fp16", "--mixed_precision fp16 needs a GPU: use bf16 or no"),
+    ("--prodigy_decouple maybe", "--prodigy_decouple maybe: expected True or False"),
+    ("--learning_rat 1", "unrecognized arguments: --learning_rat 1"),
+    ("--optimizer prodigy --use_8bit_adam", "--use_8bit_adam has no effect on --optimizer prodigy"),
+    ("--prodigy_beta3 0.9", "--prodigy_beta3 has no effect on --optimizer adamw"),
+    ("--timestep_sampling sigmoid --weighting_scheme mode", "--weighting_scheme mode has no effect without"),
+    ("--validation_steps 5", "--validation_steps 5 needs --validation_prompt"),
+    ("--dataset_name some/set", "exactly one of --instance_data_dir and --dataset_name is needed"),
+    ("--dataset_config_name small", "--dataset_config_name small needs --dataset_name"),
+    (
+        "--pretrained_model_name_or_path {nowhere}",
+        "no such folder, and not a hub id like black-forest",
+    ),
+    ("--pretrained_model_name_or_path {pictures}", "not a FLUX pipeline, it has no folder scheduler"),
+    ("--lora_layers attn.to_z,attn.to_q", "--lora_layers: the transformer has no linear layer attn.to_z"),
+    ("--output_dir {file}", "a file of this name is in the way"),
+    (
+        "--output_dir {earlier}",
+        "holds checkpoint-5 of an earlier run: continue it with",
+    ),
+    ("--resume_from_checkpoint {nowhere}", "no checkpoint there; use latest, or a checkpoint-N folder"),
+    ("--output_dir {earlier} --resume_from_checkpoint latest", "checkpoint-5: seed was 1 there and is 0 now"),
+    (
+        "--resume_from_checkpoint {checkpoint} --train_batch_size 2 --seed 1",
+        "train_batch_size was 4 there and is 2",
+    ),
+    ("--instance_data_dir {nowhere}", "--instance_data_dir {nowhere}: no such folder"),
+    ("--instance_data_dir {empty}", "--instance_data_dir {empty}: no pictures (.png, "),
+    ("--instance_data_dir {bare}", "no caption for {bare}/a.png: give --instance_prompt, captions in .txt files"),
+    ("--instance_data_dir {broken} --instance_prompt x", "{broken}/a.png: not a readable picture"),
+    ("--instance_data_dir {badtext} --instance_prompt x", "{badtext}/a.txt: not UTF-8 text"),
+    ("--instance_data_dir {blank}", "{blank}/a.txt: empty caption"),
+    ("--instance_data_dir {badjson} --instance_prompt x", "{badjson}/metadata.jsonl: each line must be JSON"),
+    ("--instance_data_dir {halfjson} --instance_prompt x", "{halfjson}/metadata.jsonl: each line must be JSON with"),
+]
+
+
+@pytest.fixture
+def no_models(monkeypatch):
+    """Loading a model is an error."""
+
+    def load(*args, **kwargs):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(dreambooth, "load_model", load)
+    monkeypatch.setattr(dreambooth, "encode_prompts", load)
+
+
+@pytest.mark.parametrize(("flags", "message"), BAD, ids=[flags for flags, _ in BAD])
+def test_bad_input_is_one_clear_error(train, world, no_models, capsys, flags, message):
+    command = (
+        "--pretrained_model_name_or_path {model} --instance_data_dir {pictures} --output_dir {out} --report_to none"
+    )
+    before = sorted(world["out"].parent.rglob("*"))
+    with pytest.raises(SystemExit) as stop:
+        train("train_dreambooth_flux_advanced", *f"{command} {flags}".format(**world).split())
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2
+    assert message.format(**world) in error
+    assert ": error: " in error
+    assert sorted(world["out"].parent.rglob("*")) == before
+
+
+def test_all_problems_come_in_one_message(world, no_models, train, capsys):
+    flags = "--pretrained_model_name_or_path {nowhere} --validation_steps 3 --resolution 40 --output_dir {file}"
+    with pytest.raises(SystemExit):
+        train("train_dreambooth_flux_advanced", *flags.format(**world).split())
+    error = capsys.readouterr().err.split("error:")[1]
+    for problem in ("exactly one of", "no such folder", "needs --validation_prompt", "multiple of 16", "in the way"):
+        assert problem in error
+
+
+def test_a_missing_dataset_or_column_is_named(world, no_models, train, capsys):
+    flags = "--pretrained_model_name_or_path {model} --output_dir {out} --dataset_name".format(**world).split()
+    for extra, message in (
+        ([world["nowhere"]], "cannot be loaded"),
+        ([world["bare"], "--image_column", "photo"], "no column photo; it has image"),
+        ([world["bare"], "--caption_column", "words"], "no column words; it has image"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            train("train_dreambooth_flux_advanced", *flags, *extra)
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+def test_switches_are_understood_in_old_and_new_spelling(world):
+    command = "--pretrained_model_name_or_path {model} --instance_data_dir {pictures} --optimizer prodigy"
+    parse = lambda flags: dreambooth.parse_args(f"{command} {flags}".format(**world).split())  # noqa: E731
+    assert parse("").prodigy_decouple is True
+    for flags in ("--no-prodigy_decouple", "--prodigy_decouple False", "--prodigy_decouple=false"):
+        assert parse(flags).prodigy_decouple is False
+    for flags in ("--prodigy_decouple", "--prodigy_decouple True"):
+        assert parse(flags).prodigy_decouple is True
+
+
+def test_a_file_of_flags(world, tmp_path):
+    file = tmp_path / "run.args"
+    file.write_text('# a comment\n--rank 8 --instance_prompt "a photo of sks dog"  # the prompt\n')
+    model = ["--pretrained_model_name_or_path", str(world["model"]), "--instance_data_dir", str(world["pictures"])]
+    args = dreambooth.parse_args([*model, f"@{file}", "--rank", "16"])
+    assert (args.rank, args.instance_prompt) == (16, "a photo of sks dog")
+
+
+def test_as_a_command_the_message_is_short():
+    command = [sys.executable, str(ROOT / "train_dreambooth_flux_advanced.py"), "--rank", "0"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    lines = [line for line in result.stderr.splitlines() if "torchvision" not in line]
+    assert len(lines) <= 3

@@ -1,0 +1,81 @@
+"""What holds for every trainer: flags are grouped, explained and read; the same banners in the same order."""
+
+import argparse
+import ast
+import importlib
+
+import pytest
+from conftest import ROOT
+
+
+SCRIPTS = sorted(path.stem for path in ROOT.glob("train_*.py"))
+BANNERS = ["Arguments", "Data", "Model", "Objective", "Training"]
+GROUPS = [
+    "model",
+    "data",
+    "lora",
+    "noise",
+    "optimizer",
+    "schedule and checkpoints",
+    "validation",
+    "output and logging",
+]
+
+
+def parser_of(script):
+    """The ArgumentParser that a trainer's parse_args builds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_args", lambda parser, argv: (_ for _ in ()).throw(Built(parser)))
+        with pytest.raises(Built) as built:
+            importlib.import_module(script).parse_args([])
+    return built.value.parser
+
+
+class Built(Exception):  # noqa: N818
+    def __init__(self, parser):
+        self.parser = parser
+
+
+def flags_of(script):
+    return [action for action in parser_of(script)._actions if action.dest != "help"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_has_a_group_and_a_help_text(script):
+    parser = parser_of(script)
+    titled = [group for group in parser._action_groups if group.title not in ("positional arguments", "options")]
+    grouped = {action.dest for group in titled for action in group._group_actions}
+    assert {action.dest for action in flags_of(script)} == grouped
+    assert all(action.help and action.help[-1] != "." for action in flags_of(script))
+    assert all(group.description for group in titled)
+    titles = [group.title for group in titled]
+    assert [title for title in titles if title in GROUPS] == GROUPS
+    help_text = parser.format_help()
+    assert all(f"--{action.dest}" in help_text for action in flags_of(script))
+    assert "accelerate launch" in help_text
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_is_read_outside_the_parser(script):
+    tree = ast.parse((ROOT / f"{script}.py").read_text())
+    inside = {id(n) for f in tree.body if getattr(f, "name", "") == "parse_args" for n in ast.walk(f)}
+    nodes = [node for node in ast.walk(tree) if id(node) not in inside]
+    read = {n.attr for n in nodes if isinstance(n, ast.Attribute) and getattr(n.value, "id", "") == "args"}
+    read |= {n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)}  # getattr(args, name)
+    assert not {action.dest for action in flags_of(script)} - read
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_banners_stand_in_the_same_order(script):
+    lines = (ROOT / f"{script}.py").read_text().splitlines()
+    rule = "# " + "-" * 117
+    banners = [lines[i][2:] for i in range(1, len(lines) - 1) if lines[i - 1] == lines[i + 1] == rule]
+    assert banners == BANNERS
+
+
+def test_a_flag_means_the_same_in_every_trainer():
+    seen = {}
+    for script in SCRIPTS:
+        for action in flags_of(script):
+            meaning = action.default, action.help, list(action.choices or []), action.nargs
+            assert seen.setdefault(action.dest, meaning) == meaning, f"--{action.dest} of {script}"
