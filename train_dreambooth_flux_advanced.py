@@ -349,6 +349,8 @@ class Example:
     def image(self):
         """The picture as its owner sees it: upright (EXIF), transparent parts white, RGB."""
         image = ImageOps.exif_transpose(self.read())
+        if image.mode.startswith("I"):  # 16-bit grey, which PIL would clip to white
+            image = Image.fromarray((np.asarray(image) / 257).astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -451,7 +453,7 @@ class DreamBoothDataset(Dataset):
         self.args = args
         self.moments = {}  # (index, flipped): [2C, h, w]
 
-    def keys(self):
+    def picture_keys(self):
         """(index, flipped) of all that training can ask for."""
         flips = (False, True) if self.args.random_flip else (False,)
         return [(index, flipped) for index in range(len(self.examples)) for flipped in flips]
@@ -727,7 +729,7 @@ def main(args):
     vae = load_model(AutoencoderKL, "vae", args, weight_dtype).to("cpu" if args.offload else device)
     if args.cache_latents:
         with offload_models(vae, device=device, offload=args.offload):
-            dataset.moments = cache_moments(accelerator, vae, dataset.keys(), dataset.pixel_values)
+            dataset.moments = cache_moments(accelerator, vae, dataset.picture_keys(), dataset.pixel_values)
 
     # 4. Transformer and LoRA
     noise_scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(
