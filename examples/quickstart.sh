@@ -18,6 +18,6 @@ rm -rf "$out/pictures" "$out/lora"
     --max_train_steps 300 --checkpointing_steps 150 \
     --validation_prompt "sks glyph on a blue background" --validation_steps 100 \
     --output_dir "$out/lora"
-.venv/bin/python -m examples.toy.compare "$out/lora" --subject glyph --output "$out/before_after.png"
+.venv/bin/python examples/toy/compare.py "$out/lora" --subject glyph --output "$out/before_after.png"
 
 echo "Before and after: $out/before_after.png   loss: $out/lora/loss.png   LoRA: $out/lora/pytorch_lora_weights.safetensors"

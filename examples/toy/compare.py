@@ -5,11 +5,15 @@ python examples/toy/compare.py OUTPUT_DIR --subject glyph --output before_after.
 
 import argparse
 import random
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import FluxPipeline
+
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from common.validation import image_grid
 from examples.toy.world import SUBJECTS, caption, random_scene, random_subject, score_scene, score_subject

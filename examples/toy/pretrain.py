@@ -1,7 +1,7 @@
 """Makes the toy world's models from nothing: a small FLUX.1 pipeline and its Fill variant that know drawn scenes.
 
-    python -m examples.toy.pretrain            # on two cores; continues where it was interrupted
-    python -m examples.toy.pretrain --score    # measures what is in examples/toy
+    python examples/toy/pretrain.py            # on two cores; continues where it was interrupted
+    python examples/toy/pretrain.py --score    # measures what is in examples/toy
 
 Four stages: the VAE; flow matching, together with the text encoders; guidance, distilled into the guidance embedding;
 the Fill transformer. Every step draws from (stage, step, process) alone, so a rerun repeats itself.
@@ -12,6 +12,7 @@ import json
 import math
 import random
 import string
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,9 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from common.flow_matching import add_noise
 from common.latents import image_ids, pack_fill_condition, pack_latents
