@@ -304,7 +304,7 @@ def score_subject(image, name):
     return best
 
 
-def edges(image, threshold=60):
+def edges(image, threshold=30):
     """Boolean [height, width]: pixels whose colour differs from the next one's to the right or below."""
     pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
     across = np.abs(np.diff(pixels, axis=1, append=pixels[:, -1:])).max(-1)
