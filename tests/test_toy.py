@@ -40,7 +40,7 @@ def test_real_drawings_score_full_marks(size):
         scene = random_scene(rng, size[0] / size[1], pair=0, outline=0)
         image = draw(scene, *size)
         assert score_scene(image, scene) == {"background": 1, "foreground": 1, "shape": 1}
-        assert iou(foreground_mask(image), mask_of(scene, *size)) > 0.9
+        assert iou(foreground_mask(image), mask_of(scene, *size)) > 0.85
         assert edge_overlap(image, draw(scene, *size)) == 1
 
 
