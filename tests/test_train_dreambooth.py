@@ -209,3 +209,33 @@ def test_wandb_offline_gets_curves_and_pictures(train, flags, tmp_path, monkeypa
     train(SCRIPT, *flags, "--max_train_steps", 2, "--output_dir", tmp_path / "run", "--report_to", "wandb", *prompt)
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
     assert list(tmp_path.glob("wandb/offline-run-*/files/media/images/*.png"))
+
+
+@pytest.fixture(scope="session")
+def glyph_pictures(tmp_path_factory):
+    """Six captioned pictures of the toy subject, as `world.py glyph` draws them."""
+    folder = tmp_path_factory.mktemp("glyph")
+    command = [sys.executable, ROOT / "examples" / "toy" / "world.py", "glyph", folder, "--count", "6"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return folder
+
+
+def test_it_learns_a_subject(train, glyph_pictures, tmp_path):
+    from examples.toy.compare import HERE, evaluate
+
+    pipeline = FluxPipeline.from_pretrained(HERE / "flux")
+    pipeline.set_progress_bar_config(disable=True)
+    before, ordinary_before, _ = evaluate(pipeline, "glyph")
+    started = time.perf_counter()
+    train(
+        SCRIPT,
+        *("--pretrained_model_name_or_path", HERE / "flux", "--max_sequence_length", 32, "--report_to", "none"),
+        *("--instance_data_dir", glyph_pictures, "--resolution", 64, "--cache_latents", "--output_dir", tmp_path),
+        *QUICKSTART,
+    )
+    seconds = time.perf_counter() - started
+    pipeline.load_lora_weights(tmp_path)
+    after, ordinary_after, _ = evaluate(pipeline, "glyph")
+    print(f"subject {before:.0f} -> {after:.0f} (bar 60) in {seconds:.0f} s, ordinary {ordinary_before:.0f} -> {ordinary_after:.0f}")
+    assert before < 20
+    assert after >= 60
