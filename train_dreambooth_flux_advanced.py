@@ -34,7 +34,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import DistributedType, ProjectConfiguration, gather_object, set_seed
 from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
@@ -61,11 +61,14 @@ from common.lora import (
     register_lora_checkpointing,
     save_checkpoint,
     save_lora,
+    target_layers,
+    unknown_layers,
 )
 from common.validation import (
     generate_images,
     image_grid,
     log_images,
+    log_step,
     open_metrics,
     peak_memory,
     plot_metrics,
@@ -75,11 +78,19 @@ from common.validation import (
 
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+UNREAD_SUFFIXES = (".heic", ".heif", ".avif", ".tif", ".tiff", ".gif")
 INTERPOLATION = [mode.name.lower() for mode in Image.Resampling]
 WEIGHTING_SCHEMES = ("none", "sigma_sqrt", "logit_normal", "mode", "cosmap")
 LR_SCHEDULERS = [scheduler.value for scheduler in SchedulerType if scheduler != SchedulerType.PIECEWISE_CONSTANT]
-TRACKERS = ("tensorboard", "wandb", "comet_ml", "all", "none")
+TRACKERS = ("tensorboard", "wandb", "all", "none")
 MAX_SKIPPED_STEPS = 10  # in a row, for want of a finite loss
+# Flags that a resumed run may change: they do not touch what a step computes, or only how many there are.
+CHANGEABLE = {
+    *("allow_tf32", "cache_dir", "cache_latents", "gradient_checkpointing", "offload", "dataloader_num_workers"),
+    *("max_train_steps", "num_train_epochs", "checkpointing_steps", "checkpoints_total_limit", "local_rank"),
+    *("validation_prompt", "validation_steps", "validation_epochs", "num_validation_images", "resume_from_checkpoint"),
+    *("output_dir", "logging_dir", "report_to", "upcast_before_saving"),
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -91,7 +102,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """The default in the help of every argument that has one, the example command as it stands."""
 
     def _get_help_string(self, action):
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        silent = action.default is None or action.default is False  # 0 is worth telling
+        return action.help if silent else super()._get_help_string(action)
 
 
 class Switch(argparse.BooleanOptionalAction):
@@ -114,7 +126,7 @@ def number(kind, minimum, maximum=math.inf, *, above=False):
 
     def parse(text):
         value = kind(text)
-        if not (minimum < value if above else minimum <= value) or not value <= maximum:
+        if not (minimum < value if above else minimum <= value) or not value <= maximum or math.isinf(value):
             limit = f"above {minimum}" if above else f"at least {minimum}"
             limit += f" and at most {maximum}" if maximum < math.inf else ""
             raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {limit}")
@@ -135,7 +147,8 @@ def parse_args(argv=None):
     )
     parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
     count, size = number(int, 1), number(int, 16, 8192)
-    positive, not_negative, share = number(float, 0, above=True), number(float, 0), number(float, 0, 1)
+    positive, not_negative = number(float, 0, above=True), number(float, 0)
+    share, decay = number(float, 0, 1), number(float, 0, 0.9999999)
 
     arg = parser.add_argument_group("model", "what is trained, in which precision").add_argument
     arg(
@@ -147,11 +160,13 @@ def parse_args(argv=None):
     arg("--revision", help="revision of the model on the hub")
     arg("--variant", help="variant of the model's files, such as fp16")
     arg("--cache_dir", help="where downloaded models and datasets are kept")
-    arg("--max_sequence_length", type=number(int, 1, 512), default=512, help="T5 tokens per prompt; schnell takes 256")
+    arg(
+        "--max_sequence_length", type=number(int, 1, 512), default=512, help="T5 tokens per prompt; schnell: up to 256"
+    )
     arg("--mixed_precision", choices=("no", "fp16", "bf16"), help="of the frozen models; the adapter stays in float32")
     arg("--allow_tf32", action="store_true", help="faster float32 matrix products on Ampere and later GPUs")
     arg("--gradient_checkpointing", action="store_true", help="less memory, a third more time per step")
-    arg("--offload", action="store_true", help="keep the VAE in main memory while it has nothing to do")
+    arg("--offload", action="store_true", help="VAE in main memory while idle; with cache_latents it always is")
 
     arg = parser.add_argument_group("data", "a folder of pictures, or a dataset").add_argument
     arg(
@@ -165,9 +180,18 @@ def parse_args(argv=None):
     arg("--caption_column", help="column of the dataset or of metadata.jsonl that holds captions")
     arg("--instance_prompt", help="prompt of every picture without a caption: a photo of sks dog")
     arg("--caption_dropout", type=share, default=0.0, help="share of captions left out")
-    arg("--repeats", type=count, default=1, help="times each picture counts in an epoch, each time with its own crop")
+    arg(
+        "--repeats",
+        type=count,
+        default=1,
+        help="times each picture counts in an epoch; unless centred, each has its crop",
+    )
     arg("--resolution", type=size, default=512, help="side in pixels that pictures are resized and cropped to")
-    arg("--center_crop", action="store_true", help="crop the centre instead of a random part")
+    arg(
+        "--center_crop",
+        action="store_true",
+        help="crop the centre instead of a part drawn once per picture and repeat",
+    )
     arg("--random_flip", action="store_true", help="mirror half of the pictures; not for faces, text or logos")
     arg("--image_interpolation_mode", choices=INTERPOLATION, default="lanczos", help="how pictures are resized")
     arg("--train_batch_size", type=count, default=4, help="pictures per device and forward pass")
@@ -178,7 +202,11 @@ def parse_args(argv=None):
     arg("--rank", type=count, default=4, help="rank of the adapter: its size and what it can hold")
     arg("--lora_alpha", type=positive, default=4, help="the adapter counts lora_alpha / rank")
     arg("--lora_dropout", type=number(float, 0, 0.99), default=0.0, help="dropout before the adapter")
-    arg("--lora_layers", "--lora_blocks", help="layers, such as attn.to_k,single_transformer_blocks.7.attn.to_q")
+    arg(
+        "--lora_layers",
+        "--lora_blocks",
+        help="such as attn.to_k,single_transformer_blocks.7.attn.to_q (default: attention and feed-forward)",
+    )
 
     arg = parser.add_argument_group("noise", "which noise levels are trained, and how much each counts").add_argument
     arg("--guidance_scale", type=not_negative, default=3.5, help="guidance that a guidance-distilled model is told")
@@ -186,9 +214,9 @@ def parse_args(argv=None):
     arg(
         "--weighting_scheme", choices=WEIGHTING_SCHEMES, default="none", help="density of noise levels, or loss weight"
     )
-    arg("--logit_mean", type=float, default=0.0, help="mean of logit_normal")
+    arg("--logit_mean", type=number(float, -100, 100), default=0.0, help="mean of logit_normal")
     arg("--logit_std", type=positive, default=1.0, help="standard deviation of logit_normal")
-    arg("--mode_scale", type=float, default=1.29, help="scale of mode")
+    arg("--mode_scale", type=number(float, -1, 1.75), default=1.29, help="scale of mode")
     arg("--sigmoid_scale", type=positive, default=1.0, help="steepness of sigmoid, shift and flux_shift")
     arg("--discrete_flow_shift", type=positive, default=3.0, help="shift of shift")
 
@@ -207,11 +235,11 @@ def parse_args(argv=None):
     arg("--lr_num_cycles", type=count, default=1, help="cycles of cosine_with_restarts")
     arg("--lr_power", type=positive, default=1.0, help="power of polynomial")
     arg("--use_8bit_adam", action="store_true", help="AdamW with 8-bit states (bitsandbytes)")
-    arg("--adam_beta1", type=share, default=0.9, help="decay of the gradient's mean, in Prodigy too")
-    arg("--adam_beta2", type=share, default=0.999, help="decay of the gradient's square, in Prodigy too")
+    arg("--adam_beta1", type=decay, default=0.9, help="decay of the gradient's mean, in Prodigy too")
+    arg("--adam_beta2", type=decay, default=0.999, help="decay of the gradient's square, in Prodigy too")
     arg("--adam_weight_decay", type=not_negative, default=1e-4, help="weight decay, in Prodigy too")
     arg("--adam_epsilon", type=positive, default=1e-8, help="added to the denominator, in Prodigy too")
-    arg("--prodigy_beta3", type=share, help="decay of Prodigy's estimate (default: square root of adam_beta2)")
+    arg("--prodigy_beta3", type=decay, help="decay of Prodigy's estimate (default: square root of adam_beta2)")
     arg("--prodigy_decouple", action=Switch, default=True, help="weight decay as in AdamW")
     arg("--prodigy_use_bias_correction", action=Switch, default=True, help="Adam's bias correction")
     arg("--prodigy_safeguard_warmup", action=Switch, default=True, help="keep warm-up out of Prodigy's estimate")
@@ -240,7 +268,7 @@ def parse_args(argv=None):
     arg("--upcast_before_saving", action="store_true", help="save the adapter in float32, not in mixed_precision")
 
     args = parser.parse_args(argv)
-    problems = check_flags(args) + check_model_folder(args) + check_output_dir(args)
+    problems = check_flags(args) + check_model(args) + check_output_dir(args)
     if problems:
         parser.error(join_problems(problems))
     return args
@@ -271,6 +299,10 @@ def check_flags(args):
             "--use_8bit_adam has no effect on --optimizer prodigy: leave one out",
         ),
         (
+            args.optimizer == "prodigy" and args.learning_rate <= 0.1,
+            f"--learning_rate {args.learning_rate:g}: Prodigy finds the rate itself and wants about 1",
+        ),
+        (
             args.optimizer != "prodigy" and args.prodigy_beta3 is not None,
             f"--prodigy_beta3 has no effect on --optimizer {args.optimizer}: leave it out",
         ),
@@ -290,40 +322,62 @@ def check_flags(args):
     return [problem for broken, problem in rules if broken]
 
 
-def check_model_folder(args):
-    """Problems of --pretrained_model_name_or_path and --lora_layers, as far as they show without a download."""
-    folder = Path(args.pretrained_model_name_or_path)
-    flag = f"--pretrained_model_name_or_path {folder}"
-    if not folder.is_dir():
-        is_hub_id = len(folder.parts) == 2 and not folder.is_absolute() and folder.parts[0] not in (".", "..", "~")
-        return [] if is_hub_id else [f"{flag}: no such folder, and not a hub id like black-forest-labs/FLUX.1-dev"]
-    parts = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae")
-    missing = [part for part in parts if not (folder / part).is_dir()]
-    if missing:
-        return [f"{flag}: not a FLUX pipeline, it has no folder {', '.join(missing)}"]
+def check_model(args):
+    """Problems of --pretrained_model_name_or_path, --lora_layers and the disk, from the transformer's config alone."""
+    flag = f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"
+    try:
+        config = FluxTransformer2DModel.load_config(
+            args.pretrained_model_name_or_path,
+            subfolder="transformer",
+            revision=args.revision,
+            cache_dir=args.cache_dir,
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        return [
+            f"{flag}: neither a folder with a FLUX pipeline nor a hub id like black-forest-labs/FLUX.1-dev ({reason})"
+        ]
+    if config.get("_class_name") != "FluxTransformer2DModel" or config.get("in_channels") != 64:
+        found = f"{config.get('_class_name')} with {config.get('in_channels')} input channels"
+        return [f"{flag}: holds a {found}, not FLUX.1-dev or -schnell"]
+    if not config["guidance_embeds"] and args.max_sequence_length > 256:
+        return [f"--max_sequence_length {args.max_sequence_length}: FLUX.1-schnell takes at most 256"]
     with torch.device("meta"):
-        transformer = FluxTransformer2DModel.from_config(FluxTransformer2DModel.load_config(folder / "transformer"))
-    names = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
-    unknown = [t for t in lora_targets(args) if not any(f".{name}".endswith(f".{t}") for name in names)]
-    return [f"--lora_layers: the transformer has no linear layer {', '.join(unknown)}"] if unknown else []
+        transformer = FluxTransformer2DModel.from_config(config)
+    targets = lora_targets(args)
+    unknown = unknown_layers(transformer, targets)
+    if unknown:
+        return [f"--lora_layers: the transformer has no linear layer {', '.join(unknown)}"]
+    sizes = [sum(layer.weight.shape) for name, layer in target_layers(transformer, targets)]
+    needed = 16 * args.rank * sum(sizes)  # bytes of a checkpoint, its two moments and the result
+    parent = next(path for path in [args.output_dir, *args.output_dir.absolute().parents] if path.exists())
+    if shutil.disk_usage(parent).free < needed:
+        return [f"--output_dir {args.output_dir}: less than {needed / 2**20:.0f} MiB free, which one checkpoint takes"]
+    return []
 
 
 def check_output_dir(args):
     """Problems of --output_dir and --resume_from_checkpoint."""
-    folder, resume = args.output_dir, args.resume_from_checkpoint
+    folder, checkpoint = args.output_dir, checkpoint_to_resume(args.output_dir, args.resume_from_checkpoint)
     if folder.exists() and not folder.is_dir():
         return [f"--output_dir {folder}: a file of this name is in the way"]
     parent = next(path for path in [folder, *folder.absolute().parents] if path.exists())
     if not os.access(parent, os.W_OK):
         return [f"--output_dir {folder}: no permission to write there"]
-    if shutil.disk_usage(parent).free < 100 * 2**20:
-        return [f"--output_dir {folder}: less than 100 MB free on its disk"]
-    if resume not in (None, "latest") and not (Path(resume) / "trainer_state.json").is_file():
-        return [f"--resume_from_checkpoint {resume}: no checkpoint there; use latest, or a checkpoint-N folder"]
-    if resume is None and find_checkpoints(folder):
+    found = find_checkpoints(folder)
+    if checkpoint is None and found:
         return [
-            f"--output_dir {folder} holds {find_checkpoints(folder)[-1].name} of an earlier run: continue it with "
+            f"--output_dir {folder} holds {found[-1].name} of an earlier run: continue it with "
             "--resume_from_checkpoint latest, delete it, or choose another folder"
+        ]
+    if checkpoint is None:
+        return []
+    if not (checkpoint / "trainer_state.json").is_file():
+        return [f"--resume_from_checkpoint {checkpoint}: no checkpoint there; use latest, or a checkpoint-N folder"]
+    if found and checkpoint.resolve() != found[-1].resolve():
+        return [
+            f"--output_dir {folder} holds {found[-1].name}, later than {checkpoint}: delete what is later, or choose "
+            "another folder"
         ]
     return []
 
@@ -361,20 +415,22 @@ def find_examples(args):
     """The training pictures with their captions, and what is wrong with them: (examples, problems)."""
     examples, problems = read_dataset(args) if args.dataset_name else read_folder(args)
     if not examples and not problems:
-        problems.append(
-            f"--instance_data_dir {args.instance_data_dir}: no pictures ({', '.join(IMAGE_SUFFIXES)}) in it"
+        source = (
+            f"--dataset_name {args.dataset_name}"
+            if args.dataset_name
+            else f"--instance_data_dir {args.instance_data_dir}"
         )
+        problems.append(f"{source}: no pictures ({', '.join(IMAGE_SUFFIXES)}) in it")
 
     def defect(example):
         try:
             example.image()
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except (AttributeError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             return f"{example.name}: not a readable picture ({error})"
 
     with ThreadPoolExecutor() as pool:
-        checks = tqdm(
-            pool.map(defect, examples), total=len(examples), desc="Reading pictures", unit="image", leave=False
-        )
+        checks = pool.map(defect, examples)
+        checks = tqdm(checks, total=len(examples), desc="Reading pictures", unit="image", leave=False)
         problems += [problem for problem in checks if problem]
     bare = [example.name for example in examples if example.caption is None]
     if bare and args.instance_prompt is None:
@@ -382,6 +438,8 @@ def find_examples(args):
         problems.append(f"no caption for {names}: give --instance_prompt, captions in .txt files, or --caption_column")
     for example in examples:
         example.caption = args.instance_prompt if example.caption is None else example.caption
+        if example.caption is not None and not (isinstance(example.caption, str) and example.caption.strip()):
+            problems.append(f"{example.name}: its caption must be text and not empty, not {example.caption!r}")
     return examples, problems
 
 
@@ -390,29 +448,28 @@ def read_folder(args):
     folder, examples, problems = args.instance_data_dir, [], []
     if not folder.is_dir():
         return [], [f"--instance_data_dir {folder}: no such folder"]
-    captions = {}
-    metadata = folder / "metadata.jsonl"
+    captions, metadata = {}, folder / "metadata.jsonl"
     try:
-        rows = (
-            [json.loads(line) for line in metadata.read_text("utf-8").splitlines() if line.strip()]
-            if metadata.exists()
-            else []
-        )
+        lines = metadata.read_text("utf-8-sig").splitlines() if metadata.exists() else []
+        rows = [json.loads(line) for line in lines if line.strip()]
         column = args.caption_column or next((c for c in ("text", "prompt", "caption") if rows and c in rows[0]), None)
         captions = {row["file_name"]: row[column] for row in rows}
     except (ValueError, KeyError, TypeError) as error:
         problems.append(
             f"{metadata}: each line must be JSON with file_name and a caption, see --caption_column ({error!r})"
         )
-    for path in sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES):
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    missing = sorted(captions.keys() - {path.name for path in paths})
+    problems += [f"{metadata}: no picture {name} in this folder" for name in missing]
+    unread = sorted(path for path in folder.iterdir() if path.suffix.lower() in UNREAD_SUFFIXES)
+    problems += [f"{path}: save it as PNG or JPEG, {path.suffix} is not read" for path in unread]
+    for path in paths:
         caption, text_file = captions.get(path.name), path.with_suffix(".txt")
         if caption is None and text_file.exists():
             try:
-                caption = text_file.read_text("utf-8").strip()
+                caption = text_file.read_text("utf-8-sig").strip()
             except UnicodeDecodeError:
                 problems.append(f"{text_file}: not UTF-8 text")
-            if caption == "":
-                problems.append(f"{text_file}: empty caption")
         examples.append(Example(str(path), functools.partial(Image.open, path), caption))
     return examples, problems
 
@@ -426,19 +483,24 @@ def read_dataset(args):
         dataset = datasets.load_dataset(
             args.dataset_name, args.dataset_config_name, split="train", cache_dir=args.cache_dir
         )
+        wanted = [name for name in (args.image_column, args.caption_column) if name]
+        absent = [name for name in wanted if name not in dataset.column_names]
+        if absent:
+            found = ", ".join(dataset.column_names)
+            return [], [f"--dataset_name {args.dataset_name}: no column {', '.join(absent)}; it has {found}"]
+        dataset = dataset.cast_column(args.image_column, datasets.Image())
     except Exception as error:  # a missing, gated, empty or malformed dataset each raises its own kind
         return [], [f"--dataset_name {args.dataset_name}: cannot be loaded ({error})"]
-    columns = [name for name in (args.image_column, args.caption_column) if name and name not in dataset.column_names]
-    if columns:
-        found = ", ".join(dataset.column_names)
-        return [], [f"--dataset_name {args.dataset_name}: no column {', '.join(columns)}; it has {found}"]
-    dataset = dataset.cast_column(args.image_column, datasets.Image())
     captions = dataset[args.caption_column] if args.caption_column else [None] * len(dataset)
-    read = lambda row: dataset[row][args.image_column]  # noqa: E731
     return [
-        Example(f"{args.dataset_name}[{row}]", functools.partial(read, row), caption)
+        Example(f"{args.dataset_name}[{row}]", functools.partial(read_row, dataset, row, args.image_column), caption)
         for row, caption in enumerate(captions)
     ], []
+
+
+def read_row(dataset, row, column):
+    """A picture of a dataset."""
+    return dataset[row][column]
 
 
 class DreamBoothDataset(Dataset):
@@ -450,13 +512,14 @@ class DreamBoothDataset(Dataset):
 
     def __init__(self, examples, args):
         self.examples = examples * args.repeats
+        self.crops = len(examples) if args.center_crop else len(self.examples)  # different crops there are
         self.args = args
         self.moments = {}  # (index, flipped): [2C, h, w]
 
     def picture_keys(self):
         """(index, flipped) of all that training can ask for."""
         flips = (False, True) if self.args.random_flip else (False,)
-        return [(index, flipped) for index in range(len(self.examples)) for flipped in flips]
+        return [(index, flipped) for index in range(self.crops) for flipped in flips]
 
     def pixel_values(self, key):
         """A picture, resized to cover the resolution, cropped and perhaps mirrored: [3, H, W] in [-1, 1]."""
@@ -470,7 +533,7 @@ class DreamBoothDataset(Dataset):
     def __getitem__(self, position):
         (epoch, index), args = position, self.args
         drop, flip = np.random.default_rng((args.seed, epoch, index)).random(2)
-        key = index, bool(args.random_flip and flip < 0.5)
+        key = index % self.crops, bool(args.random_flip and flip < 0.5)
         sample = {"prompt": "" if drop < args.caption_dropout else self.examples[index].caption}
         if self.moments:
             return sample | {"moments": self.moments[key]}
@@ -491,7 +554,7 @@ class StepSampler(Sampler):
         self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
         self.start, self.stop = start, stop
         self.process_index, self.num_processes = process_index, num_processes
-        self.steps_per_epoch = math.ceil(math.ceil(num_samples / batch_size) / num_processes)
+        self.steps_per_epoch = batches_per_epoch(num_samples, batch_size, num_processes)
 
     def __iter__(self):
         for step in range(self.start, self.stop):
@@ -504,6 +567,11 @@ class StepSampler(Sampler):
 
     def __len__(self):
         return self.stop - self.start
+
+
+def batches_per_epoch(num_samples, batch_size, num_processes):
+    """Batches that each process gets in an epoch."""
+    return math.ceil(math.ceil(num_samples / batch_size) / num_processes)
 
 
 def collate(samples):
@@ -532,8 +600,11 @@ def load_model(model_class, subfolder, args, dtype):
     return model.requires_grad_(False)
 
 
-def encode_prompts(prompts, args, device, dtype, disable):
-    """{prompt: (prompt_embeds [1, T, D], pooled_prompt_embeds [1, P])} on the CPU; the text encoders are freed."""
+def encode_prompts(accelerator, prompts, args, dtype):
+    """{prompt: (prompt_embeds [1, T, D], pooled_prompt_embeds [1, P])} on the CPU; the text encoders are freed.
+
+    The processes share the work; each returns all.
+    """
     pipeline = FluxPipeline.from_pretrained(
         args.pretrained_model_name_or_path,
         transformer=None,
@@ -542,15 +613,15 @@ def encode_prompts(prompts, args, device, dtype, disable):
         variant=args.variant,
         cache_dir=args.cache_dir,
         dtype=dtype,
-    ).to(device)
-    embeddings = {}
-    with torch.no_grad():
-        for prompt in tqdm(prompts, desc="Encoding prompts", unit="prompt", disable=disable):
+    ).to(accelerator.device)
+    embeddings = []
+    with accelerator.split_between_processes(prompts) as share, torch.no_grad():
+        for prompt in tqdm(share, desc="Encoding prompts", unit="prompt", disable=not accelerator.is_main_process):
             embeds, pooled, _ = pipeline.encode_prompt(prompt, max_sequence_length=args.max_sequence_length)
-            embeddings[prompt] = embeds.cpu(), pooled.cpu()
+            embeddings.append((prompt, (embeds.cpu(), pooled.cpu())))
     del pipeline
     free_memory()
-    return embeddings
+    return dict(gather_object(embeddings))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -646,7 +717,7 @@ def validate(accelerator, transformer, vae, noise_scheduler, embeddings, args, *
     }
     with (
         undisturbed(transformer, device=accelerator.device),
-        offload_models(vae, device=accelerator.device, offload=args.offload),
+        offload_models(vae, device=accelerator.device, offload=args.offload or args.cache_latents),
     ):
         images = generate_images(accelerator, pipeline, [call] * args.num_validation_images, seed=args.seed)
     if accelerator.is_main_process:
@@ -657,10 +728,10 @@ def validate(accelerator, transformer, vae, noise_scheduler, embeddings, args, *
         log_images(accelerator, images, captions, name="validation", step=step)
 
 
-def save_model_card(args):
-    """README.md in the output folder: what was trained on what, and how to use it."""
-    prompt = args.validation_prompt or args.instance_prompt or ""
-    dtype = "bfloat16" if args.mixed_precision == "bf16" else "float32"
+def save_model_card(args, dtype, prompt):
+    """README.md in the output folder: what was trained on what, and how to draw `prompt` with it."""
+    revision = f", revision={args.revision!r}" if args.revision else ""
+    variant = f", variant={args.variant!r}" if args.variant else ""
     description = f"""
 # {args.output_dir.name}
 
@@ -670,9 +741,13 @@ A LoRA for {args.pretrained_model_name_or_path}: rank {args.rank}, alpha {args.l
 import torch
 from diffusers import FluxPipeline
 
-pipeline = FluxPipeline.from_pretrained("{args.pretrained_model_name_or_path}", dtype=torch.{dtype})
-pipeline.load_lora_weights("{args.output_dir}")
-image = pipeline({prompt!r}, height={args.resolution}, width={args.resolution}).images[0]
+pipeline = FluxPipeline.from_pretrained(
+    {args.pretrained_model_name_or_path!r}, dtype={dtype}{revision}{variant}
+).to("cuda" if torch.cuda.is_available() else "cpu")
+pipeline.load_lora_weights({str(args.output_dir.resolve())!r})
+image = pipeline(
+    {prompt!r}, height={args.resolution}, width={args.resolution}, max_sequence_length={args.max_sequence_length}
+).images[0]
 image.save("image.png")
 ```
 """
@@ -685,9 +760,52 @@ image.save("image.png")
     ModelCard(f"---\n{metadata.to_yaml()}\n---\n{description}").save(args.output_dir / "README.md")
 
 
-def fail(problems):
+def check_run(accelerator, args, max_train_steps):
+    """Problems that show once the data and the processes are known."""
+    supported = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+    rules = [
+        (
+            accelerator.distributed_type not in supported,
+            f"{accelerator.distributed_type.value}: not supported, choose multi-GPU without it in accelerate config",
+        ),
+        (
+            args.lr_scheduler != "constant" and args.lr_warmup_steps >= max_train_steps > 0,
+            f"--lr_warmup_steps {args.lr_warmup_steps} must be less than the {max_train_steps} steps of the run",
+        ),
+    ]
+    return [problem for broken, problem in rules if broken]
+
+
+def print_header(accelerator, args, examples, lora_params, transformer, max_train_steps, steps_per_epoch):
+    """What is about to be trained on what."""
+    trainable, total = (sum(p.numel() for p in parameters) for parameters in (lora_params, transformer.parameters()))
+    own_captions = sum(example.caption != args.instance_prompt for example in examples)
+    accelerator.print(
+        f"  model    {args.pretrained_model_name_or_path}\n"
+        f"  adapter  {trainable:,} parameters in {len(lora_params) // 2} layers, {trainable / total:.2%} of all\n"
+        f"  data     {len(examples)} pictures at {args.resolution} px, {own_captions} with captions of their own\n"
+        f"  steps    {max_train_steps}, {steps_per_epoch} per epoch; a step is batch {args.train_batch_size} x "
+        f"accumulation {args.gradient_accumulation_steps} x {accelerator.num_processes} {accelerator.device.type}, "
+        f"mixed precision {accelerator.mixed_precision}"
+    )
+
+
+def print_results(accelerator, args, step):
+    """What lies where."""
+    results = {
+        "LoRA": "pytorch_lora_weights.safetensors",
+        "usage": "README.md",
+        "loss": "loss.png",
+        "pictures": "validation" if args.validation_prompt else None,
+    }
+    accelerator.print(f"Trained {step} steps. In {args.output_dir}:")
+    accelerator.print("\n".join(f"  {what:9}{args.output_dir / file}" for what, file in results.items() if file))
+
+
+def fail(accelerator, problems):
     """Ends the run as argparse does: all problems in one message, exit code 2."""
-    print(f"{Path(sys.argv[0]).name}: error: {join_problems(problems)}", file=sys.stderr)
+    if accelerator.is_main_process:
+        print(f"{Path(sys.argv[0]).name}: error: {join_problems(problems)}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -708,27 +826,29 @@ def main(args):
     set_seed(args.seed)
 
     # 2. Data
-    num_processes, accumulation = accelerator.num_processes, args.gradient_accumulation_steps
     examples, problems = find_examples(args)
     dataset = DreamBoothDataset(examples, args)
-    run = {  # what a step means: a resumed run must agree
-        "num_samples": len(dataset),
-        "num_processes": num_processes,
-        **{name: getattr(args, name) for name in ("seed", "train_batch_size", "gradient_accumulation_steps")},
-    }
+    num_processes, accumulation = accelerator.num_processes, args.gradient_accumulation_steps
+    total_batch_size = args.train_batch_size * accumulation * num_processes
+    steps_per_epoch = math.ceil(batches_per_epoch(len(dataset), args.train_batch_size, num_processes) / accumulation)
+    max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
+    validation_steps = args.validation_steps or args.validation_epochs * steps_per_epoch
+    run = {name: str(value) for name, value in vars(args).items() if name not in CHANGEABLE}
+    run |= {"the number of samples": len(dataset), "the number of processes": num_processes}
     checkpoint = checkpoint_to_resume(args.output_dir, args.resume_from_checkpoint)
-    problems += checkpoint_conflicts(checkpoint, run)
+    problems += check_run(accelerator, args, max_train_steps) + checkpoint_conflicts(checkpoint, run)
     if problems:
-        fail(problems)
+        fail(accelerator, problems)
     args.output_dir.mkdir(parents=True, exist_ok=True)
 
     # 3. Prompts and latents: each encoder works and is gone before the transformer is loaded
     prompts = {example.caption for example in examples} | ({""} if args.caption_dropout else set())
     prompts |= {args.validation_prompt} if args.validation_prompt else set()
-    embeddings = encode_prompts(sorted(prompts), args, device, weight_dtype, disable=quiet)
-    vae = load_model(AutoencoderKL, "vae", args, weight_dtype).to("cpu" if args.offload else device)
+    embeddings = encode_prompts(accelerator, sorted(prompts), args, weight_dtype)
+    offload = args.offload or args.cache_latents
+    vae = load_model(AutoencoderKL, "vae", args, weight_dtype).to("cpu" if offload else device)
     if args.cache_latents:
-        with offload_models(vae, device=device, offload=args.offload):
+        with offload_models(vae, device=device, offload=offload):
             dataset.moments = cache_moments(accelerator, vae, dataset.picture_keys(), dataset.pixel_values)
 
     # 4. Transformer and LoRA
@@ -749,12 +869,7 @@ def main(args):
     guided = transformer.config.guidance_embeds
 
     # 5. Optimizer and schedule
-    total_batch_size = args.train_batch_size * accumulation * num_processes
     optimizer = create_optimizer(lora_params, args, args.learning_rate * (total_batch_size if args.scale_lr else 1))
-    batches_per_epoch = math.ceil(math.ceil(len(dataset) / args.train_batch_size) / num_processes)
-    steps_per_epoch = math.ceil(batches_per_epoch / accumulation)
-    max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
-    validation_steps = args.validation_steps or args.validation_epochs * steps_per_epoch
     lr_scheduler = get_scheduler(
         args.lr_scheduler,
         optimizer,
@@ -781,16 +896,7 @@ def main(args):
     )
 
     # 7. Train
-    trainable = sum(parameter.numel() for parameter in lora_params)
-    own_captions = sum(example.caption != args.instance_prompt for example in examples)
-    accelerator.print(
-        f"  model    {args.pretrained_model_name_or_path}\n"
-        f"  adapter  {trainable:,} parameters in {len(lora_params) // 2} layers, "
-        f"{trainable / sum(p.numel() for p in transformer.parameters()):.2%} of the transformer\n"
-        f"  data     {len(examples)} pictures at {args.resolution} px, {own_captions} with captions of their own\n"
-        f"  steps    {max_train_steps}, {steps_per_epoch} per epoch; a step is {total_batch_size} pictures: "
-        f"batch {args.train_batch_size} x accumulation {accumulation} x {num_processes} {device.type}, {weight_dtype}"
-    )
+    print_header(accelerator, args, examples, lora_params, transformer, max_train_steps, steps_per_epoch)
     start_logging(accelerator, args, "dreambooth-flux")
     draw = functools.partial(validate, accelerator, transformer, vae, noise_scheduler, embeddings, args)
     if args.validation_prompt and global_step == 0:
@@ -806,7 +912,7 @@ def main(args):
             if "moments" in batch:
                 moments = batch["moments"].to(device)
             else:
-                with offload_models(vae, device=device, offload=args.offload):
+                with offload_models(vae, device=device, offload=offload):
                     moments = encode_moments(vae, batch["pixel_values"])
             prompt_embeds, pooled_prompt_embeds = (
                 torch.cat([embeddings[prompt][i] for prompt in batch["prompt"]]).to(device) for i in range(2)
@@ -830,7 +936,7 @@ def main(args):
             mean_loss, interrupted = accelerator.reduce(totals, reduction="mean").tolist()
             # a gradient scaler (fp16) skips infinite gradients itself
             finite = math.isfinite(mean_loss) and (accelerator.scaler is not None or math.isfinite(grad_norm))
-            if finite:
+            if finite or accelerator.scaler is not None:
                 optimizer.step()
             lr_scheduler.step()
             optimizer.zero_grad()
@@ -849,11 +955,7 @@ def main(args):
             "images_per_second": total_batch_size / (time.perf_counter() - started),
             "peak_memory_gb": peak_memory(device),
         }
-        progress_bar.update()
-        progress_bar.set_postfix({name: f"{logs[name]:.3g}" for name in ("loss", "lr", "images_per_second")})
-        accelerator.log(logs, step=global_step)
-        if metrics:
-            metrics.write(json.dumps({"step": global_step, **logs}) + "\n")
+        log_step(accelerator, progress_bar, metrics, global_step, logs)
         done = global_step == max_train_steps
         if interrupted or global_step % args.checkpointing_steps == 0:
             checkpoint = save_checkpoint(accelerator, args.output_dir, global_step, run, args.checkpoints_total_limit)
@@ -874,18 +976,11 @@ def main(args):
         save_lora(args.output_dir, FluxPipeline, {"transformer": accelerator.unwrap_model(transformer)}, save_dtype)
         metrics.close()
         plot_metrics(args.output_dir / "metrics.jsonl", args.output_dir / "loss.png", title=args.output_dir.name)
-        save_model_card(args)
+        save_model_card(args, weight_dtype, args.validation_prompt or args.instance_prompt or examples[0].caption)
     if args.validation_prompt:
         draw(step=global_step)
     accelerator.end_training()
-    results = {
-        "LoRA": "pytorch_lora_weights.safetensors",
-        "usage": "README.md",
-        "loss": "loss.png",
-        "pictures": "validation" if args.validation_prompt else None,
-    }
-    accelerator.print(f"Trained {global_step} steps. In {args.output_dir}:")
-    accelerator.print("\n".join(f"  {what:9}{args.output_dir / file}" for what, file in results.items() if file))
+    print_results(accelerator, args, global_step)
 
 
 if __name__ == "__main__":

@@ -48,10 +48,10 @@ def sample_sigmas(
             weighting_scheme, batch_size, logit_mean, logit_std, mode_scale, generator=generator
         )
         num_levels = noise_scheduler.config.num_train_timesteps
-        indices = (density * num_levels).long().clamp(max=num_levels - 1)  # a density can reach 1.0
+        indices = (density * num_levels).long().clamp(0, num_levels - 1)  # a density can reach 1.0
         return noise_scheduler.sigmas[indices]
     if timestep_sampling == "uniform":
-        sigmas = torch.rand(batch_size, generator=generator)
+        sigmas = 1 - torch.rand(batch_size, generator=generator)  # never 0
     else:
         sigmas = torch.sigmoid(sigmoid_scale * torch.randn(batch_size, generator=generator))
     if timestep_sampling == "shift":

@@ -8,11 +8,6 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from tqdm.auto import tqdm
 
 
-def vae_scale_factor(vae):
-    """Pixels per latent along a side: 8 for FLUX."""
-    return 2 ** (len(vae.config.block_out_channels) - 1)
-
-
 @torch.no_grad()
 def encode_moments(vae, pixel_values):
     """The VAE posterior of images [B, 3, H, W] in [-1, 1]: mean and log-variance [B, 2C, H/f, W/f], float32.

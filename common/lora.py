@@ -35,14 +35,25 @@ FLUX_TARGET_MODULES = (
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def target_layers(model, target_modules):
+    """(name, module) of the linear layers that an adapter for `target_modules` is put beside."""
+    ends = tuple(f".{target}" for target in target_modules)
+    linear = [pair for pair in model.named_modules() if isinstance(pair[1], torch.nn.Linear)]
+    return [(name, module) for name, module in linear if f".{name}".endswith(ends)]
+
+
+def unknown_layers(model, target_modules):
+    """The `target_modules` that no linear layer of the model has."""
+    return [target for target in target_modules if not target_layers(model, [target])]
+
+
 def add_lora(model, *, rank, alpha, dropout, target_modules):
     """Adds a LoRA adapter to a frozen model and returns its parameters, in float32 whatever the model's dtype.
 
     `target_modules` are names of modules or ends of such names, as in `LoraConfig`. Raises ValueError for those that
     no linear layer has.
     """
-    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    unknown = [t for t in target_modules if not any(name == t or name.endswith(f".{t}") for name in linear)]
+    unknown = unknown_layers(model, target_modules)
     if unknown:
         raise ValueError(f"no linear layer of {type(model).__name__} is named {', '.join(unknown)}")
     config = LoraConfig(
@@ -74,7 +85,7 @@ def save_lora(directory, pipeline_class, modules, dtype=torch.float32):
         pipeline_class.save_lora_weights(folder, **layers)
         shutil.copyfile(Path(folder) / LORA_WEIGHT_NAME_SAFE, partial)  # a copy others may read, by the user's umask
     flush_to_disk(partial)
-    partial.rename(directory / LORA_WEIGHT_NAME_SAFE)
+    partial.replace(directory / LORA_WEIGHT_NAME_SAFE)
 
 
 def load_lora(directory, modules):
@@ -152,7 +163,10 @@ def checkpoint_to_resume(output_dir, resume_from_checkpoint):
     """The folder that --resume_from_checkpoint means: None without the flag, or for "latest" without a checkpoint."""
     if resume_from_checkpoint == "latest":
         return next(reversed(find_checkpoints(output_dir)), None)
-    return Path(resume_from_checkpoint) if resume_from_checkpoint else None
+    if not resume_from_checkpoint:
+        return None
+    inside = Path(output_dir) / resume_from_checkpoint  # diffusers' scripts take the name alone
+    return inside if inside.is_dir() else Path(resume_from_checkpoint)
 
 
 def checkpoint_conflicts(checkpoint, state):
@@ -163,7 +177,7 @@ def checkpoint_conflicts(checkpoint, state):
     return [
         f"--resume_from_checkpoint {checkpoint}: {name} was {saved.get(name)} there and is {value} now"
         for name, value in state.items()
-        if saved.get(name) != value
+        if saved.get(name, value) != value
     ]
 
 

@@ -5,6 +5,7 @@ import json
 import math
 import random
 import resource
+import sys
 import textwrap
 from contextlib import contextmanager
 from pathlib import Path
@@ -102,7 +103,8 @@ def start_logging(accelerator, args, project):
 def peak_memory(device):
     """Most memory in use so far, in GiB: the accelerator's, or the process' on a CPU."""
     if device.type == "cpu":
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        unit = 2**10 if sys.platform == "linux" else 1  # macOS counts bytes
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
     return torch.accelerator.max_memory_allocated(device) / 2**30
 
 
@@ -112,6 +114,15 @@ def open_metrics(path, last_step):
     kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= last_step]
     path.write_text("".join(f"{line}\n" for line in kept))
     return path.open("a", buffering=1)
+
+
+def log_step(accelerator, progress_bar, metrics, step, logs):
+    """Sends one step's numbers to the progress bar, the trackers and, on the main process, `open_metrics`' file."""
+    progress_bar.update()
+    progress_bar.set_postfix({name: f"{logs[name]:.3g}" for name in ("loss", "lr", "images_per_second")})
+    accelerator.log(logs, step=step)
+    if metrics:
+        metrics.write(json.dumps({"step": step, **logs}) + "\n")
 
 
 def plot_metrics(metrics_path, picture_path, title):

@@ -3,6 +3,7 @@
 # Anything else goes to pytest: tests/run.sh -k resume
 set -euo pipefail
 cd "$(dirname "$0")/.."
+python3 -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or later is needed')"
 [ -x .venv/bin/python ] || python3 -m venv .venv
 .venv/bin/python -m pip install --quiet --requirement tests/requirements.txt
 .venv/bin/ruff check .
@@ -12,7 +13,7 @@ if [ "${1:-}" = --all ]; then
     shift
     selection=()
 fi
-.venv/bin/python -m pytest "${selection[@]}" --durations=10 "$@"
+.venv/bin/python -m pytest ${selection[@]+"${selection[@]}"} --durations=10 "$@"
 if [ ${#selection[@]} -eq 0 ]; then
     .venv/bin/python tests/benchmarks/step_overhead.py
 fi

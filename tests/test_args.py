@@ -14,12 +14,11 @@ import train_dreambooth_flux_advanced as dreambooth
 @pytest.fixture
 def world(tiny_model, pictures, tmp_path):
     """Names that stand for paths in the table below."""
-    folders = {
-        name: tmp_path / name for name in ("empty", "bare", "broken", "badtext", "badjson", "halfjson", "blank")
-    }
+    with_picture = ("bare", "badtext", "badjson", "halfjson", "blank", "strange", "list", "phone")
+    folders = {name: tmp_path / name for name in ("empty", "broken", *with_picture)}
     for folder in folders.values():
         folder.mkdir()
-    for name in ("bare", "badtext", "badjson", "halfjson", "blank"):
+    for name in with_picture:
         Image.new("RGB", (20, 20), "red").save(folders[name] / "a.png")
     (folders["broken"] / "a.png").write_bytes(b"\x89PNG and then nothing")
     (folders["badtext"] / "a.txt").write_bytes(b"\xff\xfe\xff")
@@ -28,11 +27,24 @@ def world(tiny_model, pictures, tmp_path):
     (folders["blank"] / "a.txt").write_text("\n")
     checkpoint = tmp_path / "earlier" / "checkpoint-5"
     checkpoint.mkdir(parents=True)
-    state = {"global_step": 5, "seed": 1, "train_batch_size": 4, "gradient_accumulation_steps": 1}
-    (checkpoint / "trainer_state.json").write_text(json.dumps({**state, "num_samples": 5, "num_processes": 1}))
+    state = {"global_step": 5, "seed": "1", "train_batch_size": "4", "rank": "4", "the number of processes": 1}
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    (tmp_path / "fill" / "transformer").mkdir(parents=True)
+    config = {"_class_name": "FluxTransformer2DModel", "in_channels": 384}
+    (tmp_path / "fill" / "transformer" / "config.json").write_text(json.dumps(config))
+    (folders["strange"] / "metadata.jsonl").write_text(json.dumps({"file_name": "b.png", "text": "x"}) + "\n")
+    (folders["list"] / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": ["x"]}) + "\n")
+    (folders["phone"] / "b.heic").write_bytes(b"")
+    for label in ("cats", "dogs"):
+        (tmp_path / "labelled" / label).mkdir(parents=True)
+        Image.new("RGB", (20, 20), "red").save(tmp_path / "labelled" / label / "a.png")
+    (tmp_path / "later" / "checkpoint-9").mkdir(parents=True)
     (tmp_path / "file").write_text("")
     (tmp_path / "argsfile").write_text("--rank 0  # too small\n")
-    paths = {name: tmp_path / name for name in ("nowhere", "earlier", "file", "argsfile", "out")}
+    paths = {
+        name: tmp_path / name
+        for name in ("nowhere", "earlier", "file", "argsfile", "out", "fill", "later", "labelled")
+    }
     return {**folders, **paths, "model": tiny_model, "pictures": pictures, "checkpoint": checkpoint}
 
 
@@ -61,7 +73,7 @@ BAD = [
     ("--mixed_precision fp16", "--mixed_precision fp16 needs a GPU: use bf16 or no"),
     ("--prodigy_decouple maybe", "--prodigy_decouple maybe: expected True or False"),
     ("--learning_rat 1", "unrecognized arguments: --learning_rat 1"),
-    ("--optimizer prodigy --use_8bit_adam", "--use_8bit_adam has no effect on --optimizer prodigy"),
+    ("--optimizer prodigy --learning_rate 1 --use_8bit_adam", "--use_8bit_adam has no effect on --optimizer prodigy"),
     ("--prodigy_beta3 0.9", "--prodigy_beta3 has no effect on --optimizer adamw"),
     ("--timestep_sampling sigmoid --weighting_scheme mode", "--weighting_scheme mode has no effect without"),
     ("--validation_steps 5", "--validation_steps 5 needs --validation_prompt"),
@@ -69,9 +81,27 @@ BAD = [
     ("--dataset_config_name small", "--dataset_config_name small needs --dataset_name"),
     (
         "--pretrained_model_name_or_path {nowhere}",
-        "no such folder, and not a hub id like black-forest",
+        "neither a folder with a FLUX pipeline nor a hub id",
     ),
-    ("--pretrained_model_name_or_path {pictures}", "not a FLUX pipeline, it has no folder scheduler"),
+    ("--pretrained_model_name_or_path {pictures}", "neither a folder with a FLUX pipeline nor a hub id"),
+    ("--pretrained_model_name_or_path nobody/no-such-model", "neither a folder with a FLUX pipeline nor a hub id"),
+    (
+        "--pretrained_model_name_or_path {fill}",
+        "holds a FluxTransformer2DModel with 384 input channels, not FLUX.1-dev",
+    ),
+    ("--adam_beta1 1", "--adam_beta1: 1 is out of range"),
+    ("--mode_scale 3", "--mode_scale: 3 is out of range"),
+    ("--learning_rate inf", "--learning_rate: inf is out of range"),
+    ("--optimizer prodigy", "--learning_rate 0.0001: Prodigy finds the rate itself and wants about 1"),
+    ("--lr_scheduler cosine --max_train_steps 300", "--lr_warmup_steps 500 must be less than the 300 steps"),
+    ("--rank 1000000000", "less than "),
+    ("--resume_from_checkpoint {checkpoint} --output_dir {later}", "holds checkpoint-9, later than {checkpoint}"),
+    ("--instance_data_dir {strange} --instance_prompt x", "{strange}/metadata.jsonl: no picture b.png in this folder"),
+    (
+        "--instance_data_dir {list} --instance_prompt x",
+        "{list}/a.png: its caption must be text and not empty, not ['x']",
+    ),
+    ("--instance_data_dir {phone} --instance_prompt x", "{phone}/b.heic: save it as PNG or JPEG, .heic is not read"),
     ("--lora_layers attn.to_z,attn.to_q", "--lora_layers: the transformer has no linear layer attn.to_z"),
     ("--output_dir {file}", "a file of this name is in the way"),
     (
@@ -81,15 +111,16 @@ BAD = [
     ("--resume_from_checkpoint {nowhere}", "no checkpoint there; use latest, or a checkpoint-N folder"),
     ("--output_dir {earlier} --resume_from_checkpoint latest", "checkpoint-5: seed was 1 there and is 0 now"),
     (
-        "--resume_from_checkpoint {checkpoint} --train_batch_size 2 --seed 1",
-        "train_batch_size was 4 there and is 2",
+        "--output_dir {earlier} --resume_from_checkpoint checkpoint-5 --train_batch_size 2 --seed 1",
+        "checkpoint-5: train_batch_size was 4 there and is 2",
     ),
+    ("--output_dir {earlier} --resume_from_checkpoint latest --seed 1 --rank 8", "rank was 4 there and is 8"),
     ("--instance_data_dir {nowhere}", "--instance_data_dir {nowhere}: no such folder"),
     ("--instance_data_dir {empty}", "--instance_data_dir {empty}: no pictures (.png, "),
     ("--instance_data_dir {bare}", "no caption for {bare}/a.png: give --instance_prompt, captions in .txt files"),
     ("--instance_data_dir {broken} --instance_prompt x", "{broken}/a.png: not a readable picture"),
     ("--instance_data_dir {badtext} --instance_prompt x", "{badtext}/a.txt: not UTF-8 text"),
-    ("--instance_data_dir {blank}", "{blank}/a.txt: empty caption"),
+    ("--instance_data_dir {blank}", "{blank}/a.png: its caption must be text and not empty"),
     ("--instance_data_dir {badjson} --instance_prompt x", "{badjson}/metadata.jsonl: each line must be JSON"),
     ("--instance_data_dir {halfjson} --instance_prompt x", "{halfjson}/metadata.jsonl: each line must be JSON with"),
 ]
@@ -126,7 +157,7 @@ def test_all_problems_come_in_one_message(world, no_models, train, capsys):
     with pytest.raises(SystemExit):
         train("train_dreambooth_flux_advanced", *flags.format(**world).split())
     error = capsys.readouterr().err.split("error:")[1]
-    for problem in ("exactly one of", "no such folder", "needs --validation_prompt", "multiple of 16", "in the way"):
+    for problem in ("exactly one of", "nor a hub id", "needs --validation_prompt", "multiple of 16", "in the way"):
         assert problem in error
 
 
@@ -135,6 +166,7 @@ def test_a_missing_dataset_or_column_is_named(world, no_models, train, capsys):
     for extra, message in (
         ([world["nowhere"]], "cannot be loaded"),
         ([world["bare"], "--image_column", "photo"], "no column photo; it has image"),
+        ([world["labelled"], "--image_column", "label"], "cannot be loaded"),
         ([world["bare"], "--caption_column", "words"], "no column words; it has image"),
     ):
         with pytest.raises(SystemExit) as stop:
@@ -144,7 +176,9 @@ def test_a_missing_dataset_or_column_is_named(world, no_models, train, capsys):
 
 
 def test_switches_are_understood_in_old_and_new_spelling(world):
-    command = "--pretrained_model_name_or_path {model} --instance_data_dir {pictures} --optimizer prodigy"
+    command = (
+        "--pretrained_model_name_or_path {model} --instance_data_dir {pictures} --optimizer prodigy --learning_rate 1"
+    )
     parse = lambda flags: dreambooth.parse_args(f"{command} {flags}".format(**world).split())  # noqa: E731
     assert parse("").prodigy_decouple is True
     for flags in ("--no-prodigy_decouple", "--prodigy_decouple False", "--prodigy_decouple=false"):

@@ -53,12 +53,15 @@ def test_every_flag_has_a_group_and_a_help_text(script):
     help_text = parser.format_help()
     assert all(f"--{action.dest}" in help_text for action in flags_of(script))
     assert "accelerate launch" in help_text
+    told = [action for action in flags_of(script) if action.default is not None and action.default is not False]
+    assert help_text.count("(default:") >= len(told)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_flag_is_read_outside_the_parser(script):
     tree = ast.parse((ROOT / f"{script}.py").read_text())
-    inside = {id(n) for f in tree.body if getattr(f, "name", "") == "parse_args" for n in ast.walk(f)}
+    checks = [f for f in tree.body if getattr(f, "name", "").startswith(("parse_args", "check_"))]
+    inside = {id(node) for function in checks for node in ast.walk(function)}
     nodes = [node for node in ast.walk(tree) if id(node) not in inside]
     read = {n.attr for n in nodes if isinstance(n, ast.Attribute) and getattr(n.value, "id", "") == "args"}
     read |= {n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)}  # getattr(args, name)

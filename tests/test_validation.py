@@ -1,6 +1,5 @@
 """common/validation.py: sampling leaves no trace, grids and metrics are right."""
 
-import copy
 import json
 import math
 import random
@@ -33,10 +32,7 @@ def test_random_states_and_modes_are_left_as_found():
 
 
 def test_images_depend_on_the_seed_alone_and_change_nothing(tiny):
-    scheduler = tiny.scheduler
     pipeline = FluxPipeline(**tiny.components_but_image())
-    pipeline.scheduler = type(scheduler).from_config(scheduler.config)
-    config, timesteps = copy.deepcopy(scheduler.config), scheduler.timesteps.clone()
     weights = {name: value.clone() for name, value in pipeline.transformer.state_dict().items()}
     call = {"prompt": "a circle", "height": 32, "width": 48, "num_inference_steps": 2, "max_sequence_length": 8}
     accelerator = Accelerator()
@@ -48,8 +44,6 @@ def test_images_depend_on_the_seed_alone_and_change_nothing(tiny):
     assert [image.size for image in images] == [(48, 32)] * 3
     assert np.array_equal(np.array(images[1]), np.array(second[0]))  # image i of seed s is image 0 of seed s + i
     assert not np.array_equal(np.array(images[0]), np.array(images[1]))
-    assert scheduler.config == config
-    assert torch.equal(scheduler.timesteps, timesteps)
     assert all(torch.equal(value, weights[name]) for name, value in pipeline.transformer.state_dict().items())
 
 
