@@ -814,6 +814,7 @@ def main(args):
     if args.local_rank != -1:
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # else torchrun's processes would not know of each other there
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,

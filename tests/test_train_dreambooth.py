@@ -255,8 +255,7 @@ def test_it_learns_a_subject(train, glyph_pictures, tmp_path):
 
 
 def test_two_processes_resume_bit_for_bit_and_draw_their_own_noise(flags, tmp_path):
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
 
     def run(name, steps, *extra):

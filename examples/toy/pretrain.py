@@ -40,6 +40,7 @@ from examples.toy.world import (
     KINDS,
     SIZES,
     SUBJECTS,
+    all_right,
     caption,
     draw,
     edge_overlap,
@@ -483,11 +484,6 @@ def cells(images, scenes):
     scores = [score_scene(image, scene) for image, scene in zip(images, scenes, strict=True)]
     names = ("background", "foreground", "shape")
     return " / ".join(f"{100 * np.mean([score[name] for score in scores]):.0f}" for name in names)
-
-
-def all_right(images, scenes):
-    """Share of images without a fault, 0 to 100."""
-    return 100 * float(np.mean([min(score_scene(*pair).values()) for pair in zip(images, scenes, strict=True)]))
 
 
 def score(count=256):

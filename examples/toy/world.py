@@ -266,6 +266,11 @@ def score_scene(image, scene):
     }
 
 
+def all_right(images, scenes):
+    """Share of images, 0 to 100, in which background, foreground and shape of their scenes are all as asked."""
+    return 100 * float(np.mean([min(score_scene(*pair).values()) for pair in zip(images, scenes, strict=True)]))
+
+
 def foreground_mask(image):
     """Boolean [height, width]: pixels nearer to the foreground's colour than to the background's."""
     foreground = foreground_of(image)
