@@ -42,9 +42,12 @@ from diffusers import (
     FluxTransformer2DModel,
 )
 from diffusers.optimization import SchedulerType, get_scheduler
-from diffusers.training_utils import free_memory, offload_models
-from huggingface_hub import ModelCard, ModelCardData
+from diffusers.training_utils import free_memory, offload_models, parse_buckets_string
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HTTPError
 from PIL import Image, ImageOps
+from safetensors.torch import load_file
+from safetensors.torch import save_file as save_tensors
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 
@@ -77,6 +80,7 @@ from common.validation import (
 )
 
 
+CLIP_TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "out_proj")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 UNREAD_SUFFIXES = (".heic", ".heif", ".avif", ".tif", ".tiff", ".gif")
 INTERPOLATION = [mode.name.lower() for mode in Image.Resampling]
@@ -88,7 +92,9 @@ MAX_SKIPPED_STEPS = 10  # in a row, for want of a finite loss
 CHANGEABLE = {
     *("allow_tf32", "cache_dir", "cache_latents", "gradient_checkpointing", "offload", "dataloader_num_workers"),
     *("max_train_steps", "num_train_epochs", "checkpointing_steps", "checkpoints_total_limit", "local_rank"),
+    *("final_validation_prompt", "skip_final_inference", "prior_generation_precision", "sample_batch_size"),
     *("validation_prompt", "validation_steps", "validation_epochs", "num_validation_images", "resume_from_checkpoint"),
+    *("push_to_hub", "hub_token", "hub_model_id"),
     *("output_dir", "logging_dir", "report_to", "upcast_before_saving"),
 }
 
@@ -152,51 +158,58 @@ def parse_args(argv=None):
 
     arg = parser.add_argument_group("model", "what is trained, in which precision").add_argument
     arg(
-        "--pretrained_model_name_or_path",
-        required=True,
-        metavar="MODEL",
-        help="folder or hub id of FLUX.1-dev or -schnell",
+        "--pretrained_model_name_or_path", required=True, metavar="MODEL", help="folder or hub id of a FLUX.1 pipeline"
     )
     arg("--revision", help="revision of the model on the hub")
     arg("--variant", help="variant of the model's files, such as fp16")
     arg("--cache_dir", help="where downloaded models and datasets are kept")
-    arg(
-        "--max_sequence_length", type=number(int, 1, 512), default=512, help="T5 tokens per prompt; schnell: up to 256"
-    )
+    arg("--max_sequence_length", type=number(int, 1, 512), default=512, help="T5 tokens per prompt, schnell: to 256")
     arg("--mixed_precision", choices=("no", "fp16", "bf16"), help="of the frozen models; the adapter stays in float32")
     arg("--allow_tf32", action="store_true", help="faster float32 matrix products on Ampere and later GPUs")
     arg("--gradient_checkpointing", action="store_true", help="less memory, a third more time per step")
     arg("--offload", action="store_true", help="VAE in main memory while idle; with cache_latents it always is")
 
     arg = parser.add_argument_group("data", "a folder of pictures, or a dataset").add_argument
-    arg(
-        "--instance_data_dir",
-        type=Path,
-        help="folder of pictures, with captions in .txt files or metadata.jsonl or none",
-    )
+    arg("--instance_data_dir", type=Path, help="folder of pictures; captions in .txt files, metadata.jsonl or none")
     arg("--dataset_name", help="dataset on the hub, or a folder or file that `datasets` loads")
     arg("--dataset_config_name", help="configuration of that dataset")
     arg("--image_column", default="image", help="column of the dataset that holds the pictures")
     arg("--caption_column", help="column of the dataset or of metadata.jsonl that holds captions")
     arg("--instance_prompt", help="prompt of every picture without a caption: a photo of sks dog")
     arg("--caption_dropout", type=share, default=0.0, help="share of captions left out")
-    arg(
-        "--repeats",
-        type=count,
-        default=1,
-        help="times each picture counts in an epoch; unless centred, each has its crop",
-    )
+    arg("--repeats", type=count, default=1, help="times each picture counts in an epoch, each with its own crop")
     arg("--resolution", type=size, default=512, help="side in pixels that pictures are resized and cropped to")
-    arg(
-        "--center_crop",
-        action="store_true",
-        help="crop the centre instead of a part drawn once per picture and repeat",
-    )
+    arg("--aspect_ratio_buckets", metavar="H,W;H,W", help="sizes instead of resolution: each picture gets the nearest")
+    arg("--center_crop", action="store_true", help="crop the centre, not a part drawn once per picture and repeat")
     arg("--random_flip", action="store_true", help="mirror half of the pictures; not for faces, text or logos")
     arg("--image_interpolation_mode", choices=INTERPOLATION, default="lanczos", help="how pictures are resized")
     arg("--train_batch_size", type=count, default=4, help="pictures per device and forward pass")
     arg("--dataloader_num_workers", type=number(int, 0), default=0, help="processes that read pictures; 0: none extra")
     arg("--cache_latents", action="store_true", help="encode every picture once, before training")
+
+    arg = parser.add_argument_group("prior preservation", "keeps the class of the subject as it was").add_argument
+    arg("--with_prior_preservation", action="store_true", help="train on pictures of the class beside the subject's")
+    arg("--class_data_dir", type=Path, help="folder of class pictures; missing ones are drawn by the untrained model")
+    arg("--class_prompt", help="prompt of the class: a photo of a dog")
+    arg("--num_class_images", type=count, default=100, help="class pictures to have")
+    arg("--prior_loss_weight", type=not_negative, default=1.0, help="weight of their loss")
+    arg("--sample_batch_size", type=count, default=4, help="class pictures drawn at a time")
+    arg("--prior_generation_precision", choices=("no", "fp32", "fp16", "bf16"), help="in which they are drawn")
+
+    arg = parser.add_argument_group("pivotal tuning", "what is trained in the text encoders").add_argument
+    arg("--train_text_encoder", action="store_true", help="train a LoRA for CLIP too")
+    arg("--train_text_encoder_ti", action="store_true", help="train new tokens for the subject (arXiv 2106.05744)")
+    arg("--enable_t5_ti", action="store_true", help="new tokens in T5 too, not in CLIP alone")
+    arg("--token_abstraction", default="TOK", help="words in prompts and captions that the new tokens stand for: A,B")
+    arg("--num_new_tokens_per_abstraction", type=count, help="new tokens for each (default: 2)")
+    arg(
+        "--initializer_concept",
+        metavar="WORDS",
+        help="what they start as, WORDS,WORDS or one for all (default: noise)",
+    )
+    arg("--train_text_encoder_frac", type=share, default=1.0, help="share of the steps that train CLIP's LoRA")
+    arg("--train_text_encoder_ti_frac", type=share, default=0.5, help="share of the steps that train new tokens")
+    arg("--train_transformer_frac", type=share, default=1.0, help="share that trains the transformer; 0: only tokens")
 
     arg = parser.add_argument_group("lora", "the adapter").add_argument
     arg("--rank", type=count, default=4, help="rank of the adapter: its size and what it can hold")
@@ -205,15 +218,13 @@ def parse_args(argv=None):
     arg(
         "--lora_layers",
         "--lora_blocks",
-        help="such as attn.to_k,single_transformer_blocks.7.attn.to_q (default: attention and feed-forward)",
+        help="such as attn.to_k,transformer_blocks.7.ff.net.2 (default: all of these two)",
     )
 
     arg = parser.add_argument_group("noise", "which noise levels are trained, and how much each counts").add_argument
     arg("--guidance_scale", type=not_negative, default=3.5, help="guidance that a guidance-distilled model is told")
     arg("--timestep_sampling", choices=TIMESTEP_SAMPLING, default="sigma", help="sigma draws as weighting_scheme says")
-    arg(
-        "--weighting_scheme", choices=WEIGHTING_SCHEMES, default="none", help="density of noise levels, or loss weight"
-    )
+    arg("--weighting_scheme", choices=WEIGHTING_SCHEMES, default="none", help="density of noise levels or loss weight")
     arg("--logit_mean", type=number(float, -100, 100), default=0.0, help="mean of logit_normal")
     arg("--logit_std", type=positive, default=1.0, help="standard deviation of logit_normal")
     arg("--mode_scale", type=number(float, -1, 1.75), default=1.29, help="scale of mode")
@@ -221,14 +232,9 @@ def parse_args(argv=None):
     arg("--discrete_flow_shift", type=positive, default=3.0, help="shift of shift")
 
     arg = parser.add_argument_group("optimizer", "how the adapter is updated").add_argument
-    arg(
-        "--optimizer",
-        type=str.lower,
-        choices=("adamw", "prodigy"),
-        default="AdamW",
-        help="prodigy wants learning_rate 1",
-    )
+    arg("--optimizer", type=str.lower, choices=("adamw", "prodigy"), default="AdamW", help="prodigy wants rate 1")
     arg("--learning_rate", type=positive, default=1e-4, help="step size")
+    arg("--text_encoder_lr", type=positive, default=5e-6, help="step size for text encoders; Prodigy has one for all")
     arg("--scale_lr", action="store_true", help="multiply it by batch size, accumulation and number of devices")
     arg("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="course of the learning rate")
     arg("--lr_warmup_steps", type=number(int, 0), default=500, help="steps of warm-up; none for constant")
@@ -238,6 +244,7 @@ def parse_args(argv=None):
     arg("--adam_beta1", type=decay, default=0.9, help="decay of the gradient's mean, in Prodigy too")
     arg("--adam_beta2", type=decay, default=0.999, help="decay of the gradient's square, in Prodigy too")
     arg("--adam_weight_decay", type=not_negative, default=1e-4, help="weight decay, in Prodigy too")
+    arg("--adam_weight_decay_text_encoder", type=not_negative, default=1e-3, help="weight decay of text encoders")
     arg("--adam_epsilon", type=positive, default=1e-8, help="added to the denominator, in Prodigy too")
     arg("--prodigy_beta3", type=decay, help="decay of Prodigy's estimate (default: square root of adam_beta2)")
     arg("--prodigy_decouple", action=Switch, default=True, help="weight decay as in AdamW")
@@ -260,15 +267,20 @@ def parse_args(argv=None):
     arg("--num_validation_images", type=count, default=4, help="pictures each time")
     arg("--validation_epochs", type=count, default=50, help="epochs between validations")
     arg("--validation_steps", type=count, help="steps between validations, instead of epochs")
+    arg("--final_validation_prompt", help="prompt to draw after training (default: validation_prompt)")
+    arg("--skip_final_inference", action="store_true", help="draw nothing after training")
 
     arg = parser.add_argument_group("output and logging", "where everything goes").add_argument
     arg("--output_dir", type=Path, default=Path("flux-dreambooth-lora"), help="folder of all results")
     arg("--logging_dir", type=Path, default=Path("logs"), help="folder of the trackers' files in output_dir")
     arg("--report_to", choices=TRACKERS, default="tensorboard", help="where curves and pictures are sent")
     arg("--upcast_before_saving", action="store_true", help="save the adapter in float32, not in mixed_precision")
+    arg("--push_to_hub", action="store_true", help="upload the results, without checkpoints and logs")
+    arg("--hub_token", help="token for it (default: that of `hf auth login`); it is written nowhere")
+    arg("--hub_model_id", help="repository for it (default: the name of output_dir)")
 
     args = parser.parse_args(argv)
-    problems = check_flags(args) + check_model(args) + check_output_dir(args)
+    problems = check_flags(args) + check_model(args) + check_class_data_dir(args) + check_output_dir(args)
     if problems:
         parser.error(join_problems(problems))
     return args
@@ -281,45 +293,71 @@ def join_problems(problems):
 
 def check_flags(args):
     """Contradictions between flags, and flags without effect."""
-    rules = [
-        (
-            (args.instance_data_dir is None) == (args.dataset_name is None),
-            "exactly one of --instance_data_dir and --dataset_name is needed",
-        ),
-        (
-            args.dataset_config_name and not args.dataset_name,
-            f"--dataset_config_name {args.dataset_config_name} needs --dataset_name",
-        ),
-        (
-            args.resolution % 16,
-            f"--resolution {args.resolution} must be a multiple of 16, such as {args.resolution // 16 * 16}",
-        ),
-        (
-            args.optimizer == "prodigy" and args.use_8bit_adam,
-            "--use_8bit_adam has no effect on --optimizer prodigy: leave one out",
-        ),
-        (
-            args.optimizer == "prodigy" and args.learning_rate <= 0.1,
-            f"--learning_rate {args.learning_rate:g}: Prodigy finds the rate itself and wants about 1",
-        ),
-        (
-            args.optimizer != "prodigy" and args.prodigy_beta3 is not None,
-            f"--prodigy_beta3 has no effect on --optimizer {args.optimizer}: leave it out",
-        ),
-        (
-            args.timestep_sampling != "sigma" and args.weighting_scheme in ("logit_normal", "mode"),
-            f"--weighting_scheme {args.weighting_scheme} has no effect without --timestep_sampling sigma",
-        ),
-        (
-            args.validation_steps and not args.validation_prompt,
-            f"--validation_steps {args.validation_steps} needs --validation_prompt",
-        ),
-        (
-            args.mixed_precision == "fp16" and not torch.accelerator.is_available(),
-            "--mixed_precision fp16 needs a GPU: use bf16 or no",
-        ),
-    ]
-    return [problem for broken, problem in rules if broken]
+    problems = []
+    if (args.instance_data_dir is None) == (args.dataset_name is None):
+        problems.append("exactly one of --instance_data_dir and --dataset_name is needed")
+    if args.dataset_config_name and not args.dataset_name:
+        problems.append(f"--dataset_config_name {args.dataset_config_name} needs --dataset_name")
+    if args.resolution % 16:
+        nearest = args.resolution // 16 * 16
+        problems.append(f"--resolution {args.resolution} must be a multiple of 16, such as {nearest}")
+    try:
+        odd = [f"{height},{width}" for height, width in buckets(args) if height % 16 or width % 16]
+        problems += [
+            f"--aspect_ratio_buckets: {size} is not two multiples of 16" for size in odd if not args.resolution % 16
+        ]
+    except ValueError:
+        problems.append(f"--aspect_ratio_buckets {args.aspect_ratio_buckets}: expected height,width;height,width")
+    if args.with_prior_preservation and not (args.class_data_dir and args.class_prompt):
+        problems.append("--with_prior_preservation needs --class_data_dir and --class_prompt")
+    if not args.with_prior_preservation and (args.class_data_dir or args.class_prompt):
+        problems.append("--class_data_dir and --class_prompt have no effect without --with_prior_preservation")
+    if args.prior_generation_precision in ("no", "fp32") and args.mixed_precision in ("fp16", "bf16"):
+        precision = args.prior_generation_precision
+        problems.append(f"--prior_generation_precision {precision}: the model is loaded in {args.mixed_precision}")
+    if args.train_text_encoder and args.train_text_encoder_ti:
+        problems.append("--train_text_encoder and --train_text_encoder_ti exclude each other: choose one")
+    if not args.train_text_encoder_ti:
+        needy = ("enable_t5_ti", "initializer_concept", "num_new_tokens_per_abstraction")
+        problems += [f"--{name} needs --train_text_encoder_ti" for name in needy if getattr(args, name)]
+    if args.train_transformer_frac == 0 and not args.train_text_encoder_ti:
+        problems.append("--train_transformer_frac 0 leaves nothing to train without --train_text_encoder_ti")
+    if args.train_text_encoder_frac < 1 and not args.train_text_encoder:
+        problems.append(f"--train_text_encoder_frac {args.train_text_encoder_frac} needs --train_text_encoder")
+    if args.num_new_tokens_per_abstraction and args.initializer_concept:
+        problems.append("--num_new_tokens_per_abstraction has no effect with --initializer_concept: leave one out")
+    concepts, abstractions = (len(names_in(text)) for text in (args.initializer_concept, args.token_abstraction))
+    if concepts not in (0, 1, abstractions):
+        problems.append(f"--initializer_concept names {concepts} concepts for {abstractions} of --token_abstraction")
+    if args.optimizer == "prodigy" and args.use_8bit_adam:
+        problems.append("--use_8bit_adam has no effect on --optimizer prodigy: leave one out")
+    if args.optimizer == "prodigy" and args.learning_rate <= 0.1:
+        problems.append(f"--learning_rate {args.learning_rate:g}: Prodigy finds the rate itself and wants about 1")
+    if args.optimizer != "prodigy" and args.prodigy_beta3 is not None:
+        problems.append(f"--prodigy_beta3 has no effect on --optimizer {args.optimizer}: leave it out")
+    if args.timestep_sampling != "sigma" and args.weighting_scheme in ("logit_normal", "mode"):
+        problems.append(f"--weighting_scheme {args.weighting_scheme} has no effect without --timestep_sampling sigma")
+    if args.validation_steps and not args.validation_prompt:
+        problems.append(f"--validation_steps {args.validation_steps} needs --validation_prompt")
+    if args.final_validation_prompt and args.skip_final_inference:
+        problems.append("--final_validation_prompt has no effect with --skip_final_inference: leave one out")
+    if (args.hub_token or args.hub_model_id) and not args.push_to_hub:
+        problems.append("--hub_token and --hub_model_id have no effect without --push_to_hub")
+    if args.mixed_precision == "fp16" and not torch.accelerator.is_available():
+        problems.append("--mixed_precision fp16 needs a GPU: use bf16 or no")
+    return problems
+
+
+def names_in(text):
+    """The names in a comma list."""
+    return [name.strip() for name in (text or "").split(",") if name.strip()]
+
+
+def buckets(args):
+    """The (height, width) that pictures are cropped to."""
+    if args.aspect_ratio_buckets is None:
+        return [(args.resolution, args.resolution)]
+    return parse_buckets_string(args.aspect_ratio_buckets)
 
 
 def check_model(args):
@@ -356,6 +394,14 @@ def check_model(args):
     return []
 
 
+def check_class_data_dir(args):
+    """Problems of --class_data_dir."""
+    folder = args.class_data_dir
+    if folder and folder.exists() and not folder.is_dir():
+        return [f"--class_data_dir {folder}: a file of this name is in the way"]
+    return []
+
+
 def check_output_dir(args):
     """Problems of --output_dir and --resume_from_checkpoint."""
     folder, checkpoint = args.output_dir, checkpoint_to_resume(args.output_dir, args.resume_from_checkpoint)
@@ -384,7 +430,7 @@ def check_output_dir(args):
 
 def lora_targets(args):
     """The layers that --lora_layers names."""
-    return [layer.strip() for layer in args.lora_layers.split(",")] if args.lora_layers else list(FLUX_TARGET_MODULES)
+    return names_in(args.lora_layers) or list(FLUX_TARGET_MODULES)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -399,6 +445,7 @@ class Example:
     name: str
     read: Callable[[], Image.Image]
     caption: str | None
+    bucket: tuple[int, int] | None = None  # (height, width)
 
     def image(self):
         """The picture as its owner sees it: upright (EXIF), transparent parts white, RGB."""
@@ -422,16 +469,23 @@ def find_examples(args):
         )
         problems.append(f"{source}: no pictures ({', '.join(IMAGE_SUFFIXES)}) in it")
 
+    sizes = buckets(args)
+
     def defect(example):
         try:
-            example.image()
+            example.bucket = nearest_bucket(example.image().size, sizes)
         except (AttributeError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             return f"{example.name}: not a readable picture ({error})"
 
+    every = examples + class_examples(args)
     with ThreadPoolExecutor() as pool:
-        checks = pool.map(defect, examples)
-        checks = tqdm(checks, total=len(examples), desc="Reading pictures", unit="image", leave=False)
+        checks = pool.map(defect, every)
+        checks = tqdm(checks, total=len(every), desc="Reading pictures", unit="image", leave=False)
         problems += [problem for problem in checks if problem]
+    captions = [example.caption or args.instance_prompt or "" for example in examples]
+    if args.train_text_encoder_ti:
+        unused = [name for name in names_in(args.token_abstraction) if not any(name in text for text in captions)]
+        problems += [f"--token_abstraction {name}: in no caption and not in --instance_prompt" for name in unused]
     bare = [example.name for example in examples if example.caption is None]
     if bare and args.instance_prompt is None:
         names = ", ".join(bare[:3]) + (f" and {len(bare) - 3} more" if len(bare) > 3 else "")
@@ -441,6 +495,25 @@ def find_examples(args):
         if example.caption is not None and not (isinstance(example.caption, str) and example.caption.strip()):
             problems.append(f"{example.name}: its caption must be text and not empty, not {example.caption!r}")
     return examples, problems
+
+
+def nearest_bucket(size, sizes):
+    """Of (height, width) `sizes` the one nearest to a picture's (width, height) in aspect ratio, then in area."""
+    width, height = size
+
+    def distance(bucket):
+        across, down = math.log(width / bucket[1]), math.log(height / bucket[0])
+        return round(abs(across - down), 6), abs(across + down)
+
+    return min(sizes, key=distance)
+
+
+def class_examples(args):
+    """Examples of the pictures that --class_data_dir holds, at most --num_class_images."""
+    folder = args.class_data_dir
+    paths = sorted(folder.iterdir()) if folder and folder.is_dir() else []
+    paths = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES][: args.num_class_images]
+    return [Example(str(path), functools.partial(Image.open, path), args.class_prompt) for path in paths]
 
 
 def read_folder(args):
@@ -505,39 +578,54 @@ def read_row(dataset, row, column):
 
 class DreamBoothDataset(Dataset):
     """Samples by (epoch, index): the posterior of the picture's latents if cached, else its pixels; and its caption.
+    With prior preservation, a list of two: the picture's and that of a class picture.
 
     Where a picture is cropped depends on (seed, index), whether it is mirrored and loses its caption on (seed, epoch,
-    index): neither workers, nor the cache, nor an interruption change what is drawn.
+    index), and so does which class picture goes with it: neither workers, nor the cache, nor an interruption change
+    what is drawn.
     """
 
     def __init__(self, examples, args):
         self.examples = examples * args.repeats
         self.crops = len(examples) if args.center_crop else len(self.examples)  # different crops there are
+        self.class_examples = []
         self.args = args
-        self.moments = {}  # (index, flipped): [2C, h, w]
+        self.moments = {}  # (index, bucket, flipped): [2C, h, w]; class pictures come after the examples
 
     def picture_keys(self):
-        """(index, flipped) of all that training can ask for."""
+        """(index, bucket, flipped) of all that training can ask for."""
+        used = [(index, example.bucket) for index, example in enumerate(self.examples[: self.crops])]
+        sizes = sorted({bucket for _, bucket in used})
+        used += [(len(self.examples) + index, size) for index in range(len(self.class_examples)) for size in sizes]
         flips = (False, True) if self.args.random_flip else (False,)
-        return [(index, flipped) for index in range(self.crops) for flipped in flips]
+        return [(*key, flipped) for key in used for flipped in flips]
 
     def pixel_values(self, key):
-        """A picture, resized to cover the resolution, cropped and perhaps mirrored: [3, H, W] in [-1, 1]."""
-        (index, flipped), args = key, self.args
+        """A picture, resized to cover its bucket, cropped and perhaps mirrored: [3, H, W] in [-1, 1]."""
+        (index, (height, width), flipped), args = key, self.args
         centering = (0.5, 0.5) if args.center_crop else np.random.default_rng((args.seed, index)).random(2)
-        size, method = (args.resolution, args.resolution), Image.Resampling[args.image_interpolation_mode.upper()]
-        image = ImageOps.fit(self.examples[index].image(), size, method, centering=tuple(centering))
+        image = (self.examples + self.class_examples)[index].image()
+        method = Image.Resampling[args.image_interpolation_mode.upper()]
+        image = ImageOps.fit(image, (width, height), method, centering=tuple(centering))
         image = ImageOps.mirror(image) if flipped else image
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
     def __getitem__(self, position):
         (epoch, index), args = position, self.args
-        drop, flip = np.random.default_rng((args.seed, epoch, index)).random(2)
-        key = index % self.crops, bool(args.random_flip and flip < 0.5)
-        sample = {"prompt": "" if drop < args.caption_dropout else self.examples[index].caption}
-        if self.moments:
-            return sample | {"moments": self.moments[key]}
-        return sample | {"pixel_values": self.pixel_values(key)}
+        rng = np.random.default_rng((args.seed, epoch, index))
+        drop, flip = rng.random(2)
+        bucket, caption = self.examples[index].bucket, self.examples[index].caption
+        samples = [self.sample((index % self.crops, bucket, bool(args.random_flip and flip < 0.5)), caption)]
+        if drop < args.caption_dropout:
+            samples[0]["prompt"] = ""
+        if self.class_examples:
+            index, flip = len(self.examples) + int(rng.integers(len(self.class_examples))), rng.random()
+            samples.append(self.sample((index, bucket, bool(args.random_flip and flip < 0.5)), args.class_prompt))
+        return samples
+
+    def sample(self, key, prompt):
+        values = {"moments": self.moments[key]} if self.moments else {"pixel_values": self.pixel_values(key)}
+        return {"prompt": prompt, **values}
 
     def __len__(self):
         return len(self.examples)
@@ -546,22 +634,32 @@ class DreamBoothDataset(Dataset):
 class StepSampler(Sampler):
     """Batches of (epoch, index) for the micro-steps `start` to `stop` of one process.
 
-    Every epoch is a new order of all samples, drawn from (seed, epoch) and cut into batches that go round the
-    processes; what a micro-step trains on is the same however often training was interrupted before it.
+    Every epoch is a new order of all samples, drawn from (seed, epoch) and cut into batches, each of one of the
+    `groups` (the bucket of each sample), that go round the processes; what a micro-step trains on is the same however
+    often training was interrupted before it.
     """
 
-    def __init__(self, num_samples, batch_size, *, seed, start, stop, process_index, num_processes):
-        self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
+    def __init__(self, groups, batch_size, *, seed, process_index, num_processes, start=0, stop=None):
+        self.groups, self.batch_size, self.seed = groups, batch_size, seed
         self.start, self.stop = start, stop
         self.process_index, self.num_processes = process_index, num_processes
-        self.steps_per_epoch = batches_per_epoch(num_samples, batch_size, num_processes)
+        self.steps_per_epoch = math.ceil(len(self.batches(0)) / num_processes)
+
+    def batches(self, epoch):
+        """The batches of an epoch, for all processes together."""
+        rng = np.random.default_rng((self.seed, epoch))
+        order = rng.permutation(len(self.groups)).tolist()
+        batches = []
+        for group in dict.fromkeys(self.groups):
+            members = [index for index in order if self.groups[index] == group]
+            batches += [members[i : i + self.batch_size] for i in range(0, len(members), self.batch_size)]
+        return [batches[i] for i in rng.permutation(len(batches))]
 
     def __iter__(self):
         for step in range(self.start, self.stop):
             epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
             if step == self.start or step_of_epoch == 0:
-                order = np.random.default_rng((self.seed, epoch)).permutation(self.num_samples).tolist()
-                batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+                batches = self.batches(epoch)
             batch = step_of_epoch * self.num_processes + self.process_index
             yield [(epoch, index) for index in batches[batch % len(batches)]]
 
@@ -569,13 +667,9 @@ class StepSampler(Sampler):
         return self.stop - self.start
 
 
-def batches_per_epoch(num_samples, batch_size, num_processes):
-    """Batches that each process gets in an epoch."""
-    return math.ceil(math.ceil(num_samples / batch_size) / num_processes)
-
-
-def collate(samples):
-    """Tensors stacked, prompts as a list."""
+def collate(examples):
+    """Tensors stacked and prompts as a list: first the pictures, then, if there are, the class pictures."""
+    samples = [sample for kind in zip(*examples, strict=True) for sample in kind]
     return {
         name: torch.stack([sample[name] for sample in samples]) if name != "prompt" else [s[name] for s in samples]
         for name in samples[0]
@@ -600,28 +694,164 @@ def load_model(model_class, subfolder, args, dtype):
     return model.requires_grad_(False)
 
 
-def encode_prompts(accelerator, prompts, args, dtype):
-    """{prompt: (prompt_embeds [1, T, D], pooled_prompt_embeds [1, P])} on the CPU; the text encoders are freed.
+class NewTokens(torch.nn.Module):
+    """An embedding table with trained rows [n, D] for the tokens from `first_id` on; its own rows never change."""
 
-    The processes share the work; each returns all.
+    def __init__(self, table, first_id, rows):
+        super().__init__()
+        self.table, self.first_id = table, first_id
+        self.rows = torch.nn.Parameter(rows.float())
+        self.std = table.weight.float().std()
+
+    def forward(self, input_ids):
+        embedded = self.table(input_ids.clamp(max=self.first_id - 1))
+        rows = self.rows[(input_ids - self.first_id).clamp(min=0)].to(embedded.dtype)
+        return torch.where((input_ids >= self.first_id)[..., None], rows, embedded)
+
+    @torch.no_grad()
+    def pull(self):
+        """Moves the spread of the new rows towards that of the table, as the pivotal tuning of cog-sdxl does."""
+        self.rows *= (self.std.to(self.rows.device) / self.rows.std()) ** 0.1
+
+
+class PromptEncoder:
+    """CLIP and T5: what is trained of them, and the embeddings of prompts.
+
+    One without trained parts embeds every prompt once, in `cache`, and is freed; so is one whose training is over.
     """
-    pipeline = FluxPipeline.from_pretrained(
-        args.pretrained_model_name_or_path,
-        transformer=None,
-        vae=None,
-        revision=args.revision,
-        variant=args.variant,
-        cache_dir=args.cache_dir,
-        dtype=dtype,
-    ).to(accelerator.device)
-    embeddings = []
-    with accelerator.split_between_processes(prompts) as share, torch.no_grad():
-        for prompt in tqdm(share, desc="Encoding prompts", unit="prompt", disable=not accelerator.is_main_process):
-            embeds, pooled, _ = pipeline.encode_prompt(prompt, max_sequence_length=args.max_sequence_length)
-            embeddings.append((prompt, (embeds.cpu(), pooled.cpu())))
-    del pipeline
-    free_memory()
-    return dict(gather_object(embeddings))
+
+    def __init__(self, accelerator, args, dtype):
+        self.accelerator, self.args, self.dtype = accelerator, args, dtype
+        self.pipeline = FluxPipeline.from_pretrained(
+            args.pretrained_model_name_or_path,
+            transformer=None,
+            vae=None,
+            revision=args.revision,
+            variant=args.variant,
+            cache_dir=args.cache_dir,
+            dtype=dtype,
+        )
+        self.encoders = {"clip_l": self.pipeline.text_encoder, "t5": self.pipeline.text_encoder_2}
+        for encoder in self.encoders.values():
+            encoder.requires_grad_(False).eval()  # T5 has dropout
+        self.abstractions, self.new_tokens, self.lora_params = {}, {}, []
+        if args.train_text_encoder_ti:
+            self.add_new_tokens()
+        if args.train_text_encoder:
+            text_encoder = self.encoders["clip_l"]
+            self.lora_params = add_lora(
+                text_encoder,
+                rank=args.rank,
+                alpha=args.lora_alpha,
+                dropout=0.0,
+                target_modules=CLIP_TARGET_MODULES,
+            )
+        self.pipeline.to(accelerator.device)
+        self.trained = {*self.new_tokens, *(["clip_l"] if args.train_text_encoder else [])}
+        self.cached = {"clip_l": {}, "t5": {}}  # {prompt: embedding on the CPU}
+
+    def add_new_tokens(self):
+        """<s0><s1>... for each abstraction, in the tokenizers and, with rows to be trained, in the encoders."""
+        args = self.args
+        tokenizers = {"clip_l": self.pipeline.tokenizer}
+        if args.enable_t5_ti:
+            tokenizers["t5"] = self.pipeline.tokenizer_2
+        names, concepts = names_in(args.token_abstraction), names_in(args.initializer_concept)
+        concepts = concepts * len(names) if len(concepts) == 1 else concepts or [None] * len(names)
+        initial = {name: [] for name in tokenizers}  # ids whose embeddings the new rows start as, None for noise
+        tokens = []
+        for name, concept in zip(names, concepts, strict=True):
+            ids = {k: t(concept, add_special_tokens=False).input_ids for k, t in tokenizers.items()} if concept else {}
+            length = max(map(len, ids.values()), default=args.num_new_tokens_per_abstraction or 2)
+            for kind in tokenizers:
+                initial[kind] += [ids[kind][i % len(ids[kind])] if concept else None for i in range(length)]
+            new = [f"<s{len(tokens) + i}>" for i in range(length)]
+            self.abstractions[name] = "".join(new)
+            tokens += new
+        generator = step_generator(args.seed, 0)
+        for kind, tokenizer in tokenizers.items():
+            table, first_id = self.encoders[kind].get_input_embeddings(), len(tokenizer)
+            tokenizer.add_tokens(tokens)
+            weight = table.weight.float()
+            noise = torch.randn(len(tokens), weight.shape[1], generator=generator) * weight.std()
+            rows = [noise[i] if id is None else weight[id] for i, id in enumerate(initial[kind])]
+            self.new_tokens[kind] = NewTokens(table, first_id, torch.stack(rows))
+            self.encoders[kind].set_input_embeddings(self.new_tokens[kind])
+
+    def replace(self, prompt):
+        """The prompt with the new tokens in place of the words they stand for."""
+        for name, tokens in self.abstractions.items():
+            prompt = prompt.replace(name, tokens)
+        return prompt
+
+    def parameters(self):
+        return [*(new.rows for new in self.new_tokens.values()), *self.lora_params]
+
+    def embed(self, kind, prompts):
+        """CLIP's pooled embeddings [B, P] or T5's [B, T, D]."""
+        prompts = [self.replace(prompt) for prompt in prompts]
+        with self.accelerator.autocast():
+            if kind == "clip_l":
+                embeds = self.pipeline._get_clip_prompt_embeds(prompts)
+            else:
+                length = self.args.max_sequence_length
+                embeds = self.pipeline._get_t5_prompt_embeds(prompts, max_sequence_length=length, dtype=self.dtype)
+        return embeds.to(self.dtype)
+
+    @torch.no_grad()
+    def cache(self, prompts):
+        """Embeds the prompts with the encoders that are not in training, which are then freed.
+
+        The processes share the work; each has all.
+        """
+        for kind in sorted(self.encoders.keys() - self.trained):  # in one order on all processes
+            quiet = not self.accelerator.is_main_process
+            with self.accelerator.split_between_processes(prompts) as share:
+                bar = tqdm(share, desc=f"Encoding prompts, {kind}", unit="prompt", disable=quiet)
+                embeds = [(prompt, self.embed(kind, [prompt]).cpu()) for prompt in bar]
+            self.cached[kind] = dict(gather_object(embeds))
+            del self.encoders[kind]
+            if kind == "t5":
+                self.pipeline.text_encoder_2 = None
+            elif not self.args.train_text_encoder:  # a LoRA is saved at the end
+                self.pipeline.text_encoder = None
+        free_memory()
+
+    def __call__(self, prompts):
+        """(prompt_embeds [B, T, D], pooled_prompt_embeds [B, P])."""
+        return tuple(
+            torch.cat([self.cached[kind][prompt] for prompt in prompts]).to(self.accelerator.device)
+            if self.cached[kind]
+            else self.embed(kind, prompts)
+            for kind in ("t5", "clip_l")
+        )
+
+    def reduce_gradients(self):
+        """The mean over the processes, which `DistributedDataParallel` sees to for the transformer."""
+        for parameter in self.parameters():
+            if parameter.grad is not None:
+                parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
+
+    def freeze(self, prompts):
+        """Ends the training of the encoders."""
+        self.trained = set()
+        for parameter in self.parameters():
+            parameter.requires_grad_(False).grad = None
+        self.cache(prompts)
+
+    def save_embeddings(self, path):
+        """The rows of the new tokens, {"clip_l": [n, 768], "t5": [n, 4096]}, for `load_textual_inversion`.
+
+        The file's metadata says what stands for each abstraction: {"TOK": "<s0><s1>"}.
+        """
+        if self.new_tokens:
+            rows = {kind: new.rows.detach().cpu().contiguous() for kind, new in self.new_tokens.items()}
+            save_tensors(rows, path, metadata=self.abstractions)
+
+    def load_embeddings(self, path):
+        rows = load_file(path) if self.new_tokens else {}
+        for kind, new in self.new_tokens.items():
+            new.rows.data.copy_(rows[kind])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -632,7 +862,7 @@ def encode_prompts(accelerator, prompts, args, dtype):
 def compute_loss(
     transformer, latents, prompt_embeds, pooled_prompt_embeds, *, args, noise_scheduler, guidance, generator
 ):
-    """The flow matching loss of a batch, averaged over its samples.
+    """The flow matching loss [B] of each sample of a batch.
 
     latents [B, C, h, w] are normalised, prompt_embeds [B, T, D], pooled_prompt_embeds [B, P]; guidance [B], or None
     for a model without guidance embedding. Noise and noise levels are drawn from `generator`, a CPU one.
@@ -663,7 +893,7 @@ def compute_loss(
         img_ids=image_ids(height, width, latents.device),
         return_dict=False,
     )[0]
-    return velocity_loss(model_pred, latents, noise, sigmas, args.weighting_scheme).mean()
+    return velocity_loss(model_pred, latents, noise, sigmas, args.weighting_scheme)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -671,12 +901,20 @@ def compute_loss(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def create_optimizer(parameters, args, learning_rate):
-    """The optimizer that --optimizer names."""
+def create_optimizer(lora_params, text_params, args, scale):
+    """The optimizer that --optimizer names, its learning rates multiplied by `scale`."""
+    one_rate = args.optimizer == "prodigy"  # as its authors ask
+    parameters = [
+        {"params": lora_params, "lr": args.learning_rate * scale, "weight_decay": args.adam_weight_decay},
+        {
+            "params": text_params,
+            "lr": (args.learning_rate if one_rate else args.text_encoder_lr) * scale,
+            "weight_decay": args.adam_weight_decay_text_encoder,
+        },
+    ]
+    parameters = [group for group in parameters if group["params"]]
     shared = {
-        "lr": learning_rate,
         "betas": (args.adam_beta1, args.adam_beta2),
-        "weight_decay": args.adam_weight_decay,
         "eps": args.adam_epsilon,
     }
     if args.optimizer == "prodigy":
@@ -697,9 +935,9 @@ def create_optimizer(parameters, args, learning_rate):
     return torch.optim.AdamW(parameters, **shared)
 
 
-def validate(accelerator, transformer, vae, noise_scheduler, embeddings, args, *, step):
-    """Draws --validation_prompt and sends the pictures to validation/step-N.png and the trackers."""
-    pipeline = FluxPipeline(
+def sampling_pipeline(accelerator, transformer, vae, noise_scheduler):
+    """A pipeline around the models in training, with a scheduler of its own."""
+    return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler.from_config(noise_scheduler.config),
         vae=vae,
         text_encoder=None,
@@ -708,46 +946,95 @@ def validate(accelerator, transformer, vae, noise_scheduler, embeddings, args, *
         tokenizer_2=None,
         transformer=accelerator.unwrap_model(transformer),
     )
-    prompt_embeds, pooled_prompt_embeds = embeddings[args.validation_prompt]
-    call = {
-        "prompt_embeds": prompt_embeds.to(accelerator.device),
-        "pooled_prompt_embeds": pooled_prompt_embeds.to(accelerator.device),
+
+
+def pipeline_call(text, prompt, args):
+    """The pipeline's arguments for a picture of `prompt`."""
+    prompt_embeds, pooled_prompt_embeds = text([prompt])
+    return {
+        "prompt_embeds": prompt_embeds,
+        "pooled_prompt_embeds": pooled_prompt_embeds,
         "height": args.resolution,
         "width": args.resolution,
     }
+
+
+def draw_class_images(accelerator, pipeline, text, args):
+    """Fills --class_data_dir up to --num_class_images with what the untrained model draws for --class_prompt.
+
+    Image i comes from (seed, i) and appears whole or not at all: an interrupted run goes on where it was.
+    """
+    args.class_data_dir.mkdir(parents=True, exist_ok=True)
+    paths = [args.class_data_dir / f"class-{i:05d}.png" for i in range(args.num_class_images)]
+    absent = [(i, path) for i, path in enumerate(paths) if not path.exists()]
+    absent = absent[: args.num_class_images - len(class_examples(args))]
+    batches = [absent[i : i + args.sample_batch_size] for i in range(0, len(absent), args.sample_batch_size)]
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(args.prior_generation_precision)
+    device = accelerator.device
+    pipeline.set_progress_bar_config(disable=True)
+    precision = torch.autocast(device.type, dtype) if dtype else accelerator.autocast()
+    quiet = not absent or not accelerator.is_main_process
+    sharing = accelerator.split_between_processes(batches)
+    with undisturbed(pipeline.transformer, device=device), precision, sharing as share:
+        for batch in tqdm(share, desc="Drawing class images", unit="batch", disable=quiet):
+            generators = [step_generator(args.seed, i) for i, _ in batch]
+            call = pipeline_call(text, args.class_prompt, args)
+            images = pipeline(**call, num_images_per_prompt=len(batch), generator=generators).images
+            for (_, path), image in zip(batch, images, strict=True):
+                image.save(path.with_suffix(".partial"), format="PNG")
+                path.with_suffix(".partial").replace(path)
+    accelerator.wait_for_everyone()
+
+
+def validate(accelerator, transformer, vae, noise_scheduler, text, args, *, prompt, step):
+    """Draws a prompt and sends the pictures to validation/step-N.png and the trackers."""
+    pipeline = sampling_pipeline(accelerator, transformer, vae, noise_scheduler)
     with (
         undisturbed(transformer, device=accelerator.device),
         offload_models(vae, device=accelerator.device, offload=args.offload or args.cache_latents),
     ):
+        call = pipeline_call(text, prompt, args)
         images = generate_images(accelerator, pipeline, [call] * args.num_validation_images, seed=args.seed)
     if accelerator.is_main_process:
-        captions = [f"{args.validation_prompt} | step {step}, seed {args.seed + i}" for i in range(len(images))]
+        captions = [f"{prompt} | step {step}, seed {args.seed + i}" for i in range(len(images))]
         folder = args.output_dir / "validation"
         folder.mkdir(exist_ok=True)
         image_grid(images, captions).save(folder / f"step-{step:06d}.png")
         log_images(accelerator, images, captions, name="validation", step=step)
 
 
-def save_model_card(args, dtype, prompt):
+def save_model_card(args, dtype, text, prompt, embeddings_name):
     """README.md in the output folder: what was trained on what, and how to draw `prompt` with it."""
-    revision = f", revision={args.revision!r}" if args.revision else ""
-    variant = f", variant={args.variant!r}" if args.variant else ""
+    folder = args.output_dir.resolve()
+    model = [repr(args.pretrained_model_name_or_path), f"dtype={dtype}"]
+    model += [f"{name}={getattr(args, name)!r}" for name in ("revision", "variant") if getattr(args, name)]
+    load = [] if args.train_transformer_frac == 0 else [f"pipeline.load_lora_weights({str(folder)!r})"]
+    if text.new_tokens:
+        load.append(f"rows = load_file({str(folder / embeddings_name)!r})")
+    parts = {"clip_l": ("text_encoder", "tokenizer"), "t5": ("text_encoder_2", "tokenizer_2")}
+    for kind, new in text.new_tokens.items():
+        tokens, (encoder, tokenizer) = [f"<s{i}>" for i in range(len(new.rows))], parts[kind]
+        rows = f'rows["{kind}"], token={tokens}'
+        load.append(
+            f"pipeline.load_textual_inversion(\n"
+            f"    {rows}, text_encoder=pipeline.{encoder}, tokenizer=pipeline.{tokenizer}\n)"
+        )
+    load = "\n".join(load)
+    size = f"height={args.resolution}, width={args.resolution}, max_sequence_length={args.max_sequence_length}"
     description = f"""
-# {args.output_dir.name}
+# {folder.name}
 
-A LoRA for {args.pretrained_model_name_or_path}: rank {args.rank}, alpha {args.lora_alpha}, trained with DreamBooth.
+For {args.pretrained_model_name_or_path}: LoRA of rank {args.rank} and alpha {args.lora_alpha}, by DreamBooth.
 
 ```python
 import torch
 from diffusers import FluxPipeline
+from safetensors.torch import load_file
 
-pipeline = FluxPipeline.from_pretrained(
-    {args.pretrained_model_name_or_path!r}, dtype={dtype}{revision}{variant}
-).to("cuda" if torch.cuda.is_available() else "cpu")
-pipeline.load_lora_weights({str(args.output_dir.resolve())!r})
-image = pipeline(
-    {prompt!r}, height={args.resolution}, width={args.resolution}, max_sequence_length={args.max_sequence_length}
-).images[0]
+pipeline = FluxPipeline.from_pretrained({", ".join(model)})
+{load}
+pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+image = pipeline({text.replace(prompt)!r}, {size}).images[0]
 image.save("image.png")
 ```
 """
@@ -758,6 +1045,23 @@ image.save("image.png")
         instance_prompt=args.instance_prompt,
     )
     ModelCard(f"---\n{metadata.to_yaml()}\n---\n{description}").save(args.output_dir / "README.md")
+
+
+def trained_shares(args):
+    """The shares of the steps that train the text encoders and the transformer."""
+    text = args.train_text_encoder_frac if args.train_text_encoder else 0.0
+    return args.train_text_encoder_ti_frac if args.train_text_encoder_ti else text, args.train_transformer_frac
+
+
+def register_embedding_checkpointing(accelerator, text, name):
+    """Makes checkpoints hold the new tokens' rows."""
+
+    def save(models, weights, output_dir):
+        if accelerator.is_main_process:
+            text.save_embeddings(Path(output_dir) / name)
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(lambda models, input_dir: text.load_embeddings(Path(input_dir) / name))
 
 
 def check_run(accelerator, args, max_train_steps):
@@ -776,18 +1080,29 @@ def check_run(accelerator, args, max_train_steps):
     return [problem for broken, problem in rules if broken]
 
 
-def print_header(accelerator, args, examples, lora_params, transformer, max_train_steps, steps_per_epoch):
+def print_header(accelerator, args, examples, lora_params, transformer, text, steps):
     """What is about to be trained on what."""
+    max_train_steps, steps_per_epoch, text_stop = steps
     trainable, total = (sum(p.numel() for p in parameters) for parameters in (lora_params, transformer.parameters()))
     own_captions = sum(example.caption != args.instance_prompt for example in examples)
-    accelerator.print(
-        f"  model    {args.pretrained_model_name_or_path}\n"
-        f"  adapter  {trainable:,} parameters in {len(lora_params) // 2} layers, {trainable / total:.2%} of all\n"
-        f"  data     {len(examples)} pictures at {args.resolution} px, {own_captions} with captions of their own\n"
-        f"  steps    {max_train_steps}, {steps_per_epoch} per epoch; a step is batch {args.train_batch_size} x "
+    lines = [
+        f"model    {args.pretrained_model_name_or_path}",
+        f"adapter  {trainable:,} parameters in {len(lora_params) // 2} layers, {trainable / total:.2%} of all",
+        f"data     {len(examples)} pictures at {args.resolution} px, {own_captions} with captions of their own",
+        f"steps    {max_train_steps}, {steps_per_epoch} per epoch; a step is batch {args.train_batch_size} x "
         f"accumulation {args.gradient_accumulation_steps} x {accelerator.num_processes} {accelerator.device.type}, "
-        f"mixed precision {accelerator.mixed_precision}"
-    )
+        f"mixed precision {accelerator.mixed_precision}",
+    ]
+    if text.new_tokens:
+        tokens = ", ".join(f"{tokens} for {name}" for name, tokens in text.abstractions.items())
+        lines.append(f"tokens   {tokens} in {' and '.join(text.new_tokens)}, trained until step {text_stop}")
+    if text.lora_params:
+        lines.append(
+            f"CLIP     {sum(p.numel() for p in text.lora_params):,} parameters, trained until step {text_stop}"
+        )
+    if text.parameters() and args.optimizer == "prodigy" and args.text_encoder_lr != args.learning_rate:
+        lines.append(f"Prodigy has one learning rate for all, {args.learning_rate:g}: --text_encoder_lr is not used")
+    accelerator.print("".join(f"  {line}\n" for line in lines), end="")
 
 
 def print_results(accelerator, args, step):
@@ -796,10 +1111,16 @@ def print_results(accelerator, args, step):
         "LoRA": "pytorch_lora_weights.safetensors",
         "usage": "README.md",
         "loss": "loss.png",
-        "pictures": "validation" if args.validation_prompt else None,
+        "pictures": "validation" if (args.output_dir / "validation").is_dir() else None,
     }
     accelerator.print(f"Trained {step} steps. In {args.output_dir}:")
     accelerator.print("\n".join(f"  {what:9}{args.output_dir / file}" for what, file in results.items() if file))
+
+
+def create_hub_repo(args):
+    """The id of the repository that --push_to_hub uploads to, made now so that a wrong token shows before training."""
+    name = args.hub_model_id or args.output_dir.resolve().name
+    return HfApi(token=args.hub_token).create_repo(name, exist_ok=True).repo_id
 
 
 def fail(accelerator, problems):
@@ -831,8 +1152,17 @@ def main(args):
     dataset = DreamBoothDataset(examples, args)
     num_processes, accumulation = accelerator.num_processes, args.gradient_accumulation_steps
     total_batch_size = args.train_batch_size * accumulation * num_processes
-    steps_per_epoch = math.ceil(batches_per_epoch(len(dataset), args.train_batch_size, num_processes) / accumulation)
+    sampler = StepSampler(
+        [example.bucket for example in dataset.examples],
+        args.train_batch_size,
+        seed=args.seed,
+        process_index=accelerator.process_index,
+        num_processes=num_processes,
+    )
+    steps_per_epoch = math.ceil(sampler.steps_per_epoch / accumulation)
     max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
+    text_stop, transformer_stop = (round(share * max_train_steps) for share in trained_shares(args))
+    max_train_steps = max(text_stop, transformer_stop)
     validation_steps = args.validation_steps or args.validation_epochs * steps_per_epoch
     run = {name: str(value) for name, value in vars(args).items() if name not in CHANGEABLE}
     run |= {"the number of samples": len(dataset), "the number of processes": num_processes}
@@ -840,37 +1170,56 @@ def main(args):
     problems += check_run(accelerator, args, max_train_steps) + checkpoint_conflicts(checkpoint, run)
     if problems:
         fail(accelerator, problems)
+    if args.push_to_hub and accelerator.is_main_process:
+        try:
+            hub_repo = create_hub_repo(args)
+        except (HTTPError, OSError, ValueError) as error:
+            fail(accelerator, [f"--push_to_hub: {error}"])
     args.output_dir.mkdir(parents=True, exist_ok=True)
 
-    # 3. Prompts and latents: each encoder works and is gone before the transformer is loaded
+    # 3. Prompts: frozen text encoders are gone before the transformer is loaded
+    final_prompt = None if args.skip_final_inference else args.final_validation_prompt or args.validation_prompt
     prompts = {example.caption for example in examples} | ({""} if args.caption_dropout else set())
-    prompts |= {args.validation_prompt} if args.validation_prompt else set()
-    embeddings = encode_prompts(accelerator, sorted(prompts), args, weight_dtype)
-    offload = args.offload or args.cache_latents
-    vae = load_model(AutoencoderKL, "vae", args, weight_dtype).to("cpu" if offload else device)
-    if args.cache_latents:
-        with offload_models(vae, device=device, offload=offload):
-            dataset.moments = cache_moments(accelerator, vae, dataset.picture_keys(), dataset.pixel_values)
+    prompts |= {prompt for prompt in (args.validation_prompt, final_prompt, args.class_prompt) if prompt}
+    prompts = sorted(prompts)
+    text = PromptEncoder(accelerator, args, weight_dtype)
+    text.cache(prompts)
 
-    # 4. Transformer and LoRA
+    # 4. VAE, transformer, class images, latents, LoRA
     noise_scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(
         args.pretrained_model_name_or_path, subfolder="scheduler", revision=args.revision, cache_dir=args.cache_dir
     )
+    offload = args.offload or args.cache_latents
+    vae = load_model(AutoencoderKL, "vae", args, weight_dtype).to("cpu" if offload else device)
     transformer = load_model(FluxTransformer2DModel, "transformer", args, weight_dtype).to(device)
-    lora_params = add_lora(
-        transformer,
-        rank=args.rank,
-        alpha=args.lora_alpha,
-        dropout=args.lora_dropout,
-        target_modules=lora_targets(args),
-    )
+    with offload_models(vae, device=device, offload=offload):
+        if args.with_prior_preservation:
+            pipeline = sampling_pipeline(accelerator, transformer, vae, noise_scheduler)
+            draw_class_images(accelerator, pipeline, text, args)
+            dataset.class_examples = class_examples(args)
+        if args.cache_latents:
+            dataset.moments = cache_moments(accelerator, vae, dataset.picture_keys(), dataset.pixel_values)
+    lora_params = []
+    if args.train_transformer_frac > 0:
+        lora_params = add_lora(
+            transformer,
+            rank=args.rank,
+            alpha=args.lora_alpha,
+            dropout=args.lora_dropout,
+            target_modules=lora_targets(args),
+        )
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
-    register_lora_checkpointing(accelerator, FluxPipeline, {"transformer": transformer})
+    adapted = {"transformer": transformer} if lora_params else {}
+    if text.lora_params:
+        adapted["text_encoder"] = text.encoders["clip_l"]
+    register_lora_checkpointing(accelerator, FluxPipeline, adapted)
+    embeddings_name = f"{args.output_dir.name}_emb.safetensors"
+    register_embedding_checkpointing(accelerator, text, embeddings_name)
     guided = transformer.config.guidance_embeds
 
     # 5. Optimizer and schedule
-    optimizer = create_optimizer(lora_params, args, args.learning_rate * (total_batch_size if args.scale_lr else 1))
+    optimizer = create_optimizer(lora_params, text.parameters(), args, total_batch_size if args.scale_lr else 1)
     lr_scheduler = get_scheduler(
         args.lr_scheduler,
         optimizer,
@@ -881,27 +1230,23 @@ def main(args):
     )
 
     # 6. Prepare and resume
-    transformer, optimizer, lr_scheduler = accelerator.prepare(transformer, optimizer, lr_scheduler)
+    optimizer, lr_scheduler = accelerator.prepare(optimizer, lr_scheduler)
+    transformer = accelerator.prepare(transformer) if lora_params else transformer
     global_step = load_checkpoint(accelerator, checkpoint)
-    sampler = StepSampler(
-        len(dataset),
-        args.train_batch_size,
-        seed=args.seed,
-        start=global_step * accumulation,
-        stop=max_train_steps * accumulation,
-        process_index=accelerator.process_index,
-        num_processes=num_processes,
-    )
+    sampler.start, sampler.stop = global_step * accumulation, max_train_steps * accumulation
     train_dataloader = DataLoader(
         dataset, batch_sampler=sampler, collate_fn=collate, num_workers=args.dataloader_num_workers
     )
 
     # 7. Train
-    print_header(accelerator, args, examples, lora_params, transformer, max_train_steps, steps_per_epoch)
+    steps = max_train_steps, steps_per_epoch, text_stop
+    print_header(accelerator, args, examples, lora_params, transformer, text, steps)
     start_logging(accelerator, args, "dreambooth-flux")
-    draw = functools.partial(validate, accelerator, transformer, vae, noise_scheduler, embeddings, args)
+    draw = functools.partial(validate, accelerator, transformer, vae, noise_scheduler, text, args)
+    if text.trained and global_step >= text_stop:
+        text.freeze(prompts)
     if args.validation_prompt and global_step == 0:
-        draw(step=0)
+        draw(prompt=args.validation_prompt, step=0)
     metrics = open_metrics(args.output_dir / "metrics.jsonl", global_step) if accelerator.is_main_process else None
     transformer.train()
     progress_bar = tqdm(total=max_train_steps, initial=global_step, desc="Training", unit="step", disable=quiet)
@@ -915,10 +1260,8 @@ def main(args):
             else:
                 with offload_models(vae, device=device, offload=offload):
                     moments = encode_moments(vae, batch["pixel_values"])
-            prompt_embeds, pooled_prompt_embeds = (
-                torch.cat([embeddings[prompt][i] for prompt in batch["prompt"]]).to(device) for i in range(2)
-            )
-            loss = compute_loss(
+            prompt_embeds, pooled_prompt_embeds = text(batch["prompt"])
+            losses = compute_loss(
                 transformer,
                 sample_latents(moments, vae.config, generator),
                 prompt_embeds,
@@ -928,21 +1271,33 @@ def main(args):
                 guidance=torch.full((len(moments),), args.guidance_scale, device=device) if guided else None,
                 generator=generator,
             )
+            instance_losses = losses[: len(losses) // 2] if args.with_prior_preservation else losses
+            loss = instance_losses.mean()
+            if args.with_prior_preservation:
+                loss = loss + args.prior_loss_weight * losses[len(losses) // 2 :].mean()
             accelerator.backward(loss)
             loss_sum = loss_sum + loss.detach() / accumulation
             if not accelerator.sync_gradients:
                 continue
-            grad_norm = accelerator.clip_grad_norm_(lora_params, args.max_grad_norm)
+            text.reduce_gradients()
+            if global_step >= transformer_stop:
+                for parameter in lora_params:
+                    parameter.grad = None
+            grad_norm = accelerator.clip_grad_norm_([*lora_params, *text.parameters()], args.max_grad_norm)
             totals = torch.stack([loss_sum, torch.tensor(float(len(signals)), device=device)])
             mean_loss, interrupted = accelerator.reduce(totals, reduction="mean").tolist()
             # a gradient scaler (fp16) skips infinite gradients itself
             finite = math.isfinite(mean_loss) and (accelerator.scaler is not None or math.isfinite(grad_norm))
             if finite or accelerator.scaler is not None:
                 optimizer.step()
+                for new_tokens in text.new_tokens.values() if text.trained else ():
+                    new_tokens.pull()
             lr_scheduler.step()
             optimizer.zero_grad()
 
         global_step += 1
+        if text.trained and global_step == text_stop:
+            text.freeze(prompts)
         skipped = 0 if finite else skipped + 1
         if skipped == MAX_SKIPPED_STEPS:
             raise SystemExit(
@@ -967,19 +1322,26 @@ def main(args):
             )
             raise SystemExit(128 + signals[0] if signals else 1)
         if args.validation_prompt and global_step % validation_steps == 0 and not done:
-            draw(step=global_step)
+            draw(prompt=args.validation_prompt, step=global_step)
         loss_sum, started = 0.0, time.perf_counter()
     progress_bar.close()
 
     # 8. Save and final validation
     if accelerator.is_main_process:
         save_dtype = torch.float32 if args.upcast_before_saving else weight_dtype
-        save_lora(args.output_dir, FluxPipeline, {"transformer": accelerator.unwrap_model(transformer)}, save_dtype)
+        save_lora(args.output_dir, FluxPipeline, adapted, save_dtype)
+        text.save_embeddings(args.output_dir / embeddings_name)
         metrics.close()
         plot_metrics(args.output_dir / "metrics.jsonl", args.output_dir / "loss.png", title=args.output_dir.name)
-        save_model_card(args, weight_dtype, args.validation_prompt or args.instance_prompt or examples[0].caption)
-    if args.validation_prompt:
-        draw(step=global_step)
+        shown_prompt = final_prompt or args.instance_prompt or examples[0].caption
+        save_model_card(args, weight_dtype, text, shown_prompt, embeddings_name)
+    if final_prompt:
+        draw(prompt=final_prompt, step=global_step)
+    if args.push_to_hub and accelerator.is_main_process:
+        unwanted = ["checkpoint-*/**", ".*", f"{args.logging_dir}/**"]
+        HfApi(token=args.hub_token).upload_folder(
+            repo_id=hub_repo, folder_path=args.output_dir, ignore_patterns=unwanted
+        )
     accelerator.end_training()
     print_results(accelerator, args, global_step)
 

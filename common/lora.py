@@ -71,6 +71,8 @@ def add_lora(model, *, rank, alpha, dropout, target_modules):
 def save_lora(directory, pipeline_class, modules, dtype=torch.float32):
     """Writes the adapters of {"transformer": model, ...} as `pytorch_lora_weights.safetensors`, with the metadata
     from which `pipeline_class.load_lora_weights` restores their strength (alpha / rank)."""
+    if not modules:
+        return
     layers = {}
     for name, model in modules.items():
         state_dict = get_peft_model_state_dict(model)
@@ -93,7 +95,7 @@ def load_lora(directory, modules):
 
     Raises ValueError if the file's keys are not exactly those of the adapters.
     """
-    state_dict = load_file(Path(directory) / LORA_WEIGHT_NAME_SAFE)
+    state_dict = load_file(Path(directory) / LORA_WEIGHT_NAME_SAFE) if modules else {}
     for name, model in modules.items():
         prefix = f"{name}."
         layers = {key.removeprefix(prefix): state_dict.pop(key) for key in list(state_dict) if key.startswith(prefix)}

@@ -90,7 +90,9 @@ def log_images(accelerator, images, captions, *, name, step):
 
 def start_logging(accelerator, args, project):
     """Writes args.json with the versions of the libraries, and starts the trackers under the name of `project`."""
-    values = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    secrets = ("hub_token",)
+    values = {name: value for name, value in vars(args).items() if name not in secrets}
+    values = {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
     if accelerator.is_main_process:
         libraries = ("torch", "diffusers", "transformers", "peft", "accelerate")
         versions = {name: importlib.metadata.version(name) for name in libraries}

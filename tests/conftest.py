@@ -4,6 +4,8 @@ import copy
 import importlib
 import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -63,6 +65,15 @@ def pictures(tmp_path_factory):
         scene = random_scene(rng)
         draw(scene, *size).save(folder / f"{i}.png")
         (folder / f"{i}.txt").write_text(caption(scene))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def glyph_pictures(tmp_path_factory):
+    """Six captioned pictures of the toy subject, as `world.py glyph` draws them."""
+    folder = tmp_path_factory.mktemp("glyph")
+    command = [sys.executable, ROOT / "examples" / "toy" / "world.py", "glyph", folder, "--count", "6"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return folder
 
 

@@ -115,6 +115,39 @@ BAD = [
         "checkpoint-5: train_batch_size was 4 there and is 2",
     ),
     ("--output_dir {earlier} --resume_from_checkpoint latest --seed 1 --rank 8", "rank was 4 there and is 8"),
+    (
+        "--with_prior_preservation --class_prompt x",
+        "--with_prior_preservation needs --class_data_dir and --class_prompt",
+    ),
+    ("--class_prompt x", "--class_data_dir and --class_prompt have no effect without --with_prior_preservation"),
+    (
+        "--with_prior_preservation --class_prompt x --class_data_dir {file}",
+        "--class_data_dir {file}: a file of this name is in the way",
+    ),
+    (
+        "--with_prior_preservation --class_prompt x --class_data_dir {broken}",
+        "{broken}/a.png: not a readable picture",
+    ),
+    ("--mixed_precision bf16 --prior_generation_precision fp32", "fp32: the model is loaded in bf16"),
+    ("--aspect_ratio_buckets 32;32", "--aspect_ratio_buckets 32;32: expected height,width;height,width"),
+    ("--aspect_ratio_buckets 32,40", "--aspect_ratio_buckets: 32,40 is not two multiples of 16"),
+    ("--train_text_encoder --train_text_encoder_ti", "exclude each other: choose one"),
+    ("--enable_t5_ti", "--enable_t5_ti needs --train_text_encoder_ti"),
+    ("--initializer_concept dog", "--initializer_concept needs --train_text_encoder_ti"),
+    ("--train_text_encoder_ti --initializer_concept a,b,c", "names 3 concepts for 1 of --token_abstraction"),
+    (
+        "--train_text_encoder_ti --initializer_concept a --num_new_tokens_per_abstraction 3",
+        "--num_new_tokens_per_abstraction has no effect with --initializer_concept",
+    ),
+    ("--train_text_encoder_ti", "--token_abstraction TOK: in no caption and not in --instance_prompt"),
+    ("--train_transformer_frac 0", "leaves nothing to train without --train_text_encoder_ti"),
+    ("--train_text_encoder_frac 0.5", "--train_text_encoder_frac 0.5 needs --train_text_encoder"),
+    ("--train_text_encoder_ti_frac 1.5", "--train_text_encoder_ti_frac: 1.5 is out of range"),
+    (
+        "--final_validation_prompt x --skip_final_inference",
+        "--final_validation_prompt has no effect with --skip_final_inference",
+    ),
+    ("--hub_model_id me/it", "--hub_token and --hub_model_id have no effect without --push_to_hub"),
     ("--instance_data_dir {nowhere}", "--instance_data_dir {nowhere}: no such folder"),
     ("--instance_data_dir {empty}", "--instance_data_dir {empty}: no pictures (.png, "),
     ("--instance_data_dir {bare}", "no caption for {bare}/a.png: give --instance_prompt, captions in .txt files"),
@@ -134,7 +167,7 @@ def no_models(monkeypatch):
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr(dreambooth, "load_model", load)
-    monkeypatch.setattr(dreambooth, "encode_prompts", load)
+    monkeypatch.setattr(dreambooth, "PromptEncoder", load)
 
 
 @pytest.mark.parametrize(("flags", "message"), BAD, ids=[flags for flags, _ in BAD])

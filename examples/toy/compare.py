@@ -30,12 +30,15 @@ def sample(pipeline, prompts, seed):
     ).images
 
 
-def evaluate(pipeline, subject, *, count=32, seed=0):
-    """Subject score, the share of known scenes drawn right (both 0 to 100), and some (image, prompt) pairs of each."""
+def evaluate(pipeline, subject, *, count=32, seed=0, replace=lambda prompt: prompt):
+    """Subject score, the share of known scenes drawn right (both 0 to 100), and some (image, prompt) pairs of each.
+
+    `replace` puts trained tokens in the place of the subject's name.
+    """
     rng = random.Random(seed)
     prompts = [random_subject(rng, subject)[1] for _ in range(count)]
     scenes = [random_scene(rng, pair=0, outline=0) for _ in range(count)]
-    drawn = sample(pipeline, prompts, seed)
+    drawn = sample(pipeline, [replace(prompt) for prompt in prompts], seed)
     others = sample(pipeline, [caption(scene) for scene in scenes], seed)
     subject_score = np.mean([score_subject(image, subject) for image in drawn])
     shown = list(zip(drawn[:4], prompts[:4], strict=True))

@@ -1,0 +1,369 @@
+"""train_dreambooth_flux_advanced.py: text encoders, new tokens, prior preservation, buckets."""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from diffusers import FluxPipeline
+from safetensors.torch import load_file
+from test_train_dreambooth import LORA, SCRIPT, assert_equal, quickstart_flags
+
+import train_dreambooth_flux_advanced as dreambooth
+from examples.dreambooth.generate import load_pipeline
+from examples.toy.compare import HERE, evaluate
+
+
+MODES = {
+    "CLIP LoRA": ["--train_text_encoder", "--train_text_encoder_frac", "0.5", "--text_encoder_lr", "1e-3"],
+    "pivotal CLIP": ["--train_text_encoder_ti", "--text_encoder_lr", "1e-2"],
+    "pivotal CLIP+T5": ["--train_text_encoder_ti", "--enable_t5_ti", "--text_encoder_lr", "1e-2"],
+    "pivotal, Prodigy": ["--train_text_encoder_ti", "--optimizer", "prodigy", "--learning_rate", "1"],
+    "transformer first": [
+        "--train_text_encoder_ti",
+        "--train_text_encoder_ti_frac",
+        "1",
+        "--train_transformer_frac",
+        "0.5",
+    ],
+    "textual inversion": [
+        *("--train_text_encoder_ti", "--enable_t5_ti", "--train_transformer_frac", "0"),
+        *("--train_text_encoder_ti_frac", "1", "--text_encoder_lr", "1e-2"),
+    ],
+}
+
+
+@pytest.fixture
+def flags(tiny_model, pictures):
+    return [
+        *("--pretrained_model_name_or_path", tiny_model, "--instance_data_dir", pictures, "--resolution", 32),
+        *("--max_sequence_length", 16, "--train_batch_size", 2, "--rank", 2, "--learning_rate", 1e-3),
+        *("--report_to", "none", "--max_train_steps", 6, "--cache_latents", "--token_abstraction", "circle"),
+    ]
+
+
+def results(folder):
+    """All tensors a run saved."""
+    files = [file for file in (folder / LORA, folder / f"{folder.name}_emb.safetensors") if file.exists()]
+    return {f"{file.name}/{key}": value for file in files for key, value in load_file(file).items()}
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stop", [2, 3, 4], ids=["before", "at", "after"])
+@pytest.mark.parametrize("mode", MODES)
+def test_resume_around_the_pivot_is_exact(train, flags, tmp_path, monkeypatch, mode, stop):
+    flags = [*flags, *MODES[mode], "--checkpointing_steps", 1]
+    train(SCRIPT, *flags, "--output_dir", tmp_path / "a" / "run")
+    honest = dreambooth.log_step
+
+    def killed(accelerator, progress_bar, metrics, step, logs):
+        honest(accelerator, progress_bar, metrics, step, logs)
+        if step == stop + 1:
+            raise Killed
+
+    monkeypatch.setattr(dreambooth, "log_step", killed)
+    with pytest.raises(Killed):
+        train(SCRIPT, *flags, "--output_dir", tmp_path / "b" / "run")
+    monkeypatch.setattr(dreambooth, "log_step", honest)
+    assert (tmp_path / "b" / "run" / f"checkpoint-{stop}").is_dir()
+    train(SCRIPT, *flags, "--output_dir", tmp_path / "b" / "run", "--resume_from_checkpoint", "latest")
+    assert_equal(results(tmp_path / "a" / "run"), results(tmp_path / "b" / "run"))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_is_trained_and_saved(train, flags, tmp_path, mode):
+    train(SCRIPT, *flags, *MODES[mode], "--output_dir", tmp_path / "run")
+    saved = results(tmp_path / "run")
+    lora = (
+        {key.split(".")[0] for key in load_file(tmp_path / "run" / LORA)}
+        if (tmp_path / "run" / LORA).exists()
+        else set()
+    )
+    assert lora == {
+        "CLIP LoRA": {"transformer", "text_encoder"},
+        "textual inversion": set(),
+    }.get(mode, {"transformer"})
+    rows = {key.split("/")[1]: value.shape for key, value in saved.items() if "_emb" in key}
+    assert set(rows) == {"CLIP LoRA": set()}.get(
+        mode, {"clip_l", "t5"} if "--enable_t5_ti" in MODES[mode] else {"clip_l"}
+    )
+    assert all(shape == (2, 32) for shape in rows.values())
+
+
+def test_frozen_encoders_never_run_in_a_step(train, flags, tmp_path, monkeypatch):
+    calls = []
+    honest = dreambooth.PromptEncoder.embed
+    monkeypatch.setattr(
+        dreambooth.PromptEncoder,
+        "embed",
+        lambda self, kind, prompts: calls.append(kind) or honest(self, kind, prompts),
+    )
+    train(SCRIPT, *flags, *MODES["pivotal CLIP"], "--output_dir", tmp_path)
+    prompts = calls.count("t5")
+    assert calls[:prompts] == ["t5"] * prompts
+    assert calls[prompts:].count("clip_l") == 3 + prompts  # three steps, then once per prompt at the pivot
+
+
+def test_only_new_rows_change(train, flags, tmp_path, monkeypatch, tiny_pipeline):
+    encoders = []
+    honest = dreambooth.PromptEncoder.freeze
+    monkeypatch.setattr(
+        dreambooth.PromptEncoder,
+        "freeze",
+        lambda self, prompts: (
+            encoders.append({k: (n.table.weight.clone(), n.rows.clone()) for k, n in self.new_tokens.items()})
+            or honest(self, prompts)
+        ),
+    )
+    train(SCRIPT, *flags, *MODES["pivotal CLIP+T5"], "--output_dir", tmp_path)
+    tables = {"clip_l": tiny_pipeline.text_encoder, "t5": tiny_pipeline.text_encoder_2}
+    for kind, (table, rows) in encoders[0].items():
+        assert torch.equal(table, tables[kind].get_input_embeddings().weight)
+        assert torch.equal(rows, results(tmp_path)[f"{tmp_path.name}_emb.safetensors/{kind}"])
+
+
+def test_the_files_alone_draw_the_last_validation_image(train, flags, tmp_path, monkeypatch, tiny_model):
+    import numpy as np
+
+    drawn = []
+    honest = dreambooth.image_grid
+    monkeypatch.setattr(
+        dreambooth, "image_grid", lambda images, captions: drawn.append(images) or honest(images, captions)
+    )
+    for mode in ("pivotal CLIP+T5", "textual inversion", "CLIP LoRA"):
+        run = tmp_path / mode.replace(" ", "_")
+        validation = ("--validation_prompt", "a circle on the left", "--num_validation_images", 1)
+        train(SCRIPT, *flags, *MODES[mode], *validation, "--output_dir", run)
+        pipe = FluxPipeline.from_pretrained(tiny_model)
+        if (run / LORA).exists():
+            pipe.load_lora_weights(run, weight_name=LORA)
+        prompt = "a circle on the left"
+        if mode != "CLIP LoRA":
+            state_dict = load_file(run / f"{run.name}_emb.safetensors")
+            tokens = ["<s0>", "<s1>"]
+            pipe.load_textual_inversion(
+                state_dict["clip_l"], token=tokens, text_encoder=pipe.text_encoder, tokenizer=pipe.tokenizer
+            )
+            pipe.load_textual_inversion(
+                state_dict["t5"], token=tokens, text_encoder=pipe.text_encoder_2, tokenizer=pipe.tokenizer_2
+            )
+            prompt = prompt.replace("circle", "<s0><s1>")
+        image = pipe(
+            prompt, height=32, width=32, max_sequence_length=16, generator=torch.Generator().manual_seed(0)
+        ).images[0]
+        difference = np.abs(np.asarray(image, int) - np.asarray(drawn[-1][0], int)).max()
+        assert difference <= 2, mode
+
+
+def test_two_abstractions_start_as_they_are_told(tiny_model, tmp_path, pictures):
+    from accelerate import Accelerator
+
+    flags = ["--pretrained_model_name_or_path", tiny_model, "--instance_data_dir", pictures, "--enable_t5_ti"]
+    flags += ["--train_text_encoder_ti", "--token_abstraction", "AA,BB", "--initializer_concept", "red circle,blue"]
+    args = dreambooth.parse_args([str(flag) for flag in flags])
+    text = dreambooth.PromptEncoder(Accelerator(), args, torch.float32)
+    assert text.replace("an AA beside a BB") == "an <s0><s1> beside a <s2>"
+    for kind, tokenizer in (("clip_l", text.pipeline.tokenizer), ("t5", text.pipeline.tokenizer_2)):
+        new = text.new_tokens[kind]
+        ids = tokenizer("red circle blue", add_special_tokens=False).input_ids
+        assert torch.equal(new.rows.detach(), new.table.weight[ids])
+        assert tokenizer.convert_tokens_to_ids(["<s0>", "<s1>", "<s2>"]) == [new.first_id + i for i in range(3)]
+
+
+PRIOR = ("--with_prior_preservation", "--class_prompt", "a square", "--num_class_images", 5, "--sample_batch_size", 2)
+
+
+def test_class_images_are_drawn_once_and_the_rest_after_an_interruption(train, flags, tmp_path):
+    folder = tmp_path / "class"
+    prior = (*PRIOR, "--class_data_dir", folder)
+    train(SCRIPT, *flags, *prior, "--output_dir", tmp_path / "a")
+    first = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert len(first) == 5
+    (folder / "class-00001.png").unlink()
+    (folder / "class-00004.png").unlink()
+    train(SCRIPT, *flags, *prior, "--output_dir", tmp_path / "b")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == first
+    assert_equal(results(tmp_path / "a"), results(tmp_path / "b"))
+
+
+@pytest.mark.parametrize("mode", [None, "pivotal CLIP", "CLIP LoRA"])
+def test_the_prior_loss_counts_as_it_is_weighted(train, flags, tmp_path, mode):
+    losses = {}
+    prior = (*PRIOR, "--class_data_dir", tmp_path / "class", "--max_train_steps", 1, *MODES.get(mode, []))
+    for weight in (0, 1, 2):
+        run = tmp_path / str(weight)
+        train(SCRIPT, *flags, *prior, "--prior_loss_weight", weight, "--output_dir", run)
+        losses[weight] = json.loads((run / "metrics.jsonl").read_text())["loss"]
+    assert losses[1] - losses[0] > 1e-3
+    assert losses[2] - losses[1] == pytest.approx(losses[1] - losses[0], rel=1e-4)
+
+
+def test_batches_keep_to_one_bucket_and_pictures_to_the_nearest(train, flags, tmp_path, monkeypatch):
+    shapes = []
+    honest = dreambooth.compute_loss
+    monkeypatch.setattr(
+        dreambooth,
+        "compute_loss",
+        lambda t, latents, *a, **k: shapes.append(tuple(latents.shape)) or honest(t, latents, *a, **k),
+    )
+    buckets = ("--aspect_ratio_buckets", "32,48;32,32;48,32", "--max_train_steps", 9)
+    train(SCRIPT, *flags, *buckets, *PRIOR, "--class_data_dir", tmp_path / "class", "--output_dir", tmp_path / "run")
+    assert {shape[2:] for shape in shapes} == {(4, 6), (4, 4), (6, 4)}
+    for size, bucket in {(48, 32): (32, 48), (40, 64): (48, 32), (33, 37): (32, 32), (1000, 10): (32, 48)}.items():
+        assert dreambooth.nearest_bucket(size, [(32, 48), (32, 32), (48, 32)]) == bucket
+    assert dreambooth.nearest_bucket((1000, 1010), [(512, 512), (1024, 1024)]) == (1024, 1024)
+
+
+def test_the_hub_gets_results_and_no_file_the_token(train, flags, tmp_path, monkeypatch):
+    calls = []
+
+    class HubApi:
+        def __init__(self, token):
+            assert token == "hf_secret"
+
+        def create_repo(self, name, exist_ok):
+            calls.append(("create", name, exist_ok))
+            return type("Repo", (), {"repo_id": f"me/{name}"})
+
+        def upload_folder(self, repo_id, folder_path, ignore_patterns):
+            calls.append(("upload", repo_id, folder_path))
+
+    monkeypatch.setattr(dreambooth, "HfApi", HubApi)
+    hub = ("--push_to_hub", "--hub_token", "hf_secret", "--max_train_steps", 2, "--checkpointing_steps", 1)
+    train(SCRIPT, *flags, *hub, "--report_to", "tensorboard", "--output_dir", tmp_path / "run")
+    assert calls == [("create", "run", True), ("upload", "me/run", tmp_path / "run")]
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"hf_secret" in path.read_bytes()]
+
+
+def test_a_refused_token_ends_the_run_before_a_model_is_loaded(train, flags, tmp_path, monkeypatch, capsys):
+    class HubApi:
+        def __init__(self, token):
+            pass
+
+        def create_repo(self, name, exist_ok):
+            raise OSError("Invalid user token")
+
+    monkeypatch.setattr(dreambooth, "HfApi", HubApi)
+    monkeypatch.setattr(dreambooth, "PromptEncoder", None)
+    with pytest.raises(SystemExit) as stop:
+        train(SCRIPT, *flags, "--push_to_hub", "--output_dir", tmp_path / "run")
+    assert stop.value.code == 2
+    assert "--push_to_hub: Invalid user token" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+# flags beside the quickstart's; least scores of the subject and of ordinary prompts, 0 and 91 before training
+LEARNING = {
+    "CLIP LoRA": (["--train_text_encoder", "--text_encoder_lr", "1e-3"], 50, 0),
+    "pivotal CLIP": (["--train_text_encoder_ti", "--text_encoder_lr", "3e-3"], 60, 0),
+    "pivotal CLIP+T5": (["--train_text_encoder_ti", "--enable_t5_ti", "--text_encoder_lr", "3e-3"], 60, 0),
+    "prior preservation": (
+        [
+            *("--with_prior_preservation", "--class_data_dir", "class images", "--class_prompt", "a shape"),
+            *("--num_class_images", "200", "--sample_batch_size", "50"),
+        ],
+        45,
+        70,
+    ),
+}
+
+
+def learned(tmp_path, glyph_pictures, flags, processes):
+    """(subject score, ordinary score) of a run on the toy FLUX."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if processes == 2 else []
+    shared = [
+        *("--pretrained_model_name_or_path", HERE / "flux", "--max_sequence_length", 32, "--report_to", "none"),
+        *(
+            "--instance_data_dir",
+            glyph_pictures,
+            "--resolution",
+            64,
+            "--cache_latents",
+            "--output_dir",
+            tmp_path / "run",
+        ),
+        *shlex.split(quickstart_flags()),
+        *("--train_batch_size", 6 // processes, "--max_train_steps", 1000, "--token_abstraction", "sks glyph"),
+    ]
+    command = [sys.executable, *launcher, ROOT / f"{SCRIPT}.py", *shared, *flags]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run([str(part) for part in command], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    pipeline, abstractions = load_pipeline(tmp_path / "run")
+    pipeline.set_progress_bar_config(disable=True)
+    tokens = abstractions.get("sks glyph", "sks glyph")
+    return evaluate(pipeline, "glyph", replace=lambda prompt: prompt.replace("sks glyph", tokens))[:2]
+
+
+SEED = """
+  --instance_prompt="3d icon in the style of TOK" --caption_column="prompt" --mixed_precision="bf16"
+  --train_batch_size=1 --repeats=1 --report_to="wandb" --gradient_accumulation_steps=1 --gradient_checkpointing
+  --learning_rate=1.0 --text_encoder_lr=1.0 --optimizer="prodigy" --train_text_encoder_ti
+  --train_text_encoder_ti_frac=0.5 --lr_scheduler="constant" --lr_warmup_steps=0 --rank=8 --checkpointing_steps=2000
+  --seed="0" --push_to_hub
+"""
+
+
+@pytest.mark.parametrize("extra", ["", "--enable_t5_ti", "--enable_t5_ti --train_transformer_frac=0"])
+def test_the_published_commands_run(train, tiny_model, pictures, tmp_path, monkeypatch, extra):
+    uploads = []
+
+    class HubApi:
+        def __init__(self, token):
+            pass
+
+        def create_repo(self, name, exist_ok):
+            return type("Repo", (), {"repo_id": f"me/{name}"})
+
+        def upload_folder(self, **arguments):
+            uploads.append(arguments["repo_id"])
+
+    monkeypatch.setattr(dreambooth, "HfApi", HubApi)
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    data, run = tmp_path / "3d_icon", tmp_path / "3d-icon-Flux-LoRA"
+    data.mkdir()
+    names = [Path(shutil.copy(path, data)).name for path in sorted(pictures.glob("*.png"))]
+    rows = [{"file_name": name, "prompt": f"a TOK icon of number {i}"} for i, name in enumerate(names)]
+    (data / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    small = ("--max_train_steps", 4, "--resolution", 32, "--max_sequence_length", 16)
+    flags = ["--pretrained_model_name_or_path", tiny_model, "--dataset_name", data, "--output_dir", run, *small]
+    train(SCRIPT, *flags, *shlex.split(SEED), *extra.split())
+    assert uploads == ["me/3d-icon-Flux-LoRA"]
+    rows = load_file(run / "3d-icon-Flux-LoRA_emb.safetensors")
+    assert set(rows) == ({"clip_l", "t5"} if extra else {"clip_l"})
+    assert (run / LORA).exists() == ("frac=0" not in extra)
+
+
+def test_the_optimizer_holds_rows_not_tables(train, flags, tmp_path, monkeypatch):
+    optimizers = []
+    honest = dreambooth.create_optimizer
+    monkeypatch.setattr(
+        dreambooth, "create_optimizer", lambda *args: optimizers.append(honest(*args)) or optimizers[0]
+    )
+    train(SCRIPT, *flags, *MODES["textual inversion"], "--output_dir", tmp_path)
+    moments = [value for state in optimizers[0].state.values() for value in state.values() if value.ndim]
+    assert sum(moment.numel() for moment in moments) == 2 * 2 * (2 * 32)  # encoders, moments, rows x width
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("mode", LEARNING)
+def test_every_mode_learns_the_subject(glyph_pictures, tmp_path, mode, processes):
+    flags, least_subject, least_ordinary = LEARNING[mode]
+    flags = [tmp_path / flag if flag == "class images" else flag for flag in flags]
+    subject, ordinary = learned(tmp_path, glyph_pictures, flags, processes)
+    print(
+        f"{mode}, {processes}: subject {subject:.0f} (bar {least_subject}), ordinary {ordinary:.0f} ({least_ordinary})"
+    )
+    assert subject >= least_subject
+    assert ordinary >= least_ordinary
