@@ -95,7 +95,8 @@ def load_lora(directory, modules):
 
     Raises ValueError if the file's keys are not exactly those of the adapters.
     """
-    state_dict = load_file(Path(directory) / LORA_WEIGHT_NAME_SAFE) if modules else {}
+    path = Path(directory) / LORA_WEIGHT_NAME_SAFE
+    state_dict = load_file(path) if modules or path.exists() else {}
     for name, model in modules.items():
         prefix = f"{name}."
         layers = {key.removeprefix(prefix): state_dict.pop(key) for key in list(state_dict) if key.startswith(prefix)}

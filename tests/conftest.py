@@ -78,6 +78,17 @@ def glyph_pictures(tmp_path_factory):
 
 
 @pytest.fixture
+def wandb_dir(tmp_path, monkeypatch):
+    """Where wandb's offline runs of one test go."""
+    import wandb
+
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    yield tmp_path
+    wandb.teardown()  # it reads the environment once
+
+
+@pytest.fixture
 def train():
     """train(script, *flags): runs a trainer's parse_args and main in this process."""
 

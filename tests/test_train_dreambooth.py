@@ -208,13 +208,11 @@ def run_snippet(snippet, folder):
     return Image.open(folder / "image.png")
 
 
-def test_wandb_offline_gets_curves_and_pictures(train, flags, tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    monkeypatch.setenv("WANDB_SILENT", "true")
+def test_wandb_offline_gets_curves_and_pictures(train, flags, tmp_path, wandb_dir):
     prompt = ("--validation_prompt", "a red circle", "--num_validation_images", 1)
     train(SCRIPT, *flags, "--max_train_steps", 2, "--output_dir", tmp_path / "run", "--report_to", "wandb", *prompt)
-    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
-    assert list(tmp_path.glob("wandb/offline-run-*/files/media/images/*.png"))
+    assert list(wandb_dir.glob("wandb/offline-run-*/*.wandb"))
+    assert list(wandb_dir.glob("wandb/offline-run-*/files/media/images/*.png"))
 
 
 def quickstart_flags():
