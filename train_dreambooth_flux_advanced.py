@@ -604,7 +604,8 @@ class DreamBoothDataset(Dataset):
         """A picture, resized to cover its bucket, cropped and perhaps mirrored: [3, H, W] in [-1, 1]."""
         (index, (height, width), flipped), args = key, self.args
         centering = (0.5, 0.5) if args.center_crop else np.random.default_rng((args.seed, index)).random(2)
-        image = (self.examples + self.class_examples)[index].image()
+        own = len(self.examples)
+        image = (self.examples[index] if index < own else self.class_examples[index - own]).image()
         method = Image.Resampling[args.image_interpolation_mode.upper()]
         image = ImageOps.fit(image, (width, height), method, centering=tuple(centering))
         image = ImageOps.mirror(image) if flipped else image
@@ -1067,17 +1068,13 @@ def register_embedding_checkpointing(accelerator, text, name):
 def check_run(accelerator, args, max_train_steps):
     """Problems that show once the data and the processes are known."""
     supported = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-    rules = [
-        (
-            accelerator.distributed_type not in supported,
-            f"{accelerator.distributed_type.value}: not supported, choose multi-GPU without it in accelerate config",
-        ),
-        (
-            args.lr_scheduler != "constant" and args.lr_warmup_steps >= max_train_steps > 0,
-            f"--lr_warmup_steps {args.lr_warmup_steps} must be less than the {max_train_steps} steps of the run",
-        ),
-    ]
-    return [problem for broken, problem in rules if broken]
+    problems, kind = [], accelerator.distributed_type
+    if kind not in supported:
+        problems.append(f"{kind.value}: not supported, choose multi-GPU without it in accelerate config")
+    if args.lr_scheduler != "constant" and args.lr_warmup_steps >= max_train_steps > 0:
+        warmup = args.lr_warmup_steps
+        problems.append(f"--lr_warmup_steps {warmup} must be less than the {max_train_steps} steps of the run")
+    return problems
 
 
 def print_header(accelerator, args, examples, lora_params, transformer, text, steps):

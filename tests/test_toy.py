@@ -111,19 +111,25 @@ def test_weights_are_small():
     assert sum(path.stat().st_size for path in files) <= 16 * 10**6
 
 
-def test_flux_draws_what_the_caption_says():
-    pipeline = FluxPipeline.from_pretrained(TOY / "flux")
-    pipeline.set_progress_bar_config(disable=True)
-    rng = random.Random(5)
-    scenes = [random_scene(rng, pair=0, outline=0) for _ in range(64)]
-    images = pipeline(
+def sample(pipeline, scenes, **inputs):
+    """A picture of each scene's caption, in 12 steps."""
+    return pipeline(
         [caption(scene) for scene in scenes],
         height=64,
         width=64,
         num_inference_steps=12,
         max_sequence_length=32,
         generator=torch.Generator().manual_seed(0),
+        **inputs,
     ).images
+
+
+def test_flux_draws_what_the_caption_says():
+    pipeline = FluxPipeline.from_pretrained(TOY / "flux")
+    pipeline.set_progress_bar_config(disable=True)
+    rng = random.Random(5)
+    scenes = [random_scene(rng, pair=0, outline=0) for _ in range(64)]
+    images = sample(pipeline, scenes)
     scores = [score_scene(image, scene) for image, scene in zip(images, scenes, strict=True)]
     means = {name: 100 * np.mean([score[name] for score in scores]) for name in scores[0]}
     print({name: f"{mean:.0f}" for name, mean in means.items()}, "bars: 97, 95, 85")
@@ -141,16 +147,7 @@ def test_fill_keeps_what_it_sees():
     mask.paste(255, (32, 0, 64, 64))
     error = {}
     for name, shown in (("own", drawn), ("wrong", drawn[1:] + drawn[:1])):
-        images = pipeline(
-            [caption(scene) for scene in scenes],
-            image=shown,
-            mask_image=[mask] * len(shown),
-            height=64,
-            width=64,
-            num_inference_steps=12,
-            max_sequence_length=32,
-            generator=torch.Generator().manual_seed(0),
-        ).images
+        images = sample(pipeline, scenes, image=shown, mask_image=[mask] * len(shown))
         halves = [
             (np.asarray(a, float)[:, :32], np.asarray(b, float)[:, :32]) for a, b in zip(images, drawn, strict=True)
         ]
