@@ -963,13 +963,15 @@ def pipeline_call(text, prompt, args):
 def draw_class_images(accelerator, pipeline, text, args):
     """Fills --class_data_dir up to --num_class_images with what the untrained model draws for --class_prompt.
 
-    Image i comes from (seed, i) and appears whole or not at all: an interrupted run goes on where it was.
+    Image i comes from (seed, i) and appears whole or not at all: an interrupted run goes on where it was. A batch is
+    drawn as a whole also for one absent image, for rounding depends on the size of a batch.
     """
     args.class_data_dir.mkdir(parents=True, exist_ok=True)
     paths = [args.class_data_dir / f"class-{i:05d}.png" for i in range(args.num_class_images)]
-    absent = [(i, path) for i, path in enumerate(paths) if not path.exists()]
-    absent = absent[: args.num_class_images - len(class_examples(args))]
-    batches = [absent[i : i + args.sample_batch_size] for i in range(0, len(absent), args.sample_batch_size)]
+    absent = [path for path in paths if not path.exists()]
+    absent = set(absent[: args.num_class_images - len(class_examples(args))])
+    batches = [range(len(paths))[i : i + args.sample_batch_size] for i in range(0, len(paths), args.sample_batch_size)]
+    batches = [batch for batch in batches if any(paths[i] in absent for i in batch)]
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(args.prior_generation_precision)
     device = accelerator.device
     pipeline.set_progress_bar_config(disable=True)
@@ -978,12 +980,13 @@ def draw_class_images(accelerator, pipeline, text, args):
     sharing = accelerator.split_between_processes(batches)
     with undisturbed(pipeline.transformer, device=device), precision, sharing as share:
         for batch in tqdm(share, desc="Drawing class images", unit="batch", disable=quiet):
-            generators = [step_generator(args.seed, i) for i, _ in batch]
+            generators = [step_generator(args.seed, i) for i in batch]
             call = pipeline_call(text, args.class_prompt, args)
             images = pipeline(**call, num_images_per_prompt=len(batch), generator=generators).images
-            for (_, path), image in zip(batch, images, strict=True):
-                image.save(path.with_suffix(".partial"), format="PNG")
-                path.with_suffix(".partial").replace(path)
+            for path, image in zip([paths[i] for i in batch], images, strict=True):
+                if path in absent:
+                    image.save(path.with_suffix(".partial"), format="PNG")
+                    path.with_suffix(".partial").replace(path)
     accelerator.wait_for_everyone()
 
 
@@ -1054,8 +1057,9 @@ def trained_shares(args):
     return args.train_text_encoder_ti_frac if args.train_text_encoder_ti else text, args.train_transformer_frac
 
 
-def register_embedding_checkpointing(accelerator, text, name):
-    """Makes checkpoints hold the new tokens' rows."""
+def register_embedding_checkpointing(accelerator, text):
+    """Makes checkpoints hold the new tokens' rows, under one name whatever folder a run goes to."""
+    name = "learned_emb.safetensors"
 
     def save(models, weights, output_dir):
         if accelerator.is_main_process:
@@ -1106,12 +1110,14 @@ def print_results(accelerator, args, step):
     """What lies where."""
     results = {
         "LoRA": "pytorch_lora_weights.safetensors",
+        "tokens": f"{args.output_dir.resolve().name}_emb.safetensors",
         "usage": "README.md",
         "loss": "loss.png",
-        "pictures": "validation" if (args.output_dir / "validation").is_dir() else None,
+        "pictures": "validation",
     }
+    files = {what: args.output_dir / name for what, name in results.items() if (args.output_dir / name).exists()}
     accelerator.print(f"Trained {step} steps. In {args.output_dir}:")
-    accelerator.print("\n".join(f"  {what:9}{args.output_dir / file}" for what, file in results.items() if file))
+    accelerator.print("\n".join(f"  {what:9}{path}" for what, path in files.items()))
 
 
 def create_hub_repo(args):
@@ -1188,14 +1194,17 @@ def main(args):
     )
     offload = args.offload or args.cache_latents
     vae = load_model(AutoencoderKL, "vae", args, weight_dtype).to("cpu" if offload else device)
-    transformer = load_model(FluxTransformer2DModel, "transformer", args, weight_dtype).to(device)
+    load_transformer = functools.partial(load_model, FluxTransformer2DModel, "transformer", args, weight_dtype)
+    transformer = None
     with offload_models(vae, device=device, offload=offload):
         if args.with_prior_preservation:
+            transformer = load_transformer().to(device)
             pipeline = sampling_pipeline(accelerator, transformer, vae, noise_scheduler)
             draw_class_images(accelerator, pipeline, text, args)
             dataset.class_examples = class_examples(args)
         if args.cache_latents:
             dataset.moments = cache_moments(accelerator, vae, dataset.picture_keys(), dataset.pixel_values)
+    transformer = transformer or load_transformer().to(device)
     lora_params = []
     if args.train_transformer_frac > 0:
         lora_params = add_lora(
@@ -1211,8 +1220,7 @@ def main(args):
     if text.lora_params:
         adapted["text_encoder"] = text.encoders["clip_l"]
     register_lora_checkpointing(accelerator, FluxPipeline, adapted)
-    embeddings_name = f"{args.output_dir.name}_emb.safetensors"
-    register_embedding_checkpointing(accelerator, text, embeddings_name)
+    register_embedding_checkpointing(accelerator, text)
     guided = transformer.config.guidance_embeds
 
     # 5. Optimizer and schedule
@@ -1327,6 +1335,7 @@ def main(args):
     if accelerator.is_main_process:
         save_dtype = torch.float32 if args.upcast_before_saving else weight_dtype
         save_lora(args.output_dir, FluxPipeline, adapted, save_dtype)
+        embeddings_name = f"{args.output_dir.resolve().name}_emb.safetensors"
         text.save_embeddings(args.output_dir / embeddings_name)
         metrics.close()
         plot_metrics(args.output_dir / "metrics.jsonl", args.output_dir / "loss.png", title=args.output_dir.name)
