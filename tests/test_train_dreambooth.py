@@ -323,8 +323,13 @@ def test_other_ways_to_train(train, flags, tmp_path, extra):
 
 def test_models_are_loaded_once(train, flags, tmp_path, monkeypatch):
     loads = []
-    honest = dreambooth.load_model
-    monkeypatch.setattr(dreambooth, "load_model", lambda c, *rest: loads.append(c.__name__) or honest(c, *rest))
+    load_model, load_pipeline = dreambooth.load_model, FluxPipeline.from_pretrained
+    monkeypatch.setattr(dreambooth, "load_model", lambda c, *rest: loads.append(c.__name__) or load_model(c, *rest))
+    monkeypatch.setattr(
+        FluxPipeline,
+        "from_pretrained",
+        lambda *args, **parts: loads.append(f"pipeline, {parts['transformer']=}") or load_pipeline(*args, **parts),
+    )
     validation = ("--validation_prompt", "a circle", "--num_validation_images", 1)
     train(SCRIPT, *flags, *validation, "--max_train_steps", 2, "--output_dir", tmp_path)
-    assert sorted(loads) == ["AutoencoderKL", "FluxTransformer2DModel"]
+    assert sorted(loads) == ["AutoencoderKL", "FluxTransformer2DModel", "pipeline, parts['transformer']=None"]

@@ -1,4 +1,4 @@
-"""Draws the same prompts with the toy FLUX before and after a LoRA, and scores both.
+"""Draws the same prompts with the toy FLUX before and after a LoRA, or several, and scores them.
 
 python examples/toy/compare.py OUTPUT_DIR --subject glyph --output before_after.png
 """
@@ -48,16 +48,18 @@ def evaluate(pipeline, subject, *, count=32, seed=0, replace=lambda prompt: prom
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("lora", type=Path, help="a trainer's output folder")
+    parser.add_argument("lora", type=Path, nargs="+", help="a trainer's output folder")
     parser.add_argument("--subject", choices=SUBJECTS, default="glyph")
     parser.add_argument("--output", type=Path, default=Path("before_after.png"))
     args = parser.parse_args()
     pipeline = FluxPipeline.from_pretrained(HERE / "flux")
     pipeline.set_progress_bar_config(desc="Sampling", leave=False)
     rows = []
-    for when in ("before", "after"):
-        if when == "after":
-            pipeline.load_lora_weights(args.lora)
+    names = ["after"] if len(args.lora) == 1 else [folder.name for folder in args.lora]
+    for when, folder in zip(["before", *names], [None, *args.lora], strict=True):
+        pipeline.unload_lora_weights()
+        if folder:
+            pipeline.load_lora_weights(folder)
         subject_score, ordinary, shown = evaluate(pipeline, args.subject)
         print(
             f"{when:6}  {SUBJECTS[args.subject]}: {subject_score:.0f} of 100   ordinary prompts: {ordinary:.0f} of 100"

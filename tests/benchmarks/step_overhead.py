@@ -30,10 +30,10 @@ from examples.toy.world import draw, random_scene
 STEPS, WARM_UP, TEXT_LENGTH = 24, 4, 128
 
 
-def save_model(folder):
+def save_model(folder, text_layers=2):
     """A pipeline of the size to be measured, with random weights."""
     clip_tokenizer, t5_tokenizer = new_tokenizers()
-    text_encoder, text_encoder_2 = new_text_encoders(clip_tokenizer, t5_tokenizer)
+    text_encoder, text_encoder_2 = new_text_encoders(clip_tokenizer, t5_tokenizer, layers=text_layers)
     pipeline = new_pipeline(
         vae=new_vae(),
         text_encoder=text_encoder,
@@ -43,6 +43,19 @@ def save_model(folder):
         transformer=new_transformer(heads=16, layers=4, single_layers=8),
     )
     pipeline.save_pretrained(folder)
+
+
+def train(folder, *flags):
+    """Runs the trainer with the model in folder/model on pictures of its own."""
+    (folder / "pictures").mkdir(exist_ok=True)
+    for i in range(4):
+        draw(random_scene(random.Random(i)), 256, 256).save(folder / "pictures" / f"{i}.png")
+    shared = [
+        *("--pretrained_model_name_or_path", folder / "model", "--max_sequence_length", TEXT_LENGTH),
+        *("--instance_data_dir", folder / "pictures", "--instance_prompt", "a picture", "--resolution", 256),
+        *("--train_batch_size", 1, "--cache_latents", "--output_dir", folder / "run"),
+    ]
+    dreambooth.main(dreambooth.parse_args([str(flag) for flag in (*shared, *flags)]))
 
 
 def bare_step():
@@ -90,22 +103,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         save_model(folder / "model")
-        (folder / "pictures").mkdir()
-        for i in range(4):
-            draw(random_scene(random.Random(i)), 256, 256).save(folder / "pictures" / f"{i}.png")
-        flags = {
-            "pretrained_model_name_or_path": folder / "model",
-            "max_sequence_length": TEXT_LENGTH,
-            "instance_data_dir": folder / "pictures",
-            "instance_prompt": "a picture",
-            "resolution": 256,
-            "train_batch_size": 1,
-            "max_train_steps": STEPS + 1,
-            "output_dir": folder / "run",
-        }
-        dreambooth.main(
-            dreambooth.parse_args([f"--{name}={value}" for name, value in flags.items()] + ["--cache_latents"])
-        )
+        train(folder, "--max_train_steps", STEPS + 1)
     trainer, bare = (statistics.median(seconds[WARM_UP:]) for seconds in (trainer_seconds, bare_seconds))
     print(f"trainer step {trainer:.3f} s, bare step {bare:.3f} s, {torch.get_num_threads()} threads")
     print(f"{trainer / bare:.3f}")
