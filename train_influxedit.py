@@ -326,7 +326,7 @@ def join_problems(problems):
 
 def check_flags(args):
     """Contradictions between flags, and flags without effect."""
-    problems = check_sources(args)
+    problems = check_sources(args) + check_validation(args)
     if args.mode == "edit":
         without_effect = [
             name
@@ -359,17 +359,30 @@ def check_flags(args):
         problems.append(f"--prodigy_beta3 has no effect on --optimizer {args.optimizer}: leave it out")
     if args.timestep_sampling != "sigma" and args.weighting_scheme in ("logit_normal", "mode"):
         problems.append(f"--weighting_scheme {args.weighting_scheme} has no effect without --timestep_sampling sigma")
-    problems += [
-        f"--{name} {getattr(args, name)} must be a multiple of 16, such as {getattr(args, name) // 16 * 16}"
-        for name in ("validation_width", "validation_height")
-        if getattr(args, name) % 16
-    ]
-    lists = {name: names_in_list(getattr(args, name)) for name in ("validation_image", "validation_mask")}
-    problems += [f"--{name} needs --validation_prompt" for name in lists if lists[name] and not args.validation_prompt]
     if (args.hub_token or args.hub_model_id) and not args.push_to_hub:
         problems.append("--hub_token and --hub_model_id have no effect without --push_to_hub")
     if args.mixed_precision == "fp16" and not torch.accelerator.is_available():
         problems.append("--mixed_precision fp16 needs a GPU: use bf16 or no")
+    return problems
+
+
+def check_validation(args):
+    """Problems of the lists of prompts, pictures and masks to draw, and of the size."""
+    problems = [
+        f"--{name} {getattr(args, name)} must be a multiple of 16, such as {getattr(args, name) // 16 * 16}"
+        for name in ("validation_width", "validation_height")
+        if getattr(args, name) % 16
+    ]
+    flags = ["validation_prompt", "validation_image", *(["validation_mask"] if not args.use_split_mask else [])]
+    lists = {flag: names_in_list(getattr(args, flag)) for flag in flags}
+    lists = {flag: names for flag, names in lists.items() if names}
+    if lists and "validation_prompt" not in lists:
+        problems.append(f"--{next(iter(lists))} needs --validation_prompt")
+    if len({len(names) for names in lists.values()} - {1}) > 1:
+        lengths = ", ".join(f"{len(names)} in --{flag}" for flag, names in lists.items())
+        problems.append(f"{lengths}: these lists must be equally long, or hold one thing for all")
+    if "validation_image" in lists and "validation_mask" not in lists and args.mode == "mask" and flags[2:]:
+        problems.append("--validation_image needs --validation_mask, or masks that are split: --use_split_mask")
     return problems
 
 
@@ -520,7 +533,7 @@ class Example:
         """
         image = self.read()
         self.size = image.size
-        if image.format == "PNG" and "exif" not in image.info:
+        if image.format == "PNG" and image.fp and "exif" not in image.info:  # without fp it is decoded already
             image.verify()
             return
         if image.getexif().get(0x0112, 1) >= 5:  # the camera was turned by a quarter

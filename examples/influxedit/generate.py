@@ -1,7 +1,7 @@
 """Edits pictures with a LoRA that train_influxedit.py saved, in the way it was trained, which args.json tells.
 
-    python examples/influxedit/generate.py OUTPUT_DIR --image outline.png --prompt "violet circle with orange background"
-    python examples/influxedit/generate.py OUTPUT_DIR --image photo.png --mask mask.png --prompt "a red hat"
+    python examples/influxedit/generate.py FOLDER --image outline.png --prompt "violet circle with white background"
+    python examples/influxedit/generate.py FOLDER --image photo.png --mask mask.png --prompt "a red hat"
 
 Edit mode shows the picture to the model and generates all of the result. Mask mode paints anew where --mask is white;
 without --mask, as trained on pictures side by side, the picture is put on the left of an empty one twice as wide and

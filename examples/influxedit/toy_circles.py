@@ -59,6 +59,21 @@ def score(images, scenes):
     return dict(zip(("circle", "background", "outline"), (100 * np.mean(rows, axis=0)).tolist(), strict=True))
 
 
+def write_archive(path, *, count, size=64, seed=0):
+    """A zip file of `count` pairs of pictures with their prompts, laid out as fill50k.zip."""
+    rng, lines = random.Random(seed), []
+    with zipfile.ZipFile(path, "w") as archive:
+        for i in range(count):
+            scenes = random_circle(rng)
+            for folder, scene in zip(("source", "target"), scenes, strict=True):
+                buffer = io.BytesIO()
+                draw(scene, size, size).save(buffer, "PNG")
+                archive.writestr(f"fill50k/{folder}/{i}.png", buffer.getvalue())
+            names = {"source": f"source/{i}.png", "target": f"target/{i}.png"}
+            lines.append(json.dumps({**names, "prompt": prompt_of(scenes[1])}))
+        archive.writestr("fill50k/prompt.json", "\n".join(lines) + "\n")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("archive", type=Path)
@@ -66,17 +81,7 @@ def main():
     parser.add_argument("--size", type=int, default=64, help="side in pixels")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    rng, lines = random.Random(args.seed), []
-    with zipfile.ZipFile(args.archive, "w") as archive:
-        for i in range(args.count):
-            scenes = random_circle(rng)
-            for folder, scene in zip(("source", "target"), scenes, strict=True):
-                buffer = io.BytesIO()
-                draw(scene, args.size, args.size).save(buffer, "PNG")
-                archive.writestr(f"fill50k/{folder}/{i}.png", buffer.getvalue())
-            names = {"source": f"source/{i}.png", "target": f"target/{i}.png"}
-            lines.append(json.dumps({**names, "prompt": prompt_of(scenes[1])}))
-        archive.writestr("fill50k/prompt.json", "\n".join(lines) + "\n")
+    write_archive(args.archive, count=args.count, size=args.size, seed=args.seed)
     print(f"{args.count} circles in {args.archive}")
 
 
