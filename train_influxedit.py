@@ -327,21 +327,14 @@ def join_problems(problems):
 def check_flags(args):
     """Contradictions between flags, and flags without effect."""
     problems = check_sources(args) + check_validation(args)
-    if args.mode == "edit":
-        without_effect = [
-            name
-            for name in ("mask_data_dir", "mask_column", "use_split_mask", "validation_mask")
-            if getattr(args, name)
-        ]
-        problems += [f"--{name} has no effect in --mode edit: leave it out" for name in without_effect]
-        if args.loss_mask_weight != 1:
-            weight = args.loss_mask_weight
-            problems.append(f"--loss_mask_weight {weight:g} has no effect in --mode edit: all is under the mask there")
-    else:
-        without_effect = [name for name in ("target_data_dir", "target_column") if getattr(args, name)]
-        problems += [f"--{name} needs --mode edit" for name in without_effect]
-        if args.train_embedder:
-            problems.append("--train_embedder needs --mode edit")
+    needs = {
+        "mask": ("mask_data_dir", "mask_column", "use_split_mask", "validation_mask"),
+        "edit": ("target_data_dir", "target_column", "train_embedder"),
+    }
+    other = "edit" if args.mode == "mask" else "mask"
+    problems += [f"--{name} needs --mode {other}" for name in needs[other] if getattr(args, name)]
+    if args.loss_mask_weight != 1 and args.mode == "edit":
+        problems.append(f"--loss_mask_weight {args.loss_mask_weight:g} needs --mode mask: all is masked in edit mode")
     if args.mask_only_right and not args.use_split_mask:
         problems.append("--mask_only_right needs --use_split_mask")
     if args.with_prior_preservation and not (args.class_data_dir and args.class_prompt):
@@ -621,7 +614,7 @@ def read_folder(args):
             f"{metadata}: each line must be JSON with file_name and a caption, see --caption_column ({error!r})"
         )
     pictures, flaws = pictures_in(folder)
-    missing = sorted(captions.keys() - {path.name for path in sum(pictures.values(), [])})
+    missing = sorted(captions.keys() - {path.name for paths in pictures.values() for path in paths})
     problems += [f"{metadata}: no picture {name} in this folder" for name in missing] + flaws
     partner_dir = args.target_data_dir if args.mode == "edit" else args.mask_data_dir
     partners, flaws = pictures_in(partner_dir) if partner_dir else ({}, [])

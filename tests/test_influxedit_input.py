@@ -135,14 +135,14 @@ BAD = [
     ("{mask} --mask_data_dir {masks} --use_split_mask", "--mode mask needs one of --mask_data_dir"),
     ("{split} --target_data_dir {targets}", "--target_data_dir needs --mode edit"),
     ("{split} --train_embedder", "--train_embedder needs --mode edit"),
-    ("{edit} --target_data_dir {targets} --use_split_mask", "--use_split_mask has no effect in --mode edit"),
+    ("{edit} --target_data_dir {targets} --use_split_mask", "--use_split_mask needs --mode mask"),
     (
         "{edit} --target_data_dir {targets} --mask_data_dir {masks}",
-        "--mask_data_dir has no effect in --mode edit",
+        "--mask_data_dir needs --mode mask",
     ),
     (
         "{edit} --target_data_dir {targets} --loss_mask_weight 2",
-        "--loss_mask_weight 2 has no effect in --mode edit",
+        "--loss_mask_weight 2 needs --mode mask",
     ),
     ("{mask} --mask_data_dir {masks} --mask_only_right", "--mask_only_right needs --use_split_mask"),
     ("{mask} --mask_column m --use_split_mask", "--mask_column m needs --dataset_name"),

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 import train_influxedit as influxedit
 from common.latents import encode_moments, pack_fill_condition, sample_latents
+from examples.influxedit import generate
 from examples.influxedit.generate import edit, load_pipeline, paint_beside
 from examples.influxedit.prepare_fill_circles import prepare
 from examples.influxedit.toy_circles import prompt_of, random_circle, score, write_archive
@@ -323,6 +324,14 @@ def test_the_files_alone_draw_the_last_validation_image(
         monkeypatch.chdir(tmp_path)
         exec(compile(snippet, "README.md", "exec"), {})
         assert Image.open("image.png").size == (48, 32)
+    flags = ["--prompt", "a circle", "--image", image, "--size", 48, 32, "--num_inference_steps", 50]
+    flags += ["--mask", mask] if mode == "mask" else []
+    monkeypatch.setattr("sys.argv", ["generate.py", *map(str, [run, *flags, "--output", tmp_path / "edited"])])
+    generate.main()
+    result = Image.open(tmp_path / "edited" / "0-edited.png")
+    assert result.size == (48, 32)
+    if mode != "split":  # the example paints the right half of another picture there
+        assert np.abs(np.asarray(result, int) - np.asarray(drawn[-1][0], int)).max() <= 2
 
 
 def test_what_lands_in_output_dir_and_what_trains(train, modes, tmp_path, tiny_fill):

@@ -19,6 +19,7 @@ import sys
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from pathlib import Path, PurePosixPath
 
 from PIL import Image
@@ -39,7 +40,7 @@ def download(url, path):
     done = partial.stat().st_size if partial.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
     try:
-        response = urllib.request.urlopen(request)
+        response = urllib.request.urlopen(request, timeout=60)
     except urllib.error.HTTPError as error:
         if error.code != 416:  # nothing after what is there
             raise
@@ -68,7 +69,7 @@ def check_members(archive, max_bytes):
         raise BadArchive(f"unpacks to {total:,} bytes, more than the {max_bytes:,} of --max_gigabytes")
     for member in archive.infolist():
         name = PurePosixPath(member.filename.replace("\\", "/"))
-        if name.is_absolute() or ".." in name.parts or ":" in name.parts[0]:
+        if name.is_absolute() or ".." in name.parts or ":" in member.filename:
             raise BadArchive(f"holds {member.filename!r}, a path outside of the archive")
         kind = stat.S_IFMT(member.external_attr >> 16)
         if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
@@ -130,7 +131,7 @@ def prepare(zip_path, output, *, count=None, prefix=PREFIX, max_bytes=10 * 2**30
                 continue
             try:
                 pictures = [Image.open(archive.open(row[key])).convert("RGB") for key in ("source", "target")]
-            except (OSError, SyntaxError, zipfile.BadZipFile, Image.DecompressionBombError) as error:
+            except (OSError, SyntaxError, zlib.error, zipfile.BadZipFile, Image.DecompressionBombError) as error:
                 raise BadArchive(f"{row['source']} or {row['target']}: not a readable picture ({error})") from error
             for name, image in zip(names, (*pictures, combine(*pictures)), strict=False):
                 write(folders[name] / f"{stem}.png", lambda path, image=image: image.save(path, "PNG"))
