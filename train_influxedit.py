@@ -23,6 +23,7 @@ arguments (args.json), the loss (metrics.jsonl, loss.png), pictures (validation/
 
 import argparse
 import functools
+import itertools
 import json
 import math
 import os
@@ -775,10 +776,10 @@ class EditDataset(Dataset):
 
     def pixel_values(self, key):
         """What `key` of `picture_keys` shows: [3, H, W] in [-1, 1], 0 where it is masked."""
-        index, (height, width), _, view = key
+        (index, (height, width), _, view), args = key, self.args
         if view == "nothing":
             return torch.zeros(3, height, width)
-        own, method = len(self.examples), Image.Resampling[self.args.image_interpolation_mode.upper()]
+        own, method = len(self.examples), Image.Resampling[args.image_interpolation_mode.upper()]
         example = self.examples[index] if index < own else self.class_examples[index - own]
         image = example.partner.image() if view == "target" else example.image()
         pixels = to_tensor(self.fit(image, key, method))
@@ -1184,7 +1185,7 @@ def validate(accelerator, transformer, vae, noise_scheduler, text, args, *, case
         undisturbed(transformer, device=accelerator.device),
         offload_models(vae, device=accelerator.device, offload=args.offload or args.cache_latents),
     ):
-        calls = [pipeline_call(text, *case[:1], args, *case[1:]) for case in cases]
+        calls = [pipeline_call(text, prompt, args, image, mask) for prompt, image, mask in cases]
         calls = [call for call in calls for _ in range(args.num_validation_images)]
         images = generate_images(accelerator, pipeline, calls, seed=args.seed)
     if accelerator.is_main_process:
@@ -1192,11 +1193,10 @@ def validate(accelerator, transformer, vae, noise_scheduler, text, args, *, case
         captions = [f"{prompt} | step {step}, seed {args.seed + i}" for i, prompt in enumerate(prompts)]
         folder = args.output_dir / "validation"
         folder.mkdir(exist_ok=True)
-        rows = []
-        for i, (_, image, mask) in enumerate(cases):
-            own = slice(i * args.num_validation_images, (i + 1) * args.num_validation_images)
+        rows, drawn = [], zip(images, captions, strict=True)
+        for _, image, mask in cases:
             shown = Image.composite(Image.new("RGB", image.size, "gray"), image, mask)
-            rows += [(shown, "shown"), *zip(images[own], captions[own], strict=True)]
+            rows += [(shown, "shown"), *itertools.islice(drawn, args.num_validation_images)]
         grid = image_grid(*zip(*rows, strict=True), columns=1 + args.num_validation_images)
         grid.save(folder / f"step-{step:06d}.png")
         log_images(accelerator, images, captions, name="validation", step=step)
