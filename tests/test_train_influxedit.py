@@ -487,7 +487,8 @@ def learn(train, circles, run, mode, *extra):
 
 
 def test_it_learns_an_edit(train, circles, tmp_path):
-    before, after = learn(train, circles, tmp_path, "edit", "--max_train_steps", 400)
+    short = ("--max_train_steps", 400, "--learning_rate", 3e-3, "--lr_warmup_steps", 10)
+    before, after = learn(train, circles, tmp_path, "edit", *short)
     print("bars: 90, 90, 60")
     assert before["outline"] < 45
     assert min(after["circle"], after["background"]) >= 90
