@@ -72,8 +72,14 @@ def add_noise(latents, noise, sigmas):
     return (1 - sigmas) * latents + sigmas * noise
 
 
-def velocity_loss(model_pred, latents, noise, sigmas, weighting_scheme="none"):
-    """Weighted squared error [B] of predicted velocities [B, ...] against ε - x_0, mean over all but the batch."""
+def velocity_loss(model_pred, latents, noise, sigmas, weighting_scheme="none", token_weights=None):
+    """Weighted squared error [B] of predicted velocities [B, ...] against ε - x_0, mean over all but the batch.
+
+    `token_weights` [B, N], not negative, make it a weighted mean over the tokens of velocities [B, N, C].
+    """
     weighting = compute_loss_weighting_for_sd3(weighting_scheme, sigmas=sigmas.to(model_pred.device))
-    error = (model_pred.float() - (noise - latents).float()).square().flatten(1).mean(dim=1)
-    return weighting * error
+    error = (model_pred.float() - (noise - latents).float()).square()
+    if token_weights is None:
+        return weighting * error.flatten(1).mean(dim=1)
+    total = token_weights.sum(dim=1).clamp(min=1e-6)  # with weight 0, no token may be left
+    return weighting * (error.mean(dim=2) * token_weights).sum(dim=1) / total

@@ -47,11 +47,12 @@ def unknown_layers(model, target_modules):
     return [target for target in target_modules if not target_layers(model, [target])]
 
 
-def add_lora(model, *, rank, alpha, dropout, target_modules):
+def add_lora(model, *, rank, alpha, dropout, target_modules, modules_to_save=None):
     """Adds a LoRA adapter to a frozen model and returns its parameters, in float32 whatever the model's dtype.
 
     `target_modules` are names of modules or ends of such names, as in `LoraConfig`. Raises ValueError for those that
-    no linear layer has.
+    no linear layer has. `modules_to_save` are modules trained as a whole: the adapter holds copies of them, and its
+    file their weights.
     """
     unknown = unknown_layers(model, target_modules)
     if unknown:
@@ -62,6 +63,7 @@ def add_lora(model, *, rank, alpha, dropout, target_modules):
         lora_dropout=dropout,
         init_lora_weights="gaussian",
         target_modules=list(target_modules),
+        modules_to_save=modules_to_save,
     )
     model.add_adapter(config)
     cast_training_params(model, dtype=torch.float32)  # bfloat16 would lose small updates to rounding

@@ -99,7 +99,9 @@ def start_logging(accelerator, args, project):
         text = json.dumps({"args": values, "versions": versions}, indent=2)
         (args.output_dir / "args.json").write_text(text + "\n")
     if accelerator.log_with:
-        accelerator.init_trackers(project, {name: "" if v is None else v for name, v in values.items()})
+        values = {name: "" if value is None else value for name, value in values.items()}
+        plain = (bool, int, float, str)  # all that TensorBoard takes
+        accelerator.init_trackers(project, {n: v if isinstance(v, plain) else str(v) for n, v in values.items()})
 
 
 def peak_memory(device):

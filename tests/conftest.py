@@ -69,6 +69,47 @@ def pictures(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def tiny_fill(tiny_pipeline, tmp_path_factory):
+    """A folder with the tiny pipeline as a FluxFillPipeline: 384 input channels, all of them with weights."""
+    from diffusers import FluxFillPipeline
+
+    from examples.toy import pretrain
+
+    torch.manual_seed(1)
+    transformer = pretrain.copy_of(tiny_pipeline.transformer, in_channels=384, out_channels=64)
+    transformer.x_embedder.weight.data.normal_(std=0.1)
+    parts = {name: part for name, part in tiny_pipeline.components.items() if name not in ("scheduler", "transformer")}
+    parts = {name: part for name, part in parts.items() if part is not None}
+    folder = tmp_path_factory.mktemp("fill")
+    pretrain.new_pipeline(FluxFillPipeline, transformer=transformer, **parts).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory):
+    """Folders of five pictures of two shapes: images, targets, masks and captions, and both in one, side by side."""
+    from PIL import Image, ImageDraw
+
+    from examples.influxedit.prepare_fill_circles import combine
+    from examples.toy.world import caption, draw, random_scene
+
+    root, rng = tmp_path_factory.mktemp("pairs"), random.Random(0)
+    for name in ("images", "targets", "masks", "captions", "combined"):
+        (root / name).mkdir()
+    for i, size in enumerate([(48, 32), (32, 32), (48, 32), (32, 32), (33, 31)]):
+        before, after = random_scene(rng), random_scene(rng)
+        images = draw(before, *size), draw(after, *size)
+        images[0].save(root / "images" / f"{i}.png")
+        images[1].save(root / "targets" / f"{i}.{'jpg' if i == 1 else 'png'}")
+        combine(*images).save(root / "combined" / f"{i}.png")
+        mask = Image.new("L", size)
+        ImageDraw.Draw(mask).rectangle((4 + i, 6, 20, 25), fill=255)
+        mask.save(root / "masks" / f"{i}.png")
+        (root / "captions" / f"{i}.txt").write_text(caption(after))
+    return root
+
+
+@pytest.fixture(scope="session")
 def glyph_pictures(tmp_path_factory):
     """Six captioned pictures of the toy subject, as `world.py glyph` draws them."""
     folder = tmp_path_factory.mktemp("glyph")

@@ -105,3 +105,16 @@ def test_velocity_loss_is_the_weighted_mean_square(scheme):
         torch.testing.assert_close(weights, sigmas**-2)
     if scheme == "cosmap":
         torch.testing.assert_close(weights, 2 / (math.pi * (1 - 2 * sigmas + 2 * sigmas**2)))
+
+
+def test_token_weights_make_a_weighted_mean():
+    model_pred, latents, noise = torch.randn(3, 2, 5, 8)
+    sigmas, token_weights = torch.rand(2), torch.rand(2, 5)
+    plain = velocity_loss(model_pred, latents, noise, sigmas, "cosmap")
+    torch.testing.assert_close(
+        velocity_loss(model_pred, latents, noise, sigmas, "cosmap", torch.ones(2, 5) * 3), plain
+    )
+    weighted = velocity_loss(model_pred, latents, noise, sigmas, "none", token_weights)
+    error = (model_pred - (noise - latents)).square().mean(-1)
+    torch.testing.assert_close(weighted, (error * token_weights).sum(1) / token_weights.sum(1))
+    assert torch.equal(velocity_loss(model_pred, latents, noise, sigmas, "none", torch.zeros(2, 5)), torch.zeros(2))

@@ -161,3 +161,22 @@ def test_a_checkpoint_that_fails_while_it_is_written_is_never_seen(prepared, tmp
     monkeypatch.undo()
     save_checkpoint(accelerator, tmp_path, 2, {}, total_limit=1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2"]
+
+
+def test_modules_trained_as_a_whole_are_in_the_file(tiny, tmp_path):
+    trained, again = copy.deepcopy(tiny.transformer), copy.deepcopy(tiny.transformer)
+    for model in (trained, again):
+        parameters = add_lora(
+            model, rank=2, alpha=2, dropout=0.0, target_modules=["attn.to_q"], modules_to_save=["x_embedder"]
+        )
+    before = run(trained)
+    for parameter in (p for p in trained.parameters() if p.requires_grad):
+        parameter.data.normal_(std=0.2)
+    assert sum(p.numel() for p in parameters) > tiny.transformer.x_embedder.weight.numel()
+    save_lora(tmp_path, FluxPipeline, {"transformer": trained})
+    load_lora(tmp_path, {"transformer": again})
+    assert torch.equal(run(again), run(trained))
+    pipeline = FluxPipeline(**tiny.components_but_image())
+    pipeline.load_lora_weights(tmp_path)
+    torch.testing.assert_close(run(pipeline.transformer), run(trained), atol=1e-5, rtol=1e-5)
+    assert (run(trained) - before).abs().max() > 0.01

@@ -1,0 +1,89 @@
+"""Draws a small fill50k: outlines of circles, the same circles filled, and what their colours are, in one zip file.
+
+    python examples/influxedit/toy_circles.py toy_circles.zip --count 500
+
+The archive is laid out as fill50k.zip, so that prepare_fill_circles.py takes it instead. `score` tells
+how well a model turned outlines into filled circles.
+"""
+
+import argparse
+import io
+import json
+import random
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from examples.toy.world import (
+    COLOR_NAMES,
+    Scene,
+    Shape,
+    background_of,
+    draw,
+    foreground_mask,
+    foreground_of,
+    iou,
+    mask_of,
+)
+
+
+def random_circle(rng):
+    """(outline, filled): a white outline on black and the same circle in two colours, as scenes of the toy world."""
+    r = rng.uniform(0.15, 0.3)
+    x, y = rng.uniform(r + 0.02, 0.98 - r), rng.uniform(r + 0.02, 0.98 - r)
+    color, background = rng.sample(COLOR_NAMES, 2)
+    outline = Scene("black", (Shape("circle", "white", x, y, r, outline=True),))
+    return outline, Scene(background, (Shape("circle", color, x, y, r),))
+
+
+def prompt_of(scene):
+    """ "violet circle with orange background", as fill50k has it."""
+    return f"{scene.shapes[0].color} circle with {scene.background} background"
+
+
+def score(images, scenes):
+    """{"circle", "background": share of images with the right colour, "outline": mean IoU of the discs}, 0 to 100."""
+    rows = [
+        (
+            foreground_of(image) == scene.shapes[0].color,
+            background_of(image) == scene.background,
+            iou(foreground_mask(image), mask_of(scene, *image.size)),
+        )
+        for image, scene in zip(images, scenes, strict=True)
+    ]
+    return dict(zip(("circle", "background", "outline"), (100 * np.mean(rows, axis=0)).tolist(), strict=True))
+
+
+def write_archive(path, *, count, size=64, seed=0):
+    """A zip file of `count` pairs of pictures with their prompts, laid out as fill50k.zip."""
+    rng, lines = random.Random(seed), []
+    with zipfile.ZipFile(path, "w") as archive:
+        for i in range(count):
+            scenes = random_circle(rng)
+            for folder, scene in zip(("source", "target"), scenes, strict=True):
+                buffer = io.BytesIO()
+                draw(scene, size, size).save(buffer, "PNG")
+                archive.writestr(f"fill50k/{folder}/{i}.png", buffer.getvalue())
+            names = {"source": f"source/{i}.png", "target": f"target/{i}.png"}
+            lines.append(json.dumps({**names, "prompt": prompt_of(scenes[1])}))
+        archive.writestr("fill50k/prompt.json", "\n".join(lines) + "\n")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("archive", type=Path)
+    parser.add_argument("--count", type=int, default=500)
+    parser.add_argument("--size", type=int, default=64, help="side in pixels")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    write_archive(args.archive, count=args.count, size=args.size, seed=args.seed)
+    print(f"{args.count} circles in {args.archive}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""examples/influxedit: the data set tool against hostile archives, interruptions and broken connections."""
+
+import http.server
+import json
+import stat
+import threading
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from examples.influxedit import prepare_fill_circles as tool
+from examples.influxedit.toy_circles import write_archive
+
+
+@pytest.fixture
+def archive(tmp_path):
+    write_archive(tmp_path / "circles.zip", count=4)
+    return tmp_path / "circles.zip"
+
+
+def run(monkeypatch, *flags):
+    """Exit code of the command."""
+    monkeypatch.setattr("sys.argv", ["prepare_fill_circles.py", *map(str, flags)])
+    return tool.main()
+
+
+def test_folders_hold_pairs_collages_and_prompts(archive, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "data"
+    assert run(monkeypatch, "--zip", archive, "--output", output, "--prefix", "both: ") == 0
+    assert "4 samples" in capsys.readouterr().out
+    with zipfile.ZipFile(archive) as file:
+        rows = [json.loads(line) for line in file.read("fill50k/prompt.json").decode().splitlines()]
+        for i, row in enumerate(rows):
+            assert (output / "prompts" / f"{i}.txt").read_text() == row["prompt"]
+            assert (output / "prompts_combined" / f"{i}.txt").read_text() == "both: " + row["prompt"]
+            pair = [np.asarray(Image.open(file.open(f"fill50k/{row[key]}"))) for key in ("source", "target")]
+            for name, expected in (("A", pair[0]), ("B", pair[1]), ("combined", np.concatenate(pair, axis=1))):
+                assert np.array_equal(np.asarray(Image.open(output / f"train_{name}" / f"{i}.png")), expected)
+    assert not list(output.rglob("*.partial"))
+
+
+def test_an_interrupted_preparation_continues(archive, tmp_path, monkeypatch):
+    output, honest, written = tmp_path / "data", tool.write, []
+
+    def interrupted(path, save):
+        if len(written) == 12:
+            raise KeyboardInterrupt
+        written.append(path)
+        honest(path, save)
+
+    monkeypatch.setattr(tool, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tool.prepare(archive, output)
+    monkeypatch.setattr(tool, "write", lambda path, save: written.append(path) or honest(path, save))
+    written.clear()
+    assert tool.prepare(archive, output) == 4
+    assert {path.stem for path in written} == {"2", "3"}
+    assert len(list((output / "train_combined").iterdir())) == 4
+
+
+def link(name):
+    """A member that would become a symbolic link."""
+    member = zipfile.ZipInfo(name)
+    member.external_attr = (stat.S_IFLNK | 0o777) << 16
+    return member
+
+
+HOSTILE = {
+    "traversal": ("fill50k/../../outside.txt", "a path outside of the archive"),
+    "absolute": ("/tmp/outside.txt", "a path outside of the archive"),
+    "drive": ("C:/outside.txt", "a path outside of the archive"),
+    "backslashes": ("fill50k\\..\\..\\outside.txt", "a path outside of the archive"),
+    "link": (link("fill50k/source/link.png"), "neither a file nor a folder"),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_hostile_archive_is_refused(archive, tmp_path, monkeypatch, capsys, kind):
+    member, message = HOSTILE[kind]
+    with zipfile.ZipFile(archive, "a") as file:
+        file.writestr(member, "../../outside.txt")
+    before = sorted(tmp_path.rglob("*"))
+    assert run(monkeypatch, "--zip", archive, "--output", tmp_path / "data") == 2
+    assert message in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_bomb_is_refused(archive, tmp_path, monkeypatch, capsys):
+    with zipfile.ZipFile(archive, "a", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("fill50k/zeros.bin", bytes(20 * 2**20))
+    assert archive.stat().st_size < 2**20
+    flags = ("--zip", archive, "--output", tmp_path / "data", "--max_gigabytes", "0.01")
+    assert run(monkeypatch, *flags) == 2
+    assert "more than the 10,737,418 of --max_gigabytes" in capsys.readouterr().err
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{oops", "line 1: not JSON with source, target and prompt"),
+        ('{"source": "source/0.png"}', "line 1: not JSON with source, target and prompt"),
+        ('{"source": "a.png", "target": "b.png", "prompt": "x"}', "the archive has no fill50k/a.png"),
+        (None, "holds 0 files prompt.json"),
+    ],
+)
+def test_a_wrong_archive_is_refused(tmp_path, monkeypatch, capsys, content, message):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
+        file.writestr("fill50k/prompt.json" if content else "readme.txt", content or "")
+    assert run(monkeypatch, "--zip", tmp_path / "a.zip", "--output", tmp_path / "data") == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_damaged_archive_is_refused(archive, tmp_path, monkeypatch, capsys):
+    archive.write_bytes(archive.read_bytes()[:-100])
+    assert run(monkeypatch, "--zip", archive, "--output", tmp_path / "data") == 2
+    assert "damaged, or no zip file" in capsys.readouterr().err
+
+
+@pytest.fixture
+def server(archive):
+    """(address, [range header of each request]) of a server that hangs up halfway through the first answer."""
+    data, requests = archive.read_bytes(), []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):  # noqa: N802
+            asked = self.headers["Range"]
+            start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked else 0
+            requests.append(asked)
+            self.send_response(206 if asked else 200)
+            self.send_header("Content-Length", str(len(data) - start))
+            self.end_headers()
+            self.wfile.write(data[start : len(data) // 2] if len(requests) == 1 else data[start:])
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/fill50k.zip", requests
+        server.shutdown()
+
+
+def test_an_interrupted_download_continues(archive, server, tmp_path, monkeypatch, capsys):
+    (address, requests), output = server, tmp_path / "data"
+    flags = ("--url", address, "--output", output)
+    half = archive.stat().st_size // 2
+    assert run(monkeypatch, *flags) == 2
+    assert "the connection ended" in capsys.readouterr().err
+    assert [path.name for path in output.iterdir()] == ["fill50k.zip.partial"]
+    assert run(monkeypatch, *flags) == 0
+    assert requests == [None, f"bytes={half}-"]
+    assert (output / "fill50k.zip").read_bytes() == archive.read_bytes()
+    assert len(list((output / "train_A").iterdir())) == 4
+
+
+def test_a_dead_server_is_a_sentence(tmp_path, monkeypatch, capsys):
+    assert run(monkeypatch, "--url", "http://127.0.0.1:9/fill50k.zip", "--output", tmp_path / "data") == 2
+    assert "error: " in capsys.readouterr().err

@@ -1,0 +1,1532 @@
+"""Teaches FLUX.1-Fill an edit from pairs of pictures: a LoRA (arXiv 2106.09685) on the inpainting model.
+
+The frozen transformer reads the noisy latent of the result beside two conditions, a shown picture and a mask, and
+predicts the velocity; a low-rank adapter beside its layers is trained:
+
+    x_σ = (1 - σ) x_0 + σ ε        loss = || transformer([x_σ, shown, mask], σ, prompt) - (ε - x_0) ||²
+
+    --mode mask   x_0 is the picture, shown is the picture where the mask is black, as FLUX.1-Fill was made for
+    --mode edit   x_0 is the target, shown is all of the input picture, the mask is white
+
+One GPU, or all of them after `accelerate config`:
+
+    accelerate launch train_influxedit.py \\
+      --pretrained_model_name_or_path=black-forest-labs/FLUX.1-Fill-dev --mode=edit \\
+      --instance_data_dir=train_A --target_data_dir=train_B --caption_data_dir=prompts \\
+      --mixed_precision=bf16 --gradient_checkpointing --cache_latents --resolution=512 --train_batch_size=1 \\
+      --rank=64 --lora_alpha=64 --guidance_scale=1 --learning_rate=1e-4 --max_train_steps=5000 \\
+      --validation_prompt="violet circle with orange background" --validation_image=outline.png --output_dir=circles
+
+`output_dir` then holds `pytorch_lora_weights.safetensors` for `FluxFillPipeline.load_lora_weights`, a model card, the
+arguments (args.json), the loss (metrics.jsonl, loss.png), pictures (validation/) and checkpoints to resume from.
+"""
+
+import argparse
+import functools
+import itertools
+import json
+import math
+import os
+import secrets
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list, gather_object, set_seed
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxFillPipeline,
+    FluxPipeline,
+    FluxTransformer2DModel,
+)
+from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.training_utils import free_memory, offload_models
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HTTPError
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm.auto import tqdm
+
+from common.flow_matching import TIMESTEP_SAMPLING, add_noise, sample_sigmas, step_generator, velocity_loss
+from common.latents import (
+    cache_moments,
+    encode_moments,
+    image_ids,
+    pack_fill_condition,
+    pack_latents,
+    sample_latents,
+)
+from common.lora import (
+    FLUX_TARGET_MODULES,
+    add_lora,
+    catch_signals,
+    checkpoint_conflicts,
+    checkpoint_to_resume,
+    find_checkpoints,
+    load_checkpoint,
+    register_lora_checkpointing,
+    save_checkpoint,
+    save_lora,
+    target_layers,
+    unknown_layers,
+)
+from common.validation import (
+    generate_images,
+    image_grid,
+    log_images,
+    log_step,
+    open_metrics,
+    peak_memory,
+    plot_metrics,
+    start_logging,
+    undisturbed,
+)
+
+
+CLIP_TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "out_proj")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+UNREAD_SUFFIXES = (".heic", ".heif", ".avif", ".tif", ".tiff", ".gif")
+WEIGHTING_SCHEMES = ("none", "sigma_sqrt", "logit_normal", "mode", "cosmap")
+LR_SCHEDULERS = [scheduler.value for scheduler in SchedulerType if scheduler != SchedulerType.PIECEWISE_CONSTANT]
+TRACKERS = ("tensorboard", "wandb", "all", "none")
+INTERPOLATION = [mode.name.lower() for mode in Image.Resampling]
+MAX_SKIPPED_STEPS = 10  # in a row, for want of a finite loss
+# Flags that a resumed run may change: they do not touch what a step computes, or only how many there are.
+CHANGEABLE = {
+    *("allow_tf32", "cache_dir", "cache_latents", "gradient_checkpointing", "offload", "dataloader_num_workers"),
+    *("max_train_steps", "num_train_epochs", "checkpointing_steps", "checkpoints_total_limit", "local_rank"),
+    *("prior_generation_precision", "sample_batch_size", "resume_from_checkpoint", "validation_prompt"),
+    *("validation_image", "validation_mask", "validation_steps", "num_validation_images"),
+    *("validation_width", "validation_height", "push_to_hub", "hub_token", "hub_model_id"),
+    *("output_dir", "logging_dir", "report_to", "upcast_before_saving"),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arguments
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+# same in all trainers
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The default in the help of every argument that has one, the example command as it stands."""
+
+    def _get_help_string(self, action):
+        silent = action.default is None or action.default is False  # 0 is worth telling
+        return action.help if silent else super()._get_help_string(action)
+
+
+# same in all trainers
+class Switch(argparse.BooleanOptionalAction):
+    """--x and --no-x, and `--x True` or `--x False` as older commands spell it."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.nargs = "?"
+
+    def __call__(self, parser, namespace, value, option_string=None):
+        words = {None: True, "true": True, "false": False}
+        if value not in words and value.lower() not in words:
+            parser.error(f"{option_string} {value}: expected True or False, or nothing")
+        on = words[value and value.lower()]
+        setattr(namespace, self.dest, on != option_string.startswith("--no-"))
+
+
+# same in all trainers
+def number(kind, minimum, maximum=math.inf, *, above=False):
+    """An argparse type: `kind` within [minimum, maximum], or above the minimum."""
+
+    def parse(text):
+        value = kind(text)
+        if not (minimum < value if above else minimum <= value) or not value <= maximum or math.isinf(value):
+            limit = f"above {minimum}" if above else f"at least {minimum}"
+            limit += f" and at most {maximum}" if maximum < math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {limit}")
+        return value
+
+    parse.__name__ = "number" if kind is float else "whole number"
+    return parse
+
+
+def list_of(kind):
+    """An argparse type: one or more of `kind`, with commas between them, as a tuple."""
+
+    def parse(text):
+        return tuple(kind(part) for part in text.split(","))
+
+    parse.__name__ = f"list of {kind.__name__}s"
+    return parse
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [options]; --help explains them",
+        description=__doc__.split("\n\n")[0],
+        epilog="example:" + __doc__.split("`accelerate config`:\n")[1].split("\n\n`output_dir`")[0],
+        formatter_class=HelpFormatter,
+        fromfile_prefix_chars="@",
+        allow_abbrev=False,
+    )
+    parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
+    count, size = number(int, 1), number(int, 16, 8192)
+    positive, not_negative = number(float, 0, above=True), number(float, 0)
+    share, decay = number(float, 0, 1), number(float, 0, 0.9999999)
+
+    arg = parser.add_argument_group("model", "what is trained, in which precision").add_argument
+    arg(
+        "--pretrained_model_name_or_path",
+        required=True,
+        metavar="MODEL",
+        help="folder or hub id of a FLUX.1-Fill pipeline",
+    )
+    arg("--revision", help="revision of the model on the hub")
+    arg("--variant", help="variant of the model's files, such as fp16")
+    arg("--cache_dir", help="where downloaded models and datasets are kept")
+    arg("--max_sequence_length", type=number(int, 1, 512), default=512, help="T5 tokens per prompt, schnell: to 256")
+    arg("--mixed_precision", choices=("no", "fp16", "bf16"), help="of the frozen models; the adapter stays in float32")
+    arg("--allow_tf32", action="store_true", help="faster float32 matrix products on Ampere and later GPUs")
+    arg("--gradient_checkpointing", action="store_true", help="less memory, a third more time per step")
+    arg("--offload", action="store_true", help="VAE in main memory while idle; with cache_latents it always is")
+
+    arg = parser.add_argument_group("data", "folders with files of equal names, or a dataset").add_argument
+    arg("--instance_data_dir", type=Path, help="folder of pictures; captions in .txt files, metadata.jsonl or none")
+    arg("--target_data_dir", type=Path, help="folder of what they become, in edit mode: same names, any image type")
+    arg("--mask_data_dir", type=Path, help="folder of their masks, in mask mode: white is to be painted anew")
+    arg("--caption_data_dir", type=Path, help="folder of their captions, .txt files of the same names")
+    arg("--dataset_name", help="dataset on the hub, or a folder or file that `datasets` loads")
+    arg("--dataset_config_name", help="configuration of that dataset")
+    arg("--image_column", default="image", help="column of the dataset that holds the pictures")
+    arg("--target_column", help="column of the dataset that holds what they become, in edit mode")
+    arg("--mask_column", help="column of the dataset that holds their masks, in mask mode")
+    arg("--caption_column", help="column of the dataset or of metadata.jsonl that holds captions")
+    arg("--instance_prompt", help="prompt of every picture without a caption: a photo of sks dog")
+    arg("--caption_dropout", type=share, default=0.0, help="share of captions left out")
+    arg("--repeats", type=count, default=1, help="times each picture counts in an epoch, each with its own crop")
+    arg(
+        "--resolution",
+        "--size",
+        type=list_of(size),
+        default="512",
+        help="long edge in pixels; of several, such as 512,768,1024, one is drawn per batch; sides become multiples "
+        "of 16",
+    )
+    arg("--center_crop", action="store_true", help="crop the centre, not a part drawn once per picture and repeat")
+    arg("--random_flip", action="store_true", help="mirror half of the pictures; not for faces, text or logos")
+    arg("--image_interpolation_mode", choices=INTERPOLATION, default="lanczos", help="how pictures are resized")
+    arg("--train_batch_size", type=count, default=4, help="pictures per device and forward pass")
+    arg("--dataloader_num_workers", type=number(int, 0), default=0, help="processes that read pictures; 0: none extra")
+    arg("--cache_latents", action="store_true", help="encode every picture once, before training")
+
+    arg = parser.add_argument_group("prior preservation", "keeps the class of the subject as it was").add_argument
+    arg("--with_prior_preservation", action="store_true", help="train on pictures of the class beside the subject's")
+    arg("--class_data_dir", type=Path, help="folder of class pictures; missing ones are drawn by the untrained model")
+    arg("--class_prompt", help="prompt of the class: a photo of a dog")
+    arg("--num_class_images", type=count, default=100, help="class pictures to have")
+    arg("--prior_loss_weight", type=not_negative, default=1.0, help="weight of their loss")
+    arg("--sample_batch_size", type=count, default=4, help="class pictures drawn at a time")
+    arg("--prior_generation_precision", choices=("no", "fp32", "fp16", "bf16"), help="in which they are drawn")
+
+    arg = parser.add_argument_group("edit", "what is shown to the model, and what it generates").add_argument
+    arg("--mode", choices=("mask", "edit"), default="mask", help="paint under a mask, or turn a picture into another")
+    arg("--use_split_mask", action="store_true", help="masks are the left or the right half, at random")
+    arg("--mask_only_right", action="store_true", help="always the right half")
+    arg("--loss_mask_weight", type=not_negative, default=1.0, help="weight of the loss under the mask, of the rest: 1")
+    arg("--train_embedder", action="store_true", help="train all of x_embedder, which reads the conditions; edit mode")
+    arg("--train_text_encoder", action="store_true", help="train a LoRA for CLIP too")
+
+    arg = parser.add_argument_group("lora", "the adapter").add_argument
+    arg("--rank", type=count, default=4, help="rank of the adapter: its size and what it can hold")
+    arg("--lora_alpha", type=positive, default=4, help="the adapter counts lora_alpha / rank")
+    arg("--lora_dropout", type=number(float, 0, 0.99), default=0.0, help="dropout before the adapter")
+    arg(
+        "--lora_layers",
+        "--lora_blocks",
+        help="such as attn.to_k,transformer_blocks.7.ff.net.2 (default: all of these two)",
+    )
+
+    arg = parser.add_argument_group("noise", "which noise levels are trained, and how much each counts").add_argument
+    arg("--guidance_scale", type=not_negative, default=3.5, help="guidance that a guidance-distilled model is told")
+    arg("--timestep_sampling", choices=TIMESTEP_SAMPLING, default="sigma", help="sigma draws as weighting_scheme says")
+    arg("--weighting_scheme", choices=WEIGHTING_SCHEMES, default="none", help="density of noise levels or loss weight")
+    arg("--logit_mean", type=number(float, -100, 100), default=0.0, help="mean of logit_normal")
+    arg("--logit_std", type=positive, default=1.0, help="standard deviation of logit_normal")
+    arg("--mode_scale", type=number(float, -1, 1.75), default=1.29, help="scale of mode")
+    arg("--sigmoid_scale", type=positive, default=1.0, help="steepness of sigmoid, shift and flux_shift")
+    arg("--discrete_flow_shift", type=positive, default=3.0, help="shift of shift")
+
+    arg = parser.add_argument_group("optimizer", "how the adapter is updated").add_argument
+    arg("--optimizer", type=str.lower, choices=("adamw", "prodigy"), default="AdamW", help="prodigy wants rate 1")
+    arg("--learning_rate", type=positive, default=1e-4, help="step size")
+    arg("--text_encoder_lr", type=positive, default=5e-6, help="step size for text encoders; Prodigy has one for all")
+    arg("--scale_lr", action="store_true", help="multiply it by batch size, accumulation and number of devices")
+    arg("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="course of the learning rate")
+    arg("--lr_warmup_steps", type=number(int, 0), default=500, help="steps of warm-up; none for constant")
+    arg("--lr_num_cycles", type=count, default=1, help="cycles of cosine_with_restarts")
+    arg("--lr_power", type=positive, default=1.0, help="power of polynomial")
+    arg("--use_8bit_adam", action="store_true", help="AdamW with 8-bit states (bitsandbytes)")
+    arg("--adam_beta1", type=decay, default=0.9, help="decay of the gradient's mean, in Prodigy too")
+    arg("--adam_beta2", type=decay, default=0.999, help="decay of the gradient's square, in Prodigy too")
+    arg("--adam_weight_decay", type=not_negative, default=1e-4, help="weight decay, in Prodigy too")
+    arg("--adam_weight_decay_text_encoder", type=not_negative, default=1e-3, help="weight decay of text encoders")
+    arg("--adam_epsilon", type=positive, default=1e-8, help="added to the denominator, in Prodigy too")
+    arg("--prodigy_beta3", type=decay, help="decay of Prodigy's estimate (default: square root of adam_beta2)")
+    arg("--prodigy_decouple", action=Switch, default=True, help="weight decay as in AdamW")
+    arg("--prodigy_use_bias_correction", action=Switch, default=True, help="Adam's bias correction")
+    arg("--prodigy_safeguard_warmup", action=Switch, default=True, help="keep warm-up out of Prodigy's estimate")
+    arg("--max_grad_norm", type=positive, default=1.0, help="longer gradients are scaled down to this norm")
+    arg("--gradient_accumulation_steps", type=count, default=1, help="batches per step")
+
+    arg = parser.add_argument_group("schedule and checkpoints", "how long, and what can be resumed").add_argument
+    arg("--seed", type=number(int, 0), help="of data order, crops, noise, adapter and validation (default: drawn)")
+    arg("--num_train_epochs", type=count, default=1, help="passes over the data")
+    arg("--max_train_steps", type=count, help="steps, instead of epochs")
+    arg("--checkpointing_steps", type=count, default=500, help="steps between checkpoints")
+    arg("--checkpoints_total_limit", type=count, help="checkpoints to keep, the newest (default: all)")
+    arg("--resume_from_checkpoint", metavar="CHECKPOINT", help="a checkpoint-N folder, or latest (if there is one)")
+    arg("--local_rank", type=int, default=-1, help="set by old launchers; LOCAL_RANK in the environment wins")
+
+    arg = parser.add_argument_group("validation", "pictures while training, which they never change").add_argument
+    arg("--validation_prompt", help="prompts to draw, first before training and last after it, with ; (or ,) between")
+    arg("--validation_image", help="files of pictures to draw them from, likewise (default: the first of the data)")
+    arg("--validation_mask", help="files of their masks, likewise; split masks need none")
+    arg("--num_validation_images", type=count, default=1, help="pictures of each")
+    arg("--validation_steps", type=count, default=50, help="steps between validations")
+    arg("--validation_width", type=size, default=1024, help="width of these pictures in pixels")
+    arg("--validation_height", type=size, default=1024, help="height of these pictures in pixels")
+
+    arg = parser.add_argument_group("output and logging", "where everything goes").add_argument
+    arg("--output_dir", type=Path, default=Path("flux-dreambooth-lora"), help="folder of all results")
+    arg("--logging_dir", type=Path, default=Path("logs"), help="folder of the trackers' files in output_dir")
+    arg("--report_to", choices=TRACKERS, default="tensorboard", help="where curves and pictures are sent")
+    arg("--upcast_before_saving", action="store_true", help="save the adapter in float32, not in mixed_precision")
+    arg("--push_to_hub", action="store_true", help="upload the results, without checkpoints and logs")
+    arg("--hub_token", help="token for it (default: that of `hf auth login`); it is written nowhere")
+    arg("--hub_model_id", help="repository for it (default: the name of output_dir)")
+
+    args = parser.parse_args(argv)
+    problems = check_flags(args) + check_model(args) + check_class_data_dir(args) + check_output_dir(args)
+    if problems:
+        parser.error(join_problems(problems))
+    return args
+
+
+# same in all trainers
+def join_problems(problems):
+    """One problem as it is, several as a list."""
+    return problems[0] if len(problems) == 1 else "\n  ".join(["", *problems])
+
+
+def check_flags(args):
+    """Contradictions between flags, and flags without effect."""
+    problems = check_sources(args) + check_validation(args)
+    needs = {
+        "mask": ("mask_data_dir", "mask_column", "use_split_mask", "validation_mask"),
+        "edit": ("target_data_dir", "target_column", "train_embedder"),
+    }
+    other = "edit" if args.mode == "mask" else "mask"
+    problems += [f"--{name} needs --mode {other}" for name in needs[other] if getattr(args, name)]
+    if args.loss_mask_weight != 1 and args.mode == "edit":
+        problems.append(f"--loss_mask_weight {args.loss_mask_weight:g} needs --mode mask: all is masked in edit mode")
+    if args.mask_only_right and not args.use_split_mask:
+        problems.append("--mask_only_right needs --use_split_mask")
+    if args.with_prior_preservation and not (args.class_data_dir and args.class_prompt):
+        problems.append("--with_prior_preservation needs --class_data_dir and --class_prompt")
+    if not args.with_prior_preservation and (args.class_data_dir or args.class_prompt):
+        problems.append("--class_data_dir and --class_prompt have no effect without --with_prior_preservation")
+    if args.prior_generation_precision in ("no", "fp32") and args.mixed_precision in ("fp16", "bf16"):
+        precision = args.prior_generation_precision
+        problems.append(f"--prior_generation_precision {precision}: the model is loaded in {args.mixed_precision}")
+    if args.optimizer == "prodigy" and args.use_8bit_adam:
+        problems.append("--use_8bit_adam has no effect on --optimizer prodigy: leave one out")
+    if args.optimizer == "prodigy" and args.learning_rate <= 0.1:
+        problems.append(f"--learning_rate {args.learning_rate:g}: Prodigy finds the rate itself and wants about 1")
+    if args.optimizer != "prodigy" and args.prodigy_beta3 is not None:
+        problems.append(f"--prodigy_beta3 has no effect on --optimizer {args.optimizer}: leave it out")
+    if args.timestep_sampling != "sigma" and args.weighting_scheme in ("logit_normal", "mode"):
+        problems.append(f"--weighting_scheme {args.weighting_scheme} has no effect without --timestep_sampling sigma")
+    if (args.hub_token or args.hub_model_id) and not args.push_to_hub:
+        problems.append("--hub_token and --hub_model_id have no effect without --push_to_hub")
+    if args.mixed_precision == "fp16" and not torch.accelerator.is_available():
+        problems.append("--mixed_precision fp16 needs a GPU: use bf16 or no")
+    return problems
+
+
+def check_validation(args):
+    """Problems of the lists of prompts, pictures and masks to draw, and of the size."""
+    problems = [
+        f"--{name} {getattr(args, name)} must be a multiple of 16, such as {getattr(args, name) // 16 * 16}"
+        for name in ("validation_width", "validation_height")
+        if getattr(args, name) % 16
+    ]
+    flags = ["validation_prompt", "validation_image", *(["validation_mask"] if not args.use_split_mask else [])]
+    lists = {flag: names_in_list(getattr(args, flag)) for flag in flags}
+    lists = {flag: names for flag, names in lists.items() if names}
+    if lists and "validation_prompt" not in lists:
+        problems.append(f"--{next(iter(lists))} needs --validation_prompt")
+    if len({len(names) for names in lists.values()} - {1}) > 1:
+        lengths = ", ".join(f"{len(names)} in --{flag}" for flag, names in lists.items())
+        problems.append(f"{lengths}: these lists must be equally long, or hold one thing for all")
+    if "validation_image" in lists and "validation_mask" not in lists and args.mode == "mask" and flags[2:]:
+        problems.append("--validation_image needs --validation_mask, or masks that are split: --use_split_mask")
+    return problems
+
+
+def check_sources(args):
+    """Problems of the flags that say where pictures, their masks or targets, and their captions are."""
+    problems = []
+    if (args.instance_data_dir is None) == (args.dataset_name is None):
+        problems.append("exactly one of --instance_data_dir and --dataset_name is needed")
+    if args.dataset_config_name and not args.dataset_name:
+        problems.append(f"--dataset_config_name {args.dataset_config_name} needs --dataset_name")
+    folders = [name for name in ("target_data_dir", "mask_data_dir", "caption_data_dir") if getattr(args, name)]
+    columns = [name for name in ("target_column", "mask_column") if getattr(args, name)]
+    if args.dataset_name:
+        problems += [f"--{name} goes with --instance_data_dir, not with --dataset_name" for name in folders]
+    else:
+        problems += [f"--{name} {getattr(args, name)} needs --dataset_name" for name in columns]
+    if args.caption_data_dir and args.caption_column:
+        problems.append("--caption_data_dir and --caption_column exclude each other: choose one")
+    partners = ("target_data_dir", "target_column") if args.mode == "edit" else ("mask_data_dir", "mask_column")
+    given = any(name in folders + columns for name in partners)
+    if args.mode == "edit" and not given:
+        problems.append("--mode edit needs --target_data_dir, or --target_column of --dataset_name")
+    if args.mode == "mask" and given == args.use_split_mask:
+        problems.append(
+            "--mode mask needs one of --mask_data_dir (or --mask_column of --dataset_name) and --use_split_mask"
+        )
+    return problems
+
+
+# same in all trainers
+def names_in(text):
+    """The names in a comma list."""
+    return [name.strip() for name in (text or "").split(",") if name.strip()]
+
+
+def names_in_list(text):
+    """The names in a list with semicolons between them, or commas if it has none."""
+    text = text or ""
+    return [name.strip() for name in text.split(";" if ";" in text else ",") if name.strip()]
+
+
+def check_model(args):
+    """Problems of --pretrained_model_name_or_path, --lora_layers and the disk, from the transformer's config alone."""
+    flag = f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"
+    try:
+        config = FluxTransformer2DModel.load_config(
+            args.pretrained_model_name_or_path,
+            subfolder="transformer",
+            revision=args.revision,
+            cache_dir=args.cache_dir,
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        return [
+            f"{flag}: neither a folder with a FLUX.1-Fill pipeline nor a hub id like "
+            f"black-forest-labs/FLUX.1-Fill-dev ({reason})"
+        ]
+    if config.get("_class_name") != "FluxTransformer2DModel" or config.get("in_channels") != 384:
+        found = f"{config.get('_class_name')} with {config.get('in_channels')} input channels"
+        return [f"{flag}: holds a {found}, not FLUX.1-Fill, which has 384"]
+    with torch.device("meta"):
+        transformer = FluxTransformer2DModel.from_config(config)
+    targets = lora_targets(args)
+    unknown = unknown_layers(transformer, targets)
+    if unknown:
+        return [f"--lora_layers: the transformer has no linear layer {', '.join(unknown)}"]
+    sizes = [sum(layer.weight.shape) for name, layer in target_layers(transformer, targets)]
+    needed = 16 * args.rank * sum(sizes)  # bytes of a checkpoint, its two moments and the result
+    parent = next(path for path in [args.output_dir, *args.output_dir.absolute().parents] if path.exists())
+    if shutil.disk_usage(parent).free < needed:
+        return [f"--output_dir {args.output_dir}: less than {needed / 2**20:.0f} MiB free, which one checkpoint takes"]
+    return []
+
+
+# same in all trainers
+def check_class_data_dir(args):
+    """Problems of --class_data_dir."""
+    folder = args.class_data_dir
+    if folder and folder.exists() and not folder.is_dir():
+        return [f"--class_data_dir {folder}: a file of this name is in the way"]
+    return []
+
+
+# same in all trainers
+def check_output_dir(args):
+    """Problems of --output_dir and --resume_from_checkpoint."""
+    folder, checkpoint = args.output_dir, checkpoint_to_resume(args.output_dir, args.resume_from_checkpoint)
+    if folder.exists() and not folder.is_dir():
+        return [f"--output_dir {folder}: a file of this name is in the way"]
+    parent = next(path for path in [folder, *folder.absolute().parents] if path.exists())
+    if not os.access(parent, os.W_OK):
+        return [f"--output_dir {folder}: no permission to write there"]
+    found = find_checkpoints(folder)
+    if checkpoint is None and found:
+        return [
+            f"--output_dir {folder} holds {found[-1].name} of an earlier run: continue it with "
+            "--resume_from_checkpoint latest, delete it, or choose another folder"
+        ]
+    if checkpoint is None:
+        return []
+    if not (checkpoint / "trainer_state.json").is_file():
+        return [f"--resume_from_checkpoint {checkpoint}: no checkpoint there; use latest, or a checkpoint-N folder"]
+    if found and checkpoint.resolve() != found[-1].resolve():
+        return [
+            f"--output_dir {folder} holds {found[-1].name}, later than {checkpoint}: delete what is later, or choose "
+            "another folder"
+        ]
+    return []
+
+
+# same in all trainers
+def lora_targets(args):
+    """The layers that --lora_layers names."""
+    return names_in(args.lora_layers) or list(FLUX_TARGET_MODULES)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Example:
+    """A picture and its caption; `read` opens the picture as a PIL image. `partner` is its mask or its target."""
+
+    name: str
+    read: Callable[[], Image.Image]
+    caption: str | None = None
+    partner: "Example | None" = None
+    size: tuple[int, int] | None = None  # (width, height), upright
+
+    # same in all trainers
+    def image(self):
+        """The picture as its owner sees it: upright (EXIF), transparent parts white, RGB."""
+        image = ImageOps.exif_transpose(self.read())
+        if image.mode.startswith("I"):  # 16-bit grey, which PIL would clip to white
+            image = Image.fromarray((np.asarray(image) / 257).astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+
+    def check(self):
+        """Finds `size` and reads the whole file; raises what PIL raises for a damaged one.
+
+        PNG files are read without decoding them, JPEG files decoded at an eighth of their size: a folder of
+        thousands of pictures is checked in seconds.
+        """
+        image = self.read()
+        self.size = image.size
+        if image.format == "PNG" and image.fp and "exif" not in image.info:  # without fp it is decoded already
+            image.verify()
+            return
+        if image.getexif().get(0x0112, 1) >= 5:  # the camera was turned by a quarter
+            self.size = image.size[::-1]
+        image.draft(None, (1, 1))
+        image.load()
+
+
+def find_examples(args):
+    """The training pictures with captions, masks or targets, and what is wrong with them: (examples, problems)."""
+    examples, problems = read_dataset(args) if args.dataset_name else read_folder(args)
+    if not examples and not problems:
+        source = (
+            f"--dataset_name {args.dataset_name}"
+            if args.dataset_name
+            else f"--instance_data_dir {args.instance_data_dir}"
+        )
+        problems.append(f"{source}: no pictures ({', '.join(IMAGE_SUFFIXES)}) in it")
+
+    def defect(example):
+        try:
+            example.check()
+        except (AttributeError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            return f"{example.name}: not a readable picture ({error})"
+
+    every = examples + [example.partner for example in examples if example.partner] + class_examples(args)
+    every += validation_pictures(args)
+    with ThreadPoolExecutor() as pool:
+        checks = pool.map(defect, every)
+        checks = tqdm(checks, total=len(every), desc="Reading pictures", unit="image", leave=False)
+        problems += [problem for problem in checks if problem]
+    problems += [problem for example in examples if (problem := misfit(example, args))]
+    bare = [example.name for example in examples if example.caption is None]
+    if bare and args.instance_prompt is None:
+        names = ", ".join(bare[:3]) + (f" and {len(bare) - 3} more" if len(bare) > 3 else "")
+        problems.append(f"no caption for {names}: give --instance_prompt, captions in .txt files, or --caption_column")
+    for example in examples:
+        example.caption = args.instance_prompt if example.caption is None else example.caption
+        if example.caption is not None and not (isinstance(example.caption, str) and example.caption.strip()):
+            problems.append(f"{example.name}: its caption must be text and not empty, not {example.caption!r}")
+    return examples, problems
+
+
+def misfit(example, args):
+    """What is wrong with the size of a target or with the shape of a mask, or None."""
+    if not (example.partner and example.partner.size and example.size) or example.partner.size == example.size:
+        return None
+    size, own = (" x ".join(map(str, picture.size)) for picture in (example.partner, example))
+    if args.mode == "edit":
+        return f"{example.partner.name}: a target must have the size of its picture, {own}, not {size}"
+    aspects = [width / height for width, height in (example.partner.size, example.size)]
+    if max(aspects) > 1.02 * min(aspects):
+        return f"{example.partner.name}: a mask must have the shape of its picture, {own}, not {size}"
+    return None
+
+
+# same in all trainers
+def class_examples(args):
+    """Examples of the pictures that --class_data_dir holds, at most --num_class_images."""
+    folder = args.class_data_dir
+    paths = sorted(folder.iterdir()) if folder and folder.is_dir() else []
+    paths = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES][: args.num_class_images]
+    return [Example(str(path), functools.partial(Image.open, path), args.class_prompt) for path in paths]
+
+
+def read_folder(args):
+    """Examples of --instance_data_dir, with what the other folders hold under the same names.
+
+    Captions are in --caption_data_dir, else in metadata.jsonl, else in the .txt file beside each picture.
+    """
+    folder, examples, problems = args.instance_data_dir, [], []
+    folders = {name: getattr(args, name) for name in ("instance_data_dir", "target_data_dir", "mask_data_dir")}
+    folders["caption_data_dir"] = args.caption_data_dir
+    absent = [f"--{name} {path}: no such folder" for name, path in folders.items() if path and not path.is_dir()]
+    if absent:
+        return [], absent
+    captions, metadata = {}, folder / "metadata.jsonl"
+    try:
+        lines = metadata.read_text("utf-8-sig").splitlines() if metadata.exists() else []
+        rows = [json.loads(line) for line in lines if line.strip()]
+        column = args.caption_column or next((c for c in ("text", "prompt", "caption") if rows and c in rows[0]), None)
+        captions = {row["file_name"]: row[column] for row in rows}
+    except (ValueError, KeyError, TypeError) as error:
+        problems.append(
+            f"{metadata}: each line must be JSON with file_name and a caption, see --caption_column ({error!r})"
+        )
+    pictures, flaws = pictures_in(folder)
+    missing = sorted(captions.keys() - {path.name for paths in pictures.values() for path in paths})
+    problems += [f"{metadata}: no picture {name} in this folder" for name in missing] + flaws
+    partner_dir = args.target_data_dir if args.mode == "edit" else args.mask_data_dir
+    partners, flaws = pictures_in(partner_dir) if partner_dir else ({}, [])
+    problems += flaws
+    for stem, paths in sorted(pictures.items()):
+        found = partners.get(stem, [])
+        if partner_dir and len(found) != 1:
+            names = " and ".join(path.name for path in found) or "none"
+            problems.append(f"{paths[0]}: needs one picture {stem}.* in {partner_dir}, which has {names}")
+        if len(paths) > 1 and (partner_dir or args.caption_data_dir):
+            names = " and ".join(path.name for path in paths)
+            problems.append(f"{folder}: {names} differ only in their ending, and so have the same partners")
+        for path in paths:
+            caption, text_file = captions.get(path.name), path.with_suffix(".txt")
+            if args.caption_data_dir:
+                caption, text_file = None, args.caption_data_dir / f"{stem}.txt"
+            if caption is None and text_file.exists():
+                try:
+                    caption = text_file.read_text("utf-8-sig").strip()
+                except UnicodeDecodeError:
+                    problems.append(f"{text_file}: not UTF-8 text")
+            example = Example(str(path), functools.partial(Image.open, path), caption)
+            if found:
+                example.partner = Example(str(found[0]), functools.partial(Image.open, found[0]))
+            examples.append(example)
+    return examples, problems
+
+
+def pictures_in(folder):
+    """({stem: the pictures of this name in a folder}, problems of its other files)."""
+    pictures, problems = {}, []
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in IMAGE_SUFFIXES:
+            pictures.setdefault(path.stem, []).append(path)
+        elif path.suffix.lower() in UNREAD_SUFFIXES:
+            problems.append(f"{path}: save it as PNG or JPEG, {path.suffix} is not read")
+    return pictures, problems
+
+
+def read_dataset(args):
+    """Examples of --dataset_name."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    partner_column = args.target_column if args.mode == "edit" else args.mask_column
+    try:
+        dataset = datasets.load_dataset(
+            args.dataset_name, args.dataset_config_name, split="train", cache_dir=args.cache_dir
+        )
+        wanted = [name for name in (args.image_column, partner_column, args.caption_column) if name]
+        absent = [name for name in wanted if name not in dataset.column_names]
+        if absent:
+            found = ", ".join(dataset.column_names)
+            return [], [f"--dataset_name {args.dataset_name}: no column {', '.join(absent)}; it has {found}"]
+        for column in filter(None, (args.image_column, partner_column)):
+            dataset = dataset.cast_column(column, datasets.Image())
+    except Exception as error:  # a missing, gated, empty or malformed dataset each raises its own kind
+        return [], [f"--dataset_name {args.dataset_name}: cannot be loaded ({error})"]
+    captions = dataset[args.caption_column] if args.caption_column else [None] * len(dataset)
+
+    def example(row, column, **values):
+        name = f"{args.dataset_name}[{row}]" + ("" if column == args.image_column else f" {column}")
+        return Example(name, functools.partial(read_row, dataset, row, column), **values)
+
+    partners = [example(row, partner_column) if partner_column else None for row in range(len(dataset))]
+    return [
+        example(row, args.image_column, caption=caption, partner=partner)
+        for row, (caption, partner) in enumerate(zip(captions, partners, strict=True))
+    ], []
+
+
+# same in all trainers
+def read_row(dataset, row, column):
+    """A picture of a dataset."""
+    return dataset[row][column]
+
+
+def sides(size, long_edge):
+    """(height, width), multiples of 16, of a picture of `size` (width, height) with its longer side near `long_edge`.
+
+    All of them in pixels.
+    """
+    width, height = (max(16, round(side * long_edge / max(size) / 16) * 16) for side in size)
+    return height, width
+
+
+def split_mask(size, half):
+    """A mask of `size` (width, height) whose left or right half is white."""
+    width, height = size
+    mask, middle = Image.new("L", size), width // 2
+    mask.paste(255, (0, 0, middle, height) if half == "left" else (middle, 0, width, height))
+    return mask
+
+
+def binary(mask):
+    """A PIL mask as [1, H, W]: 1 where it is white and the picture to be generated, 0 where it is nearer to black."""
+    return torch.from_numpy(np.array(mask.convert("L")) >= 128).float()[None]
+
+
+def to_tensor(image):
+    """An RGB picture as [3, H, W] in [-1, 1]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+class EditDataset(Dataset):
+    """Samples by (epoch, index): the result and what is shown of the picture, the mask, the prompt.
+
+    Result and shown picture are two pictures [2, 3, H, W] in [-1, 1], or, if cached, the posteriors [2, 2C, h, w] of
+    their latents; the mask [1, H, W] is 1 where the result is to be generated. With prior preservation, a sample is a
+    list of two: the picture's and that of a class picture, of which nothing is shown.
+
+    Where a picture is cropped depends on (seed, index); its size on (seed, epoch, first index of its batch);
+    whether it is mirrored and loses its caption, its split mask and its class picture on (seed, epoch, index).
+    Neither workers, nor the cache, nor an interruption change what is drawn.
+    """
+
+    def __init__(self, examples, args):
+        self.examples = examples * args.repeats
+        self.crops = len(examples) if args.center_crop else len(self.examples)  # different crops there are
+        self.class_examples = []
+        self.args = args
+        self.moments = {}  # {picture key: [2C, h, w]}
+        if args.mode == "edit":
+            self.result, self.views = "target", ["picture"]
+        else:
+            halves = ["masked right"] if args.mask_only_right else ["masked left", "masked right"]
+            self.result, self.views = "picture", halves if args.use_split_mask else ["masked"]
+
+    def groups(self):
+        """What samples of one batch have in common: their (height, width) at every resolution."""
+        return [tuple(sides(example.size, edge) for edge in self.args.resolution) for example in self.examples]
+
+    def picture_keys(self):
+        """(index, (height, width), flipped, view) of all that training can ask for.
+
+        Class pictures come after the examples; the view is what is to be seen: the target, the picture, the picture
+        where a mask is black, or nothing.
+        """
+        own, groups = len(self.examples), self.groups()
+        flips = (False, True) if self.args.random_flip else (False,)
+        used = [
+            (index, bucket, view)
+            for index in range(self.crops)
+            for bucket in groups[index]
+            for view in (self.result, *self.views)
+        ]
+        buckets = sorted({bucket for group in groups for bucket in group}) if self.class_examples else []
+        used += [(own + i, bucket, "picture") for bucket in buckets for i in range(len(self.class_examples))]
+        keys = [(index, bucket, flipped, view) for index, bucket, view in used for flipped in flips]
+        return list(dict.fromkeys(keys)) + [(None, bucket, False, "nothing") for bucket in buckets]
+
+    def fit(self, image, key, method):
+        """A picture, resized to cover (height, width), cropped and perhaps mirrored, as `key` says."""
+        index, (height, width), flipped, _ = key
+        centering = (0.5, 0.5) if self.args.center_crop else np.random.default_rng((self.args.seed, index)).random(2)
+        image = ImageOps.fit(image, (width, height), method, centering=tuple(centering))
+        return ImageOps.mirror(image) if flipped else image
+
+    def pixel_values(self, key):
+        """What `key` of `picture_keys` shows: [3, H, W] in [-1, 1], 0 where it is masked."""
+        (index, (height, width), _, view), args = key, self.args
+        if view == "nothing":
+            return torch.zeros(3, height, width)
+        own, method = len(self.examples), Image.Resampling[args.image_interpolation_mode.upper()]
+        example = self.examples[index] if index < own else self.class_examples[index - own]
+        image = example.partner.image() if view == "target" else example.image()
+        pixels = to_tensor(self.fit(image, key, method))
+        return pixels * (1 - self.mask(key)) if view.startswith("masked") else pixels
+
+    def mask(self, key):
+        """The mask [1, H, W] of a sample that shows `key`: what is not shown of a masked picture, else everything."""
+        index, (height, width), _, view = key
+        if not view.startswith("masked"):
+            return torch.ones(1, height, width)
+        example, half = self.examples[index], view.removeprefix("masked").strip()
+        mask = split_mask(example.size, half) if half else example.partner.image()
+        return binary(self.fit(mask.convert("L"), key, Image.Resampling.NEAREST))
+
+    def __getitems__(self, positions):
+        """The samples of one batch, all in one of the resolutions."""
+        rng = np.random.default_rng((self.args.seed, *positions[0], 1))
+        edge = rng.choice(self.args.resolution)
+        return [self.sample(position, edge) for position in positions]
+
+    def sample(self, position, edge):
+        (epoch, index), args = position, self.args
+        rng = np.random.default_rng((args.seed, epoch, index))
+        drop, flip = rng.random(2)
+        view = self.views[rng.integers(len(self.views))]
+        example = self.examples[index]
+        place = index % self.crops, sides(example.size, edge), bool(args.random_flip and flip < 0.5)
+        prompt = "" if drop < args.caption_dropout else example.caption
+        samples = [self.pair((*place, self.result), (*place, view), prompt)]
+        if self.class_examples:
+            index, flip = len(self.examples) + int(rng.integers(len(self.class_examples))), rng.random()
+            place = index, place[1], bool(args.random_flip and flip < 0.5)
+            samples.append(self.pair((*place, "picture"), (None, place[1], False, "nothing"), args.class_prompt))
+        return samples
+
+    def pair(self, result, shown, prompt):
+        name, load = ("moments", self.moments.get) if self.moments else ("pixel_values", self.pixel_values)
+        return {name: torch.stack([load(result), load(shown)]), "mask": self.mask(shown), "prompt": prompt}
+
+    def __len__(self):
+        return len(self.examples)
+
+
+# same in all trainers
+class StepSampler(Sampler):
+    """Batches of (epoch, index) for the micro-steps `start` to `stop` of one process.
+
+    Every epoch is a new order of all samples, drawn from (seed, epoch) and cut into batches, each of one of the
+    `groups` (the bucket of each sample), that go round the processes; what a micro-step trains on is the same however
+    often training was interrupted before it.
+    """
+
+    def __init__(self, groups, batch_size, *, seed, process_index, num_processes, start=0, stop=None):
+        self.groups, self.batch_size, self.seed = groups, batch_size, seed
+        self.start, self.stop = start, stop
+        self.process_index, self.num_processes = process_index, num_processes
+        self.steps_per_epoch = math.ceil(len(self.batches(0)) / num_processes)
+
+    def batches(self, epoch):
+        """The batches of an epoch, for all processes together."""
+        rng = np.random.default_rng((self.seed, epoch))
+        order = rng.permutation(len(self.groups)).tolist()
+        batches = []
+        for group in dict.fromkeys(self.groups):
+            members = [index for index in order if self.groups[index] == group]
+            batches += [members[i : i + self.batch_size] for i in range(0, len(members), self.batch_size)]
+        return [batches[i] for i in rng.permutation(len(batches))]
+
+    def __iter__(self):
+        for step in range(self.start, self.stop):
+            epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
+            if step == self.start or step_of_epoch == 0:
+                batches = self.batches(epoch)
+            batch = step_of_epoch * self.num_processes + self.process_index
+            yield [(epoch, index) for index in batches[batch % len(batches)]]
+
+    def __len__(self):
+        return self.stop - self.start
+
+
+# same in all trainers
+def collate(examples):
+    """Tensors stacked and prompts as a list: first the pictures, then, if there are, the class pictures."""
+    samples = [sample for kind in zip(*examples, strict=True) for sample in kind]
+    return {
+        name: torch.stack([sample[name] for sample in samples]) if name != "prompt" else [s[name] for s in samples]
+        for name in samples[0]
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+# same in all trainers
+def load_model(model_class, subfolder, args, dtype):
+    """A frozen part of the pipeline, on the CPU."""
+    model = model_class.from_pretrained(
+        args.pretrained_model_name_or_path,
+        subfolder=subfolder,
+        revision=args.revision,
+        variant=args.variant,
+        cache_dir=args.cache_dir,
+        dtype=dtype,
+    )
+    return model.requires_grad_(False)
+
+
+class PromptEncoder:
+    """CLIP and T5, and the embeddings of prompts; CLIP perhaps with a LoRA in training.
+
+    One without trained parts embeds every prompt once, in `cache`, and is freed.
+    """
+
+    def __init__(self, accelerator, args, dtype):
+        self.accelerator, self.args, self.dtype = accelerator, args, dtype
+        self.pipeline = FluxPipeline.from_pretrained(
+            args.pretrained_model_name_or_path,
+            transformer=None,
+            vae=None,
+            revision=args.revision,
+            variant=args.variant,
+            cache_dir=args.cache_dir,
+            dtype=dtype,
+        )
+        self.encoders = {"clip_l": self.pipeline.text_encoder, "t5": self.pipeline.text_encoder_2}
+        for encoder in self.encoders.values():
+            encoder.requires_grad_(False).eval()  # T5 has dropout
+        self.lora_params = []
+        if args.train_text_encoder:
+            text_encoder = self.encoders["clip_l"]
+            self.lora_params = add_lora(
+                text_encoder,
+                rank=args.rank,
+                alpha=args.lora_alpha,
+                dropout=0.0,
+                target_modules=CLIP_TARGET_MODULES,
+            )
+        self.pipeline.to(accelerator.device)
+        self.trained = {"clip_l"} if args.train_text_encoder else set()
+        self.cached = {"clip_l": {}, "t5": {}}  # {prompt: embedding on the CPU}
+
+    def parameters(self):
+        return self.lora_params
+
+    def embed(self, kind, prompts):
+        """CLIP's pooled embeddings [B, P] or T5's [B, T, D]."""
+        with self.accelerator.autocast():
+            if kind == "clip_l":
+                embeds = self.pipeline._get_clip_prompt_embeds(prompts)
+            else:
+                length = self.args.max_sequence_length
+                embeds = self.pipeline._get_t5_prompt_embeds(prompts, max_sequence_length=length, dtype=self.dtype)
+        return embeds.to(self.dtype)
+
+    # same in all trainers
+    @torch.no_grad()
+    def cache(self, prompts):
+        """Embeds the prompts with the encoders that are not in training, which are then freed.
+
+        The processes share the work; each has all.
+        """
+        for kind in sorted(self.encoders.keys() - self.trained):  # in one order on all processes
+            quiet = not self.accelerator.is_main_process
+            with self.accelerator.split_between_processes(prompts) as share:
+                bar = tqdm(share, desc=f"Encoding prompts, {kind}", unit="prompt", disable=quiet)
+                embeds = [(prompt, self.embed(kind, [prompt]).cpu()) for prompt in bar]
+            self.cached[kind] = dict(gather_object(embeds))
+            del self.encoders[kind]
+            if kind == "t5":
+                self.pipeline.text_encoder_2 = None
+            elif not self.args.train_text_encoder:  # a LoRA is saved at the end
+                self.pipeline.text_encoder = None
+        free_memory()
+
+    # same in all trainers
+    def __call__(self, prompts):
+        """(prompt_embeds [B, T, D], pooled_prompt_embeds [B, P])."""
+        return tuple(
+            torch.cat([self.cached[kind][prompt] for prompt in prompts]).to(self.accelerator.device)
+            if self.cached[kind]
+            else self.embed(kind, prompts)
+            for kind in ("t5", "clip_l")
+        )
+
+    # same in all trainers
+    def reduce_gradients(self):
+        """The mean over the processes, which `DistributedDataParallel` sees to for the transformer."""
+        for parameter in self.parameters():
+            if parameter.grad is not None:
+                parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
+
+
+class FillPipeline(FluxFillPipeline):
+    """FluxFillPipeline with the conditions of the training: `fill_condition` builds them.
+
+    `hide` says whether the mask hides what it covers from the transformer, as in mask mode. In edit mode it does not:
+    the pipeline is called with a black mask, which hides nothing, and the transformer is given a white one.
+    """
+
+    hide = True
+
+    def prepare_mask_latents(
+        self, mask, masked_image, batch_size, channels, num_images, height, width, dtype, device, generator
+    ):
+        """The mask's tokens [B, N, 4f²] and the shown picture's [B, N, 4C], which the pipeline joins in that order."""
+        mask = mask if self.hide else torch.ones_like(mask)
+        latents = sample_latents(encode_moments(self.vae, masked_image), self.vae.config, generator)
+        condition = pack_fill_condition(latents, mask).to(device, dtype)
+        condition = condition.repeat(batch_size * num_images // len(condition), 1, 1)
+        return condition[..., 4 * channels :], condition[..., : 4 * channels]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Objective
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def compute_loss(
+    transformer, latents, condition, prompt_embeds, pooled_prompt_embeds, *, args, noise_scheduler, guidance, generator
+):
+    """The flow matching loss [B] of each sample of a batch.
+
+    latents [B, C, h, w] of the results are normalised, condition [B, h/2 * w/2, 4C + 4f²] is `pack_fill_condition`'s,
+    prompt_embeds [B, T, D], pooled_prompt_embeds [B, P]; guidance [B], or None for a model without guidance
+    embedding. Noise and noise levels are drawn from `generator`, a CPU one.
+    """
+    batch_size, _, height, width = latents.shape
+    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+    sigmas = sample_sigmas(
+        batch_size,
+        noise_scheduler=noise_scheduler,
+        image_seq_len=height * width // 4,
+        generator=generator,
+        timestep_sampling=args.timestep_sampling,
+        weighting_scheme=args.weighting_scheme,
+        logit_mean=args.logit_mean,
+        logit_std=args.logit_std,
+        mode_scale=args.mode_scale,
+        sigmoid_scale=args.sigmoid_scale,
+        discrete_flow_shift=args.discrete_flow_shift,
+    ).to(latents.device)
+    latents, noise = pack_latents(latents), pack_latents(noise)
+    noisy = add_noise(latents, noise, sigmas)
+    model_pred = transformer(
+        hidden_states=torch.cat([noisy, condition], dim=-1).to(prompt_embeds.dtype),
+        timestep=sigmas,
+        guidance=guidance,
+        pooled_projections=pooled_prompt_embeds,
+        encoder_hidden_states=prompt_embeds,
+        txt_ids=torch.zeros(prompt_embeds.shape[1], 3, device=latents.device),
+        img_ids=image_ids(height, width, latents.device),
+        return_dict=False,
+    )[0]
+    covered = condition[..., latents.shape[-1] :].mean(dim=-1)  # share of a token's pixels under the mask, [B, N]
+    token_weights = None if args.loss_mask_weight == 1 else 1 + (args.loss_mask_weight - 1) * covered
+    return velocity_loss(model_pred, latents, noise, sigmas, args.weighting_scheme, token_weights)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+# same in all trainers
+def create_optimizer(lora_params, text_params, args, scale):
+    """The optimizer that --optimizer names, its learning rates multiplied by `scale`."""
+    one_rate = args.optimizer == "prodigy"  # as its authors ask
+    parameters = [
+        {"params": lora_params, "lr": args.learning_rate * scale, "weight_decay": args.adam_weight_decay},
+        {
+            "params": text_params,
+            "lr": (args.learning_rate if one_rate else args.text_encoder_lr) * scale,
+            "weight_decay": args.adam_weight_decay_text_encoder,
+        },
+    ]
+    parameters = [group for group in parameters if group["params"]]
+    shared = {
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon,
+    }
+    if args.optimizer == "prodigy":
+        from prodigyopt import Prodigy
+
+        return Prodigy(
+            parameters,
+            **shared,
+            beta3=args.prodigy_beta3,
+            decouple=args.prodigy_decouple,
+            use_bias_correction=args.prodigy_use_bias_correction,
+            safeguard_warmup=args.prodigy_safeguard_warmup,
+        )
+    if args.use_8bit_adam:
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(parameters, **shared)
+    return torch.optim.AdamW(parameters, **shared)
+
+
+def sampling_pipeline(accelerator, transformer, vae, noise_scheduler, *, hide=True):
+    """A pipeline around the models in training, with a scheduler of its own; for `hide` see `FillPipeline`."""
+    pipeline = FillPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler.from_config(noise_scheduler.config),
+        vae=vae,
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        transformer=accelerator.unwrap_model(transformer),
+    )
+    pipeline.hide = hide
+    return pipeline
+
+
+def pipeline_call(text, prompt, args, image=None, mask=None):
+    """The pipeline's arguments for drawing `prompt` into a picture, or, without one, from nothing."""
+    prompt_embeds, pooled_prompt_embeds = text([prompt])
+    if image is None:
+        size = sides((1, 1), max(args.resolution))
+        image, mask = (Image.new(mode, size, "white") for mode in ("RGB", "L"))
+    return {
+        "prompt_embeds": prompt_embeds,
+        "pooled_prompt_embeds": pooled_prompt_embeds,
+        "image": image,
+        "mask_image": mask,
+        "height": image.height,
+        "width": image.width,
+        "guidance_scale": args.guidance_scale,
+    }
+
+
+# same in all trainers
+def draw_class_images(accelerator, pipeline, text, args):
+    """Fills --class_data_dir up to --num_class_images with what the untrained model draws for --class_prompt.
+
+    Image i comes from (seed, i) and appears whole or not at all: an interrupted run goes on where it was.
+    """
+    args.class_data_dir.mkdir(parents=True, exist_ok=True)
+    paths = [args.class_data_dir / f"class-{i:05d}.png" for i in range(args.num_class_images)]
+    absent = [(i, path) for i, path in enumerate(paths) if not path.exists()]
+    absent = absent[: args.num_class_images - len(class_examples(args))]
+    batches = [absent[i : i + args.sample_batch_size] for i in range(0, len(absent), args.sample_batch_size)]
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(args.prior_generation_precision)
+    device = accelerator.device
+    pipeline.set_progress_bar_config(disable=True)
+    precision = torch.autocast(device.type, dtype) if dtype else accelerator.autocast()
+    quiet = not absent or not accelerator.is_main_process
+    sharing = accelerator.split_between_processes(batches)
+    with undisturbed(pipeline.transformer, device=device), precision, sharing as share:
+        for batch in tqdm(share, desc="Drawing class images", unit="batch", disable=quiet):
+            generators = [step_generator(args.seed, i) for i, _ in batch]
+            call = pipeline_call(text, args.class_prompt, args)
+            images = pipeline(**call, num_images_per_prompt=len(batch), generator=generators).images
+            for (_, path), image in zip(batch, images, strict=True):
+                image.save(path.with_suffix(".partial"), format="PNG")
+                path.with_suffix(".partial").replace(path)
+    accelerator.wait_for_everyone()
+
+
+def validation_pictures(args):
+    """Examples of the files that --validation_image and --validation_mask name."""
+    flags = ["validation_image"] + ["validation_mask"] * (not args.use_split_mask)
+    return [
+        Example(f"--{flag} {path}", functools.partial(Image.open, path))
+        for flag in flags
+        for path in names_in_list(getattr(args, flag))
+    ]
+
+
+def validation_cases(args, examples):
+    """[(prompt, picture, mask)] to draw at every validation, pictures and masks as PIL images.
+
+    Of --validation_prompt, --validation_image and --validation_mask, one that names a single thing goes with all of
+    the others. Without --validation_image, the first picture of the data is taken; split masks are the halves that
+    training uses; in edit mode the mask is black, see `FillPipeline`.
+    """
+    size = args.validation_width, args.validation_height
+    pictures = validation_pictures(args)
+    images = [p for p in pictures if p.name.startswith("--validation_image")] or examples[:1]
+    masks = [p for p in pictures if p.name.startswith("--validation_mask")] or [p.partner for p in examples[:1]]
+    prompts = names_in_list(args.validation_prompt)
+    count = max(len(prompts), len(images), len(masks)) if prompts else 0
+    cases = []
+    for i in range(count):
+        prompt, image, mask = (values[i % len(values)] for values in (prompts, images, masks))
+        image = ImageOps.fit(image.image(), size, Image.Resampling.LANCZOS)
+        if args.mode == "edit":
+            masks_of_case = [Image.new("L", size)]
+        elif args.use_split_mask:
+            halves = ["right"] if args.mask_only_right else ["left", "right"]
+            masks_of_case = [split_mask(size, half) for half in halves]
+        else:
+            masks_of_case = [ImageOps.fit(mask.image().convert("L"), size, Image.Resampling.NEAREST)]
+        cases += [(prompt, image, mask) for mask in masks_of_case]
+    return cases
+
+
+def validate(accelerator, transformer, vae, noise_scheduler, text, args, *, cases, step):
+    """Draws the cases and sends the pictures to validation/step-N.png, beside what was shown, and to the trackers."""
+    pipeline = sampling_pipeline(accelerator, transformer, vae, noise_scheduler, hide=args.mode == "mask")
+    with (
+        undisturbed(transformer, device=accelerator.device),
+        offload_models(vae, device=accelerator.device, offload=args.offload or args.cache_latents),
+    ):
+        calls = [pipeline_call(text, prompt, args, image, mask) for prompt, image, mask in cases]
+        calls = [call for call in calls for _ in range(args.num_validation_images)]
+        images = generate_images(accelerator, pipeline, calls, seed=args.seed)
+    if accelerator.is_main_process:
+        prompts = [prompt for prompt, _, _ in cases for _ in range(args.num_validation_images)]
+        captions = [f"{prompt} | step {step}, seed {args.seed + i}" for i, prompt in enumerate(prompts)]
+        folder = args.output_dir / "validation"
+        folder.mkdir(exist_ok=True)
+        rows, drawn = [], zip(images, captions, strict=True)
+        for _, image, mask in cases:
+            shown = Image.composite(Image.new("RGB", image.size, "gray"), image, mask)
+            rows += [(shown, "shown"), *itertools.islice(drawn, args.num_validation_images)]
+        grid = image_grid(*zip(*rows, strict=True), columns=1 + args.num_validation_images)
+        grid.save(folder / f"step-{step:06d}.png")
+        log_images(accelerator, images, captions, name="validation", step=step)
+
+
+def save_model_card(args, dtype, prompt):
+    """README.md in the output folder: what was trained on what, and how to draw `prompt` with it."""
+    folder = args.output_dir.resolve()
+    model = [repr(args.pretrained_model_name_or_path), f"dtype={dtype}"]
+    model += [f"{name}={getattr(args, name)!r}" for name in ("revision", "variant") if getattr(args, name)]
+    size = f"height={args.validation_height}, width={args.validation_width}"
+    if args.mode == "edit":
+        mask = """
+# all of the picture is shown (the black mask), all of it is generated (the white mask that the transformer reads)
+prepare_mask_latents = pipeline.prepare_mask_latents
+pipeline.prepare_mask_latents = lambda mask, *rest: prepare_mask_latents(torch.ones_like(mask), *rest)
+image, mask = load_image("input.png"), Image.new("L", (1, 1), "black")"""
+    else:
+        mask = """
+image, mask = load_image("input.png"), load_image("mask.png")  # white: to be painted anew"""
+    description = f"""
+# {folder.name}
+
+For {args.pretrained_model_name_or_path}: LoRA of rank {args.rank} and alpha {args.lora_alpha}, in {args.mode} mode.
+
+```python
+import torch
+from diffusers import FluxFillPipeline
+from diffusers.utils import load_image
+from PIL import Image
+
+pipeline = FluxFillPipeline.from_pretrained({", ".join(model)})
+pipeline.load_lora_weights({str(folder)!r})
+pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+{mask.strip()}
+image = pipeline(
+    {prompt!r},
+    image=image,
+    mask_image=mask,
+    {size},
+    guidance_scale={args.guidance_scale},
+    max_sequence_length={args.max_sequence_length},
+).images[0]
+image.save("image.png")
+```
+"""
+    metadata = ModelCardData(
+        library_name="diffusers",
+        base_model=args.pretrained_model_name_or_path,
+        tags=["image-to-image", "flux", "lora", "flux-fill", "diffusers-training"],
+        instance_prompt=args.instance_prompt,
+    )
+    ModelCard(f"---\n{metadata.to_yaml()}\n---\n{description}").save(args.output_dir / "README.md")
+
+
+def choose_seed(seed, checkpoint):
+    """--seed, else that of the run to resume, else a new one, on all processes the same."""
+    if seed is None and checkpoint:
+        return int(json.loads((checkpoint / "trainer_state.json").read_text())["seed"])
+    return broadcast_object_list([secrets.randbits(31)])[0] if seed is None else seed
+
+
+# same in all trainers
+def check_run(accelerator, args, max_train_steps):
+    """Problems that show once the data and the processes are known."""
+    supported = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+    problems, kind = [], accelerator.distributed_type
+    if kind not in supported:
+        problems.append(f"{kind.value}: not supported, choose multi-GPU without it in accelerate config")
+    if args.lr_scheduler != "constant" and args.lr_warmup_steps >= max_train_steps > 0:
+        warmup = args.lr_warmup_steps
+        problems.append(f"--lr_warmup_steps {warmup} must be less than the {max_train_steps} steps of the run")
+    return problems
+
+
+def print_header(accelerator, args, examples, lora_params, transformer, text, steps):
+    """What is about to be trained on what."""
+    max_train_steps, steps_per_epoch = steps
+    trainable, total = (sum(p.numel() for p in parameters) for parameters in (lora_params, transformer.parameters()))
+    own_captions = sum(example.caption != args.instance_prompt for example in examples)
+    edges = ", ".join(map(str, args.resolution))
+    partners = "with targets" if args.mode == "edit" else "with split masks" if args.use_split_mask else "with masks"
+    lines = [
+        f"model    {args.pretrained_model_name_or_path}",
+        f"adapter  {trainable:,} parameters, {trainable / total:.2%} of all"
+        + (", those of x_embedder among them" if args.train_embedder else ""),
+        f"data     {len(examples)} pictures {partners} at {edges} px, {own_captions} with captions of their own",
+        f"steps    {max_train_steps}, {steps_per_epoch} per epoch; a step is batch {args.train_batch_size} x "
+        f"accumulation {args.gradient_accumulation_steps} x {accelerator.num_processes} {accelerator.device.type}, "
+        f"mixed precision {accelerator.mixed_precision}, seed {args.seed}",
+    ]
+    if text.lora_params:
+        lines.append(f"CLIP     {sum(p.numel() for p in text.lora_params):,} parameters")
+    if text.parameters() and args.optimizer == "prodigy" and args.text_encoder_lr != args.learning_rate:
+        lines.append(f"Prodigy has one learning rate for all, {args.learning_rate:g}: --text_encoder_lr is not used")
+    accelerator.print("".join(f"  {line}\n" for line in lines), end="")
+
+
+# same in all trainers
+def print_results(accelerator, args, step):
+    """What lies where."""
+    results = {
+        "LoRA": "pytorch_lora_weights.safetensors",
+        "usage": "README.md",
+        "loss": "loss.png",
+        "pictures": "validation" if (args.output_dir / "validation").is_dir() else None,
+    }
+    accelerator.print(f"Trained {step} steps. In {args.output_dir}:")
+    accelerator.print("\n".join(f"  {what:9}{args.output_dir / file}" for what, file in results.items() if file))
+
+
+# same in all trainers
+def create_hub_repo(args):
+    """The id of the repository that --push_to_hub uploads to, made now so that a wrong token shows before training."""
+    name = args.hub_model_id or args.output_dir.resolve().name
+    return HfApi(token=args.hub_token).create_repo(name, exist_ok=True).repo_id
+
+
+# same in all trainers
+def fail(accelerator, problems):
+    """Ends the run as argparse does: all problems in one message, exit code 2."""
+    if accelerator.is_main_process:
+        print(f"{Path(sys.argv[0]).name}: error: {join_problems(problems)}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def main(args):
+    # 1. Accelerator, logging, seed
+    if args.local_rank != -1:
+        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # else torchrun's processes would not know of each other there
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(args.output_dir, logging_dir=args.output_dir / args.logging_dir),
+        step_scheduler_with_optimizer=False,
+    )
+    device, quiet = accelerator.device, not accelerator.is_main_process
+    weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    checkpoint = checkpoint_to_resume(args.output_dir, args.resume_from_checkpoint)
+    args.seed = choose_seed(args.seed, checkpoint)
+    set_seed(args.seed)
+
+    # 2. Data
+    examples, problems = find_examples(args)
+    if problems:
+        fail(accelerator, problems)
+    dataset = EditDataset(examples, args)
+    num_processes, accumulation = accelerator.num_processes, args.gradient_accumulation_steps
+    total_batch_size = args.train_batch_size * accumulation * num_processes
+    sampler = StepSampler(
+        dataset.groups(),
+        args.train_batch_size,
+        seed=args.seed,
+        process_index=accelerator.process_index,
+        num_processes=num_processes,
+    )
+    steps_per_epoch = math.ceil(sampler.steps_per_epoch / accumulation)
+    max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
+    run = {name: str(value) for name, value in vars(args).items() if name not in CHANGEABLE}
+    run |= {"the number of samples": len(dataset), "the number of processes": num_processes}
+    problems = check_run(accelerator, args, max_train_steps) + checkpoint_conflicts(checkpoint, run)
+    if problems:
+        fail(accelerator, problems)
+    if args.push_to_hub and accelerator.is_main_process:
+        try:
+            hub_repo = create_hub_repo(args)
+        except (HTTPError, OSError, ValueError) as error:
+            fail(accelerator, [f"--push_to_hub: {error}"])
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+
+    # 3. Prompts: frozen text encoders are gone before the transformer is loaded
+    cases = validation_cases(args, examples)
+    prompts = {example.caption for example in examples} | ({""} if args.caption_dropout else set())
+    prompts |= {prompt for prompt, _, _ in cases} | ({args.class_prompt} if args.class_prompt else set())
+    text = PromptEncoder(accelerator, args, weight_dtype)
+    text.cache(sorted(prompts))
+
+    # 4. VAE, class images, latents; then the transformer with its LoRA
+    noise_scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(
+        args.pretrained_model_name_or_path, subfolder="scheduler", revision=args.revision, cache_dir=args.cache_dir
+    )
+    offload = args.offload or args.cache_latents
+    vae = load_model(AutoencoderKL, "vae", args, weight_dtype).to("cpu" if offload else device)
+    transformer = None
+    with offload_models(vae, device=device, offload=offload):
+        if args.with_prior_preservation:
+            transformer = load_model(FluxTransformer2DModel, "transformer", args, weight_dtype).to(device)
+            pipeline = sampling_pipeline(accelerator, transformer, vae, noise_scheduler)
+            draw_class_images(accelerator, pipeline, text, args)
+            dataset.class_examples = class_examples(args)
+        if args.cache_latents:
+            dataset.moments = cache_moments(accelerator, vae, dataset.picture_keys(), dataset.pixel_values)
+    if transformer is None:
+        transformer = load_model(FluxTransformer2DModel, "transformer", args, weight_dtype).to(device)
+    lora_params = add_lora(
+        transformer,
+        rank=args.rank,
+        alpha=args.lora_alpha,
+        dropout=args.lora_dropout,
+        target_modules=lora_targets(args),
+        modules_to_save=["x_embedder"] if args.train_embedder else None,
+    )
+    if args.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    adapted = {"transformer": transformer}
+    if text.lora_params:
+        adapted["text_encoder"] = text.encoders["clip_l"]
+    register_lora_checkpointing(accelerator, FluxFillPipeline, adapted)
+    guided = transformer.config.guidance_embeds
+
+    # 5. Optimizer and schedule
+    optimizer = create_optimizer(lora_params, text.parameters(), args, total_batch_size if args.scale_lr else 1)
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=max_train_steps,
+        num_cycles=args.lr_num_cycles,
+        power=args.lr_power,
+    )
+
+    # 6. Prepare and resume
+    transformer, optimizer, lr_scheduler = accelerator.prepare(transformer, optimizer, lr_scheduler)
+    global_step = load_checkpoint(accelerator, checkpoint)
+    sampler.start, sampler.stop = global_step * accumulation, max_train_steps * accumulation
+    train_dataloader = DataLoader(
+        dataset, batch_sampler=sampler, collate_fn=collate, num_workers=args.dataloader_num_workers
+    )
+
+    # 7. Train
+    steps = max_train_steps, steps_per_epoch
+    print_header(accelerator, args, examples, lora_params, transformer, text, steps)
+    start_logging(accelerator, args, "influxedit")
+    draw = functools.partial(validate, accelerator, transformer, vae, noise_scheduler, text, args, cases=cases)
+    if cases and global_step == 0:
+        draw(step=0)
+    metrics = open_metrics(args.output_dir / "metrics.jsonl", global_step) if accelerator.is_main_process else None
+    transformer.train()
+    progress_bar = tqdm(total=max_train_steps, initial=global_step, desc="Training", unit="step", disable=quiet)
+    loss_sum, skipped, signals, started = 0.0, 0, catch_signals(), time.perf_counter()
+    for micro_step, batch in enumerate(train_dataloader, start=sampler.start):
+        with accelerator.accumulate(transformer):
+            generator = step_generator(args.seed, *divmod(micro_step, accumulation), accelerator.process_index)
+            torch.manual_seed(generator.initial_seed())  # dropout draws from the global generator
+            if "moments" in batch:
+                moments = batch["moments"].to(device)
+            else:
+                with offload_models(vae, device=device, offload=offload):
+                    moments = encode_moments(vae, batch["pixel_values"].flatten(0, 1)).unflatten(0, (-1, 2))
+            latents, shown_latents = (sample_latents(part, vae.config, generator) for part in moments.unbind(1))
+            prompt_embeds, pooled_prompt_embeds = text(batch["prompt"])
+            losses = compute_loss(
+                transformer,
+                latents,
+                pack_fill_condition(shown_latents, batch["mask"].to(device)),
+                prompt_embeds,
+                pooled_prompt_embeds,
+                args=args,
+                noise_scheduler=noise_scheduler,
+                guidance=torch.full((len(latents),), args.guidance_scale, device=device) if guided else None,
+                generator=generator,
+            )
+            instance_losses = losses[: len(losses) // 2] if args.with_prior_preservation else losses
+            loss = instance_losses.mean()
+            if args.with_prior_preservation:
+                loss = loss + args.prior_loss_weight * losses[len(losses) // 2 :].mean()
+            accelerator.backward(loss)
+            loss_sum = loss_sum + loss.detach() / accumulation
+            if not accelerator.sync_gradients:
+                continue
+            text.reduce_gradients()
+            grad_norm = accelerator.clip_grad_norm_([*lora_params, *text.parameters()], args.max_grad_norm)
+            totals = torch.stack([loss_sum, torch.tensor(float(len(signals)), device=device)])
+            mean_loss, interrupted = accelerator.reduce(totals, reduction="mean").tolist()
+            # a gradient scaler (fp16) skips infinite gradients itself
+            finite = math.isfinite(mean_loss) and (accelerator.scaler is not None or math.isfinite(grad_norm))
+            if finite or accelerator.scaler is not None:
+                optimizer.step()
+            lr_scheduler.step()
+            optimizer.zero_grad()
+
+        global_step += 1
+        skipped = 0 if finite else skipped + 1
+        if skipped == MAX_SKIPPED_STEPS:
+            raise SystemExit(
+                f"Stopped at step {global_step}: the last {skipped} losses were not finite. Checkpoints are intact."
+            )
+        group = optimizer.param_groups[0]
+        logs = {
+            "loss": mean_loss,
+            "lr": group["lr"] * group.get("d", 1.0),  # Prodigy's step size is lr * d
+            "grad_norm": float(grad_norm),
+            "images_per_second": total_batch_size / (time.perf_counter() - started),
+            "peak_memory_gb": peak_memory(device),
+        }
+        log_step(accelerator, progress_bar, metrics, global_step, logs)
+        done = global_step == max_train_steps
+        if interrupted or global_step % args.checkpointing_steps == 0:
+            checkpoint = save_checkpoint(accelerator, args.output_dir, global_step, run, args.checkpoints_total_limit)
+        if interrupted and not done:
+            accelerator.end_training()
+            accelerator.print(
+                f"\nInterrupted at step {global_step}, saved {checkpoint}; go on with --resume_from_checkpoint latest"
+            )
+            raise SystemExit(128 + signals[0] if signals else 1)
+        if cases and global_step % args.validation_steps == 0 and not done:
+            draw(step=global_step)
+        loss_sum, started = 0.0, time.perf_counter()
+    progress_bar.close()
+
+    # 8. Save and final validation
+    if accelerator.is_main_process:
+        save_dtype = torch.float32 if args.upcast_before_saving else weight_dtype
+        save_lora(args.output_dir, FluxFillPipeline, adapted, save_dtype)
+        metrics.close()
+        plot_metrics(args.output_dir / "metrics.jsonl", args.output_dir / "loss.png", title=args.output_dir.name)
+        save_model_card(args, weight_dtype, cases[0][0] if cases else examples[0].caption)
+    if cases:
+        draw(step=global_step)
+    if args.push_to_hub and accelerator.is_main_process:
+        unwanted = ["checkpoint-*/**", ".*", f"{args.logging_dir}/**"]
+        HfApi(token=args.hub_token).upload_folder(
+            repo_id=hub_repo, folder_path=args.output_dir, ignore_patterns=unwanted
+        )
+    accelerator.end_training()
+    print_results(accelerator, args, global_step)
+
+
+if __name__ == "__main__":
+    main(parse_args())
