@@ -72,8 +72,13 @@ def add_noise(latents, noise, sigmas):
     return (1 - sigmas) * latents + sigmas * noise
 
 
-def velocity_loss(model_pred, latents, noise, sigmas, weighting_scheme="none"):
-    """Weighted squared error [B] of predicted velocities [B, ...] against ε - x_0, mean over all but the batch."""
+def velocity_loss(model_pred, latents, noise, sigmas, weighting_scheme="none", valid=None):
+    """Weighted squared error [B] of predicted velocities [B, ...] against ε - x_0, mean over all but the batch.
+
+    `valid` [B, N] leaves out the tokens of [B, N, C] where it is False.
+    """
     weighting = compute_loss_weighting_for_sd3(weighting_scheme, sigmas=sigmas.to(model_pred.device))
-    error = (model_pred.float() - (noise - latents).float()).square().flatten(1).mean(dim=1)
-    return weighting * error
+    error = (model_pred.float() - (noise - latents).float()).square()
+    if valid is not None:
+        return weighting * (error.mean(dim=2) * valid).sum(dim=1) / valid.sum(dim=1)
+    return weighting * error.flatten(1).mean(dim=1)
