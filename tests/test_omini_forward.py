@@ -241,3 +241,181 @@ def test_with_conditions_it_is_the_dense_mask_reference(case, independent):
         if torch.is_tensor(g)
     }
     assert used == set(CASES[case][1])
+
+
+def test_text_and_image_tokens_meet_no_lora():
+    """Every product with a LoRA's factor is counted: only as many tokens as the conditions have."""
+    transformer = add_adapters(new_transformer(), "a", "b")
+    conditions = condition_tokens([(4, 4), (2, 6)], ["a", "b"])
+    seen = {}
+
+    def count(name):
+        adapter = name.split(".lora_A.")[1]
+        return lambda module, args: seen.setdefault(adapter, set()).add(tuple(args[0].shape[:-1]))
+
+    for name, module in transformer.named_modules():
+        if ".lora_A." in name:
+            module.register_forward_pre_hook(count(name))
+    omini.omini_forward(transformer, **inputs(), conditions=conditions)
+    assert seen == {"a": {(2, 4), (2,)}, "b": {(2, 3), (2,)}}  # tokens, and one modulation for all of them
+    seen.clear()
+    omini.omini_forward(transformer, **inputs())
+    assert seen == {}
+
+
+def test_one_attention_call_per_group_and_only_the_keys_it_sees(monkeypatch):
+    calls = []
+    honest = F.scaled_dot_product_attention
+
+    def record(query, key, value, attn_mask=None):
+        calls.append((query.shape[2], key.shape[2], attn_mask))
+        return honest(query, key, value, attn_mask=attn_mask)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", record)
+    transformer = add_adapters(new_transformer(layers=1, single_layers=2), "a")
+    text_image = TEXT_LENGTH + 12
+    conditions = condition_tokens([(6, 8), (4, 4)], ["a", "a"])
+    everything = text_image + 12 + 4
+    for independent, own in ((False, text_image), (True, 0)):
+        calls.clear()
+        omini.omini_forward(transformer, **inputs(), conditions=conditions, independent_condition=independent)
+        block = [(text_image, everything, None), (12, own + 12, None), (4, own + 4, None)]
+        assert calls == [*block, *block, (12, everything, None)]  # the last one for the image alone
+    calls.clear()
+    omini.omini_forward(transformer, **inputs(), conditions=conditions[:1])
+    assert calls[0] == (text_image + 12, text_image + 12, None)  # one condition that sees all: a single call
+
+
+def test_the_cache_repeats_independent_conditions_and_computes_them_once():
+    transformer = add_adapters(new_transformer(), "a")
+    conditions = condition_tokens([(6, 8), (4, 4)], ["a", "a"])
+    products = []
+    for name, module in transformer.named_modules():
+        if ".lora_A." in name:
+            module.register_forward_pre_hook(lambda module, args: products.append(1))
+    cache = []
+    for seed in range(3):
+        arguments = inputs(seed=seed)
+        arguments["pooled_projections"] = inputs()["pooled_projections"]  # a prompt is one for all steps
+        shared = {**arguments, "conditions": conditions, "independent_condition": True}
+        expected = omini.omini_forward(transformer, **shared)
+        products.clear()
+        cached = omini.omini_forward(transformer, **shared, cache=cache)
+        assert bool(products) == (seed == 0)
+        assert (cached - expected).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("independent", [False, True])
+def test_a_batch_of_different_holes_is_its_samples_one_by_one(independent):
+    """Holes of different sizes and shapes, latents that are not square, a second condition beside."""
+    transformer = add_adapters(new_transformer(), "a", "b")
+    height, width, generator = 6, 8, torch.Generator().manual_seed(2)
+    arguments = inputs(batch=4, height=height, width=width)
+    clean, other = (torch.randn(4, 16, height, width, generator=generator) for _ in range(2))
+    hole = torch.zeros(4, height // 2, width // 2, dtype=torch.bool)
+    hole[0, 0, 0] = hole[1, :, 1:] = hole[2, 1:, 2] = hole[3, 0, :] = hole[3, 2, 3] = True
+    conditions = [
+        omini.Condition("token_integration", (48, 64), adapter="a"),
+        omini.Condition("canny", (48, 64), adapter="b"),
+    ]
+
+    def run(rows):
+        picked = {name: v if v is None or len(v) != 4 else v[rows] for name, v in arguments.items()}
+        states, ids, valid = omini.select_tokens(
+            picked.pop("hidden_states"), picked.pop("img_ids"), hole[rows].flatten(1)
+        )
+        out = omini.omini_forward(
+            transformer,
+            **picked,
+            hidden_states=states,
+            img_ids=ids,
+            image_valid=valid,
+            conditions=omini.condition_tokens([clean[rows], other[rows]], conditions, hole[rows]),
+            independent_condition=independent,
+        )
+        return out, valid
+
+    together, valid = run([0, 1, 2, 3])
+    assert together.shape[1] == 9  # the largest hole
+    for i in range(4):
+        alone, padding = run([i])
+        assert padding is None
+        assert alone.shape[1] == hole[i].sum()
+        difference = (together[i][valid[i]] - alone[0]).abs().max().item()
+        assert difference <= 1e-5
+    gradient = torch.autograd.grad(
+        together[valid].sum(), [p for p in transformer.parameters() if p.requires_grad], allow_unused=True
+    )
+    assert all(torch.isfinite(g).all() for g in gradient if g is not None)
+
+
+def test_integrated_tokens_are_exactly_one_images():
+    hole = torch.zeros(1, 3, 4, dtype=torch.bool)
+    hole[0, 1, 1:3] = True
+    latents = torch.arange(1 * 16 * 6 * 8.0).view(1, 16, 6, 8)
+    (outside,) = omini.condition_tokens([latents], [omini.Condition("token_integration", (48, 64))], hole)
+    _, inside, _ = omini.select_tokens(omini.pack_latents(latents), image_ids(6, 8), hole.flatten(1))
+    assert outside.hidden_states.shape[1] + inside.shape[1] == 12
+    together = torch.cat([outside.ids[0], inside[0]])
+    assert sorted(map(tuple, together.tolist())) == sorted(map(tuple, image_ids(6, 8).tolist()))
+
+
+def test_positions_scale_first_then_move():
+    ids = omini.condition_ids(4, 6, (1, -3), 2.0)
+    rows, columns = [1.5, 3.5], [-2.5, -0.5, 1.5]
+    assert ids.tolist() == [[0.0, row, column] for row in rows for column in columns]
+    assert torch.equal(omini.condition_ids(4, 6), image_ids(4, 6))
+
+
+def test_a_style_on_text_and_image_is_the_stock_model_with_it():
+    transformer = add_adapters(new_transformer(), "control")
+    style = r".*(attn\.(to|add)_[a-z_]+|attn\.to_out\.0|ff.*net\.(0\.proj|2)|proj_mlp|proj_out|linear|embedder)"
+    add_adapters(transformer, "style", target_modules=style.replace("|embedder", "") + "|x_embedder|context_embedder")
+    transformer.set_adapter(["style"])
+    arguments = inputs()
+    expected = transformer(**arguments, return_dict=False)[0]
+    result = omini.omini_forward(transformer, **arguments, image_adapters=("style",))
+    assert (result - expected).abs().max() <= 1e-5
+    plain = omini.omini_forward(transformer, **arguments)
+    assert (plain - expected).abs().max() > 0.1
+    conditions = condition_tokens([(6, 8)], ["control"])
+    both = omini.omini_forward(transformer, **arguments, conditions=conditions, image_adapters=("style",))
+    alone = omini.omini_forward(transformer, **arguments, conditions=conditions)
+    assert (both - alone).abs().max() > 0.1
+
+
+def test_checkpointing_and_compiling_change_neither_result_nor_gradient():
+    transformer = add_adapters(new_transformer(layers=1, single_layers=2), "a")
+    conditions = condition_tokens([(6, 8), (4, 4)], ["a", "a"])
+    parameters = [p for p in transformer.parameters() if p.requires_grad]
+    results = []
+    for checkpointed, compiled in ((False, False), (True, False), (False, True)):
+        transformer.enable_gradient_checkpointing() if checkpointed else transformer.disable_gradient_checkpointing()
+        out = omini.omini_forward(transformer, **inputs(), conditions=conditions, compile_blocks=compiled)
+        gradients = torch.autograd.grad(out.square().mean(), parameters, allow_unused=True)
+        results.append([out, *(g for g in gradients if g is not None)])
+    for other in results[1:]:
+        assert len(other) == len(results[0])
+        assert max(float((a - b).abs().max()) for a, b in zip(results[0], other, strict=True)) <= 2e-5
+
+
+def test_the_published_size_on_the_real_model():
+    """Rank 4 on FLUX.1-dev's shapes: 14.5 million parameters, 0.1 % of the base (arXiv 2411.15098, section 4.1)."""
+    with torch.device("meta"):
+        transformer = FluxTransformer2DModel(
+            in_channels=64,
+            num_layers=19,
+            num_single_layers=38,
+            attention_head_dim=128,
+            num_attention_heads=24,
+            joint_attention_dim=4096,
+            pooled_projection_dim=768,
+            guidance_embeds=True,
+            axes_dims_rope=(16, 56, 56),
+        ).requires_grad_(False)
+        base = sum(p.numel() for p in transformer.parameters())
+        adapter = omini.add_lora(transformer, rank=4, alpha=4, dropout=0.0, target_modules=omini.TARGET_MODULES)
+    size = sum(p.numel() for p in adapter)
+    print(f"{size:,} parameters, {size / base:.2%} of {base:,}")
+    assert round(size / 1e6, 1) == 14.5
+    assert round(100 * size / base, 1) == 0.1
