@@ -113,6 +113,7 @@ INTERPOLATION = [mode.name.lower() for mode in Image.Resampling]
 WEIGHTING_SCHEMES = ("none", "sigma_sqrt", "logit_normal", "mode", "cosmap")
 LR_SCHEDULERS = [scheduler.value for scheduler in SchedulerType if scheduler != SchedulerType.PIECEWISE_CONSTANT]
 TRACKERS = ("tensorboard", "wandb", "all", "none")
+MAX_CHECKED = 2000  # pictures opened before training; of more, every n-th
 MAX_SKIPPED_STEPS = 10  # in a row, for want of a finite loss
 # Flags that a resumed run may change: they do not touch what a step computes, or only how many there are.
 CHANGEABLE = {
@@ -620,9 +621,17 @@ def find_examples(args):
     examples = [example for name, row in rows for example in examples_of(name, row, args)]
     if not examples and not problems:
         problems.append(f"{source_of(args)}: no pictures ({', '.join(IMAGE_SUFFIXES)}) in it")
+    for example in examples:
+        if example.caption is None:
+            problems.append(
+                f"{example.name}: no caption; give --instance_prompt, captions in .txt files, or --caption_column"
+            )
+        elif not (isinstance(example.caption, str) and example.caption.strip()):
+            problems.append(f"{example.name}: its caption must be text and not empty, not {example.caption!r}")
+    looked_at = examples[:: 1 + len(examples) // MAX_CHECKED] + validation_examples(args)
     with ThreadPoolExecutor() as pool:
-        checks = pool.map(functools.partial(defect, args=args), examples)
-        checks = tqdm(checks, total=len(examples), desc="Reading pictures", unit="image", leave=False)
+        checks = pool.map(functools.partial(defect, args=args), looked_at)
+        checks = tqdm(checks, total=len(looked_at), desc="Reading pictures", unit="image", leave=False)
         problems += [problem for problem in checks if problem]
     places = {example.places for example in examples}
     if len(places) > 1:
@@ -638,11 +647,7 @@ def source_of(args):
 
 
 def defect(example, args):
-    """What is wrong with an example, or None."""
-    if not (isinstance(example.caption, str) and example.caption.strip()):
-        if example.caption is None:
-            return f"{example.name}: no caption; give --instance_prompt, captions in .txt files, or --caption_column"
-        return f"{example.name}: its caption must be text and not empty, not {example.caption!r}"
+    """What is wrong with the pictures of an example, or None."""
     picture = example
     try:
         size = example.image().size
@@ -1639,21 +1644,19 @@ def reduce_gradients(accelerator, parameters):
             gradient.copy_(part.view_as(gradient))
 
 
-def validation_example(args):
-    """--validation_image as the example whose conditions are drawn, None without."""
-    paths = [Path(path) for path in args.validation_image or ()]
-    if not paths:
-        return None
-    per_condition = paths * len(args.condition_type) if len(paths) == 1 else paths
-    examples = [Example(str(path), functools.partial(Image.open, path), " ") for path in per_condition]
-    given = [e for e, kind in zip(examples, args.condition_type, strict=True) if kind in ("subject", "custom")]
-    return Example(examples[0].name, examples[0].read, " ", given)
+def validation_examples(args):
+    """--validation_image as an example, in a list; no example without."""
+    paths = args.validation_image or []
+    paths = paths * len(args.condition_type) if len(paths) == 1 else paths
+    pictures = [Example(str(path), functools.partial(Image.open, path)) for path in paths]
+    given = [p for p, kind in zip(pictures, args.condition_type, strict=False) if kind in ("subject", "custom")]
+    return [Example(picture.name, picture.read, None, given) for picture in pictures[:1]]
 
 
 def validate(accelerator, transformer, vae, noise_scheduler, text, dataset, args, *, prompt, step):
     """Draws a prompt with the conditions of --validation_image and sends the pictures, conditions first, to
     validation/step-N.png and the trackers."""
-    example, rng = validation_example(args), np.random.default_rng(args.seed)
+    (example,), rng = validation_examples(args), np.random.default_rng(args.seed)
     hole = dataset.hole(example, rng)
     shown = [dataset.picture(example, slot, rng, hole) for slot in dataset.slots[1:]]
     pipeline = OminiPipeline(
@@ -1859,7 +1862,7 @@ def main(args):
     if args.cache_prompts and not args.streaming:
         text.cache(prompts)
     if {"depth", "depth_pred"} & set(args.condition_type):
-        estimate_depth(accelerator, [*examples, *filter(None, [validation_example(args)])], args)
+        estimate_depth(accelerator, examples + validation_examples(args), args)
     vae = load_model(AutoencoderKL, "vae", args, weight_dtype).to(device)
     if args.cache_latents:
         dataset.moments = cache_moments(accelerator, vae, dataset.fixed_keys(), dataset.fixed_pixels)

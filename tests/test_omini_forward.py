@@ -369,8 +369,9 @@ def test_positions_scale_first_then_move():
 
 def test_a_style_on_text_and_image_is_the_stock_model_with_it():
     transformer = add_adapters(new_transformer(), "control")
-    style = r".*(attn\.(to|add)_[a-z_]+|attn\.to_out\.0|ff.*net\.(0\.proj|2)|proj_mlp|proj_out|linear|embedder)"
-    add_adapters(transformer, "style", target_modules=style.replace("|embedder", "") + "|x_embedder|context_embedder")
+    style = r".*(attn\.(to_[qkv]|add_[qkv]_proj|to_add_out|to_out\.0)|net\.(0\.proj|2)|proj_(mlp|out)|norm.*\.linear"
+    style += r"|(x|context)_embedder)"
+    add_adapters(transformer, "style", target_modules=style)
     transformer.set_adapter(["style"])
     arguments = inputs()
     expected = transformer(**arguments, return_dict=False)[0]

@@ -188,7 +188,7 @@ import torch
 from accelerate import Accelerator
 import train_omini
 accelerator = Accelerator(cpu=True)
-parameters = [torch.nn.Parameter(torch.zeros(2, 3)), torch.nn.Parameter(torch.zeros(4)), torch.nn.Parameter(torch.zeros(1))]
+parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((2, 3), 4, 1)]
 for i, parameter in enumerate(parameters[:2]):
     parameter.grad = torch.full_like(parameter, 10.0 * i + accelerator.process_index)
 train_omini.reduce_gradients(accelerator, parameters)

@@ -1,7 +1,7 @@
 """Draws pictures that follow conditions, with the adapters of train_omini.py.
 
     python examples/omini/generate.py canny/canny.safetensors --prompt "a cat on a sofa" --image cat.png
-    python examples/omini/generate.py fill/token_integration.safetensors --prompt "a hat" --image cat.png --mask mask.png
+    python examples/omini/generate.py fill/fill.safetensors --prompt "a hat" --image cat.png --mask mask.png
 
 The files' headers say what was trained, so the condition types, sizes, positions and attention rule need not be
 repeated. --image is a picture to make each condition of, as in training; --condition is the condition itself.
@@ -22,7 +22,6 @@ from safetensors import safe_open
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from train_omini import (
-    CONDITION_TYPES,
     PATCH,
     Condition,
     Example,
