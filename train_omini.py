@@ -621,13 +621,7 @@ def find_examples(args):
     examples = [example for name, row in rows for example in examples_of(name, row, args)]
     if not examples and not problems:
         problems.append(f"{source_of(args)}: no pictures ({', '.join(IMAGE_SUFFIXES)}) in it")
-    for example in examples:
-        if example.caption is None:
-            problems.append(
-                f"{example.name}: no caption; give --instance_prompt, captions in .txt files, or --caption_column"
-            )
-        elif not (isinstance(example.caption, str) and example.caption.strip()):
-            problems.append(f"{example.name}: its caption must be text and not empty, not {example.caption!r}")
+    problems += filter(None, map(caption_defect, examples))
     looked_at = examples[:: 1 + len(examples) // MAX_CHECKED] + validation_examples(args)
     with ThreadPoolExecutor() as pool:
         checks = pool.map(functools.partial(defect, args=args), looked_at)
@@ -644,6 +638,15 @@ def source_of(args):
     sources = ("instance_data_dir", "dataset_name", "data_files", "dataset_class")
     name, value = next((name, getattr(args, name)) for name in sources if getattr(args, name) is not None)
     return f"--{name} {' '.join(value) if isinstance(value, list) else value}"
+
+
+def caption_defect(example):
+    """What is wrong with the caption of an example, or None."""
+    if example.caption is None:
+        return f"{example.name}: no caption; give --instance_prompt, captions in .txt files, or --caption_column"
+    if not (isinstance(example.caption, str) and example.caption.strip()):
+        return f"{example.name}: its caption must be text and not empty, not {example.caption!r}"
+    return None
 
 
 def defect(example, args):
@@ -1053,7 +1056,8 @@ def find_stream(args):
     if row is None:
         return [], problems or [f"{source_of(args)}: no samples in it"]
     examples = streamed_examples(row, "the first sample of the stream", args)
-    return examples, [problem for problem in (defect(example, args) for example in examples) if problem]
+    problems = [*map(caption_defect, examples), *(defect(e, args) for e in examples + validation_examples(args))]
+    return examples, [problem for problem in problems if problem]
 
 
 class StreamedBatches(IterableDataset):
@@ -1095,7 +1099,7 @@ class StreamedBatches(IterableDataset):
                 or (micro_step - self.start) % number_of != own
             ):
                 continue
-            problem = defect(position[0], self.args)
+            problem = caption_defect(position[0]) or defect(position[0], self.args)
             if problem:
                 raise ValueError(problem)
             batch.append(self.samples.sample(*position))

@@ -3,11 +3,9 @@
 Each test prints three: the base model with the caption alone, the untrained adapter, the trained one; and its bar.
 """
 
-import functools
 import json
 import random
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -156,3 +154,178 @@ def test_it_learns_coloring(train, scenes, tmp_path):
     colors = compare(files, prompts, make, lambda i, image: agreement(image, pictures[i]))
     print("coloring, colour match: base {:.0f}, untrained {:.0f}, trained {:.0f} (bar 95)".format(*colors))
     assert colors[2] >= 95
+
+
+TEXT, HIGH = ("--drop_text_prob", 0.5), ("--discrete_flow_shift", 3)
+
+
+@pytest.mark.slow
+def test_it_learns_canny(train, scenes, tmp_path):
+    files = train_on(
+        train, scenes, tmp_path, ["canny"], "--rank", 16, "--drop_text_prob", 0.1, "--max_train_steps", 800
+    )
+    drawn, pictures = unseen()
+    make = lambda c: [omini.make_condition(c.type, picture) for picture in pictures]  # noqa: E731
+    prompts = [caption(scene) for scene in drawn]
+    scores = compare(files, prompts, make, lambda i, image: edge_overlap(image, pictures[i]))
+    report("canny, edge overlap", scores, 75)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["deblurring", "sr"])
+def test_it_learns_to_sharpen(train, scenes, tmp_path, kind):
+    size = ("--condition_size", 32) if kind == "sr" else ()
+    files = train_on(train, scenes, tmp_path, [kind], *size, "--rank", 8, *TEXT, "--max_train_steps", 600)
+    drawn, pictures = unseen()
+    rng = np.random.default_rng(0)
+    make = lambda c: [  # noqa: E731
+        omini.make_condition(c.type, picture.resize(c.size[::-1]), rng=rng) for picture in pictures
+    ]
+    prompts = [caption(scene) for scene in drawn]
+    scores = compare(files, prompts, make, lambda i, image: edge_overlap(image, pictures[i]))
+    report(f"{kind}, edge overlap", scores, 75)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["fill", "token_integration"])
+def test_it_learns_to_fill(train, scenes, tmp_path, kind):
+    """A hole whose border cuts the shapes, and the empty caption: what is in it must go on from what is around it."""
+    files = train_on(train, scenes, tmp_path, [kind], "--rank", 8, *TEXT, "--max_train_steps", 400)
+    _, pictures = unseen()
+    hole = np.zeros((SIDE, SIDE), dtype=bool)
+    hole[:, SIDE // 2 :] = True
+    make = lambda c: [omini.make_condition(c.type, picture, hole=hole) for picture in pictures]  # noqa: E731
+    scores = compare(files, [""] * COUNT, make, lambda i, image: agreement(image, pictures[i], hole), hole=hole)
+    report(f"{kind}, colours in the hole", scores, 75)
+
+
+@pytest.mark.slow
+def test_it_learns_canny_and_coloring_together(train, scenes, tmp_path):
+    files = train_on(
+        train,
+        scenes,
+        tmp_path,
+        ["canny", "coloring"],
+        "--adapter_per_condition",
+        "--rank",
+        8,
+        *TEXT,
+        "--max_train_steps",
+        500,
+    )
+    assert [file.name for file in files] == ["canny.safetensors", "coloring.safetensors"]
+    drawn, pictures = unseen()
+    make = lambda c: [omini.make_condition(c.type, picture) for picture in pictures]  # noqa: E731
+    prompts = [caption(scene) for scene in drawn]
+    scores = compare(files, prompts, make, lambda i, image: edge_overlap(image, pictures[i]))
+    report("canny and coloring, edge overlap", scores, 80)
+
+
+def pair(rng):
+    """Two scenes with the same shape in the same colour, elsewhere and on other backgrounds."""
+    color, first, second = rng.sample(COLOR_NAMES, 3)
+    shape = random_shape(rng, color)
+    other = random_shape(rng, color, kind=shape.kind)
+    return Scene(first, (shape,)), Scene(second, (other,))
+
+
+@pytest.mark.slow
+def test_it_learns_a_subject_it_is_shown(train, tmp_path):
+    """The caption says nothing of the thing but "a shape": its colour and form come from the condition."""
+    folder, rng, rows = tmp_path / "pairs", random.Random(1), []
+    folder.mkdir()
+    for i in range(400):
+        scenes = pair(rng)
+        sheet = Image.new("RGB", (2 * SIDE + 3 * 8, SIDE + 2 * 8), "black")
+        for side, scene in enumerate(scenes):
+            sheet.paste(draw(scene, SIDE, SIDE), (8 + side * (SIDE + 8), 8))
+        sheet.save(folder / f"{i:03d}.png")
+        texts = {f"description_{k}": f"a shape on a {scene.background} background" for k, scene in enumerate(scenes)}
+        rows.append(json.dumps({"file_name": f"{i:03d}.png", "description": texts}) + "\n")
+    (folder / "metadata.jsonl").write_text("".join(rows))
+    files = train_on(
+        train,
+        folder,
+        tmp_path / "run",
+        ["subject"],
+        "--image_size",
+        SIDE,
+        "--padding",
+        8,
+        "--rank",
+        16,
+        *("--drop_text_prob", 0.1, "--max_train_steps", 700),
+    )
+    rng = random.Random(99)
+    pairs = [pair(rng) for _ in range(COUNT)]
+    make = lambda c: [draw(shown, SIDE, SIDE) for shown, _ in pairs]  # noqa: E731
+    prompts = [f"a shape on a {wanted.background} background" for _, wanted in pairs]
+
+    def score(i, image):
+        found = score_scene(image, pairs[i][1])
+        return found["background"] * found["foreground"]
+
+    report("subject, its colour on the asked background", compare(files, prompts, make, score), 70)
+
+
+def new_depth_model(folder):
+    """A small depth estimator, trained here for a minute: shapes are near (white), the background is far."""
+    from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation, DPTImageProcessorPil
+
+    torch.manual_seed(0)
+    config = DepthAnythingConfig(
+        backbone_config={
+            "model_type": "dinov2",
+            "image_size": SIDE,
+            "patch_size": 8,
+            "hidden_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "out_indices": [1, 1, 2, 2],
+            "reshape_hidden_states": False,
+            "apply_layernorm": True,
+        },
+        patch_size=8,
+        reassemble_hidden_size=48,
+        neck_hidden_sizes=[16, 16, 16, 16],
+        fusion_hidden_size=16,
+        head_in_index=-1,
+        head_hidden_size=16,
+    )
+    model = DepthAnythingForDepthEstimation(config)
+    processor = DPTImageProcessorPil(size={"height": SIDE, "width": SIDE}, keep_aspect_ratio=False)
+    optimizer, rng = torch.optim.AdamW(model.parameters(), lr=2e-3), random.Random(5)
+    for _ in range(250):
+        scenes = [random_scene(rng) for _ in range(12)]
+        inputs = processor([draw(scene, SIDE, SIDE) for scene in scenes], return_tensors="pt")
+        masks = torch.from_numpy(np.stack([mask_of(scene, SIDE, SIDE) for scene in scenes])).float()
+        loss = (model(**inputs).predicted_depth - masks).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    print(f"depth model: squared error {loss.item():.3f}")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+@pytest.mark.slow
+def test_it_learns_to_draw_depth(train, scenes, tmp_path):
+    new_depth_model(tmp_path / "depth-model")
+    files = train_on(
+        train,
+        scenes,
+        tmp_path / "run",
+        ["depth_pred"],
+        "--depth_model",
+        tmp_path / "depth-model",
+        "--rank",
+        16,
+        *("--drop_text_prob", 1, *HIGH, "--max_train_steps", 600),
+    )
+    drawn, pictures = unseen()
+    make = lambda c: pictures  # noqa: E731
+
+    def score(i, image):
+        return iou(np.asarray(image.convert("L")) > 127, mask_of(drawn[i], SIDE, SIDE))
+
+    report("depth_pred, overlap with the shapes", compare(files, [""] * COUNT, make, score), 70)
