@@ -52,7 +52,7 @@ from huggingface_hub.errors import HTTPError
 from PIL import Image, ImageFilter, ImageOps
 from safetensors import safe_open
 from torch.utils.checkpoint import checkpoint as checkpoint_function
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate
 from tqdm.auto import tqdm
 from transformers import T5Config
 
@@ -379,6 +379,9 @@ def check_flags(args):
         problems.append("--streaming needs --dataset_name or --data_files")
     if args.streaming and not args.max_train_steps:
         problems.append("--streaming needs --max_train_steps: the length of a stream is not known")
+    if args.streaming and args.dataloader_num_workers > 1:
+        workers = args.dataloader_num_workers
+        problems.append(f"--dataloader_num_workers {workers}: --streaming reads with one process at most")
     if args.streaming and args.cache_latents:
         problems.append("--cache_latents needs all pictures before training: leave out --streaming")
     if args.optimizer == "prodigy" and args.use_8bit_adam:
@@ -1064,7 +1067,7 @@ class StreamedBatches(IterableDataset):
     """Batches of a stream for the micro-steps `start` to `stop` of one process.
 
     Every epoch is the stream, shuffled anew within a buffer, from (seed, epoch). Its samples are cut into batches that
-    go round the processes (and their workers); those of earlier micro-steps are passed over undecoded.
+    go round the processes; those of earlier micro-steps are passed over undecoded.
     """
 
     def __init__(self, stream, samples, args, *, process_index, num_processes):
@@ -1086,18 +1089,12 @@ class StreamedBatches(IterableDataset):
             epoch += 1
 
     def __iter__(self):
-        worker, size = get_worker_info(), self.args.train_batch_size
-        number_of, own = (worker.num_workers, worker.id) if worker else (1, 0)
-        batch = []
+        batch, size = [], self.args.train_batch_size
         for n, position in enumerate(self.rows()):
             micro_step, process = divmod(n // size, self.num_processes)
             if micro_step == self.stop:
                 return
-            if (
-                micro_step < self.start
-                or process != self.process_index
-                or (micro_step - self.start) % number_of != own
-            ):
+            if micro_step < self.start or process != self.process_index:
                 continue
             problem = caption_defect(position[0]) or defect(position[0], self.args)
             if problem:

@@ -43,7 +43,8 @@ def target_layers(model, target_modules):
 
     `target_modules` are names of layers or ends of such names, or one regular expression that matches whole names.
     """
-    linear = [pair for pair in model.named_modules() if isinstance(pair[1], torch.nn.Linear)]
+    named = [(name.removesuffix(".base_layer"), module) for name, module in model.named_modules()]
+    linear = [pair for pair in named if isinstance(pair[1], torch.nn.Linear) and ".lora_" not in pair[0]]
     if isinstance(target_modules, str):
         return [(name, module) for name, module in linear if re.fullmatch(target_modules, name)]
     ends = tuple(f".{target}" for target in target_modules)

@@ -96,10 +96,12 @@ def start_logging(accelerator, args, project):
     if accelerator.is_main_process:
         libraries = ("torch", "diffusers", "transformers", "peft", "accelerate")
         versions = {name: importlib.metadata.version(name) for name in libraries}
-        text = json.dumps({"args": values, "versions": versions}, indent=2)
+        text = json.dumps({"args": values, "versions": versions}, indent=2, default=str)
         (args.output_dir / "args.json").write_text(text + "\n")
     if accelerator.log_with:
-        accelerator.init_trackers(project, {name: "" if v is None else v for name, v in values.items()})
+        values = {name: "" if value is None else value for name, value in values.items()}
+        plain = (bool, int, float, str)  # all that TensorBoard takes
+        accelerator.init_trackers(project, {n: v if isinstance(v, plain) else str(v) for n, v in values.items()})
 
 
 def peak_memory(device):

@@ -420,3 +420,20 @@ def test_the_published_size_on_the_real_model():
     print(f"{size:,} parameters, {size / base:.2%} of {base:,}")
     assert round(size / 1e6, 1) == 14.5
     assert round(100 * size / base, 1) == 0.1
+
+
+def test_compiling_takes_few_graphs_however_many_blocks():
+    """Double block, single block, last single block: not one graph per block, and no fall back to eager."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    omini.compiled.cache_clear()
+    counters.clear()
+    transformer = add_adapters(new_transformer(layers=4, single_layers=12), "a")
+    conditions = condition_tokens([(6, 8)], ["a"])
+    with torch.no_grad():
+        plain = omini.omini_forward(transformer, **inputs(), conditions=conditions)
+        out = omini.omini_forward(transformer, **inputs(), conditions=conditions, compile_blocks=True)
+    assert (out - plain).abs().max() <= 1e-4
+    assert counters["stats"]["unique_graphs"] <= 3
+    assert not counters["graph_break"]
