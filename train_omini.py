@@ -224,7 +224,11 @@ def parse_args(argv=None):
     arg("--dataset_name", help="dataset on the hub, or a folder or file that `datasets` loads")
     arg("--dataset_config_name", help="configuration of that dataset")
     arg("--data_files", nargs="+", metavar="TAR", help="webdataset tars or patterns: jpg pictures, json with a prompt")
-    arg("--dataset_class", metavar="FILE.py:CLASS", help="your own dataset: image, description, condition_0, ...")
+    arg(
+        "--dataset_class",
+        metavar="FILE.py:CLASS",
+        help="your own dataset of image, description, condition_0 and so on",
+    )
     arg("--streaming", action="store_true", help="read dataset_name or data_files while training; needs no disk")
     arg("--shuffle_buffer", type=count, default=1000, help="samples among which streaming draws the next one")
     arg("--image_column", default="image", help="column of the dataset that holds the pictures")
@@ -1477,6 +1481,8 @@ class OminiPipeline(FluxPipeline):
         if hole is not None:
             hole = [token_hole(mask) for mask in np.broadcast_to(hole, (batch_size, height, width))]
             hole = torch.from_numpy(np.stack(hole)).to(device)
+            if hole.flatten(1).all(dim=1).any() or not hole.flatten(1).any(dim=1).all():
+                raise ValueError("a hole must contain some and leave some of the image's tokens of 16 pixels")
 
         def encode(images):
             images = images if isinstance(images, list) else [images] * batch_size

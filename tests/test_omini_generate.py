@@ -157,7 +157,7 @@ def test_token_integration_with_masks_of_any_shape(tiny_model, adapter, tmp_path
     conditions = [omini.Condition("token_integration", (48, 64), adapter="token_integration")]
     holes = np.zeros((4, 48, 64), dtype=bool)
     holes[0, 3:9, 3:40] = holes[1, :, 20:25] = holes[2, 40, 60] = True
-    holes[3] = np.hypot(*np.mgrid[-24:24, -32:32]) < 20
+    holes[3] = np.hypot(*np.mgrid[-24:24, -32:32]) < 15
     images = [
         omini.make_condition("token_integration", picture(48, 64), hole=omini.widen(omini.token_hole(hole)))
         for hole in holes
@@ -182,6 +182,9 @@ def test_token_integration_with_masks_of_any_shape(tiny_model, adapter, tmp_path
         inside = torch.from_numpy(omini.token_hole(holes[i])).repeat_interleave(2, 0).repeat_interleave(2, 1)
         assert torch.equal(together[i][:, ~inside], clean[i][:, ~inside])
         assert not (together[i] - again[i])[:, inside].eq(0).all(dim=0).any()
+
+    with pytest.raises(ValueError, match="must contain some and leave some"):
+        pipeline(**call, prompt=["x"], condition_images=[images[0]], hole=np.ones((48, 64), dtype=bool))
 
     picture(30, 50).save(tmp_path / "a.png")
     mask = Image.new("L", (50, 30))

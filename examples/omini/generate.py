@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors import safe_open
 
 
@@ -123,7 +123,8 @@ def check(args):
         mask = Image.open(args.mask)
         if mask.size != Image.open(given[0]).size:
             raise ValueError(f"--mask {args.mask} is {mask.size} pixels, {given[0]} {Image.open(given[0]).size}")
-        args.hole = np.asarray(mask.convert("L").resize((args.width, args.height), Image.Resampling.NEAREST)) > 127
+        mask = ImageOps.fit(mask.convert("L"), (args.width, args.height), Image.Resampling.NEAREST)
+        args.hole = np.asarray(mask) > 127
         if "token_integration" in kinds:
             args.hole = widen(token_hole(args.hole))
         if args.hole.all() or not args.hole.any():
@@ -147,7 +148,8 @@ def condition_pictures(args, conditions):
     given = given * len(conditions) if len(given) == 1 else given
     rng, pictures = np.random.default_rng(args.seed), []
     for condition, path in zip(conditions, given, strict=True):
-        picture = Example(str(path), functools.partial(Image.open, path)).image().resize(condition.size[::-1])
+        picture = Example(str(path), functools.partial(Image.open, path)).image()
+        picture = ImageOps.fit(picture, condition.size[::-1], Image.Resampling.LANCZOS)
         if args.condition is None and condition.type == "depth":
             from transformers import pipeline
 
