@@ -383,9 +383,8 @@ def check_flags(args):
         problems.append("--streaming needs --dataset_name or --data_files")
     if args.streaming and not args.max_train_steps:
         problems.append("--streaming needs --max_train_steps: the length of a stream is not known")
-    if args.streaming and args.dataloader_num_workers > 1:
-        workers = args.dataloader_num_workers
-        problems.append(f"--dataloader_num_workers {workers}: --streaming reads with one process at most")
+    if args.streaming and args.dataloader_num_workers:
+        problems.append(f"--dataloader_num_workers {args.dataloader_num_workers} has no effect with --streaming")
     if args.streaming and args.cache_latents:
         problems.append("--cache_latents needs all pictures before training: leave out --streaming")
     if args.optimizer == "prodigy" and args.use_8bit_adam:
@@ -1918,11 +1917,10 @@ def main(args):
     optimizer, lr_scheduler = accelerator.prepare(optimizer, lr_scheduler)
     global_step = load_checkpoint(accelerator, checkpoint)
     sampler.start, sampler.stop = global_step * accumulation, max_train_steps * accumulation
-    workers = args.dataloader_num_workers
     if args.streaming:
-        train_dataloader = DataLoader(sampler, batch_size=None, num_workers=workers)
+        train_dataloader = DataLoader(sampler, batch_size=None)
     else:
-        train_dataloader = DataLoader(dataset, batch_sampler=sampler, num_workers=workers)
+        train_dataloader = DataLoader(dataset, batch_sampler=sampler, num_workers=args.dataloader_num_workers)
 
     # 7. Train
     print_header(accelerator, args, dataset, lora_params, base_size, max_train_steps, steps_per_epoch)

@@ -127,7 +127,7 @@ OWN_SOURCE = [
     ),
     (
         "--data_files {nowhere} --streaming --max_train_steps 1 --dataloader_num_workers 4",
-        "--dataloader_num_workers 4: --streaming reads with one process at most",
+        "--dataloader_num_workers 4 has no effect with --streaming",
     ),
     ("--dataset_name {bare} --image_column photo", "--dataset_name {bare}: no column photo; it has image"),
     (
