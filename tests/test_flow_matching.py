@@ -105,3 +105,13 @@ def test_velocity_loss_is_the_weighted_mean_square(scheme):
         torch.testing.assert_close(weights, sigmas**-2)
     if scheme == "cosmap":
         torch.testing.assert_close(weights, 2 / (math.pi * (1 - 2 * sigmas + 2 * sigmas**2)))
+
+
+def test_padded_tokens_cost_no_loss():
+    pred, latents, noise = (torch.randn(2, 3, 4) for _ in range(3))
+    sigmas = torch.tensor([0.2, 0.9])
+    valid = torch.tensor([[True, True, False], [True, True, True]])
+    losses = velocity_loss(pred, latents, noise, sigmas, "sigma_sqrt", valid)
+    short = velocity_loss(pred[:1, :2], latents[:1, :2], noise[:1, :2], sigmas[:1], "sigma_sqrt")
+    assert torch.allclose(losses[:1], short)
+    assert torch.allclose(losses[1:], velocity_loss(pred, latents, noise, sigmas, "sigma_sqrt")[1:])
