@@ -1723,16 +1723,19 @@ def save_model_card(args, conditions, prompt):
     folder, kinds = args.output_dir.resolve(), ", ".join(args.condition_type)
     files = " ".join(shlex.quote(str(folder / f"{name}.safetensors")) for name in adapter_names(conditions))
     height, width = args.target_size
+    holed = {"fill", "token_integration"} & set(args.condition_type)
+    mask, about_mask = (' --mask "$MASK"', ", `MASK` is white where it is to be drawn anew") if holed else ("", "")
     description = f"""
 # {folder.name}
 
 For {args.pretrained_model_name_or_path}: LoRA of rank {args.rank} that makes it follow {kinds}, by OminiControl.
 
-`IMAGE` is a picture to make the conditions of ({height} x {width} pixels are cut out of it). In the trainer's folder:
+`IMAGE` is a picture to make the conditions of ({height} x {width} pixels are cut out of it){about_mask}. In the
+trainer's folder:
 
 ```bash
 python examples/omini/generate.py {files} \\
-  --prompt {shlex.quote(prompt)} --image "$IMAGE" --output image.png
+  --prompt {shlex.quote(prompt)} --image "$IMAGE"{mask} --output image.png
 ```
 """
     metadata = ModelCardData(
@@ -1849,7 +1852,7 @@ def main(args):
     validation_steps = args.validation_steps or args.validation_epochs * (steps_per_epoch or 1)
     final_prompt = None if args.skip_final_inference else args.final_validation_prompt or args.validation_prompt
     prompts = {example.caption for example in examples} | ({""} if args.drop_text_prob else set())
-    prompts = sorted(filter(None.__ne__, {*prompts, args.validation_prompt, final_prompt}))
+    prompts = sorted(p for p in {*prompts, args.validation_prompt, final_prompt} if p is not None)
     run = {name: str(value) for name, value in vars(args).items() if name not in CHANGEABLE}
     run |= {"the number of samples": len(dataset), "the number of processes": num_processes}
     checkpoint = checkpoint_to_resume(args.output_dir, args.resume_from_checkpoint)
