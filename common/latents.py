@@ -36,6 +36,11 @@ def sample_latents(moments, vae_config, generator=None):
     return (latents - vae_config.shift_factor) * vae_config.scaling_factor
 
 
+def mean_latents(moments, vae_config):
+    """The means [B, C, h, w] of posteriors [B, 2C, h, w], normalised as by `sample_latents`, without its chance."""
+    return (moments.chunk(2, dim=1)[0] - vae_config.shift_factor) * vae_config.scaling_factor
+
+
 def decode_latents(vae, latents):
     """Images [B, 3, H, W] in about [-1, 1] from normalised latents [B, C, h, w]."""
     latents = latents / vae.config.scaling_factor + vae.config.shift_factor
@@ -55,6 +60,20 @@ def unpack_latents(packed, height, width):
 def image_ids(height, width, device=None):
     """Position ids [h/2 * w/2, 3] of packed latents: (0, row, column)."""
     return FluxPipeline._prepare_latent_image_ids(None, height // 2, width // 2, device, torch.float32)
+
+
+def select_tokens(tokens, ids, keep):
+    """The tokens [B, N, C] where keep [B, N] is true, in order, with their ids [N, D]: [B, M, C] and [B, M, D].
+
+    M is the largest count in the batch. Samples with fewer are padded: `valid` [B, M] is False there, and None
+    if nothing is padded.
+    """
+    counts = keep.sum(dim=1)
+    length = int(counts.max())
+    order = torch.argsort(~keep, dim=1, stable=True)[:, :length]
+    chosen = tokens.gather(1, order[..., None].expand(-1, -1, tokens.shape[-1]))
+    valid = torch.arange(length, device=keep.device) < counts[:, None]
+    return chosen, ids[order], None if valid.all() else valid
 
 
 def pack_fill_condition(masked_image_latents, mask):

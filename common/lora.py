@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import tempfile
@@ -11,7 +12,9 @@ import torch
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import safe_open
 from safetensors.torch import load_file
+from safetensors.torch import save_file as save_tensors
 
 
 FLUX_TARGET_MODULES = (
@@ -36,23 +39,31 @@ FLUX_TARGET_MODULES = (
 
 
 def target_layers(model, target_modules):
-    """(name, module) of the linear layers that an adapter for `target_modules` is put beside."""
+    """(name, module) of the linear layers that an adapter for `target_modules` is put beside.
+
+    `target_modules` are names of layers or ends of such names, or one regular expression that matches whole names.
+    """
+    named = [(name.removesuffix(".base_layer"), module) for name, module in model.named_modules()]
+    linear = [pair for pair in named if isinstance(pair[1], torch.nn.Linear) and ".lora_" not in pair[0]]
+    if isinstance(target_modules, str):
+        return [(name, module) for name, module in linear if re.fullmatch(target_modules, name)]
     ends = tuple(f".{target}" for target in target_modules)
-    linear = [pair for pair in model.named_modules() if isinstance(pair[1], torch.nn.Linear)]
     return [(name, module) for name, module in linear if f".{name}".endswith(ends)]
 
 
 def unknown_layers(model, target_modules):
     """The `target_modules` that no linear layer of the model has."""
+    if isinstance(target_modules, str):
+        return [] if target_layers(model, target_modules) else [target_modules]
     return [target for target in target_modules if not target_layers(model, [target])]
 
 
-def add_lora(model, *, rank, alpha, dropout, target_modules, modules_to_save=None):
+def add_lora(model, *, rank, alpha, dropout, target_modules, modules_to_save=None, adapter_name="default"):
     """Adds a LoRA adapter to a frozen model and returns its parameters, in float32 whatever the model's dtype.
 
-    `target_modules` are names of modules or ends of such names, as in `LoraConfig`. Raises ValueError for those that
-    no linear layer has. `modules_to_save` are modules trained as a whole: the adapter holds copies of them, and its
-    file their weights.
+    `target_modules` are names of modules or ends of such names, or a regular expression, as in `LoraConfig`. Raises
+    ValueError for those that no linear layer has. `modules_to_save` are modules trained as a whole: the adapter holds
+    copies of them, and its file their weights. Adapters added before stay trainable.
     """
     unknown = unknown_layers(model, target_modules)
     if unknown:
@@ -62,63 +73,111 @@ def add_lora(model, *, rank, alpha, dropout, target_modules, modules_to_save=Non
         lora_alpha=alpha,
         lora_dropout=dropout,
         init_lora_weights="gaussian",
-        target_modules=list(target_modules),
+        target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
         modules_to_save=modules_to_save,
     )
-    model.add_adapter(config)
+    earlier = [p for name, p in model.named_parameters() if p.requires_grad and ".lora_" in name]
+    model.add_adapter(config, adapter_name)  # which freezes all other adapters
     cast_training_params(model, dtype=torch.float32)  # bfloat16 would lose small updates to rounding
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+    added = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in earlier:
+        parameter.requires_grad_(True)
+    return added
 
 
-def save_lora(directory, pipeline_class, modules, dtype=torch.float32):
-    """Writes the adapters of {"transformer": model, ...} as `pytorch_lora_weights.safetensors`, with the metadata
-    from which `pipeline_class.load_lora_weights` restores their strength (alpha / rank)."""
+def quantize_base(model, dtype):
+    """Replaces the linear layers of a frozen model's blocks by 4-bit NormalFloat ones (arXiv 2305.14314) that
+    compute in `dtype`. The weights shrink once the model is moved to its device."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    layers = [pair for pair in model.named_modules() if isinstance(pair[1], torch.nn.Linear) and "blocks." in pair[0]]
+    for name, layer in layers:
+        new = Linear4bit(
+            layer.in_features,
+            layer.out_features,
+            bias=layer.bias is not None,
+            compute_dtype=dtype,
+            quant_type="nf4",
+            device="meta",
+        )
+        new.weight = Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
+        new.bias = layer.bias
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, new)
+    return model
+
+
+def save_lora(
+    directory,
+    pipeline_class,
+    modules,
+    dtype=torch.float32,
+    *,
+    adapter_name="default",
+    weight_name=LORA_WEIGHT_NAME_SAFE,
+    metadata=None,
+):
+    """Writes the adapters of {"transformer": model, ...} as `weight_name`, with the metadata from which
+    `pipeline_class.load_lora_weights` restores their strength (alpha / rank). `metadata`, {name: text}, goes into the
+    file's header beside it."""
     if not modules:
         return
     layers = {}
     for name, model in modules.items():
-        state_dict = get_peft_model_state_dict(model)
+        state_dict = get_peft_model_state_dict(model, adapter_name=adapter_name)
         layers[f"{name}_lora_layers"] = {key: value.to("cpu", dtype) for key, value in state_dict.items()}
-        metadata = model.peft_config["default"].to_dict()
-        metadata["target_modules"] = sorted(metadata["target_modules"])  # a set, in no fixed order
-        layers[f"{name}_lora_adapter_metadata"] = metadata
+        config = model.peft_config[adapter_name].to_dict()
+        if not isinstance(config["target_modules"], str):
+            config["target_modules"] = sorted(config["target_modules"])  # a set, in no fixed order
+        layers[f"{name}_lora_adapter_metadata"] = config
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    partial = directory / f".{LORA_WEIGHT_NAME_SAFE}.partial"
+    partial = directory / f".{weight_name}.partial"
     with tempfile.TemporaryDirectory() as folder:
+        written = Path(folder) / LORA_WEIGHT_NAME_SAFE
         pipeline_class.save_lora_weights(folder, **layers)
-        shutil.copyfile(Path(folder) / LORA_WEIGHT_NAME_SAFE, partial)  # a copy others may read, by the user's umask
+        if metadata:
+            with safe_open(written, "pt") as file:
+                header = file.metadata()
+            save_tensors(load_file(written), written, metadata={**header, **metadata})
+        shutil.copyfile(written, partial)  # a copy others may read, by the user's umask
     flush_to_disk(partial)
-    partial.replace(directory / LORA_WEIGHT_NAME_SAFE)
+    partial.replace(directory / weight_name)
 
 
-def load_lora(directory, modules):
+def load_lora(directory, modules, *, adapter_name="default", weight_name=LORA_WEIGHT_NAME_SAFE):
     """Loads what `save_lora` wrote back into the adapters of {"transformer": model, ...}.
 
     Raises ValueError if the file's keys are not exactly those of the adapters.
     """
-    path = Path(directory) / LORA_WEIGHT_NAME_SAFE
+    path = Path(directory) / weight_name
     state_dict = load_file(path) if modules or path.exists() else {}
     for name, model in modules.items():
         prefix = f"{name}."
         layers = {key.removeprefix(prefix): state_dict.pop(key) for key in list(state_dict) if key.startswith(prefix)}
-        if layers.keys() != get_peft_model_state_dict(model).keys():
+        if layers.keys() != get_peft_model_state_dict(model, adapter_name=adapter_name).keys():
             raise ValueError(f"the LoRA in {directory} was made for other layers of the {name} than this run trains")
-        set_peft_model_state_dict(model, layers)
+        set_peft_model_state_dict(model, layers, adapter_name=adapter_name)
     if state_dict:
         raise ValueError(f"the LoRA in {directory} holds layers this run does not train: {', '.join(state_dict)}")
 
 
-def register_lora_checkpointing(accelerator, pipeline_class, modules):
-    """Makes `accelerator.save_state` and `load_state` handle the adapters alone, not the frozen models around them."""
+def register_lora_checkpointing(accelerator, pipeline_class, modules, files=None):
+    """Makes `accelerator.save_state` and `load_state` handle the adapters alone, not the frozen models around them.
+
+    `files`, {adapter name: file name}, names the adapters if there is another than "default".
+    """
+    files = files or {"default": LORA_WEIGHT_NAME_SAFE}
 
     def save(models, weights, output_dir):
         if accelerator.is_main_process:
-            save_lora(output_dir, pipeline_class, modules)
+            for adapter_name, weight_name in files.items():
+                save_lora(output_dir, pipeline_class, modules, adapter_name=adapter_name, weight_name=weight_name)
         weights.clear()
 
     def load(models, input_dir):
-        load_lora(input_dir, modules)
+        for adapter_name, weight_name in files.items():
+            load_lora(input_dir, modules, adapter_name=adapter_name, weight_name=weight_name)
         models.clear()
 
     accelerator.register_save_state_pre_hook(save)

@@ -96,7 +96,7 @@ def start_logging(accelerator, args, project):
     if accelerator.is_main_process:
         libraries = ("torch", "diffusers", "transformers", "peft", "accelerate")
         versions = {name: importlib.metadata.version(name) for name in libraries}
-        text = json.dumps({"args": values, "versions": versions}, indent=2)
+        text = json.dumps({"args": values, "versions": versions}, indent=2, default=str)
         (args.output_dir / "args.json").write_text(text + "\n")
     if accelerator.log_with:
         values = {name: "" if value is None else value for name, value in values.items()}

@@ -20,6 +20,22 @@ GROUPS = [
     "validation",
     "output and logging",
 ]
+# Flags that a trainer's paper or published command sets otherwise than the others.
+OWN = {
+    "train_influxedit": {
+        "pretrained_model_name_or_path",  # another model
+        "resolution",  # a list of long edges
+        "seed",  # none, so one is drawn
+        "validation_prompt",  # a list
+        "num_validation_images",  # 1, of each prompt
+        "validation_steps",  # 50
+    },
+    "train_omini": {
+        *("optimizer", "learning_rate", "adam_weight_decay", "max_grad_norm", "guidance_scale"),
+        *("timestep_sampling", "lora_alpha", "output_dir"),
+        *("mask_column", "validation_image"),  # holes, and several pictures
+    },
+}
 
 
 def parser_of(script):
@@ -76,19 +92,6 @@ def test_banners_stand_in_the_same_order(script):
     assert banners == BANNERS
 
 
-# Flags that mean something of their own in a trainer. InFluxEdit's published tables fix its defaults.
-OWN = {
-    "train_influxedit": {
-        "pretrained_model_name_or_path",  # another model
-        "resolution",  # a list of long edges
-        "seed",  # published default: none, so one is drawn
-        "validation_prompt",  # a list
-        "num_validation_images",  # published default: 1, of each prompt
-        "validation_steps",  # published default: 50
-    }
-}
-
-
 def test_a_flag_means_the_same_in_every_trainer():
     seen = {}
     for script in SCRIPTS:
@@ -97,3 +100,16 @@ def test_a_flag_means_the_same_in_every_trainer():
                 continue
             meaning = action.default, action.help, list(action.choices or []), action.nargs
             assert seen.setdefault(action.dest, meaning) == meaning, f"--{action.dest} of {script}"
+
+
+def test_functions_marked_as_the_same_are():
+    marked = {}
+    for script in SCRIPTS:
+        source = (ROOT / f"{script}.py").read_text()
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+                if source.splitlines()[first - 2].strip() == "# same in all trainers":
+                    marked.setdefault(node.name, {})[script] = ast.dump(node)
+    for name, versions in marked.items():
+        assert len(set(versions.values())) == 1, f"{name} differs between {', '.join(versions)}"

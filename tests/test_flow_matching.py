@@ -118,3 +118,13 @@ def test_token_weights_make_a_weighted_mean():
     error = (model_pred - (noise - latents)).square().mean(-1)
     torch.testing.assert_close(weighted, (error * token_weights).sum(1) / token_weights.sum(1))
     assert torch.equal(velocity_loss(model_pred, latents, noise, sigmas, "none", torch.zeros(2, 5)), torch.zeros(2))
+
+
+def test_padded_tokens_cost_no_loss():
+    pred, latents, noise = (torch.randn(2, 3, 4) for _ in range(3))
+    sigmas = torch.tensor([0.2, 0.9])
+    valid = torch.tensor([[True, True, False], [True, True, True]])
+    losses = velocity_loss(pred, latents, noise, sigmas, "sigma_sqrt", valid)
+    short = velocity_loss(pred[:1, :2], latents[:1, :2], noise[:1, :2], sigmas[:1], "sigma_sqrt")
+    assert torch.allclose(losses[:1], short)
+    assert torch.allclose(losses[1:], velocity_loss(pred, latents, noise, sigmas, "sigma_sqrt")[1:])

@@ -1,5 +1,7 @@
 """common/latents.py against the stock pipelines."""
 
+from types import SimpleNamespace as FrozenConfig
+
 import pytest
 import torch
 from diffusers import FluxFillPipeline, FluxPipeline
@@ -8,9 +10,11 @@ from common.latents import (
     decode_latents,
     encode_moments,
     image_ids,
+    mean_latents,
     pack_fill_condition,
     pack_latents,
     sample_latents,
+    select_tokens,
     unpack_latents,
 )
 
@@ -71,3 +75,21 @@ def test_latents_are_normalised_and_decoded_back(tiny):
         expected = (raw - tiny.vae.config.shift_factor) * tiny.vae.config.scaling_factor
         torch.testing.assert_close(latents, expected)
         torch.testing.assert_close(decode_latents(tiny.vae, latents), tiny.vae.decode(raw).sample)
+
+
+def test_mean_latents_are_samples_without_variance():
+    mean = torch.randn(2, 4, 3, 3)
+    config = FrozenConfig(shift_factor=0.1, scaling_factor=0.4)
+    moments = torch.cat([mean, torch.full_like(mean, -1e9)], dim=1)
+    assert torch.allclose(mean_latents(moments, config), sample_latents(moments, config), atol=1e-5)
+
+
+def test_selected_tokens_keep_their_order_and_padding_is_marked():
+    tokens, ids = torch.arange(8.0).view(2, 4, 1), torch.arange(12.0).view(4, 3)
+    keep = torch.tensor([[False, True, True, False], [False, False, True, False]])
+    chosen, places, valid = select_tokens(tokens, ids, keep)
+    assert chosen[0, :, 0].tolist() == [1, 2]
+    assert chosen[1, 0, 0] == 6
+    assert torch.equal(places[0], ids[1:3])
+    assert valid.tolist() == [[True, True], [True, False]]
+    assert select_tokens(tokens, ids, torch.ones(2, 4, dtype=torch.bool))[2] is None

@@ -14,9 +14,12 @@ from common.lora import (
     add_lora,
     find_checkpoints,
     load_lora,
+    quantize_base,
     register_lora_checkpointing,
     save_checkpoint,
     save_lora,
+    target_layers,
+    unknown_layers,
 )
 
 
@@ -95,6 +98,52 @@ def test_adapters_train_in_float32_beside_a_bfloat16_model(tiny):
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert {parameter.dtype for parameter in trainable} == {torch.float32}
     assert model.x_embedder.weight.dtype == torch.bfloat16
+
+
+def test_two_adapters_by_regex_train_together_and_have_a_file_each(tiny, tmp_path):
+    pattern = r"transformer_blocks\.\d+\.attn\.to_[qk]"
+    assert unknown_layers(tiny.transformer, pattern) == []
+    assert unknown_layers(tiny.transformer, "nothing.*") == ["nothing.*"]
+
+    def adapted(seed):
+        model = copy.deepcopy(tiny.transformer).requires_grad_(False)
+        torch.manual_seed(seed)
+        for name in ("first", "second"):
+            for parameter in add_lora(model, rank=2, alpha=4, dropout=0.0, target_modules=pattern, adapter_name=name):
+                parameter.data.normal_()
+        return model
+
+    model, other = adapted(0), adapted(1)
+    assert [name for name, _ in target_layers(model, pattern)] == [
+        n for n, _ in target_layers(tiny.transformer, pattern)
+    ]
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {name.split(".")[-2] for name in trained} == {"first", "second"}
+    for name in ("first", "second"):
+        file = {"adapter_name": name, "weight_name": f"{name}.safetensors"}
+        save_lora(tmp_path, FluxPipeline, {"transformer": model}, **file, metadata={"mine": name})
+        load_lora(tmp_path, {"transformer": other}, **file)
+        with safe_open(tmp_path / f"{name}.safetensors", "pt") as opened:
+            assert opened.metadata()["mine"] == name
+            assert "lora_adapter_metadata" in opened.metadata()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    pipeline = FluxPipeline(**tiny.components_but_image())
+    pipeline.load_lora_weights(tmp_path, weight_name="first.safetensors")
+    model.set_adapter("first")
+    torch.testing.assert_close(run(pipeline.transformer), run(model), atol=1e-5, rtol=1e-5)
+
+
+def test_a_4_bit_base_is_small_and_near(tiny):
+    quantized = quantize_base(copy.deepcopy(tiny.transformer).requires_grad_(False), torch.float32).to("cpu")
+    layer, own = (model.transformer_blocks[0].ff.net[0].proj for model in (quantized, tiny.transformer))
+    assert layer.weight.dtype == torch.uint8
+    assert layer.weight.numel() * 2 == own.weight.numel()
+    assert quantized.x_embedder.weight.dtype == torch.float32
+    inputs = torch.randn(64, own.in_features)
+    error = (layer(inputs) - own(inputs)).std() / own(inputs).std()
+    print(f"relative error of a quantized layer {error:.3f}")
+    assert 0 < error < 0.15
+    assert torch.isfinite(run(quantized)).all()
 
 
 def test_unknown_layers_are_named(tiny):

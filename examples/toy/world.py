@@ -4,6 +4,7 @@ A scene is one or two flat-coloured shapes on a flat background. All coordinates
 side, so one scene can be drawn at any size. Every drawing function is deterministic given a `random.Random`.
 
     python examples/toy/world.py glyph data/glyph --count 6      # six pictures of the subject, with captions
+    python examples/toy/world.py scenes data/scenes --count 512  # pictures of what the toy FLUX knows
 """
 
 import argparse
@@ -337,7 +338,7 @@ def sliced_wasserstein(a, b, projections=128, seed=0):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("subject", choices=SUBJECTS)
+    parser.add_argument("subject", choices=[*SUBJECTS, "scenes"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--count", type=int, default=6)
     parser.add_argument("--size", type=int, default=64, help="side in pixels")
@@ -346,10 +347,14 @@ def main():
     args.folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(args.seed)
     for i in range(args.count):
-        scene, text = random_subject(rng, args.subject)
+        if args.subject == "scenes":
+            scene = random_scene(rng)
+            text = caption(scene)
+        else:
+            scene, text = random_subject(rng, args.subject)
         draw(scene, args.size, args.size).save(args.folder / f"{i}.png")
         (args.folder / f"{i}.txt").write_text(text + "\n")
-    print(f"{args.count} pictures of {SUBJECTS[args.subject]!r} with captions in {args.folder}")
+    print(f"{args.count} pictures of {SUBJECTS.get(args.subject, args.subject)!r} with captions in {args.folder}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,263 @@
+"""train_omini.py: bad input is one clear message, exit code 2, before any model is loaded, and nothing written."""
+
+import json
+import re
+import shlex
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+import train_omini as omini
+
+
+@pytest.fixture
+def world(tiny_model, pictures, tmp_path):
+    """Names that stand for paths in the table below."""
+    folders = {
+        name: tmp_path / name for name in ("empty", "bare", "masks", "white", "black", "small", "pairs", "posed")
+    }
+    for name, folder in folders.items():
+        folder.mkdir()
+        if name != "empty":
+            Image.new("RGB", (32, 32), "red").save(folder / "a.png")
+    for name, size, value in (("masks", 32, 99), ("white", 32, 255), ("black", 32, 0), ("small", 16, 255)):
+        mask = np.full((size, size), value, dtype=np.uint8)
+        mask[:16] = value if name in ("white", "black") else 255
+        Image.fromarray(mask).save(folders[name] / "m.png")
+        record = {"file_name": "a.png", "text": "x", "hole": "m.png"}
+        (folders[name] / "metadata.jsonl").write_text(json.dumps(record))
+    (folders["posed"] / "metadata.jsonl").write_text(
+        json.dumps({"file_name": "a.png", "pose": "none.png", "text": "x"})
+    )
+    (tmp_path / "fill" / "transformer").mkdir(parents=True)
+    config = {"_class_name": "FluxTransformer2DModel", "in_channels": 384}
+    (tmp_path / "fill" / "transformer" / "config.json").write_text(json.dumps(config))
+    checkpoint = tmp_path / "earlier" / "checkpoint-5"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": 5, "condition_type": "['fill']"}))
+    items = "class Items:\n    def __len__(self): return 1\n    def __getitem__(self, i): return {}\n"
+    items += "class Moving:\n    def __len__(self): return 2\n    def __getitem__(self, i):\n"
+    items += "        from PIL import Image\n        image = Image.new('RGB', (32, 32))\n"
+    items += "        return {'image': image, 'description': 'x', 'condition_0': image, 'position_delta_0': (0, i)}\n"
+    items += "class Arrays(Moving):\n    def __getitem__(self, i):\n"
+    items += "        import torch\n        return {**super().__getitem__(0), 'condition_0': torch.zeros(5, 32, 32)}\n"
+    (tmp_path / "data.py").write_text(items)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "truncated.tar").write_bytes(b"nothing of a tar")
+    names = ("nowhere", "file", "fill", "out", "earlier", "data.py", "truncated.tar")
+    return {
+        **folders,
+        **{name.replace(".", "_"): tmp_path / name for name in names},
+        "model": tiny_model,
+        "pictures": pictures,
+    }
+
+
+# flags that follow a working command, and what the message must say
+BAD = [
+    ("--condition_type cany", "--condition_type: invalid choice: 'cany'"),
+    ("--target_size 40", "--target_size: 40: expected SIDE or HEIGHT,WIDTH, multiples of 16"),
+    ("--condition_size 32,40", "--condition_size: 32,40: expected SIDE or HEIGHT,WIDTH, multiples of 16"),
+    ("--condition_size 32 32", "--condition_size has 2 values for the 1 of --condition_type"),
+    ("--target_size 64 --condition_size 32,16", "--condition_size 32x16 of canny is no scaled (64, 64)"),
+    ("--position_delta 4", "--position_delta: 4: expected a pair DOWN,RIGHT in tokens of 16 pixels"),
+    ("--position_delta 0,1 0,2", "--position_delta has 2 values for the 1 of --condition_type"),
+    ("--position_scale 0", "--position_scale: 0 is out of range: it must be above 0"),
+    ("--condition_type custom", "--condition_column names 0 columns for 1 custom conditions"),
+    ("--condition_column pose", "--condition_column names 1 columns for 0 custom conditions"),
+    ("--condition_type custom --condition_column pose", "names no file for 0.png"),
+    (
+        "--condition_type custom --condition_column pose --instance_data_dir {posed}",
+        "{posed}/a.png, pose: not a readable picture",
+    ),
+    ("--mask_column hole", "--mask_column hole needs --condition_type fill or token_integration"),
+    (
+        "--condition_type token_integration --mask_column hole --instance_data_dir {white}",
+        "{white}/a.png, hole: the mask is all white",
+    ),
+    (
+        "--condition_type token_integration --mask_column hole --instance_data_dir {black}",
+        "{black}/a.png, hole: the mask is all black",
+    ),
+    (
+        "--condition_type fill --mask_column hole --instance_data_dir {small}",
+        "{small}/a.png, hole: the mask is 16 x 16 pixels, its picture 32 x 32",
+    ),
+    ("--condition_type token_integration --condition_size 16", "token_integration shares the image's tokens"),
+    ("--condition_type token_integration --position_delta 0,-2", "token_integration shares the image's tokens"),
+    ("--condition_type token_integration --target_size 16", "--target_size 16 leaves no room for a hole"),
+    ("--condition_type depth_pred canny", "depth_pred draws depth maps: it goes with no other condition"),
+    ("--condition_type subject --image_size 32 --padding 4 --instance_prompt x", "hold no pair of --image_size 32"),
+    ("--pretrained_model_name_or_path {fill}", "holds a FluxTransformer2DModel with 384 input channels"),
+    ("--pretrained_model_name_or_path {nowhere}", "neither a folder with a FLUX pipeline nor a hub id"),
+    ("--target_modules .*nothing", "--target_modules .*nothing: matches no linear layer"),
+    ("--target_modules (", "--target_modules (: not a regular expression"),
+    ("--target_modules .*attn.*", "condition tokens do not pass transformer_blocks.0.attn.add_"),
+    ("--lora_path {file}", "--lora_path {file}: not a readable LoRA file"),
+    ("--lora_path {file} {file}", "--lora_path names 2 files for 1 adapters: canny"),
+    ("--optimizer adamw --learning_rate 1", "--learning_rate 1 is Prodigy's: AdamW wants about 1e-4"),
+    ("--learning_rate 1e-4", "--learning_rate 0.0001: Prodigy finds the rate itself and wants about 1"),
+    ("--use_8bit_adam", "--use_8bit_adam has no effect on --optimizer prodigy"),
+    ("--prodigy_beta3 0.9 --optimizer sgd --learning_rate 0.1", "--prodigy_beta3 has no effect on --optimizer sgd"),
+    ("--drop_text_prob 2", "--drop_text_prob: 2 is out of range"),
+    ("--streaming", "--streaming needs --dataset_name or --data_files"),
+    ("--validation_prompt x", "--validation_prompt and --validation_image need each other"),
+    ("--validation_prompt x --validation_image {nowhere}", "--validation_image {nowhere}: no such file"),
+    ("--instance_data_dir {empty}", "--instance_data_dir {empty}: no pictures"),
+    ("--instance_data_dir {bare}", "{bare}/a.png: no caption"),
+    ("--instance_data_dir {nowhere}", "--instance_data_dir {nowhere}: no such folder"),
+    ("--dataset_name x/y", "exactly one of --instance_data_dir, --dataset_name, --data_files, --dataset_class"),
+    ("--output_dir {file}", "a file of this name is in the way"),
+    ("--output_dir {earlier}", "holds checkpoint-5 of an earlier run"),
+    (
+        "--output_dir {earlier} --resume_from_checkpoint latest",
+        "condition_type was ['fill'] there and is ['canny'] now",
+    ),
+    ("--lr_scheduler cosine --max_train_steps 300", "--lr_warmup_steps 500 must be less than the 300 steps"),
+    ("--rank 1000000000", "less than "),
+]
+OWN_SOURCE = [
+    ("--data_files {truncated_tar}", "--data_files {truncated_tar}: cannot be loaded"),
+    ("--data_files {nowhere}", "--data_files {nowhere}: cannot be loaded"),
+    ("--data_files {nowhere} --streaming", "--streaming needs --max_train_steps"),
+    ("--data_files {nowhere} --streaming --max_train_steps 1 --cache_latents", "--cache_latents needs all pictures"),
+    (
+        "--data_files {nowhere} --streaming --max_train_steps 1 --condition_type depth",
+        "depth and depth_pred estimate depth before training",
+    ),
+    (
+        "--data_files {nowhere} --streaming --max_train_steps 1 --dataloader_num_workers 4",
+        "--dataloader_num_workers 4 has no effect with --streaming",
+    ),
+    ("--dataset_name {bare} --image_column photo", "--dataset_name {bare}: no column photo; it has image"),
+    (
+        "--dataset_name {bare} --condition_type custom --condition_column pose",
+        "--dataset_name {bare}: no column pose; it has image",
+    ),
+    ("--dataset_class {nowhere}.py:A --condition_type custom", "{nowhere}.py:A: cannot be read"),
+    ("--dataset_class {data_py}:Items", "--dataset_class brings its own conditions"),
+    ("--dataset_class {data_py}:Items --condition_type custom", "item 0 has 0 conditions for 1 of --condition_type"),
+    (
+        "--dataset_class {data_py}:Moving --condition_type custom",
+        "position_delta and position_scale differ between its items",
+    ),
+    (
+        "--dataset_class {data_py}:Arrays --condition_type custom",
+        "{data_py}:Arrays[0], condition_0: not a readable picture",
+    ),
+    (
+        "--dataset_class {data_py}:Moving --condition_type custom --position_delta 0,1",
+        "--position_delta and --position_scale have no effect with --dataset_class",
+    ),
+]
+
+
+@pytest.fixture
+def no_models(monkeypatch):
+    """Loading a model is an error."""
+
+    def load(*args, **kwargs):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(omini, "load_model", load)
+    monkeypatch.setattr(omini, "PromptEncoder", load)
+
+
+@pytest.mark.parametrize(("flags", "message"), BAD + OWN_SOURCE, ids=[flags for flags, _ in BAD + OWN_SOURCE])
+def test_bad_input_is_one_clear_error(train, world, no_models, capsys, monkeypatch, tmp_path_factory, flags, message):
+    source = "" if (flags, message) in OWN_SOURCE else "--instance_data_dir {pictures} "
+    command = "--pretrained_model_name_or_path {model} --output_dir {out} --report_to none --condition_type canny "
+    command += f"--cache_dir {tmp_path_factory.mktemp('cache')} --target_size 32 {source}"
+    before = sorted(world["out"].parent.rglob("*"))
+    with pytest.raises(SystemExit) as stop:
+        train("train_omini", *f"{command} {flags}".format(**world).split())
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert message.format(**world) in error
+    assert ": error: " in error
+    written = {path for path in world["out"].parent.rglob("*") if "__pycache__" not in path.parts}
+    assert sorted(written) == before
+
+
+def test_all_problems_come_in_one_message(world, no_models, train, capsys):
+    flags = "--pretrained_model_name_or_path {nowhere} --condition_type custom --output_dir {file} --use_8bit_adam"
+    with pytest.raises(SystemExit):
+        train("train_omini", *flags.format(**world).split())
+    error = capsys.readouterr().err.split("error:")[1]
+    for problem in ("exactly one of", "nor a hub id", "--condition_column names 0", "in the way", "has no effect"):
+        assert problem in error
+
+
+def test_defaults_of_places_and_sizes(world):
+    command = "--pretrained_model_name_or_path {model} --instance_data_dir {pictures} --target_size 64,96"
+    parse = lambda flags: omini.conditions_of(omini.parse_args(f"{command} {flags}".format(**world).split()))  # noqa: E731
+    (canny,) = parse("--condition_type canny")
+    assert (canny.size, canny.position_delta, canny.position_scale) == ((64, 96), (0, 0), 1)
+    (compact,) = parse("--condition_type canny --condition_size 32,48")
+    assert (compact.size, compact.position_scale) == ((32, 48), 2)
+    (subject,) = parse("--condition_type subject --condition_size 32")
+    assert (subject.position_delta, subject.position_scale) == ((0, -2), 1)
+    (sr,) = parse("--condition_type sr")
+    assert (sr.size, sr.position_delta) == ((32, 48), (0, -3))
+    several = parse("--condition_type canny depth --adapter_per_condition --position_delta 0,0 0,-6")
+    assert [(c.adapter, c.position_delta) for c in several] == [("canny", (0, 0)), ("depth", (0, -6))]
+    assert {condition.adapter for condition in parse("--condition_type canny depth")} == {"canny_depth"}
+
+
+def test_prompts_that_do_not_fit_in_memory_are_refused(world, no_models, train, capsys, monkeypatch):
+    class Memory:
+        available = 100
+
+    monkeypatch.setattr(omini.psutil, "virtual_memory", Memory)
+    flags = (
+        "--pretrained_model_name_or_path {model} --instance_data_dir {pictures} --output_dir {out} --target_size 32"
+    )
+    with pytest.raises(SystemExit):
+        train("train_omini", *f"{flags} --condition_type canny --report_to none".format(**world).split())
+    assert "more than is free: use --no-cache_prompts" in capsys.readouterr().err
+
+
+def test_the_reference_regex_and_adapters_of_another_rank(world, tmp_path):
+    """The pattern that OminiControl's configuration files have is taken as it stands, and means the default."""
+    kinds = {
+        r".*(?<!single_)transformer_blocks\.[0-9]+": [
+            "norm1.linear",
+            "attn.to_k",
+            "attn.to_q",
+            "attn.to_v",
+            "attn.to_out.0",
+            "ff.net.2",
+        ],
+        r".*single_transformer_blocks\.[0-9]+": [
+            "norm.linear",
+            "proj_mlp",
+            "proj_out",
+            "attn.to_k",
+            "attn.to_q",
+            "attn.to_v",
+            "attn.to_out",
+        ],
+    }
+    parts = [".*x_embedder", *(rf"{b}\.{name}".replace("to_", "to_") for b, names in kinds.items() for name in names)]
+    from diffusers import FluxTransformer2DModel
+
+    transformer = FluxTransformer2DModel.from_pretrained(world["model"], subfolder="transformer")
+    names = lambda pattern: [name for name, _ in omini.target_layers(transformer, pattern)]  # noqa: E731
+    assert names(f"({'|'.join(parts)})") == names(omini.TARGET_MODULES)
+
+
+def test_the_recipes_are_understood(monkeypatch):
+    """Every command of the examples' page, as far as that can be told without FLUX itself."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(omini, "check_model", lambda args: [])
+    page = (ROOT / "examples" / "omini" / "README.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"^(?:accelerate launch|python) train_omini.py (.*)$", page, flags=re.MULTILINE)
+    runs = [omini.parse_args(shlex.split(command)) for command in commands]
+    assert runs[2].condition_type == ["subject"]
+    assert runs[4].condition_type == ["canny", "deblurring", "depth", "fill"]
+    assert runs[7].condition_type == ["token_integration"]
+    assert (runs[2].optimizer, runs[2].rank, runs[2].lora_alpha or runs[2].rank) == ("prodigy", 16, 16)
+    assert runs[5].independent_condition
+    assert [c.position_scale for c in omini.conditions_of(runs[6])] == [2]

@@ -1,0 +1,247 @@
+"""Drawing with train_omini.py's adapters: the pipeline, examples/omini/generate.py, and agreement with training."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FluxPipeline
+from PIL import Image
+from safetensors import safe_open
+
+import train_omini as omini
+from common.lora import add_lora, save_lora
+from examples.omini import generate
+
+
+@pytest.fixture
+def adapter(tiny_model, tmp_path):
+    """adapter(*types, **fields of args): files with random weights as the trainer writes them, by name."""
+    from diffusers import FluxTransformer2DModel
+
+    def make(*types, folder="adapters", **changes):
+        flags = ["--pretrained_model_name_or_path", tiny_model, "--instance_data_dir", tmp_path, "--target_size", "32"]
+        flags += ["--max_sequence_length", 8, "--condition_type", *types]
+        args = omini.parse_args([str(flag) for flag in flags])
+        for name, value in changes.items():
+            setattr(args, name, value)
+        conditions = omini.conditions_of(args)
+        torch.manual_seed(3)
+        transformer = FluxTransformer2DModel.from_pretrained(tiny_model, subfolder="transformer").requires_grad_(False)
+        paths = {}
+        for name in omini.adapter_names(conditions):
+            for parameter in add_lora(
+                transformer, rank=2, alpha=4, dropout=0.0, target_modules=omini.TARGET_MODULES, adapter_name=name
+            ):
+                parameter.data.normal_(std=0.2)
+            metadata = omini.adapter_metadata(args, conditions, name)
+            paths[name] = tmp_path / folder / f"{name}.safetensors"
+            save_lora(
+                tmp_path / folder,
+                FluxPipeline,
+                {"transformer": transformer},
+                adapter_name=name,
+                weight_name=f"{name}.safetensors",
+                metadata=metadata,
+            )
+        return paths
+
+    return make
+
+
+def load(model, paths):
+    pipeline = omini.OminiPipeline.from_pretrained(model)
+    pipeline.set_progress_bar_config(disable=True)
+    about = generate.read_metadata(list(paths.values()))
+    for name, path in paths.items():
+        pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name)
+    return pipeline, about
+
+
+def picture(height=32, width=32):
+    rng = np.random.default_rng(0)
+    return Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8))
+
+
+SETTINGS = {"height": 32, "width": 48, "num_inference_steps": 3, "max_sequence_length": 8, "output_type": "latent"}
+
+
+def seeded():
+    return torch.Generator().manual_seed(0)
+
+
+def test_without_conditions_it_is_flux_pipeline(tiny_model):
+    settings = {**SETTINGS, "output_type": "np", "guidance_scale": 2.0}
+    images = [
+        kind.from_pretrained(tiny_model)("a circle", **settings, generator=seeded()).images
+        for kind in (FluxPipeline, omini.OminiPipeline)
+    ]
+    assert np.abs(images[0] - images[1]).max() <= 1e-5
+
+
+def test_kv_cache_draws_the_same_and_is_refused_for_dependent_adapters(tiny_model, adapter, tmp_path, capsys):
+    paths = adapter("canny", "coloring", adapter_per_condition=True, independent_condition=True)
+    pipeline, about = load(tiny_model, paths)
+    call = {
+        **SETTINGS,
+        "prompt": ["a circle"],
+        "conditions": about["conditions"],
+        "condition_images": [picture(), picture()],
+        "independent_condition": True,
+        "image_guidance_scale": 1.5,
+    }
+    plain, cached = (pipeline(**call, kv_cache=on, generator=seeded()).images for on in (False, True))
+    difference = (plain - cached).abs().max().item()
+    print(
+        f"latents with and without the cache differ by {difference:.1e} (bar 1e-4), they reach {plain.abs().max():.1f}"
+    )
+    assert difference <= 1e-4
+    without = pipeline(
+        **{**call, "conditions": [], "condition_images": [], "image_guidance_scale": 1.0}, generator=seeded()
+    )
+    assert (plain - without.images).abs().max() > 0.05
+
+    dependent = adapter("canny", folder="dependent")["canny"]
+    picture().save(tmp_path / "a.png")
+    flags = [dependent, "--prompt", "x", "--image", tmp_path / "a.png", "--kv_cache", "--output", tmp_path / "out.png"]
+    flags = [str(flag) for flag in flags]
+    with pytest.raises(SystemExit) as stop:
+        generate.main(flags)
+    assert stop.value.code == 2
+    assert "--kv_cache needs adapters trained with --independent_condition" in capsys.readouterr().err
+    generate.main([*flags, "--force", "--num_inference_steps", "2"])
+    assert Image.open(tmp_path / "out.png").size == (32, 32)
+
+
+def test_both_passes_of_image_guidance_obey_the_same_rule(tiny_model, adapter, monkeypatch):
+    pipeline, about = load(tiny_model, adapter("canny", independent_condition=True))
+    seen, honest = [], omini.omini_forward
+    monkeypatch.setattr(omini, "omini_forward", lambda *a, **k: seen.append(k) or honest(*a, **k))
+    call = {**SETTINGS, "prompt": ["a circle"], "conditions": about["conditions"], "condition_images": [picture()]}
+    pipeline(**{**call, "num_inference_steps": 1}, independent_condition=True, image_guidance_scale=2.0)
+    first, second = seen
+    assert first["independent_condition"] is second["independent_condition"] is True
+    assert torch.equal(first["conditions"][0].ids, second["conditions"][0].ids)
+    assert first["conditions"][0].adapters == second["conditions"][0].adapters
+    assert not torch.equal(first["conditions"][0].hidden_states, second["conditions"][0].hidden_states)
+
+
+def test_training_validation_and_generation_put_conditions_in_the_same_place(
+    train, tiny_model, pictures, tmp_path, monkeypatch
+):
+    """Scale and delta at once, a condition that is not square: the ids that reach the transformer."""
+    seen, honest = [], omini.omini_forward
+    monkeypatch.setattr(omini, "omini_forward", lambda *a, **k: seen.append(k["conditions"][0].ids) or honest(*a, **k))
+    train(
+        "train_omini",
+        *("--pretrained_model_name_or_path", tiny_model, "--instance_data_dir", pictures, "--target_size", "64,96"),
+        *("--condition_type", "canny", "--condition_size", "32,48", "--position_scale", 2, "--position_delta", "1,-3"),
+        *("--max_sequence_length", 8, "--max_train_steps", 1, "--rank", 2, "--report_to", "none"),
+        *("--train_batch_size", 2, "--output_dir", tmp_path / "run", "--drop_image_prob", 0),
+        *("--validation_prompt", "x", "--validation_image", pictures / "1.png", "--num_validation_images", 1),
+    )
+    generate.main(
+        [
+            *(str(tmp_path / "run" / "canny.safetensors"), "--prompt", "x", "--image", str(pictures / "1.png")),
+            *("--num_inference_steps", "1", "--output", str(tmp_path / "x.png")),
+        ]
+    )
+    assert len(seen) == 28 + 1 + 28 + 1  # validation, a step, validation, generation
+    expected = [[0, 2 * row + 0.5 + 1, 2 * column + 0.5 - 3] for row in range(2) for column in range(3)]
+    assert all(ids.tolist() == expected for ids in seen)
+
+
+def test_token_integration_with_masks_of_any_shape(tiny_model, adapter, tmp_path):
+    """Not square; what is outside the hole stays, what is inside depends on the seed; a batch is its samples."""
+    pipeline, about = load(tiny_model, adapter("token_integration"))
+    conditions = [omini.Condition("token_integration", (48, 64), adapter="token_integration")]
+    holes = np.zeros((4, 48, 64), dtype=bool)
+    holes[0, 3:9, 3:40] = holes[1, :, 20:25] = holes[2, 40, 60] = True
+    holes[3] = np.hypot(*np.mgrid[-24:24, -32:32]) < 15
+    images = [
+        omini.make_condition("token_integration", picture(48, 64), hole=omini.widen(omini.token_hole(hole)))
+        for hole in holes
+    ]
+    call = {**SETTINGS, "height": 48, "width": 64, "conditions": conditions}
+
+    def draw(rows, seeds):
+        return pipeline(
+            **call,
+            prompt=["a circle"] * len(rows),
+            condition_images=[[images[i] for i in rows]],
+            hole=holes[rows],
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        ).images
+
+    together = draw([0, 1, 2, 3], [0, 1, 2, 3])
+    again = draw([0, 1, 2, 3], [4, 5, 6, 7])
+    clean = omini.encode_moments(pipeline.vae, torch.stack([omini.pixels(image) for image in images]))
+    clean = omini.mean_latents(clean, pipeline.vae.config)
+    for i in range(4):
+        assert (together[i] - draw([i], [i])[0]).abs().max() <= 1e-4
+        inside = torch.from_numpy(omini.token_hole(holes[i])).repeat_interleave(2, 0).repeat_interleave(2, 1)
+        assert torch.equal(together[i][:, ~inside], clean[i][:, ~inside])
+        assert not (together[i] - again[i])[:, inside].eq(0).all(dim=0).any()
+
+    with pytest.raises(ValueError, match="must contain some and leave some"):
+        pipeline(**call, prompt=["x"], condition_images=[images[0]], hole=np.ones((48, 64), dtype=bool))
+
+    picture(30, 50).save(tmp_path / "a.png")
+    mask = Image.new("L", (50, 30))
+    mask.paste(255, (7, 9, 33, 20))
+    mask.save(tmp_path / "mask.png")
+    (path,) = adapter("token_integration").values()
+    flags = [path, "--prompt", "x", "y", "--image", tmp_path / "a.png", "--mask", tmp_path / "mask.png"]
+    flags += ["--size", 48, 80, "--num_inference_steps", 2, "--output", tmp_path / "out.png"]
+    generate.main([str(flag) for flag in flags])
+    assert [Image.open(tmp_path / f"out-{i}.png").size for i in (0, 1)] == [(80, 48)] * 2
+
+
+def test_a_style_beside_a_control_adapter(tiny_model, adapter, tmp_path):
+    from diffusers import FluxTransformer2DModel
+
+    transformer = FluxTransformer2DModel.from_pretrained(tiny_model, subfolder="transformer").requires_grad_(False)
+    for parameter in add_lora(transformer, rank=2, alpha=2, dropout=0.0, target_modules=["attn.to_q", "ff.net.2"]):
+        parameter.data.normal_(std=0.3)
+    save_lora(tmp_path / "style", FluxPipeline, {"transformer": transformer})
+    (path,) = adapter("canny").values()
+    picture().save(tmp_path / "a.png")
+    flags = [path, "--prompt", "x", "--image", tmp_path / "a.png", "--num_inference_steps", 2, "--output"]
+    generate.main([str(flag) for flag in [*flags, tmp_path / "plain.png"]])
+    style = tmp_path / "style" / "pytorch_lora_weights.safetensors"
+    generate.main([str(flag) for flag in [*flags, tmp_path / "styled.png", "--style_lora", style]])
+    plain, styled = (np.asarray(Image.open(tmp_path / f"{name}.png")).astype(int) for name in ("plain", "styled"))
+    assert np.abs(plain - styled).max() > 2
+
+
+def test_what_cannot_be_drawn_is_said(adapter, tmp_path, capsys):
+    canny = str(adapter("canny")["canny"])
+    fill = str(adapter("fill", folder="fill")["fill"])
+    other = str(adapter("coloring", folder="other", independent_condition=True)["coloring"])
+    image, mask, white = (str(tmp_path / name) for name in ("a.png", "mask.png", "white.png"))
+    picture().save(image)
+    Image.new("L", (16, 16), 255).save(mask)
+    Image.new("L", (32, 32), 255).save(white)
+    plain = tmp_path / "plain.safetensors"
+    with safe_open(canny, "pt") as file:
+        assert json.loads(file.metadata()["omini"])["base_model"]
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.zeros(1)}, plain)
+    for flags, message in (
+        ([canny], "exactly one of --image and --condition is needed"),
+        ([canny, "--image", image, image], "2 pictures for 1 conditions: canny"),
+        ([canny, "--image", str(tmp_path / "no.png")], "no.png: no such file"),
+        ([str(plain), "--image", image], "its header names no conditions"),
+        ([canny, other, "--image", image], "trained with another --independent_condition"),
+        ([canny, canny, "--image", image], "two of the adapters have the same name"),
+        ([canny, "--image", image, "--mask", mask], "--mask has no effect"),
+        ([fill, "--image", image], "--mask is needed"),
+        ([fill, "--image", image, "--mask", mask], "is (16, 16) pixels"),
+        ([fill, "--image", image, "--mask", white], "is all white"),
+        ([canny, "--image", image, "--size", "40", "32"], "both must be multiples of 16"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            generate.main([*flags, "--prompt", "x"])
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err

@@ -1,0 +1,316 @@
+"""What train_omini.py teaches the toy FLUX: the picture follows its condition, by a number.
+
+Each test prints three: the base model with the caption alone, the untrained adapter, the trained one; and its bar.
+"""
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+import train_omini as omini
+from common.lora import add_lora
+from common.validation import image_grid
+from examples.toy.world import (
+    COLOR_NAMES,
+    Scene,
+    caption,
+    draw,
+    edge_overlap,
+    iou,
+    labels,
+    mask_of,
+    random_scene,
+    random_shape,
+    score_scene,
+)
+
+
+HERE = Path(__file__).parents[1] / "examples" / "toy"
+SIDE, COUNT = 64, 24
+LEARN = (
+    *("--pretrained_model_name_or_path", HERE / "flux", "--max_sequence_length", 16, "--report_to", "none"),
+    *("--target_size", SIDE, "--cache_latents", "--train_batch_size", 16, "--drop_image_prob", 0),
+    *("--optimizer", "adamw", "--learning_rate", 1e-3),
+    # at high noise the caption tells little of where things are: there the condition is worth reading
+    *("--timestep_sampling", "shift", "--discrete_flow_shift", 6, "--drop_text_prob", 0.1),
+)
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory):
+    """A folder of 512 scenes with captions."""
+    folder, rng = tmp_path_factory.mktemp("scenes"), random.Random(1)
+    for i in range(512):
+        scene = random_scene(rng)
+        draw(scene, SIDE, SIDE).save(folder / f"{i:03d}.png")
+        (folder / f"{i:03d}.txt").write_text(caption(scene))
+    return folder
+
+
+def unseen():
+    """Scenes of another seed, one filled shape each: (scenes, pictures)."""
+    rng = random.Random(99)
+    drawn = [random_scene(rng, pair=0, outline=0) for _ in range(COUNT)]
+    return drawn, [draw(scene, SIDE, SIDE) for scene in drawn]
+
+
+def load(files):
+    """The toy pipeline with trained adapters, and what their headers say."""
+    pipeline = omini.OminiPipeline.from_pretrained(HERE / "flux")
+    pipeline.set_progress_bar_config(disable=True)
+    conditions = []
+    for path in files:
+        with safe_open(path, "pt") as file:
+            about = json.loads(file.metadata()["omini"])
+        conditions += [
+            omini.Condition(**{k: tuple(v) if isinstance(v, list) else v for k, v in each.items()})
+            for each in about["conditions"]
+        ]
+        pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=conditions[-1].adapter)
+    return pipeline, conditions, about
+
+
+def sample(pipeline, prompts, conditions, images, hole=None, independent=False):
+    return pipeline(
+        prompts,
+        conditions=conditions,
+        condition_images=images,
+        hole=hole,
+        height=SIDE,
+        width=SIDE,
+        num_inference_steps=12,
+        guidance_scale=1.0,
+        independent_condition=independent,
+        max_sequence_length=16,
+        generator=torch.Generator().manual_seed(0),
+    ).images
+
+
+def compare(files, prompts, make, score, *, hole=None, record=None):
+    """Mean scores, 0 to 100, of the base model, the untrained and the trained adapter; and a picture of them.
+
+    make(condition) returns the COUNT pictures of a condition, score(i, image) judges image i.
+    """
+    pipeline, conditions, about = load(files)
+    images = [make(condition) for condition in conditions]
+    integrated = "token_integration" in [condition.type for condition in conditions]
+    independent = about["independent_condition"]
+    trained = sample(pipeline, prompts, conditions, images, hole if integrated else None, independent)
+    pipeline.unload_lora_weights()
+    for name in dict.fromkeys(condition.adapter for condition in conditions):
+        add_lora(
+            pipeline.transformer, rank=4, alpha=4, dropout=0.0, target_modules=omini.TARGET_MODULES, adapter_name=name
+        )
+    untrained = sample(pipeline, prompts, conditions, images, hole if integrated else None, independent)
+    base = sample(pipeline, prompts, [], [])
+    rows = [*images, base, untrained, trained]
+    grid = [image for row in rows for image in row[:8]]
+    image_grid(grid, [""] * len(grid), columns=8, min_width=96).save(files[0].parent / "compared.png")
+    return tuple(100 * float(np.mean([score(i, image) for i, image in enumerate(row)])) for row in rows[-3:])
+
+
+def report(name, scores, bar, over_untrained=20):
+    base, untrained, trained = scores
+    print(f"{name}: base {base:.0f}, untrained {untrained:.0f}, trained {trained:.0f} (bar {bar})")
+    assert trained >= bar
+    assert trained >= base + 20
+    assert trained >= untrained + over_untrained
+
+
+def agreement(image, picture, where):
+    """Share of the pixels of `where` with the same nearest colour."""
+    return (labels(image) == labels(picture))[where].mean()
+
+
+def overlap(image, scene):
+    """Of the pixels in the shape's colour and of the shape's own, the share that is both."""
+    shape = scene.shapes[0]
+    return iou(labels(image) == COLOR_NAMES.index(shape.color), mask_of(scene, SIDE, SIDE))
+
+
+def train_on(train, folder, output, kinds, flags):
+    """The adapters of a run on `folder`; kinds and flags are words of the command line."""
+    data = ("--instance_data_dir", folder, "--output_dir", output)
+    train("train_omini", *LEARN, *data, "--condition_type", *kinds.split(), *flags.split())
+    return sorted(output.glob("*.safetensors"))
+
+
+def test_it_learns_coloring(train, scenes, tmp_path):
+    """The quick one: edges and places from the grey picture, colours from the caption."""
+    files = train_on(
+        train,
+        scenes,
+        tmp_path,
+        "coloring",
+        "--rank 8 --drop_text_prob 0.5 --discrete_flow_shift 3 --max_train_steps 320",
+    )
+    drawn, pictures = unseen()
+    make = lambda c: [omini.make_condition(c.type, picture) for picture in pictures]  # noqa: E731
+    prompts = [caption(scene) for scene in drawn]
+    scores = compare(files, prompts, make, lambda i, image: overlap(image, drawn[i]))
+    report("coloring, shape in its colour", scores, 80)
+
+
+@pytest.mark.slow
+def test_it_learns_canny(train, scenes, tmp_path):
+    files = train_on(train, scenes, tmp_path, "canny", "--rank 16 --max_train_steps 600")
+    drawn, pictures = unseen()
+    make = lambda c: [omini.make_condition(c.type, picture) for picture in pictures]  # noqa: E731
+    prompts = [caption(scene) for scene in drawn]
+    scores = compare(files, prompts, make, lambda i, image: overlap(image, drawn[i]))
+    report("canny, shape in its colour", scores, 75)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "steps", "bar", "over_untrained"), [("deblurring", 500, 90, 10), ("sr", 900, 60, 20)]
+)
+def test_it_learns_to_sharpen(train, scenes, tmp_path, kind, steps, bar, over_untrained):
+    """The untrained model copies a blurred picture as it is, edges and all; for sr, it stands beside the image and has
+    four tokens."""
+    files = train_on(train, scenes, tmp_path, kind, f"--rank 16 --max_train_steps {steps}")
+    drawn, pictures = unseen()
+    rng = np.random.default_rng(0)
+    make = lambda c: [  # noqa: E731
+        omini.make_condition(c.type, picture.resize(c.size[::-1]), rng=rng) for picture in pictures
+    ]
+    prompts = [caption(scene) for scene in drawn]
+    scores = compare(files, prompts, make, lambda i, image: edge_overlap(image, pictures[i]))
+    report(f"{kind}, edge overlap", scores, bar, over_untrained)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["fill", "token_integration"])
+def test_it_learns_to_fill(train, scenes, tmp_path, kind):
+    """The right half without a caption: what is in it must go on from what is left of it.
+
+    Clean tokens in the image's own places are next to nothing new for the base model, so that token integration
+    nearly works untrained: the adapter has only to be better.
+    """
+    files = train_on(train, scenes, tmp_path, kind, "--rank 8 --drop_text_prob 0.5 --max_train_steps 300")
+    _, pictures = unseen()
+    hole = np.zeros((SIDE, SIDE), dtype=bool)
+    hole[:, SIDE // 2 :] = True
+    make = lambda c: [omini.make_condition(c.type, picture, hole=hole) for picture in pictures]  # noqa: E731
+    scores = compare(files, [""] * COUNT, make, lambda i, image: agreement(image, pictures[i], hole), hole=hole)
+    report(f"{kind}, colours in the hole", scores, 75, over_untrained=2 if kind == "token_integration" else 20)
+
+
+@pytest.mark.slow
+def test_it_learns_canny_and_coloring_together(train, scenes, tmp_path):
+    files = train_on(
+        train,
+        scenes,
+        tmp_path,
+        "canny coloring",
+        "--adapter_per_condition --rank 8 --drop_text_prob 0.5 --max_train_steps 400",
+    )
+    assert [file.name for file in files] == ["canny.safetensors", "coloring.safetensors"]
+    drawn, pictures = unseen()
+    make = lambda c: [omini.make_condition(c.type, picture) for picture in pictures]  # noqa: E731
+    prompts = [caption(scene) for scene in drawn]
+    scores = compare(files, prompts, make, lambda i, image: overlap(image, drawn[i]))
+    report("canny and coloring, shape in its colour", scores, 80)
+
+
+def pair(rng):
+    """Two scenes with the same shape in the same colour, elsewhere and on other backgrounds."""
+    color, first, second = rng.sample(COLOR_NAMES, 3)
+    shape = random_shape(rng, color)
+    other = random_shape(rng, color, kind=shape.kind)
+    return Scene(first, (shape,)), Scene(second, (other,))
+
+
+@pytest.mark.slow
+def test_it_learns_a_subject_it_is_shown(train, tmp_path):
+    """The caption says nothing of the thing but "a shape": its colour and form come from the condition."""
+    folder, rng, rows = tmp_path / "pairs", random.Random(1), []
+    folder.mkdir()
+    for i in range(400):
+        scenes = pair(rng)
+        sheet = Image.new("RGB", (2 * SIDE + 3 * 8, SIDE + 2 * 8), "black")
+        for side, scene in enumerate(scenes):
+            sheet.paste(draw(scene, SIDE, SIDE), (8 + side * (SIDE + 8), 8))
+        sheet.save(folder / f"{i:03d}.png")
+        texts = {f"description_{k}": f"a shape on a {scene.background} background" for k, scene in enumerate(scenes)}
+        rows.append(json.dumps({"file_name": f"{i:03d}.png", "description": texts}) + "\n")
+    (folder / "metadata.jsonl").write_text("".join(rows))
+    files = train_on(
+        train, folder, tmp_path / "run", "subject", f"--image_size {SIDE} --padding 8 --rank 16 --max_train_steps 700"
+    )
+    rng = random.Random(99)
+    pairs = [pair(rng) for _ in range(COUNT)]
+    make = lambda c: [draw(shown, SIDE, SIDE) for shown, _ in pairs]  # noqa: E731
+    prompts = [f"a shape on a {wanted.background} background" for _, wanted in pairs]
+
+    def score(i, image):
+        found = score_scene(image, pairs[i][1])
+        return found["background"] * found["foreground"]
+
+    report("subject, its colour on the asked background", compare(files, prompts, make, score), 60)
+
+
+def new_depth_model(folder):
+    """A small depth estimator, trained here for a minute: shapes are near (white), the background is far."""
+    from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation, DPTImageProcessorPil
+
+    torch.manual_seed(0)
+    config = DepthAnythingConfig(
+        backbone_config={
+            "model_type": "dinov2",
+            "image_size": SIDE,
+            "patch_size": 8,
+            "hidden_size": 48,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "out_indices": [1, 2, 3, 4],
+            "reshape_hidden_states": False,
+            "apply_layernorm": True,
+        },
+        patch_size=8,
+        reassemble_hidden_size=48,
+        neck_hidden_sizes=[16, 16, 16, 16],
+        fusion_hidden_size=16,
+        head_in_index=-1,
+        head_hidden_size=16,
+    )
+    model = DepthAnythingForDepthEstimation(config)
+    processor = DPTImageProcessorPil(size={"height": SIDE, "width": SIDE}, keep_aspect_ratio=False)
+    optimizer, rng = torch.optim.AdamW(model.parameters(), lr=2e-3), random.Random(5)
+    for _ in range(250):
+        scenes = [random_scene(rng) for _ in range(12)]
+        inputs = processor([draw(scene, SIDE, SIDE) for scene in scenes], return_tensors="pt")
+        masks = torch.from_numpy(np.stack([mask_of(scene, SIDE, SIDE) for scene in scenes])).float()
+        loss = (model(**inputs).predicted_depth - masks).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    print(f"depth model: squared error {loss.item():.3f}")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+@pytest.mark.slow
+def test_it_learns_to_draw_depth(train, scenes, tmp_path):
+    new_depth_model(tmp_path / "depth-model")
+    model = tmp_path / "depth-model"
+    files = train_on(
+        train,
+        scenes,
+        tmp_path / "run",
+        "depth_pred",
+        f"--depth_model {model} --rank 16 --drop_text_prob 1 --max_train_steps 400",
+    )
+    drawn, pictures = unseen()
+    make = lambda c: pictures  # noqa: E731
+
+    def score(i, image):
+        return iou(np.asarray(image.convert("L")) > 127, mask_of(drawn[i], SIDE, SIDE))
+
+    report("depth_pred, overlap with the shapes", compare(files, [""] * COUNT, make, score), 70)

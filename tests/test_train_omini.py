@@ -1,0 +1,492 @@
+"""train_omini.py: exact resume, neutral caching and validation, files, data sources, other ways to train."""
+
+import io
+import json
+import os
+import random
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from diffusers import FluxPipeline
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import train_omini as omini
+from examples.toy.world import caption, draw, random_scene
+
+
+SCRIPT = "train_omini"
+ADAM = ("--optimizer", "adamw", "--learning_rate", 1e-3)
+
+
+@pytest.fixture
+def flags(tiny_model, pictures):
+    """A short run on tiny things; later flags override earlier ones."""
+    return [
+        *("--pretrained_model_name_or_path", tiny_model, "--instance_data_dir", pictures, "--target_size", 32),
+        *("--max_sequence_length", 8, "--train_batch_size", 2, "--rank", 2, *ADAM),
+        *("--drop_text_prob", 0.3, "--drop_image_prob", 0.3, "--report_to", "none", "--max_train_steps", 6),
+    ]
+
+
+def weights(folder):
+    return {
+        f"{file.stem}.{key}": v for file in sorted(folder.glob("*.safetensors")) for key, v in load_file(file).items()
+    }
+
+
+def losses(folder):
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").open()]
+
+
+def assert_equal(a, b):
+    assert a.keys() == b.keys()
+    assert not [key for key in a if not torch.equal(a[key], b[key])]
+
+
+def launch(*flags):
+    command = [sys.executable, str(ROOT / f"{SCRIPT}.py"), *map(str, flags)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for(path, process, timeout=120):
+    deadline = time.monotonic() + timeout
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, f"{path} did not appear"
+        time.sleep(0.001)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What always holds
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+RESUMED = {
+    "AdamW, two adapters, cached": [
+        *("--condition_type", "canny", "fill", "--adapter_per_condition", "--cache_latents", "--lora_dropout", 0.1),
+    ],
+    "Prodigy, token integration": [
+        *("--condition_type", "token_integration", "--optimizer", "prodigy", "--learning_rate", 1),
+        *("--lr_scheduler", "cosine", "--lr_warmup_steps", 2),
+    ],
+}
+
+
+@pytest.mark.parametrize("case", RESUMED)
+def test_a_killed_run_resumes_bit_for_bit(train, flags, pictures, tmp_path, case):
+    flags = [
+        *flags,
+        *RESUMED[case],
+        *("--gradient_accumulation_steps", 2, "--dataloader_num_workers", 2, "--checkpointing_steps", 2),
+        *("--validation_prompt", "a red circle", "--validation_image", pictures / "1.png", "--validation_steps", 3),
+        *("--num_validation_images", 1, "--max_train_steps", 7),
+    ]
+    train(SCRIPT, *flags, "--output_dir", tmp_path / "whole")
+    process = launch(*flags, "--output_dir", tmp_path / "killed")
+    wait_for(tmp_path / "killed" / "checkpoint-4", process)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    for folder in (tmp_path / "killed").glob("checkpoint-*"):
+        if int(folder.name[11:]) > 4:  # the process was faster than this test
+            shutil.rmtree(folder)
+    train(SCRIPT, *flags, "--output_dir", tmp_path / "killed", "--resume_from_checkpoint", "latest")
+    assert_equal(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
+    assert losses(tmp_path / "whole") == losses(tmp_path / "killed")
+    assert len(losses(tmp_path / "whole")) == 7
+
+
+def test_caching_and_validation_do_not_change_training(train, flags, pictures, tmp_path):
+    validation = ("--validation_prompt", "a red circle", "--validation_image", pictures / "1.png")
+    runs = {
+        "plain": [],
+        "cached": ["--cache_latents"],
+        "prompts as they come": ["--no-cache_prompts", "--offload"],
+        "workers": ["--dataloader_num_workers", 2],
+        "validated": [*validation, "--validation_steps", 2, "--num_validation_images", 1],
+        "checkpointed": ["--checkpointing_steps", 1, "--gradient_checkpointing"],
+    }
+    conditions = ("--condition_type", "canny", "deblurring", "--lora_dropout", 0.2)
+    for name, extra in runs.items():
+        train(SCRIPT, *flags, *conditions, *extra, "--output_dir", tmp_path / name)
+    plain = weights(tmp_path / "plain")
+    assert max(value.abs().max() for key, value in plain.items() if "lora_B" in key) > 0
+    for name in runs:
+        assert_equal(plain, weights(tmp_path / name))
+
+
+def test_sigterm_saves_says_where_and_exits(train, flags, tmp_path):
+    flags = [*flags, "--condition_type", "coloring", "--output_dir", tmp_path / "run"]
+    process = launch(*flags, "--max_train_steps", 100000)
+    wait_for(tmp_path / "run" / "metrics.jsonl", process)
+    deadline = time.monotonic() + 60
+    while len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+    assert process.returncode == 128 + signal.SIGTERM
+    assert f"saved {checkpoint}" in output
+    steps = int(checkpoint.name[11:]) + 2
+    train(SCRIPT, *flags, "--max_train_steps", steps, "--resume_from_checkpoint", "latest")
+    train(SCRIPT, *flags, "--max_train_steps", steps, "--output_dir", tmp_path / "whole")
+    assert_equal(weights(tmp_path / "whole"), weights(tmp_path / "run"))
+
+
+def test_one_bad_loss_is_skipped_and_ten_end_the_run(train, flags, tmp_path, monkeypatch):
+    flags = [*flags, "--condition_type", "coloring"]
+    honest, calls = omini.compute_loss, []
+
+    def sometimes_nan(bad, *args, **kwargs):
+        calls.append(1)
+        return honest(*args, **kwargs) * (float("nan") if len(calls) in bad else 1)
+
+    monkeypatch.setattr(omini, "compute_loss", lambda *a, **k: sometimes_nan({3}, *a, **k))
+    train(SCRIPT, *flags, "--output_dir", tmp_path / "once")
+    assert all(torch.isfinite(value).all() for value in weights(tmp_path / "once").values())
+    assert np.isfinite(losses(tmp_path / "once")).tolist() == [True, True, False, True, True, True]
+    calls.clear()
+    monkeypatch.setattr(omini, "compute_loss", lambda *a, **k: sometimes_nan(range(4, 99), *a, **k))
+    with pytest.raises(SystemExit, match="step 13.*last 10 losses were not finite"):
+        train(SCRIPT, *flags, "--max_train_steps", 50, "--checkpointing_steps", 3, "--output_dir", tmp_path / "always")
+    assert (tmp_path / "always" / "checkpoint-9").is_dir()
+
+
+@pytest.mark.slow
+def test_two_processes_resume_bit_for_bit(flags, tmp_path):
+    flags = [*flags, "--condition_type", "canny"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def run(name, steps, *extra):
+        arguments = [*flags, "--checkpointing_steps", 2, "--max_train_steps", steps, "--output_dir", tmp_path / name]
+        script = [str(ROOT / f"{SCRIPT}.py"), *map(str, [*arguments, *extra])]
+        result = subprocess.run([*command, *script], cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+
+    run("whole", 4)
+    run("parts", 2)
+    run("parts", 4, "--resume_from_checkpoint", "latest")
+    assert_equal(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+
+
+def test_the_mean_gradient_of_two_processes(tmp_path):
+    """Each process has its own gradient; after reduce_gradients both have the mean."""
+    code = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+import torch
+from accelerate import Accelerator
+import train_omini
+accelerator = Accelerator(cpu=True)
+parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((2, 3), 4, 1)]
+for i, parameter in enumerate(parameters[:2]):
+    parameter.grad = torch.full_like(parameter, 10.0 * i + accelerator.process_index)
+train_omini.reduce_gradients(accelerator, parameters)
+assert [p.grad.unique().tolist() for p in parameters[:2]] == [[0.5], [10.5]], [p.grad for p in parameters]
+assert parameters[2].grad is None
+"""
+    (tmp_path / "reduce.py").write_text(code)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    result = subprocess.run([*command, tmp_path / "reduce.py"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_what_lands_in_output_dir(train, flags, pictures, tmp_path):
+    run = tmp_path / "run"
+    train(
+        SCRIPT,
+        *flags,
+        *("--output_dir", run, "--report_to", "tensorboard", "--checkpointing_steps", 2),
+        *("--checkpoints_total_limit", 2, "--condition_type", "canny", "coloring", "--adapter_per_condition"),
+        *("--validation_prompt", "a red circle", "--validation_image", pictures / "1.png", "--validation_steps", 4),
+        *("--num_validation_images", 2, "--condition_size", 32, 16, "--lora_alpha", 4, "--independent_condition"),
+    )
+    assert sorted(path.name for path in run.iterdir()) == [
+        *("README.md", "args.json", "canny.safetensors", "checkpoint-4", "checkpoint-6", "coloring.safetensors"),
+        *("logs", "loss.png", "metrics.jsonl", "validation"),
+    ]
+    assert sorted(p.name for p in (run / "validation").iterdir()) == [f"step-{step:06d}.png" for step in (0, 4, 6)]
+    with safe_open(run / "coloring.safetensors", "pt") as file:
+        about = json.loads(file.metadata()["omini"])
+    expected = {
+        "type": "coloring",
+        "size": [16, 16],
+        "position_delta": [0, 0],
+        "position_scale": 2.0,
+        "adapter": "coloring",
+    }
+    assert about["conditions"] == [expected]
+    assert about["independent_condition"] is True
+    pipeline = FluxPipeline.from_pretrained(flags[1])
+    pipeline.load_lora_weights(run, weight_name="canny.safetensors")
+    layer = pipeline.transformer.transformer_blocks[0].attn.to_q
+    assert layer.scaling["default_0"] == 2  # alpha 4, rank 2
+    saved = load_file(run / "canny.safetensors")["transformer.transformer_blocks.0.attn.to_q.lora_A.weight"]
+    assert torch.equal(layer.lora_A["default_0"].weight, saved)
+
+    command = (run / "README.md").read_text().split("```bash\n")[1].split("```")[0].replace("\\\n", " ")
+    command = [part.replace("$IMAGE", str(pictures / "1.png")) for part in shlex.split(command)]
+    output = tmp_path / "image.png"
+    command = [sys.executable, *command[1:-1], str(output), "--num_inference_steps", "2"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    assert Image.open(output).size == (32, 32)
+
+
+def test_going_on_from_a_saved_adapter(train, flags, tmp_path):
+    flags = [*flags, "--condition_type", "canny", "--learning_rate", 1e-12]
+    train(SCRIPT, *flags, "--learning_rate", 1e-2, "--output_dir", tmp_path / "first")
+    path = tmp_path / "first" / "canny.safetensors"
+    train(SCRIPT, *flags, "--lora_path", path, "--max_train_steps", 1, "--output_dir", tmp_path / "second")
+    first, second = weights(tmp_path / "first"), weights(tmp_path / "second")
+    assert max(float((first[key] - second[key]).abs().max()) for key in first) < 1e-9
+    assert max(float(value.abs().max()) for key, value in first.items() if "lora_B" in key) > 1e-3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def tars(tmp_path_factory):
+    """Two webdataset tars, of three and two pictures."""
+    folder, rng = tmp_path_factory.mktemp("tars"), random.Random(0)
+    for shard, numbers in enumerate([(0, 1, 2), (3, 4)]):
+        with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
+            for i in numbers:
+                scene, buffer = random_scene(rng), io.BytesIO()
+                draw(scene, 40, 32).save(buffer, format="JPEG")
+                record = json.dumps({"prompt": caption(scene)}).encode()
+                for suffix, data in (("jpg", buffer.getvalue()), ("json", record)):
+                    info = tarfile.TarInfo(f"{i:04d}.{suffix}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+    return folder
+
+
+def without_source(flags):
+    """The flags less --instance_data_dir."""
+    place = flags.index("--instance_data_dir")
+    return [*flags[:place], *flags[place + 2 :]]
+
+
+def test_tars_stored_and_streamed(train, flags, tars, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    flags = [
+        *without_source(flags),
+        "--condition_type",
+        "canny",
+        "--data_files",
+        tars / "00000.tar",
+        tars / "00001.tar",
+    ]
+    flags += ["--cache_dir", tmp_path / "datasets"]
+    train(SCRIPT, *flags, "--output_dir", tmp_path / "stored", "--max_train_steps", 2)
+    assert np.isfinite(losses(tmp_path / "stored")).all()
+    stream = [*flags, "--streaming", "--shuffle_buffer", 3, "--checkpointing_steps", 2, "--max_train_steps", 5]
+    train(SCRIPT, *stream, "--output_dir", tmp_path / "whole")
+    train(SCRIPT, *stream, "--max_train_steps", 2, "--output_dir", tmp_path / "parts")
+    train(SCRIPT, *stream, "--resume_from_checkpoint", "latest", "--output_dir", tmp_path / "parts")
+    assert_equal(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+
+
+def test_a_stream_gives_every_sample_once_per_epoch_to_one_process(flags, tars):
+    flags = [
+        *without_source(flags),
+        "--condition_type",
+        "canny",
+        "--data_files",
+        tars / "00000.tar",
+        tars / "00001.tar",
+    ]
+    args = omini.parse_args([str(flag) for flag in [*flags, "--streaming", "--train_batch_size", 1]])
+    seen = []
+
+    class Samples:
+        def sample(self, example, epoch, index):
+            return {"id": (epoch, example.caption)}
+
+    for rank in range(2):
+        stream = omini.open_dataset(args)[0]
+        batches = omini.StreamedBatches(stream, Samples(), args, process_index=rank, num_processes=2)
+        batches.stop = 5
+        seen += [(int(batch["id"][0][0]), batch["id"][1][0]) for batch in batches]
+    assert len(seen) == 10
+    captions = [{text for epoch, text in seen if epoch == e} for e in (0, 1)]
+    assert len(captions[0]) == 5
+    assert captions[0] == captions[1]
+
+
+def test_subject_pairs_give_two_samples_each(flags, tmp_path):
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    image = Image.new("RGB", (2 * 32 + 3 * 4, 32 + 2 * 4), "black")
+    image.paste("red", (4, 4, 36, 36))
+    image.paste("blue", (40, 4, 72, 36))
+    image.save(folder / "a.png")
+    record = {"file_name": "a.png", "description": {"description_0": "left", "description_1": "right"}}
+    (folder / "metadata.jsonl").write_text(json.dumps(record) + "\n")
+    pair = ("--condition_type", "subject", "--image_size", 32, "--padding", 4, "--instance_data_dir", folder)
+    args = omini.parse_args([str(flag) for flag in [*without_source(flags), *pair]])
+    examples, problems = omini.find_examples(args)
+    assert not problems
+    dataset = omini.ControlDataset(examples, omini.conditions_of(args), args)
+    red, blue = (222, 0, 0), (0, 0, 222)
+    assert [example.caption for example in examples] == ["left", "right"]
+    for example, target, condition in zip(examples, ("red", "blue"), ("blue", "red"), strict=True):
+        for slot, color in (("image", target), ("condition_0", condition)):
+            assert dataset.picture(example, slot).getcolors() == [
+                (32 * 32, {"red": (255, 0, 0), "blue": (0, 0, 255)}[color])
+            ]
+    assert red != blue
+    assert dataset.conditions[0].position_delta == (0, -2)
+
+
+CLASS = """
+from PIL import Image
+
+class Pairs:
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, i):
+        return {
+            "image": Image.new("RGB", (32, 32), (80 * i, 0, 0)),
+            "description": f"picture {i}",
+            "condition_0": Image.new("RGB", (16, 16), (0, 80 * i, 0)),
+            "position_delta_0": (0, -1),
+            "condition_1": Image.new("RGB", (16, 16), (0, 0, 80 * i)),
+            "position_delta_1": (1, 0.5),
+            "position_scale_1": 2,
+        }
+"""
+
+
+def test_a_class_of_ones_own_and_columns_of_a_folder(train, flags, pictures, tmp_path):
+    (tmp_path / "pairs.py").write_text(CLASS)
+    own = [*without_source(flags), "--condition_type", "custom", "custom", "--condition_size", 16]
+    train(SCRIPT, *own, "--dataset_class", f"{tmp_path / 'pairs.py'}:Pairs", "--output_dir", tmp_path / "class")
+    with safe_open(tmp_path / "class" / "custom_custom.safetensors", "pt") as file:
+        places = [
+            (each["position_delta"], each["position_scale"])
+            for each in json.loads(file.metadata()["omini"])["conditions"]
+        ]
+    assert places == [([0, -1], 1), ([1, 0.5], 2)]
+    folder = tmp_path / "columns"
+    shutil.copytree(pictures, folder)
+    rows = []
+    for path in sorted(pictures.glob("*.png")):
+        shutil.copy(path, folder / f"pose-{path.name}")
+        rows.append({"file_name": path.name, "prompt": f"picture {path.stem}", "pose": f"pose-{path.name}"})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = ("--condition_type", "custom", "--condition_column", "pose", "--position_delta", "0,-2")
+    train(SCRIPT, *flags, *columns, "--instance_data_dir", folder, "--output_dir", tmp_path / "folder")
+    assert (tmp_path / "folder" / "custom.safetensors").exists()
+    args = omini.parse_args([str(f) for f in [*flags, *columns, "--instance_data_dir", folder]])
+    examples, problems = omini.find_examples(args)
+    assert not problems
+    assert len(examples) == 5
+    assert all(np.array_equal(example.image(), example.conditions[0].image()) for example in examples)
+
+
+def test_a_datasets_folder_with_masks_of_any_shape(train, flags, pictures, tmp_path):
+    """Parquet with image, prompt and mask; not square; token integration with holes of different sizes in a batch."""
+    import datasets
+
+    rng, rows = np.random.default_rng(0), {"image": [], "prompt": [], "hole": []}
+    for i, path in enumerate(sorted(pictures.glob("*.png"))):
+        image = Image.open(path)
+        mask = np.zeros((image.height, image.width), dtype=np.uint8)
+        mask[rng.integers(0, image.height, 3), rng.integers(0, image.width, 3)] = 255
+        rows["image"].append(image)
+        rows["prompt"].append(f"picture {i}")
+        rows["hole"].append(Image.fromarray(mask))
+    (tmp_path / "data").mkdir()
+    dataset = datasets.Dataset.from_dict(rows)
+    for column in ("image", "hole"):
+        dataset = dataset.cast_column(column, datasets.Image())
+    dataset.to_parquet(tmp_path / "data" / "train.parquet")
+    source = ("--dataset_name", tmp_path / "data", "--caption_column", "prompt", "--mask_column", "hole")
+    train(
+        SCRIPT,
+        *without_source(flags),
+        *source,
+        *("--condition_type", "token_integration", "--target_size", "48,64", "--train_batch_size", 5),
+        *("--cache_dir", tmp_path / "cache", "--output_dir", tmp_path / "run"),
+    )
+    assert np.isfinite(losses(tmp_path / "run")).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Other ways to train
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        "--condition_type canny --mixed_precision bf16 --gradient_checkpointing",
+        "--condition_type sr --quantize_base nf4 --optimizer sgd --learning_rate 0.1",
+        pytest.param("--condition_type canny --compile --use_8bit_adam", marks=pytest.mark.slow),
+        "--condition_type canny deblurring fill --condition_size 16 --timestep_sampling flux_shift",
+    ],
+)
+def test_other_ways_to_train(train, flags, tmp_path, extra):
+    train(SCRIPT, *flags, *extra.split(), "--max_train_steps", 3, "--output_dir", tmp_path)
+    assert np.isfinite(losses(tmp_path)).all()
+    dtype = torch.bfloat16 if "bf16" in extra else torch.float32
+    assert {value.dtype for value in weights(tmp_path).values()} == {dtype}
+
+
+def test_schnell_has_no_guidance(train, flags, tiny_pipeline, tmp_path):
+    from diffusers import FluxTransformer2DModel
+
+    model = tmp_path / "schnell"
+    tiny_pipeline.save_pretrained(model)
+    config = dict(tiny_pipeline.transformer.config) | {"guidance_embeds": False}
+    FluxTransformer2DModel.from_config(config).save_pretrained(model / "transformer")
+    train(
+        SCRIPT,
+        *flags,
+        "--pretrained_model_name_or_path",
+        model,
+        "--condition_type",
+        "canny",
+        "--output_dir",
+        tmp_path / "o",
+    )
+    assert np.isfinite(losses(tmp_path / "o")).all()
+
+
+def test_compiling_and_checkpointing_do_not_change_the_loss(train, flags, tmp_path):
+    runs = {"plain": [], "checkpointed": ["--gradient_checkpointing"], "compiled": ["--compile"]}
+    for name, extra in runs.items():
+        train(SCRIPT, *flags, "--condition_type", "canny", *extra, "--output_dir", tmp_path / name)
+    plain = np.array(losses(tmp_path / "plain"))
+    assert np.abs(plain - losses(tmp_path / "checkpointed")).max() == 0
+    assert np.abs(plain - losses(tmp_path / "compiled")).max() < 1e-4
+
+
+def test_the_transformer_is_loaded_after_the_others_are_gone(train, flags, tmp_path, monkeypatch):
+    events = []
+    honest_load, honest_cache = omini.load_model, omini.cache_moments
+    monkeypatch.setattr(omini, "load_model", lambda c, *rest: events.append(c.__name__) or honest_load(c, *rest))
+    monkeypatch.setattr(omini, "cache_moments", lambda *a: events.append("cached") or honest_cache(*a))
+    train(SCRIPT, *flags, "--condition_type", "canny", "--cache_latents", "--output_dir", tmp_path)
+    assert events == ["AutoencoderKL", "cached", "FluxTransformer2DModel"]

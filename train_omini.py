@@ -1,0 +1,2037 @@
+"""Teaches FLUX.1 to follow image conditions: OminiControl (arXiv 2411.15098) and OminiControl2 (arXiv 2503.08280).
+
+Conditions join the transformer's sequence as clean tokens beside text and noisy image, through the same frozen
+weights; a low-rank adapter acts on the condition tokens alone and is trained:
+
+    x_t = (1 - t) x_0 + t ε        loss = || transformer([prompt; x_t at t; conditions at 0], t) - (ε - x_0) ||²
+
+One GPU, or all of them after `accelerate config`:
+
+    accelerate launch train_omini.py \\
+      --pretrained_model_name_or_path=black-forest-labs/FLUX.1-dev \\
+      --instance_data_dir=photos --condition_type canny --target_size=512 \\
+      --mixed_precision=bf16 --gradient_checkpointing --train_batch_size=1 --gradient_accumulation_steps=8 \\
+      --max_train_steps=10000 --validation_prompt="a cat on a sofa" --validation_image=cat.png --output_dir=canny
+
+`output_dir` then holds `canny.safetensors`, whose header tells `examples/omini/generate.py` what it was trained for, a
+model card, the arguments (args.json), the loss (metrics.jsonl, loss.png), pictures (validation/) and checkpoints.
+"""
+
+import argparse
+import functools
+import hashlib
+import importlib.util
+import io
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import cv2
+import numpy as np
+import psutil
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, ProjectConfiguration, gather_object, set_seed
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.pipelines.flux.pipeline_flux import FluxPipelineOutput, calculate_shift
+from diffusers.training_utils import free_memory, offload_models
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HTTPError
+from PIL import Image, ImageFilter, ImageOps
+from safetensors import safe_open
+from torch.utils.checkpoint import checkpoint as checkpoint_function
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate
+from tqdm.auto import tqdm
+from transformers import T5Config
+
+from common.flow_matching import TIMESTEP_SAMPLING, add_noise, sample_sigmas, step_generator, velocity_loss
+from common.latents import (
+    cache_moments,
+    decode_latents,
+    encode_moments,
+    image_ids,
+    mean_latents,
+    pack_latents,
+    sample_latents,
+    select_tokens,
+    unpack_latents,
+)
+from common.lora import (
+    add_lora,
+    catch_signals,
+    checkpoint_conflicts,
+    checkpoint_to_resume,
+    find_checkpoints,
+    load_checkpoint,
+    load_lora,
+    quantize_base,
+    register_lora_checkpointing,
+    save_checkpoint,
+    save_lora,
+    target_layers,
+    unknown_layers,
+)
+from common.validation import (
+    generate_images,
+    image_grid,
+    log_images,
+    log_step,
+    open_metrics,
+    peak_memory,
+    plot_metrics,
+    start_logging,
+    undisturbed,
+)
+
+
+CONDITION_TYPES = (
+    *("canny", "coloring", "deblurring", "depth", "depth_pred", "fill", "sr"),
+    *("subject", "token_integration", "custom"),
+)
+BESIDE = ("subject", "sr")  # conditions that stand to the left of the image, not upon it
+CHANGING = ("deblurring", "fill", "token_integration")  # conditions drawn anew each time a picture is seen
+TARGET_MODULES = (  # all that image tokens pass: 14.5 million parameters at rank 4 on FLUX.1-dev
+    r"x_embedder|transformer_blocks\.\d+\.(norm1\.linear|attn\.to_[qkv]|attn\.to_out\.0|ff\.net\.2)"
+    r"|single_transformer_blocks\.\d+\.(norm\.linear|proj_mlp|proj_out|attn\.to_[qkv])"
+)
+PATCH = 16  # pixels per token
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+UNREAD_SUFFIXES = (".heic", ".heif", ".avif", ".tif", ".tiff", ".gif")
+INTERPOLATION = [mode.name.lower() for mode in Image.Resampling]
+WEIGHTING_SCHEMES = ("none", "sigma_sqrt", "logit_normal", "mode", "cosmap")
+LR_SCHEDULERS = [scheduler.value for scheduler in SchedulerType if scheduler != SchedulerType.PIECEWISE_CONSTANT]
+TRACKERS = ("tensorboard", "wandb", "all", "none")
+MAX_CHECKED = 2000  # pictures opened before training; of more, every n-th
+MAX_SKIPPED_STEPS = 10  # in a row, for want of a finite loss
+# Flags that a resumed run may change: they do not touch what a step computes, or only how many there are.
+CHANGEABLE = {
+    *("allow_tf32", "cache_dir", "cache_latents", "cache_prompts", "gradient_checkpointing", "offload"),
+    *("max_train_steps", "num_train_epochs", "checkpointing_steps", "checkpoints_total_limit", "local_rank"),
+    *("final_validation_prompt", "skip_final_inference", "dataloader_num_workers", "depth_batch_size"),
+    *("validation_prompt", "validation_steps", "validation_epochs", "num_validation_images", "resume_from_checkpoint"),
+    *("validation_image", "push_to_hub", "hub_token", "hub_model_id"),
+    *("output_dir", "logging_dir", "report_to", "upcast_before_saving"),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arguments
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+# same in all trainers
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The default in the help of every argument that has one, the example command as it stands."""
+
+    def _get_help_string(self, action):
+        silent = action.default is None or action.default is False  # 0 is worth telling
+        return action.help if silent else super()._get_help_string(action)
+
+
+# same in all trainers
+class Switch(argparse.BooleanOptionalAction):
+    """--x and --no-x, and `--x True` or `--x False` as older commands spell it."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.nargs = "?"
+
+    def __call__(self, parser, namespace, value, option_string=None):
+        words = {None: True, "true": True, "false": False}
+        if value not in words and value.lower() not in words:
+            parser.error(f"{option_string} {value}: expected True or False, or nothing")
+        on = words[value and value.lower()]
+        setattr(namespace, self.dest, on != option_string.startswith("--no-"))
+
+
+# same in all trainers
+def number(kind, minimum, maximum=math.inf, *, above=False):
+    """An argparse type: `kind` within [minimum, maximum], or above the minimum."""
+
+    def parse(text):
+        value = kind(text)
+        if not (minimum < value if above else minimum <= value) or not value <= maximum or math.isinf(value):
+            limit = f"above {minimum}" if above else f"at least {minimum}"
+            limit += f" and at most {maximum}" if maximum < math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {limit}")
+        return value
+
+    parse.__name__ = "number" if kind is float else "whole number"
+    return parse
+
+
+def picture_size(text):
+    """An argparse type: "512" or "512,768" as (height, width) in pixels, multiples of a token's 16."""
+    parts = [int(part) for part in text.split(",")]
+    if len(parts) > 2 or any(part % PATCH or not PATCH <= part <= 8192 for part in parts):
+        raise argparse.ArgumentTypeError(
+            f"{text}: expected SIDE or HEIGHT,WIDTH, multiples of {PATCH} from 16 to 8192"
+        )
+    return (parts[0], parts[-1])
+
+
+def offset(text):
+    """An argparse type: "dy,dx" as a pair of numbers."""
+    parts = text.split(",")
+    if len(parts) != 2:
+        raise argparse.ArgumentTypeError(f"{text}: expected a pair DOWN,RIGHT in tokens of 16 pixels, such as 0,-32")
+    return (float(parts[0]), float(parts[1]))
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [options]; --help explains them",
+        description=__doc__.split("\n\n")[0],
+        epilog="example:" + __doc__.split("`accelerate config`:\n")[1].split("\n\n`output_dir`")[0],
+        formatter_class=HelpFormatter,
+        fromfile_prefix_chars="@",
+        allow_abbrev=False,
+    )
+    parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
+    count = number(int, 1)
+    positive, not_negative = number(float, 0, above=True), number(float, 0)
+    share, decay = number(float, 0, 1), number(float, 0, 0.9999999)
+
+    arg = parser.add_argument_group("model", "what is trained, in which precision").add_argument
+    arg(
+        "--pretrained_model_name_or_path", required=True, metavar="MODEL", help="folder or hub id of a FLUX.1 pipeline"
+    )
+    arg("--revision", help="revision of the model on the hub")
+    arg("--variant", help="variant of the model's files, such as fp16")
+    arg("--cache_dir", help="where downloaded models and datasets are kept")
+    arg("--max_sequence_length", type=number(int, 1, 512), default=512, help="T5 tokens per prompt, schnell: to 256")
+    arg("--mixed_precision", choices=("no", "fp16", "bf16"), help="of the frozen models; the adapter stays in float32")
+    arg("--allow_tf32", action="store_true", help="faster float32 matrix products on Ampere and later GPUs")
+    arg("--gradient_checkpointing", action="store_true", help="less memory, a third more time per step")
+    arg("--quantize_base", choices=("none", "nf4"), default="none", help="the frozen blocks in 4 bits (bitsandbytes)")
+    arg("--compile", action="store_true", help="torch.compile the transformer's repeated blocks")
+    arg("--offload", action="store_true", help="VAE in main memory while idle; with cache_latents it always is")
+
+    arg = parser.add_argument_group("data", "a folder of pictures, a dataset, or tars").add_argument
+    arg("--instance_data_dir", type=Path, help="folder of pictures; captions in .txt files, metadata.jsonl or none")
+    arg("--dataset_name", help="dataset on the hub, or a folder or file that `datasets` loads")
+    arg("--dataset_config_name", help="configuration of that dataset")
+    arg("--data_files", nargs="+", metavar="TAR", help="webdataset tars or patterns: jpg pictures, json with a prompt")
+    arg(
+        "--dataset_class",
+        metavar="FILE.py:CLASS",
+        help="your own dataset of image, description, condition_0 and so on",
+    )
+    arg("--streaming", action="store_true", help="read dataset_name or data_files while training; needs no disk")
+    arg("--shuffle_buffer", type=count, default=1000, help="samples among which streaming draws the next one")
+    arg("--image_column", default="image", help="column of the dataset that holds the pictures")
+    arg("--caption_column", help="column of the dataset or of metadata.jsonl that holds captions")
+    arg("--condition_column", nargs="+", help="column of the pictures of each custom condition; in metadata.jsonl too")
+    arg("--mask_column", help="column of the holes (white) of fill and token_integration (default: random rectangles)")
+    arg("--instance_prompt", help="prompt of every picture without a caption: a photo of sks dog")
+    arg("--image_interpolation_mode", choices=INTERPOLATION, default="lanczos", help="how pictures are resized")
+    arg("--train_batch_size", type=count, default=4, help="pictures per device and forward pass")
+    arg("--dataloader_num_workers", type=number(int, 0), default=0, help="processes that read pictures; 0: none extra")
+    arg("--cache_latents", action="store_true", help="encode every picture once, before training")
+    arg("--cache_prompts", action=Switch, default=True, help="embed every prompt once, before training")
+
+    arg = parser.add_argument_group("conditions", "what the image is to follow").add_argument
+    arg(
+        "--condition_type", nargs="+", required=True, choices=CONDITION_TYPES, help="one condition, or several at once"
+    )
+    arg("--target_size", type=picture_size, default="512", metavar="SIZE", help="SIDE or HEIGHT,WIDTH of the image")
+    arg(
+        "--condition_size",
+        nargs="+",
+        type=picture_size,
+        metavar="SIZE",
+        help="of all conditions or of each (default: target_size, half of it for sr)",
+    )
+    arg(
+        "--position_delta",
+        nargs="+",
+        type=offset,
+        metavar="DOWN,RIGHT",
+        help="where all conditions or each are, in tokens of 16 px (default: on the image; subject, sr: left of it)",
+    )
+    arg(
+        "--position_scale",
+        nargs="+",
+        type=positive,
+        metavar="SCALE",
+        help="image tokens per condition token and direction (default: target_size / condition_size on the image, 1)",
+    )
+    arg("--independent_condition", action="store_true", help="conditions see only themselves: allows the kv_cache")
+    arg("--adapter_per_condition", action="store_true", help="a LoRA for each condition instead of one for all")
+    arg("--drop_text_prob", type=share, default=0.1, help="share of the samples without caption")
+    arg("--drop_image_prob", type=share, default=0.1, help="share of the samples with black conditions")
+    arg("--image_size", type=count, default=512, help="side of each picture of a subject pair side by side")
+    arg("--padding", type=number(int, 0), default=8, help="pixels around and between the pictures of a subject pair")
+    arg("--depth_model", default="LiheYoung/depth-anything-small-hf", help="depth estimator of transformers")
+    arg("--depth_batch_size", type=count, default=8, help="pictures per pass of the depth estimator")
+
+    arg = parser.add_argument_group("lora", "the adapter").add_argument
+    arg("--rank", type=count, default=4, help="rank of the adapter: its size and what it can hold")
+    arg("--lora_alpha", type=positive, help="the adapter counts lora_alpha / rank (default: rank)")
+    arg("--lora_dropout", type=number(float, 0, 0.99), default=0.0, help="dropout before the adapter")
+    arg("--target_modules", metavar="REGEX", help="its layers (default: all that condition tokens pass)")
+    arg("--lora_path", nargs="+", type=Path, metavar="FILE", help="adapters of an earlier run to go on from")
+
+    arg = parser.add_argument_group("noise", "which noise levels are trained, and how much each counts").add_argument
+    arg("--guidance_scale", type=not_negative, default=1.0, help="guidance that a guidance-distilled model is told")
+    arg(
+        "--timestep_sampling",
+        choices=TIMESTEP_SAMPLING,
+        default="sigmoid",
+        help="sigma draws as weighting_scheme says",
+    )
+    arg("--weighting_scheme", choices=WEIGHTING_SCHEMES, default="none", help="density of noise levels or loss weight")
+    arg("--logit_mean", type=number(float, -100, 100), default=0.0, help="mean of logit_normal")
+    arg("--logit_std", type=positive, default=1.0, help="standard deviation of logit_normal")
+    arg("--mode_scale", type=number(float, -1, 1.75), default=1.29, help="scale of mode")
+    arg("--sigmoid_scale", type=positive, default=1.0, help="steepness of sigmoid, shift and flux_shift")
+    arg("--discrete_flow_shift", type=positive, default=3.0, help="shift of shift")
+
+    arg = parser.add_argument_group("optimizer", "how the adapter is updated").add_argument
+    arg(
+        "--optimizer",
+        type=str.lower,
+        choices=("adamw", "prodigy", "sgd"),
+        default="prodigy",
+        help="prodigy wants rate 1",
+    )
+    arg("--learning_rate", type=positive, default=1.0, help="step size")
+    arg("--scale_lr", action="store_true", help="multiply it by batch size, accumulation and number of devices")
+    arg("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="course of the learning rate")
+    arg("--lr_warmup_steps", type=number(int, 0), default=500, help="steps of warm-up; none for constant")
+    arg("--lr_num_cycles", type=count, default=1, help="cycles of cosine_with_restarts")
+    arg("--lr_power", type=positive, default=1.0, help="power of polynomial")
+    arg("--use_8bit_adam", action="store_true", help="AdamW with 8-bit states (bitsandbytes)")
+    arg("--adam_beta1", type=decay, default=0.9, help="decay of the gradient's mean, in Prodigy too")
+    arg("--adam_beta2", type=decay, default=0.999, help="decay of the gradient's square, in Prodigy too")
+    arg("--adam_weight_decay", type=not_negative, default=0.01, help="weight decay, in Prodigy too")
+    arg("--adam_epsilon", type=positive, default=1e-8, help="added to the denominator, in Prodigy too")
+    arg("--prodigy_beta3", type=decay, help="decay of Prodigy's estimate (default: square root of adam_beta2)")
+    arg("--prodigy_decouple", action=Switch, default=True, help="weight decay as in AdamW")
+    arg("--prodigy_use_bias_correction", action=Switch, default=True, help="Adam's bias correction")
+    arg("--prodigy_safeguard_warmup", action=Switch, default=True, help="keep warm-up out of Prodigy's estimate")
+    arg("--max_grad_norm", type=positive, default=0.5, help="longer gradients are scaled down to this norm")
+    arg("--gradient_accumulation_steps", type=count, default=1, help="batches per step")
+
+    arg = parser.add_argument_group("schedule and checkpoints", "how long, and what can be resumed").add_argument
+    arg("--seed", type=number(int, 0), default=0, help="of data order, crops, noise, adapter and validation")
+    arg("--num_train_epochs", type=count, default=1, help="passes over the data")
+    arg("--max_train_steps", type=count, help="steps, instead of epochs")
+    arg("--checkpointing_steps", type=count, default=500, help="steps between checkpoints")
+    arg("--checkpoints_total_limit", type=count, help="checkpoints to keep, the newest (default: all)")
+    arg("--resume_from_checkpoint", metavar="CHECKPOINT", help="a checkpoint-N folder, or latest (if there is one)")
+    arg("--local_rank", type=int, default=-1, help="set by old launchers; LOCAL_RANK in the environment wins")
+
+    arg = parser.add_argument_group("validation", "pictures while training, which they never change").add_argument
+    arg("--validation_prompt", help="prompt to draw, first before training and last after it")
+    arg(
+        "--validation_image",
+        nargs="+",
+        type=Path,
+        metavar="IMAGE",
+        help="picture to make conditions of, or one for each",
+    )
+    arg("--num_validation_images", type=count, default=4, help="pictures each time")
+    arg("--validation_epochs", type=count, default=50, help="epochs between validations")
+    arg("--validation_steps", type=count, help="steps between validations, instead of epochs")
+    arg("--final_validation_prompt", help="prompt to draw after training (default: validation_prompt)")
+    arg("--skip_final_inference", action="store_true", help="draw nothing after training")
+
+    arg = parser.add_argument_group("output and logging", "where everything goes").add_argument
+    arg("--output_dir", type=Path, default=Path("flux-omini"), help="folder of all results")
+    arg("--logging_dir", type=Path, default=Path("logs"), help="folder of the trackers' files in output_dir")
+    arg("--report_to", choices=TRACKERS, default="tensorboard", help="where curves and pictures are sent")
+    arg("--upcast_before_saving", action="store_true", help="save the adapter in float32, not in mixed_precision")
+    arg("--push_to_hub", action="store_true", help="upload the results, without checkpoints and logs")
+    arg("--hub_token", help="token for it (default: that of `hf auth login`); it is written nowhere")
+    arg("--hub_model_id", help="repository for it (default: the name of output_dir)")
+
+    args = parser.parse_args(argv)
+    problems = check_flags(args) + check_conditions(args) + check_model(args) + check_output_dir(args)
+    if problems:
+        parser.error(join_problems(problems))
+    return args
+
+
+# same in all trainers
+def join_problems(problems):
+    """One problem as it is, several as a list."""
+    return problems[0] if len(problems) == 1 else "\n  ".join(["", *problems])
+
+
+def check_flags(args):
+    """Contradictions between flags, and flags without effect."""
+    problems = []
+    sources = ("instance_data_dir", "dataset_name", "data_files", "dataset_class")
+    if sum(getattr(args, name) is not None for name in sources) != 1:
+        problems.append(f"exactly one of {', '.join(f'--{name}' for name in sources)} is needed")
+    if args.dataset_config_name and not args.dataset_name:
+        problems.append(f"--dataset_config_name {args.dataset_config_name} needs --dataset_name")
+    if args.streaming and not (args.dataset_name or args.data_files):
+        problems.append("--streaming needs --dataset_name or --data_files")
+    if args.streaming and not args.max_train_steps:
+        problems.append("--streaming needs --max_train_steps: the length of a stream is not known")
+    if args.streaming and args.dataloader_num_workers:
+        problems.append(f"--dataloader_num_workers {args.dataloader_num_workers} has no effect with --streaming")
+    if args.streaming and args.cache_latents:
+        problems.append("--cache_latents needs all pictures before training: leave out --streaming")
+    if args.optimizer == "prodigy" and args.use_8bit_adam:
+        problems.append("--use_8bit_adam has no effect on --optimizer prodigy: leave one out")
+    if args.optimizer == "sgd" and args.use_8bit_adam:
+        problems.append("--use_8bit_adam has no effect on --optimizer sgd: leave one out")
+    if args.optimizer == "prodigy" and args.learning_rate <= 0.1:
+        problems.append(f"--learning_rate {args.learning_rate:g}: Prodigy finds the rate itself and wants about 1")
+    if args.optimizer == "adamw" and args.learning_rate > 0.1:
+        problems.append(f"--learning_rate {args.learning_rate:g} is Prodigy's: AdamW wants about 1e-4")
+    if args.optimizer != "prodigy" and args.prodigy_beta3 is not None:
+        problems.append(f"--prodigy_beta3 has no effect on --optimizer {args.optimizer}: leave it out")
+    if args.timestep_sampling != "sigma" and args.weighting_scheme in ("logit_normal", "mode"):
+        problems.append(f"--weighting_scheme {args.weighting_scheme} has no effect without --timestep_sampling sigma")
+    if args.validation_steps and not args.validation_prompt:
+        problems.append(f"--validation_steps {args.validation_steps} needs --validation_prompt")
+    if args.streaming and args.validation_prompt and not args.validation_steps:
+        problems.append("--validation_prompt needs --validation_steps with --streaming")
+    prompted = args.validation_prompt or args.final_validation_prompt
+    if bool(prompted) != bool(args.validation_image):
+        problems.append("--validation_prompt and --validation_image need each other")
+    if args.final_validation_prompt and args.skip_final_inference:
+        problems.append("--final_validation_prompt has no effect with --skip_final_inference: leave one out")
+    if (args.hub_token or args.hub_model_id) and not args.push_to_hub:
+        problems.append("--hub_token and --hub_model_id have no effect without --push_to_hub")
+    if args.mixed_precision == "fp16" and not torch.accelerator.is_available():
+        problems.append("--mixed_precision fp16 needs a GPU: use bf16 or no")
+    return problems
+
+
+def check_conditions(args):
+    """Problems of the flags that say what the conditions are, and of the files among them."""
+    types, problems = args.condition_type, []
+    for name in ("condition_size", "position_delta", "position_scale"):
+        given = getattr(args, name)
+        if given and len(given) not in (1, len(types)):
+            problems.append(
+                f"--{name} has {len(given)} values for the {len(types)} of --condition_type: give 1 or each"
+            )
+    if args.dataset_class and (args.position_delta or args.position_scale):
+        problems.append(
+            "--position_delta and --position_scale have no effect with --dataset_class: its items say where"
+        )
+    if args.dataset_class and set(types) != {"custom"}:
+        problems.append("--dataset_class brings its own conditions: --condition_type custom, once for each")
+    columns, custom = len(args.condition_column or ()), types.count("custom")
+    if not args.dataset_class and columns not in (custom, custom + types.count("subject")):
+        problems.append(f"--condition_column names {columns} columns for {custom} custom conditions")
+    if args.dataset_class and columns:
+        problems.append("--condition_column has no effect with --dataset_class: its items carry condition_0, ...")
+    if args.mask_column and not {"fill", "token_integration"} & set(types):
+        problems.append(f"--mask_column {args.mask_column} needs --condition_type fill or token_integration")
+    if args.mask_column and args.dataset_class:
+        problems.append(f"--mask_column {args.mask_column} has no effect with --dataset_class")
+    if "depth_pred" in types and len(types) > 1:
+        problems.append("--condition_type depth_pred draws depth maps: it goes with no other condition")
+    if {"depth", "depth_pred"} & set(types) and args.streaming:
+        problems.append("--condition_type depth and depth_pred estimate depth before training: leave out --streaming")
+    if types.count("token_integration") > 1:
+        problems.append("--condition_type token_integration goes once: an image has one outside")
+    if {"fill", "token_integration"} & set(types) and min(args.target_size) < 2 * PATCH:
+        problems.append(f"--target_size {min(args.target_size)} leaves no room for a hole: at least {2 * PATCH}")
+    paths = len(args.validation_image or ())
+    if paths not in (0, 1, len(types)):
+        problems.append(f"--validation_image names {paths} pictures for {len(types)} conditions: give 1 or each")
+    problems += [
+        f"--validation_image {path}: no such file" for path in args.validation_image or () if not path.is_file()
+    ]
+    if problems:
+        return problems
+    for condition in conditions_of(args):
+        height, width = (round(side * condition.position_scale, 6) for side in condition.size)
+        aligned = condition.position_delta == (0, 0) and condition.type not in ("subject", "custom")
+        if condition.type == "token_integration" and (
+            condition.size != args.target_size or not aligned or height != condition.size[0]
+        ):
+            problems.append(
+                "--condition_type token_integration shares the image's tokens: no size or place of its own"
+            )
+        elif aligned and not args.position_scale and (height, width) != args.target_size:
+            size = "x".join(map(str, condition.size))
+            problems.append(
+                f"--condition_size {size} of {condition.type} is no scaled {args.target_size}: give --position_scale"
+            )
+    return problems + check_lora_path(args)
+
+
+def check_lora_path(args):
+    """Problems of --lora_path."""
+    adapters, problems = adapter_names(conditions_of(args)), []
+    if args.lora_path and len(args.lora_path) != len(adapters):
+        return [f"--lora_path names {len(args.lora_path)} files for {len(adapters)} adapters: {', '.join(adapters)}"]
+    for path in args.lora_path or ():
+        try:
+            with safe_open(path, "pt") as file:
+                ranks = {file.get_slice(key).get_shape()[0] for key in file.keys() if ".lora_A." in key}  # noqa: SIM118
+        except Exception as error:  # safetensors raises a kind of its own beside OSError
+            problems.append(f"--lora_path {path}: not a readable LoRA file ({error})")
+            continue
+        if ranks != {args.rank}:
+            problems.append(f"--lora_path {path} has rank {', '.join(map(str, sorted(ranks)))}: --rank is {args.rank}")
+    return problems
+
+
+def check_model(args):
+    """Problems of --pretrained_model_name_or_path, --target_modules and the disk, from the configs alone."""
+    flag = f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"
+    try:
+        config = FluxTransformer2DModel.load_config(
+            args.pretrained_model_name_or_path,
+            subfolder="transformer",
+            revision=args.revision,
+            cache_dir=args.cache_dir,
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        return [
+            f"{flag}: neither a folder with a FLUX pipeline nor a hub id like black-forest-labs/FLUX.1-dev ({reason})"
+        ]
+    if config.get("_class_name") != "FluxTransformer2DModel" or config.get("in_channels") != 64:
+        found = f"{config.get('_class_name')} with {config.get('in_channels')} input channels"
+        return [f"{flag}: holds a {found}, not FLUX.1-dev or -schnell"]
+    if not config["guidance_embeds"] and args.max_sequence_length > 256:
+        return [f"--max_sequence_length {args.max_sequence_length}: FLUX.1-schnell takes at most 256"]
+    with torch.device("meta"):
+        transformer = FluxTransformer2DModel.from_config(config)
+    targets = args.target_modules or TARGET_MODULES
+    try:
+        unknown = unknown_layers(transformer, targets)
+    except re.error as error:
+        return [f"--target_modules {targets}: not a regular expression ({error})"]
+    if unknown:
+        return [f"--target_modules {targets}: matches no linear layer of the transformer"]
+    layers = target_layers(transformer, targets)
+    text_side = [
+        name for name, _ in layers if re.search(r"context|attn\.(add_|to_add)|time_text_embed|^(norm|proj)_out", name)
+    ]
+    if text_side:
+        return [f"--target_modules {targets}: condition tokens do not pass {text_side[0]}; leave it out"]
+    needed = 16 * args.rank * sum(sum(layer.weight.shape) for _, layer in layers)
+    parent = next(path for path in [args.output_dir, *args.output_dir.absolute().parents] if path.exists())
+    if shutil.disk_usage(parent).free < needed:  # bytes of a checkpoint, its two moments and the result
+        return [f"--output_dir {args.output_dir}: less than {needed / 2**20:.0f} MiB free, which one checkpoint takes"]
+    return []
+
+
+# same in all trainers
+def check_output_dir(args):
+    """Problems of --output_dir and --resume_from_checkpoint."""
+    folder, checkpoint = args.output_dir, checkpoint_to_resume(args.output_dir, args.resume_from_checkpoint)
+    if folder.exists() and not folder.is_dir():
+        return [f"--output_dir {folder}: a file of this name is in the way"]
+    parent = next(path for path in [folder, *folder.absolute().parents] if path.exists())
+    if not os.access(parent, os.W_OK):
+        return [f"--output_dir {folder}: no permission to write there"]
+    found = find_checkpoints(folder)
+    if checkpoint is None and found:
+        return [
+            f"--output_dir {folder} holds {found[-1].name} of an earlier run: continue it with "
+            "--resume_from_checkpoint latest, delete it, or choose another folder"
+        ]
+    if checkpoint is None:
+        return []
+    if not (checkpoint / "trainer_state.json").is_file():
+        return [f"--resume_from_checkpoint {checkpoint}: no checkpoint there; use latest, or a checkpoint-N folder"]
+    if found and checkpoint.resolve() != found[-1].resolve():
+        return [
+            f"--output_dir {folder} holds {found[-1].name}, later than {checkpoint}: delete what is later, or choose "
+            "another folder"
+        ]
+    return []
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One condition: what it shows, its size in pixels, where its tokens stand, the adapter they pass."""
+
+    type: str
+    size: tuple[int, int]  # (height, width)
+    position_delta: tuple[float, float] = (0, 0)  # (down, right), in tokens of 16 pixels of the image
+    position_scale: float = 1.0  # image tokens per condition token in each direction
+    adapter: str = "default"
+
+
+def conditions_of(args, places=()):
+    """The conditions of a run in the order of --condition_type; `places` are (delta, scale) that the data brings."""
+    types, target, conditions = args.condition_type, args.target_size, []
+    each = lambda values, i: None if not values else values[0] if len(values) == 1 else values[i]  # noqa: E731
+    for i, kind in enumerate(types):
+        size = each(args.condition_size, i) or (tuple(side // 2 for side in target) if kind == "sr" else target)
+        delta = each(args.position_delta, i) or ((0, -size[1] // PATCH) if kind in BESIDE else (0, 0))
+        scale = each(args.position_scale, i) or (target[0] / size[0] if delta == (0, 0) else 1.0)
+        delta, scale = places[i] if places else (delta, scale)
+        adapter = (
+            (kind if types.count(kind) == 1 else f"{kind}_{i}") if args.adapter_per_condition else "_".join(types)
+        )
+        conditions.append(Condition(kind, size, delta, scale, adapter))
+    return conditions
+
+
+def adapter_names(conditions):
+    return list(dict.fromkeys(condition.adapter for condition in conditions))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Example:
+    """A picture, its caption, the pictures of its subject or custom conditions, its mask.
+
+    `read` opens the picture as a PIL image. `places` are (position_delta, position_scale) of the conditions, if the
+    data says so.
+    """
+
+    name: str
+    read: Callable[[], Image.Image]
+    caption: str | None = None
+    conditions: list["Example"] = field(default_factory=list)
+    mask: "Example | None" = None
+    places: tuple = ()
+
+    # same in all trainers
+    def image(self):
+        """The picture as its owner sees it: upright (EXIF), transparent parts white, RGB."""
+        image = ImageOps.exif_transpose(self.read())
+        if image.mode.startswith("I"):  # 16-bit grey, which PIL would clip to white
+            image = Image.fromarray((np.asarray(image) / 257).astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+
+
+def find_examples(args):
+    """The training pictures with captions and conditions, and what is wrong with them: (examples, problems)."""
+    rows, problems = read_rows(args)
+    examples = [example for name, row in rows for example in examples_of(name, row, args)]
+    if not examples and not problems:
+        problems.append(f"{source_of(args)}: no pictures ({', '.join(IMAGE_SUFFIXES)}) in it")
+    problems += filter(None, map(caption_defect, examples))
+    looked_at = examples[:: 1 + len(examples) // MAX_CHECKED] + validation_examples(args)
+    with ThreadPoolExecutor() as pool:
+        checks = pool.map(functools.partial(defect, args=args), looked_at)
+        checks = tqdm(checks, total=len(looked_at), desc="Reading pictures", unit="image", leave=False)
+        problems += [problem for problem in checks if problem]
+    places = {example.places for example in examples}
+    if len(places) > 1:
+        problems.append(f"{source_of(args)}: position_delta and position_scale differ between its items: {places}")
+    return examples, problems
+
+
+def source_of(args):
+    """The flag that names the data, as it was given."""
+    sources = ("instance_data_dir", "dataset_name", "data_files", "dataset_class")
+    name, value = next((name, getattr(args, name)) for name in sources if getattr(args, name) is not None)
+    return f"--{name} {' '.join(value) if isinstance(value, list) else value}"
+
+
+def caption_defect(example):
+    """What is wrong with the caption of an example, or None."""
+    if example.caption is None:
+        return f"{example.name}: no caption; give --instance_prompt, captions in .txt files, or --caption_column"
+    if not (isinstance(example.caption, str) and example.caption.strip()):
+        return f"{example.name}: its caption must be text and not empty, not {example.caption!r}"
+    return None
+
+
+def defect(example, args):
+    """What is wrong with the pictures of an example, or None."""
+    picture = example
+    try:
+        size = example.image().size
+        for picture in example.conditions:
+            picture.image()
+        if example.mask:
+            picture = example.mask
+            if picture.read().size != size:
+                across, down = picture.read().size
+                return f"{picture.name}: the mask is {across} x {down} pixels, its picture {size[0]} x {size[1]}"
+            hole = token_hole(hole_of(picture, args))
+            if hole.all() or not hole.any():
+                return f"{picture.name}: the mask is all {'white' if hole.all() else 'black'}, in tokens of 16 pixels"
+    except (AttributeError, OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError) as error:
+        return f"{picture.name}: not a readable picture ({error})"
+
+
+def read_rows(args):
+    """[(name, row)] and problems; a row is {column: value}, in which pictures are functions that open them."""
+    if args.instance_data_dir:
+        return read_folder(args)
+    return read_dataset_class(args) if args.dataset_class else read_dataset(args)
+
+
+def read_folder(args):
+    """Rows of --instance_data_dir: captions and more from metadata.jsonl, else captions from the .txt file beside."""
+    folder, rows, problems, listed = args.instance_data_dir, [], [], {}
+    if not folder.is_dir():
+        return [], [f"--instance_data_dir {folder}: no such folder"]
+    metadata = folder / "metadata.jsonl"
+    try:
+        lines = metadata.read_text("utf-8-sig").splitlines() if metadata.exists() else []
+        listed = {row.pop("file_name"): row for row in (json.loads(line) for line in lines if line.strip())}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        problems.append(f"{metadata}: each line must be JSON with file_name ({error!r})")
+    others = {str(row.get(column)) for row in listed.values() for column in picture_columns(args)[1:]}
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    paths = [path for path in paths if path.name not in others]
+    problems += [f"{metadata}: no picture {n} in this folder" for n in sorted(listed.keys() - {p.name for p in paths})]
+    unread = sorted(path for path in folder.iterdir() if path.suffix.lower() in UNREAD_SUFFIXES)
+    problems += [f"{path}: save it as PNG or JPEG, {path.suffix} is not read" for path in unread]
+    for path in paths:
+        row, text_file = dict(listed.get(path.name, {})), path.with_suffix(".txt")
+        for column in picture_columns(args)[1:]:
+            if not isinstance(row.get(column), str):
+                return [], [f"{metadata}: column {column} names no file for {path.name}"]
+            row[column] = functools.partial(Image.open, folder / row[column])
+        if path.name not in listed and text_file.exists():
+            try:
+                row["text"] = text_file.read_text("utf-8-sig").strip()
+            except UnicodeDecodeError:
+                problems.append(f"{text_file}: not UTF-8 text")
+        rows.append((str(path), {**row, "image": functools.partial(Image.open, path)}))
+    return rows, problems
+
+
+def read_dataset(args):
+    """Rows of --dataset_name or --data_files."""
+    dataset, problems = open_dataset(args)
+    if problems:
+        return [], problems
+    pictures = picture_columns(args, dataset.column_names)
+    texts = dataset.remove_columns([c for c, f in dataset.features.items() if type(f).__name__ == "Image"])
+    texts = texts.to_list() if texts.column_names else [{}] * len(dataset)
+    name = args.dataset_name or "--data_files"
+    return [
+        (f"{name}[{i}]", {**row, **{column: functools.partial(read_row, dataset, i, column) for column in pictures}})
+        for i, row in enumerate(texts)
+    ], []
+
+
+def open_dataset(args):
+    """(dataset, problems) of --dataset_name or --data_files; with --streaming one of undecoded files."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        name = "webdataset" if args.data_files else args.dataset_name
+        dataset = datasets.load_dataset(
+            name,
+            args.dataset_config_name,
+            data_files=args.data_files,
+            split="train",
+            cache_dir=args.cache_dir,
+            streaming=args.streaming,
+        )
+        columns = dataset.column_names or list(next(iter(dataset)))
+        wanted = picture_columns(args, columns) + [c.split(".")[0] for c in [caption_column(args)] if c]
+        absent = [column for column in wanted if column not in columns]
+        if absent:
+            return None, [f"{source_of(args)}: no column {', '.join(absent)}; it has {', '.join(columns)}"]
+        for column in picture_columns(args, columns):
+            dataset = dataset.cast_column(column, datasets.Image(decode=not args.streaming))
+    except Exception as error:  # a missing, gated, empty or malformed dataset each raises its own kind
+        return None, [f"{source_of(args)}: cannot be loaded ({error})"]
+    return dataset, []
+
+
+def read_dataset_class(args):
+    """Rows of the user's own dataset, whose items are dictionaries."""
+    path, _, name = args.dataset_class.partition(":")
+    try:
+        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        dataset = getattr(module, name)()
+        rows, number_of = [], len(args.condition_type)
+        for i in range(len(dataset)):
+            item = dataset[i]
+            found = sum(re.fullmatch(r"condition_\d+", key) is not None for key in item)
+            if found != number_of:
+                return [], [
+                    f"--dataset_class {args.dataset_class}: item {i} has {found} conditions for {number_of} "
+                    "of --condition_type"
+                ]
+            row = {key: functools.partial(read_row, dataset, i, key) for key in ("image", *condition_keys(number_of))}
+            places = tuple(
+                (tuple(map(float, item[f"position_delta_{n}"])), float(item.get(f"position_scale_{n}", 1.0)))
+                for n in range(number_of)
+            )
+            rows.append((f"{args.dataset_class}[{i}]", {**row, "description": item["description"], "places": places}))
+    except Exception as error:  # whatever the user's file raises
+        return [], [f"--dataset_class {args.dataset_class}: cannot be read ({error!r})"]
+    return rows, []
+
+
+def condition_keys(number_of):
+    return [f"condition_{i}" for i in range(number_of)]
+
+
+# same in all trainers
+def read_row(dataset, row, column):
+    """A picture of a dataset."""
+    return dataset[row][column]
+
+
+def open_bytes(file):
+    """A picture of a stream, {"bytes": ..., "path": ...}."""
+    return Image.open(io.BytesIO(file["bytes"]) if file["bytes"] else file["path"])
+
+
+def picture_columns(args, columns=()):
+    """The columns that hold pictures: image, conditions, mask. Tars have jpg, png or webp where there is no image."""
+    image = args.image_column
+    if args.data_files and image not in columns:
+        image = next((name for name in ("jpg", "jpeg", "png", "webp") if name in columns), image)
+    if args.instance_data_dir:
+        image = "image"
+    return [image, *(args.condition_column or ()), *([args.mask_column] if args.mask_column else ())]
+
+
+def caption_column(args):
+    return args.caption_column or ("json.prompt" if args.data_files else None)
+
+
+def lookup(row, column):
+    """The value of "a.b" in {"a": {"b": value}} or of a column of that whole name, None if there is none."""
+    if column in row:
+        return row[column]
+    for part in column.split("."):
+        row = row.get(part) if isinstance(row, dict) else None
+    return row
+
+
+def examples_of(name, row, args):
+    """The examples of a row: one, or for pairs of a subject side by side two, each picture once the condition."""
+    if args.dataset_class:
+        pictures = [Example(f"{name}, {key}", row[key]) for key in condition_keys(len(args.condition_type))]
+        return [Example(name, row["image"], row["description"], pictures, places=row["places"])]
+    columns = picture_columns(args, row)
+    image = row[columns[0]]
+    mask = Example(f"{name}, {args.mask_column}", row[args.mask_column]) if args.mask_column else None
+    pictures = [Example(f"{name}, {column}", row[column]) for column in args.condition_column or ()]
+    needed = sum(kind in ("subject", "custom") for kind in args.condition_type)
+    if needed == len(pictures):
+        names = [caption_column(args)] if caption_column(args) else ["text", "prompt", "caption"]
+        captions = [value for value in (lookup(row, column) for column in names) if value is not None]
+        return [Example(name, image, captions[0] if captions else args.instance_prompt, pictures, mask)]
+    examples, place = [], args.condition_type.index("subject")
+    for side in (0, 1):
+        names = (f"description.description_{side}", f"description_{side}", args.caption_column or "text")
+        captions = [value for value in (lookup(row, column) for column in names) if value is not None]
+        halves = [functools.partial(half_of, image, half, args.image_size, args.padding) for half in (side, 1 - side)]
+        others = [*pictures[:place], Example(f"{name}, other side", halves[1]), *pictures[place:]]
+        caption = captions[0] if captions else args.instance_prompt
+        examples.append(Example(f"{name}, side {side}", halves[0], caption, others, mask))
+    return examples
+
+
+def half_of(read, side, image_size, padding):
+    """The left (0) or right (1) picture, `image_size` square, of a pair with `padding` around and between."""
+    image, left = read(), padding + side * (image_size + padding)
+    if image.width < left + image_size or image.height < padding + image_size:
+        raise ValueError(
+            f"{image.width} x {image.height} pixels hold no pair of --image_size {image_size} and --padding {padding}"
+        )
+    return image.crop((left, padding, left + image_size, padding + image_size))
+
+
+# ---- conditions ----
+
+
+def make_condition(kind, image, *, rng=None, hole=None):
+    """The condition (PIL, RGB) that `kind` makes of a picture of the condition's size.
+
+    `rng` draws the blur of deblurring; `hole`, boolean [H, W], is what fill and token_integration black out.
+    """
+    if kind == "canny":
+        return Image.fromarray(cv2.Canny(np.asarray(image), 100, 200)).convert("RGB")
+    if kind == "coloring":
+        return image.convert("L").convert("RGB")
+    if kind == "deblurring":
+        return image.filter(ImageFilter.GaussianBlur(int(rng.integers(1, 11))))
+    if kind in ("fill", "token_integration"):
+        hole = Image.fromarray(hole).resize(image.size, Image.Resampling.NEAREST)
+        return Image.composite(Image.new("RGB", image.size), image, hole)
+    return image
+
+
+def draw_hole(rng, rows, columns):
+    """A random rectangle, or half of the time all around it: boolean [rows, columns], never all or none."""
+    height, width = rng.integers(1, rows), rng.integers(1, columns)
+    top, left = rng.integers(0, rows - height + 1), rng.integers(0, columns - width + 1)
+    hole = np.zeros((rows, columns), dtype=bool)
+    hole[top : top + height, left : left + width] = True
+    return ~hole if rng.random() < 0.5 else hole
+
+
+def hole_of(mask, args):
+    """What is white in a mask, cropped as its picture is: boolean [H, W] of --target_size."""
+    height, width = args.target_size
+    return np.asarray(ImageOps.fit(mask.image().convert("L"), (width, height), Image.Resampling.NEAREST)) > 127
+
+
+def token_hole(hole):
+    """The tokens of which any pixel is in the hole: boolean [H, W] to [H / 16, W / 16]."""
+    height, width = hole.shape
+    return hole.reshape(height // PATCH, PATCH, width // PATCH, PATCH).any(axis=(1, 3))
+
+
+def widen(tokens):
+    """Boolean tokens [h, w] as pixels [16 h, 16 w]."""
+    return tokens.repeat(PATCH, axis=0).repeat(PATCH, axis=1)
+
+
+def fit(image, size, args):
+    """A picture resized to cover (height, width), its middle cropped."""
+    return ImageOps.fit(image, size[::-1], Image.Resampling[args.image_interpolation_mode.upper()])
+
+
+def depth_file(image, args):
+    """Where the depth map of a picture of --target_size is kept."""
+    digest = hashlib.sha256(image.tobytes() + str((image.size, args.depth_model)).encode()).hexdigest()
+    return args.output_dir / "depth" / f"{digest[:32]}.png"
+
+
+def estimate_depth(accelerator, examples, args):
+    """Depth maps of all pictures into output_dir/depth, by the processes together; what is there stays."""
+    from transformers import pipeline
+
+    folder = args.output_dir / "depth"
+    folder.mkdir(parents=True, exist_ok=True)
+    estimator = pipeline("depth-estimation", model=args.depth_model, device=accelerator.device)
+    starts = list(range(0, len(examples), args.depth_batch_size))
+    with accelerator.split_between_processes(starts) as share:
+        for start in tqdm(share, desc="Estimating depth", unit="batch", disable=not accelerator.is_main_process):
+            batch = examples[start : start + args.depth_batch_size]
+            images = [fit(example.image(), args.target_size, args) for example in batch]
+            images = [image for image in images if not depth_file(image, args).exists()]
+            for image, found in zip(
+                images, estimator(images, batch_size=args.depth_batch_size) if images else (), strict=True
+            ):
+                path = depth_file(image, args)
+                partial = path.with_suffix(f".{accelerator.process_index}")
+                found["depth"].convert("L").resize(image.size).save(partial, format="PNG")
+                partial.replace(path)
+    accelerator.wait_for_everyone()
+
+
+def pixels(image):
+    """A PIL image as [3, H, W] in [-1, 1]."""
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 127.5 - 1
+
+
+class ControlDataset(Dataset):
+    """Samples by (epoch, index): prompt, image and conditions as pixels or, if cached, as posteriors of their latents.
+
+    What of a sample is drawn by chance (hole, blur, what is left out) comes from (seed, epoch, index) alone: neither
+    workers, nor the cache, nor an interruption change it.
+    """
+
+    def __init__(self, examples, conditions, args):
+        self.examples, self.conditions, self.args = examples, conditions, args
+        self.slots = ["image", *condition_keys(len(conditions))]
+        self.fixed = [s for s, c in zip(self.slots[1:], conditions, strict=True) if c.type not in CHANGING]
+        self.moments = {}  # (index, slot) or ("black", slot): [2C, h, w]
+
+    def fixed_keys(self):
+        """The keys of all pictures that are the same in each epoch."""
+        keys = [(index, slot) for index in range(len(self.examples)) for slot in ("image", *self.fixed)]
+        return keys + [("black", slot) for slot in self.fixed if self.args.drop_image_prob]
+
+    def fixed_pixels(self, key):
+        index, slot = key
+        return pixels(self.black(slot) if index == "black" else self.picture(self.examples[index], slot))
+
+    def black(self, slot):
+        return Image.new("RGB", self.conditions[self.slots.index(slot) - 1].size[::-1])
+
+    def picture(self, example, slot, rng=None, hole=None):
+        """The image or condition of an example as a PIL image."""
+        args, number_of = self.args, self.slots.index(slot) - 1
+        kind = self.conditions[number_of].type if number_of >= 0 else self.conditions[0].type
+        size = self.conditions[number_of].size if number_of >= 0 else args.target_size
+        if kind == ("depth_pred" if number_of < 0 else "depth"):
+            depth = Image.open(depth_file(fit(example.image(), args.target_size, args), args))
+            return depth.convert("RGB").resize(size[::-1])
+        if number_of < 0:
+            return fit(example.image(), size, args)
+        given = [c.type for c in self.conditions[: number_of + 1] if c.type in ("subject", "custom")]
+        source = example.conditions[len(given) - 1] if kind in ("subject", "custom") else example
+        return make_condition(kind, fit(source.image(), size, args), rng=rng, hole=hole)
+
+    def hole(self, example, rng):
+        """Pixels [H, W] of the image to be filled, None if no condition has a hole."""
+        types, (height, width) = [condition.type for condition in self.conditions], self.args.target_size
+        if not {"fill", "token_integration"} & set(types):
+            return None
+        if example.mask:
+            hole = hole_of(example.mask, self.args)
+            return widen(token_hole(hole)) if "token_integration" in types else hole
+        if "token_integration" in types:
+            return widen(draw_hole(rng, height // PATCH, width // PATCH))
+        return draw_hole(rng, height, width)
+
+    def sample(self, example, epoch, index):
+        args, rng = self.args, np.random.default_rng((self.args.seed, epoch, index))
+        drop_text, drop_image = rng.random(2) < (args.drop_text_prob, args.drop_image_prob)
+        hole = self.hole(example, rng)
+        sample = {"prompt": "" if drop_text else example.caption, "moments": {}, "pixel_values": {}}
+        for slot in self.slots:
+            black = drop_image and slot != "image"
+            key = ("black" if black else index, slot)
+            if key in self.moments:
+                sample["moments"][slot] = self.moments[key]
+            else:
+                sample["pixel_values"][slot] = pixels(
+                    self.black(slot) if black else self.picture(example, slot, rng, hole)
+                )
+        if "token_integration" in (condition.type for condition in self.conditions):
+            sample["hole"] = torch.from_numpy(token_hole(hole))
+        return sample
+
+    def __getitem__(self, position):
+        epoch, index = position
+        return self.sample(self.examples[index], epoch, index)
+
+    def __len__(self):
+        return len(self.examples)
+
+
+# same in all trainers
+class StepSampler(Sampler):
+    """Batches of (epoch, index) for the micro-steps `start` to `stop` of one process.
+
+    Every epoch is a new order of all samples, drawn from (seed, epoch) and cut into batches, each of one of the
+    `groups` (the bucket of each sample), that go round the processes; what a micro-step trains on is the same however
+    often training was interrupted before it.
+    """
+
+    def __init__(self, groups, batch_size, *, seed, process_index, num_processes, start=0, stop=None):
+        self.groups, self.batch_size, self.seed = groups, batch_size, seed
+        self.start, self.stop = start, stop
+        self.process_index, self.num_processes = process_index, num_processes
+        self.steps_per_epoch = math.ceil(len(self.batches(0)) / num_processes)
+
+    def batches(self, epoch):
+        """The batches of an epoch, for all processes together."""
+        rng = np.random.default_rng((self.seed, epoch))
+        order = rng.permutation(len(self.groups)).tolist()
+        batches = []
+        for group in dict.fromkeys(self.groups):
+            members = [index for index in order if self.groups[index] == group]
+            batches += [members[i : i + self.batch_size] for i in range(0, len(members), self.batch_size)]
+        return [batches[i] for i in rng.permutation(len(batches))]
+
+    def __iter__(self):
+        for step in range(self.start, self.stop):
+            epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
+            if step == self.start or step_of_epoch == 0:
+                batches = self.batches(epoch)
+            batch = step_of_epoch * self.num_processes + self.process_index
+            yield [(epoch, index) for index in batches[batch % len(batches)]]
+
+    def __len__(self):
+        return self.stop - self.start
+
+
+def find_stream(args):
+    """The first examples of a stream, to check, and problems."""
+    stream, problems = open_dataset(args)
+    row = None if problems else next(iter(stream), None)
+    if row is None:
+        return [], problems or [f"{source_of(args)}: no samples in it"]
+    examples = streamed_examples(row, "the first sample of the stream", args)
+    problems = [*map(caption_defect, examples), *(defect(e, args) for e in examples + validation_examples(args))]
+    return examples, [problem for problem in problems if problem]
+
+
+class StreamedBatches(IterableDataset):
+    """Batches of a stream for the micro-steps `start` to `stop` of one process.
+
+    Every epoch is the stream, shuffled anew within a buffer, from (seed, epoch). Its samples are cut into batches that
+    go round the processes; those of earlier micro-steps are passed over undecoded.
+    """
+
+    def __init__(self, stream, samples, args, *, process_index, num_processes):
+        self.stream = stream.shuffle(seed=args.seed, buffer_size=args.shuffle_buffer)
+        self.samples, self.args = samples, args
+        self.process_index, self.num_processes = process_index, num_processes
+        self.start = self.stop = 0
+
+    def rows(self):
+        """(example, epoch, index) without end."""
+        epoch = 0
+        while True:
+            self.stream.set_epoch(epoch)
+            index = 0
+            for row in self.stream:
+                for example in streamed_examples(row, f"epoch {epoch}, sample {index} of the stream", self.args):
+                    yield example, epoch, index
+                    index += 1
+            epoch += 1
+
+    def __iter__(self):
+        batch, size = [], self.args.train_batch_size
+        for n, position in enumerate(self.rows()):
+            micro_step, process = divmod(n // size, self.num_processes)
+            if micro_step == self.stop:
+                return
+            if micro_step < self.start or process != self.process_index:
+                continue
+            problem = caption_defect(position[0]) or defect(position[0], self.args)
+            if problem:
+                raise ValueError(problem)
+            batch.append(self.samples.sample(*position))
+            if len(batch) == size:
+                yield default_collate(batch)
+                batch = []
+
+
+def streamed_examples(row, name, args):
+    """The examples of a row of a stream, whose pictures are files not yet decoded."""
+    pictures = picture_columns(args, row)
+    return examples_of(name, {**row, **{c: functools.partial(open_bytes, row[c]) for c in pictures}}, args)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+# same in all trainers
+def load_model(model_class, subfolder, args, dtype):
+    """A frozen part of the pipeline, on the CPU."""
+    model = model_class.from_pretrained(
+        args.pretrained_model_name_or_path,
+        subfolder=subfolder,
+        revision=args.revision,
+        variant=args.variant,
+        cache_dir=args.cache_dir,
+        dtype=dtype,
+    )
+    return model.requires_grad_(False)
+
+
+class PromptEncoder:
+    """CLIP and T5: embeddings of prompts, all made once and the encoders freed, or made as they are asked for."""
+
+    def __init__(self, accelerator, args, dtype):
+        self.accelerator, self.args, self.dtype = accelerator, args, dtype
+        self.pipeline = FluxPipeline.from_pretrained(
+            args.pretrained_model_name_or_path,
+            transformer=None,
+            vae=None,
+            revision=args.revision,
+            variant=args.variant,
+            cache_dir=args.cache_dir,
+            dtype=dtype,
+        )
+        for encoder in (self.pipeline.text_encoder, self.pipeline.text_encoder_2):
+            encoder.requires_grad_(False).eval()
+        self.pipeline.to(accelerator.device)
+        self.cached = {}  # {prompt: (prompt_embeds, pooled_prompt_embeds) on the CPU}
+
+    @torch.no_grad()
+    def embed(self, prompt):
+        """(prompt_embeds [1, T, D], pooled_prompt_embeds [1, P])."""
+        with self.accelerator.autocast():
+            pooled = self.pipeline._get_clip_prompt_embeds([prompt])
+            length = self.args.max_sequence_length
+            embeds = self.pipeline._get_t5_prompt_embeds([prompt], max_sequence_length=length, dtype=self.dtype)
+        return embeds.to(self.dtype), pooled.to(self.dtype)
+
+    def cache(self, prompts):
+        """Embeds all prompts, shared by the processes, and frees the encoders."""
+        with self.accelerator.split_between_processes(prompts) as share:
+            bar = tqdm(share, desc="Encoding prompts", unit="prompt", disable=not self.accelerator.is_main_process)
+            embeds = [(prompt, [part.cpu() for part in self.embed(prompt)]) for prompt in bar]
+        self.cached = dict(gather_object(embeds))
+        self.pipeline = None
+        free_memory()
+
+    def __call__(self, prompts):
+        """(prompt_embeds [B, T, D], pooled_prompt_embeds [B, P]) on the device; one prompt at a time, so that what
+        else is in the batch does not matter."""
+        embeds = [self.cached[prompt] if self.cached else self.embed(prompt) for prompt in prompts]
+        return [torch.cat(parts).to(self.accelerator.device) for parts in zip(*embeds, strict=True)]
+
+
+@dataclass
+class Tokens:
+    """Tokens of one condition: packed latents [B, N, 64], their ids [N, 3] or [B, N, 3], the LoRA they pass through.
+
+    `valid` [B, N] is False for padding, which nothing attends to; None if there is no padding.
+    """
+
+    hidden_states: torch.Tensor
+    ids: torch.Tensor
+    adapters: tuple[str, ...] = ("default",)
+    valid: torch.Tensor | None = None
+
+
+@dataclass
+class Branch:
+    """What all blocks need to know of the tokens of one kind: text, image, condition 1, condition 2, ..."""
+
+    temb: torch.Tensor  # [B, D], of its own noise level and guidance
+    rotary: tuple[torch.Tensor, torch.Tensor]  # cos and sin [N, d] or [B, N, d]
+    adapters: tuple[str, ...]
+    sees: tuple[int, ...]  # the branches whose keys its queries meet
+    valid: torch.Tensor | None
+
+
+def condition_ids(height, width, position_delta=(0, 0), position_scale=1.0, device=None):
+    """Position ids [h/2 * w/2, 3] of a condition's latents, h and w being `height` and `width`.
+
+    id = scale (row, column) + (scale - 1) / 2 + delta: a condition's patch covers `position_scale` patches of the
+    image in each direction and stands at their middle; `position_delta` (down, right) counts the image's patches of
+    16 pixels (arXiv 2503.08280, section 3.2).
+    """
+    ids = image_ids(height, width, device)
+    ids[:, 1:] = position_scale * ids[:, 1:] + (position_scale - 1) / 2 + torch.tensor(position_delta, device=device)
+    return ids
+
+
+def condition_tokens(condition_latents, conditions, hole=None):
+    """[Tokens] of the latents [B, C, h, w] of each condition.
+
+    Of token_integration only what lies outside the hole [B, h/2, w/2] becomes tokens (arXiv 2503.08280, section 3.3).
+    """
+    tokens = []
+    for latents, condition in zip(condition_latents, conditions, strict=True):
+        place = condition.position_delta, condition.position_scale
+        states, ids, valid = pack_latents(latents), condition_ids(*latents.shape[-2:], *place, latents.device), None
+        if condition.type == "token_integration":
+            states, ids, valid = select_tokens(states, ids, ~hole.flatten(1))
+        tokens.append(Tokens(states, ids, (condition.adapter,), valid))
+    return tokens
+
+
+def lora_linear(layer, hidden_states, adapters):
+    """A linear layer with the LoRAs named in `adapters`, and not a product of any other."""
+    if not hasattr(layer, "base_layer"):
+        return layer(hidden_states)
+    result = layer.base_layer(hidden_states)
+    for name in adapters:
+        if name in layer.lora_A:
+            inputs = layer.lora_dropout[name](hidden_states.to(layer.lora_A[name].weight.dtype))
+            update = layer.lora_B[name](layer.lora_A[name](inputs)) * layer.scaling[name]
+            result = result + update.to(result.dtype)
+    return result
+
+
+def modulation(norm, branch, parts):
+    """The `parts` vectors [B, 1, D] that an adaptive norm makes of a branch's time and guidance."""
+    return lora_linear(norm.linear, norm.silu(branch.temb), branch.adapters)[:, None].chunk(parts, dim=-1)
+
+
+def rotate(states, rotary):
+    """Rotary embedding of queries or keys [B, N, heads, d]; every sample has its own positions if cos is [B, N, d]."""
+    if rotary[0].ndim == 2:
+        return apply_rotary_emb(states, rotary, sequence_dim=1)
+    flat = apply_rotary_emb(states.flatten(0, 1)[None], [part.flatten(0, 1) for part in rotary], sequence_dim=1)
+    return flat.view_as(states)
+
+
+def project(attn, states, branch, *, query=True, context=False):
+    """Queries (None without `query`), keys and values [B, N, heads, d] of a branch."""
+    if context:
+        layers, norms = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj), (attn.norm_added_q, attn.norm_added_k)
+    else:
+        layers, norms = (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k)
+    q, k, v = (
+        lora_linear(layer, states, branch.adapters).unflatten(-1, (-1, attn.head_dim)) if query or i else None
+        for i, layer in enumerate(layers)
+    )
+    return rotate(norms[0](q), branch.rotary) if query else None, rotate(norms[1](k), branch.rotary), v
+
+
+def attend(queries, keys, values, branches):
+    """Attention of each branch to those it sees: [B, N, heads * d] per branch, None where there is no query.
+
+    Branches that see the same are one call of scaled_dot_product_attention on exactly the keys they see.
+    """
+    attended, groups = [None] * len(queries), {}
+    for i, query in enumerate(queries):
+        if query is not None:
+            groups.setdefault(branches[i].sees, []).append(i)
+    for sees, members in groups.items():
+        query = torch.cat([queries[i] for i in members], dim=1)
+        key = torch.cat([keys[i] for i in sees], dim=1)
+        value = torch.cat([values[i] for i in sees], dim=1)
+        mask = None
+        if any(branches[i].valid is not None for i in sees):
+            valid = [(keys[i].new_ones(keys[i].shape[:2], dtype=bool), branches[i].valid) for i in sees]
+            mask = torch.cat([every if some is None else some for every, some in valid], dim=1)[:, None, None]
+        out = F.scaled_dot_product_attention(
+            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=mask
+        )
+        out = out.transpose(1, 2).flatten(2).split([queries[i].shape[1] for i in members], dim=1)
+        for i, part in zip(members, out, strict=True):
+            attended[i] = part
+    return attended
+
+
+def double_block(block, states, branches, stored):
+    """One block with weights of its own for text. `states` [B, N, D] of each branch, None if `stored` has its keys."""
+    norms = [block.norm1_context, *[block.norm1] * (len(states) - 1)]
+    queries, keys, values, parts = ([None] * len(states) for _ in range(4))
+    for i, (x, branch, norm) in enumerate(zip(states, branches, norms, strict=True)):
+        if x is None:
+            keys[i], values[i] = stored[i]
+            continue
+        shift, scale, *parts[i] = modulation(norm, branch, 6)
+        normed = norm.norm(x) * (1 + scale) + shift
+        queries[i], keys[i], values[i] = project(block.attn, normed, branch, context=i == 0)
+    attended = attend(queries, keys, values, branches)
+    results = []
+    for i, (x, branch) in enumerate(zip(states, branches, strict=True)):
+        if x is not None:
+            gate, shift_mlp, scale_mlp, gate_mlp = parts[i]
+            out = block.attn.to_add_out if i == 0 else block.attn.to_out[0]
+            norm2, ff = (block.norm2_context, block.ff_context) if i == 0 else (block.norm2, block.ff)
+            x = x + gate * lora_linear(out, attended[i], branch.adapters)
+            inner = norm2(x) * (1 + scale_mlp) + shift_mlp
+            inner = F.gelu(lora_linear(ff.net[0].proj, inner, branch.adapters), approximate="tanh")
+            x = clip_half(x + gate_mlp * lora_linear(ff.net[2], inner, branch.adapters))
+        results.append(x)
+    return results, list(zip(keys, values, strict=True))
+
+
+def single_block(block, states, branches, stored, wanted):
+    """One block with the same weights for all. Only branches of `wanted` are continued, of the others only the keys
+    and values are computed."""
+    queries, keys, values, normed, gates = ([None] * len(states) for _ in range(5))
+    for i, (x, branch) in enumerate(zip(states, branches, strict=True)):
+        if x is None:
+            keys[i], values[i] = stored[i]
+            continue
+        shift, scale, gates[i] = modulation(block.norm, branch, 3)
+        normed[i] = block.norm.norm(x) * (1 + scale) + shift
+        queries[i], keys[i], values[i] = project(block.attn, normed[i], branch, query=i in wanted)
+    attended = attend(queries, keys, values, branches)
+    results = [None] * len(states)
+    for i in wanted:
+        x, adapters = states[i], branches[i].adapters
+        if x is not None:
+            inner = block.act_mlp(lora_linear(block.proj_mlp, normed[i], adapters))
+            inner = torch.cat([attended[i], inner], dim=-1)
+            results[i] = clip_half(x + gates[i] * lora_linear(block.proj_out, inner, adapters))
+    return results, list(zip(keys, values, strict=True))
+
+
+def clip_half(states):
+    """Keeps float16 finite, as diffusers' blocks do."""
+    return states.clip(-65504, 65504) if states.dtype == torch.float16 else states
+
+
+@functools.cache
+def compiled(block_function):
+    return torch.compile(block_function)
+
+
+def omini_forward(
+    transformer,
+    *,
+    hidden_states,
+    encoder_hidden_states,
+    pooled_projections,
+    timestep,
+    guidance,
+    txt_ids,
+    img_ids,
+    conditions=(),
+    independent_condition=False,
+    image_adapters=(),
+    image_valid=None,
+    cache=None,
+    compile_blocks=False,
+):
+    """A FluxTransformer2DModel's velocity [B, N, 64] of noisy image tokens beside conditions (arXiv 2411.15098).
+
+    Arguments are those of the model's own forward, which this equals without conditions. Besides:
+        conditions             list of Tokens; they pass the same weights and their own LoRA, at timestep 0, guidance 1
+        independent_condition  a condition's tokens see only themselves; else also text and image (arXiv 2503.08280).
+                               Two conditions never see each other.
+        image_adapters         LoRAs, such as a style, that text and image pass through; without them these tokens meet
+                               the base weights alone
+        image_valid            [B, N], False for padding of the image tokens
+        cache                  a list: if empty it is filled with the conditions' keys and values, else they are taken
+                               from it and the conditions are not computed
+    """
+    linear = functools.partial(lora_linear, adapters=image_adapters)
+    guided = guidance is not None
+    time_text = transformer.time_text_embed
+    text = linear(transformer.context_embedder, encoder_hidden_states)
+    image = linear(transformer.x_embedder, hidden_states)
+    scaled = [value.to(image.dtype) * 1000 for value in ((timestep, guidance) if guided else (timestep,))]
+    temb = time_text(*scaled, pooled_projections)
+    everything = tuple(range(2 + len(conditions)))
+    branches = [
+        Branch(temb, transformer.pos_embed(txt_ids), image_adapters, everything, None),
+        Branch(temb, rotary_embedding(transformer, img_ids), image_adapters, everything, image_valid),
+    ]
+    states = [text, image]
+    if conditions:
+        zero = torch.zeros_like(scaled[0])
+        condition_temb = time_text(*((zero, zero + 1000) if guided else (zero,)), pooled_projections)
+    for i, condition in enumerate(conditions, start=2):
+        sees = (i,) if independent_condition else (0, 1, i)
+        rotary = rotary_embedding(transformer, condition.ids)
+        branches.append(Branch(condition_temb, rotary, condition.adapters, sees, condition.valid))
+        states.append(
+            None if cache else lora_linear(transformer.x_embedder, condition.hidden_states, condition.adapters)
+        )
+
+    blocks = [(double_block, block, ()) for block in transformer.transformer_blocks]
+    blocks += [(single_block, block, (everything,)) for block in transformer.single_transformer_blocks]
+    if transformer.single_transformer_blocks:
+        blocks[-1] = (*blocks[-1][:2], ((1,),))  # only the image leaves the model
+    checkpointing = torch.is_grad_enabled() and transformer.gradient_checkpointing
+    reuse = bool(cache)
+    for i, (function, block, wanted) in enumerate(blocks):
+        function = compiled(function) if compile_blocks else function
+        inputs = (block, states, branches, cache[i] if reuse else None, *wanted)
+        if checkpointing:
+            states, stored = checkpoint_function(function, *inputs, use_reentrant=False)
+        else:
+            states, stored = function(*inputs)
+        if cache is not None and not reuse:
+            cache.append([None, None, *stored[2:]])
+    shift_scale = lora_linear(
+        transformer.norm_out.linear, transformer.norm_out.silu(temb).to(states[1].dtype), image_adapters
+    )
+    scale, shift = shift_scale[:, None].chunk(2, dim=-1)
+    return linear(transformer.proj_out, transformer.norm_out.norm(states[1]) * (1 + scale) + shift)
+
+
+def rotary_embedding(transformer, ids):
+    """cos and sin of ids [N, 3], or [B, N, d] each of ids [B, N, 3]."""
+    if ids.ndim == 2:
+        return transformer.pos_embed(ids)
+    return [part.unflatten(0, ids.shape[:2]) for part in transformer.pos_embed(ids.flatten(0, 1))]
+
+
+class OminiPipeline(FluxPipeline):
+    """FluxPipeline with conditions."""
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt=None,
+        *,
+        conditions=(),
+        condition_images=(),
+        hole=None,
+        prompt_embeds=None,
+        pooled_prompt_embeds=None,
+        height=512,
+        width=512,
+        num_inference_steps=28,
+        guidance_scale=3.5,
+        image_guidance_scale=1.0,
+        independent_condition=False,
+        image_adapters=(),
+        kv_cache=False,
+        compile_blocks=False,
+        max_sequence_length=512,
+        generator=None,
+        output_type="pil",
+    ):
+        """Draws a picture for each prompt (or each of prompt_embeds [B, T, D], pooled_prompt_embeds [B, P]).
+
+            conditions            list of Condition, as the adapter's metadata has them
+            condition_images      for each a PIL image of its size, or a list of B
+            hole                  for token_integration: boolean [H, W] or [B, H, W], true where the image is drawn
+            image_guidance_scale  above 1, the velocity is led away from the one with black conditions
+            independent_condition as the adapter was trained
+            image_adapters        names of LoRAs, such as a style, for text and image
+            kv_cache              compute the conditions at the first step only: exact with independent_condition
+
+        `output_type` "latent" returns normalised latents [B, C, height / 8, width / 8].
+        """
+        device, config = self.transformer.device, self.scheduler.config
+        if prompt_embeds is None:
+            prompt_embeds, pooled_prompt_embeds, _ = self.encode_prompt(
+                prompt, None, device=device, max_sequence_length=max_sequence_length
+            )
+        batch_size, dtype = len(prompt_embeds), prompt_embeds.dtype
+        if hole is not None:
+            hole = [token_hole(mask) for mask in np.broadcast_to(hole, (batch_size, height, width))]
+            hole = torch.from_numpy(np.stack(hole)).to(device)
+            if hole.flatten(1).all(dim=1).any() or not hole.flatten(1).any(dim=1).all():
+                raise ValueError("a hole must contain some and leave some of the image's tokens of 16 pixels")
+
+        def encode(images):
+            images = images if isinstance(images, list) else [images] * batch_size
+            moments = encode_moments(self.vae, torch.stack([pixels(image) for image in images]))
+            return mean_latents(moments, self.vae.config).to(device, dtype)
+
+        condition_latents = [encode(images) for images in condition_images]
+        passes = [condition_latents]
+        if image_guidance_scale != 1:
+            passes.append([encode(Image.new("RGB", condition.size[::-1])) for condition in conditions])
+        passes = [(condition_tokens(each, conditions, hole), [] if kv_cache else None) for each in passes]
+        latents, ids = self.prepare_latents(
+            batch_size, self.vae.config.latent_channels, height, width, dtype, device, generator
+        )
+        valid = None
+        if hole is not None:
+            latents, ids, valid = select_tokens(latents, ids, hole.flatten(1))
+        guidance = torch.full((batch_size,), guidance_scale, device=device)
+        mu = calculate_shift(
+            height * width // PATCH**2,
+            config.get("base_image_seq_len", 256),
+            config.get("max_image_seq_len", 4096),
+            config.get("base_shift", 0.5),
+            config.get("max_shift", 1.15),
+        )
+        sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
+        self.scheduler.set_timesteps(sigmas=sigmas, device=device, mu=mu)
+        self.scheduler.set_begin_index(0)
+        for t in self.progress_bar(self.scheduler.timesteps):
+            velocities = [
+                omini_forward(
+                    self.transformer,
+                    hidden_states=latents,
+                    encoder_hidden_states=prompt_embeds,
+                    pooled_projections=pooled_prompt_embeds,
+                    timestep=t.expand(batch_size).to(dtype) / 1000,
+                    guidance=guidance if self.transformer.config.guidance_embeds else None,
+                    txt_ids=torch.zeros(prompt_embeds.shape[1], 3, device=device),
+                    img_ids=ids,
+                    conditions=tokens,
+                    independent_condition=independent_condition,
+                    image_adapters=image_adapters,
+                    image_valid=valid,
+                    cache=cache,
+                    compile_blocks=compile_blocks,
+                )
+                for tokens, cache in passes
+            ]
+            velocity = velocities[0]
+            if len(passes) == 2:
+                velocity = velocities[1] + image_guidance_scale * (velocities[0] - velocities[1])
+            latents = self.scheduler.step(velocity, t, latents, return_dict=False)[0]
+        if hole is not None:
+            place = [condition.type for condition in conditions].index("token_integration")
+            whole, kept = pack_latents(condition_latents[place]), latents.new_ones(latents.shape[:2], dtype=bool)
+            whole[hole.flatten(1)] = latents[kept if valid is None else valid]
+            latents = whole
+        latents = unpack_latents(latents, height // 8, width // 8)
+        if output_type == "latent":
+            return FluxPipelineOutput(images=latents)
+        images = decode_latents(self.vae, latents.to(self.vae.device))
+        return FluxPipelineOutput(images=self.image_processor.postprocess(images, output_type=output_type))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Objective
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def compute_loss(
+    transformer,
+    latents,
+    condition_latents,
+    hole,
+    prompt_embeds,
+    pooled_prompt_embeds,
+    *,
+    args,
+    conditions,
+    noise_scheduler,
+    guidance,
+    generator,
+):
+    """The flow matching loss [B] of each sample of a batch.
+
+    latents [B, C, h, w] and those of each condition are normalised, prompt_embeds [B, T, D], pooled_prompt_embeds
+    [B, P]; guidance [B], or None for a model without guidance embedding. With hole [B, h/2, w/2] only its tokens are
+    noisy and count. Noise and noise levels are drawn from `generator`, a CPU one.
+    """
+    batch_size, _, height, width = latents.shape
+    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+    sigmas = sample_sigmas(
+        batch_size,
+        noise_scheduler=noise_scheduler,
+        image_seq_len=height * width // 4,
+        generator=generator,
+        timestep_sampling=args.timestep_sampling,
+        weighting_scheme=args.weighting_scheme,
+        logit_mean=args.logit_mean,
+        logit_std=args.logit_std,
+        mode_scale=args.mode_scale,
+        sigmoid_scale=args.sigmoid_scale,
+        discrete_flow_shift=args.discrete_flow_shift,
+    ).to(latents.device)
+    latents, noise = pack_latents(latents), pack_latents(noise)
+    img_ids, valid = image_ids(height, width, latents.device), None
+    if hole is not None:
+        both, img_ids, valid = select_tokens(torch.cat([latents, noise], dim=-1), img_ids, hole.flatten(1))
+        latents, noise = both.chunk(2, dim=-1)
+    dtype = prompt_embeds.dtype
+    model_pred = omini_forward(
+        transformer,
+        hidden_states=add_noise(latents, noise, sigmas).to(dtype),
+        timestep=sigmas,
+        guidance=guidance,
+        pooled_projections=pooled_prompt_embeds,
+        encoder_hidden_states=prompt_embeds,
+        txt_ids=torch.zeros(prompt_embeds.shape[1], 3, device=latents.device),
+        img_ids=img_ids,
+        conditions=condition_tokens([each.to(dtype) for each in condition_latents], conditions, hole),
+        independent_condition=args.independent_condition,
+        image_valid=valid,
+        compile_blocks=args.compile,
+    )
+    return velocity_loss(model_pred, latents, noise, sigmas, args.weighting_scheme, valid)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def create_optimizer(lora_params, args, scale):
+    """The optimizer that --optimizer names, its learning rate multiplied by `scale`."""
+    parameters = [{"params": lora_params, "lr": args.learning_rate * scale, "weight_decay": args.adam_weight_decay}]
+    shared = {
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon,
+    }
+    if args.optimizer == "prodigy":
+        from prodigyopt import Prodigy
+
+        return Prodigy(
+            parameters,
+            **shared,
+            beta3=args.prodigy_beta3,
+            decouple=args.prodigy_decouple,
+            use_bias_correction=args.prodigy_use_bias_correction,
+            safeguard_warmup=args.prodigy_safeguard_warmup,
+        )
+    if args.optimizer == "sgd":
+        return torch.optim.SGD(parameters)
+    if args.use_8bit_adam:
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(parameters, **shared)
+    return torch.optim.AdamW(parameters, **shared)
+
+
+def reduce_gradients(accelerator, parameters):
+    """The mean over the processes, in one message. (DistributedDataParallel would want a module's own forward.)"""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if accelerator.num_processes > 1:
+        mean = accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), reduction="mean")
+        for gradient, part in zip(gradients, mean.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+
+def validation_examples(args):
+    """--validation_image as an example, in a list; no example without."""
+    paths = args.validation_image or []
+    paths = paths * len(args.condition_type) if len(paths) == 1 else paths
+    pictures = [Example(str(path), functools.partial(Image.open, path)) for path in paths]
+    given = [p for p, kind in zip(pictures, args.condition_type, strict=False) if kind in ("subject", "custom")]
+    return [Example(picture.name, picture.read, None, given) for picture in pictures[:1]]
+
+
+def validate(accelerator, transformer, vae, noise_scheduler, text, dataset, args, *, prompt, step):
+    """Draws a prompt with the conditions of --validation_image and sends the pictures, conditions first, to
+    validation/step-N.png and the trackers."""
+    (example,), rng = validation_examples(args), np.random.default_rng(args.seed)
+    hole = dataset.hole(example, rng)
+    shown = [dataset.picture(example, slot, rng, hole) for slot in dataset.slots[1:]]
+    pipeline = OminiPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler.from_config(noise_scheduler.config),
+        vae=vae,
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        transformer=transformer,
+    )
+    with (
+        undisturbed(transformer, device=accelerator.device),
+        offload_models(vae, device=accelerator.device, offload=offloaded(args)),
+    ):
+        prompt_embeds, pooled_prompt_embeds = text([prompt])
+        call = {
+            "prompt_embeds": prompt_embeds,
+            "pooled_prompt_embeds": pooled_prompt_embeds,
+            "conditions": dataset.conditions,
+            "condition_images": shown,
+            "hole": hole if "token_integration" in args.condition_type else None,
+            "height": args.target_size[0],
+            "width": args.target_size[1],
+            "independent_condition": args.independent_condition,
+        }
+        images = generate_images(accelerator, pipeline, [call] * args.num_validation_images, seed=args.seed)
+    if accelerator.is_main_process:
+        captions = [f"condition: {condition.type}" for condition in dataset.conditions]
+        captions += [f"{prompt} | step {step}, seed {args.seed + i}" for i in range(len(images))]
+        images = [image.resize(args.target_size[::-1]) for image in shown] + images
+        folder = args.output_dir / "validation"
+        folder.mkdir(exist_ok=True)
+        image_grid(images, captions).save(folder / f"step-{step:06d}.png")
+        log_images(accelerator, images, captions, name="validation", step=step)
+
+
+def offloaded(args):
+    """Whether the VAE waits in main memory while the transformer works."""
+    return args.offload or args.cache_latents
+
+
+def adapter_metadata(args, conditions, adapter):
+    """What generation must know of an adapter, for the header of its file."""
+    own = [asdict(condition) for condition in conditions if condition.adapter == adapter]
+    about = {
+        "base_model": args.pretrained_model_name_or_path,
+        "target_size": args.target_size,
+        "independent_condition": args.independent_condition,
+        "max_sequence_length": args.max_sequence_length,
+        "conditions": own,
+    }
+    return {"omini": json.dumps(about)}
+
+
+def save_model_card(args, conditions, prompt):
+    """README.md in the output folder: what was trained, and how to draw `prompt` with it."""
+    folder, kinds = args.output_dir.resolve(), ", ".join(args.condition_type)
+    files = " ".join(shlex.quote(str(folder / f"{name}.safetensors")) for name in adapter_names(conditions))
+    height, width = args.target_size
+    holed = {"fill", "token_integration"} & set(args.condition_type)
+    mask, about_mask = (' --mask "$MASK"', ", `MASK` is white where it is to be drawn anew") if holed else ("", "")
+    description = f"""
+# {folder.name}
+
+For {args.pretrained_model_name_or_path}: LoRA of rank {args.rank} that makes it follow {kinds}, by OminiControl.
+
+`IMAGE` is a picture to make the conditions of ({height} x {width} pixels are cut out of it){about_mask}. In the
+trainer's folder:
+
+```bash
+python examples/omini/generate.py {files} \\
+  --prompt {shlex.quote(prompt)} --image "$IMAGE"{mask} --output image.png
+```
+"""
+    metadata = ModelCardData(
+        library_name="diffusers",
+        base_model=args.pretrained_model_name_or_path,
+        tags=["image-to-image", "flux", "lora", "ominicontrol", "diffusers-training"],
+    )
+    ModelCard(f"---\n{metadata.to_yaml()}\n---\n{description}").save(args.output_dir / "README.md")
+
+
+def check_run(accelerator, args, prompts, max_train_steps):
+    """Problems that show once the data and the processes are known."""
+    supported = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+    problems, kind = [], accelerator.distributed_type
+    if kind not in supported:
+        problems.append(f"{kind.value}: not supported, choose multi-GPU without it in accelerate config")
+    if args.lr_scheduler != "constant" and args.lr_warmup_steps >= max_train_steps > 0:
+        warmup = args.lr_warmup_steps
+        problems.append(f"--lr_warmup_steps {warmup} must be less than the {max_train_steps} steps of the run")
+    if args.cache_prompts and not args.streaming:
+        width = T5Config.from_pretrained(
+            args.pretrained_model_name_or_path,
+            subfolder="text_encoder_2",
+            revision=args.revision,
+            cache_dir=args.cache_dir,
+        ).d_model
+        needed = len(prompts) * args.max_sequence_length * width * (4 if args.mixed_precision in (None, "no") else 2)
+        if needed > psutil.virtual_memory().available:
+            problems.append(
+                f"--cache_prompts: {len(prompts)} prompts take {needed / 2**30:.0f} GiB of main memory, more than is "
+                "free: use --no-cache_prompts, or a smaller --max_sequence_length"
+            )
+    return problems
+
+
+def print_header(accelerator, args, dataset, lora_params, base_size, max_train_steps, steps_per_epoch):
+    """What is about to be trained on what."""
+    trainable, size = sum(p.numel() for p in lora_params), "x".join(map(str, args.target_size))
+    amount = "a stream" if args.streaming else f"{len(dataset)} samples"
+    lines = [
+        f"model    {args.pretrained_model_name_or_path}",
+        f"adapter  {trainable:,} parameters in {len(lora_params) // 2} layers, {trainable / base_size:.2%} of all",
+        f"data     {amount} at {size} px",
+        f"steps    {max_train_steps}, {steps_per_epoch or 'unknown'} per epoch; a step is batch "
+        f"{args.train_batch_size} x accumulation {args.gradient_accumulation_steps} x {accelerator.num_processes} "
+        f"{accelerator.device.type}, mixed precision {accelerator.mixed_precision}",
+    ]
+    for condition in dataset.conditions:
+        (height, width), (down, right) = condition.size, condition.position_delta
+        place = f"moved by {down:g},{right:g}, scale {condition.position_scale:g}, adapter {condition.adapter}"
+        lines.append(f"{'follows':9}{condition.type} of {height}x{width} px, {place}")
+    accelerator.print("".join(f"  {line}\n" for line in lines), end="")
+
+
+def print_results(accelerator, args, conditions, step):
+    """What lies where."""
+    results = {f"{name} LoRA": f"{name}.safetensors" for name in adapter_names(conditions)}
+    results |= {
+        "usage": "README.md",
+        "loss": "loss.png",
+        "pictures": "validation" if (args.output_dir / "validation").is_dir() else None,
+    }
+    accelerator.print(f"Trained {step} steps. In {args.output_dir}:")
+    width = max(map(len, results)) + 2
+    accelerator.print("\n".join(f"  {what:{width}}{args.output_dir / file}" for what, file in results.items() if file))
+
+
+# same in all trainers
+def create_hub_repo(args):
+    """The id of the repository that --push_to_hub uploads to, made now so that a wrong token shows before training."""
+    name = args.hub_model_id or args.output_dir.resolve().name
+    return HfApi(token=args.hub_token).create_repo(name, exist_ok=True).repo_id
+
+
+# same in all trainers
+def fail(accelerator, problems):
+    """Ends the run as argparse does: all problems in one message, exit code 2."""
+    if accelerator.is_main_process:
+        print(f"{Path(sys.argv[0]).name}: error: {join_problems(problems)}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def main(args):
+    # 1. Accelerator, logging, seed
+    if args.local_rank != -1:
+        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # else torchrun's processes would not know of each other there
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(args.output_dir, logging_dir=args.output_dir / args.logging_dir),
+        step_scheduler_with_optimizer=False,
+    )
+    device, quiet = accelerator.device, not accelerator.is_main_process
+    weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    set_seed(args.seed)
+
+    # 2. Data
+    examples, problems = find_stream(args) if args.streaming else find_examples(args)
+    conditions = conditions_of(args, examples[0].places if examples else ())
+    dataset = ControlDataset(examples, conditions, args)
+    num_processes, accumulation = accelerator.num_processes, args.gradient_accumulation_steps
+    total_batch_size = args.train_batch_size * accumulation * num_processes
+    processes = {"process_index": accelerator.process_index, "num_processes": num_processes}
+    if args.streaming:
+        sampler = None if problems else StreamedBatches(open_dataset(args)[0], dataset, args, **processes)
+        steps_per_epoch = None
+    else:
+        sampler = StepSampler([0] * len(examples), args.train_batch_size, seed=args.seed, **processes)
+        steps_per_epoch = math.ceil(sampler.steps_per_epoch / accumulation)
+    max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
+    validation_steps = args.validation_steps or args.validation_epochs * (steps_per_epoch or 1)
+    final_prompt = None if args.skip_final_inference else args.final_validation_prompt or args.validation_prompt
+    prompts = {example.caption for example in examples} | ({""} if args.drop_text_prob else set())
+    prompts = sorted(p for p in {*prompts, args.validation_prompt, final_prompt} if p is not None)
+    run = {name: str(value) for name, value in vars(args).items() if name not in CHANGEABLE}
+    run |= {"the number of samples": len(dataset), "the number of processes": num_processes}
+    checkpoint = checkpoint_to_resume(args.output_dir, args.resume_from_checkpoint)
+    problems += check_run(accelerator, args, prompts, max_train_steps) + checkpoint_conflicts(checkpoint, run)
+    if problems:
+        fail(accelerator, problems)
+    if args.push_to_hub and accelerator.is_main_process:
+        try:
+            hub_repo = create_hub_repo(args)
+        except (HTTPError, OSError, ValueError) as error:
+            fail(accelerator, [f"--push_to_hub: {error}"])
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+
+    # 3. Prompts, depth maps, latents: what makes them is gone before the transformer is loaded
+    text = PromptEncoder(accelerator, args, weight_dtype)
+    if args.cache_prompts and not args.streaming:
+        text.cache(prompts)
+    if {"depth", "depth_pred"} & set(args.condition_type):
+        estimate_depth(accelerator, examples + validation_examples(args), args)
+    vae = load_model(AutoencoderKL, "vae", args, weight_dtype).to(device)
+    if args.cache_latents:
+        dataset.moments = cache_moments(accelerator, vae, dataset.fixed_keys(), dataset.fixed_pixels)
+    offload = offloaded(args)
+    vae.to("cpu" if offload else device)
+
+    # 4. Transformer and LoRA
+    noise_scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(
+        args.pretrained_model_name_or_path, subfolder="scheduler", revision=args.revision, cache_dir=args.cache_dir
+    )
+    transformer = load_model(FluxTransformer2DModel, "transformer", args, weight_dtype)
+    base_size = sum(parameter.numel() for parameter in transformer.parameters())
+    if args.quantize_base == "nf4":
+        quantize_base(transformer, weight_dtype)
+    transformer.to(device)
+    files = {name: f"{name}.safetensors" for name in adapter_names(conditions)}
+    modules, lora_params = {"transformer": transformer}, []
+    for name in files:
+        lora_params += add_lora(
+            transformer,
+            rank=args.rank,
+            alpha=args.lora_alpha or args.rank,
+            dropout=args.lora_dropout,
+            target_modules=args.target_modules or TARGET_MODULES,
+            adapter_name=name,
+        )
+    for name, path in zip(files, args.lora_path or (), strict=False):
+        load_lora(path.parent, modules, adapter_name=name, weight_name=path.name)
+    if args.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    register_lora_checkpointing(accelerator, FluxPipeline, modules, files)
+    guided = transformer.config.guidance_embeds
+
+    # 5. Optimizer and schedule
+    optimizer = create_optimizer(lora_params, args, total_batch_size if args.scale_lr else 1)
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=max_train_steps,
+        num_cycles=args.lr_num_cycles,
+        power=args.lr_power,
+    )
+
+    # 6. Prepare and resume
+    optimizer, lr_scheduler = accelerator.prepare(optimizer, lr_scheduler)
+    global_step = load_checkpoint(accelerator, checkpoint)
+    sampler.start, sampler.stop = global_step * accumulation, max_train_steps * accumulation
+    if args.streaming:
+        train_dataloader = DataLoader(sampler, batch_size=None)
+    else:
+        train_dataloader = DataLoader(dataset, batch_sampler=sampler, num_workers=args.dataloader_num_workers)
+
+    # 7. Train
+    print_header(accelerator, args, dataset, lora_params, base_size, max_train_steps, steps_per_epoch)
+    start_logging(accelerator, args, "omini")
+    draw = functools.partial(validate, accelerator, transformer, vae, noise_scheduler, text, dataset, args)
+    if args.validation_prompt and global_step == 0:
+        draw(prompt=args.validation_prompt, step=0)
+    metrics = open_metrics(args.output_dir / "metrics.jsonl", global_step) if accelerator.is_main_process else None
+    transformer.train()
+    progress_bar = tqdm(total=max_train_steps, initial=global_step, desc="Training", unit="step", disable=quiet)
+    loss_sum, skipped, signals, started = 0.0, 0, catch_signals(), time.perf_counter()
+    for micro_step, batch in enumerate(train_dataloader, start=sampler.start):
+        with accelerator.accumulate(transformer):
+            generator = step_generator(args.seed, *divmod(micro_step, accumulation), accelerator.process_index)
+            torch.manual_seed(generator.initial_seed())  # dropout draws from the global generator
+            moments = {slot: values.to(device) for slot, values in batch["moments"].items()}
+            if batch["pixel_values"]:
+                with offload_models(vae, device=device, offload=offload):
+                    moments |= {slot: encode_moments(vae, values) for slot, values in batch["pixel_values"].items()}
+            latents, *condition_latents = (
+                sample_latents(moments[slot], vae.config, generator) for slot in dataset.slots
+            )
+            prompt_embeds, pooled_prompt_embeds = text(batch["prompt"])
+            with accelerator.autocast():
+                loss = compute_loss(
+                    transformer,
+                    latents,
+                    condition_latents,
+                    batch["hole"].to(device) if "hole" in batch else None,
+                    prompt_embeds,
+                    pooled_prompt_embeds,
+                    args=args,
+                    conditions=conditions,
+                    noise_scheduler=noise_scheduler,
+                    guidance=torch.full((len(latents),), args.guidance_scale, device=device) if guided else None,
+                    generator=generator,
+                ).mean()
+            accelerator.backward(loss)
+            loss_sum = loss_sum + loss.detach() / accumulation
+            if not accelerator.sync_gradients:
+                continue
+            reduce_gradients(accelerator, lora_params)
+            grad_norm = accelerator.clip_grad_norm_(lora_params, args.max_grad_norm)
+            totals = torch.stack([loss_sum, torch.tensor(float(len(signals)), device=device)])
+            mean_loss, interrupted = accelerator.reduce(totals, reduction="mean").tolist()
+            # a gradient scaler (fp16) skips infinite gradients itself
+            finite = math.isfinite(mean_loss) and (accelerator.scaler is not None or math.isfinite(grad_norm))
+            if finite or accelerator.scaler is not None:
+                optimizer.step()
+            lr_scheduler.step()
+            optimizer.zero_grad()
+
+        global_step += 1
+        skipped = 0 if finite else skipped + 1
+        if skipped == MAX_SKIPPED_STEPS:
+            raise SystemExit(
+                f"Stopped at step {global_step}: the last {skipped} losses were not finite. Checkpoints are intact."
+            )
+        group = optimizer.param_groups[0]
+        logs = {
+            "loss": mean_loss,
+            "lr": group["lr"] * group.get("d", 1.0),  # Prodigy's step size is lr * d
+            "grad_norm": float(grad_norm),
+            "images_per_second": total_batch_size / (time.perf_counter() - started),
+            "peak_memory_gb": peak_memory(device),
+        }
+        log_step(accelerator, progress_bar, metrics, global_step, logs)
+        done = global_step == max_train_steps
+        if interrupted or global_step % args.checkpointing_steps == 0:
+            checkpoint = save_checkpoint(accelerator, args.output_dir, global_step, run, args.checkpoints_total_limit)
+        if interrupted and not done:
+            accelerator.end_training()
+            accelerator.print(
+                f"\nInterrupted at step {global_step}, saved {checkpoint}; go on with --resume_from_checkpoint latest"
+            )
+            raise SystemExit(128 + signals[0] if signals else 1)
+        if args.validation_prompt and global_step % validation_steps == 0 and not done:
+            draw(prompt=args.validation_prompt, step=global_step)
+        loss_sum, started = 0.0, time.perf_counter()
+    progress_bar.close()
+
+    # 8. Save and final validation
+    if accelerator.is_main_process:
+        save_dtype = torch.float32 if args.upcast_before_saving else weight_dtype
+        for name, file in files.items():
+            metadata = adapter_metadata(args, conditions, name)
+            save_lora(
+                args.output_dir,
+                FluxPipeline,
+                modules,
+                save_dtype,
+                adapter_name=name,
+                weight_name=file,
+                metadata=metadata,
+            )
+        metrics.close()
+        plot_metrics(args.output_dir / "metrics.jsonl", args.output_dir / "loss.png", title=args.output_dir.name)
+        save_model_card(args, conditions, final_prompt or (examples[0].caption if examples else "a picture"))
+    if final_prompt:
+        draw(prompt=final_prompt, step=global_step)
+    if args.push_to_hub and accelerator.is_main_process:
+        unwanted = ["checkpoint-*/**", ".*", f"{args.logging_dir}/**", "depth/**"]
+        HfApi(token=args.hub_token).upload_folder(
+            repo_id=hub_repo, folder_path=args.output_dir, ignore_patterns=unwanted
+        )
+    accelerator.end_training()
+    print_results(accelerator, args, conditions, global_step)
+
+
+if __name__ == "__main__":
+    main(parse_args())
