@@ -55,6 +55,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
+from transformers import BatchFeature, Qwen2VLImageProcessor
 
 from common.flow_matching import step_generator
 from common.latents import image_ids, pack_latents, unpack_latents
@@ -823,7 +824,7 @@ class Backbone:
     def __init__(self, args):
         self.args = args
 
-    def load_text(self, dtype, device):
+    def load_text(self, dtype, device, **parts):
         """The pipeline without transformer and VAE."""
         args = self.args
         pipeline = getattr(diffusers, self.pipeline).from_pretrained(
@@ -834,6 +835,7 @@ class Backbone:
             variant=args.variant,
             cache_dir=args.cache_dir,
             dtype=dtype,
+            **parts,
         )
         for part in pipeline.components.values():
             if isinstance(part, torch.nn.Module):
@@ -1044,15 +1046,31 @@ class QwenImageEdit(QwenImage):
     pipeline, example = "QwenImageEditPlusPipeline", "Qwen/Qwen-Image-Edit-2509"
     uncond_prompt = "Edit this image."
 
+    def load_text(self, dtype, device):
+        # the whole processor would need torchvision, for the sake of videos
+        self.image_processor = Qwen2VLImageProcessor.from_pretrained(
+            self.args.pretrained_model_name_or_path,
+            subfolder="processor",
+            revision=self.args.revision,
+            cache_dir=self.args.cache_dir,
+        )
+        pipeline = super().load_text(dtype, device, processor=None)
+        pipeline.processor = functools.partial(self.process, pipeline.tokenizer)
+        return pipeline
+
+    def process(self, tokenizer, text, images, **kwargs):
+        """What Qwen2VLProcessor makes of one text with one picture: as many places in it as the picture has patches."""
+        pixels = self.image_processor(images=images, return_tensors="pt")
+        count = pixels["image_grid_thw"].prod().item() // self.image_processor.merge_size**2
+        text = [text[0].replace("<|image_pad|>", "<|image_pad|>" * count)]
+        return BatchFeature({**tokenizer(text, return_tensors="pt"), **pixels})
+
     def encode_prompt(self, pipeline, prompt, reference=None):
         width, height = calculate_dimensions(CONDITION_IMAGE_SIZE, reference.width / reference.height)
-        image = pipeline.image_processor.resize(reference, height, width)
-        embeds, _ = pipeline.encode_prompt(prompt, [image])
-        embeds = embeds[:, : self.args.max_sequence_length]
-        return {
-            "encoder_hidden_states": embeds[0],
-            "encoder_hidden_states_mask": torch.ones(embeds.shape[1], dtype=torch.long),
-        }
+        embeds, _ = pipeline.encode_prompt(prompt, [pipeline.image_processor.resize(reference, height, width)])
+        embeds = embeds[0, : self.args.max_sequence_length]
+        mask = torch.ones(len(embeds), dtype=torch.long)
+        return {"encoder_hidden_states": embeds, "encoder_hidden_states_mask": mask}
 
 
 BACKBONES = {
