@@ -1,7 +1,7 @@
-"""Turns a text-to-image model into an any-step model, which draws in 1, 2, 4 or N steps: TwinFlow (arXiv 2512.05150).
+"""Makes a text-to-image model an any-step model, which draws in 1, 2, 4 or N steps: TwinFlow (arXiv 2512.05150).
 
-The model is told the time t it stands at and the time t' it is to jump to; it learns the mean velocity between the two,
-and at negative times it learns to tell its own pictures from real ones, by which its one-step pictures are corrected:
+The model is told the time t it stands at and the time t' it is to jump to. It learns the mean velocity between the
+two; at negative times it learns that of its own pictures, and the difference to real ones corrects its single steps:
 
     x_t = t z + (1 - t) x     F(x_t, t, t') = (x_t - x_t') / (t - t')     x̂ = x_t - t F(x_t, t, 0)
 
@@ -21,9 +21,7 @@ pictures (validation/) and checkpoints to resume from.
 import argparse
 import copy
 import functools
-import hashlib
 import inspect
-import json
 import math
 import os
 import shlex
@@ -44,21 +42,17 @@ from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import CONDITION_IMAGE_SIZE, calculate_dimensions
 from diffusers.training_utils import free_memory, offload_models
-from huggingface_hub import ModelCard, ModelCardData, save_torch_state_dict
+from huggingface_hub import ModelCard, ModelCardData
 from PIL import Image, ImageOps
 from safetensors import safe_open
-from safetensors.torch import load_file
-from safetensors.torch import save_file as save_tensors
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 from transformers import BatchFeature, Qwen2VLImageProcessor
 
-from common.flow_matching import step_generator
-from common.latents import image_ids, pack_latents, unpack_latents
+from common.flow_matching import STYLES, sample_flow, step_generator
+from common.latents import TensorCache, image_ids, pack_latents, to_image, unpack_latents
 from common.lora import (
     FLUX_TARGET_MODULES,
     add_lora,
@@ -67,9 +61,13 @@ from common.lora import (
     checkpoint_to_resume,
     find_checkpoints,
     load_checkpoint,
+    local,
     register_lora_checkpointing,
+    register_tensor_checkpointing,
     save_checkpoint,
     save_lora,
+    save_model,
+    shard,
     target_layers,
     unknown_layers,
 )
@@ -109,11 +107,6 @@ RECIPES = {
     "lora-1order-teacher": TWINFLOW | FIRST_ORDER | LORA | {"ema_decay_rate": 1.0, "enhanced_ratio": 4.0},
     "lora-2order": TWINFLOW | LORA,
     "image-free": TWINFLOW | {"ema_decay_rate": 1.0, "enhanced_ratio": 4.0, "image_free": True},
-}
-STYLES = {  # of sampling, see `sample`
-    "few": {"stochast_ratio": 1.0, "gaps": (0.001, 0.7), "time_dist_ctrl": (1.0, 1.0, 1.0)},
-    "any": {"stochast_ratio": 0.0, "gaps": (0.001, 0.5), "time_dist_ctrl": (1.0, 1.0, 1.0)},
-    "mul": {"stochast_ratio": 0.0, "gaps": (0.001, 0.0), "time_dist_ctrl": (1.17, 0.8, 1.1)},
 }
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 UNREAD_SUFFIXES = (".heic", ".heif", ".avif", ".tif", ".tiff", ".gif")
@@ -202,9 +195,7 @@ def parse_args(argv=None):
     )
     arg("--model_type", choices=tuple(BACKBONES), default="flux", help="which kind of pipeline that is")
     arg("--training", choices=TRAINING, default="full", help="all weights, or an adapter; recipes lora-* set lora")
-    arg(
-        "--openuni_checkpoint", type=Path, metavar="FILE", help="for openuni: its .pth; MODEL is the Sana it builds on"
-    )
+    arg("--openuni_checkpoint", type=Path, metavar="FILE", help="for openuni: its .pth; MODEL is the Sana below it")
     arg("--openuni_llm", metavar="MODEL", help="for openuni: its InternVL3, such as OpenGVLab/InternVL3-2B-hf")
     arg("--revision", help="revision of the model on the hub")
     arg("--variant", help="variant of the model's files, such as fp16")
@@ -216,24 +207,16 @@ def parse_args(argv=None):
     arg("--offload", action="store_true", help="VAE in main memory while idle; with cache_latents it always is")
     arg("--fsdp", action="store_true", help="full training: weights, average and optimizer split over the processes")
 
-    arg = parser.add_argument_group(
-        "data", "a folder of pictures or parquet files, a dataset, or prompts"
-    ).add_argument
+    arg = parser.add_argument_group("data", "a folder of pictures or parquet files, a dataset, prompts").add_argument
     arg(
-        "--train_data_dir",
-        type=Path,
-        help="pictures with captions in .txt files, one of the lines each epoch; parquet",
+        "--train_data_dir", type=Path, help="folder: pictures with .txt files, a line of which is the caption; parquet"
     )
     arg("--dataset_name", help="dataset on the hub, or a folder or file that `datasets` loads")
     arg("--dataset_config_name", help="configuration of that dataset")
     arg("--image_column", default="image", help="column of the dataset that holds the pictures")
     arg("--caption_column", help="column of the dataset or of metadata.jsonl that holds captions")
     arg("--reference_column", help="for qwenimage-edit: column of the dataset with the pictures to edit")
-    arg(
-        "--reference_data_dir",
-        type=Path,
-        help="for qwenimage-edit: folder with the pictures to edit, of the same names",
-    )
+    arg("--reference_data_dir", type=Path, help="for qwenimage-edit: folder with those pictures, of the same names")
     arg("--prompts_file", type=Path, help="for image_free: a text file, one prompt a line")
     arg("--resolution", type=size, default=512, help="side in pixels that pictures are resized and cropped to")
     arg("--center_crop", action="store_true", help="crop the centre, not a part drawn once per picture and repeat")
@@ -243,38 +226,20 @@ def parse_args(argv=None):
     arg("--dataloader_num_workers", type=number(int, 0), default=0, help="processes that read pictures; 0: none extra")
     arg("--cache_latents", action="store_true", help="encode every picture once, before training")
 
-    arg = parser.add_argument_group("twinflow", "the method; --recipe sets these, and each can be set after it")
-    arg = arg.add_argument
+    arg = parser.add_argument_group("twinflow", "the method; --recipe sets these, what is typed wins").add_argument
     arg("--recipe", choices=tuple(RECIPES), default="twinflow", help="a name for a set of the values below")
-    arg(
-        "--probs",
-        type=probabilities,
-        default=PROBS,
-        help="shares of a batch: one jump from noise to data (e2e), short "
-        "ones (mul), any ones (any), own samples (adv), jumps from anywhere to data (one)",
-    )
+    arg("--probs", type=probabilities, default=PROBS, help="shares of a batch by kind: " + ", ".join(KINDS))
     arg("--consistc_ratio", type=share, default=1.0, help="how far t' may be from t; rectification needs 1")
-    arg(
-        "--estimate_order", type=number(int, 0, 8), default=2, help="steps of the consistency target; 0: flow matching"
-    )
+    arg("--estimate_order", type=number(int, 0, 8), default=2, help="steps of its target; 0: plain flow matching")
     arg("--enhanced_ratio", type=not_negative, default=0.8, help="strength ω of the guidance that is trained in")
     arg("--enhanced_range", type=share, nargs=2, default=(0.0, 1.0), metavar=("FROM", "TO"), help="times t with it")
-    arg(
-        "--ema_decay_rate",
-        type=share,
-        default=0.99,
-        help="teacher: 0 the model, 1 the model before training, between "
-        "a moving average, which is also what is saved",
-    )
+    arg("--ema_decay_rate", type=share, default=0.99, help="teacher: 0 the model, 1 the frozen one, else its average")
     arg("--loss_type", choices=("l2", "barron"), default="l2", help="squared error, or Barron's robust loss")
     arg("--dist_match_cof", type=not_negative, default=1.0, help="weight of rectification; 0: none")
     arg("--image_free", action="store_true", help="train on own samples of prompts instead of pictures")
     arg("--uncond_prompt", help="prompt of guidance's other side (default: that of the model_type)")
     arg(
-        "--target_time_init",
-        choices=("zero", "copy", "normal"),
-        default="zero",
-        help="full training: start of the embedding of t'; zero leaves the model as it is",
+        "--target_time_init", choices=("zero", "copy", "normal"), default="zero", help="how the embedding of t' starts"
     )
 
     arg = parser.add_argument_group("lora", "the adapter").add_argument
@@ -289,14 +254,7 @@ def parse_args(argv=None):
 
     arg = parser.add_argument_group("noise", "which noise levels are trained, and how much each counts").add_argument
     arg("--guidance_scale", type=not_negative, default=3.5, help="guidance that a guidance-distilled model is told")
-    arg(
-        "--time_dist_ctrl",
-        type=positive,
-        nargs=3,
-        default=(1.0, 1.0, 1.0),
-        metavar=("A", "B", "C"),
-        help="t ~ C Beta(A, B)",
-    )
+    arg("--time_dist_ctrl", type=positive, nargs=3, default=(1.0, 1.0, 1.0), help="a, b, c: times are c Beta(a, b)")
 
     arg = parser.add_argument_group("optimizer", "how the adapter is updated").add_argument
     arg("--optimizer", type=str.lower, choices=("adamw", "prodigy"), default="AdamW", help="prodigy wants rate 1")
@@ -326,14 +284,8 @@ def parse_args(argv=None):
     arg = parser.add_argument_group("validation", "pictures while training, which they never change").add_argument
     arg("--validation_prompt", help="prompt to draw, first before training and last after it")
     arg("--validation_image", type=Path, help="for qwenimage-edit: picture to edit by it")
-    arg(
-        "--validation_samplers",
-        type=sampler_name,
-        nargs="+",
-        default=["few:1", "few:2", "any:4"],
-        metavar="STYLE:STEPS",
-        help="how it is drawn: to the end, to the next step, along the path (few, any, mul)",
-    )
+    samplers = ["few:1", "few:2", "any:4"]
+    arg("--validation_samplers", type=sampler_name, nargs="+", default=samplers, help="few, any or mul : steps")
     arg("--num_validation_images", type=count, default=4, help="pictures each time")
     arg("--validation_epochs", type=count, default=50, help="epochs between validations")
     arg("--validation_steps", type=count, help="steps between validations, instead of epochs")
@@ -650,6 +602,14 @@ def read_row(dataset, row, column):
     return dataset[row][column]
 
 
+def encoding_flags(args):
+    """All flags that decide what becomes of a prompt or a picture."""
+    names = ("pretrained_model_name_or_path", "model_type", "revision", "variant", "max_sequence_length", "seed")
+    names += ("resolution", "center_crop", "image_interpolation_mode", "mixed_precision", "openuni_checkpoint")
+    names += ("train_data_dir", "dataset_name", "dataset_config_name", "reference_data_dir", "openuni_llm")
+    return [str(getattr(args, name)) for name in names]
+
+
 class TwinFlowDataset(Dataset):
     """Samples by (epoch, index): the conditions of a caption and of the unconditional prompt, {name: tensor}, and
     what a picture is: its latents if cached, else its pixels; the same of the picture it was edited from.
@@ -756,40 +716,6 @@ def collate(examples):
 def stack_conditions(conditions):
     """{name: [B, ...]} of B conditions {name: [T, ...]}, padded with zeros to the longest."""
     return {name: pad_sequence([c[name] for c in conditions], batch_first=True) for name in conditions[0]}
-
-
-class Encoded:
-    """What text encoder and VAE made of prompts and pictures: one file each, beside the results of the run.
-
-    A later run in the same folder finds them; they are named by all that goes into them.
-    """
-
-    def __init__(self, args):
-        self.folder = args.output_dir / "encoded"
-        about = ("pretrained_model_name_or_path", "model_type", "revision", "variant", "max_sequence_length", "seed")
-        about += ("resolution", "center_crop", "image_interpolation_mode", "mixed_precision", "openuni_checkpoint")
-        about += ("train_data_dir", "dataset_name", "dataset_config_name", "reference_data_dir", "openuni_llm")
-        self.about = [str(getattr(args, name)) for name in about]
-
-    def path(self, *what):
-        digest = hashlib.sha256(json.dumps([self.about, what]).encode()).hexdigest()
-        return self.folder / f"{digest[:40]}.safetensors"
-
-    def load(self, *what):
-        return load_file(self.path(*what))
-
-    def fill(self, accelerator, items, encode, desc):
-        """Writes encode(*what), {name: tensor}, of each `what` in `items` that is missing; the processes share it."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        missing = [what for what in items if not self.path(*what).exists()]
-        accelerator.wait_for_everyone()
-        with accelerator.split_between_processes(missing) as share:
-            for what in tqdm(share, desc=desc, disable=not accelerator.is_main_process or not missing):
-                tensors = {name: value.cpu().contiguous() for name, value in encode(*what).items()}
-                partial = self.path(*what).with_suffix(f".{accelerator.process_index}")
-                save_tensors(tensors, partial)
-                partial.replace(self.path(*what))
-        accelerator.wait_for_everyone()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1059,7 +985,7 @@ class QwenImageEdit(QwenImage):
         return pipeline
 
     def process(self, tokenizer, text, images, **kwargs):
-        """What Qwen2VLProcessor makes of one text with one picture: as many places in it as the picture has patches."""
+        """What Qwen2VLProcessor makes of a text with a picture: as many places in it as the picture has patches."""
         pixels = self.image_processor(images=images, return_tensors="pt")
         count = pixels["image_grid_thw"].prod().item() // self.image_processor.merge_size**2
         text = [text[0].replace("<|image_pad|>", "<|image_pad|>" * count)]
@@ -1125,11 +1051,6 @@ def load_two_times(transformer, time_module, folder):
     transformer.get_submodule(time_module).target_timestep_embedder.load_state_dict(saved)
 
 
-def local(parameter):
-    """The part of a sharded parameter that this process holds; others as they are."""
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter.data
-
-
 class Teacher:
     """A second set of the trained tensors, not a second network: their moving average, or what they were at first.
 
@@ -1138,8 +1059,13 @@ class Teacher:
 
     def __init__(self, model, decay):
         self.model, self.goal, self.decay = model, decay, 0.0
-        self.live = [local(parameter) for parameter in model.parameters() if parameter.requires_grad]
-        self.tensors = [tensor.clone() for tensor in self.live] if decay else self.live
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.tensors = [tensor.clone() for tensor in self.live] if decay else []
+
+    @property
+    def live(self):
+        """The trained tensors themselves; asked for anew each time, for wrapping a model may move them."""
+        return [local(parameter) for parameter in self.parameters]
 
     @torch.no_grad()
     def swap(self):
@@ -1181,7 +1107,7 @@ class Teacher:
 
 
 def partition(batch_size, probs):
-    """{kind: samples of a batch}: as near to the shares as whole numbers come, at least one of each kind with a share."""
+    """{kind: samples of a batch}: as near to the shares as whole numbers come, one at least of each with a share."""
     kinds = [kind for kind in KINDS if probs[kind] > 0]
     total = sum(probs[kind] for kind in kinds)
     shares = {kind: batch_size * probs[kind] / total for kind in kinds}
@@ -1367,77 +1293,6 @@ def ramp_decay(decay, goal):
     return decay + 0.5 * (1 - decay) * (goal - decay)
 
 
-def time_grid(steps, gaps, time_dist_ctrl):
-    """Times [steps + 1], float64, from noise to 0: 1 - u for even u in [gap, 1 - gap], bent by the distribution function
-    1 - (1 - u^a)^b of Kumaraswamy to the power of c."""
-    a, b, c = time_dist_ctrl
-    u = torch.linspace(gaps[0], 1 - gaps[1], steps + (gaps[1] == 0), dtype=torch.float64)[:steps]
-    return torch.cat([1 - (1 - (1 - u**a) ** b) ** c, torch.zeros(1, dtype=torch.float64)])
-
-
-@torch.no_grad()
-def sample(
-    predict,
-    noise,
-    cond,
-    uncond=None,
-    *,
-    steps,
-    style="few",
-    generators=None,
-    cfg_scale=0.0,
-    stochast_ratio=None,
-    extrapol_ratio=0.0,
-    order=1,
-    gaps=None,
-    time_dist_ctrl=None,
-):
-    """Samples x [B, ...] from noise [B, ...] in `steps` forward passes (UCGM, arXiv 2505.07447).
-
-    `style` says where each prediction aims: few at 0, any at the next time, mul (multi-step) nowhere beyond the time
-    it stands at; unset arguments are STYLES'. A share s = stochast_ratio of the noise is renewed in each step, from
-    one generator per image; "SDE" sets s = min(1, 2 t (t - t₊) / t₊²). `extrapol_ratio` goes beyond each prediction
-    by its difference from the one before. Order 2 corrects each step by Heun's rule, for which velocities must be
-    those at a time: mul only. cfg_scale 0 is no guidance, else F(uncond) + cfg_scale (F(cond) - F(uncond)).
-    """
-    preset = STYLES[style]
-    if stochast_ratio is None:
-        stochast_ratio = 0.8 if style == "few" and steps == 1 else preset["stochast_ratio"]
-    if order == 2 and (style != "mul" or stochast_ratio):
-        raise ValueError("sampling order 2 needs style mul and stochast_ratio 0: only velocities at a time average")
-    times = time_grid(-(-steps // order), gaps or preset["gaps"], time_dist_ctrl or preset["time_dist_ctrl"]).tolist()
-
-    def velocity(x, t, target):
-        t, target = (torch.full((len(x),), value, device=x.device) for value in (t, target))
-        x = x.to(noise.dtype)
-        if not cfg_scale:
-            return predict(x, t, target, cond).double()
-        both = {name: torch.cat([cond[name], uncond[name]]) for name in cond}
-        twice = [torch.cat([value, value]) for value in (x, t, target)]
-        with_prompt, without = predict(*twice, both).double().chunk(2)
-        return without + cfg_scale * (with_prompt - without)
-
-    x, before = noise.double(), None
-    for t, after in zip(times[:-1], times[1:], strict=True):
-        F = velocity(x, t, {"few": 0.0, "any": after, "mul": t}[style])  # noqa: N806
-        x_hat, z_hat = x - t * F, x + (1 - t) * F
-        predicted = x_hat, z_hat
-        if extrapol_ratio and before is not None:
-            x_hat, z_hat = (now + extrapol_ratio * (now - old) for now, old in zip(predicted, before, strict=True))
-        before = predicted
-        s = stochast_ratio
-        if s == "SDE":
-            s = min(1.0, 2 * t * (t - after) / after**2) if after else 1.0
-        if s and after:
-            fresh = [torch.randn(noise.shape[1:], generator=generator) for generator in generators]
-            z_hat = (1 - s) ** 0.5 * z_hat + s**0.5 * torch.stack(fresh).to(z_hat)
-        ahead = (1 - after) * x_hat + after * z_hat
-        if order == 2 and after:
-            ahead = x - (t - after) * (F + velocity(ahead, after, after)) / 2
-        x = ahead
-    return x.to(noise.dtype)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1460,15 +1315,6 @@ def create_optimizer(params, args, scale):
 
         return AdamW8bit(params, **shared)
     return torch.optim.AdamW(params, **shared)
-
-
-def shard(transformer, device, dtype):
-    """Splits the weights of each block over the processes (FSDP2); a block is gathered while it computes."""
-    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    policy = MixedPrecisionPolicy(param_dtype=dtype if dtype != torch.float32 else None, reduce_dtype=torch.float32)
-    blocks = [module for module in transformer.modules() if type(module).__name__ in transformer._no_split_modules]
-    for module in [*blocks, transformer]:
-        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
 
 
 def predict_velocity(x, t, target, cond, *, transformer, backbone, dtype, two_times, autocast=nullcontext, seed=None):
@@ -1558,7 +1404,7 @@ def validate(accelerator, predict, teacher, transformer, backbone, vae, encoded,
             generators = [torch.Generator().manual_seed(args.seed + i) for i in range(count)]
             shape = backbone.channels, side, side
             noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
-            latents = sample(predict, noise, cond, steps=int(steps), style=style, generators=generators)
+            latents = sample_flow(predict, noise, cond, steps=int(steps), style=style, generators=generators)
             images += [to_image(backbone.decode(vae, part)) for part in latents.split(1)]
             captions += [
                 f"{args.validation_prompt} | {sampler}, step {step}, seed {args.seed + i}" for i in range(count)
@@ -1568,75 +1414,6 @@ def validate(accelerator, predict, teacher, transformer, backbone, vae, encoded,
         folder.mkdir(exist_ok=True)
         image_grid(images, captions, columns=count).save(folder / f"step-{step:06d}.png")
         log_images(accelerator, images, captions, name="validation", step=step)
-
-
-def to_image(pixels):
-    """A PIL image of pixels [1, 3, H, W] in about [-1, 1]."""
-    pixels = ((pixels[0].float().clamp(-1, 1) + 1) * 127.5).round().byte()
-    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
-
-
-def register_checkpointing(accelerator, backbone, transformer, teacher, optimizer, args):
-    """Makes checkpoints hold the trained tensors, not the frozen model around them, and the teacher's average.
-
-    An adapter goes to a LoRA file, all else to state.safetensors; sharded training writes one of each process, with
-    its part of the optimizer's state.
-    """
-    named = {name: parameter for name, parameter in transformer.named_parameters() if parameter.requires_grad}
-    file_name = f"state-{accelerator.process_index}.safetensors" if args.fsdp else "state.safetensors"
-    sets = {"model": teacher.live} if args.training == "full" else {}
-    sets |= {"teacher": teacher.tensors} if 0 < args.ema_decay_rate < 1 else {}
-    if args.training == "lora":
-        register_lora_checkpointing(accelerator, getattr(diffusers, backbone.pipeline), {"transformer": transformer})
-
-    def save(models, weights, output_dir):
-        tensors = {f"{kind}/{name}": value for kind in sets for name, value in zip(named, sets[kind], strict=True)}
-        for name, parameter in named.items() if args.fsdp else ():
-            tensors |= {f"optimizer/{name}/{key}": local(v) for key, v in optimizer.state[parameter].items()}
-        if tensors and (args.fsdp or accelerator.is_main_process):
-            tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-            save_tensors(tensors, Path(output_dir) / file_name)
-        weights.clear()
-
-    def load(models, input_dir):
-        tensors = load_file(Path(input_dir) / file_name) if sets else {}
-        for kind in sets:
-            for name, value in zip(named, sets[kind], strict=True):
-                value.copy_(tensors.pop(f"{kind}/{name}"))
-        for key, value in tensors.items():
-            _, name, entry = key.split("/")
-            value = value if entry == "step" else like_parameter(value, named[name])
-            optimizer.state[named[name]][entry] = value
-        models.clear()
-
-    accelerator.register_save_state_pre_hook(save)
-    accelerator.register_load_state_pre_hook(load)
-
-
-def like_parameter(value, parameter):
-    """This process' part of a tensor that is sharded as `parameter` is."""
-    shape = {"shape": parameter.shape, "stride": parameter.stride()}
-    return DTensor.from_local(value.to(local(parameter).device), parameter.device_mesh, parameter.placements, **shape)
-
-
-def save_result(accelerator, backbone, transformer, args, dtype):
-    """pytorch_lora_weights.safetensors, or the folder transformer/, which `from_pretrained` loads."""
-    if args.training == "lora":
-        if accelerator.is_main_process:
-            save_lora(args.output_dir, getattr(diffusers, backbone.pipeline), {"transformer": transformer}, dtype)
-        return
-    state_dict = {}
-    for name, value in transformer.state_dict().items():
-        value = value.full_tensor() if isinstance(value, DTensor) else value  # all processes take part
-        if accelerator.is_main_process:
-            state_dict[name] = value.to("cpu", dtype)
-    if accelerator.is_main_process:
-        folder = args.output_dir / "transformer"
-        folder.mkdir(exist_ok=True)
-        with torch.device("meta"):  # a sharded model's class has another name
-            getattr(diffusers, backbone.transformer).from_config(transformer.config).save_config(folder)
-        pattern = "diffusion_pytorch_model{suffix}.safetensors"
-        save_torch_state_dict(state_dict, folder, filename_pattern=pattern, max_shard_size="10GB")
 
 
 def save_model_card(args, prompt):
@@ -1679,13 +1456,13 @@ def check_run(accelerator, args, max_train_steps):
     return problems
 
 
-def print_header(accelerator, args, dataset, trained, max_train_steps, steps_per_epoch):
+def print_header(accelerator, args, dataset, params, max_train_steps, steps_per_epoch):
     """What is about to be trained on what."""
     kinds = ", ".join(f"{count} {kind}" for kind, count in partition(args.train_batch_size, args.probs).items())
     teacher = {0: "the model itself", 1: "the model before training"}
     lines = [
         f"model    {args.pretrained_model_name_or_path} ({args.model_type})",
-        f"trained  {trained:,} parameters ({args.training})",
+        f"trained  {sum(p.numel() for p in params.values()):,} parameters ({args.training})",
         f"recipe   {args.recipe}: a batch is {kinds}; order {args.estimate_order}, guidance {args.enhanced_ratio:g}, "
         f"teacher: {teacher.get(args.ema_decay_rate, f'moving average, decay {args.ema_decay_rate:g}')}",
         f"data     {len(dataset.examples)} {'prompts' if args.image_free else 'pictures'} at {args.resolution} px",
@@ -1737,7 +1514,7 @@ def main(args):
 
     # 2. Data
     examples, problems = find_examples(args)
-    encoded = Encoded(args)
+    encoded = TensorCache(args.output_dir / "encoded", encoding_flags(args))
     dataset = TwinFlowDataset(examples, encoded, args)
     num_processes, accumulation = accelerator.num_processes, args.gradient_accumulation_steps
     total_batch_size = args.train_batch_size * accumulation * num_processes
@@ -1787,12 +1564,11 @@ def main(args):
         transformer.enable_gradient_checkpointing()
     if args.fsdp:
         shard(transformer, device, weight_dtype)
-    params = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
-    trained = sum(parameter.numel() for parameter in params)
+    params = {name: parameter for name, parameter in transformer.named_parameters() if parameter.requires_grad}
     teacher = Teacher(transformer, args.ema_decay_rate)
 
     # 5. Optimizer and schedule
-    optimizer = create_optimizer(params, args, total_batch_size if args.scale_lr else 1)
+    optimizer = create_optimizer(list(params.values()), args, total_batch_size if args.scale_lr else 1)
     lr_scheduler = get_scheduler(
         args.lr_scheduler,
         optimizer,
@@ -1803,11 +1579,16 @@ def main(args):
     )
 
     # 6. Prepare and resume
-    register_checkpointing(accelerator, backbone, transformer, teacher, optimizer, args)
     bare = transformer
     if not args.fsdp:
         optimizer, transformer = accelerator.prepare(optimizer, transformer)
     lr_scheduler = accelerator.prepare(lr_scheduler)
+    pipeline_class = getattr(diffusers, backbone.pipeline)
+    if not full:
+        register_lora_checkpointing(accelerator, pipeline_class, {"transformer": bare})
+    sets = {"model": lambda: teacher.live} if full else {}
+    sets |= {"teacher": lambda: teacher.tensors} if 0 < args.ema_decay_rate < 1 else {}
+    register_tensor_checkpointing(accelerator, sets, params, optimizer)
     global_step = load_checkpoint(accelerator, checkpoint)
     teacher.catch_up(global_step)
     sampler.start, sampler.stop = global_step * accumulation, max_train_steps * accumulation
@@ -1816,7 +1597,7 @@ def main(args):
     )
 
     # 7. Train
-    print_header(accelerator, args, dataset, trained, max_train_steps, steps_per_epoch)
+    print_header(accelerator, args, dataset, params, max_train_steps, steps_per_epoch)
     start_logging(accelerator, args, "twinflow")
     predict = functools.partial(
         predict_velocity,
@@ -1852,7 +1633,7 @@ def main(args):
                 sums[name] = sums.get(name, 0.0) + value / accumulation
             if not accelerator.sync_gradients:
                 continue
-            grad_norm = accelerator.clip_grad_norm_(params, args.max_grad_norm)
+            grad_norm = accelerator.clip_grad_norm_(params.values(), args.max_grad_norm)
             totals = torch.stack([*sums.values(), torch.tensor(float(len(signals)), device=device)])
             *means, interrupted = accelerator.reduce(totals, reduction="mean").tolist()
             means = dict(zip(sums, means, strict=True))
@@ -1895,7 +1676,12 @@ def main(args):
 
     # 8. Save and final validation
     with shown():
-        save_result(accelerator, backbone, bare, args, torch.float32 if args.upcast_before_saving else weight_dtype)
+        save_dtype = torch.float32 if args.upcast_before_saving else weight_dtype
+        if full:
+            transformer_class = getattr(diffusers, backbone.transformer)
+            save_model(accelerator, args.output_dir / "transformer", bare, transformer_class, save_dtype)
+        elif accelerator.is_main_process:
+            save_lora(args.output_dir, pipeline_class, {"transformer": bare}, save_dtype)
     if accelerator.is_main_process:
         metrics.close()
         plot_metrics(args.output_dir / "metrics.jsonl", args.output_dir / "loss.png", title=args.output_dir.name)

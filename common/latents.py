@@ -1,10 +1,16 @@
 """Pixels to VAE latents to packed transformer tokens and back, position ids, and the latent cache."""
 
+import hashlib
+import json
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from accelerate.utils import gather_object
 from diffusers import FluxPipeline
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from PIL import Image
+from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 
@@ -66,3 +72,40 @@ def pack_fill_condition(masked_image_latents, mask):
     pixels_per_latent = mask.shape[-1] // masked_image_latents.shape[-1]
     mask = F.pixel_unshuffle(mask.to(masked_image_latents), pixels_per_latent)
     return torch.cat([pack_latents(masked_image_latents), pack_latents(mask)], dim=-1)
+
+
+def to_image(pixels):
+    """A PIL image of pixels [1, 3, H, W] in about [-1, 1]."""
+    pixels = ((pixels[0].float().clamp(-1, 1) + 1) * 127.5).round().byte()
+    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+
+
+class TensorCache:
+    """What text encoder and VAE made of prompts and pictures: files in a folder, which a later run finds again.
+
+    A file is named by what was encoded, `what` (JSON), and by `about` (JSON), which is all else that goes into it.
+    """
+
+    def __init__(self, folder, about):
+        self.folder, self.about = Path(folder), about
+
+    def path(self, *what):
+        digest = hashlib.sha256(json.dumps([self.about, what]).encode()).hexdigest()
+        return self.folder / f"{digest[:40]}.safetensors"
+
+    def load(self, *what):
+        """{name: tensor}."""
+        return load_file(self.path(*what))
+
+    def fill(self, accelerator, items, encode, desc):
+        """Writes encode(*what), {name: tensor}, of each `what` in `items` that is missing; the processes share it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        missing = [what for what in items if not self.path(*what).exists()]
+        accelerator.wait_for_everyone()
+        with accelerator.split_between_processes(missing) as share:
+            for what in tqdm(share, desc=desc, disable=not accelerator.is_main_process or not missing):
+                tensors = {name: value.cpu().contiguous() for name, value in encode(*what).items()}
+                partial = self.path(*what).with_suffix(f".{accelerator.process_index}")
+                save_file(tensors, partial)
+                partial.replace(self.path(*what))
+        accelerator.wait_for_everyone()

@@ -20,6 +20,7 @@ from test_train_dreambooth import assert_equal, wait_for
 from transformers import Qwen2VLImageProcessor
 
 import train_twinflow as twinflow
+from common.latents import TensorCache
 from examples.twinflow.generate import draw, load_velocity, trained_args
 
 
@@ -112,7 +113,8 @@ def check_stock_pipeline(flags, model_type, folder, drawn, image):
     """The pipeline's own loader takes the LoRA file, and its transformer then computes what ours does."""
     args = trained_args(folder)
     backbone = twinflow.BACKBONES[model_type](args)
-    stock = getattr(diffusers, backbone.pipeline).from_pretrained(flags[1], vae=None)
+    without = {"vae": None, **({"processor": None} if model_type == "qwenimage-edit" else {})}
+    stock = getattr(diffusers, backbone.pipeline).from_pretrained(flags[1], **without)
     if model_type == "openuni":
         stock.transformer = backbone.load_transformer(torch.float32)
     plain = {name: p.clone() for name, p in stock.transformer.named_parameters()}
@@ -135,8 +137,7 @@ def check_stock_pipeline(flags, model_type, folder, drawn, image):
 
 def load_condition(folder, args, backbone):
     about = ["validation"] if args.model_type == "qwenimage-edit" else []
-    args.output_dir = folder
-    cond = twinflow.Encoded(args).load("prompt", "a red circle", *about)
+    cond = TensorCache(folder / "encoded", twinflow.encoding_flags(args)).load("prompt", "a red circle", *about)
     cond = {name: value[None] for name, value in cond.items()}
     if about:
         side = args.resolution // backbone.factor

@@ -124,8 +124,8 @@ def sana():
         sample_size=4,
     )
     vae = AutoencoderDC(
-        encoder_block_out_channels=(8,) * 6,
-        decoder_block_out_channels=(8,) * 6,
+        encoder_block_out_channels=(8, 8, 8, 8, 8, 32),
+        decoder_block_out_channels=(8, 8, 8, 8, 8, 32),
         encoder_layers_per_block=(1,) * 6,
         decoder_layers_per_block=(1,) * 6,
         encoder_qkv_multiscales=((),) * 6,

@@ -2,10 +2,10 @@
 
     python examples/twinflow/compare.py OUTPUT_DIR [OUTPUT_DIR ...] --output compare.png
 
-Per number of steps: pictures in which background, foreground and shape are as the prompt says (percent); sharpness, the
-mean of the largest 5 % of differences between neighbouring pixels; sliced Wasserstein distance of VAE latents to those
-of drawn scenes of the same prompts. One can rise while another falls: blurred pictures please a classifier, guidance
-raises scores and narrows the spread.
+Per number of steps: pictures in which background, foreground and shape are as the prompt says (percent); sharpness,
+the mean of the largest 5 % of differences between neighbouring pixels; sliced Wasserstein distance of VAE latents to
+those of drawn scenes of the same prompts. One can rise while another falls: blurred pictures please a classifier,
+guidance raises scores and narrows the spread.
 """
 
 import argparse

@@ -19,17 +19,9 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from train_twinflow import (
-    BACKBONES,
-    STYLES,
-    load_two_times,
-    predict_velocity,
-    sample,
-    stack_conditions,
-    to_image,
-    to_pixels,
-    upright,
-)
+from common.flow_matching import STYLES, sample_flow
+from common.latents import to_image
+from train_twinflow import BACKBONES, load_two_times, predict_velocity, stack_conditions, to_pixels, upright
 
 
 def trained_args(folder):
@@ -40,7 +32,7 @@ def trained_args(folder):
 
 
 def load_velocity(folder, backbone, args, dtype, device):
-    """predict(x, t, t', cond) of the model in a trainer's output folder, see `sample`."""
+    """predict(x, t, t', cond) of the model in a trainer's output folder, see `sample_flow`."""
     transformer = backbone.load_transformer(dtype)
     if args.training == "lora":
         name = "pytorch_lora_weights.safetensors"
@@ -57,7 +49,7 @@ def load_velocity(folder, backbone, args, dtype, device):
 
 @torch.no_grad()
 def draw(folder, prompts, *, seed=0, image=None, batch_size=1, size=None, **sampling):
-    """One PIL image per prompt; picture i comes from a generator seeded with `seed` + i. `sampling` goes to `sample`."""
+    """One PIL image per prompt, picture i from a generator seeded with `seed` + i; `sampling` is for `sample_flow`."""
     folder, args = Path(folder), trained_args(folder)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     dtype = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
@@ -81,7 +73,7 @@ def draw(folder, prompts, *, seed=0, image=None, batch_size=1, size=None, **samp
         cond, uncond = ({name: v.chunk(2)[half] for name, v in stacked.items()} for half in (0, 1))
         generators = [torch.Generator().manual_seed(seed + start + i) for i in range(count)]
         noise = torch.stack([torch.randn(backbone.channels, side, side, generator=g) for g in generators]).to(device)
-        latents = sample(predict, noise, cond, uncond, generators=generators, **sampling)
+        latents = sample_flow(predict, noise, cond, uncond, generators=generators, **sampling)
         images += [to_image(backbone.decode(vae, one)) for one in latents.split(1)]
     return images
 
