@@ -804,11 +804,10 @@ class Flux(Backbone):
 
     def predict(self, transformer, x, time, cond):
         height, width = x.shape[-2:]
-        guidance = torch.full((len(x),), self.args.guidance_scale, device=x.device)
         velocity = transformer(
             hidden_states=pack_latents(x),
             timestep=time,
-            guidance=guidance if self.guided else None,
+            guidance=None if self.guidance is None else torch.full((len(x),), self.guidance, device=x.device),
             txt_ids=torch.zeros(cond["encoder_hidden_states"].shape[1], 3, device=x.device),
             img_ids=image_ids(height, width, x.device),
             **cond,
@@ -817,8 +816,8 @@ class Flux(Backbone):
         return unpack_latents(velocity, height, width)
 
     def load_transformer(self, dtype):
-        transformer = super().load_transformer(dtype)
-        self.guided = transformer.config.guidance_embeds
+        transformer, args = super().load_transformer(dtype), self.args
+        self.guidance = args.guidance_scale if transformer.config.guidance_embeds else None
         return transformer
 
 
