@@ -52,7 +52,15 @@ from tqdm.auto import tqdm
 from transformers import BatchFeature, Qwen2VLImageProcessor
 
 from common.flow_matching import STYLES, sample_flow, step_generator
-from common.latents import TensorCache, image_ids, pack_latents, to_image, unpack_latents
+from common.latents import (
+    TensorCache,
+    decode_images,
+    encode_images,
+    image_ids,
+    pack_latents,
+    to_image,
+    unpack_latents,
+)
 from common.lora import (
     FLUX_TARGET_MODULES,
     add_lora,
@@ -774,18 +782,6 @@ class Backbone:
     def load_transformer(self, dtype):
         return load_model(getattr(diffusers, self.transformer), "transformer", self.args, dtype)
 
-    def encode(self, vae, pixel_values):
-        """Normalised latents [B, C, h, w], float32, of images [B, 3, H, W] in [-1, 1]; one at a time, for batched
-        convolutions round differently."""
-        images = pixel_values.to(vae.device, vae.dtype).split(1)
-        latents = torch.cat([vae.encode(image).latent_dist.mode() for image in images]).float()
-        return (latents - vae.config.shift_factor) * vae.config.scaling_factor
-
-    def decode(self, vae, latents):
-        """Images [B, 3, H, W] in about [-1, 1] from normalised latents."""
-        latents = latents / vae.config.scaling_factor + vae.config.shift_factor
-        return vae.decode(latents.to(vae.dtype)).sample
-
     def predict(self, transformer, x, time, cond):
         """Velocities [B, C, h, w] of noisy latents; time [B, 2] is (t, t'), or [B] what stands for both."""
         return transformer(hidden_states=x, timestep=1000 * time, **cond, return_dict=False)[0]
@@ -855,13 +851,6 @@ class Sana(Backbone):
             complex_human_instruction=None if prompt == self.args.uncond_prompt else instruction,
         )
         return {"encoder_hidden_states": embeds[0], "encoder_attention_mask": mask[0]}
-
-    def encode(self, vae, pixel_values):
-        images = pixel_values.to(vae.device, vae.dtype).split(1)
-        return torch.cat([vae.encode(image).latent for image in images]).float() * vae.config.scaling_factor
-
-    def decode(self, vae, latents):
-        return vae.decode((latents / vae.config.scaling_factor).to(vae.dtype)).sample
 
 
 class OpenUni(Sana):
@@ -938,20 +927,6 @@ class QwenImage(Backbone):
         embeds, _ = pipeline.encode_prompt(prompt, max_sequence_length=self.args.max_sequence_length)
         mask = torch.ones(embeds.shape[1], dtype=torch.long)
         return {"encoder_hidden_states": embeds[0], "encoder_hidden_states_mask": mask}
-
-    def statistics(self, vae):
-        """Mean and standard deviation of latents, each [C, 1, 1]."""
-        values = vae.config.latents_mean, vae.config.latents_std
-        return (torch.tensor(value, device=vae.device).view(-1, 1, 1) for value in values)
-
-    def encode(self, vae, pixel_values):
-        mean, std = self.statistics(vae)
-        images = pixel_values.to(vae.device, vae.dtype).unsqueeze(2).split(1)  # a video of one frame
-        return (torch.cat([vae.encode(image).latent_dist.mode()[:, :, 0] for image in images]).float() - mean) / std
-
-    def decode(self, vae, latents):
-        mean, std = self.statistics(vae)
-        return vae.decode((latents * std + mean).unsqueeze(2).to(vae.dtype)).sample[:, :, 0]
 
     def predict(self, transformer, x, time, cond):
         cond, (height, width) = dict(cond), x.shape[-2:]
@@ -1356,9 +1331,9 @@ def cache_latents(accelerator, backbone, vae, dataset, encoded):
 
     @torch.no_grad()
     def encode(kind, *key):
-        tensors = {"latents": backbone.encode(vae, dataset.pixel_values(key)[None])[0]}
+        tensors = {"latents": encode_images(vae, dataset.pixel_values(key)[None])[0]}
         if dataset.examples[key[0]].read_reference:
-            tensors["reference"] = backbone.encode(vae, dataset.pixel_values(key, reference=True)[None])[0]
+            tensors["reference"] = encode_images(vae, dataset.pixel_values(key, reference=True)[None])[0]
         return tensors
 
     items = [("picture", *key) for key in dataset.picture_keys()]
@@ -1374,8 +1349,8 @@ def prepare_batch(batch, backbone, vae, args, device, offload):
         latents, reference = batch["latents"].to(device), batch.get("reference")
     else:
         with torch.no_grad(), offload_models(vae, device=device, offload=offload):
-            latents = backbone.encode(vae, batch["pixel_values"])
-            reference = backbone.encode(vae, batch["reference_values"]) if "reference_values" in batch else None
+            latents = encode_images(vae, batch["pixel_values"])
+            reference = encode_images(vae, batch["reference_values"]) if "reference_values" in batch else None
     conditions = []
     for kind in ("cond", "uncond"):
         values = {name: value.to(device) for name, value in batch[kind].items()}
@@ -1396,7 +1371,7 @@ def validate(accelerator, predict, teacher, transformer, backbone, vae, encoded,
     with undisturbed(transformer, device=device), teacher(), offloaded:
         if args.validation_image:
             reference = to_pixels(upright(Image.open(args.validation_image)), args)[None]
-            cond["reference"] = backbone.encode(vae, reference).expand(count, -1, -1, -1)
+            cond["reference"] = encode_images(vae, reference).expand(count, -1, -1, -1)
         cond = {name: value.to(device) for name, value in cond.items()}
         for sampler in args.validation_samplers:
             style, steps = sampler.split(":")
@@ -1404,7 +1379,7 @@ def validate(accelerator, predict, teacher, transformer, backbone, vae, encoded,
             shape = backbone.channels, side, side
             noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
             latents = sample_flow(predict, noise, cond, steps=int(steps), style=style, generators=generators)
-            images += [to_image(backbone.decode(vae, part)) for part in latents.split(1)]
+            images += [to_image(decode_images(vae, part)) for part in latents.split(1)]
             captions += [
                 f"{args.validation_prompt} | {sampler}, step {step}, seed {args.seed + i}" for i in range(count)
             ]

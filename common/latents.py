@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from accelerate.utils import gather_object
-from diffusers import FluxPipeline
+from diffusers import AutoencoderDC, AutoencoderKLQwenImage, FluxPipeline
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -46,6 +46,41 @@ def decode_latents(vae, latents):
     """Images [B, 3, H, W] in about [-1, 1] from normalised latents [B, C, h, w]."""
     latents = latents / vae.config.scaling_factor + vae.config.shift_factor
     return vae.decode(latents.to(vae.dtype)).sample
+
+
+def latent_statistics(vae):
+    """(shift, scale) that normalise a VAE's latents, (latents - shift) * scale: numbers, or tensors [C, 1, 1]."""
+    if isinstance(vae, AutoencoderKLQwenImage):
+        mean, std = vae.config.latents_mean, vae.config.latents_std
+        return tuple(torch.tensor(value, device=vae.device).view(-1, 1, 1) for value in (mean, [1 / s for s in std]))
+    return getattr(vae.config, "shift_factor", None) or 0.0, vae.config.scaling_factor
+
+
+@torch.no_grad()
+def encode_images(vae, pixel_values):
+    """Normalised latents [B, C, h, w], float32, of images [B, 3, H, W] in [-1, 1]: the mean of the posterior.
+
+    For AutoencoderKL (FLUX.1, SD3), AutoencoderDC (Sana) and AutoencoderKLQwenImage; one image at a time, as above.
+    """
+    latents = []
+    for image in pixel_values.to(vae.device, vae.dtype).split(1):
+        if isinstance(vae, AutoencoderKLQwenImage):  # to which an image is a video of one frame
+            latents.append(vae.encode(image.unsqueeze(2)).latent_dist.mode().squeeze(2))
+        else:
+            encoded = vae.encode(image)
+            latents.append(encoded.latent if isinstance(vae, AutoencoderDC) else encoded.latent_dist.mode())
+    shift, scale = latent_statistics(vae)
+    return (torch.cat(latents).float() - shift) * scale
+
+
+@torch.no_grad()
+def decode_images(vae, latents):
+    """Images [B, 3, H, W] in about [-1, 1] from what `encode_images` returns."""
+    shift, scale = latent_statistics(vae)
+    latents = (latents / scale + shift).to(vae.dtype)
+    if isinstance(vae, AutoencoderKLQwenImage):
+        return vae.decode(latents.unsqueeze(2)).sample.squeeze(2)
+    return vae.decode(latents).sample
 
 
 def pack_latents(latents):

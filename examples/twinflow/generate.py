@@ -20,7 +20,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from common.flow_matching import STYLES, sample_flow
-from common.latents import to_image
+from common.latents import decode_images, encode_images, to_image
 from train_twinflow import BACKBONES, load_two_times, predict_velocity, stack_conditions, to_pixels, upright
 
 
@@ -67,14 +67,14 @@ def draw(folder, prompts, *, seed=0, image=None, batch_size=1, size=None, **samp
         count = len(part)
         stacked = stack_conditions(part + [conditions[-1]] * count)  # one length, for guidance runs both at once
         if image:
-            reference = backbone.encode(vae, to_pixels(image, args)[None])
+            reference = encode_images(vae, to_pixels(image, args)[None])
             stacked["reference"] = reference.expand(2 * count, -1, -1, -1)
         stacked = {name: value.to(device) for name, value in stacked.items()}
         cond, uncond = ({name: v.chunk(2)[half] for name, v in stacked.items()} for half in (0, 1))
         generators = [torch.Generator().manual_seed(seed + start + i) for i in range(count)]
         noise = torch.stack([torch.randn(backbone.channels, side, side, generator=g) for g in generators]).to(device)
         latents = sample_flow(predict, noise, cond, uncond, generators=generators, **sampling)
-        images += [to_image(backbone.decode(vae, one)) for one in latents.split(1)]
+        images += [to_image(decode_images(vae, one)) for one in latents.split(1)]
     return images
 
 
