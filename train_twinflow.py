@@ -1565,6 +1565,8 @@ def main(args):
     register_tensor_checkpointing(accelerator, sets, params, optimizer)
     global_step = load_checkpoint(accelerator, checkpoint)
     teacher.catch_up(global_step)
+    for group, rate in zip(optimizer.param_groups, lr_scheduler.get_last_lr(), strict=True):
+        group["lr"] = rate  # a sharded optimizer is restored without it
     sampler.start, sampler.stop = global_step * accumulation, max_train_steps * accumulation
     train_dataloader = DataLoader(
         dataset, batch_sampler=sampler, collate_fn=collate, num_workers=args.dataloader_num_workers

@@ -21,6 +21,7 @@ from transformers import Qwen2VLImageProcessor
 
 import train_twinflow as twinflow
 from common.latents import TensorCache
+from examples.twinflow import compare
 from examples.twinflow.generate import draw, load_velocity, trained_args
 
 
@@ -470,6 +471,49 @@ def test_a_sharded_run_resumes_bit_for_bit(flags, tmp_path):
         held = [sum(v.numel() for k, v in shard.items() if k.startswith(f"{kind}/")) for shard in shards]
         assert sum(held) == whole
         assert max(held) < 0.6 * whole
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Learning
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory):
+    """Pictures of the toy world to train on."""
+    folder = tmp_path_factory.mktemp("scenes") / "scenes"
+    compare.make_data(folder)
+    return folder
+
+
+def learn(train, scenes, folder, *method):
+    """Trains the toy FLUX; {steps: (percent all right, sharpness, distance)} before and after, of 64 pictures."""
+    train(
+        SCRIPT,
+        *("--pretrained_model_name_or_path", compare.TOY, "--train_data_dir", scenes, "--resolution", 64),
+        *("--max_sequence_length", 32, "--cache_latents", "--train_batch_size", 24, "--report_to", "none"),
+        *("--lr_scheduler", "cosine", "--lr_warmup_steps", 20, *method, "--output_dir", folder),
+    )
+    wanted, prompts = compare.scenes_and_prompts(64, 0)
+    vae = diffusers.AutoencoderKL.from_pretrained(compare.TOY / "vae", dtype=torch.float32)
+    before, after = {}, {}
+    for steps, style in compare.STYLES.items():
+        drawn = draw(folder, prompts, steps=steps, style=style, batch_size=64)
+        after[steps] = compare.measure(drawn, wanted, vae)
+        before[steps] = compare.measure(compare.draw_base(prompts, steps), wanted, vae)
+        cells = [f"{old:.3g} -> {new:.3g}" for old, new in zip(before[steps], after[steps], strict=True)]
+        print(f"{steps:2} steps: all right {cells[0]} %, sharpness {cells[1]}, distance {cells[2]}")
+    return before, after
+
+
+def test_it_learns_to_draw_in_one_step(train, scenes, tmp_path):
+    flags = ["--learning_rate", 1e-3, "--max_train_steps", 120, "--ema_decay_rate", 1, "--enhanced_ratio", 4]
+    before, after = learn(train, scenes, tmp_path, *flags)
+    print("bars: 1 step 40 (the model itself under 20), 2 steps 60 (under 45)")
+    assert before[1][0] < 20
+    assert before[2][0] < 45
+    assert after[1][0] >= 40
+    assert after[2][0] >= 60
 
 
 if __name__ == "__main__" and sys.argv[1] == "worker":

@@ -1,5 +1,6 @@
 """Measures what train_twinflow.py made of the toy FLUX, beside the toy FLUX itself, at 1, 2, 4 and 20 steps.
 
+    python examples/twinflow/compare.py --make_data scenes     # pictures to train on
     python examples/twinflow/compare.py OUTPUT_DIR [OUTPUT_DIR ...] --output compare.png
 
 Per number of steps: pictures in which background, foreground and shape are as the prompt says (percent); sharpness,
@@ -29,6 +30,16 @@ from examples.twinflow.generate import draw
 
 TOY = Path(__file__).parents[1] / "toy" / "flux"
 STYLES = {1: "few", 2: "few", 4: "any", 20: "mul"}
+
+
+def make_data(folder, count=1500, seed=5):
+    """Drawn scenes with captions, as the toy FLUX was pretrained on."""
+    folder.mkdir(parents=True)
+    rng = random.Random(seed)
+    for i in range(count):
+        scene = random_scene(rng, pair=0.1, outline=0.05)
+        draw_scene(scene).save(folder / f"{i:04d}.png")
+        (folder / f"{i:04d}.txt").write_text((caption(scene, rng) or caption(scene)) + "\n")
 
 
 def scenes_and_prompts(count, seed):
@@ -75,11 +86,15 @@ def place(shape):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folders", type=Path, nargs="*", help="output folders of train_twinflow.py")
+    parser.add_argument("--make_data", type=Path, metavar="FOLDER", help="only draw 1500 scenes into this folder")
     parser.add_argument("--count", type=int, default=256, help="pictures per cell")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, nargs="+", default=list(STYLES), choices=list(STYLES))
     parser.add_argument("--output", type=Path, help="picture of some of them")
     args = parser.parse_args()
+    if args.make_data:
+        make_data(args.make_data)
+        return
     vae = FluxPipeline.from_pretrained(TOY).vae.float()
     scenes, prompts = scenes_and_prompts(args.count, args.seed)
     print("| model | " + " | ".join(f"{n} step{'s' * (n > 1)}" for n in args.steps) + " |")
