@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from accelerate import Accelerator
-from diffusers import FluxPipeline
+from diffusers import FluxPipeline, FluxTransformer2DModel
 from safetensors import safe_open
 
 from common.lora import (
@@ -15,8 +15,10 @@ from common.lora import (
     find_checkpoints,
     load_lora,
     register_lora_checkpointing,
+    register_tensor_checkpointing,
     save_checkpoint,
     save_lora,
+    save_model,
 )
 
 
@@ -161,3 +163,28 @@ def test_a_checkpoint_that_fails_while_it_is_written_is_never_seen(prepared, tmp
     monkeypatch.undo()
     save_checkpoint(accelerator, tmp_path, 2, {}, total_limit=1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2"]
+
+
+def test_all_weights_are_saved_as_from_pretrained_loads_them(tiny, tmp_path):
+    save_model(
+        Accelerator(cpu=True), tmp_path / "transformer", tiny.transformer, FluxTransformer2DModel, torch.float32
+    )
+    loaded = FluxTransformer2DModel.from_pretrained(folder)
+    assert loaded.config["num_layers"] == tiny.transformer.config["num_layers"]
+    assert torch.equal(run(loaded), run(tiny.transformer))
+
+
+def test_tensors_of_a_run_go_into_checkpoints_and_come_back_in_place(tiny, tmp_path):
+    accelerator = Accelerator(cpu=True)
+    parameters = dict(tiny.transformer.named_parameters())
+    average = [torch.randn_like(parameter) for parameter in parameters.values()]
+    sets = {"model": lambda: [p.detach() for p in parameters.values()], "teacher": lambda: average}
+    register_tensor_checkpointing(accelerator, sets, parameters)
+    before, kept = run(tiny.transformer), [tensor.clone() for tensor in average]
+    checkpoint = save_checkpoint(accelerator, tmp_path, 1, {})
+    assert sorted(path.name for path in checkpoint.glob("*.safetensors")) == ["state.safetensors"]
+    for tensor in (*average, *(p.data for p in parameters.values())):
+        tensor.zero_()
+    accelerator.load_state(checkpoint)
+    assert torch.equal(run(tiny.transformer), before)
+    assert all(torch.equal(a, b) for a, b in zip(average, kept, strict=True))
