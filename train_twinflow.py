@@ -52,15 +52,7 @@ from tqdm.auto import tqdm
 from transformers import BatchFeature, Qwen2VLImageProcessor
 
 from common.flow_matching import STYLES, sample_flow, step_generator
-from common.latents import (
-    TensorCache,
-    decode_images,
-    encode_images,
-    image_ids,
-    pack_latents,
-    to_image,
-    unpack_latents,
-)
+from common.latents import TensorCache, decode_images, encode_images, image_ids, pack_latents, to_image, unpack_latents
 from common.lora import (
     FLUX_TARGET_MODULES,
     add_lora,
@@ -826,9 +818,7 @@ class StableDiffusion3(Backbone):
 
     def encode_prompt(self, pipeline, prompt, reference=None):
         embeds, _, pooled, _ = pipeline.encode_prompt(
-            *(prompt, None, None),
-            do_classifier_free_guidance=False,
-            max_sequence_length=self.args.max_sequence_length,
+            *(prompt, None, None), do_classifier_free_guidance=False, max_sequence_length=self.args.max_sequence_length
         )
         return {"encoder_hidden_states": embeds[0], "pooled_projections": pooled[0]}
 

@@ -169,7 +169,7 @@ def test_all_weights_are_saved_as_from_pretrained_loads_them(tiny, tmp_path):
     save_model(
         Accelerator(cpu=True), tmp_path / "transformer", tiny.transformer, FluxTransformer2DModel, torch.float32
     )
-    loaded = FluxTransformer2DModel.from_pretrained(folder)
+    loaded = FluxTransformer2DModel.from_pretrained(tmp_path / "transformer")
     assert loaded.config["num_layers"] == tiny.transformer.config["num_layers"]
     assert torch.equal(run(loaded), run(tiny.transformer))
 
