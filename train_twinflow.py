@@ -1295,22 +1295,22 @@ def predict_velocity(x, t, target, cond, *, transformer, backbone, dtype, two_ti
 
 
 def encode_prompts(accelerator, backbone, dataset, encoded, args, dtype):
-    """Prompts, by the text encoders, which are gone afterwards."""
-    pipeline = backbone.load_text(dtype, accelerator.device)
+    """Prompts, by the text encoders, which are gone afterwards, and not loaded where all is there already."""
+    text = functools.cache(functools.partial(backbone.load_text, dtype, accelerator.device))
     prompts = []
     for index, example in enumerate(dataset.examples):
         about = (index,) if example.read_reference else ()
         prompts += [(prompt, *about) for prompt in (*example.captions, args.uncond_prompt)]
     if args.validation_prompt:
-        prompts.append((args.validation_prompt, *(["validation"] if args.validation_image else [])))
+        prompts.append((args.validation_prompt, *([str(args.validation_image)] if args.validation_image else [])))
 
     @torch.no_grad()
-    def encode(kind, prompt, index=None):
-        reference = None
-        if index is not None:
-            read = Image.open if index == "validation" else dataset.examples[index].read_reference
-            reference = upright(read(args.validation_image) if index == "validation" else read())
-        return backbone.encode_prompt(pipeline, prompt, reference)
+    def encode(kind, prompt, picture=None):  # the index of an example, or a file
+        if isinstance(picture, int):
+            picture = upright(dataset.examples[picture].read_reference())
+        elif picture:
+            picture = upright(Image.open(picture))
+        return backbone.encode_prompt(text(), prompt, picture)
 
     items = [("prompt", *prompt) for prompt in dict.fromkeys(prompts)]
     encoded.fill(accelerator, items, encode, "Encoding prompts")
@@ -1354,7 +1354,7 @@ def validate(accelerator, predict, teacher, transformer, backbone, vae, encoded,
     """Draws the validation prompt and sends the pictures to validation/step-N.png and the trackers."""
     device, count = accelerator.device, args.num_validation_images
     side = args.resolution // backbone.factor
-    about = ["validation"] if args.validation_image else []
+    about = [str(args.validation_image)] if args.validation_image else []
     cond = stack_conditions([encoded.load("prompt", args.validation_prompt, *about)] * count)
     images, captions = [], []
     offloaded = offload_models(vae, device=device, offload=args.offload or args.cache_latents or args.image_free)
@@ -1513,9 +1513,10 @@ def main(args):
     full = args.training == "full"
     dtype = torch.float32 if full else weight_dtype  # of the weights; what is trained is always float32
     transformer = backbone.load_transformer(dtype).to("cpu" if args.fsdp else device)
+    set_seed(args.seed)  # whatever was encoded, or found encoded, before
     if full:
         add_target_time(transformer, backbone.time_module, args.target_time_init)
-        transformer.to(transformer.device).requires_grad_(True)
+        transformer.requires_grad_(True)
     else:
         add_lora(
             transformer,

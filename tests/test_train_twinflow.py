@@ -137,7 +137,7 @@ def check_stock_pipeline(flags, model_type, folder, drawn, image):
 
 
 def load_condition(folder, args, backbone):
-    about = ["validation"] if args.model_type == "qwenimage-edit" else []
+    about = [args.validation_image] if args.model_type == "qwenimage-edit" else []
     cond = TensorCache(folder / "encoded", twinflow.encoding_flags(args)).load("prompt", "a red circle", *about)
     cond = {name: value[None] for name, value in cond.items()}
     if about:
