@@ -40,7 +40,6 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
 from diffusers.optimization import SchedulerType, get_scheduler
-from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import CONDITION_IMAGE_SIZE, calculate_dimensions
 from diffusers.training_utils import free_memory, offload_models
 from huggingface_hub import ModelCard, ModelCardData
 from PIL import Image, ImageOps
@@ -49,7 +48,6 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
-from transformers import BatchFeature, Qwen2VLImageProcessor
 
 from common.flow_matching import STYLES, sample_flow, step_generator
 from common.latents import TensorCache, decode_images, encode_images, image_ids, pack_latents, to_image, unpack_latents
@@ -937,6 +935,8 @@ class QwenImageEdit(QwenImage):
     uncond_prompt = "Edit this image."
 
     def load_text(self, dtype, device):
+        from transformers import Qwen2VLImageProcessor
+
         # the whole processor would need torchvision, for the sake of videos
         self.image_processor = Qwen2VLImageProcessor.from_pretrained(
             self.args.pretrained_model_name_or_path,
@@ -950,13 +950,17 @@ class QwenImageEdit(QwenImage):
 
     def process(self, tokenizer, text, images, **kwargs):
         """What Qwen2VLProcessor makes of a text with a picture: as many places in it as the picture has patches."""
+        from transformers import BatchFeature
+
         pixels = self.image_processor(images=images, return_tensors="pt")
         count = pixels["image_grid_thw"].prod().item() // self.image_processor.merge_size**2
         text = [text[0].replace("<|image_pad|>", "<|image_pad|>" * count)]
         return BatchFeature({**tokenizer(text, return_tensors="pt"), **pixels})
 
     def encode_prompt(self, pipeline, prompt, reference=None):
-        width, height = calculate_dimensions(CONDITION_IMAGE_SIZE, reference.width / reference.height)
+        from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as stock
+
+        width, height = stock.calculate_dimensions(stock.CONDITION_IMAGE_SIZE, reference.width / reference.height)
         embeds, _ = pipeline.encode_prompt(prompt, [pipeline.image_processor.resize(reference, height, width)])
         embeds = embeds[0, : self.args.max_sequence_length]
         mask = torch.ones(len(embeds), dtype=torch.long)
