@@ -99,7 +99,9 @@ def start_logging(accelerator, args, project):
         text = json.dumps({"args": values, "versions": versions}, indent=2)
         (args.output_dir / "args.json").write_text(text + "\n")
     if accelerator.log_with:
-        accelerator.init_trackers(project, {name: "" if v is None else v for name, v in values.items()})
+        # trackers take these four kinds of values only
+        simple = {n: v if isinstance(v, bool | int | float | str) else str(v) for n, v in values.items()}
+        accelerator.init_trackers(project, {n: "" if values[n] is None else v for n, v in simple.items()})
 
 
 def peak_memory(device):
