@@ -1,10 +1,16 @@
 """Pixels to VAE latents to packed transformer tokens and back, position ids, and the latent cache."""
 
+import hashlib
+import json
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from accelerate.utils import gather_object
-from diffusers import FluxPipeline
+from diffusers import AutoencoderDC, AutoencoderKLQwenImage, FluxPipeline
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from PIL import Image
+from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 
@@ -47,6 +53,41 @@ def decode_latents(vae, latents):
     return vae.decode(latents.to(vae.dtype)).sample
 
 
+def latent_statistics(vae):
+    """(shift, scale) that normalise a VAE's latents, (latents - shift) * scale: numbers, or tensors [C, 1, 1]."""
+    if isinstance(vae, AutoencoderKLQwenImage):
+        mean, std = vae.config.latents_mean, vae.config.latents_std
+        return tuple(torch.tensor(value, device=vae.device).view(-1, 1, 1) for value in (mean, [1 / s for s in std]))
+    return getattr(vae.config, "shift_factor", None) or 0.0, vae.config.scaling_factor
+
+
+@torch.no_grad()
+def encode_images(vae, pixel_values):
+    """Normalised latents [B, C, h, w], float32, of images [B, 3, H, W] in [-1, 1]: the mean of the posterior.
+
+    For AutoencoderKL (FLUX.1, SD3), AutoencoderDC (Sana) and AutoencoderKLQwenImage; one image at a time, as above.
+    """
+    latents = []
+    for image in pixel_values.to(vae.device, vae.dtype).split(1):
+        if isinstance(vae, AutoencoderKLQwenImage):  # to which an image is a video of one frame
+            latents.append(vae.encode(image.unsqueeze(2)).latent_dist.mode().squeeze(2))
+        else:
+            encoded = vae.encode(image)
+            latents.append(encoded.latent if isinstance(vae, AutoencoderDC) else encoded.latent_dist.mode())
+    shift, scale = latent_statistics(vae)
+    return (torch.cat(latents).float() - shift) * scale
+
+
+@torch.no_grad()
+def decode_images(vae, latents):
+    """Images [B, 3, H, W] in about [-1, 1] from what `encode_images` returns."""
+    shift, scale = latent_statistics(vae)
+    latents = (latents / scale + shift).to(vae.dtype)
+    if isinstance(vae, AutoencoderKLQwenImage):
+        return vae.decode(latents.unsqueeze(2)).sample.squeeze(2)
+    return vae.decode(latents).sample
+
+
 def pack_latents(latents):
     """[B, C, h, w] to tokens [B, h/2 * w/2, 4C], each a 2 x 2 patch."""
     return FluxPipeline._pack_latents(latents, *latents.shape)
@@ -85,3 +126,40 @@ def pack_fill_condition(masked_image_latents, mask):
     pixels_per_latent = mask.shape[-1] // masked_image_latents.shape[-1]
     mask = F.pixel_unshuffle(mask.to(masked_image_latents), pixels_per_latent)
     return torch.cat([pack_latents(masked_image_latents), pack_latents(mask)], dim=-1)
+
+
+def to_image(pixels):
+    """A PIL image of pixels [1, 3, H, W] in about [-1, 1]."""
+    pixels = ((pixels[0].float().clamp(-1, 1) + 1) * 127.5).round().byte()
+    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+
+
+class TensorCache:
+    """What text encoder and VAE made of prompts and pictures: files in a folder, which a later run finds again.
+
+    A file is named by what was encoded, `what` (JSON), and by `about` (JSON), which is all else that goes into it.
+    """
+
+    def __init__(self, folder, about):
+        self.folder, self.about = Path(folder), about
+
+    def path(self, *what):
+        digest = hashlib.sha256(json.dumps([self.about, what]).encode()).hexdigest()
+        return self.folder / f"{digest[:40]}.safetensors"
+
+    def load(self, *what):
+        """{name: tensor}."""
+        return load_file(self.path(*what))
+
+    def fill(self, accelerator, items, encode, desc):
+        """Writes encode(*what), {name: tensor}, of each `what` in `items` that is missing; the processes share it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        missing = [what for what in items if not self.path(*what).exists()]
+        accelerator.wait_for_everyone()
+        with accelerator.split_between_processes(missing) as share:
+            for what in tqdm(share, desc=desc, disable=not accelerator.is_main_process or not missing):
+                tensors = {name: value.cpu().contiguous() for name, value in encode(*what).items()}
+                partial = self.path(*what).with_suffix(f".{accelerator.process_index}")
+                save_file(tensors, partial)
+                partial.replace(self.path(*what))
+        accelerator.wait_for_everyone()

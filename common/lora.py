@@ -11,10 +11,13 @@ from pathlib import Path
 import torch
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.training_utils import cast_training_params
+from huggingface_hub import save_torch_state_dict
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import safe_open
-from safetensors.torch import load_file
-from safetensors.torch import save_file as save_tensors
+from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 
 FLUX_TARGET_MODULES = (
@@ -139,7 +142,7 @@ def save_lora(
         if metadata:
             with safe_open(written, "pt") as file:
                 header = file.metadata()
-            save_tensors(load_file(written), written, metadata={**header, **metadata})
+            save_file(load_file(written), written, metadata={**header, **metadata})
         shutil.copyfile(written, partial)  # a copy others may read, by the user's umask
     flush_to_disk(partial)
     partial.replace(directory / weight_name)
@@ -182,6 +185,83 @@ def register_lora_checkpointing(accelerator, pipeline_class, modules, files=None
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Full training, sharded or not
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def shard(transformer, device, dtype):
+    """Splits the float32 weights of each block over the processes (FSDP2); a block is gathered while it computes, in
+    `dtype`, on `device`."""
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    policy = MixedPrecisionPolicy(param_dtype=dtype if dtype != torch.float32 else None, reduce_dtype=torch.float32)
+    blocks = [module for module in transformer.modules() if type(module).__name__ in transformer._no_split_modules]
+    for module in [*blocks, transformer]:
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+
+
+def local(parameter):
+    """The part of a sharded parameter that this process holds; others as they are."""
+    parameter = parameter.detach()
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def register_tensor_checkpointing(accelerator, sets, parameters, optimizer=None):
+    """Makes checkpoints hold tensors of a run, not the models that were prepared: state.safetensors.
+
+    sets {kind: function} return one tensor for each of `parameters` {name: parameter}, to be restored in place. With
+    sharded parameters each process writes its part, and that of the optimizer's state, to state-N.safetensors.
+    """
+    sharded = any(isinstance(parameter, DTensor) for parameter in parameters.values())
+    file_name = f"state-{accelerator.process_index}.safetensors" if sharded else "state.safetensors"
+
+    def save(models, weights, output_dir):
+        tensors = {
+            f"{kind}/{name}": value for kind in sets for name, value in zip(parameters, sets[kind](), strict=True)
+        }
+        for name, parameter in parameters.items() if sharded else ():
+            tensors |= {f"optimizer/{name}/{key}": local(v) for key, v in optimizer.state[parameter].items()}
+        if tensors and (sharded or accelerator.is_main_process):
+            tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+            save_file(tensors, Path(output_dir) / file_name)
+        weights.clear()
+
+    def load(models, input_dir):
+        tensors = load_file(Path(input_dir) / file_name) if sets else {}
+        for kind in sets:
+            for name, value in zip(parameters, sets[kind](), strict=True):
+                value.copy_(tensors.pop(f"{kind}/{name}"))
+        for key, value in tensors.items():
+            _, name, entry = key.split("/")
+            value = value if entry == "step" else like_parameter(value, parameters[name])
+            optimizer.state[parameters[name]][entry] = value
+        models.clear()
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+
+
+def like_parameter(value, parameter):
+    """This process' part of a tensor that is sharded as `parameter` is."""
+    shape = {"shape": parameter.shape, "stride": parameter.stride()}
+    return DTensor.from_local(value.to(local(parameter).device), parameter.device_mesh, parameter.placements, **shape)
+
+
+def save_model(accelerator, folder, model, config_class, dtype):
+    """Writes all weights of a model, sharded or not, so that `config_class.from_pretrained` loads them."""
+    state_dict = {}
+    for name, value in model.state_dict().items():
+        value = value.full_tensor() if isinstance(value, DTensor) else value  # all processes take part
+        if accelerator.is_main_process:
+            state_dict[name] = value.to("cpu", dtype)
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        with torch.device("meta"):  # a sharded model's class has another name
+            config_class.from_config(model.config).save_config(folder)
+        pattern = "diffusion_pytorch_model{suffix}.safetensors"
+        save_torch_state_dict(state_dict, folder, filename_pattern=pattern, max_shard_size="10GB")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

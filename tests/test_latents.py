@@ -3,11 +3,16 @@
 from types import SimpleNamespace as FrozenConfig
 
 import pytest
+import tiny_backbones
 import torch
+from accelerate import Accelerator
 from diffusers import FluxFillPipeline, FluxPipeline
 
 from common.latents import (
+    TensorCache,
+    decode_images,
     decode_latents,
+    encode_images,
     encode_moments,
     image_ids,
     mean_latents,
@@ -15,6 +20,7 @@ from common.latents import (
     pack_latents,
     sample_latents,
     select_tokens,
+    to_image,
     unpack_latents,
 )
 
@@ -93,3 +99,49 @@ def test_selected_tokens_keep_their_order_and_padding_is_marked():
     assert torch.equal(places[0], ids[1:3])
     assert valid.tolist() == [[True, True], [True, False]]
     assert select_tokens(tokens, ids, torch.ones(2, 4, dtype=torch.bool))[2] is None
+
+
+@pytest.mark.parametrize("kind", ["AutoencoderKL", "AutoencoderDC", "AutoencoderKLQwenImage"])
+def test_images_become_the_latents_of_each_familys_pipeline(kind):
+    pipeline = {"AutoencoderKL": tiny_backbones.sd3, "AutoencoderDC": tiny_backbones.sana}
+    pipeline = pipeline.get(kind, tiny_backbones.qwenimage)()
+    vae = pipeline.vae
+    assert type(vae).__name__ == kind
+    images = torch.rand(2, 3, 64, 64) * 2 - 1
+    latents = encode_images(vae, images)
+    seen = []
+    original = vae.decode
+    vae.decode = lambda latents, *args, **kwargs: seen.append(latents) or original(latents, *args, **kwargs)
+    decoded = decode_images(vae, latents)
+    raw = vae.encode(images.unsqueeze(2)) if "Qwen" in kind else vae.encode(images)
+    raw = raw.latent if "DC" in kind else raw.latent_dist.mode()
+    torch.testing.assert_close(seen[0], raw, atol=1e-4, rtol=1e-4)  # what the decoder gets is what the encoder gave
+    assert decoded.shape == images.shape
+    if "Qwen" in kind:
+        pipeline = tiny_backbones.qwenimage(edit=True)
+        pipeline.vae = vae
+        theirs = pipeline._encode_vae_image(images.unsqueeze(2), None)
+        torch.testing.assert_close(latents, theirs[:, :, 0], atol=1e-4, rtol=1e-4)
+    else:
+        shift = vae.config.shift_factor if kind == "AutoencoderKL" else 0
+        torch.testing.assert_close(latents, (raw - shift) * vae.config.scaling_factor, atol=1e-4, rtol=1e-4)
+
+
+def test_the_tensor_cache_keeps_what_it_has(tmp_path):
+    accelerator, calls = Accelerator(cpu=True), []
+
+    def encode(name, number):
+        calls.append(number)
+        return {"a": torch.full((2,), float(number)), "b": torch.arange(3)[1:]}
+
+    cache = TensorCache(tmp_path, ["a model"])
+    cache.fill(accelerator, [("picture", 1), ("picture", 2)], encode, "Encoding")
+    cache.fill(accelerator, [("picture", 2), ("picture", 3)], encode, "Encoding")
+    assert calls == [1, 2, 3]
+    assert torch.equal(TensorCache(tmp_path, ["a model"]).load("picture", 3)["a"], torch.tensor([3.0, 3.0]))
+    assert not TensorCache(tmp_path, ["another model"]).path("picture", 3).exists()
+
+
+def test_pixels_to_an_image():
+    pixels = torch.tensor([-1.2, -1.0, 0.0, 1.0]).repeat(1, 3, 2, 1)
+    assert [to_image(pixels).getpixel((x, 1)) for x in range(4)] == [(v, v, v) for v in (0, 0, 128, 255)]

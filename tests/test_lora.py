@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from accelerate import Accelerator
-from diffusers import FluxPipeline
+from diffusers import FluxPipeline, FluxTransformer2DModel
 from safetensors import safe_open
 
 from common.lora import (
@@ -16,8 +16,10 @@ from common.lora import (
     load_lora,
     quantize_base,
     register_lora_checkpointing,
+    register_tensor_checkpointing,
     save_checkpoint,
     save_lora,
+    save_model,
     target_layers,
     unknown_layers,
 )
@@ -229,3 +231,28 @@ def test_modules_trained_as_a_whole_are_in_the_file(tiny, tmp_path):
     pipeline.load_lora_weights(tmp_path)
     torch.testing.assert_close(run(pipeline.transformer), run(trained), atol=1e-5, rtol=1e-5)
     assert (run(trained) - before).abs().max() > 0.01
+
+
+def test_all_weights_are_saved_as_from_pretrained_loads_them(tiny, tmp_path):
+    save_model(
+        Accelerator(cpu=True), tmp_path / "transformer", tiny.transformer, FluxTransformer2DModel, torch.float32
+    )
+    loaded = FluxTransformer2DModel.from_pretrained(tmp_path / "transformer")
+    assert loaded.config["num_layers"] == tiny.transformer.config["num_layers"]
+    assert torch.equal(run(loaded), run(tiny.transformer))
+
+
+def test_tensors_of_a_run_go_into_checkpoints_and_come_back_in_place(tiny, tmp_path):
+    accelerator = Accelerator(cpu=True)
+    parameters = dict(tiny.transformer.named_parameters())
+    average = [torch.randn_like(parameter) for parameter in parameters.values()]
+    sets = {"model": lambda: [p.detach() for p in parameters.values()], "teacher": lambda: average}
+    register_tensor_checkpointing(accelerator, sets, parameters)
+    before, kept = run(tiny.transformer), [tensor.clone() for tensor in average]
+    checkpoint = save_checkpoint(accelerator, tmp_path, 1, {})
+    assert sorted(path.name for path in checkpoint.glob("*.safetensors")) == ["state.safetensors"]
+    for tensor in (*average, *(p.data for p in parameters.values())):
+        tensor.zero_()
+    accelerator.load_state(checkpoint)
+    assert torch.equal(run(tiny.transformer), before)
+    assert all(torch.equal(a, b) for a, b in zip(average, kept, strict=True))

@@ -1,0 +1,143 @@
+"""Bad input to train_twinflow.py: one clear message, exit code 2, before any model is loaded, and nothing written."""
+
+import json
+import re
+
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+import train_twinflow as twinflow
+
+
+@pytest.fixture
+def world(tiny_model, pictures, tmp_path):
+    """Names that stand for paths in the table below."""
+    names = ("empty", "bare", "blank", "badtext", "broken", "phone", "parquet")
+    folders = {name: tmp_path / name for name in names}
+    for name, folder in folders.items():
+        folder.mkdir()
+        if name in ("bare", "blank", "badtext", "phone"):
+            Image.new("RGB", (20, 20), "red").save(folder / "a.png")
+    (folders["blank"] / "a.txt").write_text("\n \n")
+    (folders["badtext"] / "a.txt").write_bytes(b"\xff\xfe\xff")
+    (folders["broken"] / "a.png").write_bytes(b"\x89PNG and then nothing")
+    (folders["broken"] / "a.txt").write_text("a caption")
+    (folders["phone"] / "b.heic").write_bytes(b"")
+    (folders["parquet"] / "a.parquet").write_bytes(b"PAR1 not really")
+    (tmp_path / "prompts").write_text("a red circle\n")
+    (tmp_path / "noprompts").write_text("\n")
+    (tmp_path / "file").write_text("")
+    checkpoint = tmp_path / "earlier" / "checkpoint-5"
+    checkpoint.mkdir(parents=True)
+    state = {"global_step": 5, "enhanced_ratio": "0.5", "the number of processes": 1}
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    paths = {name: tmp_path / name for name in ("nowhere", "prompts", "noprompts", "file", "earlier", "out")}
+    return {**folders, **paths, "model": tiny_model, "pictures": pictures}
+
+
+PICTURES, PROMPTS = "--train_data_dir {pictures}", "--image_free --recipe image-free --prompts_file {prompts}"
+# flags, and what the message must say
+BAD = [
+    ("--train_batch_size 3", "--train_batch_size 3: each batch holds all kinds of --probs, at least 4"),
+    (
+        "--probs e2e=1,mul=1,any=1,adv=1,one=1",
+        "--train_batch_size 4: each batch holds all kinds of --probs, at least 5",
+    ),
+    ("--probs e2e=1,two=1", "--probs: 'two' is none of e2e, mul, any, adv, one"),
+    ("--probs e2e=-1", "--probs: -1 is out of range"),
+    ("--probs e2e=0", "--probs: e2e=0 leaves no share above 0"),
+    ("--enhanced_ratio 1", "--enhanced_ratio 1 with --ema_decay_rate 0.99: a teacher that learns its own guidance"),
+    ("--enhanced_ratio 1.5 --ema_decay_rate 0", "or --ema_decay_rate 1"),
+    ("--enhanced_range 0.8 0.2", "--enhanced_range 0.8 0.2: from the smaller to the larger"),
+    ("--estimate_order 1", "--estimate_order 1 jumps to the end in one step, which only one in --probs trains"),
+    ("--probs e2e=1,mul=1,adv=1", "--estimate_order 2 takes steps between any times: --probs needs any=1"),
+    ("--estimate_order 0", "--estimate_order 0 trains nothing on e2e, any of --probs"),
+    ("--recipe flow-matching --estimate_order 2 --probs any=1", "--consistc_ratio 0 is flow matching"),
+    ("--estimate_order 9", "--estimate_order: 9 is out of range"),
+    ("--ema_decay_rate 1.1", "--ema_decay_rate: 1.1 is out of range"),
+    ("--time_dist_ctrl 1 1 1.5", "--time_dist_ctrl: its last number is the largest time and at most 1, not 1.5"),
+    ("--image_free", "--image_free needs --prompts_file and no pictures, not --train_data_dir"),
+    ("--image_free", "--image_free needs --ema_decay_rate 1 and --enhanced_ratio above 0"),
+    ("--prompts_file {prompts}", "exactly one of --train_data_dir and --dataset_name is needed"),
+    ("--dataset_name x", "exactly one of --train_data_dir and --dataset_name is needed"),
+    ("--dataset_config_name x", "--dataset_config_name x needs --dataset_name"),
+    ("--model_type dalle", "--model_type: invalid choice: 'dalle'"),
+    ("--model_type sd3", "holds a FluxTransformer2DModel, --model_type sd3 a SD3Transformer2DModel"),
+    ("--model_type openuni", "--openuni_checkpoint is needed for --model_type openuni"),
+    ("--openuni_llm x", "--openuni_llm is only for --model_type openuni"),
+    ("--model_type openuni --openuni_llm x --openuni_checkpoint {nowhere}", "{nowhere}: no such file"),
+    ("--model_type qwenimage-edit", "--model_type qwenimage-edit needs --reference_data_dir"),
+    ("--reference_data_dir {pictures}", "--reference_data_dir has no effect here: leave it out"),
+    ("--resolution 40", "--resolution 40 must be a multiple of 16, such as 32"),
+    ("--lora_layers attn.to_q", "--lora_layers and --lora_dropout have no effect on --training full"),
+    ("--training lora --lora_layers attn.to_z", "--lora_layers: the transformer has no linear layer attn.to_z"),
+    ("--training lora --fsdp", "--fsdp shards --training full; an adapter is small"),
+    ("--fsdp", "--fsdp needs more than one process: accelerate launch --num_processes N"),
+    ("--validation_samplers few", "--validation_samplers: few: expected style:steps with a style of few, any, mul"),
+    ("--validation_steps 5", "--validation_steps 5 needs --validation_prompt"),
+    ("--lr_scheduler cosine --max_train_steps 300", "--lr_warmup_steps 500 must be less than the 300 steps"),
+    ("--optimizer prodigy", "--learning_rate 0.0001: Prodigy finds the rate itself"),
+    ("--mixed_precision fp16", "--mixed_precision fp16 needs a GPU"),
+    ("--rank 1000000000 --training lora", "less than "),
+    ("--output_dir {file}", "a file of this name is in the way"),
+    ("--output_dir {earlier}", "holds checkpoint-5 of an earlier run: continue it with"),
+    ("--output_dir {earlier} --resume_from_checkpoint latest", "enhanced_ratio was 0.5 there and is 0.8 now"),
+    ("--pretrained_model_name_or_path {nowhere}", "neither a folder with a pipeline nor a hub id like black-forest"),
+    ("--train_data_dir {nowhere}", "--train_data_dir {nowhere}: no such folder"),
+    ("--train_data_dir {empty}", "{empty}: no pictures in it"),
+    ("--train_data_dir {bare}", "{bare}/a.png: its caption must be text and not empty"),
+    ("--train_data_dir {blank}", "{blank}/a.png: its caption must be text and not empty"),
+    ("--train_data_dir {badtext}", "{badtext}/a.txt: not UTF-8 text"),
+    ("--train_data_dir {broken}", "{broken}/a.png: not a readable picture"),
+    ("--train_data_dir {phone}", "{phone}/b.heic: save it as PNG or JPEG, .heic is not read"),
+    ("--train_data_dir {parquet}", "--train_data_dir {parquet}: cannot be loaded"),
+    (f"{PROMPTS} --prompts_file {{nowhere}}", "--prompts_file {nowhere}: no such file"),
+    (f"{PROMPTS} --prompts_file {{noprompts}}", "{noprompts}: no prompts in it"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), BAD, ids=[f"{i} {flags}" for i, (flags, _) in enumerate(BAD)])
+def test_bad_input_is_one_clear_error(train, world, monkeypatch, capsys, flags, message):
+    def load(*args, **kwargs):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(twinflow, "load_model", load)
+    monkeypatch.setattr(twinflow.Backbone, "load_text", load)
+    source = "" if PROMPTS in flags else PICTURES
+    command = f"--pretrained_model_name_or_path {{model}} {source} --output_dir {{out}} --report_to none {flags}"
+    before = sorted(world["out"].parent.rglob("*"))
+    with pytest.raises(SystemExit) as stop:
+        train("train_twinflow", *command.format(**world).split())
+    error = capsys.readouterr().err.split("error:")[-1]
+    assert stop.value.code == 2
+    assert message.format(**world) in error
+    assert sorted(world["out"].parent.rglob("*")) == before
+
+
+def test_accelerate_reads_the_configurations_of_the_examples():
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    paths = sorted((ROOT / "examples" / "accelerate").glob("8_gpus*.yaml"))
+    assert len(paths) == 2
+    for path in paths:
+        config = load_config_from_file(str(path))
+        assert (config.num_processes, config.distributed_type, config.mixed_precision) == (8, "MULTI_GPU", "bf16")
+
+
+def test_the_examples_commands_are_understood(world, monkeypatch):
+    """Every command of the table: its flags go together; the models themselves are not here."""
+    monkeypatch.setattr(twinflow, "check_model", lambda args: [])
+    text = (ROOT / "examples" / "twinflow" / "README.md").read_text()
+    rows = [line.split("`")[1] for line in text.splitlines() if line.startswith("| ") and "`$run" in line]
+    definitions = text.split("```bash\nopenuni=")[1].split("```")[0]
+    names = dict(re.findall(r'(\w+)="([^"]*)"', f"openuni={definitions}"))
+    (world["out"].parent / "openuni.pth").write_text("")
+    assert len(rows) == 10
+    for row in rows:
+        words = re.sub(r"\$(\w+)", lambda name: names.get(name[1], ""), row)
+        words = re.sub(
+            r"--openuni_checkpoint=\S+", f"--openuni_checkpoint={world['out'].parent / 'openuni.pth'}", words
+        )
+        args = twinflow.parse_args([*words.split(), "--output_dir", str(world["out"])])
+        assert args.train_batch_size >= 4

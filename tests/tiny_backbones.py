@@ -1,0 +1,215 @@
+"""Pipelines of the real classes, tiny and with random weights: SD3, Sana, OpenUni, Qwen-Image and its Edit."""
+
+import string
+
+import torch
+from diffusers import (
+    AutoencoderDC,
+    AutoencoderKL,
+    AutoencoderKLQwenImage,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    QwenImageEditPlusPipeline,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from tokenizers import pre_tokenizers
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLVisionConfig,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Config,
+    Qwen2Tokenizer,
+    SiglipVisionConfig,
+)
+from transformers.models.siglip.modeling_siglip import SiglipEncoder
+
+
+def randomised(transformer):
+    """Velocities worth the name, as after pretraining: no output layer starts at zero."""
+    for parameter in transformer.parameters():
+        parameter.data.normal_(std=0.1)
+    return transformer
+
+
+def qwen_tokenizer():
+    """Bytes and the special tokens of Qwen2.5-VL and InternVL3."""
+    vocab = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    special = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    return Qwen2Tokenizer(vocab=vocab, merges=[], additional_special_tokens=[*special, "<img>"])
+
+
+def sd3():
+    from examples.toy.pretrain import new_text_encoders, new_tokenizers
+
+    clip_tokenizer, t5_tokenizer = new_tokenizers()
+    _, t5 = new_text_encoders(clip_tokenizer, t5_tokenizer, width=32, layers=1)
+    config = CLIPTextConfig(
+        vocab_size=len(clip_tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        projection_dim=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        eos_token_id=2,
+    )
+    transformer = SD3Transformer2DModel(
+        sample_size=16,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        joint_attention_dim=32,
+        caption_projection_dim=32,
+        pooled_projection_dim=32,
+        pos_embed_max_size=16,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    )
+    vae = AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        block_out_channels=(8, 8, 8, 8),
+        layers_per_block=1,
+        latent_channels=16,
+        norm_num_groups=4,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        shift_factor=0.0609,
+        scaling_factor=1.5305,
+    )
+    return StableDiffusion3Pipeline(
+        transformer=randomised(transformer),
+        vae=vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        text_encoder=CLIPTextModelWithProjection(config),
+        tokenizer=clip_tokenizer,
+        text_encoder_2=CLIPTextModelWithProjection(config),
+        tokenizer_2=clip_tokenizer,
+        text_encoder_3=t5,
+        tokenizer_3=t5_tokenizer,
+    )
+
+
+def sana():
+    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *string.printable.strip(), "▁"]
+    tokenizer = GemmaTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[])
+    config = Gemma2Config(
+        vocab_size=len(pieces),
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+    )
+    transformer = SanaTransformer2DModel(
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=16,
+        cross_attention_dim=32,
+        caption_channels=32,
+        sample_size=4,
+    )
+    vae = AutoencoderDC(
+        encoder_block_out_channels=(8, 8, 8, 8, 8, 32),
+        decoder_block_out_channels=(8, 8, 8, 8, 8, 32),
+        encoder_layers_per_block=(1,) * 6,
+        decoder_layers_per_block=(1,) * 6,
+        encoder_qkv_multiscales=((),) * 6,
+        decoder_qkv_multiscales=((),) * 6,
+        scaling_factor=0.41407,
+    )
+    return SanaPipeline(
+        tokenizer=tokenizer,
+        text_encoder=Gemma2Model(config),
+        vae=vae,
+        transformer=randomised(transformer),
+        scheduler=DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+    )
+
+
+def openuni(folder):
+    """(checkpoint, InternVL folder) for the Sana above: the released file's names, in small."""
+    width = 64
+    tokenizer = qwen_tokenizer()
+    text = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    vision = InternVLVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    llm = InternVLForConditionalGeneration(InternVLConfig(text_config=text, vision_config=vision))
+    llm.save_pretrained(folder / "internvl")
+    tokenizer.save_pretrained(folder / "internvl")
+    config = SiglipVisionConfig(
+        hidden_size=width, intermediate_size=96, num_hidden_layers=6, num_attention_heads=width // 64
+    )
+    parts = {
+        "transformer": sana().transformer,
+        "connector": SiglipEncoder(config),
+        "projector": torch.nn.Linear(width, 32),
+    }
+    state_dict = {f"{part}.{name}": value for part, m in parts.items() for name, value in m.state_dict().items()}
+    torch.save({**state_dict, "meta_queries": torch.randn(8, width)}, folder / "openuni.pth")
+    return folder / "openuni.pth", folder / "internvl"
+
+
+def qwenimage(edit=False):
+    tokenizer = qwen_tokenizer()
+    ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("image_pad", "video_pad", "vision_start")}
+    config = Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3], "rope_type": "default"},
+        },
+        vision_config={
+            "depth": 1,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_heads": 2,
+            "out_hidden_size": 32,
+            "fullatt_block_indexes": [0],
+        },
+        image_token_id=ids["image_pad"],
+        video_token_id=ids["video_pad"],
+        vision_start_token_id=ids["vision_start"],
+    )
+    transformer = QwenImageTransformer2DModel(
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        axes_dims_rope=(4, 6, 6),
+    )
+    vae = AutoencoderKLQwenImage(base_dim=8, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+    parts = {
+        "transformer": randomised(transformer),
+        "vae": vae,
+        "scheduler": FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        "text_encoder": Qwen2_5_VLForConditionalGeneration(config),
+        "tokenizer": tokenizer,
+    }
+    return QwenImageEditPlusPipeline(processor=None, **parts) if edit else QwenImagePipeline(**parts)
