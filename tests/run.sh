@@ -15,5 +15,7 @@ if [ "${1:-}" = --all ]; then
 fi
 .venv/bin/python -m pytest ${selection[@]+"${selection[@]}"} --durations=10 "$@"
 if [ ${#selection[@]} -eq 0 ]; then
-    .venv/bin/python tests/benchmarks/step_overhead.py
+    for benchmark in tests/benchmarks/*.py; do
+        .venv/bin/python "$benchmark"
+    done
 fi
