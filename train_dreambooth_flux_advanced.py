@@ -101,10 +101,11 @@ CLIP_TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "out_proj")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 UNREAD_SUFFIXES = (".heic", ".heif", ".avif", ".tif", ".tiff", ".gif")
 INTERPOLATION = [mode.name.lower() for mode in Image.Resampling]
-# Tables and values of --dataset_config: what a value must be, and whether one is.
+# What a value in --dataset_config must be, and whether one is.
 OPTION_KINDS = {
     "true or false": lambda value: isinstance(value, bool),
     "text": lambda value: isinstance(value, str),
+    "text that is not empty": lambda value: isinstance(value, str) and value != "",
     "a whole number from 0": lambda value: type(value) is int and value >= 0,
     "a whole number from 1": lambda value: type(value) is int and value >= 1,
     "a number from 0 to 1": lambda value: type(value) in (int, float) and 0 <= value <= 1,
@@ -120,7 +121,7 @@ KOHYA_INTERPOLATION = {name: name for name in INTERPOLATION} | {
     "cubic": "bicubic",
     "area": "box",
 }
-SWITCH, TEXT, FROM_0, FROM_1, SHARE, SIDE, SIZE, METHOD = OPTION_KINDS
+SWITCH, TEXT, SOME_TEXT, FROM_0, FROM_1, SHARE, SIDE, SIZE, METHOD = OPTION_KINDS
 TABLES = {"general": "[general]", "datasets": "[[datasets]]", "subsets": "[[datasets.subsets]]"}
 ABOVE, ANYWHERE = ("general", "datasets"), tuple(TABLES)
 DATASET_OPTIONS = {  # in which tables, what, default; None: the command line's or derived
@@ -140,7 +141,7 @@ DATASET_OPTIONS = {  # in which tables, what, default; None: the command line's 
     "caption_prefix": (ANYWHERE, TEXT, ""),
     "caption_suffix": (ANYWHERE, TEXT, ""),
     "enable_wildcard": (ANYWHERE, SWITCH, False),
-    "caption_separator": (ANYWHERE, TEXT, ","),
+    "caption_separator": (ANYWHERE, SOME_TEXT, ","),
     "secondary_separator": (ANYWHERE, TEXT, ""),
     "keep_tokens": (ANYWHERE, FROM_0, 0),
     "keep_tokens_separator": (ANYWHERE, TEXT, ""),
@@ -148,7 +149,7 @@ DATASET_OPTIONS = {  # in which tables, what, default; None: the command line's 
     "caption_tag_dropout_rate": (ANYWHERE, SHARE, 0.0),
     "caption_dropout_rate": (ANYWHERE, SHARE, None),
     "caption_dropout_every_n_epochs": (ANYWHERE, FROM_0, 0),
-    "image_dir": (("subsets",), TEXT, None),
+    "image_dir": (("subsets",), SOME_TEXT, None),
     "is_reg": (("subsets",), SWITCH, False),
 }
 REFUSED_OPTIONS = {  # the value that says what happens anyway, and why no other is taken

@@ -315,6 +315,7 @@ BAD = [
     ("[[datasets]]\nbatch_size = 0\n{s}", "batch_size = 0 must be a whole number from 1"),
     ("[[datasets]]\nbatch_size = true\n{s}", "batch_size = True must be a whole number from 1"),
     ("[[datasets]]\n{s}flip_aug = 1", "flip_aug = 1 must be true or false"),
+    ("[[datasets]]\n{s}caption_separator = ''", "caption_separator = '' must be text that is not empty"),
     ("[[datasets]]\n{s}num_repeats = -1", "num_repeats = -1 must be a whole number from 0"),
     ("[[datasets]]\n{s}caption_dropout_rate = 2", "caption_dropout_rate = 2 must be a number from 0 to 1"),
     ("[[datasets]]\n{s}resize_interpolation = 'best'", "resize_interpolation = 'best' must be lanczos, nearest"),
