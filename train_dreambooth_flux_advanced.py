@@ -18,54 +18,71 @@ arguments (args.json), the loss (metrics.jsonl, loss.png), pictures (validation/
 """
 
 import argparse
+import difflib
 import functools
+import hashlib
+import itertools
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import sys
 import time
+import tomllib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, ProjectConfiguration, gather_object, set_seed
-from diffusers import (
-    AutoencoderKL,
-    FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
-    FluxTransformer2DModel,
-)
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import free_memory, offload_models, parse_buckets_string
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HTTPError
 from PIL import Image, ImageOps
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save_file as save_tensors
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
+from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from common.flow_matching import TIMESTEP_SAMPLING, add_noise, sample_sigmas, step_generator, velocity_loss
-from common.latents import cache_moments, encode_moments, image_ids, pack_latents, sample_latents
+from common.latents import (
+    cache_moments,
+    disk_cached,
+    encode_moments,
+    fingerprint,
+    image_ids,
+    pack_latents,
+    sample_latents,
+)
 from common.lora import (
+    FLUX_LAYERS,
     FLUX_TARGET_MODULES,
+    LORA_FORMS,
     add_lora,
     catch_signals,
     checkpoint_conflicts,
     checkpoint_to_resume,
+    diffusers_state_dict,
     find_checkpoints,
     load_checkpoint,
+    lora_header,
+    lora_layers,
     register_lora_checkpointing,
     save_checkpoint,
     save_lora,
     target_layers,
     unknown_layers,
+    write_lora,
 )
 from common.validation import (
     generate_images,
@@ -84,12 +101,90 @@ CLIP_TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "out_proj")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 UNREAD_SUFFIXES = (".heic", ".heif", ".avif", ".tif", ".tiff", ".gif")
 INTERPOLATION = [mode.name.lower() for mode in Image.Resampling]
+# What a value in --dataset_config must be, and whether one is.
+OPTION_KINDS = {
+    "true or false": lambda value: isinstance(value, bool),
+    "text": lambda value: isinstance(value, str),
+    "text that is not empty": lambda value: isinstance(value, str) and value != "",
+    "a whole number from 0": lambda value: type(value) is int and value >= 0,
+    "a whole number from 1": lambda value: type(value) is int and value >= 1,
+    "a number from 0 to 1": lambda value: type(value) in (int, float) and 0 <= value <= 1,
+    "a multiple of 16": lambda value: type(value) is int and value >= 16 and value % 16 == 0,
+    "a side or [width, height], multiples of 16": lambda value: (
+        all(OPTION_KINDS["a multiple of 16"](side) for side in (value if isinstance(value, list) else [value]))
+        and (not isinstance(value, list) or len(value) == 2)
+    ),
+    "lanczos, nearest, bilinear, linear, bicubic, cubic, area or box": lambda value: value in [*KOHYA_INTERPOLATION],
+}
+KOHYA_INTERPOLATION = {name: name for name in INTERPOLATION} | {
+    "linear": "bilinear",
+    "cubic": "bicubic",
+    "area": "box",
+}
+SWITCH, TEXT, SOME_TEXT, FROM_0, FROM_1, SHARE, SIDE, SIZE, METHOD = OPTION_KINDS
+TABLES = {"general": "[general]", "datasets": "[[datasets]]", "subsets": "[[datasets.subsets]]"}
+ABOVE, ANYWHERE = ("general", "datasets"), tuple(TABLES)
+DATASET_OPTIONS = {  # in which tables, what, default; None: the command line's or derived
+    "resolution": (ABOVE, SIZE, None),
+    "batch_size": (ABOVE, FROM_1, None),
+    "enable_bucket": (ABOVE, SWITCH, False),
+    "min_bucket_reso": (ABOVE, FROM_1, None),
+    "max_bucket_reso": (ABOVE, FROM_1, None),
+    "bucket_reso_steps": (ABOVE, SIDE, 64),
+    "bucket_no_upscale": (ABOVE, SWITCH, False),
+    "resize_interpolation": (ANYWHERE, METHOD, None),
+    "num_repeats": (ANYWHERE, FROM_0, None),
+    "flip_aug": (ANYWHERE, SWITCH, None),
+    "random_crop": (ANYWHERE, SWITCH, False),
+    "caption_extension": (ANYWHERE, TEXT, None),
+    "class_tokens": (ANYWHERE, TEXT, None),
+    "caption_prefix": (ANYWHERE, TEXT, ""),
+    "caption_suffix": (ANYWHERE, TEXT, ""),
+    "enable_wildcard": (ANYWHERE, SWITCH, False),
+    "caption_separator": (ANYWHERE, SOME_TEXT, ","),
+    "secondary_separator": (ANYWHERE, TEXT, ""),
+    "keep_tokens": (ANYWHERE, FROM_0, 0),
+    "keep_tokens_separator": (ANYWHERE, TEXT, ""),
+    "shuffle_caption": (ANYWHERE, SWITCH, False),
+    "caption_tag_dropout_rate": (ANYWHERE, SHARE, 0.0),
+    "caption_dropout_rate": (ANYWHERE, SHARE, None),
+    "caption_dropout_every_n_epochs": (ANYWHERE, FROM_0, 0),
+    "image_dir": (("subsets",), SOME_TEXT, None),
+    "is_reg": (("subsets",), SWITCH, False),
+}
+REFUSED_OPTIONS = {  # the value that says what happens anyway, and why no other is taken
+    "alpha_mask": (False, "transparent parts become white"),
+    "cache_info": (False, "captions and sizes are read from the files every time"),
+    "color_aug": (False, "colours are kept as they are"),
+    "conditioning_data_dir": (None, "loss masks are not supported"),
+    "custom_attributes": ({}, "keep the class as it was with an is_reg subset"),
+    "debug_dataset": (None, "it is a flag of another trainer"),
+    "face_crop_aug_range": (None, "use random_crop, or crop the pictures beforehand"),
+    "metadata_file": (None, "give image_dir, with a caption file beside each picture"),
+    "network_multiplier": (1.0, "the adapter counts the same for all data"),
+    "prior_loss_weight": (None, "it is a flag: --prior_loss_weight"),
+    "token_warmup_min": (1, "captions do not grow with the steps"),
+    "token_warmup_step": (0, "captions do not grow with the steps"),
+    "validation_seed": (None, "no pictures are held out: judge by --validation_prompt"),
+    "validation_split": (0.0, "no pictures are held out: judge by --validation_prompt"),
+}
 WEIGHTING_SCHEMES = ("none", "sigma_sqrt", "logit_normal", "mode", "cosmap")
 LR_SCHEDULERS = [scheduler.value for scheduler in SchedulerType if scheduler != SchedulerType.PIECEWISE_CONSTANT]
+TOKENIZERS = ("tokenizer", "tokenizer_2")
+CHECKPOINT_PREFIX, FLUX_ROOTS = "model.diffusion_model.", {name.split(".")[0] for name in FLUX_LAYERS}
 TRACKERS = ("tensorboard", "wandb", "all", "none")
+KOHYA_FLAGS = {
+    "--network_dim": "--rank",
+    "--network_alpha": "--lora_alpha",
+    "--optimizer_type": "--optimizer",
+    "--lr_scheduler_num_cycles": "--lr_num_cycles",
+    "--max_train_epochs": "--num_train_epochs",
+}
 MAX_SKIPPED_STEPS = 10  # in a row, for want of a finite loss
 # Flags that a resumed run may change: they do not touch what a step computes, or only how many there are.
 CHANGEABLE = {
+    *("cache_latents_to_disk", "cache_text_encoder_outputs_to_disk", "disk_cache_dir"),
+    *("output_name", "save_format", "save_every_n_epochs"),
     *("allow_tf32", "cache_dir", "cache_latents", "gradient_checkpointing", "offload", "dataloader_num_workers"),
     *("max_train_steps", "num_train_epochs", "checkpointing_steps", "checkpoints_total_limit", "local_rank"),
     *("final_validation_prompt", "skip_final_inference", "prior_generation_precision", "sample_batch_size"),
@@ -151,7 +246,7 @@ def parse_args(argv=None):
         fromfile_prefix_chars="@",
         allow_abbrev=False,
     )
-    parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
+    parser.convert_arg_line_to_args = lambda line: own_names(shlex.split(line, comments=True))
     count, size = number(int, 1), number(int, 16, 8192)
     positive, not_negative = number(float, 0, above=True), number(float, 0)
     share, decay = number(float, 0, 1), number(float, 0, 0.9999999)
@@ -160,6 +255,10 @@ def parse_args(argv=None):
     arg(
         "--pretrained_model_name_or_path", required=True, metavar="MODEL", help="folder or hub id of a FLUX.1 pipeline"
     )
+    arg("--ae", type=Path, metavar="FILE", help="ae.safetensors, if MODEL is a file like flux1-dev.safetensors")
+    arg("--clip_l", type=Path, metavar="FILE", help="clip_l.safetensors, likewise")
+    arg("--t5xxl", type=Path, metavar="FILE", help="t5xxl_fp16.safetensors, likewise")
+    arg("--tokenizer_dir", type=Path, metavar="DIR", help="likewise a folder with FLUX.1's tokenizer and tokenizer_2")
     arg("--revision", help="revision of the model on the hub")
     arg("--variant", help="variant of the model's files, such as fp16")
     arg("--cache_dir", help="where downloaded models and datasets are kept")
@@ -172,6 +271,12 @@ def parse_args(argv=None):
     arg = parser.add_argument_group("data", "a folder of pictures, or a dataset").add_argument
     arg("--instance_data_dir", type=Path, help="folder of pictures; captions in .txt files, metadata.jsonl or none")
     arg("--dataset_name", help="dataset on the hub, or a folder or file that `datasets` loads")
+    arg(
+        "--dataset_config",
+        type=Path,
+        metavar="DATA.TOML",
+        help="folders and their options as kohya's sd-scripts read it",
+    )
     arg("--dataset_config_name", help="configuration of that dataset")
     arg("--image_column", default="image", help="column of the dataset that holds the pictures")
     arg("--caption_column", help="column of the dataset or of metadata.jsonl that holds captions")
@@ -186,6 +291,9 @@ def parse_args(argv=None):
     arg("--train_batch_size", type=count, default=4, help="pictures per device and forward pass")
     arg("--dataloader_num_workers", type=number(int, 0), default=0, help="processes that read pictures; 0: none extra")
     arg("--cache_latents", action="store_true", help="encode every picture once, before training")
+    arg("--cache_latents_to_disk", action="store_true", help="and keep them for later runs, by content: never stale")
+    arg("--cache_text_encoder_outputs_to_disk", action="store_true", help="keep the embeddings of prompts so too")
+    arg("--disk_cache_dir", type=Path, default="~/.cache/flux-trainers", help="folder where they are kept")
 
     arg = parser.add_argument_group("prior preservation", "keeps the class of the subject as it was").add_argument
     arg("--with_prior_preservation", action="store_true", help="train on pictures of the class beside the subject's")
@@ -272,6 +380,14 @@ def parse_args(argv=None):
 
     arg = parser.add_argument_group("output and logging", "where everything goes").add_argument
     arg("--output_dir", type=Path, default=Path("flux-dreambooth-lora"), help="folder of all results")
+    arg("--output_name", metavar="NAME", help="the LoRA is output_dir/NAME.safetensors, the rest in output_dir/NAME")
+    arg(
+        "--save_format",
+        choices=LORA_FORMS[:2],
+        default="comfyui",
+        help="of NAME.safetensors; Forge and diffusers read both",
+    )
+    arg("--save_every_n_epochs", type=count, metavar="N", help="keep NAME-00000N.safetensors every N epochs too")
     arg("--logging_dir", type=Path, default=Path("logs"), help="folder of the trackers' files in output_dir")
     arg("--report_to", choices=TRACKERS, default="tensorboard", help="where curves and pictures are sent")
     arg("--upcast_before_saving", action="store_true", help="save the adapter in float32, not in mixed_precision")
@@ -279,11 +395,18 @@ def parse_args(argv=None):
     arg("--hub_token", help="token for it (default: that of `hf auth login`); it is written nowhere")
     arg("--hub_model_id", help="repository for it (default: the name of output_dir)")
 
-    args = parser.parse_args(argv)
+    args = parser.parse_args(own_names(sys.argv[1:] if argv is None else argv))
+    args.cache_latents |= args.cache_latents_to_disk
+    args.output_dir /= args.output_name or ""
     problems = check_flags(args) + check_model(args) + check_class_data_dir(args) + check_output_dir(args)
     if problems:
         parser.error(join_problems(problems))
     return args
+
+
+def own_names(words):
+    """A command's words with the names that kohya's sd-scripts have for some flags replaced."""
+    return [re.sub(r"^--\w+", lambda flag: KOHYA_FLAGS.get(flag[0], flag[0]), word) for word in words]
 
 
 def join_problems(problems):
@@ -294,8 +417,11 @@ def join_problems(problems):
 def check_flags(args):
     """Contradictions between flags, and flags without effect."""
     problems = []
-    if (args.instance_data_dir is None) == (args.dataset_name is None):
-        problems.append("exactly one of --instance_data_dir and --dataset_name is needed")
+    if sum(map(bool, (args.instance_data_dir, args.dataset_name, args.dataset_config))) != 1:
+        problems.append("exactly one of --instance_data_dir and --dataset_name is needed, or else --dataset_config")
+    if args.dataset_config:
+        idle = ("with_prior_preservation", "aspect_ratio_buckets", "center_crop", "caption_column", "scale_lr")
+        problems += [f"--{name} has no effect with --dataset_config" for name in idle if getattr(args, name)]
     if args.dataset_config_name and not args.dataset_name:
         problems.append(f"--dataset_config_name {args.dataset_config_name} needs --dataset_name")
     if args.resolution % 16:
@@ -341,6 +467,10 @@ def check_flags(args):
         problems.append(f"--validation_steps {args.validation_steps} needs --validation_prompt")
     if args.final_validation_prompt and args.skip_final_inference:
         problems.append("--final_validation_prompt has no effect with --skip_final_inference: leave one out")
+    if (args.save_every_n_epochs or args.save_format != "comfyui") and not args.output_name:
+        problems.append("--save_every_n_epochs and --save_format need --output_name")
+    if args.output_name and Path(args.output_name).name != args.output_name:
+        problems.append(f"--output_name {args.output_name} must be the name of a file, without folders")
     if (args.hub_token or args.hub_model_id) and not args.push_to_hub:
         problems.append("--hub_token and --hub_model_id have no effect without --push_to_hub")
     if args.mixed_precision == "fp16" and not torch.accelerator.is_available():
@@ -363,12 +493,22 @@ def buckets(args):
 def check_model(args):
     """Problems of --pretrained_model_name_or_path, --lora_layers and the disk, from the transformer's config alone."""
     flag = f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"
+    files = (args.ae, args.clip_l, args.t5xxl, args.tokenizer_dir)
+    if not single_file(args) and any(files):
+        return [f"--ae, --clip_l, --t5xxl and --tokenizer_dir belong to a .safetensors file, but: {flag}"]
+    problems = file_problems(args) if single_file(args) else []
+    if problems:
+        return problems
     try:
-        config = FluxTransformer2DModel.load_config(
-            args.pretrained_model_name_or_path,
-            subfolder="transformer",
-            revision=args.revision,
-            cache_dir=args.cache_dir,
+        config = (
+            flux_config(args)
+            if single_file(args)
+            else FluxTransformer2DModel.load_config(
+                args.pretrained_model_name_or_path,
+                subfolder="transformer",
+                revision=args.revision,
+                cache_dir=args.cache_dir,
+            )
         )
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
@@ -382,16 +522,78 @@ def check_model(args):
         return [f"--max_sequence_length {args.max_sequence_length}: FLUX.1-schnell takes at most 256"]
     with torch.device("meta"):
         transformer = FluxTransformer2DModel.from_config(config)
-    targets = lora_targets(args)
+    targets = lora_targets(args, transformer)
     unknown = unknown_layers(transformer, targets)
     if unknown:
-        return [f"--lora_layers: the transformer has no linear layer {', '.join(unknown)}"]
+        return [
+            f"--lora_layers: the transformer has no linear layer {', '.join(unknown)}; kohya means all in the blocks"
+        ]
     sizes = [sum(layer.weight.shape) for name, layer in target_layers(transformer, targets)]
     needed = 16 * args.rank * sum(sizes)  # bytes of a checkpoint, its two moments and the result
     parent = next(path for path in [args.output_dir, *args.output_dir.absolute().parents] if path.exists())
     if shutil.disk_usage(parent).free < needed:
         return [f"--output_dir {args.output_dir}: less than {needed / 2**20:.0f} MiB free, which one checkpoint takes"]
     return []
+
+
+def single_file(args):
+    """Whether the model is the four files that FLUX.1's authors and ComfyUI publish, not a folder of diffusers'."""
+    return args.pretrained_model_name_or_path.endswith(".safetensors")
+
+
+def file_problems(args):
+    """What is wrong with the files of a model in single files, as far as their keys tell."""
+    problems = []
+    wanted = {  # a tensor that the right file has
+        "pretrained_model_name_or_path": "double_blocks.0.img_attn.qkv.weight",
+        "ae": "decoder.conv_in.weight",
+        "clip_l": "text_model.embeddings.token_embedding.weight",
+        "t5xxl": "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+    }
+    for name, key in wanted.items():
+        path = getattr(args, name)
+        try:
+            keys = file_shapes(path) if path else None
+        except (OSError, SafetensorError) as error:
+            problems.append(f"--{name} {path}: not a whole safetensors file ({error})")
+            continue
+        if keys is None:
+            problems.append(f"--{name} is needed with {Path(args.pretrained_model_name_or_path).name}")
+        elif key not in keys:
+            problems.append(f"--{name} {path}: holds no {key}, so it is another model or form than FLUX.1's own")
+        elif any(name.endswith(("scale_weight", "weight_scale", "scaled_fp8")) for name in keys):
+            problems.append(f"--{name} {path}: scaled fp8 is not read: take the 16-bit file")
+    folder = args.tokenizer_dir
+    if not folder or not all((folder / name / "tokenizer_config.json").is_file() for name in TOKENIZERS):
+        problems.append(
+            f"--tokenizer_dir {folder}: needed with folders {' and '.join(TOKENIZERS)} of FLUX.1-dev in it"
+        )
+    return problems
+
+
+def file_shapes(path):
+    """{key: shape} of a safetensors file, keys without the prefix of all-in-one checkpoints."""
+    with safe_open(path, "pt") as file:
+        return {key.removeprefix(CHECKPOINT_PREFIX): file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+
+
+def flux_config(args):
+    """The config of the transformer in a single file, from its shapes."""
+    shapes = file_shapes(args.pretrained_model_name_or_path)
+    (width, channels), head = shapes["img_in.weight"], shapes["double_blocks.0.img_attn.norm.query_norm.scale"][0]
+    numbers = {kind: {key.split(".")[1] for key in shapes if key.startswith(kind)} for kind in ("double", "single")}
+    return {
+        "_class_name": "FluxTransformer2DModel",
+        "in_channels": channels,
+        "num_layers": len(numbers["double"]),
+        "num_single_layers": len(numbers["single"]),
+        "attention_head_dim": head,
+        "num_attention_heads": width // head,
+        "joint_attention_dim": shapes["txt_in.weight"][1],
+        "pooled_projection_dim": shapes["vector_in.in_layer.weight"][1],
+        "guidance_embeds": "guidance_in.in_layer.weight" in shapes,
+        "axes_dims_rope": [16, (head - 16) // 2, (head - 16) // 2],
+    }
 
 
 def check_class_data_dir(args):
@@ -428,9 +630,12 @@ def check_output_dir(args):
     return []
 
 
-def lora_targets(args):
-    """The layers that --lora_layers names."""
-    return names_in(args.lora_layers) or list(FLUX_TARGET_MODULES)
+def lora_targets(args, transformer):
+    """The layers that --lora_layers names; kohya stands for every linear layer in the blocks, as in its sd-scripts."""
+    if args.lora_layers != "kohya":
+        return names_in(args.lora_layers) or list(FLUX_TARGET_MODULES)
+    layers = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
+    return [name for name in layers if "transformer_blocks." in name]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -445,6 +650,9 @@ class Example:
     name: str
     read: Callable[[], Image.Image]
     caption: str | None
+    options: dict = field(default_factory=dict)  # DATASET_OPTIONS
+    repeats: int = 1  # times in an epoch
+    dataset: int = 0  # batches keep to one
     bucket: tuple[int, int] | None = None  # (height, width)
 
     def image(self):
@@ -457,23 +665,50 @@ class Example:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
 
+    def varies(self):
+        """Whether `prompt` is drawn anew for each sample."""
+        return any(self.options[name] for name in ("shuffle_caption", "enable_wildcard", "caption_tag_dropout_rate"))
+
+    def prompt(self, rng=None):
+        """The caption as a sample has it; without `rng` the first of all choices, unshuffled and whole."""
+        options, separator = self.options, self.options["caption_separator"]
+        pick = (lambda choices: choices[rng.integers(len(choices))]) if rng else (lambda choices: choices[0])
+        lines = self.caption.split("\n") if options["enable_wildcard"] else [self.caption]
+        caption = " ".join(filter(None, (options["caption_prefix"], pick(lines), options["caption_suffix"])))
+        if options["enable_wildcard"]:  # {a|b} is one of the two, {{ and }} are braces
+            choose = lambda match: pick(match[1].split("|")) if match[1] else match[0][0]  # noqa: E731
+            caption = re.sub(r"\{\{|\}\}|\{([^{}]+)\}", choose, caption)
+        keep, mark = options["keep_tokens"], options["keep_tokens_separator"]
+        shuffled, dropped = options["shuffle_caption"], options["caption_tag_dropout_rate"]
+        if shuffled or dropped or mark and mark in caption:
+            pieces = caption.split(mark, 2) if mark and mark in caption else [caption]
+            fixed, *others = [[p.strip() for p in piece.split(separator) if p.strip()] for piece in pieces]
+            fixed, flexible, tail = (fixed, *others, [])[:3] if others else (fixed[:keep], fixed[keep:], [])
+            if rng and shuffled:
+                flexible = [flexible[i] for i in rng.permutation(len(flexible))]
+            if rng and dropped:
+                flexible = [part for part in flexible if rng.random() >= dropped]
+            caption = ", ".join([*fixed, *flexible, *tail])
+        second = options["secondary_separator"]
+        return caption.replace(second, separator) if second else caption
+
 
 def find_examples(args):
     """The training pictures with their captions, and what is wrong with them: (examples, problems)."""
-    examples, problems = read_dataset(args) if args.dataset_name else read_folder(args)
+    sources = {"dataset_config": read_dataset_config, "dataset_name": read_dataset, "instance_data_dir": read_folder}
+    source = next(name for name in sources if getattr(args, name))
+    examples, problems = sources[source](args)
     if not examples and not problems:
-        source = (
-            f"--dataset_name {args.dataset_name}"
-            if args.dataset_name
-            else f"--instance_data_dir {args.instance_data_dir}"
-        )
-        problems.append(f"{source}: no pictures ({', '.join(IMAGE_SUFFIXES)}) in it")
+        problems.append(f"--{source} {getattr(args, source)}: no pictures ({', '.join(IMAGE_SUFFIXES)}) in it")
 
     sizes = buckets(args)
 
     def defect(example):
         try:
-            example.bucket = nearest_bucket(example.image().size, sizes)
+            size = example.image().size
+            example.bucket = (
+                dataset_bucket(size, example.options) if args.dataset_config else nearest_bucket(size, sizes)
+            )
         except (AttributeError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             return f"{example.name}: not a readable picture ({error})"
 
@@ -491,6 +726,8 @@ def find_examples(args):
         names = ", ".join(bare[:3]) + (f" and {len(bare) - 3} more" if len(bare) > 3 else "")
         problems.append(f"no caption for {names}: give --instance_prompt, captions in .txt files, or --caption_column")
     for example in examples:
+        if not args.dataset_config:
+            example.options, example.repeats = default_options(args), args.repeats
         example.caption = args.instance_prompt if example.caption is None else example.caption
         if example.caption is not None and not (isinstance(example.caption, str) and example.caption.strip()):
             problems.append(f"{example.name}: its caption must be text and not empty, not {example.caption!r}")
@@ -513,7 +750,184 @@ def class_examples(args):
     folder = args.class_data_dir
     paths = sorted(folder.iterdir()) if folder and folder.is_dir() else []
     paths = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES][: args.num_class_images]
-    return [Example(str(path), functools.partial(Image.open, path), args.class_prompt) for path in paths]
+    options = default_options(args)
+    return [Example(str(path), functools.partial(Image.open, path), args.class_prompt, options) for path in paths]
+
+
+def default_options(args):
+    """DATASET_OPTIONS where --dataset_config is silent."""
+    return {name: default for name, (_, _, default) in DATASET_OPTIONS.items()} | {
+        "resolution": args.resolution,
+        "batch_size": args.train_batch_size,
+        "resize_interpolation": args.image_interpolation_mode,
+        "num_repeats": args.repeats,
+        "flip_aug": args.random_flip,
+        "random_crop": not (args.center_crop or args.dataset_config),
+        "caption_dropout_rate": args.caption_dropout,
+        "class_tokens": args.instance_prompt,
+    }
+
+
+def read_dataset_config(args):
+    """Examples of --dataset_config; an option is the subset's, else its dataset's, [general]'s, the command line's."""
+    path = args.dataset_config
+    try:
+        config = (json.loads if path.suffix == ".json" else tomllib.loads)(path.read_text("utf-8-sig"))
+    except (OSError, ValueError) as error:
+        return [], [f"--dataset_config {path}: cannot be read ({error})"]
+    general, datasets = config.get("general", {}), tables_in(config.get("datasets"))
+    problems = [f"{path}: {key} is neither [general] nor [[datasets]]" for key in config if key not in ABOVE]
+    problems += option_problems(f"{path}, [general]", general, "general")
+    if not datasets:
+        problems.append(f"{path}: no [[datasets]] table in it")
+    blocks = []
+    for number, dataset in enumerate(datasets, 1):
+        where, subsets = f"{path}, [[datasets]] {number}", tables_in(dataset.pop("subsets", None))
+        problems += option_problems(where, dataset, "datasets")
+        if not subsets:
+            problems.append(f"{where}: no [[datasets.subsets]] table in it")
+        subsets = [(f"{where}, subset {place}", subset) for place, subset in enumerate(subsets, 1)]
+        problems += [problem for subset in subsets for problem in option_problems(*subset, "subsets")]
+        blocks.append((where, dataset, subsets))
+    examples = []
+    for number, (where, dataset, subsets) in enumerate(blocks if not problems else []):
+        shared = default_options(args) | general | dataset
+        names = [subset["image_dir"] for _, subset in subsets]
+        problems += [f"{where}: image_dir {name} twice: use num_repeats" for name in {*names} if names.count(name) > 1]
+        problems += bucket_problems(where, shared)
+        found = []
+        for table, subset in subsets:
+            read, wrong = read_subset(table, shared | subset, path.parent)
+            found, problems = found + read, problems + wrong
+        if found and all(example.options["is_reg"] for example in found):
+            problems.append(f"{where}: is_reg pictures need a subset of others in the same dataset")
+        for example in balance(found):
+            example.dataset = number
+            examples.append(example)
+    return ([] if problems else examples), problems
+
+
+def tables_in(value):
+    """The tables of a list of tables, [] for anything else."""
+    return value if isinstance(value, list) and all(isinstance(table, dict) for table in value) else []
+
+
+def option_problems(where, table, level):
+    """What is wrong with the names and values in a table of --dataset_config."""
+    if not isinstance(table, dict):
+        return [f"{where} must be a table, not {table!r}"]
+    problems, allowed = [], [name for name, (levels, *_) in DATASET_OPTIONS.items() if level in levels]
+    for name, value in table.items():
+        if name in REFUSED_OPTIONS:
+            harmless, reason = REFUSED_OPTIONS[name]
+            problems += [f"{where}: {name} = {value!r} is not supported: {reason}"] if value != harmless else []
+        elif name not in allowed:
+            near = difflib.get_close_matches(name, DATASET_OPTIONS, 1)
+            hint = f"did you mean {near[0]}?" if near else "no option has this name"
+            if name in DATASET_OPTIONS:
+                hint = f"it belongs in {' or '.join(TABLES[place] for place in DATASET_OPTIONS[name][0])}"
+            problems.append(f"{where}: {name}: {hint} (allowed here: {', '.join(allowed)})")
+        elif not OPTION_KINDS[DATASET_OPTIONS[name][1]](value):
+            problems.append(f"{where}: {name} = {value!r} must be {DATASET_OPTIONS[name][1]}")
+    if level == "subsets" and "image_dir" not in table:
+        problems.append(f"{where}: image_dir is missing")
+    return problems
+
+
+def read_subset(where, options, beside):
+    """Examples of one subset; image_dir is relative to the working folder, or else to the file's, `beside`."""
+    named = Path(options["image_dir"]).expanduser()
+    folder = next((path for path in (named, beside / named) if path.is_dir()), None)
+    if folder is None:
+        return [], [f"{where}: image_dir {named}: no such folder here or in {beside}"]
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    problems = [] if paths else [f"{where}: image_dir {named}: no pictures ({', '.join(IMAGE_SUFFIXES)}) in it"]
+    unread = sorted(path for path in folder.iterdir() if path.suffix.lower() in UNREAD_SUFFIXES)
+    problems += [f"{path}: save it as PNG or JPEG, {path.suffix} is not read" for path in unread]
+    suffix = "." + (options["caption_extension"] or "caption").lstrip(".")
+    strays = [path.with_suffix(".txt") for path in paths if not path.with_suffix(suffix).exists()]
+    strays = [] if options["caption_extension"] else [path for path in strays if path.exists()]
+    problems += [f'{path}: is it a caption? Say caption_extension = ".txt" or "{suffix}"' for path in strays[:1]]
+    examples = []
+    for path in paths:
+        caption, text_file = options["class_tokens"], path.with_suffix(suffix)
+        if text_file.exists():
+            try:
+                lines = [line.strip() for line in text_file.read_text("utf-8-sig").splitlines() if line.strip()]
+            except UnicodeDecodeError:
+                problems.append(f"{text_file}: not UTF-8 text")
+                continue
+            caption = "\n".join(lines if options["enable_wildcard"] else lines[:1])
+            problems += [] if lines else [f"{text_file}: empty; delete it to use class_tokens"]
+        elif not caption:
+            problems.append(f"{path}: no caption: write {text_file.name}, or give class_tokens")
+        read = functools.partial(Image.open, path)
+        examples.append(Example(str(path), read, caption, options, repeats=options["num_repeats"]))
+    return (examples if not problems else []), problems
+
+
+def balance(examples):
+    """Regularisation pictures as often as the others together: in order, with their repeats, then all round again."""
+    own, others = ([e for e in examples if e.options["is_reg"] == kind] for kind in (False, True))
+    order = itertools.chain((e for e in others for _ in range(e.repeats)), itertools.cycle(others))
+    taken = [id(example) for example in itertools.islice(order, sum(example.repeats for example in own))]
+    for example in others:
+        example.repeats = taken.count(id(example))
+    return [example for example in examples if example.repeats]
+
+
+def sides(resolution):
+    """(width, height) of a resolution in --dataset_config."""
+    return tuple(resolution) if isinstance(resolution, list) else (resolution, resolution)
+
+
+def bucket_problems(where, options):
+    """Limits of buckets that contradict the resolution."""
+    width, height = sides(options["resolution"])
+    low, high, step = (options[name] for name in ("min_bucket_reso", "max_bucket_reso", "bucket_reso_steps"))
+    if not options["enable_bucket"]:
+        return []
+    problems = [f"bucket_reso_steps {step} is more than the resolution"] if step > math.isqrt(width * height) else []
+    if not options["bucket_no_upscale"]:
+        problems += [f"min_bucket_reso {low} is more than the resolution"] if low and low > min(width, height) else []
+        problems += (
+            [f"max_bucket_reso {high} is less than the resolution"] if high and high < max(width, height) else []
+        )
+    return [f"{where}: {problem} {options['resolution']}" for problem in problems]
+
+
+@functools.cache
+def bucket_sizes(width, height, low, high, step):
+    """Sorted (height, width) in steps of `step` with about the area of width x height and sides from `low` to `high`.
+
+    Without limits, sides start at 256 (half of a smaller resolution) and go as far as the area does.
+    """
+    area, side = width * height, math.isqrt(width * height)
+    low = max((low or min(256, side // 2)) // step, 1) * step
+    high = math.ceil((high or area / low) / step) * step
+    sizes = {(side // step * step, side // step * step)}
+    for across in range(low, high + 1, step):
+        down = min(high, area // across // step * step)
+        sizes |= {(down, across), (across, down)} if down >= low else set()
+    return sorted(sizes)
+
+
+def dataset_bucket(size, options):
+    """The (height, width) that a picture of (width, height) `size` is resized to cover and cropped to."""
+    (width, height), (across, down), step = size, sides(options["resolution"]), options["bucket_reso_steps"]
+    if not options["enable_bucket"]:
+        return down, across
+    if not options["bucket_no_upscale"]:
+        sizes = bucket_sizes(across, down, options["min_bucket_reso"], options["max_bucket_reso"], step)
+        return min(sizes, key=lambda b: (b != (height, width), abs(b[1] / b[0] - width / height)))
+    if width * height > across * down:  # one side becomes a multiple of the step: the one that distorts less
+        ratio = width / height
+        wide, high = (round(math.sqrt(across * down * r)) // step * step for r in (ratio, 1 / ratio))
+        fits = [(wide, int(wide / ratio + 0.5)), (int(high * ratio + 0.5), high)]
+        width, height = min(fits, key=lambda s: abs(max(s[0] // step, 0.1) / max(s[1] // step, 0.1) - ratio))
+    if min(width, height) < step:
+        raise ValueError(f"{width} x {height} pixels are less than bucket_reso_steps {step}")
+    return height // step * step, width // step * step
 
 
 def read_folder(args):
@@ -586,28 +1000,34 @@ class DreamBoothDataset(Dataset):
     """
 
     def __init__(self, examples, args):
-        self.examples = examples * args.repeats
-        self.crops = len(examples) if args.center_crop else len(self.examples)  # different crops there are
+        rounds = range(max((example.repeats for example in examples), default=0))
+        self.examples = [example for i in rounds for example in examples if i < example.repeats]
+        first = {}  # repeats of a picture that is cropped in the centre share its latents
+        self.pictures = [
+            i if example.options["random_crop"] else first.setdefault(id(example), i)
+            for i, example in enumerate(self.examples)
+        ]
         self.class_examples = []
         self.args = args
         self.moments = {}  # (index, bucket, flipped): [2C, h, w]; class pictures come after the examples
 
     def picture_keys(self):
         """(index, bucket, flipped) of all that training can ask for."""
-        used = [(index, example.bucket) for index, example in enumerate(self.examples[: self.crops])]
-        sizes = sorted({bucket for _, bucket in used})
-        used += [(len(self.examples) + index, size) for index in range(len(self.class_examples)) for size in sizes]
-        flips = (False, True) if self.args.random_flip else (False,)
-        return [(*key, flipped) for key in used for flipped in flips]
+        own = [(index, self.examples[index]) for index in dict.fromkeys(self.pictures)]
+        used = [(index, example.bucket, example.options["flip_aug"]) for index, example in own]
+        others, sizes = enumerate(self.class_examples, len(self.examples)), sorted({bucket for _, bucket, _ in used})
+        used += [(index, size, example.options["flip_aug"]) for index, example in others for size in sizes]
+        return [(*key, flipped) for *key, flips in used for flipped in ((False, True) if flips else (False,))]
 
     def pixel_values(self, key):
         """A picture, resized to cover its bucket, cropped and perhaps mirrored: [3, H, W] in [-1, 1]."""
-        (index, (height, width), flipped), args = key, self.args
-        centering = (0.5, 0.5) if args.center_crop else np.random.default_rng((args.seed, index)).random(2)
+        index, (height, width), flipped = key
         own = len(self.examples)
-        image = (self.examples[index] if index < own else self.class_examples[index - own]).image()
-        method = Image.Resampling[args.image_interpolation_mode.upper()]
-        image = ImageOps.fit(image, (width, height), method, centering=tuple(centering))
+        example = self.examples[index] if index < own else self.class_examples[index - own]
+        anywhere = np.random.default_rng((self.args.seed, index)).random(2)
+        centering = anywhere if example.options["random_crop"] else (0.5, 0.5)
+        method = Image.Resampling[KOHYA_INTERPOLATION[example.options["resize_interpolation"]].upper()]
+        image = ImageOps.fit(example.image(), (width, height), method, centering=tuple(centering))
         image = ImageOps.mirror(image) if flipped else image
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
@@ -615,18 +1035,22 @@ class DreamBoothDataset(Dataset):
         (epoch, index), args = position, self.args
         rng = np.random.default_rng((args.seed, epoch, index))
         drop, flip = rng.random(2)
-        bucket, caption = self.examples[index].bucket, self.examples[index].caption
-        samples = [self.sample((index % self.crops, bucket, bool(args.random_flip and flip < 0.5)), caption)]
-        if drop < args.caption_dropout:
-            samples[0]["prompt"] = ""
+        example = self.examples[index]
+        bucket, options = example.bucket, example.options
+        key = self.pictures[index], bucket, bool(options["flip_aug"] and flip < 0.5)
+        every = options["caption_dropout_every_n_epochs"]
+        dropped = drop < options["caption_dropout_rate"] or every and (epoch + 1) % every == 0
+        weight = args.prior_loss_weight if options["is_reg"] else 1.0
+        samples = [self.sample(key, "" if dropped else example.prompt(rng), weight)]
         if self.class_examples:
             index, flip = len(self.examples) + int(rng.integers(len(self.class_examples))), rng.random()
-            samples.append(self.sample((index, bucket, bool(args.random_flip and flip < 0.5)), args.class_prompt))
+            key = index, bucket, bool(args.random_flip and flip < 0.5)
+            samples.append(self.sample(key, args.class_prompt, args.prior_loss_weight))
         return samples
 
-    def sample(self, key, prompt):
+    def sample(self, key, prompt, weight):
         values = {"moments": self.moments[key]} if self.moments else {"pixel_values": self.pixel_values(key)}
-        return {"prompt": prompt, **values}
+        return {"prompt": prompt, "weight": torch.tensor(weight), **values}
 
     def __len__(self):
         return len(self.examples)
@@ -668,6 +1092,18 @@ class StepSampler(Sampler):
         return self.stop - self.start
 
 
+class DatasetSampler(StepSampler):
+    """StepSampler with a `batch_size` for each dataset, {number: size}; groups are (number, bucket)."""
+
+    def batches(self, epoch):
+        rng = np.random.default_rng((self.seed, epoch))
+        order, batches = rng.permutation(len(self.groups)).tolist(), []
+        for group in dict.fromkeys(self.groups):
+            members, size = [index for index in order if self.groups[index] == group], self.batch_size[group[0]]
+            batches += [members[i : i + size] for i in range(0, len(members), size)]
+        return [batches[i] for i in rng.permutation(len(batches))]
+
+
 def collate(examples):
     """Tensors stacked and prompts as a list: first the pictures, then, if there are, the class pictures."""
     samples = [sample for kind in zip(*examples, strict=True) for sample in kind]
@@ -695,6 +1131,99 @@ def load_model(model_class, subfolder, args, dtype):
     return model.requires_grad_(False)
 
 
+def load_part(model_class, subfolder, args, dtype):
+    """`load_model`, or the transformer or VAE out of a single file."""
+    if not single_file(args):
+        return load_model(model_class, subfolder, args, dtype)
+    state_dict = load_file(args.ae if subfolder == "vae" else args.pretrained_model_name_or_path)
+    if subfolder == "vae":
+        config = vae_config(state_dict)
+        state_dict = convert_ldm_vae_checkpoint(state_dict, config)
+    else:
+        config = flux_config(args)
+        own = {key.removeprefix(CHECKPOINT_PREFIX): value for key, value in state_dict.items()}
+        own = {key: value for key, value in own.items() if key.split(".")[0] in FLUX_ROOTS}  # of all-in-one files
+        state_dict = diffusers_state_dict(own)
+    with torch.device("meta"):
+        model = model_class.from_config(config)
+    model.load_state_dict({key: value.to(dtype) for key, value in state_dict.items()}, assign=True)
+    return model.requires_grad_(False).eval()
+
+
+def vae_config(state_dict):
+    """The config of FLUX.1's VAE, whose file has the names of latent diffusion, from its shapes."""
+    levels = {key.split(".")[2] for key in state_dict if key.startswith("encoder.down.")}
+    blocks = {key.split(".")[4] for key in state_dict if key.startswith("encoder.down.0.block.")}
+    return {
+        "down_block_types": ["DownEncoderBlock2D"] * len(levels),
+        "up_block_types": ["UpDecoderBlock2D"] * len(levels),
+        "block_out_channels": [len(state_dict[f"encoder.down.{i}.block.0.conv1.weight"]) for i in range(len(levels))],
+        "layers_per_block": len(blocks),
+        "latent_channels": state_dict["decoder.conv_in.weight"].shape[1],
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+        "shift_factor": 0.1159,
+        "scaling_factor": 0.3611,
+    }
+
+
+def load_scheduler(args):
+    """The scheduler that the model was made with."""
+    if single_file(args):
+        guided = flux_config(args)["guidance_embeds"]  # FLUX.1-dev, not -schnell
+        return FlowMatchEulerDiscreteScheduler(shift=3.0 if guided else 1.0, use_dynamic_shifting=guided)
+    return FlowMatchEulerDiscreteScheduler.from_pretrained(
+        args.pretrained_model_name_or_path, subfolder="scheduler", revision=args.revision, cache_dir=args.cache_dir
+    )
+
+
+def load_text_pipeline(args, dtype):
+    """The pipeline with text encoders and tokenizers alone."""
+    if not single_file(args):
+        return FluxPipeline.from_pretrained(
+            args.pretrained_model_name_or_path,
+            transformer=None,
+            vae=None,
+            revision=args.revision,
+            variant=args.variant,
+            cache_dir=args.cache_dir,
+            dtype=dtype,
+        )
+    tokenizer, tokenizer_2 = (AutoTokenizer.from_pretrained(args.tokenizer_dir / name) for name in TOKENIZERS)
+    clip, t5 = load_file(args.clip_l), load_file(args.t5xxl)
+    clip = {key.removeprefix("text_model."): value for key, value in clip.items() if key.startswith("text_model.")}
+    vocabulary, width = clip["embeddings.token_embedding.weight"].shape
+    clip_config = CLIPTextConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=len(clip["encoder.layers.0.mlp.fc1.weight"]),
+        num_hidden_layers=len({key.split(".")[2] for key in clip if key.startswith("encoder.layers.")}),
+        num_attention_heads=width // 64,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    first = "encoder.block.0.layer.0.SelfAttention"
+    buckets, heads = t5[f"{first}.relative_attention_bias.weight"].shape
+    t5_config = T5Config(
+        vocab_size=len(t5["shared.weight"]),
+        d_model=t5["shared.weight"].shape[1],
+        d_kv=len(t5[f"{first}.q.weight"]) // heads,
+        d_ff=len(t5["encoder.block.0.layer.1.DenseReluDense.wi_0.weight"]),
+        num_layers=len({key.split(".")[2] for key in t5 if key.startswith("encoder.block.")}),
+        num_heads=heads,
+        relative_attention_num_buckets=buckets,
+        feed_forward_proj="gated-gelu",
+    )
+    return FluxPipeline(
+        scheduler=load_scheduler(args),
+        vae=None,
+        transformer=None,
+        text_encoder=CLIPTextModel.from_pretrained(None, config=clip_config, state_dict=clip, dtype=dtype),
+        tokenizer=tokenizer,
+        text_encoder_2=T5EncoderModel.from_pretrained(None, config=t5_config, state_dict=t5, dtype=dtype),
+        tokenizer_2=tokenizer_2,
+    )
+
+
 class NewTokens(torch.nn.Module):
     """An embedding table with trained rows [n, D] for the tokens from `first_id` on; its own rows never change."""
 
@@ -719,19 +1248,12 @@ class PromptEncoder:
     """CLIP and T5: what is trained of them, and the embeddings of prompts.
 
     One without trained parts embeds every prompt once, in `cache`, and is freed; so is one whose training is over.
+    With `keep`, for captions drawn anew in each step, it stays and embeds those too.
     """
 
-    def __init__(self, accelerator, args, dtype):
-        self.accelerator, self.args, self.dtype = accelerator, args, dtype
-        self.pipeline = FluxPipeline.from_pretrained(
-            args.pretrained_model_name_or_path,
-            transformer=None,
-            vae=None,
-            revision=args.revision,
-            variant=args.variant,
-            cache_dir=args.cache_dir,
-            dtype=dtype,
-        )
+    def __init__(self, accelerator, args, dtype, keep=False):
+        self.accelerator, self.args, self.dtype, self.keep = accelerator, args, dtype, keep
+        self.pipeline = load_text_pipeline(args, dtype)
         self.encoders = {"clip_l": self.pipeline.text_encoder, "t5": self.pipeline.text_encoder_2}
         for encoder in self.encoders.values():
             encoder.requires_grad_(False).eval()  # T5 has dropout
@@ -745,11 +1267,12 @@ class PromptEncoder:
                 rank=args.rank,
                 alpha=args.lora_alpha,
                 dropout=0.0,
-                target_modules=CLIP_TARGET_MODULES,
+                target_modules=CLIP_TARGET_MODULES + (("fc1", "fc2") if args.lora_layers == "kohya" else ()),
             )
         self.pipeline.to(accelerator.device)
         self.trained = {*self.new_tokens, *(["clip_l"] if args.train_text_encoder else [])}
         self.cached = {"clip_l": {}, "t5": {}}  # {prompt: embedding on the CPU}
+        self.fingerprints = {}
 
     def add_new_tokens(self):
         """<s0><s1>... for each abstraction, in the tokenizers and, with rows to be trained, in the encoders."""
@@ -809,8 +1332,10 @@ class PromptEncoder:
             quiet = not self.accelerator.is_main_process
             with self.accelerator.split_between_processes(prompts) as share:
                 bar = tqdm(share, desc=f"Encoding prompts, {kind}", unit="prompt", disable=quiet)
-                embeds = [(prompt, self.embed(kind, [prompt]).cpu()) for prompt in bar]
+                embeds = [(prompt, self.kept_embed(kind, prompt)) for prompt in bar]
             self.cached[kind] = dict(gather_object(embeds))
+            if self.keep:
+                continue
             del self.encoders[kind]
             if kind == "t5":
                 self.pipeline.text_encoder_2 = None
@@ -818,14 +1343,30 @@ class PromptEncoder:
                 self.pipeline.text_encoder = None
         free_memory()
 
+    def kept_embed(self, kind, prompt):
+        """The embedding on the CPU, through the cache on disk if there is one and the encoder is as it was loaded."""
+        compute = lambda: self.embed(kind, [prompt]).cpu()  # noqa: E731
+        adapted = kind in self.new_tokens or kind == "clip_l" and self.lora_params
+        if adapted or not self.args.cache_text_encoder_outputs_to_disk:
+            return compute()
+        if kind not in self.fingerprints:
+            self.fingerprints[kind] = fingerprint(self.encoders[kind])
+        how = f"{self.args.max_sequence_length} {self.dtype} {self.accelerator.mixed_precision} {self.replace(prompt)}"
+        return disk_cached(self.args.disk_cache_dir.expanduser(), self.fingerprints[kind] + how.encode(), compute)
+
     def __call__(self, prompts):
         """(prompt_embeds [B, T, D], pooled_prompt_embeds [B, P])."""
         return tuple(
-            torch.cat([self.cached[kind][prompt] for prompt in prompts]).to(self.accelerator.device)
-            if self.cached[kind]
-            else self.embed(kind, prompts)
+            self.embed(kind, prompts) if kind in self.trained else self.recall(kind, prompts)
             for kind in ("t5", "clip_l")
         )
+
+    @torch.no_grad()
+    def recall(self, kind, prompts):
+        """Embeddings from the cache, of a prompt that is not in it from the encoder."""
+        known = self.cached[kind]
+        embeds = [known[prompt] if prompt in known else self.embed(kind, [prompt]) for prompt in prompts]
+        return torch.cat([embed.to(self.accelerator.device) for embed in embeds])
 
     def reduce_gradients(self):
         """The mean over the processes, which `DistributedDataParallel` sees to for the transformer."""
@@ -848,6 +1389,19 @@ class PromptEncoder:
         if self.new_tokens:
             rows = {kind: new.rows.detach().cpu().contiguous() for kind, new in self.new_tokens.items()}
             save_tensors(rows, path, metadata=self.abstractions)
+
+    def export_embeddings(self, folder):
+        """Each word's rows as comfyui/TOK.safetensors (clip_l, t5xxl) and forge/TOK.safetensors (clip_l alone)."""
+        first = 0
+        for word, tokens in self.abstractions.items():
+            after = first + tokens.count("<s")
+            rows = {kind: new.rows.detach().cpu()[first:after].clone() for kind, new in self.new_tokens.items()}
+            comfyui = {{"t5": "t5xxl"}.get(kind, kind): value for kind, value in rows.items()}
+            for program, tensors in {"comfyui": comfyui, "forge": {"clip_l": rows["clip_l"]}}.items():
+                path = folder / program / (re.sub(r"[^\w.-]+", "_", word) + ".safetensors")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                save_tensors(tensors, path)
+            first = after
 
     def load_embeddings(self, path):
         rows = load_file(path) if self.new_tokens else {}
@@ -914,10 +1468,7 @@ def create_optimizer(lora_params, text_params, args, scale):
         },
     ]
     parameters = [group for group in parameters if group["params"]]
-    shared = {
-        "betas": (args.adam_beta1, args.adam_beta2),
-        "eps": args.adam_epsilon,
-    }
+    shared = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     if args.optimizer == "prodigy":
         from prodigyopt import Prodigy
 
@@ -1007,12 +1558,40 @@ def validate(accelerator, transformer, vae, noise_scheduler, text, args, *, prom
         log_images(accelerator, images, captions, name="validation", step=step)
 
 
+def lora_file(args, epoch=None):
+    """Where the LoRA goes, or with --save_every_n_epochs that of an epoch."""
+    if not args.output_name:
+        return args.output_dir / "pytorch_lora_weights.safetensors"
+    return args.output_dir.with_name(f"{args.output_name}{f'-{epoch:06d}' if epoch else ''}.safetensors")
+
+
+def save_named_lora(args, adapted, examples, guided, dtype, epoch=None):
+    """NAME.safetensors for ComfyUI, Forge and diffusers; its header says what it is and which words call it."""
+    layers, captions = lora_layers(adapted), {}
+    own = [example for example in examples if not example.options["is_reg"]]
+    for example in own:
+        folder = captions.setdefault(Path(example.name).parent.name, {})
+        folder[example.prompt()] = folder.get(example.prompt(), 0) + example.repeats
+    path = lora_file(args, epoch)
+    header = lora_header(
+        layers,
+        name=path.stem,
+        base_model="flux-1-dev" if guided else "flux-1-schnell",
+        resolution=sides(own[0].options["resolution"]),
+        trigger_words=dict.fromkeys(example.options["class_tokens"] or example.prompt() for example in own),
+        captions=captions,
+    )
+    write_lora(path, layers, args.save_format, header, dtype)
+
+
 def save_model_card(args, dtype, text, prompt, embeddings_name):
     """README.md in the output folder: what was trained on what, and how to draw `prompt` with it."""
     folder = args.output_dir.resolve()
-    model = [repr(args.pretrained_model_name_or_path), f"dtype={dtype}"]
+    base = "black-forest-labs/FLUX.1-dev" if single_file(args) else args.pretrained_model_name_or_path
+    model = [repr(base), f"dtype={dtype}"]
     model += [f"{name}={getattr(args, name)!r}" for name in ("revision", "variant") if getattr(args, name)]
-    load = [] if args.train_transformer_frac == 0 else [f"pipeline.load_lora_weights({str(folder)!r})"]
+    lora = lora_file(args).resolve()
+    load = [f"pipeline.load_lora_weights({str(lora.parent)!r}, weight_name={lora.name!r})"] if lora.exists() else []
     if text.new_tokens:
         load.append(f"rows = load_file({str(folder / embeddings_name)!r})")
     parts = {"clip_l": ("text_encoder", "tokenizer"), "t5": ("text_encoder_2", "tokenizer_2")}
@@ -1044,7 +1623,7 @@ image.save("image.png")
 """
     metadata = ModelCardData(
         library_name="diffusers",
-        base_model=args.pretrained_model_name_or_path,
+        base_model=base,
         tags=["text-to-image", "flux", "lora", "dreambooth", "diffusers-training"],
         instance_prompt=args.instance_prompt,
     )
@@ -1085,11 +1664,12 @@ def print_header(accelerator, args, examples, lora_params, transformer, text, st
     """What is about to be trained on what."""
     max_train_steps, steps_per_epoch, text_stop = steps
     trainable, total = (sum(p.numel() for p in parameters) for parameters in (lora_params, transformer.parameters()))
-    own_captions = sum(example.caption != args.instance_prompt for example in examples)
+    own_captions = sum(example.caption != example.options["class_tokens"] for example in examples)
+    sizes = ", ".join(sorted({"{} x {}".format(*sides(example.options["resolution"])) for example in examples}))
     lines = [
         f"model    {args.pretrained_model_name_or_path}",
         f"adapter  {trainable:,} parameters in {len(lora_params) // 2} layers, {trainable / total:.2%} of all",
-        f"data     {len(examples)} pictures at {args.resolution} px, {own_captions} with captions of their own",
+        f"data     {len(examples)} pictures at {sizes} px, {own_captions} with captions of their own",
         f"steps    {max_train_steps}, {steps_per_epoch} per epoch; a step is batch {args.train_batch_size} x "
         f"accumulation {args.gradient_accumulation_steps} x {accelerator.num_processes} {accelerator.device.type}, "
         f"mixed precision {accelerator.mixed_precision}",
@@ -1109,8 +1689,9 @@ def print_header(accelerator, args, examples, lora_params, transformer, text, st
 def print_results(accelerator, args, step):
     """What lies where."""
     results = {
-        "LoRA": "pytorch_lora_weights.safetensors",
+        "LoRA": lora_file(args).absolute(),
         "tokens": f"{args.output_dir.resolve().name}_emb.safetensors",
+        "words": "embeddings",
         "usage": "README.md",
         "loss": "loss.png",
         "pictures": "validation",
@@ -1155,9 +1736,9 @@ def main(args):
     dataset = DreamBoothDataset(examples, args)
     num_processes, accumulation = accelerator.num_processes, args.gradient_accumulation_steps
     total_batch_size = args.train_batch_size * accumulation * num_processes
-    sampler = StepSampler(
-        [example.bucket for example in dataset.examples],
-        args.train_batch_size,
+    sampler = DatasetSampler(
+        [(example.dataset, example.bucket) for example in dataset.examples],
+        {example.dataset: example.options["batch_size"] for example in examples},
         seed=args.seed,
         process_index=accelerator.process_index,
         num_processes=num_processes,
@@ -1169,6 +1750,8 @@ def main(args):
     validation_steps = args.validation_steps or args.validation_epochs * steps_per_epoch
     run = {name: str(value) for name, value in vars(args).items() if name not in CHANGEABLE}
     run |= {"the number of samples": len(dataset), "the number of processes": num_processes}
+    if args.dataset_config and not problems:
+        run["the hash of --dataset_config"] = hashlib.sha256(args.dataset_config.read_bytes()).hexdigest()[:16]
     checkpoint = checkpoint_to_resume(args.output_dir, args.resume_from_checkpoint)
     problems += check_run(accelerator, args, max_train_steps) + checkpoint_conflicts(checkpoint, run)
     if problems:
@@ -1182,19 +1765,19 @@ def main(args):
 
     # 3. Prompts: frozen text encoders are gone before the transformer is loaded
     final_prompt = None if args.skip_final_inference else args.final_validation_prompt or args.validation_prompt
-    prompts = {example.caption for example in examples} | ({""} if args.caption_dropout else set())
+    prompts = {example.prompt() for example in examples if not example.varies()}
+    dropout = ("caption_dropout_rate", "caption_dropout_every_n_epochs")
+    prompts |= {"" for example in examples for name in dropout if example.options[name]}
     prompts |= {prompt for prompt in (args.validation_prompt, final_prompt, args.class_prompt) if prompt}
     prompts = sorted(prompts)
-    text = PromptEncoder(accelerator, args, weight_dtype)
+    text = PromptEncoder(accelerator, args, weight_dtype, keep=any(example.varies() for example in examples))
     text.cache(prompts)
 
     # 4. VAE, transformer, class images, latents, LoRA
-    noise_scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(
-        args.pretrained_model_name_or_path, subfolder="scheduler", revision=args.revision, cache_dir=args.cache_dir
-    )
+    noise_scheduler = load_scheduler(args)
     offload = args.offload or args.cache_latents
-    vae = load_model(AutoencoderKL, "vae", args, weight_dtype).to("cpu" if offload else device)
-    load_transformer = functools.partial(load_model, FluxTransformer2DModel, "transformer", args, weight_dtype)
+    vae = load_part(AutoencoderKL, "vae", args, weight_dtype).to("cpu" if offload else device)
+    load_transformer = functools.partial(load_part, FluxTransformer2DModel, "transformer", args, weight_dtype)
     transformer = None
     with offload_models(vae, device=device, offload=offload):
         if args.with_prior_preservation:
@@ -1203,7 +1786,8 @@ def main(args):
             draw_class_images(accelerator, pipeline, text, args)
             dataset.class_examples = class_examples(args)
         if args.cache_latents:
-            dataset.moments = cache_moments(accelerator, vae, dataset.picture_keys(), dataset.pixel_values)
+            folder = args.disk_cache_dir.expanduser() if args.cache_latents_to_disk else None
+            dataset.moments = cache_moments(accelerator, vae, dataset.picture_keys(), dataset.pixel_values, folder)
     transformer = transformer or load_transformer().to(device)
     lora_params = []
     if args.train_transformer_frac > 0:
@@ -1212,7 +1796,7 @@ def main(args):
             rank=args.rank,
             alpha=args.lora_alpha,
             dropout=args.lora_dropout,
-            target_modules=lora_targets(args),
+            target_modules=lora_targets(args, transformer),
         )
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
@@ -1222,6 +1806,7 @@ def main(args):
     register_lora_checkpointing(accelerator, FluxPipeline, adapted)
     register_embedding_checkpointing(accelerator, text)
     guided = transformer.config.guidance_embeds
+    save_dtype = torch.float32 if args.upcast_before_saving else weight_dtype
 
     # 5. Optimizer and schedule
     optimizer = create_optimizer(lora_params, text.parameters(), args, total_batch_size if args.scale_lr else 1)
@@ -1255,7 +1840,7 @@ def main(args):
     metrics = open_metrics(args.output_dir / "metrics.jsonl", global_step) if accelerator.is_main_process else None
     transformer.train()
     progress_bar = tqdm(total=max_train_steps, initial=global_step, desc="Training", unit="step", disable=quiet)
-    loss_sum, skipped, signals, started = 0.0, 0, catch_signals(), time.perf_counter()
+    loss_sum, pictures, skipped, signals, started = 0.0, 0, 0, catch_signals(), time.perf_counter()
     for micro_step, batch in enumerate(train_dataloader, start=sampler.start):
         with accelerator.accumulate(transformer):
             generator = step_generator(args.seed, *divmod(micro_step, accumulation), accelerator.process_index)
@@ -1276,12 +1861,11 @@ def main(args):
                 guidance=torch.full((len(moments),), args.guidance_scale, device=device) if guided else None,
                 generator=generator,
             )
-            instance_losses = losses[: len(losses) // 2] if args.with_prior_preservation else losses
-            loss = instance_losses.mean()
-            if args.with_prior_preservation:
-                loss = loss + args.prior_loss_weight * losses[len(losses) // 2 :].mean()
+            kinds = 2 if args.with_prior_preservation else 1  # of pictures in a batch, whose mean losses are added
+            loss = kinds * (losses * batch["weight"].to(device)).mean()
             accelerator.backward(loss)
             loss_sum = loss_sum + loss.detach() / accumulation
+            pictures += len(losses) // kinds * num_processes
             if not accelerator.sync_gradients:
                 continue
             text.reduce_gradients()
@@ -1313,13 +1897,17 @@ def main(args):
             "loss": mean_loss,
             "lr": group["lr"] * group.get("d", 1.0),  # Prodigy's step size is lr * d
             "grad_norm": float(grad_norm),
-            "images_per_second": total_batch_size / (time.perf_counter() - started),
+            "images_per_second": pictures / (time.perf_counter() - started),
             "peak_memory_gb": peak_memory(device),
         }
         log_step(accelerator, progress_bar, metrics, global_step, logs)
         done = global_step == max_train_steps
         if interrupted or global_step % args.checkpointing_steps == 0:
             checkpoint = save_checkpoint(accelerator, args.output_dir, global_step, run, args.checkpoints_total_limit)
+        epoch, rest = divmod(global_step, steps_per_epoch)
+        whole = args.save_every_n_epochs and not rest and epoch % args.save_every_n_epochs == 0
+        if whole and adapted and not done and accelerator.is_main_process:
+            save_named_lora(args, adapted, examples, guided, save_dtype, epoch)
         if interrupted and not done:
             accelerator.end_training()
             accelerator.print(
@@ -1328,18 +1916,21 @@ def main(args):
             raise SystemExit(128 + signals[0] if signals else 1)
         if args.validation_prompt and global_step % validation_steps == 0 and not done:
             draw(prompt=args.validation_prompt, step=global_step)
-        loss_sum, started = 0.0, time.perf_counter()
+        loss_sum, pictures, started = 0.0, 0, time.perf_counter()
     progress_bar.close()
 
     # 8. Save and final validation
     if accelerator.is_main_process:
-        save_dtype = torch.float32 if args.upcast_before_saving else weight_dtype
-        save_lora(args.output_dir, FluxPipeline, adapted, save_dtype)
+        if args.output_name and adapted:
+            save_named_lora(args, adapted, examples, guided, save_dtype)
+        else:
+            save_lora(args.output_dir, FluxPipeline, adapted, save_dtype)
         embeddings_name = f"{args.output_dir.resolve().name}_emb.safetensors"
         text.save_embeddings(args.output_dir / embeddings_name)
+        text.export_embeddings(args.output_dir / "embeddings")
         metrics.close()
         plot_metrics(args.output_dir / "metrics.jsonl", args.output_dir / "loss.png", title=args.output_dir.name)
-        shown_prompt = final_prompt or args.instance_prompt or examples[0].caption
+        shown_prompt = final_prompt or args.instance_prompt or examples[0].prompt()
         save_model_card(args, weight_dtype, text, shown_prompt, embeddings_name)
     if final_prompt:
         draw(prompt=final_prompt, step=global_step)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -25,15 +26,48 @@ def encode_moments(vae, pixel_values):
     return torch.cat([vae.encode(image).latent_dist.parameters for image in images]).float()
 
 
-def cache_moments(accelerator, vae, keys, load_pixels):
+def cache_moments(accelerator, vae, keys, load_pixels, folder=None):
     """The VAE posterior of every picture of a run: {key: `encode_moments` of load_pixels(key), on the CPU}.
 
-    `load_pixels` returns an image [3, H, W] in [-1, 1]. The processes share the work; each returns all.
+    `load_pixels` returns an image [3, H, W] in [-1, 1]. The processes share the work; each returns all. With `folder`,
+    posteriors are kept there for later runs, by the pixels and the VAE they were made of.
     """
+    model = fingerprint(vae) if folder else b""
+
+    def moments(key):
+        pixels = load_pixels(key)
+        key = model + str(tuple(pixels.shape)).encode() + pixels.numpy().tobytes() if folder else b""
+        return disk_cached(folder, key, lambda: encode_moments(vae, pixels[None])[0].cpu())
+
     with accelerator.split_between_processes(list(keys)) as share:
         progress_bar = tqdm(share, desc="Caching latents", unit="image", disable=not accelerator.is_main_process)
-        moments = [(key, encode_moments(vae, load_pixels(key)[None])[0].cpu()) for key in progress_bar]
-    return dict(gather_object(moments))
+        found = [(key, moments(key)) for key in progress_bar]
+    return dict(gather_object(found))
+
+
+def disk_cached(folder, key, compute):
+    """The tensor that `compute` returns, kept in `folder` (None: nowhere) under the SHA-256 of `key` (bytes).
+
+    A file is whole or absent, also if the process is killed. Whatever the tensor depends on belongs in the key.
+    """
+    if folder is None:
+        return compute()
+    path = Path(folder) / f"{hashlib.sha256(key).hexdigest()}.safetensors"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        save_file({"value": compute().contiguous()}, partial)
+        partial.replace(path)
+    return load_file(path)["value"]
+
+
+def fingerprint(model):
+    """Bytes that tell models apart: a hash of names, shapes, dtypes and 256 values of each of the weights."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        values = tensor.flatten()[:: max(1, tensor.numel() // 256)][:256].float().cpu()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + values.numpy().tobytes())
+    return digest.digest()
 
 
 def sample_latents(moments, vae_config, generator=None):

@@ -19,8 +19,10 @@ def load_pipeline(folder, dtype=None):
     args = json.loads((folder / "args.json").read_text())["args"]
     dtype = dtype or (torch.bfloat16 if args["mixed_precision"] == "bf16" else torch.float32)
     pipeline = FluxPipeline.from_pretrained(args["pretrained_model_name_or_path"], dtype=dtype)
-    if (folder / "pytorch_lora_weights.safetensors").exists():
-        pipeline.load_lora_weights(folder)
+    name = args.get("output_name")
+    lora = folder.with_name(f"{name}.safetensors") if name else folder / "pytorch_lora_weights.safetensors"
+    if lora.exists():
+        pipeline.load_lora_weights(lora.parent, weight_name=lora.name)
     abstractions = {}
     for path in folder.glob("*_emb.safetensors"):
         with safe_open(path, "pt") as file:

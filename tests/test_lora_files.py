@@ -1,0 +1,371 @@
+"""common/lora.py, the forms of LoRA files: ComfyUI's rules, kohya's fused layers, headers, and every way round."""
+
+import hashlib
+import json
+
+import pytest
+import torch
+from conftest import ROOT
+from diffusers import FluxPipeline
+from diffusers.loaders.lora_conversion_utils import _convert_kohya_flux_lora_to_diffusers
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_lora import run, with_random_lora
+
+from common.lora import (
+    LORA_FORMS,
+    diffusers_state_dict,
+    fused_layers,
+    lora_header,
+    lora_layers,
+    read_lora,
+    save_lora,
+    split_layer,
+    write_lora,
+)
+from examples import convert_lora
+
+
+# ComfyUI's rules for a LoRA on FLUX.1, written down from its behaviour: for each weight of the model, by which names
+# a file may call it, and which rows of the weight that name means.
+HIDDEN = 64
+CLIP_LAYERS = [f"self_attn.{part}_proj" for part in "qkv"] + ["self_attn.out_proj", "mlp.fc1", "mlp.fc2"]
+
+
+def comfyui_names(blocks=1, single_blocks=1, clip_layers=1):
+    """{name in a file: (weight of the model, first row, number of rows or None for all)}."""
+    h, names = HIDDEN, {}
+    for i in range(blocks):
+        ours, theirs = f"transformer_blocks.{i}", f"double_blocks.{i}"
+        split = {
+            "attn.to_q": ("img_attn.qkv", 0, h),
+            "attn.to_k": ("img_attn.qkv", h, h),
+            "attn.to_v": ("img_attn.qkv", 2 * h, h),
+            "attn.add_q_proj": ("txt_attn.qkv", 0, h),
+            "attn.add_k_proj": ("txt_attn.qkv", h, h),
+            "attn.add_v_proj": ("txt_attn.qkv", 2 * h, h),
+            "attn.to_out.0": ("img_attn.proj", 0, None),
+            "attn.to_add_out": ("txt_attn.proj", 0, None),
+            "ff.net.0.proj": ("img_mlp.0", 0, None),
+            "ff.net.2": ("img_mlp.2", 0, None),
+            "ff_context.net.0.proj": ("txt_mlp.0", 0, None),
+            "ff_context.net.2": ("txt_mlp.2", 0, None),
+            "norm1.linear": ("img_mod.lin", 0, None),
+            "norm1_context.linear": ("txt_mod.lin", 0, None),
+        }
+        for name, (weight, *rows) in split.items():
+            names[f"transformer.{ours}.{name}"] = (f"{theirs}.{weight}", *rows)
+            names[f"lora_unet_{theirs}.{weight}".replace(".", "_")] = (f"{theirs}.{weight}", 0, None)
+    for i in range(single_blocks):
+        ours, theirs = f"single_transformer_blocks.{i}", f"single_blocks.{i}"
+        split = {
+            "attn.to_q": ("linear1", 0, h),
+            "attn.to_k": ("linear1", h, h),
+            "attn.to_v": ("linear1", 2 * h, h),
+            "proj_mlp": ("linear1", 3 * h, 4 * h),
+            "proj_out": ("linear2", 0, None),
+            "norm.linear": ("modulation.lin", 0, None),
+        }
+        for name, (weight, *rows) in split.items():
+            names[f"transformer.{ours}.{name}"] = (f"{theirs}.{weight}", *rows)
+            names[f"lora_unet_{theirs}.{weight}".replace(".", "_")] = (f"{theirs}.{weight}", 0, None)
+    for i in range(clip_layers):
+        for part in CLIP_LAYERS:
+            weight = f"text_model.encoder.layers.{i}.{part}"
+            names[f"text_encoder.{weight}"] = names[f"lora_te1_{weight}".replace(".", "_")] = (weight, 0, None)
+    return names
+
+
+PAIRS = [(".lora_up.weight", ".lora_down.weight"), (".lora_B.weight", ".lora_A.weight")]
+
+
+def comfyui_patches(path, shapes):
+    """What ComfyUI adds to each weight {weight: [out, in]} for a file, and the keys it says were not loaded."""
+    tensors, patches = load_file(path), {}  # the header is ignored
+    for name, (weight, start, length) in comfyui_names().items():
+        for up, down in PAIRS:
+            if name + up not in tensors:
+                continue
+            up, down = tensors.pop(name + up), tensors.pop(name + down)
+            alpha = tensors.pop(f"{name}.alpha", None)
+            scale = 1.0 if alpha is None else alpha.item() / down.shape[0]
+            patch = patches.setdefault(weight, torch.zeros(shapes[weight]))
+            patch[start : start + (length or len(patch))] += scale * (up.float() @ down.float())
+    return patches, list(tensors)
+
+
+def model_shapes(layers):
+    """The shapes of the weights of a model with FLUX.1's own fused layers."""
+    shapes = {}
+    for name, (weight, start, length) in comfyui_names().items():
+        if name in layers:
+            down, up, _ = layers[name]
+            rows = len(up) if length is None else start + length
+            shapes[weight] = (max(rows, shapes.get(weight, (0, 0))[0]), down.shape[1])
+    for weight, (_, width) in shapes.items():
+        if weight.endswith(("qkv", "linear1")):
+            shapes[weight] = ((3 if weight.endswith("qkv") else 7) * HIDDEN, width)
+    return shapes
+
+
+def expected_patches(layers):
+    patches, shapes = {}, model_shapes(layers)
+    for name, (down, up, alpha) in layers.items():
+        weight, start, length = comfyui_names()[name]
+        patch = patches.setdefault(weight, torch.zeros(shapes[weight]))
+        patch[start : start + (length or len(patch))] += alpha / len(down) * (up @ down)
+    return patches
+
+
+def block_layers(transformer):
+    layers = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
+    return [name for name in layers if "transformer_blocks." in name]
+
+
+@pytest.fixture
+def adapted(tiny):
+    """adapted(rank, alpha): the tiny transformer and CLIP with random adapters on every layer of their blocks."""
+
+    def make(rank, alpha):
+        clip = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+        transformer = with_random_lora(tiny.transformer, rank, alpha, block_layers(tiny.transformer))
+        return {
+            "transformer": transformer,
+            "text_encoder": with_random_lora(tiny.text_encoder, rank, alpha, clip, seed=2),
+        }
+
+    return make
+
+
+@pytest.mark.parametrize("form", ["comfyui", "kohya"])
+@pytest.mark.parametrize(("rank", "alpha"), [(4, 4), (4, 8), (8, 2), (3, 1.5)])
+def test_comfyui_loads_every_key_at_the_right_strength(adapted, tmp_path, form, rank, alpha):
+    layers = lora_layers(adapted(rank, alpha))
+    assert len(layers) == 14 + 6 + 6
+    write_lora(tmp_path / "x.safetensors", layers, form)
+    expected = expected_patches(layers)
+    patches, not_loaded = comfyui_patches(tmp_path / "x.safetensors", model_shapes(layers))
+    assert not not_loaded
+    assert patches.keys() == expected.keys()
+    assert max((patches[key] - expected[key]).abs().max() for key in patches) < 1e-5
+    assert min(patch.abs().max() for patch in patches.values()) > 0.01
+
+
+def test_these_rules_see_what_plain_files_get_wrong(adapted, tmp_path):
+    modules = adapted(4, 8)
+    save_lora(tmp_path, FluxPipeline, modules)
+    layers = lora_layers(modules)
+    patches, not_loaded = comfyui_patches(tmp_path / "pytorch_lora_weights.safetensors", model_shapes(layers))
+    expected = expected_patches(layers)
+    assert all(torch.allclose(2 * patches[key], expected[key], atol=1e-5) for key in patches)  # alpha is lost
+    assert len(not_loaded) == 2 * 6  # CLIP's keys have no text_model
+
+
+@pytest.mark.parametrize(("rank", "alpha"), [(4, 4), (4, 8), (3, 1.5)])
+@pytest.mark.parametrize("form", ["comfyui", "diffusers"])
+def test_diffusers_loads_the_same_file(adapted, tiny, tmp_path, form, rank, alpha):
+    modules = adapted(rank, alpha)
+    write_lora(tmp_path / "x.safetensors", lora_layers(modules), form, {"ss_output_name": "x"})
+    pipeline = FluxPipeline(**tiny.components_but_image())
+    pipeline.load_lora_weights(tmp_path, weight_name="x.safetensors")
+    torch.testing.assert_close(run(pipeline.transformer), run(modules["transformer"]), atol=1e-4, rtol=1e-4)
+    assert (run(pipeline.transformer) - run(tiny.transformer)).abs().max() > 0.01
+    ids = torch.tensor([[3, 17, 40, 5, tiny.text_encoder.config.vocab_size - 1]])
+    with torch.no_grad():
+        ours, theirs = modules["text_encoder"](ids).pooler_output, pipeline.text_encoder(ids).pooler_output
+        plain = tiny.text_encoder(ids).pooler_output
+    torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-5)
+    assert (ours - plain).abs().max() > 1e-3
+
+
+def random_layers(width, rank, alpha, names, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    return {name: (draw(rank, width), draw(width * (4 if "mlp" in name else 1), rank), float(alpha)) for name in names}
+
+
+QKV = [f"transformer.transformer_blocks.7.attn.to_{part}" for part in "qkv"]
+SINGLE = [f"transformer.single_transformer_blocks.31.attn.to_{part}" for part in "qkv"]
+SINGLE.append("transformer.single_transformer_blocks.31.proj_mlp")
+
+
+@pytest.mark.parametrize(("rank", "alpha"), [(2, 2), (3, 1), (4, 16)])
+def test_diffusers_own_converter_reads_the_fused_form_exactly(rank, alpha):
+    layers = random_layers(3072, rank, alpha, [*QKV, *SINGLE])
+    state_dict = {}
+    for name, (down, up, total) in fused_layers(layers).items():
+        state_dict |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
+        state_dict[f"{name}.alpha"] = torch.tensor(total)
+    converted = _convert_kohya_flux_lora_to_diffusers(state_dict)
+    differences = []
+    for name, (down, up, own) in layers.items():
+        theirs = converted[f"{name}.lora_B.weight"].double() @ converted[f"{name}.lora_A.weight"].double()
+        differences.append((theirs - own / rank * (up.double() @ down.double())).abs().max().item())
+    print(f"rank {rank}, alpha {alpha}: largest difference {max(differences):.1e} (bar 1e-6)")
+    assert max(differences) <= 1e-6 * max(1, alpha / rank)
+    assert len(differences) == 7
+
+
+def assert_same_effect(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        (down, up, alpha), (down_b, up_b, alpha_b) = a[name], b[name]
+        torch.testing.assert_close(
+            alpha / len(down) * (up @ down), alpha_b / len(down_b) * (up_b @ down_b), atol=1e-5, rtol=1e-5
+        )
+
+
+def unfused(fused):
+    parts = {}
+    for name, triple in fused.items():
+        parts |= split_layer(name, *triple)
+    return parts
+
+
+def test_fusing_is_undone_exactly_also_for_missing_parts_and_unlike_ranks():
+    whole = random_layers(16, 4, 8, [*QKV, *SINGLE])
+    back = unfused(fused_layers(whole))
+    assert all(torch.equal(x, y) for name in whole for x, y in zip(whole[name][:2], back[name][:2], strict=True))
+    assert {alpha for *_, alpha in back.values()} == {8.0}
+    for names in ([QKV[0]], QKV[1:], [SINGLE[3]], [SINGLE[0], SINGLE[3]]):
+        some = random_layers(16, 3, 6, names)
+        assert_same_effect(unfused(fused_layers(some)), some)
+        (fused,) = fused_layers(some).values()
+        assert len(fused[1]) == (48 if "single" not in names[0] else 112)
+    unlike = random_layers(16, 2, 2, QKV[:1]) | random_layers(16, 4, 12, QKV[1:], seed=1)
+    assert_same_effect(unfused(fused_layers(unlike)), unlike)
+
+
+def test_a_shared_down_as_kohya_trains_it_goes_to_every_part():
+    generator = torch.Generator().manual_seed(0)
+    down, up = torch.randn(6, 16, generator=generator), torch.randn(48, 6, generator=generator)
+    parts = split_layer("lora_unet_double_blocks_7_img_attn_qkv", down, up, 3.0)
+    assert list(parts) == QKV
+    merged = torch.cat([alpha / len(a) * (b @ a) for a, b, alpha in parts.values()])
+    torch.testing.assert_close(merged, 0.5 * up @ down)
+
+
+def test_every_form_becomes_every_other_and_back(adapted, tmp_path, capsys):
+    layers = lora_layers(adapted(4, 6))
+    write_lora(tmp_path / "diffusers.safetensors", layers, "diffusers", {"ss_output_name": "mine"})
+    for first in LORA_FORMS:
+        convert_lora.main([str(tmp_path / "diffusers.safetensors"), str(tmp_path / f"{first}.2"), "--to", first])
+        for second in LORA_FORMS:
+            convert_lora.main([str(tmp_path / f"{first}.2"), str(tmp_path / f"{first}-{second}"), "--to", second])
+            back, header = read_lora(tmp_path / f"{first}-{second}")
+            assert back.keys() == layers.keys()
+            for name, (down, up, alpha) in layers.items():
+                assert torch.equal(back[name][0], down)
+                assert torch.equal(back[name][1], up)
+                assert back[name][2] == alpha
+            assert header == {"ss_output_name": "mine"}
+    assert "26 layers of rank 4" in capsys.readouterr().out
+
+
+def test_other_spellings_are_read_and_others_refused(tmp_path, capsys):
+    file, pair = tmp_path / "x.safetensors", {"A": torch.ones(2, 16), "B": torch.ones(48, 2)}
+    save_file({f"diffusion_model.double_blocks.7.img_attn.qkv.lora_{k}.weight": v for k, v in pair.items()}, file)
+    assert list(read_lora(file)[0]) == QKV
+    save_file({f"lora_te3_encoder_block_0.lora_{k}.weight": v for k, v in pair.items()}, file)
+    with pytest.raises(SystemExit):
+        convert_lora.main([str(file), str(tmp_path / "y")])
+    assert "not a LoRA for FLUX.1 in a known form: lora_te3_encoder_block_0" in capsys.readouterr().err
+    file.write_bytes(b"<html>")
+    with pytest.raises(SystemExit):
+        convert_lora.main([str(file), str(tmp_path / "y")])
+    assert not (tmp_path / "y").exists()
+
+
+def test_the_header_and_the_hash_are_what_civitai_and_forge_look_up(adapted, tmp_path):
+    layers = lora_layers(adapted(4, 8))
+    header = lora_header(
+        layers,
+        name="mine",
+        base_model="flux-1-dev",
+        resolution=(1024, 768),
+        trigger_words=["tjtoy toy", "sparkgpu gpu"],
+        captions={"tjtoy": {"tjtoy toy": 6}},
+    )
+    write_lora(tmp_path / "mine.safetensors", layers, "comfyui", header, torch.bfloat16)
+    data = (tmp_path / "mine.safetensors").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    with safe_open(tmp_path / "mine.safetensors", "pt") as file:
+        written = file.metadata()
+    assert written["sshs_model_hash"] == hashlib.sha256(data[8 + length :]).hexdigest()
+    assert written["modelspec.trigger_phrase"] == "tjtoy toy, sparkgpu gpu"
+    assert written["modelspec.architecture"] == "flux-1-dev/lora"
+    assert written["modelspec.resolution"] == "1024x768"
+    assert json.loads(written["ss_tag_frequency"]) == {"tjtoy": {"tjtoy toy": 6}}
+    assert all(isinstance(value, str) for value in written.values())
+    assert "lora_adapter_metadata" not in written
+    assert {t.dtype for k, t in load_file(tmp_path / "mine.safetensors").items() if "lora" in k} == {torch.bfloat16}
+    assert list(tmp_path.iterdir()) == [tmp_path / "mine.safetensors"]
+
+
+def original_state_dict(transformer):
+    """A FluxTransformer2DModel's weights under the names, and fused as, FLUX.1's authors publish them."""
+    ours, theirs = transformer.state_dict(), {}
+    flat = {"weight": "weight", "bias": "bias"}
+    outer = {
+        "x_embedder": "img_in",
+        "context_embedder": "txt_in",
+        "time_text_embed.timestep_embedder.linear_1": "time_in.in_layer",
+        "time_text_embed.timestep_embedder.linear_2": "time_in.out_layer",
+        "time_text_embed.text_embedder.linear_1": "vector_in.in_layer",
+        "time_text_embed.text_embedder.linear_2": "vector_in.out_layer",
+        "time_text_embed.guidance_embedder.linear_1": "guidance_in.in_layer",
+        "time_text_embed.guidance_embedder.linear_2": "guidance_in.out_layer",
+        "proj_out": "final_layer.linear",
+    }
+    for kind in flat:
+        for name, other in outer.items():
+            theirs[f"{other}.{kind}"] = ours[f"{name}.{kind}"]
+        scale, shift = ours[f"norm_out.linear.{kind}"].chunk(2)
+        theirs[f"final_layer.adaLN_modulation.1.{kind}"] = torch.cat([shift, scale])
+        for i in range(transformer.config.num_layers):
+            a, b = f"transformer_blocks.{i}", f"double_blocks.{i}"
+            for side, q in (("img", "to_{}"), ("txt", "add_{}_proj")):
+                qkv = [ours[f"{a}.attn.{q.format(part)}.{kind}"] for part in "qkv"]
+                theirs[f"{b}.{side}_attn.qkv.{kind}"] = torch.cat(qkv)
+            single = {
+                "attn.to_out.0": "img_attn.proj",
+                "attn.to_add_out": "txt_attn.proj",
+                "ff.net.0.proj": "img_mlp.0",
+                "ff.net.2": "img_mlp.2",
+                "ff_context.net.0.proj": "txt_mlp.0",
+                "ff_context.net.2": "txt_mlp.2",
+                "norm1.linear": "img_mod.lin",
+                "norm1_context.linear": "txt_mod.lin",
+            }
+            for name, other in single.items():
+                theirs[f"{b}.{other}.{kind}"] = ours[f"{a}.{name}.{kind}"]
+        for i in range(transformer.config.num_single_layers):
+            a, b = f"single_transformer_blocks.{i}", f"single_blocks.{i}"
+            rows = [ours[f"{a}.attn.to_{part}.{kind}"] for part in "qkv"] + [ours[f"{a}.proj_mlp.{kind}"]]
+            theirs[f"{b}.linear1.{kind}"] = torch.cat(rows)
+            theirs[f"{b}.linear2.{kind}"] = ours[f"{a}.proj_out.{kind}"]
+            theirs[f"{b}.modulation.lin.{kind}"] = ours[f"{a}.norm.linear.{kind}"]
+    for i in range(transformer.config.num_layers):
+        for side, name in (("img", "norm_"), ("txt", "norm_added_")):
+            for old in ("query", "key"):
+                norm = ours[f"transformer_blocks.{i}.attn.{name}{old[0]}.weight"]
+                theirs[f"double_blocks.{i}.{side}_attn.norm.{old}_norm.scale"] = norm
+    for i in range(transformer.config.num_single_layers):
+        for old in ("query", "key"):
+            norm = ours[f"single_transformer_blocks.{i}.attn.norm_{old[0]}.weight"]
+            theirs[f"single_blocks.{i}.norm.{old}_norm.scale"] = norm
+    return {key: value.clone() for key, value in theirs.items()}
+
+
+def test_weights_in_their_authors_form_become_diffusers(tiny):
+    converted = diffusers_state_dict(original_state_dict(tiny.transformer))
+    own = tiny.transformer.state_dict()
+    assert converted.keys() == own.keys()
+    assert all(torch.equal(converted[key], own[key]) for key in own)
+
+
+def test_the_help_says_how_to_run_it():
+    assert (
+        "convert_lora.py in.safetensors out.safetensors --to comfyui"
+        in (ROOT / "examples/convert_lora.py").read_text()
+    )

@@ -1,0 +1,391 @@
+"""The DGX Spark playbook with train_dreambooth_flux_advanced.py: its folder in, files for ComfyUI out, offline."""
+
+import json
+import re
+import shlex
+import socket
+
+import numpy as np
+import pytest
+import skimage.data
+import torch
+from conftest import ROOT
+from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_lora_files import original_state_dict
+
+import common.latents
+import train_dreambooth_flux_advanced as dreambooth
+from common.lora import FLUX_LAYERS, target_layers
+from examples.toy import pretrain
+
+
+SCRIPT = "train_dreambooth_flux_advanced"
+SPARK = ROOT / "examples" / "dgx_spark"
+
+
+@pytest.fixture
+def flux_data(tmp_path, monkeypatch):
+    """The playbook's flux_data: two folders of photos in mixed sizes and formats, and its data.toml for 64 pixels."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "flux_data"
+    photos = [Image.fromarray(getattr(skimage.data, name)()) for name in ("astronaut", "chelsea", "coffee")]
+    files = {"tjtoy": ("1.png", "2.jpg"), "sparkgpu": ("1.jpeg", "2.JPG", "3.webp")}
+    for concept, names in files.items():
+        (folder / concept).mkdir(parents=True)
+        for i, name in enumerate(names):
+            image = photos[i].resize((150 + 40 * i, 190 - 10 * i * len(names)))
+            image = image.convert("RGBA") if name.endswith("png") else image
+            image.save(folder / concept / name)
+    text = (SPARK / "flux_data" / "data.toml").read_text()
+    (folder / "data.toml").write_text(text.replace("resolution = 1024", "resolution = 64"))
+    return folder
+
+
+def train_args(*extra):
+    """The playbook's flags in small."""
+    flags = [*shlex.split((SPARK / "train.args").read_text(), comments=True), "--report_to", "none"]
+    small = ("--resolution", 64, "--network_dim", 4, "--network_alpha", 2, "--max_sequence_length", 8)
+    return [*flags, *small, "--max_train_epochs", 4, "--save_every_n_epochs", 2, "--mixed_precision", "no", *extra]
+
+
+SINGLE = ("--pretrained_model", "--clip_l", "--t5xxl", "--ae", "--tokenizer_dir")
+
+
+def without_files(flags, model):
+    kept = [flag for flag in flags if not str(flag).startswith(SINGLE)]
+    return [*kept, "--pretrained_model_name_or_path", model]
+
+
+def test_the_playbooks_folder_and_command_give_its_file(train, flux_data, tmp_path, tiny_model):
+    train(SCRIPT, *without_files(train_args(), tiny_model))
+    loras = tmp_path / "models" / "loras"
+    assert sorted(p.name for p in loras.iterdir()) == [
+        *("flux_dreambooth", "flux_dreambooth-000002.safetensors", "flux_dreambooth.safetensors")
+    ]
+    assert not (loras / "flux_dreambooth" / "pytorch_lora_weights.safetensors").exists()
+    steps = [json.loads(line) for line in (loras / "flux_dreambooth" / "metrics.jsonl").open()]
+    assert len(steps) == 4 * 2  # (2 x 1 + 3 x 2) pictures / 4
+    state_dict = load_file(loras / "flux_dreambooth.safetensors")
+    assert {key.split(".")[0] for key in state_dict} == {"transformer", "text_encoder"}
+    assert sum(key.endswith(".lora_A.weight") for key in state_dict) == 14 + 6 + 6
+    assert all(key.startswith(("transformer.", "text_encoder.text_model.encoder.layers.")) for key in state_dict)
+    assert {value.item() for key, value in state_dict.items() if key.endswith(".alpha")} == {2.0}
+    with safe_open(loras / "flux_dreambooth.safetensors", "pt") as file:
+        header = file.metadata()
+    assert header["modelspec.title"] == header["ss_output_name"] == "flux_dreambooth"
+    assert header["modelspec.trigger_phrase"] == "tjtoy toy, sparkgpu gpu"
+    assert json.loads(header["ss_tag_frequency"]) == {"tjtoy": {"tjtoy toy": 2}, "sparkgpu": {"sparkgpu gpu": 6}}
+    snippet = (loras / "flux_dreambooth" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    assert "weight_name='flux_dreambooth.safetensors'" in snippet
+    pipeline = FluxPipeline.from_pretrained(tiny_model)
+    pipeline.load_lora_weights(loras, weight_name="flux_dreambooth.safetensors")
+    assert pipeline.transformer.transformer_blocks[0].norm1.linear.scaling["default_0"] == 0.5
+
+
+def test_a_second_name_in_the_same_folder_is_another_run(train, flux_data, tmp_path, tiny_model):
+    flags = without_files(train_args("--max_train_steps", 2, "--save_format", "kohya"), tiny_model)
+    for name in ("one", "two"):
+        train(SCRIPT, *flags, "--output_name", name)
+    kohya = load_file(tmp_path / "models" / "loras" / "two.safetensors")
+    assert {key.split("_")[1] for key in kohya} == {"unet", "te1"}
+    assert kohya["lora_unet_double_blocks_0_img_attn_qkv.alpha"] == 6
+
+
+def test_kohya_layers_are_those_of_its_sd_scripts(tiny_model, pictures):
+    flags = ["--pretrained_model_name_or_path", str(tiny_model), "--instance_data_dir", str(pictures)]
+    args = dreambooth.parse_args([*flags, "--lora_layers", "kohya"])
+    with torch.device("meta"):
+        transformer = FluxTransformer2DModel(guidance_embeds=True)  # as large as FLUX.1-dev
+    names = dreambooth.lora_targets(args, transformer)
+    homes = {part: home for home, parts in FLUX_LAYERS.items() for part in parts}
+    fused = {homes[re.sub(r"\.\d+\.", ".#.", name, count=1)] + name.split(".")[1] for name in names}
+    assert len(fused) == 304
+    layers = target_layers(transformer, names)
+    assert sum(sum(module.weight.shape) for _, module in layers) == 5_369_856  # parameters for each rank
+    assert "proj_out" not in names
+
+
+def test_names_of_kohyas_flags_mean_ours(tiny_model, pictures, tmp_path, capsys):
+    flags = ["--pretrained_model_name_or_path", str(tiny_model), "--instance_data_dir", str(pictures)]
+    (tmp_path / "args").write_text("--network_dim=7 --network_alpha 3\n")
+    kohya = ["--optimizer_type", "Prodigy", "--learning_rate=1", "--max_train_epochs", "9"]
+    args = dreambooth.parse_args([*flags, f"@{tmp_path / 'args'}", *kohya, "--lr_scheduler_num_cycles=2"])
+    found = (args.rank, args.lora_alpha, args.optimizer, args.num_train_epochs, args.lr_num_cycles)
+    assert found == (7, 3, "prodigy", 9, 2)
+    for extra, message in (
+        (["--save_every_n_epochs", "2"], "--save_every_n_epochs and --save_format need --output_name"),
+        (["--save_format", "kohya"], "--save_every_n_epochs and --save_format need --output_name"),
+        (["--output_name", "a/b"], "--output_name a/b must be the name of a file, without folders"),
+    ):
+        with pytest.raises(SystemExit):
+            dreambooth.parse_args([*flags, *extra])
+        assert message in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Caches
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def encodings(monkeypatch):
+    """What was encoded since it was last cleared: "image", or the name of a text encoder with the prompt."""
+    seen = []
+    image, text = common.latents.encode_moments, dreambooth.PromptEncoder.embed
+    monkeypatch.setattr(common.latents, "encode_moments", lambda *args: seen.append("image") or image(*args))
+    monkeypatch.setattr(
+        dreambooth.PromptEncoder,
+        "embed",
+        lambda self, kind, prompts: seen.append(f"{kind}: {prompts[0]}") or text(self, kind, prompts),
+    )
+    return seen
+
+
+def test_an_edit_re_encodes_exactly_what_was_edited(train, flux_data, tmp_path, tiny_model, encodings):
+    for i in (1, 2, 3):
+        path = next((flux_data / "sparkgpu").glob(f"{i}.*"))
+        path.with_suffix(".caption").write_text(f"sparkgpu gpu number {i}")
+    flags = ["--dataset_config", "flux_data/data.toml", "--report_to", "none", "--max_sequence_length", 8]
+    flags += [
+        "--cache_latents_to_disk",
+        "--cache_text_encoder_outputs_to_disk",
+        "--disk_cache_dir",
+        tmp_path / "cache",
+    ]
+    flags += ["--pretrained_model_name_or_path", tiny_model, "--max_train_steps", 2, "--rank", 2]
+    weights = []
+
+    def run(name, *extra):
+        encodings.clear()
+        train(SCRIPT, *flags, *extra, "--output_dir", tmp_path / name)
+        weights.append(load_file(tmp_path / name / "pytorch_lora_weights.safetensors"))
+        return sorted(encodings)
+
+    assert len(run("first")) == 5 * 2 + 2 * 4  # five pictures, each also mirrored; four prompts in two encoders
+    assert run("again") == []
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    (flux_data / "sparkgpu" / "2.caption").write_text("sparkgpu gpu seen from above")
+    assert run("caption") == ["clip_l: sparkgpu gpu seen from above", "t5: sparkgpu gpu seen from above"]
+    image = Image.open(flux_data / "tjtoy" / "1.png")
+    image.putpixel((70, 80), (0, 0, 0, 255))
+    image.save(flux_data / "tjtoy" / "1.png")
+    assert run("picture") == ["image", "image"]
+    assert len(run("length", "--max_sequence_length", 9)) == 2 * 4
+    other = tmp_path / "other"
+    pipeline = FluxPipeline.from_pretrained(tiny_model)
+    pipeline.vae.encoder.conv_in.weight.data[0, 0, 0, 0] += 0.1
+    pipeline.save_pretrained(other)
+    assert run("model", "--pretrained_model_name_or_path", other) == ["image"] * 10
+
+
+def test_caches_survive_a_killed_run(train, flux_data, tmp_path, tiny_model, encodings, monkeypatch):
+    flags = ["--dataset_config", "flux_data/data.toml", "--report_to", "none", "--max_sequence_length", 8]
+    flags += ["--cache_latents_to_disk", "--disk_cache_dir", tmp_path / "cache", "--output_dir", tmp_path / "run"]
+    flags += ["--pretrained_model_name_or_path", tiny_model, "--max_train_steps", 1, "--rank", 2]
+    counted, files = common.latents.encode_moments, common.latents.save_file
+
+    def killed(*args):
+        if encodings.count("image") == 4:
+            raise KeyboardInterrupt
+        return counted(*args)
+
+    def half_written(tensors, path):
+        files(tensors, path)
+        if encodings.count("image") == 4:
+            path.write_bytes(path.read_bytes()[:50])
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(common.latents, "encode_moments", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(SCRIPT, *flags)
+    assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 4
+    encodings.clear()
+    monkeypatch.setattr(common.latents, "encode_moments", counted)
+    monkeypatch.setattr(common.latents, "save_file", half_written)
+    with pytest.raises(KeyboardInterrupt):
+        train(SCRIPT, *flags)
+    assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 7
+    encodings.clear()
+    monkeypatch.setattr(common.latents, "save_file", files)
+    train(SCRIPT, *flags)
+    assert encodings.count("image") == 3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Embeddings
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_new_tokens_are_written_for_diffusers_comfyui_and_forge(train, pictures, tmp_path, tiny_model):
+    flags = ["--pretrained_model_name_or_path", tiny_model, "--instance_data_dir", pictures, "--report_to", "none"]
+    flags += ["--resolution", 32, "--max_sequence_length", 16, "--rank", 2, "--max_train_steps", 2]
+    flags += [
+        "--train_text_encoder_ti",
+        "--enable_t5_ti",
+        "--token_abstraction",
+        "circle,a red",
+        "--output_name",
+        "mine",
+    ]
+    names = [path.read_text() for path in pictures.glob("*.txt")]
+    words = [word for word in ("circle", "square", "triangle", "cross", "diamond") if any(word in n for n in names)][
+        :2
+    ]
+    flags[flags.index("circle,a red")] = ",".join(words)
+    train(SCRIPT, *flags, "--output_dir", tmp_path)
+    run = tmp_path / "mine"
+    whole = load_file(run / "mine_emb.safetensors")
+    for i, word in enumerate(words):
+        comfyui = load_file(run / "embeddings" / "comfyui" / f"{word}.safetensors")
+        forge = load_file(run / "embeddings" / "forge" / f"{word}.safetensors")
+        assert {key: tuple(value.shape) for key, value in comfyui.items()} == {"clip_l": (2, 32), "t5xxl": (2, 32)}
+        assert list(forge) == ["clip_l"]
+        rows = slice(2 * i, 2 * i + 2)
+        assert torch.equal(comfyui["clip_l"], whole["clip_l"][rows])
+        assert torch.equal(comfyui["t5xxl"], whole["t5"][rows])
+        assert torch.equal(forge["clip_l"], whole["clip_l"][rows])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Single files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def latent_diffusion_names(vae):
+    """An AutoencoderKL's weights under the names of ae.safetensors."""
+    renamed, levels = {}, len(vae.config.block_out_channels)
+    for key, value in vae.state_dict().items():
+        side, _, name = key.partition(".")
+        for old, new in (
+            ("mid_block.resnets.0.", "mid.block_1."),
+            ("mid_block.resnets.1.", "mid.block_2."),
+            ("mid_block.attentions.0.group_norm.", "mid.attn_1.norm."),
+            ("mid_block.attentions.0.to_out.0.", "mid.attn_1.proj_out."),
+            ("mid_block.attentions.0.to_", "mid.attn_1."),
+            ("conv_norm_out.", "norm_out."),
+            ("conv_shortcut", "nin_shortcut"),
+        ):
+            name = name.replace(old, new)
+        if name.startswith(("down_blocks", "up_blocks")):
+            kind, i, part, *rest = name.split(".")
+            i = int(i) if kind == "down_blocks" else levels - 1 - int(i)
+            sampler = "downsample" if kind == "down_blocks" else "upsample"
+            middle = f"block.{rest[0]}" if part == "resnets" else sampler
+            name = ".".join([kind.removesuffix("_blocks"), str(i), middle, *rest[1:]])
+        if "mid.attn_1" in name and "norm" not in name and value.ndim == 2:
+            value = value[:, :, None, None]
+        renamed[f"{side}.{name}"] = value.contiguous()
+    return renamed
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """(folder, files): a small FLUX.1 as diffusers saves it, and as the four files that the playbook downloads."""
+    folder, files = tmp_path_factory.mktemp("folder"), tmp_path_factory.mktemp("files")
+    torch.manual_seed(0)
+    clip_tokenizer, t5_tokenizer = pretrain.new_tokenizers()
+    text_encoder, text_encoder_2 = pretrain.new_text_encoders(clip_tokenizer, t5_tokenizer, width=256, layers=2)
+    transformer = FluxTransformer2DModel(
+        num_layers=2,
+        num_single_layers=1,
+        num_attention_heads=1,
+        joint_attention_dim=256,
+        pooled_projection_dim=256,
+        guidance_embeds=True,
+    )
+    vae = AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        block_out_channels=(32, 32, 64, 64),
+        layers_per_block=1,
+        latent_channels=16,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        shift_factor=0.1159,
+        scaling_factor=0.3611,
+    )
+    pretrain.new_pipeline(
+        vae=vae,
+        transformer=transformer,
+        text_encoder=text_encoder,
+        tokenizer=clip_tokenizer,
+        text_encoder_2=text_encoder_2,
+        tokenizer_2=t5_tokenizer,
+    ).save_pretrained(folder)
+    save_file(original_state_dict(transformer), files / "flux1-dev.safetensors")
+    save_file(latent_diffusion_names(vae), files / "ae.safetensors")
+    clip = {key.removeprefix("text_model."): value for key, value in text_encoder.state_dict().items()}
+    save_file({f"text_model.{key}": value for key, value in clip.items()}, files / "clip_l.safetensors")
+    t5 = {key: value for key, value in text_encoder_2.state_dict().items() if "embed_tokens" not in key}
+    save_file(t5, files / "t5xxl_fp16.safetensors")
+    for name, tokenizer in (("tokenizer", clip_tokenizer), ("tokenizer_2", t5_tokenizer)):
+        tokenizer.save_pretrained(files / "tokenizers" / name)
+    return folder, files
+
+
+def single(files, **others):
+    paths = {
+        "pretrained_model_name_or_path": files / "flux1-dev.safetensors",
+        "clip_l": files / "clip_l.safetensors",
+        "t5xxl": files / "t5xxl_fp16.safetensors",
+        "ae": files / "ae.safetensors",
+        "tokenizer_dir": files / "tokenizers",
+    } | others
+    return [word for name, path in paths.items() if path for word in (f"--{name}", path)]
+
+
+def test_the_four_files_train_offline_as_the_folder_does(train, published, pictures, tmp_path, monkeypatch):
+    folder, files = published
+
+    def no_network(*args):
+        raise AssertionError(f"a connection was made to {args[1:]}")
+
+    monkeypatch.setattr(socket.socket, "connect", no_network)
+    monkeypatch.setattr(socket, "getaddrinfo", no_network)
+    flags = ["--instance_data_dir", pictures, "--resolution", 32, "--max_sequence_length", 16, "--rank", 2]
+    flags += [
+        "--report_to",
+        "none",
+        "--max_train_steps",
+        3,
+        "--lora_layers",
+        "kohya",
+        "--validation_prompt",
+        "a circle",
+    ]
+    flags += ["--num_validation_images", 1, "--validation_steps", 2]
+    models = {"folder": ["--pretrained_model_name_or_path", folder], "files": single(files)}
+    for name, model in models.items():
+        train(SCRIPT, *flags, *model, "--output_dir", tmp_path / name)
+    a, b = (load_file(tmp_path / name / "pytorch_lora_weights.safetensors") for name in models)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert max(value.abs().max() for key, value in a.items() if "lora_B" in key) > 0
+    first, second = (np.asarray(Image.open(tmp_path / name / "validation" / "step-000003.png")) for name in models)
+    assert np.array_equal(first, second)
+
+
+def test_files_that_are_not_the_right_ones_are_named(published, tmp_path, pictures, capsys):
+    folder, files = published
+    (tmp_path / "cut.safetensors").write_bytes((files / "ae.safetensors").read_bytes()[:5000])
+    (tmp_path / "page.safetensors").write_bytes(b"<html>sign in</html>")
+    scaled = load_file(files / "t5xxl_fp16.safetensors") | {"scaled_fp8": torch.zeros(1)}
+    save_file(scaled, tmp_path / "scaled.safetensors")
+    rows = [
+        (single(files, clip_l=None), "--clip_l is needed with flux1-dev.safetensors"),
+        (single(files, ae=tmp_path / "gone.safetensors"), "gone.safetensors: not a whole safetensors file"),
+        (single(files, ae=tmp_path / "cut.safetensors"), "cut.safetensors: not a whole safetensors file"),
+        (single(files, t5xxl=tmp_path / "page.safetensors"), "page.safetensors: not a whole safetensors file"),
+        (single(files, clip_l=files / "ae.safetensors"), "ae.safetensors: holds no text_model.embeddings"),
+        (single(files, t5xxl=tmp_path / "scaled.safetensors"), "scaled fp8 is not read: take the 16-bit file"),
+        (single(files, tokenizer_dir=None), "--tokenizer_dir None: needed with folders tokenizer and tokenizer_2"),
+        (single(files, pretrained_model_name_or_path=folder), "belong to a .safetensors file, but: --pretrained"),
+    ]
+    for flags, message in rows:
+        with pytest.raises(SystemExit) as stop:
+            dreambooth.parse_args([*map(str, flags), "--instance_data_dir", str(pictures)])
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err
