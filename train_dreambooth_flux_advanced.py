@@ -199,6 +199,7 @@ CHANGEABLE = {
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+# same in all trainers
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """The default in the help of every argument that has one, the example command as it stands."""
 
@@ -207,6 +208,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return action.help if silent else super()._get_help_string(action)
 
 
+# same in all trainers
 class Switch(argparse.BooleanOptionalAction):
     """--x and --no-x, and `--x True` or `--x False` as older commands spell it."""
 
@@ -222,6 +224,7 @@ class Switch(argparse.BooleanOptionalAction):
         setattr(namespace, self.dest, on != option_string.startswith("--no-"))
 
 
+# same in all trainers
 def number(kind, minimum, maximum=math.inf, *, above=False):
     """An argparse type: `kind` within [minimum, maximum], or above the minimum."""
 
@@ -409,6 +412,7 @@ def own_names(words):
     return [re.sub(r"^--\w+", lambda flag: KOHYA_FLAGS.get(flag[0], flag[0]), word) for word in words]
 
 
+# same in all trainers
 def join_problems(problems):
     """One problem as it is, several as a list."""
     return problems[0] if len(problems) == 1 else "\n  ".join(["", *problems])
@@ -478,6 +482,7 @@ def check_flags(args):
     return problems
 
 
+# same in all trainers
 def names_in(text):
     """The names in a comma list."""
     return [name.strip() for name in (text or "").split(",") if name.strip()]
@@ -596,6 +601,7 @@ def flux_config(args):
     }
 
 
+# same in all trainers
 def check_class_data_dir(args):
     """Problems of --class_data_dir."""
     folder = args.class_data_dir
@@ -604,6 +610,7 @@ def check_class_data_dir(args):
     return []
 
 
+# same in all trainers
 def check_output_dir(args):
     """Problems of --output_dir and --resume_from_checkpoint."""
     folder, checkpoint = args.output_dir, checkpoint_to_resume(args.output_dir, args.resume_from_checkpoint)
@@ -655,6 +662,7 @@ class Example:
     dataset: int = 0  # batches keep to one
     bucket: tuple[int, int] | None = None  # (height, width)
 
+    # same in all trainers
     def image(self):
         """The picture as its owner sees it: upright (EXIF), transparent parts white, RGB."""
         image = ImageOps.exif_transpose(self.read())
@@ -985,6 +993,7 @@ def read_dataset(args):
     ], []
 
 
+# same in all trainers
 def read_row(dataset, row, column):
     """A picture of a dataset."""
     return dataset[row][column]
@@ -1056,6 +1065,7 @@ class DreamBoothDataset(Dataset):
         return len(self.examples)
 
 
+# same in all trainers
 class StepSampler(Sampler):
     """Batches of (epoch, index) for the micro-steps `start` to `stop` of one process.
 
@@ -1118,6 +1128,7 @@ def collate(examples):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+# same in all trainers
 def load_model(model_class, subfolder, args, dtype):
     """A frozen part of the pipeline, on the CPU."""
     model = model_class.from_pretrained(
@@ -1368,6 +1379,7 @@ class PromptEncoder:
         embeds = [known[prompt] if prompt in known else self.embed(kind, [prompt]) for prompt in prompts]
         return torch.cat([embed.to(self.accelerator.device) for embed in embeds])
 
+    # same in all trainers
     def reduce_gradients(self):
         """The mean over the processes, which `DistributedDataParallel` sees to for the transformer."""
         for parameter in self.parameters():
@@ -1511,6 +1523,7 @@ def pipeline_call(text, prompt, args):
     }
 
 
+# same in all trainers
 def draw_class_images(accelerator, pipeline, text, args):
     """Fills --class_data_dir up to --num_class_images with what the untrained model draws for --class_prompt.
 
@@ -1701,12 +1714,14 @@ def print_results(accelerator, args, step):
     accelerator.print("\n".join(f"  {what:9}{path}" for what, path in files.items()))
 
 
+# same in all trainers
 def create_hub_repo(args):
     """The id of the repository that --push_to_hub uploads to, made now so that a wrong token shows before training."""
     name = args.hub_model_id or args.output_dir.resolve().name
     return HfApi(token=args.hub_token).create_repo(name, exist_ok=True).repo_id
 
 
+# same in all trainers
 def fail(accelerator, problems):
     """Ends the run as argparse does: all problems in one message, exit code 2."""
     if accelerator.is_main_process:

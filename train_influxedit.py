@@ -487,7 +487,6 @@ def check_output_dir(args):
     return []
 
 
-# same in all trainers
 def lora_targets(args):
     """The layers that --lora_layers names."""
     return names_in(args.lora_layers) or list(FLUX_TARGET_MODULES)
@@ -584,7 +583,6 @@ def misfit(example, args):
     return None
 
 
-# same in all trainers
 def class_examples(args):
     """Examples of the pictures that --class_data_dir holds, at most --num_class_images."""
     folder = args.class_data_dir
@@ -860,7 +858,6 @@ class StepSampler(Sampler):
         return self.stop - self.start
 
 
-# same in all trainers
 def collate(examples):
     """Tensors stacked and prompts as a list: first the pictures, then, if there are, the class pictures."""
     samples = [sample for kind in zip(*examples, strict=True) for sample in kind]
@@ -936,7 +933,6 @@ class PromptEncoder:
                 embeds = self.pipeline._get_t5_prompt_embeds(prompts, max_sequence_length=length, dtype=self.dtype)
         return embeds.to(self.dtype)
 
-    # same in all trainers
     @torch.no_grad()
     def cache(self, prompts):
         """Embeds the prompts with the encoders that are not in training, which are then freed.
@@ -956,7 +952,6 @@ class PromptEncoder:
                 self.pipeline.text_encoder = None
         free_memory()
 
-    # same in all trainers
     def __call__(self, prompts):
         """(prompt_embeds [B, T, D], pooled_prompt_embeds [B, P])."""
         return tuple(
@@ -1045,7 +1040,6 @@ def compute_loss(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-# same in all trainers
 def create_optimizer(lora_params, text_params, args, scale):
     """The optimizer that --optimizer names, its learning rates multiplied by `scale`."""
     one_rate = args.optimizer == "prodigy"  # as its authors ask
@@ -1116,13 +1110,15 @@ def pipeline_call(text, prompt, args, image=None, mask=None):
 def draw_class_images(accelerator, pipeline, text, args):
     """Fills --class_data_dir up to --num_class_images with what the untrained model draws for --class_prompt.
 
-    Image i comes from (seed, i) and appears whole or not at all: an interrupted run goes on where it was.
+    Image i comes from (seed, i) and appears whole or not at all: an interrupted run goes on where it was. A batch is
+    drawn as a whole also for one absent image, for rounding depends on the size of a batch.
     """
     args.class_data_dir.mkdir(parents=True, exist_ok=True)
     paths = [args.class_data_dir / f"class-{i:05d}.png" for i in range(args.num_class_images)]
-    absent = [(i, path) for i, path in enumerate(paths) if not path.exists()]
-    absent = absent[: args.num_class_images - len(class_examples(args))]
-    batches = [absent[i : i + args.sample_batch_size] for i in range(0, len(absent), args.sample_batch_size)]
+    absent = [path for path in paths if not path.exists()]
+    absent = set(absent[: args.num_class_images - len(class_examples(args))])
+    batches = [range(len(paths))[i : i + args.sample_batch_size] for i in range(0, len(paths), args.sample_batch_size)]
+    batches = [batch for batch in batches if any(paths[i] in absent for i in batch)]
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(args.prior_generation_precision)
     device = accelerator.device
     pipeline.set_progress_bar_config(disable=True)
@@ -1131,12 +1127,13 @@ def draw_class_images(accelerator, pipeline, text, args):
     sharing = accelerator.split_between_processes(batches)
     with undisturbed(pipeline.transformer, device=device), precision, sharing as share:
         for batch in tqdm(share, desc="Drawing class images", unit="batch", disable=quiet):
-            generators = [step_generator(args.seed, i) for i, _ in batch]
+            generators = [step_generator(args.seed, i) for i in batch]
             call = pipeline_call(text, args.class_prompt, args)
             images = pipeline(**call, num_images_per_prompt=len(batch), generator=generators).images
-            for (_, path), image in zip(batch, images, strict=True):
-                image.save(path.with_suffix(".partial"), format="PNG")
-                path.with_suffix(".partial").replace(path)
+            for path, image in zip([paths[i] for i in batch], images, strict=True):
+                if path in absent:
+                    image.save(path.with_suffix(".partial"), format="PNG")
+                    path.with_suffix(".partial").replace(path)
     accelerator.wait_for_everyone()
 
 
@@ -1259,7 +1256,6 @@ def choose_seed(seed, checkpoint):
     return broadcast_object_list([secrets.randbits(31)])[0] if seed is None else seed
 
 
-# same in all trainers
 def check_run(accelerator, args, max_train_steps):
     """Problems that show once the data and the processes are known."""
     supported = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
@@ -1295,7 +1291,6 @@ def print_header(accelerator, args, examples, lora_params, transformer, text, st
     accelerator.print("".join(f"  {line}\n" for line in lines), end="")
 
 
-# same in all trainers
 def print_results(accelerator, args, step):
     """What lies where."""
     results = {

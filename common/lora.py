@@ -310,6 +310,7 @@ def save_model(accelerator, folder, model, config_class, dtype):
         save_torch_state_dict(state_dict, folder, filename_pattern=pattern, max_shard_size="10GB")
 
 
+# ---------------------------------------------------------------------------------------------------------------------
 # LoRA files of other programs, for FLUX.1
 # ---------------------------------------------------------------------------------------------------------------------
 

@@ -7,11 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from PIL import Image, ImageOps
 from test_family import flags_of
 
-import train_dreambooth_flux_advanced as dreambooth
 import train_influxedit as influxedit
 
 
@@ -430,24 +428,3 @@ def test_a_dataset_brings_partners_and_captions_in_columns(tiny_fill, pairs, tmp
             assert left["prompt"] == right["prompt"]
             assert torch.equal(left["pixel_values"], right["pixel_values"])
             assert torch.equal(left["mask"], right["mask"])
-
-
-def test_what_is_called_the_same_in_all_trainers_is():
-    import ast
-
-    def functions(script):
-        """{qualified name: its syntax tree}"""
-        found, tree = {}, ast.parse((ROOT / f"{script}.py").read_text())
-        for node in tree.body:
-            for inner in [node, *getattr(node, "body", [])]:
-                if isinstance(inner, ast.FunctionDef | ast.ClassDef):
-                    name = inner.name if inner is node else f"{node.name}.{inner.name}"
-                    found[name] = inner
-        return found
-
-    lines = (ROOT / f"{SCRIPT}.py").read_text().splitlines()
-    marked = {number + 2 for number, line in enumerate(lines) if line.strip() == "# same in all trainers"}
-    ours, theirs = functions(SCRIPT), functions(dreambooth.__name__)
-    same = [name for name, node in ours.items() if {node.lineno, *(d.lineno for d in node.decorator_list)} & marked]
-    assert len(same) == len(marked) > 20
-    assert not [name for name in same if ast.dump(ours[name]) != ast.dump(theirs[name])]
