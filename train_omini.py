@@ -1348,7 +1348,7 @@ def clip_half(states):
 
 @functools.cache
 def compiled(block_function):
-    return torch.compile(block_function)
+    return torch.compile(block_function, recompile_limit=128)  # it may take a graph per block, where the default is 8
 
 
 def omini_forward(
