@@ -1348,7 +1348,7 @@ def clip_half(states):
 
 @functools.cache
 def compiled(block_function):
-    return torch.compile(block_function, recompile_limit=128)  # it may take a graph per block, where the default is 8
+    return torch.compile(block_function)
 
 
 def omini_forward(
@@ -1411,7 +1411,8 @@ def omini_forward(
     checkpointing = torch.is_grad_enabled() and transformer.gradient_checkpointing
     reuse = bool(cache)
     for i, (function, block, wanted) in enumerate(blocks):
-        function = compiled(function) if compile_blocks else function
+        if compile_blocks and i < len(blocks) - 1:  # the last is unlike all others
+            function = compiled(function)
         inputs = (block, states, branches, cache[i] if reuse else None, *wanted)
         if checkpointing:
             states, stored = checkpoint_function(function, *inputs, use_reentrant=False)
