@@ -1411,7 +1411,8 @@ def omini_forward(
     checkpointing = torch.is_grad_enabled() and transformer.gradient_checkpointing
     reuse = bool(cache)
     for i, (function, block, wanted) in enumerate(blocks):
-        function = compiled(function) if compile_blocks else function
+        if compile_blocks and i < len(blocks) - 1:  # the last is unlike all others
+            function = compiled(function)
         inputs = (block, states, branches, cache[i] if reuse else None, *wanted)
         if checkpointing:
             states, stored = checkpoint_function(function, *inputs, use_reentrant=False)

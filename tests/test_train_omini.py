@@ -195,6 +195,7 @@ for i, parameter in enumerate(parameters[:2]):
 train_omini.reduce_gradients(accelerator, parameters)
 assert [p.grad.unique().tolist() for p in parameters[:2]] == [[0.5], [10.5]], [p.grad for p in parameters]
 assert parameters[2].grad is None
+accelerator.end_training()
 """
     (tmp_path / "reduce.py").write_text(code)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
