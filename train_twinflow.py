@@ -590,7 +590,7 @@ def read_dataset(args):
     for row, caption in enumerate(dataset[caption_column]):
         readers = [functools.partial(read_row, dataset, row, column) for column in columns]
         captions = caption if isinstance(caption, list) else [caption]
-        examples.append(Example(f"{flag.split()[1]}[{row}]", captions, *readers))
+        examples.append(Example(f"{args.dataset_name or args.train_data_dir}[{row}]", captions, *readers))
     return examples, []
 
 

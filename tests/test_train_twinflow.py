@@ -348,14 +348,15 @@ def test_data_from_parquet_and_from_a_dataset(train, flags, pictures, tmp_path):
     rows = {"text": captions, "image_bytes": [path.read_bytes() for path in paths]}
     (tmp_path / "parquet").mkdir()
     datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "parquet" / "part-0.parquet")
-    (plain / "metadata.jsonl").write_text(
+    shutil.copytree(plain, tmp_path / "set", ignore=shutil.ignore_patterns("*.txt"))
+    (tmp_path / "set" / "metadata.jsonl").write_text(
         "".join(json.dumps({"file_name": p.name, "words": c}) + "\n" for p, c in zip(paths, captions, strict=True))
     )
     bare = [flag for i, flag in enumerate(flags) if "--train_data_dir" not in (flag, flags[i - 1])]
     sources = {
         "folder": ["--train_data_dir", plain],
         "parquet": ["--train_data_dir", tmp_path / "parquet"],
-        "dataset": ["--dataset_name", plain, "--caption_column", "words"],
+        "dataset": ["--dataset_name", tmp_path / "set", "--caption_column", "words"],
     }
     found = {}
     for name, source in sources.items():
