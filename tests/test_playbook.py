@@ -472,7 +472,6 @@ def test_two_concepts_of_one_file_are_learned_and_appear_in_one_picture(train, t
     asked = {  # prompt: what has to be in its pictures
         "a sks glyph and a zwx totem on a white background": ("glyph", "totem"),
         "a sks glyph on a black background": ("glyph",),
-        "a zwx totem on a black background": ("totem",),
     }
     scores = {prompt: [] for prompt in asked}
     for when in ("before", "after"):
