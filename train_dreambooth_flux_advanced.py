@@ -501,20 +501,10 @@ def check_model(args):
     files = (args.ae, args.clip_l, args.t5xxl, args.tokenizer_dir)
     if not single_file(args) and any(files):
         return [f"--ae, --clip_l, --t5xxl and --tokenizer_dir belong to a .safetensors file, but: {flag}"]
-    problems = file_problems(args) if single_file(args) else []
-    if problems:
+    if single_file(args) and (problems := file_problems(args)):
         return problems
     try:
-        config = (
-            flux_config(args)
-            if single_file(args)
-            else FluxTransformer2DModel.load_config(
-                args.pretrained_model_name_or_path,
-                subfolder="transformer",
-                revision=args.revision,
-                cache_dir=args.cache_dir,
-            )
-        )
+        config = transformer_config(args)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         return [
@@ -582,8 +572,15 @@ def file_shapes(path):
         return {key.removeprefix(CHECKPOINT_PREFIX): file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
 
 
-def flux_config(args):
-    """The config of the transformer in a single file, from its shapes."""
+def transformer_config(args):
+    """The config of the transformer; that of a single file follows from its shapes."""
+    if not single_file(args):
+        return FluxTransformer2DModel.load_config(
+            args.pretrained_model_name_or_path,
+            subfolder="transformer",
+            revision=args.revision,
+            cache_dir=args.cache_dir,
+        )
     shapes = file_shapes(args.pretrained_model_name_or_path)
     (width, channels), head = shapes["img_in.weight"], shapes["double_blocks.0.img_attn.norm.query_norm.scale"][0]
     numbers = {kind: {key.split(".")[1] for key in shapes if key.startswith(kind)} for kind in ("double", "single")}
@@ -1151,7 +1148,7 @@ def load_part(model_class, subfolder, args, dtype):
         config = vae_config(state_dict)
         state_dict = convert_ldm_vae_checkpoint(state_dict, config)
     else:
-        config = flux_config(args)
+        config = transformer_config(args)
         own = {key.removeprefix(CHECKPOINT_PREFIX): value for key, value in state_dict.items()}
         own = {key: value for key, value in own.items() if key.split(".")[0] in FLUX_ROOTS}  # of all-in-one files
         state_dict = diffusers_state_dict(own)
@@ -1181,7 +1178,7 @@ def vae_config(state_dict):
 def load_scheduler(args):
     """The scheduler that the model was made with."""
     if single_file(args):
-        guided = flux_config(args)["guidance_embeds"]  # FLUX.1-dev, not -schnell
+        guided = transformer_config(args)["guidance_embeds"]  # FLUX.1-dev, not -schnell
         return FlowMatchEulerDiscreteScheduler(shift=3.0 if guided else 1.0, use_dynamic_shifting=guided)
     return FlowMatchEulerDiscreteScheduler.from_pretrained(
         args.pretrained_model_name_or_path, subfolder="scheduler", revision=args.revision, cache_dir=args.cache_dir

@@ -1,6 +1,7 @@
 """The DGX Spark playbook with train_dreambooth_flux_advanced.py: its folder in, files for ComfyUI out, offline."""
 
 import json
+import random
 import re
 import shlex
 import socket
@@ -20,6 +21,8 @@ import common.latents
 import train_dreambooth_flux_advanced as dreambooth
 from common.lora import FLUX_LAYERS, target_layers
 from examples.toy import pretrain
+from examples.toy.compare import sample
+from examples.toy.world import COLOR_NAMES, SUBJECTS, Scene, Shape, draw, layers, random_shape, score_subject
 
 
 SCRIPT = "train_dreambooth_flux_advanced"
@@ -389,3 +392,96 @@ def test_files_that_are_not_the_right_ones_are_named(published, tmp_path, pictur
             dreambooth.parse_args([*map(str, flags), "--instance_data_dir", str(pictures)])
         assert stop.value.code == 2
         assert message in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Learning
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def concept_pictures(folder, name, count, rng):
+    """Pictures of a subject with captions: every third alone, the others beside a shape that is known."""
+    folder.mkdir()
+    used = {color for color, _ in layers(Shape(name, "white", 0, 0, 1))}
+    for i in range(count):
+        background, color = rng.sample([color for color in COLOR_NAMES if color not in used], 2)
+        shapes, text = [random_shape(rng, "white", size="big", kind=name)], f"a {SUBJECTS[name]}"
+        if i % 3:
+            own, other = ((0, 0.5), (0.5, 1))[:: 1 if i % 2 else -1]
+            shapes = [
+                random_shape(rng, "white", size="small", kind=name, left=own[0], right=own[1]),
+                random_shape(rng, color, size="small", left=other[0], right=other[1]),
+            ]
+            nouns = [text, f"a {color} {shapes[1].kind}"]
+            text = " and ".join(nouns if own[0] == 0 else nouns[::-1])
+        draw(Scene(background, tuple(shapes))).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"{text} on a {background} background")
+
+
+CONCEPTS = """
+[general]
+caption_extension = ".txt"
+[[datasets]]
+resolution = 64
+batch_size = 12
+  [[datasets.subsets]]
+  image_dir = "glyph"
+  num_repeats = 1
+  [[datasets.subsets]]
+  image_dir = "totem"
+  num_repeats = 2
+  [[datasets.subsets]]
+  image_dir = "both"
+  num_repeats = 2
+"""
+
+
+@pytest.mark.slow
+def test_two_concepts_of_one_file_are_learned_and_appear_in_one_picture(train, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rng = random.Random(0)
+    for name, count in (("glyph", 24), ("totem", 12)):
+        concept_pictures(tmp_path / name, name, count, rng)
+    (tmp_path / "both").mkdir()
+    for i in range(8):
+        background, lefts = ("orange", "blue", "white", "orange")[i % 4], (0, 0.5)[:: 1 if i % 2 else -1]
+        names = zip(("glyph", "totem"), lefts, strict=True)
+        shapes = [random_shape(rng, "white", size="small", kind=k, left=x, right=x + 0.5) for k, x in names]
+        draw(Scene(background, tuple(shapes))).save(tmp_path / "both" / f"{i}.png")
+        (tmp_path / "both" / f"{i}.txt").write_text(f"a sks glyph and a zwx totem on a {background} background")
+    (tmp_path / "data.toml").write_text(CONCEPTS)
+    train(
+        SCRIPT,
+        *("--pretrained_model_name_or_path", ROOT / "examples" / "toy" / "flux", "--max_sequence_length", 32),
+        *(
+            "--dataset_config",
+            "data.toml",
+            "--cache_latents",
+            "--rank",
+            8,
+            "--lora_alpha",
+            8,
+            "--lora_layers",
+            "kohya",
+        ),
+        *("--guidance_scale", 1, "--learning_rate", 3e-3, "--lr_scheduler", "cosine", "--lr_warmup_steps", 10),
+        *("--max_train_steps", 1400, "--report_to", "none", "--output_dir", ".", "--output_name", "two"),
+    )
+    pipeline = FluxPipeline.from_pretrained(ROOT / "examples" / "toy" / "flux")
+    pipeline.set_progress_bar_config(disable=True)
+    asked = {  # prompt: what has to be in its pictures
+        "a sks glyph and a zwx totem on a white background": ("glyph", "totem"),
+        "a sks glyph on a black background": ("glyph",),
+    }
+    scores = {prompt: [] for prompt in asked}
+    for when in ("before", "after"):
+        if when == "after":
+            pipeline.load_lora_weights(tmp_path, weight_name="two.safetensors")
+        for prompt, names in asked.items():
+            images = sample(pipeline, [prompt] * 12, seed=0)
+            found = [min(score_subject(image, name) for name in names) for image in images]
+            scores[prompt].append(100 * float(np.mean(found)))
+    for prompt, (before, after) in scores.items():
+        print(f"{prompt}: {before:.0f} -> {after:.0f} of 100 (bar {30 if ' and ' in prompt else 50})")
+    assert all(before < 5 for before, _ in scores.values())
+    assert all(after >= (30 if " and " in prompt else 50) for prompt, (_, after) in scores.items())
