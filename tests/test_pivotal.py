@@ -324,8 +324,7 @@ LEARNING = {
         [
             *("--with_prior_preservation", "--class_data_dir", "class images", "--num_class_images", "1000"),
             *("--class_prompt", "a shape on a blue background", "--sample_batch_size", "50"),
-            *("--prior_loss_weight", "3", "--lora_layers", ATTENTION, "--max_train_steps", "2500"),
-            *("--learning_rate", "1.5e-3"),
+            *("--prior_loss_weight", "6", "--lora_layers", ATTENTION, "--max_train_steps", "2500"),
         ],
         30,
         0.9,
