@@ -321,3 +321,14 @@ def test_it_learns_to_draw_depth(train, scenes, depth_model, tmp_path):
         return iou(np.asarray(image.convert("L")) > 127, mask_of(drawn[i], SIDE, SIDE))
 
     report("depth_pred, overlap with the shapes", compare(files, [""] * COUNT, make, score), 70)
+
+
+@pytest.mark.slow
+def test_it_learns_to_follow_depth(train, scenes, depth_model, tmp_path):
+    """The condition is the true depth, what is drawn is measured against the scene."""
+    files = train_on(train, scenes, tmp_path, "depth", f"--depth_model {depth_model} --rank 16 --max_train_steps 400")
+    drawn, _ = unseen()
+    make = lambda c: [Image.fromarray(mask_of(scene, SIDE, SIDE)).convert("RGB") for scene in drawn]  # noqa: E731
+    prompts = [caption(scene) for scene in drawn]
+    scores = compare(files, prompts, make, lambda i, image: overlap(image, drawn[i]))
+    report("depth, shape in its colour", scores, 75)
