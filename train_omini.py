@@ -54,7 +54,7 @@ from safetensors import safe_open
 from torch.utils.checkpoint import checkpoint as checkpoint_function
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate
 from tqdm.auto import tqdm
-from transformers import T5Config
+from transformers import MODEL_FOR_DEPTH_ESTIMATION_MAPPING, AutoConfig, T5Config
 
 from common.flow_matching import TIMESTEP_SAMPLING, add_noise, sample_sigmas, step_generator, velocity_loss
 from common.latents import (
@@ -387,10 +387,8 @@ def check_flags(args):
         problems.append(f"--dataloader_num_workers {args.dataloader_num_workers} has no effect with --streaming")
     if args.streaming and args.cache_latents:
         problems.append("--cache_latents needs all pictures before training: leave out --streaming")
-    if args.optimizer == "prodigy" and args.use_8bit_adam:
-        problems.append("--use_8bit_adam has no effect on --optimizer prodigy: leave one out")
-    if args.optimizer == "sgd" and args.use_8bit_adam:
-        problems.append("--use_8bit_adam has no effect on --optimizer sgd: leave one out")
+    if args.optimizer != "adamw" and args.use_8bit_adam:
+        problems.append(f"--use_8bit_adam has no effect on --optimizer {args.optimizer}: leave one out")
     if args.optimizer == "prodigy" and args.learning_rate <= 0.1:
         problems.append(f"--learning_rate {args.learning_rate:g}: Prodigy finds the rate itself and wants about 1")
     if args.optimizer == "adamw" and args.learning_rate > 0.1:
@@ -433,6 +431,8 @@ def check_conditions(args):
     columns, custom = len(args.condition_column or ()), types.count("custom")
     if not args.dataset_class and columns not in (custom, custom + types.count("subject")):
         problems.append(f"--condition_column names {columns} columns for {custom} custom conditions")
+    if types.count("subject") > 1 and columns == custom:
+        problems.append("--condition_type subject goes once: a pair has one other side; or give --condition_column")
     if args.dataset_class and columns:
         problems.append("--condition_column has no effect with --dataset_class: its items carry condition_0, ...")
     if args.mask_column and not {"fill", "token_integration"} & set(types):
@@ -465,11 +465,25 @@ def check_conditions(args):
                 "--condition_type token_integration shares the image's tokens: no size or place of its own"
             )
         elif aligned and not args.position_scale and (height, width) != args.target_size:
-            size = "x".join(map(str, condition.size))
+            size, target = ("x".join(map(str, each)) for each in (condition.size, args.target_size))
             problems.append(
-                f"--condition_size {size} of {condition.type} is no scaled {args.target_size}: give --position_scale"
+                f"--condition_size {size} of {condition.type} is no scaled --target_size {target}: "
+                "give --position_scale"
             )
-    return problems + check_lora_path(args)
+    return problems + check_lora_path(args) + check_depth_model(args)
+
+
+def check_depth_model(args):
+    """Problems of --depth_model."""
+    if not {"depth", "depth_pred"} & set(args.condition_type):
+        return []
+    try:
+        config = AutoConfig.from_pretrained(args.depth_model, cache_dir=args.cache_dir)
+    except (OSError, ValueError) as error:
+        return [f"--depth_model {args.depth_model}: cannot be loaded ({str(error).splitlines()[0]})"]
+    if type(config) not in MODEL_FOR_DEPTH_ESTIMATION_MAPPING:
+        return [f"--depth_model {args.depth_model}: is a {config.model_type}, which estimates no depth"]
+    return []
 
 
 def check_lora_path(args):
@@ -763,16 +777,17 @@ def read_dataset_class(args):
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         dataset = getattr(module, name)()
+        read = functools.lru_cache(maxsize=1)(dataset.__getitem__)  # image and conditions of one and the same call
         rows, number_of = [], len(args.condition_type)
         for i in range(len(dataset)):
-            item = dataset[i]
+            item = read(i)
             found = sum(re.fullmatch(r"condition_\d+", key) is not None for key in item)
             if found != number_of:
                 return [], [
                     f"--dataset_class {args.dataset_class}: item {i} has {found} conditions for {number_of} "
                     "of --condition_type"
                 ]
-            row = {key: functools.partial(read_row, dataset, i, key) for key in ("image", *condition_keys(number_of))}
+            row = {key: functools.partial(read_item, read, i, key) for key in ("image", *condition_keys(number_of))}
             places = tuple(
                 (tuple(map(float, item[f"position_delta_{n}"])), float(item.get(f"position_scale_{n}", 1.0)))
                 for n in range(number_of)
@@ -781,6 +796,11 @@ def read_dataset_class(args):
     except Exception as error:  # whatever the user's file raises
         return [], [f"--dataset_class {args.dataset_class}: cannot be read ({error!r})"]
     return rows, []
+
+
+def read_item(read, i, key):
+    """A picture of the user's own dataset."""
+    return read(i)[key]
 
 
 def condition_keys(number_of):
@@ -821,6 +841,12 @@ def lookup(row, column):
     return row
 
 
+def caption_of(row, columns, args):
+    """What the first of `columns` that there is says, else --instance_prompt."""
+    texts = (lookup(row, column) for column in columns)
+    return next((text for text in texts if text is not None), args.instance_prompt)
+
+
 def examples_of(name, row, args):
     """The examples of a row: one, or for pairs of a subject side by side two, each picture once the condition."""
     if args.dataset_class:
@@ -833,16 +859,13 @@ def examples_of(name, row, args):
     needed = sum(kind in ("subject", "custom") for kind in args.condition_type)
     if needed == len(pictures):
         names = [caption_column(args)] if caption_column(args) else ["text", "prompt", "caption"]
-        captions = [value for value in (lookup(row, column) for column in names) if value is not None]
-        return [Example(name, image, captions[0] if captions else args.instance_prompt, pictures, mask)]
-    examples, place = [], args.condition_type.index("subject")
+        return [Example(name, image, caption_of(row, names, args), pictures, mask)]
+    examples, place = [], args.condition_type[: args.condition_type.index("subject")].count("custom")
     for side in (0, 1):
         names = (f"description.description_{side}", f"description_{side}", args.caption_column or "text")
-        captions = [value for value in (lookup(row, column) for column in names) if value is not None]
         halves = [functools.partial(half_of, image, half, args.image_size, args.padding) for half in (side, 1 - side)]
         others = [*pictures[:place], Example(f"{name}, other side", halves[1]), *pictures[place:]]
-        caption = captions[0] if captions else args.instance_prompt
-        examples.append(Example(f"{name}, side {side}", halves[0], caption, others, mask))
+        examples.append(Example(f"{name}, side {side}", halves[0], caption_of(row, names, args), others, mask))
     return examples
 
 
@@ -919,7 +942,8 @@ def estimate_depth(accelerator, examples, args):
 
     folder = args.output_dir / "depth"
     folder.mkdir(parents=True, exist_ok=True)
-    estimator = pipeline("depth-estimation", model=args.depth_model, device=accelerator.device)
+    where = {"device": accelerator.device, "model_kwargs": {"cache_dir": args.cache_dir}}
+    estimator = pipeline("depth-estimation", model=args.depth_model, **where)
     starts = list(range(0, len(examples), args.depth_batch_size))
     with accelerator.split_between_processes(starts) as share:
         for start in tqdm(share, desc="Estimating depth", unit="batch", disable=not accelerator.is_main_process):
@@ -1618,10 +1642,7 @@ def compute_loss(
 def create_optimizer(lora_params, args, scale):
     """The optimizer that --optimizer names, its learning rate multiplied by `scale`."""
     parameters = [{"params": lora_params, "lr": args.learning_rate * scale, "weight_decay": args.adam_weight_decay}]
-    shared = {
-        "betas": (args.adam_beta1, args.adam_beta2),
-        "eps": args.adam_epsilon,
-    }
+    shared = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     if args.optimizer == "prodigy":
         from prodigyopt import Prodigy
 
@@ -1714,6 +1735,7 @@ def adapter_metadata(args, conditions, adapter):
         "target_size": args.target_size,
         "independent_condition": args.independent_condition,
         "max_sequence_length": args.max_sequence_length,
+        "depth_model": args.depth_model,
         "conditions": own,
     }
     return {"omini": json.dumps(about)}
@@ -1852,7 +1874,8 @@ def main(args):
     max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
     validation_steps = args.validation_steps or args.validation_epochs * (steps_per_epoch or 1)
     final_prompt = None if args.skip_final_inference else args.final_validation_prompt or args.validation_prompt
-    prompts = {example.caption for example in examples} | ({""} if args.drop_text_prob else set())
+    prompts = {example.caption for example in examples if not caption_defect(example)}
+    prompts |= {""} if args.drop_text_prob else set()
     prompts = sorted(p for p in {*prompts, args.validation_prompt, final_prompt} if p is not None)
     run = {name: str(value) for name, value in vars(args).items() if name not in CHANGEABLE}
     run |= {"the number of samples": len(dataset), "the number of processes": num_processes}

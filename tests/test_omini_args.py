@@ -16,7 +16,8 @@ import train_omini as omini
 def world(tiny_model, pictures, tmp_path):
     """Names that stand for paths in the table below."""
     folders = {
-        name: tmp_path / name for name in ("empty", "bare", "masks", "white", "black", "small", "pairs", "posed")
+        name: tmp_path / name
+        for name in ("empty", "bare", "masks", "white", "black", "small", "pairs", "posed", "listed")
     }
     for name, folder in folders.items():
         folder.mkdir()
@@ -31,6 +32,7 @@ def world(tiny_model, pictures, tmp_path):
     (folders["posed"] / "metadata.jsonl").write_text(
         json.dumps({"file_name": "a.png", "pose": "none.png", "text": "x"})
     )
+    (folders["listed"] / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": ["x"]}))
     (tmp_path / "fill" / "transformer").mkdir(parents=True)
     config = {"_class_name": "FluxTransformer2DModel", "in_channels": 384}
     (tmp_path / "fill" / "transformer" / "config.json").write_text(json.dumps(config))
@@ -61,7 +63,7 @@ BAD = [
     ("--target_size 40", "--target_size: 40: expected SIDE or HEIGHT,WIDTH, multiples of 16"),
     ("--condition_size 32,40", "--condition_size: 32,40: expected SIDE or HEIGHT,WIDTH, multiples of 16"),
     ("--condition_size 32 32", "--condition_size has 2 values for the 1 of --condition_type"),
-    ("--target_size 64 --condition_size 32,16", "--condition_size 32x16 of canny is no scaled (64, 64)"),
+    ("--target_size 64 --condition_size 32,16", "--condition_size 32x16 of canny is no scaled --target_size 64x64"),
     ("--position_delta 4", "--position_delta: 4: expected a pair DOWN,RIGHT in tokens of 16 pixels"),
     ("--position_delta 0,1 0,2", "--position_delta has 2 values for the 1 of --condition_type"),
     ("--position_scale 0", "--position_scale: 0 is out of range: it must be above 0"),
@@ -92,6 +94,10 @@ BAD = [
     ("--condition_type subject --image_size 32 --padding 4 --instance_prompt x", "hold no pair of --image_size 32"),
     ("--pretrained_model_name_or_path {fill}", "holds a FluxTransformer2DModel with 384 input channels"),
     ("--pretrained_model_name_or_path {nowhere}", "neither a folder with a FLUX pipeline nor a hub id"),
+    ("--condition_type subject subject", "--condition_type subject goes once"),
+    ("--condition_type depth --depth_model {nowhere}", "--depth_model {nowhere}: cannot be loaded"),
+    ("--condition_type depth --depth_model {model}/text_encoder_2", "is a t5, which estimates no depth"),
+    ("--instance_data_dir {listed}", "{listed}/a.png: its caption must be text and not empty, not ['x']"),
     ("--target_modules .*nothing", "--target_modules .*nothing: matches no linear layer"),
     ("--target_modules (", "--target_modules (: not a regular expression"),
     ("--target_modules .*attn.*", "condition tokens do not pass transformer_blocks.0.attn.add_"),
@@ -201,9 +207,9 @@ def test_defaults_of_places_and_sizes(world):
     assert (subject.position_delta, subject.position_scale) == ((0, -2), 1)
     (sr,) = parse("--condition_type sr")
     assert (sr.size, sr.position_delta) == ((32, 48), (0, -3))
-    several = parse("--condition_type canny depth --adapter_per_condition --position_delta 0,0 0,-6")
-    assert [(c.adapter, c.position_delta) for c in several] == [("canny", (0, 0)), ("depth", (0, -6))]
-    assert {condition.adapter for condition in parse("--condition_type canny depth")} == {"canny_depth"}
+    several = parse("--condition_type canny fill --adapter_per_condition --position_delta 0,0 0,-6")
+    assert [(c.adapter, c.position_delta) for c in several] == [("canny", (0, 0)), ("fill", (0, -6))]
+    assert {condition.adapter for condition in parse("--condition_type canny fill")} == {"canny_fill"}
 
 
 def test_prompts_that_do_not_fit_in_memory_are_refused(world, no_models, train, capsys, monkeypatch):
@@ -252,6 +258,7 @@ def test_the_recipes_are_understood(monkeypatch):
     """Every command of the examples' page, as far as that can be told without FLUX itself."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(omini, "check_model", lambda args: [])
+    monkeypatch.setattr(omini, "check_depth_model", lambda args: [])
     page = (ROOT / "examples" / "omini" / "README.md").read_text().replace("\\\n", " ")
     commands = re.findall(r"^(?:accelerate launch|python) train_omini.py (.*)$", page, flags=re.MULTILINE)
     runs = [omini.parse_args(shlex.split(command)) for command in commands]

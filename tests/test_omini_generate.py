@@ -190,11 +190,16 @@ def test_token_integration_with_masks_of_any_shape(tiny_model, adapter, tmp_path
     mask = Image.new("L", (50, 30))
     mask.paste(255, (7, 9, 33, 20))
     mask.save(tmp_path / "mask.png")
+    lying, about = picture(30, 50).transpose(Image.Transpose.ROTATE_90), Image.Exif()
+    about[0x0112] = 6  # a camera held upright: to be turned by 270 degrees
+    lying.save(tmp_path / "camera.png", exif=about)
     (path,) = adapter("token_integration").values()
     flags = [path, "--prompt", "x", "y", "--image", tmp_path / "a.png", "--mask", tmp_path / "mask.png"]
     flags += ["--size", 48, 80, "--num_inference_steps", 2, "--output", tmp_path / "out.png"]
     generate.main([str(flag) for flag in flags])
     assert [Image.open(tmp_path / f"out-{i}.png").size for i in (0, 1)] == [(80, 48)] * 2
+    flags[flags.index(tmp_path / "a.png")] = tmp_path / "camera.png"
+    assert generate.parse_args([str(flag) for flag in flags]).hole.any()  # the mask is of the upright picture
 
 
 def test_a_style_beside_a_control_adapter(tiny_model, adapter, tmp_path):
@@ -212,6 +217,13 @@ def test_a_style_beside_a_control_adapter(tiny_model, adapter, tmp_path):
     generate.main([str(flag) for flag in [*flags, tmp_path / "styled.png", "--style_lora", style]])
     plain, styled = (np.asarray(Image.open(tmp_path / f"{name}.png")).astype(int) for name in ("plain", "styled"))
     assert np.abs(plain - styled).max() > 2
+
+
+def test_adapters_of_different_target_sizes_cover_the_same_image(adapter):
+    (canny,) = adapter("canny").values()
+    (large,) = adapter("subject", folder="large", target_size=(64, 64)).values()
+    beside = generate.read_metadata([canny, large])["conditions"][1]
+    assert (beside.size, beside.position_delta, beside.position_scale) == ((32, 32), (0, -2), 1)
 
 
 def test_what_cannot_be_drawn_is_said(adapter, tmp_path, capsys):

@@ -195,11 +195,12 @@ for i, parameter in enumerate(parameters[:2]):
 train_omini.reduce_gradients(accelerator, parameters)
 assert [p.grad.unique().tolist() for p in parameters[:2]] == [[0.5], [10.5]], [p.grad for p in parameters]
 assert parameters[2].grad is None
+accelerator.wait_for_everyone()  # gloo aborts a process that still talks to one that has left
 accelerator.end_training()
 """
     (tmp_path / "reduce.py").write_text(code)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    result = subprocess.run([*command, tmp_path / "reduce.py"], capture_output=True, text=True)
+    result = subprocess.run([*command, tmp_path / "reduce.py"], capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
 
 
@@ -348,15 +349,46 @@ def test_subject_pairs_give_two_samples_each(flags, tmp_path):
     examples, problems = omini.find_examples(args)
     assert not problems
     dataset = omini.ControlDataset(examples, omini.conditions_of(args), args)
-    red, blue = (222, 0, 0), (0, 0, 222)
+    red, blue = (255, 0, 0), (0, 0, 255)
     assert [example.caption for example in examples] == ["left", "right"]
-    for example, target, condition in zip(examples, ("red", "blue"), ("blue", "red"), strict=True):
+    for example, target, condition in zip(examples, (red, blue), (blue, red), strict=True):
         for slot, color in (("image", target), ("condition_0", condition)):
-            assert dataset.picture(example, slot).getcolors() == [
-                (32 * 32, {"red": (255, 0, 0), "blue": (0, 0, 255)}[color])
-            ]
-    assert red != blue
+            assert dataset.picture(example, slot).getcolors() == [(32 * 32, color)]
     assert dataset.conditions[0].position_delta == (0, -2)
+
+
+def test_custom_columns_keep_their_order_around_a_subject(flags, tmp_path):
+    """canny, subject, custom: the column is the third condition's, the other side of the pair the second's."""
+    image = Image.new("RGB", (64, 32), "red")
+    image.paste("blue", (32, 0, 64, 32))
+    image.save(tmp_path / "a.png")
+    Image.new("RGB", (32, 32), "white").save(tmp_path / "pose.png")
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": "x", "pose": "pose.png"}))
+    kinds = ("--condition_type", "canny", "subject", "custom", "--condition_column", "pose")
+    kinds = (*kinds, "--image_size", 32, "--padding", 0, "--instance_data_dir", tmp_path)
+    args = omini.parse_args([str(flag) for flag in [*without_source(flags), *kinds]])
+    examples, problems = omini.find_examples(args)
+    assert not problems
+    dataset = omini.ControlDataset(examples, omini.conditions_of(args), args)
+    for example, other in zip(examples, ((0, 0, 255), (255, 0, 0)), strict=True):
+        assert dataset.picture(example, "condition_1").getcolors() == [(32 * 32, other)]
+        assert dataset.picture(example, "condition_2").getcolors() == [(32 * 32, (255, 255, 255))]
+
+
+def test_a_random_items_image_and_condition_are_of_one_call(flags, tmp_path):
+    code = "import random\nfrom PIL import Image\nclass Random:\n    def __len__(self): return 3\n"
+    code += "    def __getitem__(self, i):\n"
+    code += "        image = Image.new('RGB', (32, 32), tuple(random.randrange(256) for _ in range(3)))\n"
+    code += "        return {'image': image, 'description': 'x', 'condition_0': image, 'position_delta_0': (0, 0)}\n"
+    (tmp_path / "own.py").write_text(code)
+    own = ("--condition_type", "custom", "--dataset_class", f"{tmp_path / 'own.py'}:Random", "--drop_image_prob", 0)
+    args = omini.parse_args([str(flag) for flag in [*without_source(flags), *own]])
+    examples, problems = omini.find_examples(args)
+    assert not problems
+    dataset = omini.ControlDataset(examples, omini.conditions_of(args), args)
+    for index in range(3):
+        values = dataset[0, index]["pixel_values"]
+        assert torch.equal(values["image"], values["condition_0"])
 
 
 CLASS = """

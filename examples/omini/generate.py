@@ -46,7 +46,7 @@ def parse_args(argv=None):
     parser.add_argument("--pretrained_model_name_or_path", help="base model (default: the one that was trained on)")
     parser.add_argument("--size", nargs=2, type=int, metavar=("HEIGHT", "WIDTH"), help="default: as trained")
     parser.add_argument("--style_lora", type=Path, help="LoRA that text and image pass, beside the conditions' own")
-    parser.add_argument("--depth_model", default="LiheYoung/depth-anything-small-hf", help="depth estimator")
+    parser.add_argument("--depth_model", help="depth estimator (default: the one that was trained with)")
     parser.add_argument("--num_inference_steps", type=int, default=28, help="4 for schnell")
     parser.add_argument("--guidance_scale", type=float, default=3.5)
     parser.add_argument("--image_guidance_scale", type=float, default=1.0, help="above 1: away from black conditions")
@@ -87,11 +87,17 @@ def read_metadata(paths):
             about = {**own, "conditions": []}
         if own["independent_condition"] != about["independent_condition"]:
             raise ValueError(f"{path}: trained with another --independent_condition than {paths[0]}")
-        about["conditions"] += own["conditions"]
+        sizes = own["target_size"], about["target_size"]
+        about["conditions"] += [scaled(condition, *sizes) for condition in own["conditions"]]
     names = [condition.adapter for condition in about["conditions"]]
     if len(set(names)) != len(paths):
         raise ValueError(f"two of the adapters have the same name: {', '.join(names)}")
     return about
+
+
+def upright(path):
+    """A picture (PIL, RGB) as its owner sees it."""
+    return Example(str(path), functools.partial(Image.open, path)).image()
 
 
 def check(args):
@@ -120,9 +126,9 @@ def check(args):
     if args.height % PATCH or args.width % PATCH:
         raise ValueError(f"--size {args.height} {args.width}: both must be multiples of {PATCH}")
     if args.mask:
-        mask = Image.open(args.mask)
-        if mask.size != Image.open(given[0]).size:
-            raise ValueError(f"--mask {args.mask} is {mask.size} pixels, {given[0]} {Image.open(given[0]).size}")
+        mask, size = upright(args.mask), upright(given[0]).size
+        if mask.size != size:
+            raise ValueError(f"--mask {args.mask} is {mask.size} pixels, {given[0]} {size}")
         mask = ImageOps.fit(mask.convert("L"), (args.width, args.height), Image.Resampling.NEAREST)
         args.hole = np.asarray(mask) > 127
         if "token_integration" in kinds:
@@ -148,12 +154,12 @@ def condition_pictures(args, conditions):
     given = given * len(conditions) if len(given) == 1 else given
     rng, pictures = np.random.default_rng(args.seed), []
     for condition, path in zip(conditions, given, strict=True):
-        picture = Example(str(path), functools.partial(Image.open, path)).image()
-        picture = ImageOps.fit(picture, condition.size[::-1], Image.Resampling.LANCZOS)
+        picture = ImageOps.fit(upright(path), condition.size[::-1], Image.Resampling.LANCZOS)
         if args.condition is None and condition.type == "depth":
             from transformers import pipeline
 
-            picture = pipeline("depth-estimation", model=args.depth_model)(picture)["depth"].convert("RGB")
+            estimator = pipeline("depth-estimation", model=args.depth_model or args.about["depth_model"])
+            picture = estimator(picture)["depth"].convert("RGB")
             picture = picture.resize(condition.size[::-1])
         elif args.condition is None or condition.type == "token_integration":
             picture = make_condition(condition.type, picture, rng=rng, hole=getattr(args, "hole", None))
