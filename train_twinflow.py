@@ -1582,10 +1582,11 @@ def main(args):
     draw = functools.partial(validate, accelerator, predict, shown, bare, backbone, vae, encoded, args)
     if args.validation_prompt and global_step == 0:
         draw(step=0)
+    signals = catch_signals()
     metrics = open_metrics(args.output_dir / "metrics.jsonl", global_step) if accelerator.is_main_process else None
     transformer.train()
     progress_bar = tqdm(total=max_train_steps, initial=global_step, desc="Training", unit="step", disable=quiet)
-    sums, skipped, signals, started = {}, 0, catch_signals(), time.perf_counter()
+    sums, skipped, started = {}, 0, time.perf_counter()
     for micro_step, batch in enumerate(train_dataloader, start=sampler.start):
         with accelerator.accumulate(transformer):
             generator = step_generator(args.seed, *divmod(micro_step, accumulation), accelerator.process_index)

@@ -275,7 +275,7 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["full", "lora-2order", pytest.param("lora-1order-teacher", marks=pytest.mark.slow)])
 def test_a_killed_run_resumes_bit_for_bit(train, flags, tmp_path, way):
     flags = [*flags, *WAYS[way], "--checkpointing_steps", 2]
     train(SCRIPT, *flags, "--output_dir", tmp_path / "whole")
@@ -442,7 +442,7 @@ def one_stream_for_processes_and_micro_steps():
     twinflow.step_generator = lambda seed, step, micro, rank=0: honest(seed, step, micro + rank, 0)
 
 
-@pytest.mark.parametrize("way", ["FSDP2", "DDP"])
+@pytest.mark.parametrize("way", ["FSDP2", pytest.param("DDP", marks=pytest.mark.slow)])
 def test_two_processes_compute_what_one_does(train, flags, tmp_path, monkeypatch, way):
     flags = [*flags, "--max_train_steps", 4, "--cache_latents", "--output_dir"]
     honest = twinflow.step_generator
@@ -456,6 +456,7 @@ def test_two_processes_compute_what_one_does(train, flags, tmp_path, monkeypatch
         torch.testing.assert_close(result(tmp_path / "two")[key], value, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_sharded_run_resumes_bit_for_bit(flags, tmp_path):
     flags = [*flags, "--fsdp", "--checkpointing_steps", 2, "--cache_latents", "--lr_scheduler", "cosine"]
     flags += ["--lr_warmup_steps", 1]
@@ -507,6 +508,7 @@ def learn(train, scenes, folder, *method):
     return before, after
 
 
+@pytest.mark.slow
 def test_it_learns_to_draw_in_one_step(train, scenes, tmp_path):
     flags = ["--learning_rate", 1e-3, "--max_train_steps", 120, "--ema_decay_rate", 1, "--enhanced_ratio", 4]
     before, after = learn(train, scenes, tmp_path, *flags)
