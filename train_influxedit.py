@@ -286,7 +286,11 @@ def parse_args(argv=None):
     arg("--gradient_accumulation_steps", type=count, default=1, help="batches per step")
 
     arg = parser.add_argument_group("schedule and checkpoints", "how long, and what can be resumed").add_argument
-    arg("--seed", type=number(int, 0), help="of data order, crops, noise, adapter and validation (default: drawn)")
+    arg(
+        "--seed",
+        type=number(int, 0, 2**32 - 1),
+        help="of data order, crops, noise, adapter and validation (default: drawn)",
+    )
     arg("--num_train_epochs", type=count, default=1, help="passes over the data")
     arg("--max_train_steps", type=count, help="steps, instead of epochs")
     arg("--checkpointing_steps", type=count, default=500, help="steps between checkpoints")
@@ -336,6 +340,8 @@ def check_flags(args):
     problems += [f"--{name} needs --mode {other}" for name in needs[other] if getattr(args, name)]
     if args.loss_mask_weight != 1 and args.mode == "edit":
         problems.append(f"--loss_mask_weight {args.loss_mask_weight:g} needs --mode mask: all is masked in edit mode")
+    if args.train_embedder and "x_embedder" in lora_targets(args):
+        problems.append("--lora_layers x_embedder: --train_embedder trains all of this layer, leave one out")
     if args.mask_only_right and not args.use_split_mask:
         problems.append("--mask_only_right needs --use_split_mask")
     if args.with_prior_preservation and not (args.class_data_dir and args.class_prompt):

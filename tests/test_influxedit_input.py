@@ -165,6 +165,11 @@ BAD = [
     ),
     ("{split} --pretrained_model_name_or_path {flux}", "with 64 input channels, not FLUX.1-Fill"),
     ("{split} --lora_layers attn.to_z", "the transformer has no linear layer attn.to_z"),
+    (
+        "{edit} --target_data_dir {targets} --train_embedder --lora_layers attn.to_q,x_embedder",
+        "--lora_layers x_embedder: --train_embedder trains all of this layer",
+    ),
+    ("{split} --seed 4294967296", "--seed: 4294967296 is out of range"),
     ("{split} --rank 1000000000", "MiB free, which one checkpoint takes"),
     ("{split} --output_dir {earlier}", "holds checkpoint-5 of an earlier run"),
     (

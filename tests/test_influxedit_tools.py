@@ -104,6 +104,7 @@ def test_a_bomb_is_refused(archive, tmp_path, monkeypatch, capsys):
         ('{"source": "source/0.png"}', "line 1: not JSON with source, target and prompt"),
         ('{"source": "a.png", "target": "b.png", "prompt": "x"}', "the archive has no fill50k/a.png"),
         (None, "holds 0 files prompt.json"),
+        (b"\xff\xfe", "prompt.json: not readable"),
     ],
 )
 def test_a_wrong_archive_is_refused(tmp_path, monkeypatch, capsys, content, message):
@@ -112,6 +113,14 @@ def test_a_wrong_archive_is_refused(tmp_path, monkeypatch, capsys, content, mess
     assert run(monkeypatch, "--zip", tmp_path / "a.zip", "--output", tmp_path / "data") == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "data").exists()
+
+
+def test_a_damaged_list_is_refused(archive, tmp_path, monkeypatch, capsys):
+    data = archive.read_bytes()
+    start = data.index(b'{"source"')  # stored, not compressed
+    archive.write_bytes(data[:start] + b"[" + data[start + 1 :])
+    assert run(monkeypatch, "--zip", archive, "--output", tmp_path / "data") == 2
+    assert "prompt.json: not readable (Bad CRC-32" in capsys.readouterr().err
 
 
 def test_a_damaged_archive_is_refused(archive, tmp_path, monkeypatch, capsys):

@@ -82,8 +82,12 @@ def rows_of(archive):
     lists = [name for name in names if PurePosixPath(name).name == "prompt.json"]
     if len(lists) != 1:
         raise BadArchive(f"holds {len(lists)} files prompt.json, not one")
+    try:
+        lines = archive.read(lists[0]).decode().splitlines()
+    except (UnicodeDecodeError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:  # RuntimeError: encrypted
+        raise BadArchive(f"{lists[0]}: not readable ({error})") from error
     folder, rows = PurePosixPath(lists[0]).parent, []
-    for number, line in enumerate(archive.read(lists[0]).decode().splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
             paths = {key: str(folder / row[key]) for key in ("source", "target")}
