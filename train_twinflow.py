@@ -479,12 +479,16 @@ def lora_targets(args):
 
 @dataclass
 class Example:
-    """A picture and its captions; `read` and `read_reference` open the picture and the one it was edited from."""
+    """A picture and its captions; `read` and `read_reference` open the picture and the one it was edited from.
+
+    `stamp` changes when the files do: what was encoded of others is then not used.
+    """
 
     name: str
     captions: list[str]
     read: Callable[[], Image.Image] | None = None
     read_reference: Callable[[], Image.Image] | None = None
+    stamp: str = ""
 
 
 def upright(image):
@@ -544,7 +548,7 @@ def read_folder(args):
     unread = sorted(path for path in folder.iterdir() if path.suffix.lower() in UNREAD_SUFFIXES)
     problems += [f"{path}: save it as PNG or JPEG, {path.suffix} is not read" for path in unread]
     for path in paths:
-        text_file, read_reference = path.with_suffix(".txt"), None
+        text_file, read_reference, files = path.with_suffix(".txt"), None, [path]
         try:
             lines = text_file.read_text("utf-8-sig").splitlines() if text_file.exists() else []
         except UnicodeDecodeError:
@@ -555,8 +559,11 @@ def read_folder(args):
             read_reference = functools.partial(Image.open, reference)
             if not reference.is_file():
                 problems.append(f"--reference_data_dir: no {reference} for {path}")
+                continue
+            files.append(reference)
+        stamp = " ".join(f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)
         captions = [line.strip() for line in lines if line.strip()]
-        examples.append(Example(str(path), captions, functools.partial(Image.open, path), read_reference))
+        examples.append(Example(str(path), captions, functools.partial(Image.open, path), read_reference, stamp))
     return examples, problems
 
 
@@ -589,8 +596,9 @@ def read_dataset(args):
     examples = []
     for row, caption in enumerate(dataset[caption_column]):
         readers = [functools.partial(read_row, dataset, row, column) for column in columns]
+        name = f"{args.dataset_name or args.train_data_dir}[{row}]"
         captions = caption if isinstance(caption, list) else [caption]
-        examples.append(Example(f"{args.dataset_name or args.train_data_dir}[{row}]", captions, *readers))
+        examples.append(Example(name, captions, *readers, stamp=f"{dataset._fingerprint} {row}"))
     return examples, []
 
 
@@ -640,11 +648,13 @@ class TwinFlowDataset(Dataset):
         rng, example = np.random.default_rng((args.seed, epoch, index)), self.examples[index]
         caption = example.captions[rng.integers(len(example.captions))]
         key = index, bool(args.random_flip and rng.random() < 0.5)
-        about = (index,) if example.read_reference else ()  # the text encoder of an edit sees the picture too
+        about = (
+            (index, example.stamp) if example.read_reference else ()
+        )  # the text encoder of an edit sees the picture too
         prompts = {"cond": (caption, *about), "uncond": (args.uncond_prompt, *about)}
         sample = {name: self.encoded.load("prompt", *prompt) for name, prompt in prompts.items()}
         if args.cache_latents and not args.image_free:
-            sample |= self.encoded.load("picture", *key)
+            sample |= self.encoded.load("picture", *key, example.stamp)
         elif not args.image_free:
             sample["pixel_values"] = self.pixel_values(key)
             if example.read_reference:
@@ -1303,13 +1313,13 @@ def encode_prompts(accelerator, backbone, dataset, encoded, args, dtype):
     text = functools.cache(functools.partial(backbone.load_text, dtype, accelerator.device))
     prompts = []
     for index, example in enumerate(dataset.examples):
-        about = (index,) if example.read_reference else ()
+        about = (index, example.stamp) if example.read_reference else ()
         prompts += [(prompt, *about) for prompt in (*example.captions, args.uncond_prompt)]
     if args.validation_prompt:
         prompts.append((args.validation_prompt, *([str(args.validation_image)] if args.validation_image else [])))
 
     @torch.no_grad()
-    def encode(kind, prompt, picture=None):  # the index of an example, or a file
+    def encode(kind, prompt, picture=None, stamp=None):  # the index of an example and its stamp, or a file
         if isinstance(picture, int):
             picture = upright(dataset.examples[picture].read_reference())
         elif picture:
@@ -1324,13 +1334,14 @@ def cache_latents(accelerator, backbone, vae, dataset, encoded):
     """Latents of every picture, as training can ask for it."""
 
     @torch.no_grad()
-    def encode(kind, *key):
+    def encode(kind, index, flipped, stamp):
+        key = index, flipped
         tensors = {"latents": encode_images(vae, dataset.pixel_values(key)[None])[0]}
-        if dataset.examples[key[0]].read_reference:
+        if dataset.examples[index].read_reference:
             tensors["reference"] = encode_images(vae, dataset.pixel_values(key, reference=True)[None])[0]
         return tensors
 
-    items = [("picture", *key) for key in dataset.picture_keys()]
+    items = [("picture", *key, dataset.examples[key[0]].stamp) for key in dataset.picture_keys()]
     encoded.fill(accelerator, items, encode, "Caching latents")
 
 
@@ -1418,6 +1429,8 @@ def check_run(accelerator, args, max_train_steps):
         problems.append(f"{kind.value}: not supported, choose multi-GPU without it in accelerate config{instead}")
     if args.fsdp and accelerator.num_processes == 1:
         problems.append("--fsdp needs more than one process: accelerate launch --num_processes N")
+    if args.fsdp and accelerator.scaler is not None:
+        problems.append("--mixed_precision fp16 does not work with --fsdp: use bf16")
     if args.lr_scheduler != "constant" and args.lr_warmup_steps >= max_train_steps > 0:
         warmup = args.lr_warmup_steps
         problems.append(f"--lr_warmup_steps {warmup} must be less than the {max_train_steps} steps of the run")

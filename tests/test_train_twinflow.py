@@ -14,7 +14,7 @@ import pytest
 import tiny_backbones
 import torch
 from conftest import ROOT
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.torch import load_file
 from test_train_dreambooth import assert_equal, wait_for
 from transformers import Qwen2VLImageProcessor
@@ -308,6 +308,19 @@ def test_caching_and_validation_do_not_change_training(train, flags, tmp_path):
         assert_equal(plain, result(tmp_path / name))
 
 
+def test_pictures_that_move_or_change_are_encoded_anew(train, flags, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(flags[flags.index("--train_data_dir") + 1], data)
+    flags = [*flags, "--train_data_dir", data, "--cache_latents", "--max_train_steps", 2]
+    train(SCRIPT, *flags, "--output_dir", tmp_path / "run")
+    first, second, *_ = sorted(data.glob("*.png"))
+    first.unlink()  # which moves the indices of the others
+    ImageOps.mirror(Image.open(second)).save(second)
+    train(SCRIPT, *flags, "--output_dir", tmp_path / "run")
+    train(SCRIPT, *flags, "--output_dir", tmp_path / "fresh")
+    assert_equal(result(tmp_path / "run"), result(tmp_path / "fresh"))
+
+
 RECIPES = {name: [] for name in twinflow.RECIPES} | {
     "image-free": ["--prompts_file", "{prompts}"],
     "twinflow": ["--loss_type", "barron", "--mixed_precision", "bf16"],
@@ -456,7 +469,6 @@ def test_two_processes_compute_what_one_does(train, flags, tmp_path, monkeypatch
         torch.testing.assert_close(result(tmp_path / "two")[key], value, atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.slow
 def test_a_sharded_run_resumes_bit_for_bit(flags, tmp_path):
     flags = [*flags, "--fsdp", "--checkpointing_steps", 2, "--cache_latents", "--lr_scheduler", "cosine"]
     flags += ["--lr_warmup_steps", 1]
@@ -508,7 +520,6 @@ def learn(train, scenes, folder, *method):
     return before, after
 
 
-@pytest.mark.slow
 def test_it_learns_to_draw_in_one_step(train, scenes, tmp_path):
     flags = ["--learning_rate", 1e-3, "--max_train_steps", 120, "--ema_decay_rate", 1, "--enhanced_ratio", 4]
     before, after = learn(train, scenes, tmp_path, *flags)

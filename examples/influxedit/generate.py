@@ -74,7 +74,7 @@ def main():
         image = ImageOps.fit(ImageOps.exif_transpose(Image.open(path)).convert("RGB"), size)
         options = {
             "num_inference_steps": args.num_inference_steps,
-            "guidance_scale": args.guidance_scale or trained["guidance_scale"],
+            "guidance_scale": trained["guidance_scale"] if args.guidance_scale is None else args.guidance_scale,
             "max_sequence_length": args.max_sequence_length or trained["max_sequence_length"],
             "generator": torch.Generator().manual_seed(args.seed + i),
         }
