@@ -340,6 +340,8 @@ def check_flags(args):
     problems += [f"--{name} needs --mode {other}" for name in needs[other] if getattr(args, name)]
     if args.loss_mask_weight != 1 and args.mode == "edit":
         problems.append(f"--loss_mask_weight {args.loss_mask_weight:g} needs --mode mask: all is masked in edit mode")
+    if args.loss_mask_weight == 0 and args.with_prior_preservation:
+        problems.append("--loss_mask_weight 0 leaves nothing of the class pictures, which are masked as a whole")
     if args.train_embedder and "x_embedder" in lora_targets(args):
         problems.append("--lora_layers x_embedder: --train_embedder trains all of this layer, leave one out")
     if args.mask_only_right and not args.use_split_mask:

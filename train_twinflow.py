@@ -337,7 +337,7 @@ def check_flags(args):
     if args.openuni_checkpoint and not args.openuni_checkpoint.is_file():
         problems.append(f"--openuni_checkpoint {args.openuni_checkpoint}: no such file")
     edit = args.model_type == "qwenimage-edit"
-    source = "reference_column" if args.dataset_name else "reference_data_dir"
+    source = "reference_column" if args.dataset_name or has_parquet(args) else "reference_data_dir"
     needed = [source, *(["validation_image"] if args.validation_prompt else [])] if edit else []
     for name in ("reference_column", "reference_data_dir", "validation_image"):
         if getattr(args, name) is None and name in needed:
@@ -348,6 +348,8 @@ def check_flags(args):
         problems.append("--image_free: qwenimage-edit needs pictures to edit")
     if args.training == "full" and (args.lora_layers or args.lora_dropout):
         problems.append("--lora_layers and --lora_dropout have no effect on --training full: leave them out")
+    if args.training == "lora" and args.target_time_init != "zero":
+        problems.append(f"--target_time_init {args.target_time_init} has no effect on --training lora: leave it out")
     if args.training == "lora" and args.fsdp:
         problems.append("--fsdp shards --training full; an adapter is small: leave it out")
     if args.optimizer == "prodigy" and (args.use_8bit_adam or args.fsdp):
@@ -506,7 +508,7 @@ def find_examples(args):
     """The training pictures with their captions, and what is wrong with them: (examples, problems)."""
     if args.image_free:
         examples, problems = read_prompts(args.prompts_file)
-    elif args.train_data_dir and args.train_data_dir.is_dir() and not any(args.train_data_dir.glob("*.parquet")):
+    elif args.train_data_dir and args.train_data_dir.is_dir() and not has_parquet(args):
         examples, problems = read_folder(args)
     else:
         examples, problems = read_dataset(args)
@@ -539,6 +541,11 @@ def read_prompts(path):
         return [], [f"--prompts_file {path}: no such file"]
     lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]
     return [Example(f"{path}:{i + 1}", [line]) for i, line in enumerate(lines) if line], []
+
+
+def has_parquet(args):
+    """Whether --train_data_dir holds parquet files, not pictures."""
+    return args.train_data_dir is not None and any(args.train_data_dir.glob("*.parquet"))
 
 
 def read_folder(args):

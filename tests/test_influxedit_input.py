@@ -169,6 +169,10 @@ BAD = [
         "{edit} --target_data_dir {targets} --train_embedder --lora_layers attn.to_q,x_embedder",
         "--lora_layers x_embedder: --train_embedder trains all of this layer",
     ),
+    (
+        "{split} --loss_mask_weight 0 --with_prior_preservation --class_data_dir {targets} --class_prompt x",
+        "--loss_mask_weight 0 leaves nothing of the class pictures",
+    ),
     ("{split} --seed 4294967296", "--seed: 4294967296 is out of range"),
     ("{split} --rank 1000000000", "MiB free, which one checkpoint takes"),
     ("{split} --output_dir {earlier}", "holds checkpoint-5 of an earlier run"),
