@@ -13,7 +13,7 @@ if [ "${1:-}" = --all ]; then
     shift
     selection=()
 fi
-.venv/bin/python -m pytest ${selection[@]+"${selection[@]}"} --durations=10 "$@"
+OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses logical --dist worksteal ${selection[@]+"${selection[@]}"} --durations=10 "$@"
 if [ ${#selection[@]} -eq 0 ]; then
     for benchmark in tests/benchmarks/*.py; do
         .venv/bin/python "$benchmark"
