@@ -398,7 +398,11 @@ def parse_args(argv=None):
     arg("--hub_token", help="token for it (default: that of `hf auth login`); it is written nowhere")
     arg("--hub_model_id", help="repository for it (default: the name of output_dir)")
 
-    args = parser.parse_args(own_names(sys.argv[1:] if argv is None else argv))
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        args = parser.parse_args(own_names(argv))
+    except (ValueError, RecursionError) as error:
+        parser.error(f"{' '.join(word for word in argv if word[:1] == '@')}: no file of flags ({error})")
     args.cache_latents |= args.cache_latents_to_disk
     args.output_dir /= args.output_name or ""
     problems = check_flags(args) + check_model(args) + check_class_data_dir(args) + check_output_dir(args)
@@ -714,7 +718,7 @@ def find_examples(args):
             example.bucket = (
                 dataset_bucket(size, example.options) if args.dataset_config else nearest_bucket(size, sizes)
             )
-        except (AttributeError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except Exception as error:  # PIL's readers of formats raise of all kinds
             return f"{example.name}: not a readable picture ({error})"
 
     every = examples + class_examples(args)
@@ -778,7 +782,9 @@ def read_dataset_config(args):
     path = args.dataset_config
     try:
         config = (json.loads if path.suffix == ".json" else tomllib.loads)(path.read_text("utf-8-sig"))
-    except (OSError, ValueError) as error:
+        if not isinstance(config, dict):
+            raise ValueError("no tables in it")
+    except (OSError, ValueError, RecursionError) as error:
         return [], [f"--dataset_config {path}: cannot be read ({error})"]
     general, datasets = config.get("general", {}), tables_in(config.get("datasets"))
     problems = [f"{path}: {key} is neither [general] nor [[datasets]]" for key in config if key not in ABOVE]
@@ -859,7 +865,7 @@ def read_subset(where, options, beside):
         if text_file.exists():
             try:
                 lines = [line.strip() for line in text_file.read_text("utf-8-sig").splitlines() if line.strip()]
-            except UnicodeDecodeError:
+            except (OSError, ValueError):
                 problems.append(f"{text_file}: not UTF-8 text")
                 continue
             caption = "\n".join(lines if options["enable_wildcard"] else lines[:1])
@@ -945,8 +951,9 @@ def read_folder(args):
         lines = metadata.read_text("utf-8-sig").splitlines() if metadata.exists() else []
         rows = [json.loads(line) for line in lines if line.strip()]
         column = args.caption_column or next((c for c in ("text", "prompt", "caption") if rows and c in rows[0]), None)
-        captions = {row["file_name"]: row[column] for row in rows}
-    except (ValueError, KeyError, TypeError) as error:
+        captions = {str(row["file_name"]): row[column] for row in rows}
+        json.dumps(rows, ensure_ascii=False).encode()  # half of a surrogate pair is no text
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         problems.append(
             f"{metadata}: each line must be JSON with file_name and a caption, see --caption_column ({error!r})"
         )
@@ -960,7 +967,7 @@ def read_folder(args):
         if caption is None and text_file.exists():
             try:
                 caption = text_file.read_text("utf-8-sig").strip()
-            except UnicodeDecodeError:
+            except (OSError, ValueError):
                 problems.append(f"{text_file}: not UTF-8 text")
         examples.append(Example(str(path), functools.partial(Image.open, path), caption))
     return examples, problems

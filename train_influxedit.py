@@ -70,6 +70,8 @@ from common.lora import (
     add_lora,
     catch_signals,
     checkpoint_conflicts,
+    checkpoint_damage,
+    checkpoint_state,
     checkpoint_to_resume,
     find_checkpoints,
     load_checkpoint,
@@ -316,7 +318,11 @@ def parse_args(argv=None):
     arg("--hub_token", help="token for it (default: that of `hf auth login`); it is written nowhere")
     arg("--hub_model_id", help="repository for it (default: the name of output_dir)")
 
-    args = parser.parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        args = parser.parse_args(argv)
+    except (ValueError, RecursionError) as error:
+        parser.error(f"{' '.join(word for word in argv if word[:1] == '@')}: no file of flags ({error})")
     problems = check_flags(args) + check_model(args) + check_class_data_dir(args) + check_output_dir(args)
     if problems:
         parser.error(join_problems(problems))
@@ -540,7 +546,7 @@ class Example:
         if image.getexif().get(0x0112, 1) >= 5:  # the camera was turned by a quarter
             self.size = image.size[::-1]
         image.draft(None, (1, 1))
-        image.load()
+        Example(self.name, lambda: image).image()
 
 
 def find_examples(args):
@@ -557,7 +563,7 @@ def find_examples(args):
     def defect(example):
         try:
             example.check()
-        except (AttributeError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except Exception as error:  # PIL's readers of formats raise of all kinds
             return f"{example.name}: not a readable picture ({error})"
 
     every = examples + [example.partner for example in examples if example.partner] + class_examples(args)
@@ -615,8 +621,9 @@ def read_folder(args):
         lines = metadata.read_text("utf-8-sig").splitlines() if metadata.exists() else []
         rows = [json.loads(line) for line in lines if line.strip()]
         column = args.caption_column or next((c for c in ("text", "prompt", "caption") if rows and c in rows[0]), None)
-        captions = {row["file_name"]: row[column] for row in rows}
-    except (ValueError, KeyError, TypeError) as error:
+        captions = {str(row["file_name"]): row[column] for row in rows}
+        json.dumps(rows, ensure_ascii=False).encode()  # half of a surrogate pair is no text
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         problems.append(
             f"{metadata}: each line must be JSON with file_name and a caption, see --caption_column ({error!r})"
         )
@@ -641,7 +648,7 @@ def read_folder(args):
             if caption is None and text_file.exists():
                 try:
                     caption = text_file.read_text("utf-8-sig").strip()
-                except UnicodeDecodeError:
+                except (OSError, ValueError):
                     problems.append(f"{text_file}: not UTF-8 text")
             example = Example(str(path), functools.partial(Image.open, path), caption)
             if found:
@@ -1259,8 +1266,8 @@ image.save("image.png")
 
 def choose_seed(seed, checkpoint):
     """--seed, else that of the run to resume, else a new one, on all processes the same."""
-    if seed is None and checkpoint:
-        return int(json.loads((checkpoint / "trainer_state.json").read_text())["seed"])
+    if seed is None and checkpoint and not checkpoint_damage(checkpoint):  # which is said later
+        return int(checkpoint_state(checkpoint)["seed"])
     return broadcast_object_list([secrets.randbits(31)])[0] if seed is None else seed
 
 

@@ -358,7 +358,11 @@ def parse_args(argv=None):
     arg("--hub_token", help="token for it (default: that of `hf auth login`); it is written nowhere")
     arg("--hub_model_id", help="repository for it (default: the name of output_dir)")
 
-    args = parser.parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        args = parser.parse_args(argv)
+    except (ValueError, RecursionError) as error:
+        parser.error(f"{' '.join(word for word in argv if word[:1] == '@')}: no file of flags ({error})")
     problems = check_flags(args) + check_conditions(args) + check_model(args) + check_output_dir(args)
     if problems:
         parser.error(join_problems(problems))
@@ -684,7 +688,7 @@ def defect(example, args):
             hole = token_hole(hole_of(picture, args))
             if hole.all() or not hole.any():
                 return f"{picture.name}: the mask is all {'white' if hole.all() else 'black'}, in tokens of 16 pixels"
-    except (AttributeError, OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # PIL's readers of formats raise of all kinds
         return f"{picture.name}: not a readable picture ({error})"
 
 
@@ -703,8 +707,9 @@ def read_folder(args):
     metadata = folder / "metadata.jsonl"
     try:
         lines = metadata.read_text("utf-8-sig").splitlines() if metadata.exists() else []
-        listed = {row.pop("file_name"): row for row in (json.loads(line) for line in lines if line.strip())}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        listed = {str(row.pop("file_name")): row for row in (json.loads(line) for line in lines if line.strip())}
+        json.dumps(listed, ensure_ascii=False).encode()  # half of a surrogate pair is no text
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         problems.append(f"{metadata}: each line must be JSON with file_name ({error!r})")
     others = {str(row.get(column)) for row in listed.values() for column in picture_columns(args)[1:]}
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
@@ -721,7 +726,7 @@ def read_folder(args):
         if path.name not in listed and text_file.exists():
             try:
                 row["text"] = text_file.read_text("utf-8-sig").strip()
-            except UnicodeDecodeError:
+            except (OSError, ValueError):
                 problems.append(f"{text_file}: not UTF-8 text")
         rows.append((str(path), {**row, "image": functools.partial(Image.open, path)}))
     return rows, problems

@@ -294,7 +294,11 @@ def parse_args(argv=None):
     arg("--report_to", choices=TRACKERS, default="tensorboard", help="where curves and pictures are sent")
     arg("--upcast_before_saving", action="store_true", help="save the adapter in float32, not in mixed_precision")
 
-    args = parser.parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        args = parser.parse_args(argv)
+    except (ValueError, RecursionError) as error:
+        parser.error(f"{' '.join(word for word in argv if word[:1] == '@')}: no file of flags ({error})")
     backbone, recipe = BACKBONES[args.model_type], RECIPES[args.recipe]
     parser.set_defaults(adam_beta2=0.99, adam_weight_decay=0.0, uncond_prompt=backbone.uncond_prompt, **recipe)
     trained = parser.parse_args(argv).training
@@ -521,7 +525,7 @@ def find_examples(args):
             for read in (example.read, example.read_reference):
                 if read:
                     upright(read())
-        except (AttributeError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except Exception as error:  # PIL's readers of formats raise of all kinds
             return f"{example.name}: not a readable picture ({error})"
 
     with ThreadPoolExecutor() as pool:
@@ -539,7 +543,10 @@ def read_prompts(path):
     """Examples of --prompts_file."""
     if not path.is_file():
         return [], [f"--prompts_file {path}: no such file"]
-    lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]
+    try:
+        lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]
+    except (OSError, ValueError):
+        return [], [f"--prompts_file {path}: not UTF-8 text"]
     return [Example(f"{path}:{i + 1}", [line]) for i, line in enumerate(lines) if line], []
 
 
@@ -556,9 +563,12 @@ def read_folder(args):
     problems += [f"{path}: save it as PNG or JPEG, {path.suffix} is not read" for path in unread]
     for path in paths:
         text_file, read_reference, files = path.with_suffix(".txt"), None, [path]
+        if not path.is_file():
+            problems.append(f"{path}: not a readable picture (no file)")
+            continue
         try:
             lines = text_file.read_text("utf-8-sig").splitlines() if text_file.exists() else []
-        except UnicodeDecodeError:
+        except (OSError, ValueError):
             problems.append(f"{text_file}: not UTF-8 text")
             continue
         if args.reference_data_dir:

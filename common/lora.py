@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 import tempfile
 from pathlib import Path
 
@@ -80,6 +81,7 @@ FLUX_LAYERS = {
     "final_layer.adaLN_modulation.1": ("norm_out.linear",),
 }
 LORA_FORMS = ("comfyui", "kohya", "diffusers")
+CHECKSUMS = "checksums.json"  # of a checkpoint's files
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -541,7 +543,7 @@ def lora_header(layers, *, name, base_model, resolution, trigger_words, captions
 
 def find_checkpoints(output_dir):
     """The complete checkpoints in `output_dir`, oldest first."""
-    folders = [folder for folder in Path(output_dir).glob("checkpoint-*") if folder.name[11:].isdigit()]
+    folders = [folder for folder in Path(output_dir).glob("checkpoint-*") if folder.name[11:].isdecimal()]
     return sorted(folders, key=lambda folder: int(folder.name[11:]))
 
 
@@ -562,6 +564,7 @@ def save_checkpoint(accelerator, output_dir, step, state, total_limit=None):
     accelerator.save_state(partial)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        (partial / CHECKSUMS).write_text(json.dumps(checksums(partial), indent=2))
         for path in [*partial.rglob("*"), partial]:
             flush_to_disk(path)
         partial.rename(checkpoint)
@@ -571,6 +574,15 @@ def save_checkpoint(accelerator, output_dir, step, state, total_limit=None):
             shutil.rmtree(doomed)
     accelerator.wait_for_everyone()
     return checkpoint
+
+
+def checksums(folder):
+    """{name: SHA-256} of the files in a folder."""
+    digests = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            digests[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests
 
 
 def checkpoint_to_resume(output_dir, resume_from_checkpoint):
@@ -583,25 +595,63 @@ def checkpoint_to_resume(output_dir, resume_from_checkpoint):
     return inside if inside.is_dir() else Path(resume_from_checkpoint)
 
 
+def checkpoint_state(checkpoint):
+    """What `save_checkpoint` was given as `state`, with global_step; {} if trainer_state.json is damaged."""
+    try:
+        state = json.loads((checkpoint / "trainer_state.json").read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return state if isinstance(state, dict) and type(state.get("global_step")) is int else {}
+
+
 def checkpoint_conflicts(checkpoint, state):
     """What keeps a run with this `state` from continuing the checkpoint (or None) exactly, as a list of sentences."""
     if checkpoint is None:
         return []
-    saved = json.loads((checkpoint / "trainer_state.json").read_text())
-    return [
+    damage, saved = checkpoint_damage(checkpoint), checkpoint_state(checkpoint)
+    return damage or [
         f"--resume_from_checkpoint {checkpoint}: {name} was {saved.get(name)} there and is {value} now"
         for name, value in state.items()
         if saved.get(name, value) != value
     ]
 
 
+def checkpoint_damage(checkpoint):
+    """The files of a checkpoint that are not as `save_checkpoint` left them, in a sentence; [] if all are."""
+    try:
+        saved = dict(json.loads((checkpoint / CHECKSUMS).read_text()))
+    except (OSError, ValueError, TypeError, RecursionError):
+        saved = {CHECKSUMS: None}
+    found = checksums(checkpoint)
+    damaged = [name for name, digest in saved.items() if found.get(name) != digest]
+    if not checkpoint_state(checkpoint) and "trainer_state.json" not in damaged:
+        damaged.append("trainer_state.json")
+    if not damaged:
+        return []
+    folders = find_checkpoints(checkpoint.parent)
+    earlier = [folder.name for folder in folders if folder.name != checkpoint.name]
+    remedy = f"go on from {earlier[-1]}" if earlier else "start anew"
+    return [
+        f"--resume_from_checkpoint {checkpoint}: {', '.join(damaged)} missing or damaged; delete {checkpoint} and "
+        f"{remedy} with --resume_from_checkpoint latest"
+    ]
+
+
 def load_checkpoint(accelerator, checkpoint):
-    """Restores what `save_checkpoint` saved and returns its step; step 0 for None."""
+    """Restores what `save_checkpoint` saved and returns its step; step 0 for None.
+
+    Ends the run with exit code 2 if the files do not fit the models and the optimizer.
+    """
     if checkpoint is None:
         return 0
-    accelerator.load_state(checkpoint)
+    try:
+        accelerator.load_state(checkpoint)
+    except Exception as error:  # each kind of file raises its own
+        reason = (str(error) or repr(error)).splitlines()[0]
+        print(f"{Path(sys.argv[0]).name}: error: {checkpoint} cannot be restored: {reason}", file=sys.stderr)
+        raise SystemExit(2) from error
     accelerator.print(f"Resuming from {checkpoint}")
-    return json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
+    return checkpoint_state(checkpoint)["global_step"]
 
 
 def catch_signals():

@@ -8,6 +8,7 @@ from conftest import ROOT
 from PIL import Image
 
 import train_twinflow as twinflow
+from common.lora import CHECKSUMS, checksums
 
 
 @pytest.fixture
@@ -32,6 +33,7 @@ def world(tiny_model, pictures, tmp_path):
     checkpoint.mkdir(parents=True)
     state = {"global_step": 5, "enhanced_ratio": "0.5", "the number of processes": 1}
     (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    (checkpoint / CHECKSUMS).write_text(json.dumps(checksums(checkpoint)))
     paths = {name: tmp_path / name for name in ("nowhere", "prompts", "noprompts", "file", "earlier", "out")}
     return {**folders, **paths, "model": tiny_model, "pictures": pictures}
 
