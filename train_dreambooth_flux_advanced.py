@@ -18,6 +18,7 @@ arguments (args.json), the loss (metrics.jsonl, loss.png), pictures (validation/
 """
 
 import argparse
+import contextlib
 import difflib
 import functools
 import hashlib
@@ -31,6 +32,7 @@ import shutil
 import sys
 import time
 import tomllib
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -106,22 +108,25 @@ OPTION_KINDS = {
     "true or false": lambda value: isinstance(value, bool),
     "text": lambda value: isinstance(value, str),
     "text that is not empty": lambda value: isinstance(value, str) and value != "",
-    "a whole number from 0": lambda value: type(value) is int and value >= 0,
-    "a whole number from 1": lambda value: type(value) is int and value >= 1,
+    "a whole number from 0 to 10,000": lambda value: type(value) is int and 0 <= value <= 10_000,
+    "a whole number from 1 to 10,000": lambda value: type(value) is int and 1 <= value <= 10_000,
     "a number from 0 to 1": lambda value: type(value) in (int, float) and 0 <= value <= 1,
-    "a multiple of 16": lambda value: type(value) is int and value >= 16 and value % 16 == 0,
-    "a side or [width, height], multiples of 16": lambda value: (
-        all(OPTION_KINDS["a multiple of 16"](side) for side in (value if isinstance(value, list) else [value]))
+    "a multiple of 16 to 8192": lambda value: type(value) is int and 16 <= value <= 8192 and value % 16 == 0,
+    "a side or [width, height], multiples of 16 to 8192": lambda value: (
+        all(OPTION_KINDS["a multiple of 16 to 8192"](side) for side in (value if isinstance(value, list) else [value]))
         and (not isinstance(value, list) or len(value) == 2)
     ),
     "lanczos, nearest, bilinear, linear, bicubic, cubic, area or box": lambda value: value in [*KOHYA_INTERPOLATION],
+    "an ending such as .txt": lambda value: (
+        isinstance(value, str) and re.fullmatch(r"\.?\w[^/\0]*", value) is not None
+    ),
 }
 KOHYA_INTERPOLATION = {name: name for name in INTERPOLATION} | {
     "linear": "bilinear",
     "cubic": "bicubic",
     "area": "box",
 }
-SWITCH, TEXT, SOME_TEXT, FROM_0, FROM_1, SHARE, SIDE, SIZE, METHOD = OPTION_KINDS
+SWITCH, TEXT, SOME_TEXT, FROM_0, FROM_1, SHARE, SIDE, SIZE, METHOD, ENDING = OPTION_KINDS
 TABLES = {"general": "[general]", "datasets": "[[datasets]]", "subsets": "[[datasets.subsets]]"}
 ABOVE, ANYWHERE = ("general", "datasets"), tuple(TABLES)
 DATASET_OPTIONS = {  # in which tables, what, default; None: the command line's or derived
@@ -136,7 +141,7 @@ DATASET_OPTIONS = {  # in which tables, what, default; None: the command line's 
     "num_repeats": (ANYWHERE, FROM_0, None),
     "flip_aug": (ANYWHERE, SWITCH, None),
     "random_crop": (ANYWHERE, SWITCH, False),
-    "caption_extension": (ANYWHERE, TEXT, None),
+    "caption_extension": (ANYWHERE, ENDING, None),
     "class_tokens": (ANYWHERE, TEXT, None),
     "caption_prefix": (ANYWHERE, TEXT, ""),
     "caption_suffix": (ANYWHERE, TEXT, ""),
@@ -784,6 +789,8 @@ def read_dataset_config(args):
         config = (json.loads if path.suffix == ".json" else tomllib.loads)(path.read_text("utf-8-sig"))
         if not isinstance(config, dict):
             raise ValueError("no tables in it")
+        if path.suffix == ".json":
+            json.dumps(config, ensure_ascii=False).encode()  # half of a surrogate pair is no text
     except (OSError, ValueError, RecursionError) as error:
         return [], [f"--dataset_config {path}: cannot be read ({error})"]
     general, datasets = config.get("general", {}), tables_in(config.get("datasets"))
@@ -847,7 +854,9 @@ def option_problems(where, table, level):
 
 def read_subset(where, options, beside):
     """Examples of one subset; image_dir is relative to the working folder, or else to the file's, `beside`."""
-    named = Path(options["image_dir"]).expanduser()
+    named = Path(options["image_dir"])
+    with contextlib.suppress(RuntimeError):  # no such user
+        named = named.expanduser()
     folder = next((path for path in (named, beside / named) if path.is_dir()), None)
     if folder is None:
         return [], [f"{where}: image_dir {named}: no such folder here or in {beside}"]
@@ -881,9 +890,9 @@ def balance(examples):
     """Regularisation pictures as often as the others together: in order, with their repeats, then all round again."""
     own, others = ([e for e in examples if e.options["is_reg"] == kind] for kind in (False, True))
     order = itertools.chain((e for e in others for _ in range(e.repeats)), itertools.cycle(others))
-    taken = [id(example) for example in itertools.islice(order, sum(example.repeats for example in own))]
+    taken = Counter(map(id, itertools.islice(order, sum(example.repeats for example in own))))
     for example in others:
-        example.repeats = taken.count(id(example))
+        example.repeats = taken[id(example)]
     return [example for example in examples if example.repeats]
 
 

@@ -121,8 +121,6 @@ def world(tiny_fill, tiny_model, pairs, tmp_path):
     (folders["earlier"] / "checkpoint-5" / "trainer_state.json").write_text(json.dumps(state))
     earlier = folders["earlier"] / "checkpoint-5"
     (earlier / CHECKSUMS).write_text(json.dumps(checksums(earlier)))
-        json.dumps(checksums(folders["earlier"] / "checkpoint-5"))
-    )
     (tmp_path / "file").write_text("")
     paths = {name: tmp_path / name for name in ("nowhere", "file", "out")}
     own = {name: pairs / name for name in ("images", "targets", "masks", "captions", "combined")}
