@@ -474,7 +474,7 @@ def check_conditions(args):
                 f"--condition_size {size} of {condition.type} is no scaled --target_size {target}: "
                 "give --position_scale"
             )
-    return problems + check_lora_path(args) + check_depth_model(args)
+    return problems + check_depth_model(args)
 
 
 def check_depth_model(args):
@@ -490,20 +490,30 @@ def check_depth_model(args):
     return []
 
 
-def check_lora_path(args):
-    """Problems of --lora_path."""
+def check_lora_path(args, layers):
+    """Problems of --lora_path, whose files must hold adapters of the (name, module) in `layers`."""
     adapters, problems = adapter_names(conditions_of(args)), []
     if args.lora_path and len(args.lora_path) != len(adapters):
         return [f"--lora_path names {len(args.lora_path)} files for {len(adapters)} adapters: {', '.join(adapters)}"]
+    wanted = {f"transformer.{name}.lora_A.weight": [args.rank, layer.in_features] for name, layer in layers}
+    wanted |= {f"transformer.{name}.lora_B.weight": [layer.out_features, args.rank] for name, layer in layers}
     for path in args.lora_path or ():
         try:
             with safe_open(path, "pt") as file:
-                ranks = {file.get_slice(key).get_shape()[0] for key in file.keys() if ".lora_A." in key}  # noqa: SIM118
+                slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+                found = {key: piece.get_shape() for key, piece in slices.items()}
+                dtypes = {piece.get_dtype() for piece in slices.values()}
         except Exception as error:  # safetensors raises a kind of its own beside OSError
             problems.append(f"--lora_path {path}: not a readable LoRA file ({error})")
             continue
+        ranks = {shape[0] for key, shape in found.items() if ".lora_A." in key and shape}
         if ranks != {args.rank}:
             problems.append(f"--lora_path {path} has rank {', '.join(map(str, sorted(ranks)))}: --rank is {args.rank}")
+        elif found != wanted:
+            odd = sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
+            problems.append(f"--lora_path {path}: made for other layers than --target_modules, such as {odd[0]}")
+        elif not dtypes <= {"F64", "F32", "F16", "BF16"}:
+            problems.append(f"--lora_path {path}: its numbers are {', '.join(sorted(dtypes))}, not F32, F16 or BF16")
     return problems
 
 
@@ -546,7 +556,7 @@ def check_model(args):
     parent = next(path for path in [args.output_dir, *args.output_dir.absolute().parents] if path.exists())
     if shutil.disk_usage(parent).free < needed:  # bytes of a checkpoint, its two moments and the result
         return [f"--output_dir {args.output_dir}: less than {needed / 2**20:.0f} MiB free, which one checkpoint takes"]
-    return []
+    return check_lora_path(args, layers)
 
 
 # same in all trainers

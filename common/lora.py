@@ -619,10 +619,12 @@ def checkpoint_conflicts(checkpoint, state):
 def checkpoint_damage(checkpoint):
     """The files of a checkpoint that are not as `save_checkpoint` left them, in a sentence; [] if all are."""
     try:
-        saved = dict(json.loads((checkpoint / CHECKSUMS).read_text()))
-    except (OSError, ValueError, TypeError, RecursionError):
-        saved = {CHECKSUMS: None}
+        saved = json.loads((checkpoint / CHECKSUMS).read_text())
+    except (OSError, ValueError, RecursionError):
+        saved = None
     found = checksums(checkpoint)
+    if not isinstance(saved, dict) or "trainer_state.json" not in saved:
+        saved = {CHECKSUMS: ""}
     damaged = [name for name, digest in saved.items() if found.get(name) != digest]
     if not checkpoint_state(checkpoint) and "trainer_state.json" not in damaged:
         damaged.append("trainer_state.json")

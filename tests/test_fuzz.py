@@ -16,15 +16,37 @@ from pathlib import Path
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from conftest import ROOT
+from diffusers import FluxPipeline
 from hypothesis import HealthCheck, Phase, given, settings
 from PIL import Image
+from safetensors.torch import load_file
 from test_family import SCRIPTS
+
+from common.lora import (
+    CHECKSUMS,
+    LORA_FORMS,
+    add_lora,
+    checkpoint_conflicts,
+    checksums,
+    load_checkpoint,
+    load_lora,
+    lora_layers,
+    register_lora_checkpointing,
+    register_tensor_checkpointing,
+    save_checkpoint,
+    save_lora,
+    target_layers,
+    write_lora,
+)
 
 
 DREAMBOOTH, INFLUX, OMINI, TWINFLOW = SCRIPTS
 SUFFIXES = [".png", ".jpg", ".jpeg", ".webp", ".bmp", ".PNG"]
-COUNTS = [40, pytest.param(1500, marks=pytest.mark.slow)]
+COUNTS = [100, pytest.param(3000, marks=pytest.mark.slow)]
 
 
 def fuzz(count, prop, *strategies):
@@ -477,3 +499,232 @@ def test_flags_in_a_file(script, tmp_path, capsys, count):
     whole = f'--pretrained_model_name_or_path={tmp_path}  # "it\'s\n--seed 0\n--instance_prompt "a circle"\n'.encode()
     odd = [b'--seed "0\n', b"@" + bytes(path) + b"\n", b"--seed '\xff'\n", b"\\", b"--help\0"]
     fuzz(count, prop, st.one_of(damaged([whole]), st.sampled_from(odd), st.binary(max_size=40)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LoRA files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_pipeline):
+    """(the tiny transformer with an adapter, the adapter's layers as (name, module))."""
+    import train_omini as omini
+
+    transformer = copy.deepcopy(tiny_pipeline.transformer)
+    layers = target_layers(transformer, omini.TARGET_MODULES)
+    add_lora(transformer, rank=2, alpha=2, dropout=0, target_modules=omini.TARGET_MODULES)
+    return transformer, layers
+
+
+@pytest.fixture(scope="module")
+def lora_files(adapter, tmp_path_factory):
+    """Whole LoRA files in all forms; the first is that of `adapter`."""
+    folder = tmp_path_factory.mktemp("loras")
+    save_lora(folder, FluxPipeline, {"transformer": adapter[0]})
+    for form in LORA_FORMS:
+        write_lora(folder / f"{form}.safetensors", lora_layers({"transformer": adapter[0]}), form)
+    paths = [folder / "pytorch_lora_weights.safetensors", *(folder / f"{form}.safetensors" for form in LORA_FORMS)]
+    return [path.read_bytes() for path in paths]
+
+
+@st.composite
+def tensor_file(draw, wholes):
+    """One of the safetensors files `wholes`, damaged, or with another header before its numbers."""
+    if draw(st.booleans()):
+        return draw(damaged(wholes))
+    whole = draw(st.sampled_from(wholes))
+    length = int.from_bytes(whole[:8], "little")
+    header, numbers = json.loads(whole[8 : 8 + length]), whole[8 + length :]
+    for _ in range(draw(st.integers(0, 3))):
+        name = draw(st.sampled_from(sorted(header)))
+        how = draw(st.sampled_from(["drop", "rename", "dtype", "shape", "offsets", "odd", "metadata"]))
+        entry = header[name]
+        if how == "drop":
+            del header[name]
+        elif how == "rename":
+            endings = ["", ".alpha", ".lora_A.weight", ".lora_up.weight", ".lora_down.weight", "lora_unet_x", "\ud800"]
+            header[draw(st.sampled_from(endings))] = header.pop(name)
+        elif how == "odd":
+            header[name] = draw(ODD_VALUES)
+        elif how == "metadata":
+            texts = ["", "{", "[]", "5", '{"transformer.r": "x"}', '{"transformer.lora_alpha": []}', "[" * 50_000]
+            key = draw(st.sampled_from(["lora_adapter_metadata", "format", "x"]))
+            header["__metadata__"] = {key: draw(st.sampled_from(texts))}
+        elif isinstance(entry, dict) and "shape" in entry:
+            values = {
+                "dtype": ["I8", "U8", "BOOL", "I32", "F16", "F8_E4M3", "F64", "F4", "X"],
+                "shape": [[], [0], [-1], entry["shape"][::-1], [2**62, 4], [1, *entry["shape"]], entry["shape"][:1]],
+                "offsets": [[0, 0], [0, 2**63], [10, 5], entry["data_offsets"][::-1]],
+            }
+            header[name] = entry | {"data_offsets" if how == "offsets" else how: draw(st.sampled_from(values[how]))}
+    text = json.dumps(header).encode()
+    length = draw(st.sampled_from([len(text)] * 6 + [0, 1, len(text) + 100, 2**40, 2**63, 2**64 - 1]))
+    return length.to_bytes(8, "little") + text + numbers
+
+
+@pytest.mark.parametrize("count", [150, pytest.param(5000, marks=pytest.mark.slow)])
+def test_lora_files(arguments, adapter, lora_files, tmp_path, capsys, count):
+    """As --lora_path, and in examples/convert_lora.py."""
+    from examples import convert_lora
+
+    omini, (transformer, layers) = importlib.import_module(OMINI), adapter
+    args = arguments(OMINI, "--instance_data_dir", ROOT, "--rank", 2)
+    args.lora_path = [tmp_path / "in.safetensors"]
+    read = []
+
+    def prop(content):
+        args.lora_path[0].write_bytes(content)
+        problems = omini.check_lora_path(args, layers)
+        assert all(str(args.lora_path[0]) in problem for problem in problems)
+        if not problems:
+            load_lora(tmp_path, {"transformer": transformer}, weight_name="in.safetensors")
+        read.append(not problems)
+        try:
+            convert_lora.main([str(args.lora_path[0]), str(tmp_path / "out.safetensors"), "--to", "kohya"])
+        except SystemExit as stop:
+            assert stop.code == 2
+            assert str(args.lora_path[0]) in capsys.readouterr().err
+        (tmp_path / "out.safetensors").unlink(missing_ok=True)
+        assert [path.name for path in tmp_path.iterdir()] == ["in.safetensors"]
+
+    prop(lora_files[0])
+    assert read == [True]
+    fuzz(count, prop, tensor_file(lora_files))
+    assert 0 < sum(read) < len(read)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved(adapter, tmp_path_factory):
+    """(accelerator, folder with checkpoint-1 and checkpoint-2)."""
+    folder, accelerator = tmp_path_factory.mktemp("saved"), Accelerator(cpu=True)
+    parameters = [parameter for parameter in adapter[0].parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    register_lora_checkpointing(accelerator, FluxPipeline, {"transformer": adapter[0]})
+    average = {"average": lambda: [parameter.detach() for parameter in parameters]}
+    register_tensor_checkpointing(accelerator, average, {f"p{i}": p for i, p in enumerate(parameters)})
+    accelerator.prepare(optimizer, schedule)
+    for step in (1, 2):
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        save_checkpoint(accelerator, folder, step, {"seed": "5"})
+    yield accelerator, folder
+    accelerator.free_memory()
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+@pytest.mark.parametrize("count", [150, pytest.param(3000, marks=pytest.mark.slow)])
+def test_checkpoints(saved, tmp_path, capsys, count):
+    """Whatever becomes of a file is seen before anything is loaded; files that were saved so end the run, or load."""
+    accelerator, folder = saved
+    files = {path.name: path.read_bytes() for path in (folder / "checkpoint-2").iterdir()}
+    assert {"optimizer.bin", "scheduler.bin", "random_states_0.pkl", "state.safetensors", CHECKSUMS} < files.keys()
+    loaded = []
+
+    def prop(name, how):
+        checkpoint = tmp_path / "checkpoint-2"
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        shutil.copytree(folder / "checkpoint-2", checkpoint)
+        (tmp_path / "checkpoint-1").mkdir(exist_ok=True)
+        content = how(files[name])
+        if content is None:
+            (checkpoint / name).unlink()
+        else:
+            (checkpoint / name).write_bytes(content)
+        problems = checkpoint_conflicts(checkpoint, {"seed": "5"})
+        assert len(problems) == (content != files[name]) or name == CHECKSUMS and same_json(content, files[name])
+        for problem in problems:
+            assert str(checkpoint) in problem
+            assert name in problem or name == CHECKSUMS  # which may name another
+            assert "go on from checkpoint-1" in problem
+        if name != CHECKSUMS:  # as if it had been saved like that
+            (checkpoint / CHECKSUMS).unlink()
+            (checkpoint / CHECKSUMS).write_text(json.dumps(checksums(checkpoint)))
+            if checkpoint_conflicts(checkpoint, {}):
+                return
+            try:
+                loaded.append(load_checkpoint(accelerator, checkpoint) >= 0)
+            except SystemExit as stop:
+                assert stop.code == 2
+                assert str(checkpoint) in capsys.readouterr().err
+
+    prop("optimizer.bin", lambda whole: whole)
+    assert loaded == [True]
+    ways = st.one_of(
+        st.just(lambda whole: None),
+        st.binary(max_size=30).map(lambda other: lambda whole: other),
+        st.sampled_from([b"{}", b"[]", b'{"global_step": "2"}', b'{"global_step": -1}', b"[" * 99_999]).map(
+            lambda other: lambda whole: other
+        ),
+        st.randoms(use_true_random=False).map(lambda rng: lambda whole: whole[: rng.randrange(len(whole))]),
+        st.randoms(use_true_random=False).map(lambda rng: lambda whole: flipped(whole, rng)),
+    )
+    fuzz(count, prop, st.sampled_from(sorted(files)), ways)
+
+
+def same_json(content, other):
+    try:
+        return json.loads(content) == json.loads(other)
+    except ValueError:
+        return False
+
+
+def flipped(content, rng):
+    """The bytes with one bit changed."""
+    content = bytearray(content)
+    content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    return bytes(content)
+
+
+@pytest.fixture(scope="module")
+def run_flags(tiny_model, tiny_fill, pictures, pairs):
+    """{script: flags of a short run}."""
+    shared = ["--max_sequence_length", 8, "--report_to", "none", "--checkpointing_steps", 1, "--max_train_steps", 2]
+    model, fill = (["--pretrained_model_name_or_path", folder] for folder in (tiny_model, tiny_fill))
+    data, own = ["--instance_data_dir", pictures], ["--rank", 2, "--train_batch_size", 2]
+    combined = ["--instance_data_dir", pairs / "combined", "--caption_data_dir", pairs / "captions"]
+    return {
+        DREAMBOOTH: [*model, *data, *own, *shared, "--resolution", 32],
+        OMINI: [*model, *data, *own, *shared, "--target_size", 32, "--condition_type", "canny"],
+        INFLUX: [*fill, *combined, *own, *shared, "--resolution", 32, "--use_split_mask"],
+        TWINFLOW: [*model, "--train_data_dir", pictures, *shared, "--model_type", "flux", "--resolution", 32],
+    }
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_run_with_a_damaged_checkpoint(train, run_flags, script, tmp_path, capsys):
+    """One message for each file of the newest checkpoint, nothing changed; without it, the run goes on from the one
+    before to the same weights."""
+    flags = [*run_flags[script], "--output_dir", tmp_path / "run"]
+    train(script, *flags)
+    checkpoint, results = tmp_path / "run" / "checkpoint-2", snapshot(tmp_path / "run")
+    results = {path: load_file(path) for path in results if path.suffix == ".safetensors"}
+    files = {path: path.read_bytes() for path in checkpoint.iterdir()}
+    assert len(files) >= 6
+    for path, whole in files.items():
+        path.write_bytes(whole[: len(whole) // 2])
+        before = snapshot(tmp_path)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            train(script, *flags, "--resume_from_checkpoint", "latest")
+        error = capsys.readouterr().err.split("error: ")[1]
+        assert stop.value.code == 2
+        assert path.name in error
+        assert f"delete {checkpoint} and go on from checkpoint-1" in error
+        assert snapshot(tmp_path) == before
+        path.write_bytes(whole)
+    shutil.rmtree(checkpoint)
+    (tmp_path / "run" / "metrics.jsonl").write_bytes(b'\0\0\0{"step": 1}\n{"step": 1, "loss": 1, "lr": 1}\n\xff')
+    train(script, *flags, "--resume_from_checkpoint", "latest")
+    for path, tensors in results.items():
+        assert {name: value.tolist() for name, value in load_file(path).items()} == {
+            name: value.tolist() for name, value in tensors.items()
+        }
