@@ -486,6 +486,10 @@ def check_flags(args):
         problems.append(f"--output_name {args.output_name} must be the name of a file, without folders")
     if (args.hub_token or args.hub_model_id) and not args.push_to_hub:
         problems.append("--hub_token and --hub_model_id have no effect without --push_to_hub")
+    if not (args.hub_token or "").isprintable() or " " in (
+        args.hub_token or ""
+    ):  # errors of the library would show it
+        problems.append("--hub_token: is no token, for it has spaces or line ends")
     if args.mixed_precision == "fp16" and not torch.accelerator.is_available():
         problems.append("--mixed_precision fp16 needs a GPU: use bf16 or no")
     return problems
@@ -1213,7 +1217,9 @@ def load_text_pipeline(args, dtype):
             cache_dir=args.cache_dir,
             dtype=dtype,
         )
-    tokenizer, tokenizer_2 = (AutoTokenizer.from_pretrained(args.tokenizer_dir / name) for name in TOKENIZERS)
+    tokenizer, tokenizer_2 = (
+        AutoTokenizer.from_pretrained(args.tokenizer_dir / name, trust_remote_code=False) for name in TOKENIZERS
+    )
     clip, t5 = load_file(args.clip_l), load_file(args.t5xxl)
     clip = {key.removeprefix("text_model."): value for key, value in clip.items() if key.startswith("text_model.")}
     vocabulary, width = clip["embeddings.token_embedding.weight"].shape
@@ -1964,9 +1970,13 @@ def main(args):
         draw(prompt=final_prompt, step=global_step)
     if args.push_to_hub and accelerator.is_main_process:
         unwanted = ["checkpoint-*/**", ".*", f"{args.logging_dir}/**"]
-        HfApi(token=args.hub_token).upload_folder(
-            repo_id=hub_repo, folder_path=args.output_dir, ignore_patterns=unwanted
-        )
+        api = HfApi(token=args.hub_token)
+        try:
+            api.upload_folder(repo_id=hub_repo, folder_path=args.output_dir, ignore_patterns=unwanted)
+            if args.output_name:
+                api.upload_file(path_or_fileobj=lora_file(args), path_in_repo=lora_file(args).name, repo_id=hub_repo)
+        except (HTTPError, OSError, ValueError) as error:
+            fail(accelerator, [f"--push_to_hub: {error}; all is saved, try hf upload {hub_repo} {args.output_dir}"])
     accelerator.end_training()
     print_results(accelerator, args, global_step)
 

@@ -369,6 +369,10 @@ def check_flags(args):
         problems.append(f"--weighting_scheme {args.weighting_scheme} has no effect without --timestep_sampling sigma")
     if (args.hub_token or args.hub_model_id) and not args.push_to_hub:
         problems.append("--hub_token and --hub_model_id have no effect without --push_to_hub")
+    if not (args.hub_token or "").isprintable() or " " in (
+        args.hub_token or ""
+    ):  # errors of the library would show it
+        problems.append("--hub_token: is no token, for it has spaces or line ends")
     if args.mixed_precision == "fp16" and not torch.accelerator.is_available():
         problems.append("--mixed_precision fp16 needs a GPU: use bf16 or no")
     return problems
@@ -1531,9 +1535,11 @@ def main(args):
         draw(step=global_step)
     if args.push_to_hub and accelerator.is_main_process:
         unwanted = ["checkpoint-*/**", ".*", f"{args.logging_dir}/**"]
-        HfApi(token=args.hub_token).upload_folder(
-            repo_id=hub_repo, folder_path=args.output_dir, ignore_patterns=unwanted
-        )
+        api = HfApi(token=args.hub_token)
+        try:
+            api.upload_folder(repo_id=hub_repo, folder_path=args.output_dir, ignore_patterns=unwanted)
+        except (HTTPError, OSError, ValueError) as error:
+            fail(accelerator, [f"--push_to_hub: {error}; all is saved, try hf upload {hub_repo} {args.output_dir}"])
     accelerator.end_training()
     print_results(accelerator, args, global_step)
 

@@ -412,6 +412,10 @@ def check_flags(args):
         problems.append("--final_validation_prompt has no effect with --skip_final_inference: leave one out")
     if (args.hub_token or args.hub_model_id) and not args.push_to_hub:
         problems.append("--hub_token and --hub_model_id have no effect without --push_to_hub")
+    if not (args.hub_token or "").isprintable() or " " in (
+        args.hub_token or ""
+    ):  # errors of the library would show it
+        problems.append("--hub_token: is no token, for it has spaces or line ends")
     if args.mixed_precision == "fp16" and not torch.accelerator.is_available():
         problems.append("--mixed_precision fp16 needs a GPU: use bf16 or no")
     return problems
@@ -482,7 +486,7 @@ def check_depth_model(args):
     if not {"depth", "depth_pred"} & set(args.condition_type):
         return []
     try:
-        config = AutoConfig.from_pretrained(args.depth_model, cache_dir=args.cache_dir)
+        config = AutoConfig.from_pretrained(args.depth_model, cache_dir=args.cache_dir, trust_remote_code=False)
     except (OSError, ValueError) as error:
         return [f"--depth_model {args.depth_model}: cannot be loaded ({str(error).splitlines()[0]})"]
     if type(config) not in MODEL_FOR_DEPTH_ESTIMATION_MAPPING:
@@ -958,7 +962,7 @@ def estimate_depth(accelerator, examples, args):
     folder = args.output_dir / "depth"
     folder.mkdir(parents=True, exist_ok=True)
     where = {"device": accelerator.device, "model_kwargs": {"cache_dir": args.cache_dir}}
-    estimator = pipeline("depth-estimation", model=args.depth_model, **where)
+    estimator = pipeline("depth-estimation", model=args.depth_model, trust_remote_code=False, **where)
     starts = list(range(0, len(examples), args.depth_batch_size))
     with accelerator.split_between_processes(starts) as share:
         for start in tqdm(share, desc="Estimating depth", unit="batch", disable=not accelerator.is_main_process):
@@ -2065,9 +2069,11 @@ def main(args):
         draw(prompt=final_prompt, step=global_step)
     if args.push_to_hub and accelerator.is_main_process:
         unwanted = ["checkpoint-*/**", ".*", f"{args.logging_dir}/**", "depth/**"]
-        HfApi(token=args.hub_token).upload_folder(
-            repo_id=hub_repo, folder_path=args.output_dir, ignore_patterns=unwanted
-        )
+        api = HfApi(token=args.hub_token)
+        try:
+            api.upload_folder(repo_id=hub_repo, folder_path=args.output_dir, ignore_patterns=unwanted)
+        except (HTTPError, OSError, ValueError) as error:
+            fail(accelerator, [f"--push_to_hub: {error}; all is saved, try hf upload {hub_repo} {args.output_dir}"])
     accelerator.end_training()
     print_results(accelerator, args, conditions, global_step)
 

@@ -83,6 +83,7 @@ from common.validation import (
 
 TRAINING = ("full", "lora")
 KINDS = ("e2e", "mul", "any", "adv", "one")  # of the samples of a batch, see `sample_times`
+OPENUNI_PARTS = ("connector.", "projector.", "meta_queries", "transformer.")
 NEAR = 0.05  # how much of t the target of a mul sample is away, at most
 DELTA = 0.01  # first step of the consistency target
 BARRON_C = 1e-3
@@ -340,6 +341,14 @@ def check_flags(args):
             problems.append(f"--{name} is {'needed for' if openuni else 'only for'} --model_type openuni")
     if args.openuni_checkpoint and not args.openuni_checkpoint.is_file():
         problems.append(f"--openuni_checkpoint {args.openuni_checkpoint}: no such file")
+    elif args.openuni_checkpoint:
+        try:
+            missing = [prefix for prefix in OPENUNI_PARTS if not OpenUni(args).state_dict(prefix)]
+        except Exception as error:  # damaged files raise of all kinds
+            reason = (str(error) or repr(error)).splitlines()[0]
+            problems.append(f"--openuni_checkpoint {args.openuni_checkpoint}: not a file of weights ({reason})")
+        else:
+            problems += [f"--openuni_checkpoint {args.openuni_checkpoint}: holds no {part}*" for part in missing]
     edit = args.model_type == "qwenimage-edit"
     source = "reference_column" if args.dataset_name or has_parquet(args) else "reference_data_dir"
     needed = [source, *(["validation_image"] if args.validation_prompt else [])] if edit else []
@@ -902,7 +911,9 @@ class OpenUni(Sana):
             attn_implementation="sdpa",
         )
         text = torch.nn.Module()
-        text.tokenizer = AutoTokenizer.from_pretrained(self.args.openuni_llm, cache_dir=self.args.cache_dir)
+        text.tokenizer = AutoTokenizer.from_pretrained(
+            self.args.openuni_llm, cache_dir=self.args.cache_dir, trust_remote_code=False
+        )
         text.language_model, text.connector = llm.model.language_model, SiglipEncoder(config)
         text.connector.load_state_dict(weights)
         weights = self.state_dict("projector.")

@@ -10,9 +10,12 @@ import torch.nn.functional as F
 from accelerate.utils import gather_object
 from diffusers import AutoencoderDC, AutoencoderKLQwenImage, FluxPipeline
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
+
+
+EpsImagePlugin.gs_binary = False  # PIL would run Ghostscript on PostScript under a picture's name
 
 
 @torch.no_grad()
