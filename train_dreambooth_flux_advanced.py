@@ -44,25 +44,27 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeli
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import free_memory, offload_models, parse_buckets_string
-from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HTTPError
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save_file as save_tensors
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from common.flow_matching import TIMESTEP_SAMPLING, add_noise, sample_sigmas, step_generator, velocity_loss
 from common.latents import (
+    StepSampler,
     cache_moments,
     disk_cached,
     encode_moments,
     fingerprint,
     image_ids,
     pack_latents,
+    read_row,
     sample_latents,
+    upright,
 )
 from common.lora import (
     FLUX_LAYERS,
@@ -70,11 +72,13 @@ from common.lora import (
     LORA_FORMS,
     add_lora,
     catch_signals,
+    check_output_dir,
     checkpoint_conflicts,
     checkpoint_to_resume,
+    create_optimizer,
     diffusers_state_dict,
-    find_checkpoints,
     load_checkpoint,
+    load_model,
     lora_header,
     lora_layers,
     register_lora_checkpointing,
@@ -85,13 +89,18 @@ from common.lora import (
     write_lora,
 )
 from common.validation import (
+    create_hub_repo,
+    draw_class_images,
     generate_images,
-    image_grid,
-    log_images,
     log_step,
     open_metrics,
     peak_memory,
     plot_metrics,
+    print_results,
+    push_to_hub,
+    sampling_pipeline,
+    save_images,
+    save_model_card,
     start_logging,
     undisturbed,
 )
@@ -607,33 +616,6 @@ def check_class_data_dir(args):
     return []
 
 
-# same in all trainers
-def check_output_dir(args):
-    """Problems of --output_dir and --resume_from_checkpoint."""
-    folder, checkpoint = args.output_dir, checkpoint_to_resume(args.output_dir, args.resume_from_checkpoint)
-    if folder.exists() and not folder.is_dir():
-        return [f"--output_dir {folder}: a file of this name is in the way"]
-    parent = next(path for path in [folder, *folder.absolute().parents] if path.exists())
-    if not os.access(parent, os.W_OK):
-        return [f"--output_dir {folder}: no permission to write there"]
-    found = find_checkpoints(folder)
-    if checkpoint is None and found:
-        return [
-            f"--output_dir {folder} holds {found[-1].name} of an earlier run: continue it with "
-            "--resume_from_checkpoint latest, delete it, or choose another folder"
-        ]
-    if checkpoint is None:
-        return []
-    if not (checkpoint / "trainer_state.json").is_file():
-        return [f"--resume_from_checkpoint {checkpoint}: no checkpoint there; use latest, or a checkpoint-N folder"]
-    if found and checkpoint.resolve() != found[-1].resolve():
-        return [
-            f"--output_dir {folder} holds {found[-1].name}, later than {checkpoint}: delete what is later, or choose "
-            "another folder"
-        ]
-    return []
-
-
 def lora_targets(args, transformer):
     """The layers that --lora_layers names; kohya stands for every linear layer in the blocks, as in its sd-scripts."""
     if args.lora_layers != "kohya":
@@ -659,16 +641,8 @@ class Example:
     dataset: int = 0  # batches keep to one
     bucket: tuple[int, int] | None = None  # (height, width)
 
-    # same in all trainers
     def image(self):
-        """The picture as its owner sees it: upright (EXIF), transparent parts white, RGB."""
-        image = ImageOps.exif_transpose(self.read())
-        if image.mode.startswith("I"):  # 16-bit grey, which PIL would clip to white
-            image = Image.fromarray((np.asarray(image) / 257).astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+        return upright(self.read())
 
     def varies(self):
         """Whether `prompt` is drawn anew for each sample."""
@@ -990,12 +964,6 @@ def read_dataset(args):
     ], []
 
 
-# same in all trainers
-def read_row(dataset, row, column):
-    """A picture of a dataset."""
-    return dataset[row][column]
-
-
 class DreamBoothDataset(Dataset):
     """Samples by (epoch, index): the posterior of the picture's latents if cached, else its pixels; and its caption.
     With prior preservation, a list of two: the picture's and that of a class picture.
@@ -1062,43 +1030,6 @@ class DreamBoothDataset(Dataset):
         return len(self.examples)
 
 
-# same in all trainers
-class StepSampler(Sampler):
-    """Batches of (epoch, index) for the micro-steps `start` to `stop` of one process.
-
-    Every epoch is a new order of all samples, drawn from (seed, epoch) and cut into batches, each of one of the
-    `groups` (the bucket of each sample), that go round the processes; what a micro-step trains on is the same however
-    often training was interrupted before it.
-    """
-
-    def __init__(self, groups, batch_size, *, seed, process_index, num_processes, start=0, stop=None):
-        self.groups, self.batch_size, self.seed = groups, batch_size, seed
-        self.start, self.stop = start, stop
-        self.process_index, self.num_processes = process_index, num_processes
-        self.steps_per_epoch = math.ceil(len(self.batches(0)) / num_processes)
-
-    def batches(self, epoch):
-        """The batches of an epoch, for all processes together."""
-        rng = np.random.default_rng((self.seed, epoch))
-        order = rng.permutation(len(self.groups)).tolist()
-        batches = []
-        for group in dict.fromkeys(self.groups):
-            members = [index for index in order if self.groups[index] == group]
-            batches += [members[i : i + self.batch_size] for i in range(0, len(members), self.batch_size)]
-        return [batches[i] for i in rng.permutation(len(batches))]
-
-    def __iter__(self):
-        for step in range(self.start, self.stop):
-            epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
-            if step == self.start or step_of_epoch == 0:
-                batches = self.batches(epoch)
-            batch = step_of_epoch * self.num_processes + self.process_index
-            yield [(epoch, index) for index in batches[batch % len(batches)]]
-
-    def __len__(self):
-        return self.stop - self.start
-
-
 class DatasetSampler(StepSampler):
     """StepSampler with a `batch_size` for each dataset, {number: size}; groups are (number, bucket)."""
 
@@ -1123,20 +1054,6 @@ def collate(examples):
 # ---------------------------------------------------------------------------------------------------------------------
 # Model
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-# same in all trainers
-def load_model(model_class, subfolder, args, dtype):
-    """A frozen part of the pipeline, on the CPU."""
-    model = model_class.from_pretrained(
-        args.pretrained_model_name_or_path,
-        subfolder=subfolder,
-        revision=args.revision,
-        variant=args.variant,
-        cache_dir=args.cache_dir,
-        dtype=dtype,
-    )
-    return model.requires_grad_(False)
 
 
 def load_part(model_class, subfolder, args, dtype):
@@ -1465,50 +1382,6 @@ def compute_loss(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def create_optimizer(lora_params, text_params, args, scale):
-    """The optimizer that --optimizer names, its learning rates multiplied by `scale`."""
-    one_rate = args.optimizer == "prodigy"  # as its authors ask
-    parameters = [
-        {"params": lora_params, "lr": args.learning_rate * scale, "weight_decay": args.adam_weight_decay},
-        {
-            "params": text_params,
-            "lr": (args.learning_rate if one_rate else args.text_encoder_lr) * scale,
-            "weight_decay": args.adam_weight_decay_text_encoder,
-        },
-    ]
-    parameters = [group for group in parameters if group["params"]]
-    shared = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-    if args.optimizer == "prodigy":
-        from prodigyopt import Prodigy
-
-        return Prodigy(
-            parameters,
-            **shared,
-            beta3=args.prodigy_beta3,
-            decouple=args.prodigy_decouple,
-            use_bias_correction=args.prodigy_use_bias_correction,
-            safeguard_warmup=args.prodigy_safeguard_warmup,
-        )
-    if args.use_8bit_adam:
-        from bitsandbytes.optim import AdamW8bit
-
-        return AdamW8bit(parameters, **shared)
-    return torch.optim.AdamW(parameters, **shared)
-
-
-def sampling_pipeline(accelerator, transformer, vae, noise_scheduler):
-    """A pipeline around the models in training, with a scheduler of its own."""
-    return FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler.from_config(noise_scheduler.config),
-        vae=vae,
-        text_encoder=None,
-        tokenizer=None,
-        text_encoder_2=None,
-        tokenizer_2=None,
-        transformer=accelerator.unwrap_model(transformer),
-    )
-
-
 def pipeline_call(text, prompt, args):
     """The pipeline's arguments for a picture of `prompt`."""
     prompt_embeds, pooled_prompt_embeds = text([prompt])
@@ -1520,52 +1393,17 @@ def pipeline_call(text, prompt, args):
     }
 
 
-# same in all trainers
-def draw_class_images(accelerator, pipeline, text, args):
-    """Fills --class_data_dir up to --num_class_images with what the untrained model draws for --class_prompt.
-
-    Image i comes from (seed, i) and appears whole or not at all: an interrupted run goes on where it was. A batch is
-    drawn as a whole also for one absent image, for rounding depends on the size of a batch.
-    """
-    args.class_data_dir.mkdir(parents=True, exist_ok=True)
-    paths = [args.class_data_dir / f"class-{i:05d}.png" for i in range(args.num_class_images)]
-    absent = [path for path in paths if not path.exists()]
-    absent = set(absent[: args.num_class_images - len(class_examples(args))])
-    batches = [range(len(paths))[i : i + args.sample_batch_size] for i in range(0, len(paths), args.sample_batch_size)]
-    batches = [batch for batch in batches if any(paths[i] in absent for i in batch)]
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(args.prior_generation_precision)
-    device = accelerator.device
-    pipeline.set_progress_bar_config(disable=True)
-    precision = torch.autocast(device.type, dtype) if dtype else accelerator.autocast()
-    quiet = not absent or not accelerator.is_main_process
-    sharing = accelerator.split_between_processes(batches)
-    with undisturbed(pipeline.transformer, device=device), precision, sharing as share:
-        for batch in tqdm(share, desc="Drawing class images", unit="batch", disable=quiet):
-            generators = [step_generator(args.seed, i) for i in batch]
-            call = pipeline_call(text, args.class_prompt, args)
-            images = pipeline(**call, num_images_per_prompt=len(batch), generator=generators).images
-            for path, image in zip([paths[i] for i in batch], images, strict=True):
-                if path in absent:
-                    image.save(path.with_suffix(".partial"), format="PNG")
-                    path.with_suffix(".partial").replace(path)
-    accelerator.wait_for_everyone()
-
-
 def validate(accelerator, transformer, vae, noise_scheduler, text, args, *, prompt, step):
     """Draws a prompt and sends the pictures to validation/step-N.png and the trackers."""
-    pipeline = sampling_pipeline(accelerator, transformer, vae, noise_scheduler)
+    pipeline = sampling_pipeline(FluxPipeline, accelerator.unwrap_model(transformer), vae, noise_scheduler)
     with (
         undisturbed(transformer, device=accelerator.device),
         offload_models(vae, device=accelerator.device, offload=args.offload or args.cache_latents),
     ):
         call = pipeline_call(text, prompt, args)
         images = generate_images(accelerator, pipeline, [call] * args.num_validation_images, seed=args.seed)
-    if accelerator.is_main_process:
-        captions = [f"{prompt} | step {step}, seed {args.seed + i}" for i in range(len(images))]
-        folder = args.output_dir / "validation"
-        folder.mkdir(exist_ok=True)
-        image_grid(images, captions).save(folder / f"step-{step:06d}.png")
-        log_images(accelerator, images, captions, name="validation", step=step)
+    captions = [f"{prompt} | step {step}, seed {args.seed + i}" for i in range(len(images))]
+    save_images(accelerator, args, images, captions, step=step)
 
 
 def lora_file(args, epoch=None):
@@ -1594,7 +1432,7 @@ def save_named_lora(args, adapted, examples, guided, dtype, epoch=None):
     write_lora(path, layers, args.save_format, header, dtype)
 
 
-def save_model_card(args, dtype, text, prompt, embeddings_name):
+def describe(args, dtype, text, prompt, embeddings_name):
     """README.md in the output folder: what was trained on what, and how to draw `prompt` with it."""
     folder = args.output_dir.resolve()
     base = "black-forest-labs/FLUX.1-dev" if single_file(args) else args.pretrained_model_name_or_path
@@ -1631,13 +1469,8 @@ image = pipeline({text.replace(prompt)!r}, {size}).images[0]
 image.save("image.png")
 ```
 """
-    metadata = ModelCardData(
-        library_name="diffusers",
-        base_model=base,
-        tags=["text-to-image", "flux", "lora", "dreambooth", "diffusers-training"],
-        instance_prompt=args.instance_prompt,
-    )
-    ModelCard(f"---\n{metadata.to_yaml()}\n---\n{description}").save(args.output_dir / "README.md")
+    tags = ["text-to-image", "flux", "lora", "dreambooth", "diffusers"]
+    save_model_card(args, description, tags, base_model=base, instance_prompt=args.instance_prompt)
 
 
 def trained_shares(args):
@@ -1694,28 +1527,6 @@ def print_header(accelerator, args, examples, lora_params, transformer, text, st
     if text.parameters() and args.optimizer == "prodigy" and args.text_encoder_lr != args.learning_rate:
         lines.append(f"Prodigy has one learning rate for all, {args.learning_rate:g}: --text_encoder_lr is not used")
     accelerator.print("".join(f"  {line}\n" for line in lines), end="")
-
-
-def print_results(accelerator, args, step):
-    """What lies where."""
-    results = {
-        "LoRA": lora_file(args).absolute(),
-        "tokens": f"{args.output_dir.resolve().name}_emb.safetensors",
-        "words": "embeddings",
-        "usage": "README.md",
-        "loss": "loss.png",
-        "pictures": "validation",
-    }
-    files = {what: args.output_dir / name for what, name in results.items() if (args.output_dir / name).exists()}
-    accelerator.print(f"Trained {step} steps. In {args.output_dir}:")
-    accelerator.print("\n".join(f"  {what:9}{path}" for what, path in files.items()))
-
-
-# same in all trainers
-def create_hub_repo(args):
-    """The id of the repository that --push_to_hub uploads to, made now so that a wrong token shows before training."""
-    name = args.hub_model_id or args.output_dir.resolve().name
-    return HfApi(token=args.hub_token).create_repo(name, exist_ok=True).repo_id
 
 
 # same in all trainers
@@ -1794,8 +1605,9 @@ def main(args):
     with offload_models(vae, device=device, offload=offload):
         if args.with_prior_preservation:
             transformer = load_transformer().to(device)
-            pipeline = sampling_pipeline(accelerator, transformer, vae, noise_scheduler)
-            draw_class_images(accelerator, pipeline, text, args)
+            pipeline = sampling_pipeline(FluxPipeline, transformer, vae, noise_scheduler)
+            call = pipeline_call(text, args.class_prompt, args)
+            draw_class_images(accelerator, pipeline, call, args, present=len(class_examples(args)))
             dataset.class_examples = class_examples(args)
         if args.cache_latents:
             folder = args.disk_cache_dir.expanduser() if args.cache_latents_to_disk else None
@@ -1821,7 +1633,7 @@ def main(args):
     save_dtype = torch.float32 if args.upcast_before_saving else weight_dtype
 
     # 5. Optimizer and schedule
-    optimizer = create_optimizer(lora_params, text.parameters(), args, total_batch_size if args.scale_lr else 1)
+    optimizer = create_optimizer(args, lora_params, total_batch_size if args.scale_lr else 1, text.parameters())
     lr_scheduler = get_scheduler(
         args.lr_scheduler,
         optimizer,
@@ -1943,16 +1755,21 @@ def main(args):
         metrics.close()
         plot_metrics(args.output_dir / "metrics.jsonl", args.output_dir / "loss.png", title=args.output_dir.name)
         shown_prompt = final_prompt or args.instance_prompt or examples[0].prompt()
-        save_model_card(args, weight_dtype, text, shown_prompt, embeddings_name)
+        describe(args, weight_dtype, text, shown_prompt, embeddings_name)
     if final_prompt:
         draw(prompt=final_prompt, step=global_step)
     if args.push_to_hub and accelerator.is_main_process:
-        unwanted = ["checkpoint-*/**", ".*", f"{args.logging_dir}/**"]
-        HfApi(token=args.hub_token).upload_folder(
-            repo_id=hub_repo, folder_path=args.output_dir, ignore_patterns=unwanted
-        )
+        push_to_hub(args, hub_repo)
     accelerator.end_training()
-    print_results(accelerator, args, global_step)
+    results = {
+        "LoRA": lora_file(args).absolute(),
+        "tokens": f"{args.output_dir.resolve().name}_emb.safetensors",
+        "words": "embeddings",
+        "usage": "README.md",
+        "loss": "loss.png",
+        "pictures": "validation",
+    }
+    print_results(accelerator, args, global_step, results)
 
 
 if __name__ == "__main__":

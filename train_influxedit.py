@@ -50,29 +50,33 @@ from diffusers import (
 )
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import free_memory, offload_models
-from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HTTPError
 from PIL import Image, ImageOps
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from common.flow_matching import TIMESTEP_SAMPLING, add_noise, sample_sigmas, step_generator, velocity_loss
 from common.latents import (
+    StepSampler,
     cache_moments,
     encode_moments,
     image_ids,
     pack_fill_condition,
     pack_latents,
+    read_row,
     sample_latents,
+    upright,
 )
 from common.lora import (
     FLUX_TARGET_MODULES,
     add_lora,
     catch_signals,
+    check_output_dir,
     checkpoint_conflicts,
     checkpoint_to_resume,
-    find_checkpoints,
+    create_optimizer,
     load_checkpoint,
+    load_model,
     register_lora_checkpointing,
     save_checkpoint,
     save_lora,
@@ -80,13 +84,19 @@ from common.lora import (
     unknown_layers,
 )
 from common.validation import (
+    create_hub_repo,
+    draw_class_images,
     generate_images,
     image_grid,
-    log_images,
     log_step,
     open_metrics,
     peak_memory,
     plot_metrics,
+    print_results,
+    push_to_hub,
+    sampling_pipeline,
+    save_images,
+    save_model_card,
     start_logging,
     undisturbed,
 )
@@ -468,33 +478,6 @@ def check_class_data_dir(args):
     return []
 
 
-# same in all trainers
-def check_output_dir(args):
-    """Problems of --output_dir and --resume_from_checkpoint."""
-    folder, checkpoint = args.output_dir, checkpoint_to_resume(args.output_dir, args.resume_from_checkpoint)
-    if folder.exists() and not folder.is_dir():
-        return [f"--output_dir {folder}: a file of this name is in the way"]
-    parent = next(path for path in [folder, *folder.absolute().parents] if path.exists())
-    if not os.access(parent, os.W_OK):
-        return [f"--output_dir {folder}: no permission to write there"]
-    found = find_checkpoints(folder)
-    if checkpoint is None and found:
-        return [
-            f"--output_dir {folder} holds {found[-1].name} of an earlier run: continue it with "
-            "--resume_from_checkpoint latest, delete it, or choose another folder"
-        ]
-    if checkpoint is None:
-        return []
-    if not (checkpoint / "trainer_state.json").is_file():
-        return [f"--resume_from_checkpoint {checkpoint}: no checkpoint there; use latest, or a checkpoint-N folder"]
-    if found and checkpoint.resolve() != found[-1].resolve():
-        return [
-            f"--output_dir {folder} holds {found[-1].name}, later than {checkpoint}: delete what is later, or choose "
-            "another folder"
-        ]
-    return []
-
-
 def lora_targets(args):
     """The layers that --lora_layers names."""
     return names_in(args.lora_layers) or list(FLUX_TARGET_MODULES)
@@ -515,16 +498,8 @@ class Example:
     partner: "Example | None" = None
     size: tuple[int, int] | None = None  # (width, height), upright
 
-    # same in all trainers
     def image(self):
-        """The picture as its owner sees it: upright (EXIF), transparent parts white, RGB."""
-        image = ImageOps.exif_transpose(self.read())
-        if image.mode.startswith("I"):  # 16-bit grey, which PIL would clip to white
-            image = Image.fromarray((np.asarray(image) / 257).astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+        return upright(self.read())
 
     def check(self):
         """Finds `size` and reads the whole file; raises what PIL raises for a damaged one.
@@ -693,12 +668,6 @@ def read_dataset(args):
     ], []
 
 
-# same in all trainers
-def read_row(dataset, row, column):
-    """A picture of a dataset."""
-    return dataset[row][column]
-
-
 def sides(size, long_edge):
     """(height, width), multiples of 16, of a picture of `size` (width, height) with its longer side near `long_edge`.
 
@@ -829,43 +798,6 @@ class EditDataset(Dataset):
         return len(self.examples)
 
 
-# same in all trainers
-class StepSampler(Sampler):
-    """Batches of (epoch, index) for the micro-steps `start` to `stop` of one process.
-
-    Every epoch is a new order of all samples, drawn from (seed, epoch) and cut into batches, each of one of the
-    `groups` (the bucket of each sample), that go round the processes; what a micro-step trains on is the same however
-    often training was interrupted before it.
-    """
-
-    def __init__(self, groups, batch_size, *, seed, process_index, num_processes, start=0, stop=None):
-        self.groups, self.batch_size, self.seed = groups, batch_size, seed
-        self.start, self.stop = start, stop
-        self.process_index, self.num_processes = process_index, num_processes
-        self.steps_per_epoch = math.ceil(len(self.batches(0)) / num_processes)
-
-    def batches(self, epoch):
-        """The batches of an epoch, for all processes together."""
-        rng = np.random.default_rng((self.seed, epoch))
-        order = rng.permutation(len(self.groups)).tolist()
-        batches = []
-        for group in dict.fromkeys(self.groups):
-            members = [index for index in order if self.groups[index] == group]
-            batches += [members[i : i + self.batch_size] for i in range(0, len(members), self.batch_size)]
-        return [batches[i] for i in rng.permutation(len(batches))]
-
-    def __iter__(self):
-        for step in range(self.start, self.stop):
-            epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
-            if step == self.start or step_of_epoch == 0:
-                batches = self.batches(epoch)
-            batch = step_of_epoch * self.num_processes + self.process_index
-            yield [(epoch, index) for index in batches[batch % len(batches)]]
-
-    def __len__(self):
-        return self.stop - self.start
-
-
 def collate(examples):
     """Tensors stacked and prompts as a list: first the pictures, then, if there are, the class pictures."""
     samples = [sample for kind in zip(*examples, strict=True) for sample in kind]
@@ -878,20 +810,6 @@ def collate(examples):
 # ---------------------------------------------------------------------------------------------------------------------
 # Model
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-# same in all trainers
-def load_model(model_class, subfolder, args, dtype):
-    """A frozen part of the pipeline, on the CPU."""
-    model = model_class.from_pretrained(
-        args.pretrained_model_name_or_path,
-        subfolder=subfolder,
-        revision=args.revision,
-        variant=args.variant,
-        cache_dir=args.cache_dir,
-        dtype=dtype,
-    )
-    return model.requires_grad_(False)
 
 
 class PromptEncoder:
@@ -1048,55 +966,6 @@ def compute_loss(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def create_optimizer(lora_params, text_params, args, scale):
-    """The optimizer that --optimizer names, its learning rates multiplied by `scale`."""
-    one_rate = args.optimizer == "prodigy"  # as its authors ask
-    parameters = [
-        {"params": lora_params, "lr": args.learning_rate * scale, "weight_decay": args.adam_weight_decay},
-        {
-            "params": text_params,
-            "lr": (args.learning_rate if one_rate else args.text_encoder_lr) * scale,
-            "weight_decay": args.adam_weight_decay_text_encoder,
-        },
-    ]
-    parameters = [group for group in parameters if group["params"]]
-    shared = {
-        "betas": (args.adam_beta1, args.adam_beta2),
-        "eps": args.adam_epsilon,
-    }
-    if args.optimizer == "prodigy":
-        from prodigyopt import Prodigy
-
-        return Prodigy(
-            parameters,
-            **shared,
-            beta3=args.prodigy_beta3,
-            decouple=args.prodigy_decouple,
-            use_bias_correction=args.prodigy_use_bias_correction,
-            safeguard_warmup=args.prodigy_safeguard_warmup,
-        )
-    if args.use_8bit_adam:
-        from bitsandbytes.optim import AdamW8bit
-
-        return AdamW8bit(parameters, **shared)
-    return torch.optim.AdamW(parameters, **shared)
-
-
-def sampling_pipeline(accelerator, transformer, vae, noise_scheduler, *, hide=True):
-    """A pipeline around the models in training, with a scheduler of its own; for `hide` see `FillPipeline`."""
-    pipeline = FillPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler.from_config(noise_scheduler.config),
-        vae=vae,
-        text_encoder=None,
-        tokenizer=None,
-        text_encoder_2=None,
-        tokenizer_2=None,
-        transformer=accelerator.unwrap_model(transformer),
-    )
-    pipeline.hide = hide
-    return pipeline
-
-
 def pipeline_call(text, prompt, args, image=None, mask=None):
     """The pipeline's arguments for drawing `prompt` into a picture, or, without one, from nothing."""
     prompt_embeds, pooled_prompt_embeds = text([prompt])
@@ -1112,37 +981,6 @@ def pipeline_call(text, prompt, args, image=None, mask=None):
         "width": image.width,
         "guidance_scale": args.guidance_scale,
     }
-
-
-# same in all trainers
-def draw_class_images(accelerator, pipeline, text, args):
-    """Fills --class_data_dir up to --num_class_images with what the untrained model draws for --class_prompt.
-
-    Image i comes from (seed, i) and appears whole or not at all: an interrupted run goes on where it was. A batch is
-    drawn as a whole also for one absent image, for rounding depends on the size of a batch.
-    """
-    args.class_data_dir.mkdir(parents=True, exist_ok=True)
-    paths = [args.class_data_dir / f"class-{i:05d}.png" for i in range(args.num_class_images)]
-    absent = [path for path in paths if not path.exists()]
-    absent = set(absent[: args.num_class_images - len(class_examples(args))])
-    batches = [range(len(paths))[i : i + args.sample_batch_size] for i in range(0, len(paths), args.sample_batch_size)]
-    batches = [batch for batch in batches if any(paths[i] in absent for i in batch)]
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(args.prior_generation_precision)
-    device = accelerator.device
-    pipeline.set_progress_bar_config(disable=True)
-    precision = torch.autocast(device.type, dtype) if dtype else accelerator.autocast()
-    quiet = not absent or not accelerator.is_main_process
-    sharing = accelerator.split_between_processes(batches)
-    with undisturbed(pipeline.transformer, device=device), precision, sharing as share:
-        for batch in tqdm(share, desc="Drawing class images", unit="batch", disable=quiet):
-            generators = [step_generator(args.seed, i) for i in batch]
-            call = pipeline_call(text, args.class_prompt, args)
-            images = pipeline(**call, num_images_per_prompt=len(batch), generator=generators).images
-            for path, image in zip([paths[i] for i in batch], images, strict=True):
-                if path in absent:
-                    image.save(path.with_suffix(".partial"), format="PNG")
-                    path.with_suffix(".partial").replace(path)
-    accelerator.wait_for_everyone()
 
 
 def validation_pictures(args):
@@ -1185,7 +1023,8 @@ def validation_cases(args, examples):
 
 def validate(accelerator, transformer, vae, noise_scheduler, text, args, *, cases, step):
     """Draws the cases and sends the pictures to validation/step-N.png, beside what was shown, and to the trackers."""
-    pipeline = sampling_pipeline(accelerator, transformer, vae, noise_scheduler, hide=args.mode == "mask")
+    pipeline = sampling_pipeline(FillPipeline, accelerator.unwrap_model(transformer), vae, noise_scheduler)
+    pipeline.hide = args.mode == "mask"
     with (
         undisturbed(transformer, device=accelerator.device),
         offload_models(vae, device=accelerator.device, offload=args.offload or args.cache_latents),
@@ -1193,21 +1032,17 @@ def validate(accelerator, transformer, vae, noise_scheduler, text, args, *, case
         calls = [pipeline_call(text, prompt, args, image, mask) for prompt, image, mask in cases]
         calls = [call for call in calls for _ in range(args.num_validation_images)]
         images = generate_images(accelerator, pipeline, calls, seed=args.seed)
-    if accelerator.is_main_process:
-        prompts = [prompt for prompt, _, _ in cases for _ in range(args.num_validation_images)]
-        captions = [f"{prompt} | step {step}, seed {args.seed + i}" for i, prompt in enumerate(prompts)]
-        folder = args.output_dir / "validation"
-        folder.mkdir(exist_ok=True)
-        rows, drawn = [], zip(images, captions, strict=True)
-        for _, image, mask in cases:
-            shown = Image.composite(Image.new("RGB", image.size, "gray"), image, mask)
-            rows += [(shown, "shown"), *itertools.islice(drawn, args.num_validation_images)]
-        grid = image_grid(*zip(*rows, strict=True), columns=1 + args.num_validation_images)
-        grid.save(folder / f"step-{step:06d}.png")
-        log_images(accelerator, images, captions, name="validation", step=step)
+    prompts = [prompt for prompt, _, _ in cases for _ in range(args.num_validation_images)]
+    captions = [f"{prompt} | step {step}, seed {args.seed + i}" for i, prompt in enumerate(prompts)]
+    rows, drawn = [], zip(images, captions, strict=True)
+    for _, image, mask in cases:
+        shown = Image.composite(Image.new("RGB", image.size, "gray"), image, mask)
+        rows += [(shown, "shown"), *itertools.islice(drawn, args.num_validation_images)]
+    grid = image_grid(*zip(*rows, strict=True), columns=1 + args.num_validation_images)
+    save_images(accelerator, args, images, captions, step=step, grid=grid)
 
 
-def save_model_card(args, dtype, prompt):
+def describe(args, dtype, prompt):
     """README.md in the output folder: what was trained on what, and how to draw `prompt` with it."""
     folder = args.output_dir.resolve()
     model = [repr(args.pretrained_model_name_or_path), f"dtype={dtype}"]
@@ -1248,13 +1083,8 @@ image = pipeline(
 image.save("image.png")
 ```
 """
-    metadata = ModelCardData(
-        library_name="diffusers",
-        base_model=args.pretrained_model_name_or_path,
-        tags=["image-to-image", "flux", "lora", "flux-fill", "diffusers-training"],
-        instance_prompt=args.instance_prompt,
-    )
-    ModelCard(f"---\n{metadata.to_yaml()}\n---\n{description}").save(args.output_dir / "README.md")
+    base, tags = args.pretrained_model_name_or_path, ["image-to-image", "flux", "lora", "flux-fill", "diffusers"]
+    save_model_card(args, description, tags, base_model=base, instance_prompt=args.instance_prompt)
 
 
 def choose_seed(seed, checkpoint):
@@ -1297,25 +1127,6 @@ def print_header(accelerator, args, examples, lora_params, transformer, text, st
     if text.parameters() and args.optimizer == "prodigy" and args.text_encoder_lr != args.learning_rate:
         lines.append(f"Prodigy has one learning rate for all, {args.learning_rate:g}: --text_encoder_lr is not used")
     accelerator.print("".join(f"  {line}\n" for line in lines), end="")
-
-
-def print_results(accelerator, args, step):
-    """What lies where."""
-    results = {
-        "LoRA": "pytorch_lora_weights.safetensors",
-        "usage": "README.md",
-        "loss": "loss.png",
-        "pictures": "validation" if (args.output_dir / "validation").is_dir() else None,
-    }
-    accelerator.print(f"Trained {step} steps. In {args.output_dir}:")
-    accelerator.print("\n".join(f"  {what:9}{args.output_dir / file}" for what, file in results.items() if file))
-
-
-# same in all trainers
-def create_hub_repo(args):
-    """The id of the repository that --push_to_hub uploads to, made now so that a wrong token shows before training."""
-    name = args.hub_model_id or args.output_dir.resolve().name
-    return HfApi(token=args.hub_token).create_repo(name, exist_ok=True).repo_id
 
 
 # same in all trainers
@@ -1390,8 +1201,9 @@ def main(args):
     with offload_models(vae, device=device, offload=offload):
         if args.with_prior_preservation:
             transformer = load_model(FluxTransformer2DModel, "transformer", args, weight_dtype).to(device)
-            pipeline = sampling_pipeline(accelerator, transformer, vae, noise_scheduler)
-            draw_class_images(accelerator, pipeline, text, args)
+            pipeline = sampling_pipeline(FillPipeline, transformer, vae, noise_scheduler)
+            call = pipeline_call(text, args.class_prompt, args)
+            draw_class_images(accelerator, pipeline, call, args, present=len(class_examples(args)))
             dataset.class_examples = class_examples(args)
         if args.cache_latents:
             dataset.moments = cache_moments(accelerator, vae, dataset.picture_keys(), dataset.pixel_values)
@@ -1414,7 +1226,7 @@ def main(args):
     guided = transformer.config.guidance_embeds
 
     # 5. Optimizer and schedule
-    optimizer = create_optimizer(lora_params, text.parameters(), args, total_batch_size if args.scale_lr else 1)
+    optimizer = create_optimizer(args, lora_params, total_batch_size if args.scale_lr else 1, text.parameters())
     lr_scheduler = get_scheduler(
         args.lr_scheduler,
         optimizer,
@@ -1519,16 +1331,19 @@ def main(args):
         save_lora(args.output_dir, FluxFillPipeline, adapted, save_dtype)
         metrics.close()
         plot_metrics(args.output_dir / "metrics.jsonl", args.output_dir / "loss.png", title=args.output_dir.name)
-        save_model_card(args, weight_dtype, cases[0][0] if cases else examples[0].caption)
+        describe(args, weight_dtype, cases[0][0] if cases else examples[0].caption)
     if cases:
         draw(step=global_step)
     if args.push_to_hub and accelerator.is_main_process:
-        unwanted = ["checkpoint-*/**", ".*", f"{args.logging_dir}/**"]
-        HfApi(token=args.hub_token).upload_folder(
-            repo_id=hub_repo, folder_path=args.output_dir, ignore_patterns=unwanted
-        )
+        push_to_hub(args, hub_repo)
     accelerator.end_training()
-    print_results(accelerator, args, global_step)
+    results = {
+        "LoRA": "pytorch_lora_weights.safetensors",
+        "usage": "README.md",
+        "loss": "loss.png",
+        "pictures": "validation",
+    }
+    print_results(accelerator, args, global_step, results)
 
 
 if __name__ == "__main__":

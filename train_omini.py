@@ -47,35 +47,39 @@ from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.pipelines.flux.pipeline_flux import FluxPipelineOutput, calculate_shift
 from diffusers.training_utils import free_memory, offload_models
-from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HTTPError
 from PIL import Image, ImageFilter, ImageOps
 from safetensors import safe_open
 from torch.utils.checkpoint import checkpoint as checkpoint_function
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 from tqdm.auto import tqdm
 from transformers import MODEL_FOR_DEPTH_ESTIMATION_MAPPING, AutoConfig, T5Config
 
 from common.flow_matching import TIMESTEP_SAMPLING, add_noise, sample_sigmas, step_generator, velocity_loss
 from common.latents import (
+    StepSampler,
     cache_moments,
     decode_latents,
     encode_moments,
     image_ids,
     mean_latents,
     pack_latents,
+    read_row,
     sample_latents,
     select_tokens,
     unpack_latents,
+    upright,
 )
 from common.lora import (
     add_lora,
     catch_signals,
+    check_output_dir,
     checkpoint_conflicts,
     checkpoint_to_resume,
-    find_checkpoints,
+    create_optimizer,
     load_checkpoint,
     load_lora,
+    load_model,
     quantize_base,
     register_lora_checkpointing,
     save_checkpoint,
@@ -84,13 +88,17 @@ from common.lora import (
     unknown_layers,
 )
 from common.validation import (
+    create_hub_repo,
     generate_images,
-    image_grid,
-    log_images,
     log_step,
     open_metrics,
     peak_memory,
     plot_metrics,
+    print_results,
+    push_to_hub,
+    sampling_pipeline,
+    save_images,
+    save_model_card,
     start_logging,
     undisturbed,
 )
@@ -545,33 +553,6 @@ def check_model(args):
     return []
 
 
-# same in all trainers
-def check_output_dir(args):
-    """Problems of --output_dir and --resume_from_checkpoint."""
-    folder, checkpoint = args.output_dir, checkpoint_to_resume(args.output_dir, args.resume_from_checkpoint)
-    if folder.exists() and not folder.is_dir():
-        return [f"--output_dir {folder}: a file of this name is in the way"]
-    parent = next(path for path in [folder, *folder.absolute().parents] if path.exists())
-    if not os.access(parent, os.W_OK):
-        return [f"--output_dir {folder}: no permission to write there"]
-    found = find_checkpoints(folder)
-    if checkpoint is None and found:
-        return [
-            f"--output_dir {folder} holds {found[-1].name} of an earlier run: continue it with "
-            "--resume_from_checkpoint latest, delete it, or choose another folder"
-        ]
-    if checkpoint is None:
-        return []
-    if not (checkpoint / "trainer_state.json").is_file():
-        return [f"--resume_from_checkpoint {checkpoint}: no checkpoint there; use latest, or a checkpoint-N folder"]
-    if found and checkpoint.resolve() != found[-1].resolve():
-        return [
-            f"--output_dir {folder} holds {found[-1].name}, later than {checkpoint}: delete what is later, or choose "
-            "another folder"
-        ]
-    return []
-
-
 @dataclass(frozen=True)
 class Condition:
     """One condition: what it shows, its size in pixels, where its tokens stand, the adapter they pass."""
@@ -623,16 +604,8 @@ class Example:
     mask: "Example | None" = None
     places: tuple = ()
 
-    # same in all trainers
     def image(self):
-        """The picture as its owner sees it: upright (EXIF), transparent parts white, RGB."""
-        image = ImageOps.exif_transpose(self.read())
-        if image.mode.startswith("I"):  # 16-bit grey, which PIL would clip to white
-            image = Image.fromarray((np.asarray(image) / 257).astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+        return upright(self.read())
 
 
 def find_examples(args):
@@ -805,12 +778,6 @@ def read_item(read, i, key):
 
 def condition_keys(number_of):
     return [f"condition_{i}" for i in range(number_of)]
-
-
-# same in all trainers
-def read_row(dataset, row, column):
-    """A picture of a dataset."""
-    return dataset[row][column]
 
 
 def open_bytes(file):
@@ -1042,43 +1009,6 @@ class ControlDataset(Dataset):
         return len(self.examples)
 
 
-# same in all trainers
-class StepSampler(Sampler):
-    """Batches of (epoch, index) for the micro-steps `start` to `stop` of one process.
-
-    Every epoch is a new order of all samples, drawn from (seed, epoch) and cut into batches, each of one of the
-    `groups` (the bucket of each sample), that go round the processes; what a micro-step trains on is the same however
-    often training was interrupted before it.
-    """
-
-    def __init__(self, groups, batch_size, *, seed, process_index, num_processes, start=0, stop=None):
-        self.groups, self.batch_size, self.seed = groups, batch_size, seed
-        self.start, self.stop = start, stop
-        self.process_index, self.num_processes = process_index, num_processes
-        self.steps_per_epoch = math.ceil(len(self.batches(0)) / num_processes)
-
-    def batches(self, epoch):
-        """The batches of an epoch, for all processes together."""
-        rng = np.random.default_rng((self.seed, epoch))
-        order = rng.permutation(len(self.groups)).tolist()
-        batches = []
-        for group in dict.fromkeys(self.groups):
-            members = [index for index in order if self.groups[index] == group]
-            batches += [members[i : i + self.batch_size] for i in range(0, len(members), self.batch_size)]
-        return [batches[i] for i in rng.permutation(len(batches))]
-
-    def __iter__(self):
-        for step in range(self.start, self.stop):
-            epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
-            if step == self.start or step_of_epoch == 0:
-                batches = self.batches(epoch)
-            batch = step_of_epoch * self.num_processes + self.process_index
-            yield [(epoch, index) for index in batches[batch % len(batches)]]
-
-    def __len__(self):
-        return self.stop - self.start
-
-
 def find_stream(args):
     """The first examples of a stream, to check, and problems."""
     stream, problems = open_dataset(args)
@@ -1141,20 +1071,6 @@ def streamed_examples(row, name, args):
 # ---------------------------------------------------------------------------------------------------------------------
 # Model
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-# same in all trainers
-def load_model(model_class, subfolder, args, dtype):
-    """A frozen part of the pipeline, on the CPU."""
-    model = model_class.from_pretrained(
-        args.pretrained_model_name_or_path,
-        subfolder=subfolder,
-        revision=args.revision,
-        variant=args.variant,
-        cache_dir=args.cache_dir,
-        dtype=dtype,
-    )
-    return model.requires_grad_(False)
 
 
 class PromptEncoder:
@@ -1639,30 +1555,6 @@ def compute_loss(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def create_optimizer(lora_params, args, scale):
-    """The optimizer that --optimizer names, its learning rate multiplied by `scale`."""
-    parameters = [{"params": lora_params, "lr": args.learning_rate * scale, "weight_decay": args.adam_weight_decay}]
-    shared = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-    if args.optimizer == "prodigy":
-        from prodigyopt import Prodigy
-
-        return Prodigy(
-            parameters,
-            **shared,
-            beta3=args.prodigy_beta3,
-            decouple=args.prodigy_decouple,
-            use_bias_correction=args.prodigy_use_bias_correction,
-            safeguard_warmup=args.prodigy_safeguard_warmup,
-        )
-    if args.optimizer == "sgd":
-        return torch.optim.SGD(parameters)
-    if args.use_8bit_adam:
-        from bitsandbytes.optim import AdamW8bit
-
-        return AdamW8bit(parameters, **shared)
-    return torch.optim.AdamW(parameters, **shared)
-
-
 def reduce_gradients(accelerator, parameters):
     """The mean over the processes, in one message. (DistributedDataParallel would want a module's own forward.)"""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
@@ -1687,15 +1579,7 @@ def validate(accelerator, transformer, vae, noise_scheduler, text, dataset, args
     (example,), rng = validation_examples(args), np.random.default_rng(args.seed)
     hole = dataset.hole(example, rng)
     shown = [dataset.picture(example, slot, rng, hole) for slot in dataset.slots[1:]]
-    pipeline = OminiPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler.from_config(noise_scheduler.config),
-        vae=vae,
-        text_encoder=None,
-        tokenizer=None,
-        text_encoder_2=None,
-        tokenizer_2=None,
-        transformer=transformer,
-    )
+    pipeline = sampling_pipeline(OminiPipeline, transformer, vae, noise_scheduler)
     with (
         undisturbed(transformer, device=accelerator.device),
         offload_models(vae, device=accelerator.device, offload=offloaded(args)),
@@ -1712,14 +1596,10 @@ def validate(accelerator, transformer, vae, noise_scheduler, text, dataset, args
             "independent_condition": args.independent_condition,
         }
         images = generate_images(accelerator, pipeline, [call] * args.num_validation_images, seed=args.seed)
-    if accelerator.is_main_process:
-        captions = [f"condition: {condition.type}" for condition in dataset.conditions]
-        captions += [f"{prompt} | step {step}, seed {args.seed + i}" for i in range(len(images))]
-        images = [image.resize(args.target_size[::-1]) for image in shown] + images
-        folder = args.output_dir / "validation"
-        folder.mkdir(exist_ok=True)
-        image_grid(images, captions).save(folder / f"step-{step:06d}.png")
-        log_images(accelerator, images, captions, name="validation", step=step)
+    captions = [f"condition: {condition.type}" for condition in dataset.conditions]
+    captions += [f"{prompt} | step {step}, seed {args.seed + i}" for i in range(len(images))]
+    images = [image.resize(args.target_size[::-1]) for image in shown] + images
+    save_images(accelerator, args, images, captions, step=step)
 
 
 def offloaded(args):
@@ -1741,7 +1621,7 @@ def adapter_metadata(args, conditions, adapter):
     return {"omini": json.dumps(about)}
 
 
-def save_model_card(args, conditions, prompt):
+def describe(args, conditions, prompt):
     """README.md in the output folder: what was trained, and how to draw `prompt` with it."""
     folder, kinds = args.output_dir.resolve(), ", ".join(args.condition_type)
     files = " ".join(shlex.quote(str(folder / f"{name}.safetensors")) for name in adapter_names(conditions))
@@ -1761,12 +1641,8 @@ python examples/omini/generate.py {files} \\
   --prompt {shlex.quote(prompt)} --image "$IMAGE"{mask} --output image.png
 ```
 """
-    metadata = ModelCardData(
-        library_name="diffusers",
-        base_model=args.pretrained_model_name_or_path,
-        tags=["image-to-image", "flux", "lora", "ominicontrol", "diffusers-training"],
-    )
-    ModelCard(f"---\n{metadata.to_yaml()}\n---\n{description}").save(args.output_dir / "README.md")
+    tags = ["image-to-image", "flux", "lora", "ominicontrol", "diffusers"]
+    save_model_card(args, description, tags, base_model=args.pretrained_model_name_or_path)
 
 
 def check_run(accelerator, args, prompts, max_train_steps):
@@ -1811,26 +1687,6 @@ def print_header(accelerator, args, dataset, lora_params, base_size, max_train_s
         place = f"moved by {down:g},{right:g}, scale {condition.position_scale:g}, adapter {condition.adapter}"
         lines.append(f"{'follows':9}{condition.type} of {height}x{width} px, {place}")
     accelerator.print("".join(f"  {line}\n" for line in lines), end="")
-
-
-def print_results(accelerator, args, conditions, step):
-    """What lies where."""
-    results = {f"{name} LoRA": f"{name}.safetensors" for name in adapter_names(conditions)}
-    results |= {
-        "usage": "README.md",
-        "loss": "loss.png",
-        "pictures": "validation" if (args.output_dir / "validation").is_dir() else None,
-    }
-    accelerator.print(f"Trained {step} steps. In {args.output_dir}:")
-    width = max(map(len, results)) + 2
-    accelerator.print("\n".join(f"  {what:{width}}{args.output_dir / file}" for what, file in results.items() if file))
-
-
-# same in all trainers
-def create_hub_repo(args):
-    """The id of the repository that --push_to_hub uploads to, made now so that a wrong token shows before training."""
-    name = args.hub_model_id or args.output_dir.resolve().name
-    return HfApi(token=args.hub_token).create_repo(name, exist_ok=True).repo_id
 
 
 # same in all trainers
@@ -1930,7 +1786,7 @@ def main(args):
     guided = transformer.config.guidance_embeds
 
     # 5. Optimizer and schedule
-    optimizer = create_optimizer(lora_params, args, total_batch_size if args.scale_lr else 1)
+    optimizer = create_optimizer(args, lora_params, total_batch_size if args.scale_lr else 1)
     lr_scheduler = get_scheduler(
         args.lr_scheduler,
         optimizer,
@@ -2045,16 +1901,15 @@ def main(args):
             )
         metrics.close()
         plot_metrics(args.output_dir / "metrics.jsonl", args.output_dir / "loss.png", title=args.output_dir.name)
-        save_model_card(args, conditions, final_prompt or (examples[0].caption if examples else "a picture"))
+        describe(args, conditions, final_prompt or (examples[0].caption if examples else "a picture"))
     if final_prompt:
         draw(prompt=final_prompt, step=global_step)
     if args.push_to_hub and accelerator.is_main_process:
-        unwanted = ["checkpoint-*/**", ".*", f"{args.logging_dir}/**", "depth/**"]
-        HfApi(token=args.hub_token).upload_folder(
-            repo_id=hub_repo, folder_path=args.output_dir, ignore_patterns=unwanted
-        )
+        push_to_hub(args, hub_repo, ["depth/**"])
     accelerator.end_training()
-    print_results(accelerator, args, conditions, global_step)
+    results = {f"{name} LoRA": file for name, file in files.items()}
+    results |= {"usage": "README.md", "loss": "loss.png", "pictures": "validation"}
+    print_results(accelerator, args, global_step, results)
 
 
 if __name__ == "__main__":

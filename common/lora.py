@@ -107,6 +107,19 @@ def unknown_layers(model, target_modules):
     return [target for target in target_modules if not target_layers(model, [target])]
 
 
+def load_model(model_class, subfolder, args, dtype):
+    """A frozen part of the pipeline, on the CPU."""
+    model = model_class.from_pretrained(
+        args.pretrained_model_name_or_path,
+        subfolder=subfolder,
+        revision=args.revision,
+        variant=args.variant,
+        cache_dir=args.cache_dir,
+        dtype=dtype,
+    )
+    return model.requires_grad_(False)
+
+
 def add_lora(model, *, rank, alpha, dropout, target_modules, modules_to_save=None, adapter_name="default"):
     """Adds a LoRA adapter to a frozen model and returns its parameters, in float32 whatever the model's dtype.
 
@@ -154,6 +167,32 @@ def quantize_base(model, dtype):
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, new)
     return model
+
+
+def create_optimizer(args, params, scale=1, text_params=()):
+    """The optimizer that --optimizer names, over the parameters of the adapter (or model) and of text encoders.
+
+    Learning rates are multiplied by `scale`. Prodigy has one for all, as its authors ask.
+    """
+    groups = [{"params": params, "lr": args.learning_rate * scale, "weight_decay": args.adam_weight_decay}]
+    if text_params:
+        rate = args.learning_rate if args.optimizer == "prodigy" else args.text_encoder_lr
+        decay = args.adam_weight_decay_text_encoder
+        groups.append({"params": text_params, "lr": rate * scale, "weight_decay": decay})
+    groups = [group for group in groups if group["params"]]
+    shared = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    if args.optimizer == "prodigy":
+        from prodigyopt import Prodigy
+
+        own = ("beta3", "decouple", "use_bias_correction", "safeguard_warmup")
+        return Prodigy(groups, **shared, **{name: getattr(args, f"prodigy_{name}") for name in own})
+    if args.optimizer == "sgd":
+        return torch.optim.SGD(groups)
+    if args.use_8bit_adam:
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(groups, **shared)
+    return torch.optim.AdamW(groups, **shared)
 
 
 def save_lora(
@@ -581,6 +620,32 @@ def checkpoint_to_resume(output_dir, resume_from_checkpoint):
         return None
     inside = Path(output_dir) / resume_from_checkpoint  # diffusers' scripts take the name alone
     return inside if inside.is_dir() else Path(resume_from_checkpoint)
+
+
+def check_output_dir(args):
+    """Problems of --output_dir and --resume_from_checkpoint."""
+    folder, checkpoint = args.output_dir, checkpoint_to_resume(args.output_dir, args.resume_from_checkpoint)
+    if folder.exists() and not folder.is_dir():
+        return [f"--output_dir {folder}: a file of this name is in the way"]
+    parent = next(path for path in [folder, *folder.absolute().parents] if path.exists())
+    if not os.access(parent, os.W_OK):
+        return [f"--output_dir {folder}: no permission to write there"]
+    found = find_checkpoints(folder)
+    if checkpoint is None and found:
+        return [
+            f"--output_dir {folder} holds {found[-1].name} of an earlier run: continue it with "
+            "--resume_from_checkpoint latest, delete it, or choose another folder"
+        ]
+    if checkpoint is None:
+        return []
+    if not (checkpoint / "trainer_state.json").is_file():
+        return [f"--resume_from_checkpoint {checkpoint}: no checkpoint there; use latest, or a checkpoint-N folder"]
+    if found and checkpoint.resolve() != found[-1].resolve():
+        return [
+            f"--output_dir {folder} holds {found[-1].name}, later than {checkpoint}: delete what is later, or choose "
+            "another folder"
+        ]
+    return []
 
 
 def checkpoint_conflicts(checkpoint, state):

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from test_train_dreambooth import LORA, SCRIPT, assert_equal, quickstart_flags
 
 import train_dreambooth_flux_advanced as dreambooth
+from common import validation
 from examples.dreambooth.generate import load_pipeline
 from examples.toy.compare import HERE, evaluate, sample
 from examples.toy.world import COLOR_NAMES, Scene, all_right, draw, random_shape
@@ -186,14 +187,14 @@ def test_the_files_alone_draw_the_last_validation_image(train, flags, tmp_path, 
     import numpy as np
 
     drawn = []
-    honest = dreambooth.image_grid
+    honest = validation.image_grid
     monkeypatch.setattr(
-        dreambooth, "image_grid", lambda images, captions: drawn.append(images) or honest(images, captions)
+        validation, "image_grid", lambda images, captions: drawn.append(images) or honest(images, captions)
     )
     for mode in ("pivotal CLIP+T5", "textual inversion", "CLIP LoRA"):
         run = tmp_path / mode.replace(" ", "_")
-        validation = ("--validation_prompt", "a circle on the left", "--num_validation_images", 1)
-        train(SCRIPT, *flags, *MODES[mode], *validation, "--output_dir", run)
+        last = ("--validation_prompt", "a circle on the left", "--num_validation_images", 1)
+        train(SCRIPT, *flags, *MODES[mode], *shown, "--output_dir", run)
         pipe = FluxPipeline.from_pretrained(tiny_model)
         if (run / LORA).exists():
             pipe.load_lora_weights(run, weight_name=LORA)
@@ -288,7 +289,7 @@ def test_the_hub_gets_results_and_no_file_the_token(train, flags, tmp_path, monk
         def upload_folder(self, repo_id, folder_path, ignore_patterns):
             calls.append(("upload", repo_id, folder_path))
 
-    monkeypatch.setattr(dreambooth, "HfApi", HubApi)
+    monkeypatch.setattr(validation, "HfApi", HubApi)
     hub = ("--push_to_hub", "--hub_token", "hf_secret", "--max_train_steps", 2, "--checkpointing_steps", 1)
     train(SCRIPT, *flags, *hub, "--report_to", "tensorboard", "--output_dir", tmp_path / "run")
     assert calls == [("create", "run", True), ("upload", "me/run", tmp_path / "run")]
@@ -303,7 +304,7 @@ def test_a_refused_token_ends_the_run_before_a_model_is_loaded(train, flags, tmp
         def create_repo(self, name, exist_ok):
             raise OSError("Invalid user token")
 
-    monkeypatch.setattr(dreambooth, "HfApi", HubApi)
+    monkeypatch.setattr(validation, "HfApi", HubApi)
     monkeypatch.setattr(dreambooth, "PromptEncoder", None)
     with pytest.raises(SystemExit) as stop:
         train(SCRIPT, *flags, "--push_to_hub", "--output_dir", tmp_path / "run")
@@ -381,7 +382,7 @@ def test_the_published_commands_run(train, tiny_model, pictures, tmp_path, monke
         def upload_folder(self, **arguments):
             uploads.append(arguments["repo_id"])
 
-    monkeypatch.setattr(dreambooth, "HfApi", HubApi)
+    monkeypatch.setattr(validation, "HfApi", HubApi)
     data, run = tmp_path / "3d_icon", tmp_path / "3d-icon-Flux-LoRA"
     data.mkdir()
     names = [Path(shutil.copy(path, data)).name for path in sorted(pictures.glob("*.png"))]
