@@ -193,7 +193,7 @@ def test_the_files_alone_draw_the_last_validation_image(train, flags, tmp_path, 
     )
     for mode in ("pivotal CLIP+T5", "textual inversion", "CLIP LoRA"):
         run = tmp_path / mode.replace(" ", "_")
-        last = ("--validation_prompt", "a circle on the left", "--num_validation_images", 1)
+        shown = ("--validation_prompt", "a circle on the left", "--num_validation_images", 1)
         train(SCRIPT, *flags, *MODES[mode], *shown, "--output_dir", run)
         pipe = FluxPipeline.from_pretrained(tiny_model)
         if (run / LORA).exists():
