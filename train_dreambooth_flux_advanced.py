@@ -70,17 +70,20 @@ from common.lora import (
     FLUX_LAYERS,
     FLUX_TARGET_MODULES,
     LORA_FORMS,
+    QUANTIZATIONS,
     add_lora,
     catch_signals,
     check_output_dir,
     checkpoint_conflicts,
     checkpoint_to_resume,
+    compile_blocks,
     create_optimizer,
     diffusers_state_dict,
     load_checkpoint,
     load_model,
     lora_header,
     lora_layers,
+    quantize_base,
     register_lora_checkpointing,
     save_checkpoint,
     save_lora,
@@ -278,6 +281,13 @@ def parse_args(argv=None):
     arg("--mixed_precision", choices=("no", "fp16", "bf16"), help="of the frozen models; the adapter stays in float32")
     arg("--allow_tf32", action="store_true", help="faster float32 matrix products on Ampere and later GPUs")
     arg("--gradient_checkpointing", action="store_true", help="less memory, a third more time per step")
+    arg(
+        "--quantize_base",
+        choices=QUANTIZATIONS,
+        default="none",
+        help="frozen blocks in 4 or 8 bits (bitsandbytes)",
+    )
+    arg("--compile", action="store_true", help="torch.compile the transformer's repeated blocks")
     arg("--offload", action="store_true", help="VAE in main memory while idle; with cache_latents it always is")
 
     arg = parser.add_argument_group("data", "a folder of pictures, or a dataset").add_argument
@@ -1503,15 +1513,15 @@ def check_run(accelerator, args, max_train_steps):
     return problems
 
 
-def print_header(accelerator, args, examples, lora_params, transformer, text, steps):
+def print_header(accelerator, args, examples, lora_params, base_size, text, steps):
     """What is about to be trained on what."""
     max_train_steps, steps_per_epoch, text_stop = steps
-    trainable, total = (sum(p.numel() for p in parameters) for parameters in (lora_params, transformer.parameters()))
+    trainable = sum(p.numel() for p in lora_params)
     own_captions = sum(example.caption != example.options["class_tokens"] for example in examples)
     sizes = ", ".join(sorted({"{} x {}".format(*sides(example.options["resolution"])) for example in examples}))
     lines = [
         f"model    {args.pretrained_model_name_or_path}",
-        f"adapter  {trainable:,} parameters in {len(lora_params) // 2} layers, {trainable / total:.2%} of all",
+        f"adapter  {trainable:,} parameters in {len(lora_params) // 2} layers, {trainable / base_size:.2%} of all",
         f"data     {len(examples)} pictures at {sizes} px, {own_captions} with captions of their own",
         f"steps    {max_train_steps}, {steps_per_epoch} per epoch; a step is batch {args.train_batch_size} x "
         f"accumulation {args.gradient_accumulation_steps} x {accelerator.num_processes} {accelerator.device.type}, "
@@ -1600,11 +1610,10 @@ def main(args):
     noise_scheduler = load_scheduler(args)
     offload = args.offload or args.cache_latents
     vae = load_part(AutoencoderKL, "vae", args, weight_dtype).to("cpu" if offload else device)
-    load_transformer = functools.partial(load_part, FluxTransformer2DModel, "transformer", args, weight_dtype)
     transformer = None
     with offload_models(vae, device=device, offload=offload):
         if args.with_prior_preservation:
-            transformer = load_transformer().to(device)
+            transformer = load_part(FluxTransformer2DModel, "transformer", args, weight_dtype).to(device)
             pipeline = sampling_pipeline(FluxPipeline, transformer, vae, noise_scheduler)
             call = pipeline_call(text, args.class_prompt, args)
             draw_class_images(accelerator, pipeline, call, args, present=len(class_examples(args)))
@@ -1612,7 +1621,9 @@ def main(args):
         if args.cache_latents:
             folder = args.disk_cache_dir.expanduser() if args.cache_latents_to_disk else None
             dataset.moments = cache_moments(accelerator, vae, dataset.picture_keys(), dataset.pixel_values, folder)
-    transformer = transformer or load_transformer().to(device)
+    transformer = transformer or load_part(FluxTransformer2DModel, "transformer", args, weight_dtype)
+    base_size = sum(parameter.numel() for parameter in transformer.parameters())
+    quantize_base(transformer, weight_dtype, args.quantize_base).to(device)
     lora_params = []
     if args.train_transformer_frac > 0:
         lora_params = add_lora(
@@ -1624,6 +1635,8 @@ def main(args):
         )
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
+    if args.compile:
+        compile_blocks(transformer)
     adapted = {"transformer": transformer} if lora_params else {}
     if text.lora_params:
         adapted["text_encoder"] = text.encoders["clip_l"]
@@ -1654,7 +1667,7 @@ def main(args):
 
     # 7. Train
     steps = max_train_steps, steps_per_epoch, text_stop
-    print_header(accelerator, args, examples, lora_params, transformer, text, steps)
+    print_header(accelerator, args, examples, lora_params, base_size, text, steps)
     start_logging(accelerator, args, "dreambooth-flux")
     draw = functools.partial(validate, accelerator, transformer, vae, noise_scheduler, text, args)
     if text.trained and global_step >= text_stop:

@@ -69,14 +69,17 @@ from common.latents import (
 )
 from common.lora import (
     FLUX_TARGET_MODULES,
+    QUANTIZATIONS,
     add_lora,
     catch_signals,
     check_output_dir,
     checkpoint_conflicts,
     checkpoint_to_resume,
+    compile_blocks,
     create_optimizer,
     load_checkpoint,
     load_model,
+    quantize_base,
     register_lora_checkpointing,
     save_checkpoint,
     save_lora,
@@ -205,6 +208,13 @@ def parse_args(argv=None):
     arg("--mixed_precision", choices=("no", "fp16", "bf16"), help="of the frozen models; the adapter stays in float32")
     arg("--allow_tf32", action="store_true", help="faster float32 matrix products on Ampere and later GPUs")
     arg("--gradient_checkpointing", action="store_true", help="less memory, a third more time per step")
+    arg(
+        "--quantize_base",
+        choices=QUANTIZATIONS,
+        default="none",
+        help="frozen blocks in 4 or 8 bits (bitsandbytes)",
+    )
+    arg("--compile", action="store_true", help="torch.compile the transformer's repeated blocks")
     arg("--offload", action="store_true", help="VAE in main memory while idle; with cache_latents it always is")
 
     arg = parser.add_argument_group("data", "folders with files of equal names, or a dataset").add_argument
@@ -1106,16 +1116,16 @@ def check_run(accelerator, args, max_train_steps):
     return problems
 
 
-def print_header(accelerator, args, examples, lora_params, transformer, text, steps):
+def print_header(accelerator, args, examples, lora_params, base_size, text, steps):
     """What is about to be trained on what."""
     max_train_steps, steps_per_epoch = steps
-    trainable, total = (sum(p.numel() for p in parameters) for parameters in (lora_params, transformer.parameters()))
+    trainable = sum(p.numel() for p in lora_params)
     own_captions = sum(example.caption != args.instance_prompt for example in examples)
     edges = ", ".join(map(str, args.resolution))
     partners = "with targets" if args.mode == "edit" else "with split masks" if args.use_split_mask else "with masks"
     lines = [
         f"model    {args.pretrained_model_name_or_path}",
-        f"adapter  {trainable:,} parameters, {trainable / total:.2%} of all"
+        f"adapter  {trainable:,} parameters, {trainable / base_size:.2%} of all"
         + (", those of x_embedder among them" if args.train_embedder else ""),
         f"data     {len(examples)} pictures {partners} at {edges} px, {own_captions} with captions of their own",
         f"steps    {max_train_steps}, {steps_per_epoch} per epoch; a step is batch {args.train_batch_size} x "
@@ -1208,7 +1218,9 @@ def main(args):
         if args.cache_latents:
             dataset.moments = cache_moments(accelerator, vae, dataset.picture_keys(), dataset.pixel_values)
     if transformer is None:
-        transformer = load_model(FluxTransformer2DModel, "transformer", args, weight_dtype).to(device)
+        transformer = load_model(FluxTransformer2DModel, "transformer", args, weight_dtype)
+    base_size = sum(parameter.numel() for parameter in transformer.parameters())
+    quantize_base(transformer, weight_dtype, args.quantize_base).to(device)
     lora_params = add_lora(
         transformer,
         rank=args.rank,
@@ -1219,6 +1231,8 @@ def main(args):
     )
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
+    if args.compile:
+        compile_blocks(transformer)
     adapted = {"transformer": transformer}
     if text.lora_params:
         adapted["text_encoder"] = text.encoders["clip_l"]
@@ -1246,7 +1260,7 @@ def main(args):
 
     # 7. Train
     steps = max_train_steps, steps_per_epoch
-    print_header(accelerator, args, examples, lora_params, transformer, text, steps)
+    print_header(accelerator, args, examples, lora_params, base_size, text, steps)
     start_logging(accelerator, args, "influxedit")
     draw = functools.partial(validate, accelerator, transformer, vae, noise_scheduler, text, args, cases=cases)
     if cases and global_step == 0:

@@ -71,6 +71,7 @@ from common.latents import (
     upright,
 )
 from common.lora import (
+    QUANTIZATIONS,
     add_lora,
     catch_signals,
     check_output_dir,
@@ -223,7 +224,12 @@ def parse_args(argv=None):
     arg("--mixed_precision", choices=("no", "fp16", "bf16"), help="of the frozen models; the adapter stays in float32")
     arg("--allow_tf32", action="store_true", help="faster float32 matrix products on Ampere and later GPUs")
     arg("--gradient_checkpointing", action="store_true", help="less memory, a third more time per step")
-    arg("--quantize_base", choices=("none", "nf4"), default="none", help="the frozen blocks in 4 bits (bitsandbytes)")
+    arg(
+        "--quantize_base",
+        choices=QUANTIZATIONS,
+        default="none",
+        help="frozen blocks in 4 or 8 bits (bitsandbytes)",
+    )
     arg("--compile", action="store_true", help="torch.compile the transformer's repeated blocks")
     arg("--offload", action="store_true", help="VAE in main memory while idle; with cache_latents it always is")
 
@@ -1764,9 +1770,7 @@ def main(args):
     )
     transformer = load_model(FluxTransformer2DModel, "transformer", args, weight_dtype)
     base_size = sum(parameter.numel() for parameter in transformer.parameters())
-    if args.quantize_base == "nf4":
-        quantize_base(transformer, weight_dtype)
-    transformer.to(device)
+    quantize_base(transformer, weight_dtype, args.quantize_base).to(device)
     files = {name: f"{name}.safetensors" for name in adapter_names(conditions)}
     modules, lora_params = {"transformer": transformer}, []
     for name in files:

@@ -63,15 +63,18 @@ from common.latents import (
 )
 from common.lora import (
     FLUX_TARGET_MODULES,
+    QUANTIZATIONS,
     add_lora,
     catch_signals,
     check_output_dir,
     checkpoint_conflicts,
     checkpoint_to_resume,
+    compile_blocks,
     create_optimizer,
     load_checkpoint,
     load_model,
     local,
+    quantize_base,
     register_lora_checkpointing,
     register_tensor_checkpointing,
     save_checkpoint,
@@ -232,6 +235,13 @@ def parse_args(argv=None):
     arg("--mixed_precision", choices=("no", "fp16", "bf16"), help="of the frozen models; the adapter stays in float32")
     arg("--allow_tf32", action="store_true", help="faster float32 matrix products on Ampere and later GPUs")
     arg("--gradient_checkpointing", action="store_true", help="less memory, a third more time per step")
+    arg(
+        "--quantize_base",
+        choices=QUANTIZATIONS,
+        default="none",
+        help="frozen blocks in 4 or 8 bits (bitsandbytes)",
+    )
+    arg("--compile", action="store_true", help="torch.compile the transformer's repeated blocks")
     arg("--offload", action="store_true", help="VAE in main memory while idle; with cache_latents it always is")
     arg("--fsdp", action="store_true", help="full training: weights, average and optimizer split over the processes")
 
@@ -382,6 +392,8 @@ def check_flags(args):
         problems.append("--image_free: qwenimage-edit needs pictures to edit")
     if args.training == "full" and (args.lora_layers or args.lora_dropout):
         problems.append("--lora_layers and --lora_dropout have no effect on --training full: leave them out")
+    if args.training == "full" and args.quantize_base != "none":
+        problems.append(f"--quantize_base {args.quantize_base} is for --training lora: what is trained stays float32")
     if args.training == "lora" and args.target_time_init != "zero":
         problems.append(f"--target_time_init {args.target_time_init} has no effect on --training lora: leave it out")
     if args.training == "lora" and args.fsdp:
@@ -1436,7 +1448,8 @@ def main(args):
     # 4. Transformer, teacher
     full = args.training == "full"
     dtype = torch.float32 if full else weight_dtype  # of the weights; what is trained is always float32
-    transformer = backbone.load_transformer(dtype).to("cpu" if args.fsdp else device)
+    transformer = quantize_base(backbone.load_transformer(dtype), dtype, args.quantize_base)
+    transformer.to("cpu" if args.fsdp else device)
     set_seed(args.seed)  # whatever was encoded, or found encoded, before
     if full:
         add_target_time(transformer, backbone.time_module, args.target_time_init)
@@ -1451,6 +1464,8 @@ def main(args):
         )
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
+    if args.compile:
+        compile_blocks(transformer)
     if args.fsdp:
         shard(transformer, device, weight_dtype)
     params = {name: parameter for name, parameter in transformer.named_parameters() if parameter.requires_grad}

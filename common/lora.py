@@ -80,6 +80,7 @@ FLUX_LAYERS = {
     "final_layer.adaLN_modulation.1": ("norm_out.linear",),
 }
 LORA_FORMS = ("comfyui", "kohya", "diffusers")
+QUANTIZATIONS = ("none", "nf4", "int8")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -147,26 +148,38 @@ def add_lora(model, *, rank, alpha, dropout, target_modules, modules_to_save=Non
     return added
 
 
-def quantize_base(model, dtype):
-    """Replaces the linear layers of a frozen model's blocks by 4-bit NormalFloat ones (arXiv 2305.14314) that
-    compute in `dtype`. The weights shrink once the model is moved to its device."""
-    from bitsandbytes.nn import Linear4bit, Params4bit
+def repeated_blocks(model):
+    """The blocks that a transformer of diffusers consists of, such as FLUX.1's double and single ones."""
+    lists = [part for name, part in model.named_children() if name.endswith("blocks")]
+    return [block for blocks in lists for block in blocks]
+
+
+def quantize_base(model, dtype, kind="nf4"):
+    """Replaces the linear layers of a frozen model's blocks by bitsandbytes' 4-bit NormalFloat (nf4, arXiv 2305.14314)
+    or 8-bit (int8, arXiv 2208.07339) ones that compute in `dtype`. The weights shrink once the model is moved to its
+    device. Of "none", the model stays as it is."""
+    from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 
     layers = [pair for pair in model.named_modules() if isinstance(pair[1], torch.nn.Linear) and "blocks." in pair[0]]
-    for name, layer in layers:
-        new = Linear4bit(
-            layer.in_features,
-            layer.out_features,
-            bias=layer.bias is not None,
-            compute_dtype=dtype,
-            quant_type="nf4",
-            device="meta",
-        )
-        new.weight = Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
+    for name, layer in layers if kind != "none" else ():
+        shape = {"input_features": layer.in_features, "output_features": layer.out_features}
+        shape |= {"bias": layer.bias is not None, "device": "meta"}
+        if kind == "nf4":
+            new = Linear4bit(**shape, compute_dtype=dtype, quant_type="nf4")
+            new.weight = Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
+        else:
+            new = Linear8bitLt(**shape, has_fp16_weights=False)
+            new.weight = Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
         new.bias = layer.bias
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, new)
     return model
+
+
+def compile_blocks(model):
+    """torch.compile of a transformer's blocks, in place: each kind is compiled once, whatever their number."""
+    for block in repeated_blocks(model):
+        block.compile()
 
 
 def create_optimizer(args, params, scale=1, text_params=()):
