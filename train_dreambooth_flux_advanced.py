@@ -39,7 +39,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, ProjectConfiguration, gather_object, set_seed
+from accelerate.utils import ProjectConfiguration, gather_object, set_seed
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from diffusers.optimization import SchedulerType, get_scheduler
@@ -74,6 +74,7 @@ from common.lora import (
     add_lora,
     catch_signals,
     check_output_dir,
+    check_processes,
     checkpoint_conflicts,
     checkpoint_to_resume,
     compile_blocks,
@@ -87,6 +88,7 @@ from common.lora import (
     register_lora_checkpointing,
     save_checkpoint,
     save_lora,
+    shard,
     target_layers,
     unknown_layers,
     write_lora,
@@ -289,6 +291,7 @@ def parse_args(argv=None):
     )
     arg("--compile", action="store_true", help="torch.compile the transformer's repeated blocks")
     arg("--offload", action="store_true", help="VAE in main memory while idle; with cache_latents it always is")
+    arg("--fsdp", action="store_true", help="split weights and optimizer over the processes (FSDP2)")
 
     arg = parser.add_argument_group("data", "a folder of pictures, or a dataset").add_argument
     arg("--instance_data_dir", type=Path, help="folder of pictures; captions in .txt files, metadata.jsonl or none")
@@ -1431,6 +1434,8 @@ def save_named_lora(args, adapted, examples, guided, dtype, epoch=None):
         folder = captions.setdefault(Path(example.name).parent.name, {})
         folder[example.prompt()] = folder.get(example.prompt(), 0) + example.repeats
     path = lora_file(args, epoch)
+    if torch.distributed.is_initialized() and torch.distributed.get_rank():
+        return
     header = lora_header(
         layers,
         name=path.stem,
@@ -1503,10 +1508,7 @@ def register_embedding_checkpointing(accelerator, text):
 
 def check_run(accelerator, args, max_train_steps):
     """Problems that show once the data and the processes are known."""
-    supported = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-    problems, kind = [], accelerator.distributed_type
-    if kind not in supported:
-        problems.append(f"{kind.value}: not supported, choose multi-GPU without it in accelerate config")
+    problems = check_processes(accelerator, args)
     if args.lr_scheduler != "constant" and args.lr_warmup_steps >= max_train_steps > 0:
         warmup = args.lr_warmup_steps
         problems.append(f"--lr_warmup_steps {warmup} must be less than the {max_train_steps} steps of the run")
@@ -1623,10 +1625,9 @@ def main(args):
             dataset.moments = cache_moments(accelerator, vae, dataset.picture_keys(), dataset.pixel_values, folder)
     transformer = transformer or load_part(FluxTransformer2DModel, "transformer", args, weight_dtype)
     base_size = sum(parameter.numel() for parameter in transformer.parameters())
-    quantize_base(transformer, weight_dtype, args.quantize_base).to(device)
-    lora_params = []
+    quantize_base(transformer, weight_dtype, args.quantize_base).to("cpu" if args.fsdp else device)
     if args.train_transformer_frac > 0:
-        lora_params = add_lora(
+        add_lora(
             transformer,
             rank=args.rank,
             alpha=args.lora_alpha,
@@ -1637,11 +1638,13 @@ def main(args):
         transformer.enable_gradient_checkpointing()
     if args.compile:
         compile_blocks(transformer)
+    if args.fsdp:
+        shard(transformer, device, weight_dtype)
+    params = {name: parameter for name, parameter in transformer.named_parameters() if parameter.requires_grad}
+    lora_params = list(params.values())
     adapted = {"transformer": transformer} if lora_params else {}
     if text.lora_params:
         adapted["text_encoder"] = text.encoders["clip_l"]
-    register_lora_checkpointing(accelerator, FluxPipeline, adapted)
-    register_embedding_checkpointing(accelerator, text)
     guided = transformer.config.guidance_embeds
     save_dtype = torch.float32 if args.upcast_before_saving else weight_dtype
 
@@ -1657,9 +1660,13 @@ def main(args):
     )
 
     # 6. Prepare and resume
-    optimizer, lr_scheduler = accelerator.prepare(optimizer, lr_scheduler)
-    transformer = accelerator.prepare(transformer) if lora_params else transformer
-    global_step = load_checkpoint(accelerator, checkpoint)
+    register_lora_checkpointing(accelerator, FluxPipeline, adapted, optimizer)
+    register_embedding_checkpointing(accelerator, text)
+    lr_scheduler = accelerator.prepare(lr_scheduler)
+    if not args.fsdp:
+        optimizer = accelerator.prepare(optimizer)
+        transformer = accelerator.prepare(transformer) if lora_params else transformer
+    global_step = load_checkpoint(accelerator, checkpoint, lr_scheduler)
     sampler.start, sampler.stop = global_step * accumulation, max_train_steps * accumulation
     train_dataloader = DataLoader(
         dataset, batch_sampler=sampler, collate_fn=collate, num_workers=args.dataloader_num_workers
@@ -1688,16 +1695,17 @@ def main(args):
                 with offload_models(vae, device=device, offload=offload):
                     moments = encode_moments(vae, batch["pixel_values"])
             prompt_embeds, pooled_prompt_embeds = text(batch["prompt"])
-            losses = compute_loss(
-                transformer,
-                sample_latents(moments, vae.config, generator),
-                prompt_embeds,
-                pooled_prompt_embeds,
-                args=args,
-                noise_scheduler=noise_scheduler,
-                guidance=torch.full((len(moments),), args.guidance_scale, device=device) if guided else None,
-                generator=generator,
-            )
+            with accelerator.autocast():
+                losses = compute_loss(
+                    transformer,
+                    sample_latents(moments, vae.config, generator),
+                    prompt_embeds,
+                    pooled_prompt_embeds,
+                    args=args,
+                    noise_scheduler=noise_scheduler,
+                    guidance=torch.full((len(moments),), args.guidance_scale, device=device) if guided else None,
+                    generator=generator,
+                )
             kinds = 2 if args.with_prior_preservation else 1  # of pictures in a batch, whose mean losses are added
             loss = kinds * (losses * batch["weight"].to(device)).mean()
             accelerator.backward(loss)
@@ -1743,7 +1751,7 @@ def main(args):
             checkpoint = save_checkpoint(accelerator, args.output_dir, global_step, run, args.checkpoints_total_limit)
         epoch, rest = divmod(global_step, steps_per_epoch)
         whole = args.save_every_n_epochs and not rest and epoch % args.save_every_n_epochs == 0
-        if whole and adapted and not done and accelerator.is_main_process:
+        if whole and adapted and not done:
             save_named_lora(args, adapted, examples, guided, save_dtype, epoch)
         if interrupted and not done:
             accelerator.end_training()
@@ -1757,11 +1765,11 @@ def main(args):
     progress_bar.close()
 
     # 8. Save and final validation
+    if args.output_name and adapted:
+        save_named_lora(args, adapted, examples, guided, save_dtype)
+    else:
+        save_lora(args.output_dir, FluxPipeline, adapted, save_dtype)
     if accelerator.is_main_process:
-        if args.output_name and adapted:
-            save_named_lora(args, adapted, examples, guided, save_dtype)
-        else:
-            save_lora(args.output_dir, FluxPipeline, adapted, save_dtype)
         embeddings_name = f"{args.output_dir.resolve().name}_emb.safetensors"
         text.save_embeddings(args.output_dir / embeddings_name)
         text.export_embeddings(args.output_dir / "embeddings")

@@ -40,7 +40,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list, gather_object, set_seed
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object, set_seed
 from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
@@ -73,6 +73,7 @@ from common.lora import (
     add_lora,
     catch_signals,
     check_output_dir,
+    check_processes,
     checkpoint_conflicts,
     checkpoint_to_resume,
     compile_blocks,
@@ -83,6 +84,7 @@ from common.lora import (
     register_lora_checkpointing,
     save_checkpoint,
     save_lora,
+    shard,
     target_layers,
     unknown_layers,
 )
@@ -216,6 +218,7 @@ def parse_args(argv=None):
     )
     arg("--compile", action="store_true", help="torch.compile the transformer's repeated blocks")
     arg("--offload", action="store_true", help="VAE in main memory while idle; with cache_latents it always is")
+    arg("--fsdp", action="store_true", help="split weights and optimizer over the processes (FSDP2)")
 
     arg = parser.add_argument_group("data", "folders with files of equal names, or a dataset").add_argument
     arg("--instance_data_dir", type=Path, help="folder of pictures; captions in .txt files, metadata.jsonl or none")
@@ -1106,10 +1109,7 @@ def choose_seed(seed, checkpoint):
 
 def check_run(accelerator, args, max_train_steps):
     """Problems that show once the data and the processes are known."""
-    supported = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-    problems, kind = [], accelerator.distributed_type
-    if kind not in supported:
-        problems.append(f"{kind.value}: not supported, choose multi-GPU without it in accelerate config")
+    problems = check_processes(accelerator, args)
     if args.lr_scheduler != "constant" and args.lr_warmup_steps >= max_train_steps > 0:
         warmup = args.lr_warmup_steps
         problems.append(f"--lr_warmup_steps {warmup} must be less than the {max_train_steps} steps of the run")
@@ -1220,8 +1220,8 @@ def main(args):
     if transformer is None:
         transformer = load_model(FluxTransformer2DModel, "transformer", args, weight_dtype)
     base_size = sum(parameter.numel() for parameter in transformer.parameters())
-    quantize_base(transformer, weight_dtype, args.quantize_base).to(device)
-    lora_params = add_lora(
+    quantize_base(transformer, weight_dtype, args.quantize_base).to("cpu" if args.fsdp else device)
+    add_lora(
         transformer,
         rank=args.rank,
         alpha=args.lora_alpha,
@@ -1233,10 +1233,12 @@ def main(args):
         transformer.enable_gradient_checkpointing()
     if args.compile:
         compile_blocks(transformer)
+    if args.fsdp:
+        shard(transformer, device, weight_dtype)
+    lora_params = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     adapted = {"transformer": transformer}
     if text.lora_params:
         adapted["text_encoder"] = text.encoders["clip_l"]
-    register_lora_checkpointing(accelerator, FluxFillPipeline, adapted)
     guided = transformer.config.guidance_embeds
 
     # 5. Optimizer and schedule
@@ -1251,8 +1253,11 @@ def main(args):
     )
 
     # 6. Prepare and resume
-    transformer, optimizer, lr_scheduler = accelerator.prepare(transformer, optimizer, lr_scheduler)
-    global_step = load_checkpoint(accelerator, checkpoint)
+    register_lora_checkpointing(accelerator, FluxFillPipeline, adapted, optimizer)
+    lr_scheduler = accelerator.prepare(lr_scheduler)
+    if not args.fsdp:
+        transformer, optimizer = accelerator.prepare(transformer, optimizer)
+    global_step = load_checkpoint(accelerator, checkpoint, lr_scheduler)
     sampler.start, sampler.stop = global_step * accumulation, max_train_steps * accumulation
     train_dataloader = DataLoader(
         dataset, batch_sampler=sampler, collate_fn=collate, num_workers=args.dataloader_num_workers
@@ -1280,17 +1285,18 @@ def main(args):
                     moments = encode_moments(vae, batch["pixel_values"].flatten(0, 1)).unflatten(0, (-1, 2))
             latents, shown_latents = (sample_latents(part, vae.config, generator) for part in moments.unbind(1))
             prompt_embeds, pooled_prompt_embeds = text(batch["prompt"])
-            losses = compute_loss(
-                transformer,
-                latents,
-                pack_fill_condition(shown_latents, batch["mask"].to(device)),
-                prompt_embeds,
-                pooled_prompt_embeds,
-                args=args,
-                noise_scheduler=noise_scheduler,
-                guidance=torch.full((len(latents),), args.guidance_scale, device=device) if guided else None,
-                generator=generator,
-            )
+            with accelerator.autocast():
+                losses = compute_loss(
+                    transformer,
+                    latents,
+                    pack_fill_condition(shown_latents, batch["mask"].to(device)),
+                    prompt_embeds,
+                    pooled_prompt_embeds,
+                    args=args,
+                    noise_scheduler=noise_scheduler,
+                    guidance=torch.full((len(latents),), args.guidance_scale, device=device) if guided else None,
+                    generator=generator,
+                )
             instance_losses = losses[: len(losses) // 2] if args.with_prior_preservation else losses
             loss = instance_losses.mean()
             if args.with_prior_preservation:
@@ -1340,9 +1346,9 @@ def main(args):
     progress_bar.close()
 
     # 8. Save and final validation
+    save_dtype = torch.float32 if args.upcast_before_saving else weight_dtype
+    save_lora(args.output_dir, FluxFillPipeline, adapted, save_dtype)
     if accelerator.is_main_process:
-        save_dtype = torch.float32 if args.upcast_before_saving else weight_dtype
-        save_lora(args.output_dir, FluxFillPipeline, adapted, save_dtype)
         metrics.close()
         plot_metrics(args.output_dir / "metrics.jsonl", args.output_dir / "loss.png", title=args.output_dir.name)
         describe(args, weight_dtype, cases[0][0] if cases else examples[0].caption)
