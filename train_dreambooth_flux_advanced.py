@@ -1951,6 +1951,7 @@ def main(args):
         HfApi(token=args.hub_token).upload_folder(
             repo_id=hub_repo, folder_path=args.output_dir, ignore_patterns=unwanted
         )
+    accelerator.wait_for_everyone()  # gloo can hang where a process ends right after its last reduction
     accelerator.end_training()
     print_results(accelerator, args, global_step)
 

@@ -258,6 +258,37 @@ def test_the_prior_loss_counts_as_it_is_weighted(train, flags, tmp_path, mode):
     assert losses[2] - losses[1] == pytest.approx(losses[1] - losses[0], rel=1e-4)
 
 
+@pytest.mark.parametrize("mode", ["pivotal CLIP+T5", "CLIP LoRA"])
+def test_two_processes_are_one_with_two_batches_a_step(train, flags, tmp_path, monkeypatch, mode):
+    honest = dreambooth.step_generator
+    monkeypatch.setattr(
+        dreambooth, "step_generator", lambda seed, step, batch=0, rank=0: honest(seed, step, batch + rank)
+    )
+    prior = (*PRIOR, "--class_data_dir", tmp_path / "class", "--prior_loss_weight", 3, "--random_flip")
+    flags = [*flags, *MODES[mode], *prior, "--repeats", 4, "--caption_dropout", 0.3, "--output_dir"]
+    one, two = tmp_path / "one" / "run", tmp_path / "two" / "run"
+    train(SCRIPT, *flags, one, "--gradient_accumulation_steps", 2)
+    script = tmp_path / "same_noise.py"
+    script.write_text(
+        f"""import sys
+sys.path.insert(0, {str(ROOT)!r})
+import {SCRIPT} as trainer
+honest = trainer.step_generator
+trainer.step_generator = lambda seed, step, batch=0, rank=0: honest(seed, step, batch + rank)
+trainer.main(trainer.parse_args())
+"""
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, script]
+    result = subprocess.run([str(part) for part in (*command, *flags, two)], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    losses = [[json.loads(line)["loss"] for line in (run / "metrics.jsonl").open()] for run in (one, two)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    a, b = results(one), results(two)
+    assert a.keys() == b.keys()
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], rtol=1e-3, atol=1e-4)
+
+
 def test_batches_keep_to_one_bucket_and_pictures_to_the_nearest(train, flags, tmp_path, monkeypatch):
     shapes = []
     honest = dreambooth.compute_loss
