@@ -450,13 +450,19 @@ def check_flags(args):
     if not args.train_text_encoder_ti:
         needy = ("enable_t5_ti", "initializer_concept", "num_new_tokens_per_abstraction")
         problems += [f"--{name} needs --train_text_encoder_ti" for name in needy if getattr(args, name)]
-    if args.train_transformer_frac == 0 and not args.train_text_encoder_ti:
+    if args.train_transformer_frac == 0 and not (args.train_text_encoder_ti and args.train_text_encoder_ti_frac):
         problems.append("--train_transformer_frac 0 leaves nothing to train without --train_text_encoder_ti")
+    if args.train_text_encoder_ti_frac != 0.5 and not args.train_text_encoder_ti:
+        problems.append(
+            f"--train_text_encoder_ti_frac {args.train_text_encoder_ti_frac} needs --train_text_encoder_ti"
+        )
     if args.train_text_encoder_frac < 1 and not args.train_text_encoder:
         problems.append(f"--train_text_encoder_frac {args.train_text_encoder_frac} needs --train_text_encoder")
     if args.num_new_tokens_per_abstraction and args.initializer_concept:
         problems.append("--num_new_tokens_per_abstraction has no effect with --initializer_concept: leave one out")
     concepts, abstractions = (len(names_in(text)) for text in (args.initializer_concept, args.token_abstraction))
+    if not 0 < len({*names_in(args.token_abstraction)}) == abstractions:
+        problems.append(f"--token_abstraction {args.token_abstraction!r}: one word, or several different ones: A,B")
     if concepts not in (0, 1, abstractions):
         problems.append(f"--initializer_concept names {concepts} concepts for {abstractions} of --token_abstraction")
     if args.optimizer == "prodigy" and args.use_8bit_adam:
@@ -486,6 +492,11 @@ def check_flags(args):
 def names_in(text):
     """The names in a comma list."""
     return [name.strip() for name in (text or "").split(",") if name.strip()]
+
+
+def any_of(words):
+    """A regular expression for any of the words, the longest first: TOK2 is no TOK."""
+    return re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))))
 
 
 def buckets(args):
@@ -722,9 +733,14 @@ def find_examples(args):
         checks = pool.map(defect, every)
         checks = tqdm(checks, total=len(every), desc="Reading pictures", unit="image", leave=False)
         problems += [problem for problem in checks if problem]
+    for example in examples:
+        if args.instance_prompt and isinstance(example.caption, str) and not example.caption.strip():
+            example.caption = None
     captions = [example.caption or args.instance_prompt or "" for example in examples]
     if args.train_text_encoder_ti:
-        unused = [name for name in names_in(args.token_abstraction) if not any(name in text for text in captions)]
+        names = names_in(args.token_abstraction)
+        used = {name for text in captions for name in any_of(names).findall(text)}
+        unused = [name for name in names if name not in used]
         problems += [f"--token_abstraction {name}: in no caption and not in --instance_prompt" for name in unused]
     bare = [example.name for example in examples if example.caption is None]
     if bare and args.instance_prompt is None:
@@ -1312,9 +1328,9 @@ class PromptEncoder:
 
     def replace(self, prompt):
         """The prompt with the new tokens in place of the words they stand for."""
-        for name, tokens in self.abstractions.items():
-            prompt = prompt.replace(name, tokens)
-        return prompt
+        if not self.abstractions:
+            return prompt
+        return any_of(self.abstractions).sub(lambda name: self.abstractions[name[0]], prompt)
 
     def parameters(self):
         return [*(new.rows for new in self.new_tokens.values()), *self.lora_params]
@@ -1640,10 +1656,17 @@ image.save("image.png")
     ModelCard(f"---\n{metadata.to_yaml()}\n---\n{description}").save(args.output_dir / "README.md")
 
 
-def trained_shares(args):
-    """The shares of the steps that train the text encoders and the transformer."""
+def trained_until(args, max_train_steps, checkpoint):
+    """[text encoders, transformer]: the step after which each is trained no more.
+
+    What had ended before the checkpoint stays so, also if the run is to have more steps now.
+    """
     text = args.train_text_encoder_frac if args.train_text_encoder else 0.0
-    return args.train_text_encoder_ti_frac if args.train_text_encoder_ti else text, args.train_transformer_frac
+    shares = args.train_text_encoder_ti_frac if args.train_text_encoder_ti else text, args.train_transformer_frac
+    stops = [math.ceil(round(share * max_train_steps, 6)) for share in shares]
+    saved = json.loads((checkpoint / "trainer_state.json").read_text()) if checkpoint else {}
+    pairs = zip(saved.get("trained_until", stops), stops, strict=True)
+    return [old if old < saved.get("global_step", 0) else new for old, new in pairs]
 
 
 def register_embedding_checkpointing(accelerator, text):
@@ -1757,14 +1780,14 @@ def main(args):
     )
     steps_per_epoch = math.ceil(sampler.steps_per_epoch / accumulation)
     max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
-    text_stop, transformer_stop = (round(share * max_train_steps) for share in trained_shares(args))
-    max_train_steps = max(text_stop, transformer_stop)
+    checkpoint = checkpoint_to_resume(args.output_dir, args.resume_from_checkpoint)
+    text_stop, transformer_stop = stops = trained_until(args, max_train_steps, checkpoint)
+    max_train_steps = max(stops)
     validation_steps = args.validation_steps or args.validation_epochs * steps_per_epoch
     run = {name: str(value) for name, value in vars(args).items() if name not in CHANGEABLE}
     run |= {"the number of samples": len(dataset), "the number of processes": num_processes}
     if args.dataset_config and not problems:
         run["the hash of --dataset_config"] = hashlib.sha256(args.dataset_config.read_bytes()).hexdigest()[:16]
-    checkpoint = checkpoint_to_resume(args.output_dir, args.resume_from_checkpoint)
     problems += check_run(accelerator, args, max_train_steps) + checkpoint_conflicts(checkpoint, run)
     if problems:
         fail(accelerator, problems)
@@ -1795,6 +1818,7 @@ def main(args):
         if args.with_prior_preservation:
             transformer = load_transformer().to(device)
             pipeline = sampling_pipeline(accelerator, transformer, vae, noise_scheduler)
+            accelerator.wait_for_everyone()  # else a slow process would not share the same list of missing pictures
             draw_class_images(accelerator, pipeline, text, args)
             dataset.class_examples = class_examples(args)
         if args.cache_latents:
@@ -1915,7 +1939,10 @@ def main(args):
         log_step(accelerator, progress_bar, metrics, global_step, logs)
         done = global_step == max_train_steps
         if interrupted or global_step % args.checkpointing_steps == 0:
-            checkpoint = save_checkpoint(accelerator, args.output_dir, global_step, run, args.checkpoints_total_limit)
+            state = run | {"trained_until": stops}
+            checkpoint = save_checkpoint(
+                accelerator, args.output_dir, global_step, state, args.checkpoints_total_limit
+            )
         epoch, rest = divmod(global_step, steps_per_epoch)
         whole = args.save_every_n_epochs and not rest and epoch % args.save_every_n_epochs == 0
         if whole and adapted and not done and accelerator.is_main_process:

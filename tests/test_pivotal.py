@@ -230,6 +230,35 @@ def test_two_abstractions_start_as_they_are_told(tiny_model, tmp_path, pictures)
         assert tokenizer.convert_tokens_to_ids(["<s0>", "<s1>", "<s2>"]) == [new.first_id + i for i in range(3)]
 
 
+def test_a_word_within_another_keeps_its_own_tokens(tiny_model, tmp_path, pictures):
+    flags = ["--pretrained_model_name_or_path", tiny_model, "--instance_data_dir", pictures]
+    flags += ["--train_text_encoder_ti", "--token_abstraction", "TOK,TOK2", "--num_new_tokens_per_abstraction", 1]
+    args = dreambooth.parse_args([str(flag) for flag in flags])
+    text = dreambooth.PromptEncoder(Accelerator(), args, torch.float32)
+    assert text.replace("TOK2 and TOK") == "<s1> and <s0>"
+
+
+@pytest.mark.parametrize("mode", ["pivotal CLIP", "transformer first"])
+def test_a_longer_resumed_run_does_not_go_back_behind_the_pivot(train, flags, tmp_path, mode):
+    run = tmp_path / "run"
+    flags = [*flags, *MODES[mode], "--checkpointing_steps", 4, "--output_dir", run]
+    train(SCRIPT, *flags, "--max_train_steps", 5)
+    first = results(run)
+    train(SCRIPT, *flags, "--max_train_steps", 20, "--resume_from_checkpoint", "latest")
+    second = results(run)
+    ended = (
+        {key: "_emb" in key for key in first} if mode == "pivotal CLIP" else {key: LORA[-16:] in key for key in first}
+    )
+    assert {key: torch.equal(first[key], second[key]) for key in first} == ended
+
+
+def test_one_step_is_enough_to_train_new_tokens(train, flags, tmp_path):
+    train(SCRIPT, *flags, *MODES["pivotal CLIP"], "--max_train_steps", 1, "--output_dir", tmp_path / "one")
+    train(SCRIPT, *flags, *MODES["pivotal CLIP"], "--max_train_steps", 2, "--output_dir", tmp_path / "two")
+    rows = [results(tmp_path / run)["_emb.safetensors/clip_l"] for run in ("one", "two")]
+    assert torch.equal(*rows)
+
+
 PRIOR = ("--with_prior_preservation", "--class_prompt", "a square", "--num_class_images", 5, "--sample_batch_size", 2)
 
 
