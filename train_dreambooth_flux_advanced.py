@@ -1610,16 +1610,24 @@ def save_named_lora(args, adapted, examples, guided, dtype, epoch=None):
     write_lora(path, layers, args.save_format, header, dtype)
 
 
-def save_model_card(args, dtype, text, prompt, embeddings_name):
-    """README.md in the output folder: what was trained on what, and how to draw `prompt` with it."""
+def save_model_card(args, dtype, text, prompt, embeddings_name, hub_repo=None):
+    """README.md in the output folder: what was trained on what, and how to draw `prompt` with it.
+
+    The files are those in the output folder, or with `hub_repo` those on the hub.
+    """
     folder = args.output_dir.resolve()
     base = "black-forest-labs/FLUX.1-dev" if single_file(args) else args.pretrained_model_name_or_path
     model = [repr(base), f"dtype={dtype}"]
     model += [f"{name}={getattr(args, name)!r}" for name in ("revision", "variant") if getattr(args, name)]
     lora = lora_file(args).resolve()
-    load = [f"pipeline.load_lora_weights({str(lora.parent)!r}, weight_name={lora.name!r})"] if lora.exists() else []
+    adapter, load, imports = [f"LoRA of rank {args.rank} and alpha {args.lora_alpha}"] if lora.exists() else [], [], ""
+    if adapter:
+        load.append(f"pipeline.load_lora_weights({(hub_repo or str(lora.parent))!r}, weight_name={lora.name!r})")
     if text.new_tokens:
-        load.append(f"rows = load_file({str(folder / embeddings_name)!r})")
+        imports = "\nfrom huggingface_hub import hf_hub_download" if hub_repo else ""
+        embeddings = f"hf_hub_download({hub_repo!r}, {embeddings_name!r})" if hub_repo else ""
+        load.append(f"rows = load_file({embeddings or repr(str(folder / embeddings_name))})")
+    words = [f"new tokens `{tokens}` for {word}" for word, tokens in text.abstractions.items()]
     parts = {"clip_l": ("text_encoder", "tokenizer"), "t5": ("text_encoder_2", "tokenizer_2")}
     for kind, new in text.new_tokens.items():
         tokens, (encoder, tokenizer) = [f"<s{i}>" for i in range(len(new.rows))], parts[kind]
@@ -1633,11 +1641,11 @@ def save_model_card(args, dtype, text, prompt, embeddings_name):
     description = f"""
 # {folder.name}
 
-For {args.pretrained_model_name_or_path}: LoRA of rank {args.rank} and alpha {args.lora_alpha}, by DreamBooth.
+For {args.pretrained_model_name_or_path}: {", ".join(adapter + words)}, by DreamBooth.
 
 ```python
 import torch
-from diffusers import FluxPipeline
+from diffusers import FluxPipeline{imports}
 from safetensors.torch import load_file
 
 pipeline = FluxPipeline.from_pretrained({", ".join(model)})
@@ -1649,7 +1657,7 @@ image.save("image.png")
 """
     metadata = ModelCardData(
         library_name="diffusers",
-        base_model=base,
+        base_model=None if Path(base).exists() else base,  # the hub refuses cards with a folder here
         tags=["text-to-image", "flux", "lora", "dreambooth", "diffusers-training"],
         instance_prompt=args.instance_prompt,
     )
@@ -1741,6 +1749,20 @@ def create_hub_repo(args):
     return HfApi(token=args.hub_token).create_repo(name, exist_ok=True).repo_id
 
 
+def upload(args, repo_id):
+    """Sends the results to the hub, without checkpoints and logs."""
+    hub, unwanted = HfApi(token=args.hub_token), ["checkpoint-*/**", ".*", f"{args.logging_dir}/**"]
+    try:
+        hub.upload_folder(repo_id=repo_id, folder_path=args.output_dir, ignore_patterns=unwanted)
+        lora = lora_file(args)
+        if args.output_name and lora.exists():  # beside the folder
+            hub.upload_file(repo_id=repo_id, path_or_fileobj=lora, path_in_repo=lora.name)
+    except (HTTPError, OSError, ValueError) as error:
+        raise SystemExit(
+            f"--push_to_hub: {error}\nNothing is lost. Try again: hf upload {repo_id} {args.output_dir}"
+        ) from None
+
+
 # same in all trainers
 def fail(accelerator, problems):
     """Ends the run as argparse does: all problems in one message, exit code 2."""
@@ -1791,6 +1813,7 @@ def main(args):
     problems += check_run(accelerator, args, max_train_steps) + checkpoint_conflicts(checkpoint, run)
     if problems:
         fail(accelerator, problems)
+    hub_repo = None
     if args.push_to_hub and accelerator.is_main_process:
         try:
             hub_repo = create_hub_repo(args)
@@ -1970,17 +1993,14 @@ def main(args):
         metrics.close()
         plot_metrics(args.output_dir / "metrics.jsonl", args.output_dir / "loss.png", title=args.output_dir.name)
         shown_prompt = final_prompt or args.instance_prompt or examples[0].prompt()
-        save_model_card(args, weight_dtype, text, shown_prompt, embeddings_name)
+        save_model_card(args, weight_dtype, text, shown_prompt, embeddings_name, hub_repo)
     if final_prompt:
         draw(prompt=final_prompt, step=global_step)
-    if args.push_to_hub and accelerator.is_main_process:
-        unwanted = ["checkpoint-*/**", ".*", f"{args.logging_dir}/**"]
-        HfApi(token=args.hub_token).upload_folder(
-            repo_id=hub_repo, folder_path=args.output_dir, ignore_patterns=unwanted
-        )
     accelerator.wait_for_everyone()  # gloo can hang where a process ends right after its last reduction
     accelerator.end_training()
     print_results(accelerator, args, global_step)
+    if hub_repo:
+        upload(args, hub_repo)
 
 
 if __name__ == "__main__":

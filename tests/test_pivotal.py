@@ -14,8 +14,9 @@ import torch
 from accelerate import Accelerator
 from conftest import ROOT
 from diffusers import FluxPipeline
+from PIL import Image
 from safetensors.torch import load_file
-from test_train_dreambooth import LORA, SCRIPT, assert_equal, quickstart_flags
+from test_train_dreambooth import LORA, SCRIPT, assert_equal, quickstart_flags, run_snippet
 
 import train_dreambooth_flux_advanced as dreambooth
 from examples.dreambooth.generate import load_pipeline
@@ -246,9 +247,7 @@ def test_a_longer_resumed_run_does_not_go_back_behind_the_pivot(train, flags, tm
     first = results(run)
     train(SCRIPT, *flags, "--max_train_steps", 20, "--resume_from_checkpoint", "latest")
     second = results(run)
-    ended = (
-        {key: "_emb" in key for key in first} if mode == "pivotal CLIP" else {key: LORA[-16:] in key for key in first}
-    )
+    ended = {key: ("_emb" in key) == (mode == "pivotal CLIP") for key in first}
     assert {key: torch.equal(first[key], second[key]) for key in first} == ended
 
 
@@ -348,11 +347,63 @@ def test_the_hub_gets_results_and_no_file_the_token(train, flags, tmp_path, monk
         def upload_folder(self, repo_id, folder_path, ignore_patterns):
             calls.append(("upload", repo_id, folder_path))
 
+        def upload_file(self, repo_id, path_or_fileobj, path_in_repo):
+            calls.append(("upload", path_in_repo, path_or_fileobj))
+
     monkeypatch.setattr(dreambooth, "HfApi", HubApi)
+    flags = [*flags, *MODES["pivotal CLIP"]]
     hub = ("--push_to_hub", "--hub_token", "hf_secret", "--max_train_steps", 2, "--checkpointing_steps", 1)
     train(SCRIPT, *flags, *hub, "--report_to", "tensorboard", "--output_dir", tmp_path / "run")
     assert calls == [("create", "run", True), ("upload", "me/run", tmp_path / "run")]
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"hf_secret" in path.read_bytes()]
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "load_lora_weights('me/run', weight_name='pytorch_lora_weights.safetensors')" in card
+    assert "load_file(hf_hub_download('me/run', 'run_emb.safetensors'))" in card
+    assert str(tmp_path) not in card
+    assert "base_model" not in card  # a folder, which the hub refuses
+    train(SCRIPT, *flags, *hub, "--output_name", "dog", "--output_dir", tmp_path / "named")
+    assert calls[3:] == [
+        ("upload", "me/dog", tmp_path / "named" / "dog"),
+        ("upload", "dog.safetensors", tmp_path / "named" / "dog.safetensors"),
+    ]
+
+
+def test_a_failed_upload_says_where_the_results_are(train, flags, tmp_path, monkeypatch):
+    class HubApi:
+        def __init__(self, token):
+            pass
+
+        def create_repo(self, name, exist_ok):
+            return type("Repo", (), {"repo_id": "me/run"})
+
+        def upload_folder(self, **arguments):
+            raise OSError("no network")
+
+    monkeypatch.setattr(dreambooth, "HfApi", HubApi)
+    with pytest.raises(SystemExit, match="no network\nNothing is lost.*hf upload me/run"):
+        train(SCRIPT, *flags, "--push_to_hub", "--max_train_steps", 1, "--output_dir", tmp_path / "run")
+    assert (tmp_path / "run" / LORA).exists()
+
+
+def test_generate_and_the_model_cards_snippet_run_as_they_stand(train, flags, tmp_path, monkeypatch):
+    import numpy as np
+
+    drawn = []
+    honest = dreambooth.image_grid
+    monkeypatch.setattr(dreambooth, "image_grid", lambda images, texts: drawn.append(images) or honest(images, texts))
+    validation = ("--validation_prompt", "a circle on the left", "--num_validation_images", 1)
+    train(SCRIPT, *flags, *MODES["textual inversion"], *validation, "--output_dir", tmp_path / "run")
+    prompt = ("--prompt", "a circle on the left")
+    generate = [sys.executable, ROOT / "examples" / "dreambooth" / "generate.py"]
+    subprocess.run([*generate, "run", *prompt, "--output", "drawn"], cwd=tmp_path, check=True)
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "new tokens `<s0><s1>` for circle, by DreamBooth" in card
+    assert run_snippet(card.split("```python\n")[1].split("```")[0], tmp_path).size == (32, 32)
+    image = Image.open(tmp_path / "drawn" / "0.png")
+    assert np.abs(np.asarray(image, int) - np.asarray(drawn[-1][0], int)).max() <= 2
+    result = subprocess.run([*generate, "nowhere", *prompt], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "nowhere: no args.json in it" in result.stderr
 
 
 def test_a_refused_token_ends_the_run_before_a_model_is_loaded(train, flags, tmp_path, monkeypatch, capsys):
