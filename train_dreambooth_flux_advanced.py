@@ -962,6 +962,8 @@ def read_folder(args):
         rows = [json.loads(line) for line in lines if line.strip()]
         column = args.caption_column or next((c for c in ("text", "prompt", "caption") if rows and c in rows[0]), None)
         captions = {row["file_name"]: row[column] for row in rows}
+        if args.caption_column and not rows:
+            problems.append(f"--caption_column {args.caption_column}: no {metadata} that has columns")
     except (ValueError, KeyError, TypeError) as error:
         problems.append(
             f"{metadata}: each line must be JSON with file_name and a caption, see --caption_column ({error!r})"

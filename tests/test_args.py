@@ -163,6 +163,7 @@ BAD = [
     ("--instance_data_dir {badtext} --instance_prompt x", "{badtext}/a.txt: not UTF-8 text"),
     ("--instance_data_dir {blank}", "{blank}/a.png: its caption must be text and not empty"),
     ("--instance_data_dir {badjson} --instance_prompt x", "{badjson}/metadata.jsonl: each line must be JSON"),
+    ("--caption_column prompt", "--caption_column prompt: no {pictures}/metadata.jsonl that has columns"),
     ("--instance_data_dir {halfjson} --instance_prompt x", "{halfjson}/metadata.jsonl: each line must be JSON with"),
 ]
 
