@@ -1629,6 +1629,8 @@ def save_model_card(args, dtype, text, prompt, embeddings_name, hub_repo=None):
         imports = "\nfrom huggingface_hub import hf_hub_download" if hub_repo else ""
         embeddings = f"hf_hub_download({hub_repo!r}, {embeddings_name!r})" if hub_repo else ""
         load.append(f"rows = load_file({embeddings or repr(str(folder / embeddings_name))})")
+        if single_file(args):  # trained so, as ComfyUI draws; FLUX.1-dev's folder says 2: pool at the last new token
+            load.append("pipeline.text_encoder.eos_token_id = pipeline.tokenizer.eos_token_id")
     words = [f"new tokens `{tokens}` for {word}" for word, tokens in text.abstractions.items()]
     parts = {"clip_l": ("text_encoder", "tokenizer"), "t5": ("text_encoder_2", "tokenizer_2")}
     for kind, new in text.new_tokens.items():

@@ -216,6 +216,22 @@ def test_the_files_alone_draw_the_last_validation_image(train, flags, tmp_path, 
         assert difference <= 2, mode
 
 
+def test_clip_pools_in_the_cards_snippet_as_in_training(tiny_model, tmp_path, pictures):
+    flags = ["--pretrained_model_name_or_path", tiny_model, "--instance_data_dir", pictures, "--output_dir", tmp_path]
+    flags += ["--train_text_encoder_ti", "--token_abstraction", "circle"]
+    args = dreambooth.parse_args([str(flag) for flag in flags])
+    text, pooled = dreambooth.PromptEncoder(Accelerator(), args, torch.float32), {}
+    clip, line = text.encoders["clip_l"], "pipeline.text_encoder.eos_token_id = pipeline.tokenizer.eos_token_id"
+    for model, eos_token_id in ((str(tiny_model), 2), ("flux1-dev.safetensors", text.pipeline.tokenizer.eos_token_id)):
+        args.pretrained_model_name_or_path, clip.eos_token_id = model, eos_token_id
+        dreambooth.save_model_card(args, torch.float32, text, "a circle", "run_emb.safetensors")
+        assert (line in (tmp_path / "README.md").read_text()) == (eos_token_id != 2)
+        pooled[model] = text.embed("clip_l", ["a circle", "a circle on the left"])
+    diffusers, comfyui = ((a - b).abs().max() for a, b in pooled.values())
+    assert diffusers < 1e-6
+    assert comfyui > 1e-3
+
+
 def test_two_abstractions_start_as_they_are_told(tiny_model, tmp_path, pictures):
     from accelerate import Accelerator
 

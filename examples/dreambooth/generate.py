@@ -31,6 +31,8 @@ def load_pipeline(folder, model=None):
     lora = folder.with_name(f"{name}.safetensors") if name else folder / "pytorch_lora_weights.safetensors"
     if lora.exists():
         pipeline.load_lora_weights(lora.parent, weight_name=lora.name)
+    if args["pretrained_model_name_or_path"].endswith(".safetensors"):  # CLIP pooled at the end of prompts then
+        pipeline.text_encoder.eos_token_id = pipeline.tokenizer.eos_token_id
     abstractions = {}
     for path in sorted(folder.glob("*_emb.safetensors"), key=lambda path: path.stat().st_mtime)[-1:]:
         with safe_open(path, "pt") as file:
