@@ -1975,6 +1975,8 @@ def main(args):
         if whole and adapted and not done and accelerator.is_main_process:
             save_named_lora(args, adapted, examples, guided, save_dtype, epoch)
         if interrupted and not done:
+            transformer = draw = None  # see below
+            accelerator.free_memory()
             accelerator.end_training()
             accelerator.print(
                 f"\nInterrupted at step {global_step}, saved {checkpoint}; go on with --resume_from_checkpoint latest"
@@ -2000,7 +2002,8 @@ def main(args):
         save_model_card(args, weight_dtype, text, shown_prompt, embeddings_name, hub_repo)
     if final_prompt:
         draw(prompt=final_prompt, step=global_step)
-    accelerator.wait_for_everyone()  # gloo can hang where a process ends right after its last reduction
+    transformer = draw = None  # what DistributedDataParallel frees after the process group can hang in gloo
+    accelerator.free_memory()
     accelerator.end_training()
     print_results(accelerator, args, global_step)
     if hub_repo:

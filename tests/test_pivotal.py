@@ -314,11 +314,16 @@ def test_two_processes_are_one_with_two_batches_a_step(train, flags, tmp_path, m
     train(SCRIPT, *flags, one, "--gradient_accumulation_steps", 2)
     script = tmp_path / "same_noise.py"
     script.write_text(
-        f"""import sys
+        f"""import gc, sys
 sys.path.insert(0, {str(ROOT)!r})
 import {SCRIPT} as trainer
-honest = trainer.step_generator
+honest, end_training = trainer.step_generator, trainer.Accelerator.end_training
 trainer.step_generator = lambda seed, step, batch=0, rank=0: honest(seed, step, batch + rank)
+def end(accelerator):
+    kinds = {{type(thing).__name__ for thing in gc.get_objects()}}
+    assert "DistributedDataParallel" not in kinds, "gloo hangs if the process group is freed with it"
+    end_training(accelerator)
+trainer.Accelerator.end_training = end
 trainer.main(trainer.parse_args())
 """
     )
