@@ -472,13 +472,19 @@ def check_flags(args):
     if not args.train_text_encoder_ti:
         needy = ("enable_t5_ti", "initializer_concept", "num_new_tokens_per_abstraction")
         problems += [f"--{name} needs --train_text_encoder_ti" for name in needy if getattr(args, name)]
-    if args.train_transformer_frac == 0 and not args.train_text_encoder_ti:
+    if args.train_transformer_frac == 0 and not (args.train_text_encoder_ti and args.train_text_encoder_ti_frac):
         problems.append("--train_transformer_frac 0 leaves nothing to train without --train_text_encoder_ti")
+    if args.train_text_encoder_ti_frac != 0.5 and not args.train_text_encoder_ti:
+        problems.append(
+            f"--train_text_encoder_ti_frac {args.train_text_encoder_ti_frac} needs --train_text_encoder_ti"
+        )
     if args.train_text_encoder_frac < 1 and not args.train_text_encoder:
         problems.append(f"--train_text_encoder_frac {args.train_text_encoder_frac} needs --train_text_encoder")
     if args.num_new_tokens_per_abstraction and args.initializer_concept:
         problems.append("--num_new_tokens_per_abstraction has no effect with --initializer_concept: leave one out")
     concepts, abstractions = (len(names_in(text)) for text in (args.initializer_concept, args.token_abstraction))
+    if not 0 < len({*names_in(args.token_abstraction)}) == abstractions:
+        problems.append(f"--token_abstraction {args.token_abstraction!r}: one word, or several different ones: A,B")
     if concepts not in (0, 1, abstractions):
         problems.append(f"--initializer_concept names {concepts} concepts for {abstractions} of --token_abstraction")
     if args.optimizer == "prodigy" and args.use_8bit_adam:
@@ -508,6 +514,11 @@ def check_flags(args):
 def names_in(text):
     """The names in a comma list."""
     return [name.strip() for name in (text or "").split(",") if name.strip()]
+
+
+def any_of(words):
+    """A regular expression for any of the words, the longest first: TOK2 is no TOK."""
+    return re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))))
 
 
 def buckets(args):
@@ -709,9 +720,14 @@ def find_examples(args):
         checks = pool.map(defect, every)
         checks = tqdm(checks, total=len(every), desc="Reading pictures", unit="image", leave=False)
         problems += [problem for problem in checks if problem]
+    for example in examples:
+        if args.instance_prompt and isinstance(example.caption, str) and not example.caption.strip():
+            example.caption = None
     captions = [example.caption or args.instance_prompt or "" for example in examples]
     if args.train_text_encoder_ti:
-        unused = [name for name in names_in(args.token_abstraction) if not any(name in text for text in captions)]
+        names = names_in(args.token_abstraction)
+        used = {name for text in captions for name in any_of(names).findall(text)}
+        unused = [name for name in names if name not in used]
         problems += [f"--token_abstraction {name}: in no caption and not in --instance_prompt" for name in unused]
     bare = [example.name for example in examples if example.caption is None]
     if bare and args.instance_prompt is None:
@@ -933,6 +949,8 @@ def read_folder(args):
         rows = [json.loads(line) for line in lines if line.strip()]
         column = args.caption_column or next((c for c in ("text", "prompt", "caption") if rows and c in rows[0]), None)
         captions = {row["file_name"]: row[column] for row in rows}
+        if args.caption_column and not rows:
+            problems.append(f"--caption_column {args.caption_column}: no {metadata} that has columns")
     except (ValueError, KeyError, TypeError) as error:
         problems.append(
             f"{metadata}: each line must be JSON with file_name and a caption, see --caption_column ({error!r})"
@@ -1242,9 +1260,9 @@ class PromptEncoder:
 
     def replace(self, prompt):
         """The prompt with the new tokens in place of the words they stand for."""
-        for name, tokens in self.abstractions.items():
-            prompt = prompt.replace(name, tokens)
-        return prompt
+        if not self.abstractions:
+            return prompt
+        return any_of(self.abstractions).sub(lambda name: self.abstractions[name[0]], prompt)
 
     def parameters(self):
         return [*(new.rows for new in self.new_tokens.values()), *self.lora_params]
@@ -1447,16 +1465,26 @@ def save_named_lora(args, adapted, examples, guided, dtype, epoch=None):
     write_lora(path, layers, args.save_format, header, dtype)
 
 
-def describe(args, dtype, text, prompt, embeddings_name):
-    """README.md in the output folder: what was trained on what, and how to draw `prompt` with it."""
+def describe(args, dtype, text, prompt, embeddings_name, hub_repo=None):
+    """README.md in the output folder: what was trained on what, and how to draw `prompt` with it.
+
+    The files are those in the output folder, or with `hub_repo` those on the hub.
+    """
     folder = args.output_dir.resolve()
     base = "black-forest-labs/FLUX.1-dev" if single_file(args) else args.pretrained_model_name_or_path
     model = [repr(base), f"dtype={dtype}"]
     model += [f"{name}={getattr(args, name)!r}" for name in ("revision", "variant") if getattr(args, name)]
     lora = lora_file(args).resolve()
-    load = [f"pipeline.load_lora_weights({str(lora.parent)!r}, weight_name={lora.name!r})"] if lora.exists() else []
+    adapter, load, imports = [f"LoRA of rank {args.rank} and alpha {args.lora_alpha}"] if lora.exists() else [], [], ""
+    if adapter:
+        load.append(f"pipeline.load_lora_weights({(hub_repo or str(lora.parent))!r}, weight_name={lora.name!r})")
     if text.new_tokens:
-        load.append(f"rows = load_file({str(folder / embeddings_name)!r})")
+        imports = "\nfrom huggingface_hub import hf_hub_download" if hub_repo else ""
+        embeddings = f"hf_hub_download({hub_repo!r}, {embeddings_name!r})" if hub_repo else ""
+        load.append(f"rows = load_file({embeddings or repr(str(folder / embeddings_name))})")
+        if single_file(args):  # trained so, as ComfyUI draws; FLUX.1-dev's folder says 2: pool at the last new token
+            load.append("pipeline.text_encoder.eos_token_id = pipeline.tokenizer.eos_token_id")
+    words = [f"new tokens `{tokens}` for {word}" for word, tokens in text.abstractions.items()]
     parts = {"clip_l": ("text_encoder", "tokenizer"), "t5": ("text_encoder_2", "tokenizer_2")}
     for kind, new in text.new_tokens.items():
         tokens, (encoder, tokenizer) = [f"<s{i}>" for i in range(len(new.rows))], parts[kind]
@@ -1470,11 +1498,11 @@ def describe(args, dtype, text, prompt, embeddings_name):
     description = f"""
 # {folder.name}
 
-For {args.pretrained_model_name_or_path}: LoRA of rank {args.rank} and alpha {args.lora_alpha}, by DreamBooth.
+For {args.pretrained_model_name_or_path}: {", ".join(adapter + words)}, by DreamBooth.
 
 ```python
 import torch
-from diffusers import FluxPipeline
+from diffusers import FluxPipeline{imports}
 from safetensors.torch import load_file
 
 pipeline = FluxPipeline.from_pretrained({", ".join(model)})
@@ -1488,10 +1516,17 @@ image.save("image.png")
     save_model_card(args, description, tags, base_model=base, instance_prompt=args.instance_prompt)
 
 
-def trained_shares(args):
-    """The shares of the steps that train the text encoders and the transformer."""
+def trained_until(args, max_train_steps, checkpoint):
+    """[text encoders, transformer]: the step after which each is trained no more.
+
+    What had ended before the checkpoint stays so, also if the run is to have more steps now.
+    """
     text = args.train_text_encoder_frac if args.train_text_encoder else 0.0
-    return args.train_text_encoder_ti_frac if args.train_text_encoder_ti else text, args.train_transformer_frac
+    shares = args.train_text_encoder_ti_frac if args.train_text_encoder_ti else text, args.train_transformer_frac
+    stops = [math.ceil(round(share * max_train_steps, 6)) for share in shares]
+    saved = json.loads((checkpoint / "trainer_state.json").read_text()) if checkpoint else {}
+    pairs = zip(saved.get("trained_until", stops), stops, strict=True)
+    return [old if old < saved.get("global_step", 0) else new for old, new in pairs]
 
 
 def register_embedding_checkpointing(accelerator, text):
@@ -1580,17 +1615,18 @@ def main(args):
     )
     steps_per_epoch = math.ceil(sampler.steps_per_epoch / accumulation)
     max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
-    text_stop, transformer_stop = (round(share * max_train_steps) for share in trained_shares(args))
-    max_train_steps = max(text_stop, transformer_stop)
+    checkpoint = checkpoint_to_resume(args.output_dir, args.resume_from_checkpoint)
+    text_stop, transformer_stop = stops = trained_until(args, max_train_steps, checkpoint)
+    max_train_steps = max(stops)
     validation_steps = args.validation_steps or args.validation_epochs * steps_per_epoch
     run = {name: str(value) for name, value in vars(args).items() if name not in CHANGEABLE}
     run |= {"the number of samples": len(dataset), "the number of processes": num_processes}
     if args.dataset_config and not problems:
         run["the hash of --dataset_config"] = hashlib.sha256(args.dataset_config.read_bytes()).hexdigest()[:16]
-    checkpoint = checkpoint_to_resume(args.output_dir, args.resume_from_checkpoint)
     problems += check_run(accelerator, args, max_train_steps) + checkpoint_conflicts(checkpoint, run)
     if problems:
         fail(accelerator, problems)
+    hub_repo = None
     if args.push_to_hub and accelerator.is_main_process:
         try:
             hub_repo = create_hub_repo(args)
@@ -1748,12 +1784,17 @@ def main(args):
         log_step(accelerator, progress_bar, metrics, global_step, logs)
         done = global_step == max_train_steps
         if interrupted or global_step % args.checkpointing_steps == 0:
-            checkpoint = save_checkpoint(accelerator, args.output_dir, global_step, run, args.checkpoints_total_limit)
+            state = run | {"trained_until": stops}
+            checkpoint = save_checkpoint(
+                accelerator, args.output_dir, global_step, state, args.checkpoints_total_limit
+            )
         epoch, rest = divmod(global_step, steps_per_epoch)
         whole = args.save_every_n_epochs and not rest and epoch % args.save_every_n_epochs == 0
         if whole and adapted and not done:
             save_named_lora(args, adapted, examples, guided, save_dtype, epoch)
         if interrupted and not done:
+            transformer = draw = None  # see below
+            accelerator.free_memory()
             accelerator.end_training()
             accelerator.print(
                 f"\nInterrupted at step {global_step}, saved {checkpoint}; go on with --resume_from_checkpoint latest"
@@ -1776,14 +1817,15 @@ def main(args):
         metrics.close()
         plot_metrics(args.output_dir / "metrics.jsonl", args.output_dir / "loss.png", title=args.output_dir.name)
         shown_prompt = final_prompt or args.instance_prompt or examples[0].prompt()
-        describe(args, weight_dtype, text, shown_prompt, embeddings_name)
+        describe(args, weight_dtype, text, shown_prompt, embeddings_name, hub_repo)
     if final_prompt:
         draw(prompt=final_prompt, step=global_step)
-    if args.push_to_hub and accelerator.is_main_process:
-        push_to_hub(args, hub_repo)
+    transformer = draw = None  # what DistributedDataParallel frees after the process group can hang in gloo
+    accelerator.free_memory()
     accelerator.end_training()
+    lora = lora_file(args)
     results = {
-        "LoRA": lora_file(args).absolute(),
+        "LoRA": lora.absolute(),
         "tokens": f"{args.output_dir.resolve().name}_emb.safetensors",
         "words": "embeddings",
         "usage": "README.md",
@@ -1791,6 +1833,8 @@ def main(args):
         "pictures": "validation",
     }
     print_results(accelerator, args, global_step, results)
+    if hub_repo:
+        push_to_hub(args, hub_repo, beside=lora if args.output_name and lora.exists() else None)
 
 
 if __name__ == "__main__":

@@ -1187,6 +1187,7 @@ def main(args):
     problems = check_run(accelerator, args, max_train_steps) + checkpoint_conflicts(checkpoint, run)
     if problems:
         fail(accelerator, problems)
+    hub_repo = None
     if args.push_to_hub and accelerator.is_main_process:
         try:
             hub_repo = create_hub_repo(args)
@@ -1335,6 +1336,8 @@ def main(args):
         if interrupted or global_step % args.checkpointing_steps == 0:
             checkpoint = save_checkpoint(accelerator, args.output_dir, global_step, run, args.checkpoints_total_limit)
         if interrupted and not done:
+            transformer = draw = None  # see below
+            accelerator.free_memory()
             accelerator.end_training()
             accelerator.print(
                 f"\nInterrupted at step {global_step}, saved {checkpoint}; go on with --resume_from_checkpoint latest"
@@ -1354,8 +1357,8 @@ def main(args):
         describe(args, weight_dtype, cases[0][0] if cases else examples[0].caption)
     if cases:
         draw(step=global_step)
-    if args.push_to_hub and accelerator.is_main_process:
-        push_to_hub(args, hub_repo)
+    transformer = draw = None  # what DistributedDataParallel frees after the process group can hang in gloo
+    accelerator.free_memory()
     accelerator.end_training()
     results = {
         "LoRA": "pytorch_lora_weights.safetensors",
@@ -1364,6 +1367,8 @@ def main(args):
         "pictures": "validation",
     }
     print_results(accelerator, args, global_step, results)
+    if hub_repo:
+        push_to_hub(args, hub_repo)
 
 
 if __name__ == "__main__":
