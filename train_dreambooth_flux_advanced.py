@@ -106,6 +106,7 @@ OPTION_KINDS = {
     "true or false": lambda value: isinstance(value, bool),
     "text": lambda value: isinstance(value, str),
     "text that is not empty": lambda value: isinstance(value, str) and value != "",
+    "an extension such as .txt": lambda value: isinstance(value, str) and re.fullmatch(r"\.?\w[\w.-]*", value),
     "a whole number from 0": lambda value: type(value) is int and value >= 0,
     "a whole number from 1": lambda value: type(value) is int and value >= 1,
     "a number from 0 to 1": lambda value: type(value) in (int, float) and 0 <= value <= 1,
@@ -121,7 +122,7 @@ KOHYA_INTERPOLATION = {name: name for name in INTERPOLATION} | {
     "cubic": "bicubic",
     "area": "box",
 }
-SWITCH, TEXT, SOME_TEXT, FROM_0, FROM_1, SHARE, SIDE, SIZE, METHOD = OPTION_KINDS
+SWITCH, TEXT, SOME_TEXT, EXTENSION, FROM_0, FROM_1, SHARE, SIDE, SIZE, METHOD = OPTION_KINDS
 TABLES = {"general": "[general]", "datasets": "[[datasets]]", "subsets": "[[datasets.subsets]]"}
 ABOVE, ANYWHERE = ("general", "datasets"), tuple(TABLES)
 DATASET_OPTIONS = {  # in which tables, what, default; None: the command line's or derived
@@ -136,7 +137,7 @@ DATASET_OPTIONS = {  # in which tables, what, default; None: the command line's 
     "num_repeats": (ANYWHERE, FROM_0, None),
     "flip_aug": (ANYWHERE, SWITCH, None),
     "random_crop": (ANYWHERE, SWITCH, False),
-    "caption_extension": (ANYWHERE, TEXT, None),
+    "caption_extension": (ANYWHERE, EXTENSION, None),
     "class_tokens": (ANYWHERE, TEXT, None),
     "caption_prefix": (ANYWHERE, TEXT, ""),
     "caption_suffix": (ANYWHERE, TEXT, ""),
@@ -172,6 +173,10 @@ WEIGHTING_SCHEMES = ("none", "sigma_sqrt", "logit_normal", "mode", "cosmap")
 LR_SCHEDULERS = [scheduler.value for scheduler in SchedulerType if scheduler != SchedulerType.PIECEWISE_CONSTANT]
 TOKENIZERS = ("tokenizer", "tokenizer_2")
 CHECKPOINT_PREFIX, FLUX_ROOTS = "model.diffusion_model.", {name.split(".")[0] for name in FLUX_LAYERS}
+CHECKPOINT_SIZES = (
+    "double_blocks.0.img_attn.norm.query_norm.scale",
+    *("img_in.weight", "txt_in.weight", "vector_in.in_layer.weight"),
+)
 TRACKERS = ("tensorboard", "wandb", "all", "none")
 KOHYA_FLAGS = {
     "--network_dim": "--rank",
@@ -539,13 +544,13 @@ def single_file(args):
 def file_problems(args):
     """What is wrong with the files of a model in single files, as far as their keys tell."""
     problems = []
-    wanted = {  # a tensor that the right file has
-        "pretrained_model_name_or_path": "double_blocks.0.img_attn.qkv.weight",
-        "ae": "decoder.conv_in.weight",
-        "clip_l": "text_model.embeddings.token_embedding.weight",
-        "t5xxl": "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+    wanted = {  # tensors that the right file has
+        "pretrained_model_name_or_path": ("double_blocks.0.img_attn.qkv.weight", *CHECKPOINT_SIZES),
+        "ae": ("decoder.conv_in.weight",),
+        "clip_l": ("text_model.embeddings.token_embedding.weight",),
+        "t5xxl": ("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",),
     }
-    for name, key in wanted.items():
+    for name, needed in wanted.items():
         path = getattr(args, name)
         try:
             keys = file_shapes(path) if path else None
@@ -554,8 +559,8 @@ def file_problems(args):
             continue
         if keys is None:
             problems.append(f"--{name} is needed with {Path(args.pretrained_model_name_or_path).name}")
-        elif key not in keys:
-            problems.append(f"--{name} {path}: holds no {key}, so it is another model or form than FLUX.1's own")
+        elif absent := [key for key in needed if key not in keys]:
+            problems.append(f"--{name} {path}: holds no {absent[0]}, so it is another model or form than FLUX.1's own")
         elif any(name.endswith(("scale_weight", "weight_scale", "scaled_fp8")) for name in keys):
             problems.append(f"--{name} {path}: scaled fp8 is not read: take the 16-bit file")
     folder = args.tokenizer_dir
@@ -780,6 +785,8 @@ def read_dataset_config(args):
         config = (json.loads if path.suffix == ".json" else tomllib.loads)(path.read_text("utf-8-sig"))
     except (OSError, ValueError) as error:
         return [], [f"--dataset_config {path}: cannot be read ({error})"]
+    if not isinstance(config, dict):
+        return [], [f"--dataset_config {path}: must hold general and datasets, not a {type(config).__name__}"]
     general, datasets = config.get("general", {}), tables_in(config.get("datasets"))
     problems = [f"{path}: {key} is neither [general] nor [[datasets]]" for key in config if key not in ABOVE]
     problems += option_problems(f"{path}, [general]", general, "general")
@@ -802,6 +809,8 @@ def read_dataset_config(args):
         problems += bucket_problems(where, shared)
         found = []
         for table, subset in subsets:
+            if (shared | subset)["num_repeats"] == 0:
+                continue
             read, wrong = read_subset(table, shared | subset, path.parent)
             found, problems = found + read, problems + wrong
         if found and all(example.options["is_reg"] for example in found):
@@ -1581,14 +1590,15 @@ def save_named_lora(args, adapted, examples, guided, dtype, epoch=None):
     own = [example for example in examples if not example.options["is_reg"]]
     for example in own:
         folder = captions.setdefault(Path(example.name).parent.name, {})
-        folder[example.prompt()] = folder.get(example.prompt(), 0) + example.repeats
+        for tag in names_in(example.prompt().lower()):
+            folder[tag] = folder.get(tag, 0) + example.repeats
     path = lora_file(args, epoch)
     header = lora_header(
         layers,
         name=path.stem,
         base_model="flux-1-dev" if guided else "flux-1-schnell",
         resolution=sides(own[0].options["resolution"]),
-        trigger_words=dict.fromkeys(example.options["class_tokens"] or example.prompt() for example in own),
+        trigger_words=dict.fromkeys(filter(None, (example.options["class_tokens"] for example in own))),
         captions=captions,
     )
     write_lora(path, layers, args.save_format, header, dtype)
@@ -1676,11 +1686,12 @@ def print_header(accelerator, args, examples, lora_params, transformer, text, st
     trainable, total = (sum(p.numel() for p in parameters) for parameters in (lora_params, transformer.parameters()))
     own_captions = sum(example.caption != example.options["class_tokens"] for example in examples)
     sizes = ", ".join(sorted({"{} x {}".format(*sides(example.options["resolution"])) for example in examples}))
+    batch = ", ".join(map(str, sorted({example.options["batch_size"] for example in examples})))
     lines = [
         f"model    {args.pretrained_model_name_or_path}",
         f"adapter  {trainable:,} parameters in {len(lora_params) // 2} layers, {trainable / total:.2%} of all",
         f"data     {len(examples)} pictures at {sizes} px, {own_captions} with captions of their own",
-        f"steps    {max_train_steps}, {steps_per_epoch} per epoch; a step is batch {args.train_batch_size} x "
+        f"steps    {max_train_steps}, {steps_per_epoch} per epoch; a step is batch {batch} x "
         f"accumulation {args.gradient_accumulation_steps} x {accelerator.num_processes} {accelerator.device.type}, "
         f"mixed precision {accelerator.mixed_precision}",
     ]
@@ -1914,12 +1925,13 @@ def main(args):
         }
         log_step(accelerator, progress_bar, metrics, global_step, logs)
         done = global_step == max_train_steps
-        if interrupted or global_step % args.checkpointing_steps == 0:
-            checkpoint = save_checkpoint(accelerator, args.output_dir, global_step, run, args.checkpoints_total_limit)
         epoch, rest = divmod(global_step, steps_per_epoch)
         whole = args.save_every_n_epochs and not rest and epoch % args.save_every_n_epochs == 0
         if whole and adapted and not done and accelerator.is_main_process:
             save_named_lora(args, adapted, examples, guided, save_dtype, epoch)
+        # after the file of the epoch, which a run resumed from here does not write
+        if interrupted or global_step % args.checkpointing_steps == 0:
+            checkpoint = save_checkpoint(accelerator, args.output_dir, global_step, run, args.checkpoints_total_limit)
         if interrupted and not done:
             accelerator.end_training()
             accelerator.print(
@@ -1951,6 +1963,9 @@ def main(args):
         HfApi(token=args.hub_token).upload_folder(
             repo_id=hub_repo, folder_path=args.output_dir, ignore_patterns=unwanted
         )
+        if args.output_name and adapted:  # which lies beside the folder
+            file = lora_file(args)
+            HfApi(token=args.hub_token).upload_file(repo_id=hub_repo, path_or_fileobj=file, path_in_repo=file.name)
     accelerator.end_training()
     print_results(accelerator, args, global_step)
 

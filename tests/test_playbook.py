@@ -97,6 +97,48 @@ def test_a_second_name_in_the_same_folder_is_another_run(train, flux_data, tmp_p
     assert kohya["lora_unet_double_blocks_0_img_attn_qkv.alpha"] == 6
 
 
+def test_the_file_of_an_epoch_is_there_before_the_checkpoint_and_goes_to_the_hub(
+    train, flux_data, tmp_path, tiny_model, monkeypatch, capsys
+):
+    (flux_data / "tjtoy" / "1.caption").write_text("Toy, on a shelf")
+    flags = without_files(train_args("--max_train_steps", 3, "--save_every_n_epochs", 1), tiny_model)
+    flags += ["--checkpointing_steps", 2, "--skip_final_inference"]
+    loras, uploads = tmp_path / "models" / "loras", []
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(dreambooth, "save_checkpoint", killed)
+        train(SCRIPT, *flags)
+    assert (loras / "flux_dreambooth-000001.safetensors").exists()
+    assert "a step is batch 1 x accumulation 4" in capsys.readouterr().out
+
+    class HubApi:
+        def __init__(self, token=None):
+            pass
+
+        def create_repo(self, name, exist_ok):
+            return type("Url", (), {"repo_id": f"me/{name}"})
+
+        def upload_folder(self, **arguments):
+            uploads.append(arguments["folder_path"])
+
+        def upload_file(self, *, repo_id, path_or_fileobj, path_in_repo):
+            uploads.append((repo_id, path_or_fileobj, path_in_repo))
+
+    monkeypatch.setattr(dreambooth, "HfApi", HubApi)
+    train(SCRIPT, *flags, "--push_to_hub")
+    name = "flux_dreambooth.safetensors"
+    relative = loras.relative_to(tmp_path)
+    assert uploads == [relative / "flux_dreambooth", ("me/flux_dreambooth", relative / name, name)]
+    with safe_open(loras / name, "pt") as file:
+        header = file.metadata()
+    tags = json.loads(header["ss_tag_frequency"])["tjtoy"]
+    assert tags == {"toy": 1, "on a shelf": 1, "tjtoy toy": 1}
+    assert header["modelspec.trigger_phrase"] == "tjtoy toy, sparkgpu gpu"
+
+
 def test_kohya_layers_are_those_of_its_sd_scripts(tiny_model, pictures):
     flags = ["--pretrained_model_name_or_path", str(tiny_model), "--instance_data_dir", str(pictures)]
     args = dreambooth.parse_args([*flags, "--lora_layers", "kohya"])
@@ -377,7 +419,10 @@ def test_files_that_are_not_the_right_ones_are_named(published, tmp_path, pictur
     (tmp_path / "page.safetensors").write_bytes(b"<html>sign in</html>")
     scaled = load_file(files / "t5xxl_fp16.safetensors") | {"scaled_fp8": torch.zeros(1)}
     save_file(scaled, tmp_path / "scaled.safetensors")
+    chroma = load_file(files / "flux1-dev.safetensors")
+    save_file({k: v for k, v in chroma.items() if "vector_in" not in k}, tmp_path / "chroma.safetensors")
     rows = [
+        (single(files, pretrained_model_name_or_path=tmp_path / "chroma.safetensors"), "holds no vector_in.in_layer"),
         (single(files, clip_l=None), "--clip_l is needed with flux1-dev.safetensors"),
         (single(files, ae=tmp_path / "gone.safetensors"), "gone.safetensors: not a whole safetensors file"),
         (single(files, ae=tmp_path / "cut.safetensors"), "cut.safetensors: not a whole safetensors file"),
