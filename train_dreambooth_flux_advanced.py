@@ -480,6 +480,11 @@ def check_flags(args):
         problems.append("--save_every_n_epochs and --save_format need --output_name")
     if args.output_name and Path(args.output_name).name != args.output_name:
         problems.append(f"--output_name {args.output_name} must be the name of a file, without folders")
+    if args.cache_latents_to_disk or args.cache_text_encoder_outputs_to_disk:
+        folder = args.disk_cache_dir.expanduser().absolute()
+        parent = next(path for path in [folder, *folder.parents] if path.exists())
+        if not (parent.is_dir() and os.access(parent, os.W_OK)):
+            problems.append(f"--disk_cache_dir {args.disk_cache_dir}: {parent} is no folder that can be written to")
     if (args.hub_token or args.hub_model_id) and not args.push_to_hub:
         problems.append("--hub_token and --hub_model_id have no effect without --push_to_hub")
     if args.mixed_precision == "fp16" and not torch.accelerator.is_available():

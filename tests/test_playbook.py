@@ -259,6 +259,15 @@ def test_caches_survive_a_killed_run(train, flux_data, tmp_path, tiny_model, enc
     assert encodings.count("image") == 3
 
 
+def test_a_cache_folder_that_cannot_be_is_said_at_once(tmp_path, tiny_model, pictures, capsys):
+    (tmp_path / "file").touch()
+    flags = ["--pretrained_model_name_or_path", tiny_model, "--instance_data_dir", pictures, "--cache_latents_to_disk"]
+    with pytest.raises(SystemExit) as stop:
+        dreambooth.parse_args([str(flag) for flag in [*flags, "--disk_cache_dir", tmp_path / "file" / "cache"]])
+    assert stop.value.code == 2
+    assert f"{tmp_path / 'file'} is no folder that can be written to" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Embeddings
 # ---------------------------------------------------------------------------------------------------------------------
