@@ -13,6 +13,7 @@ import torch
 from conftest import ROOT
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from PIL import Image
+from prodigyopt import Prodigy
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_lora_files import original_state_dict
@@ -86,6 +87,15 @@ def test_the_playbooks_folder_and_command_give_its_file(train, flux_data, tmp_pa
     pipeline = FluxPipeline.from_pretrained(tiny_model)
     pipeline.load_lora_weights(loras, weight_name="flux_dreambooth.safetensors")
     assert pipeline.transformer.transformer_blocks[0].norm1.linear.scaling["default_0"] == 0.5
+
+
+def test_prodigy_is_set_as_sd_scripts_sets_it(flux_data, tiny_model):
+    args = dreambooth.parse_args([str(flag) for flag in without_files(train_args(), tiny_model)])
+    row = [torch.nn.Parameter(torch.zeros(1))], [torch.nn.Parameter(torch.zeros(1))]
+    optimizer = dreambooth.create_optimizer(*row, args, 1)
+    plain = Prodigy([torch.nn.Parameter(torch.zeros(1))], lr=1.0).param_groups[0]
+    for group in optimizer.param_groups:
+        assert {k: v for k, v in group.items() if k != "params"} == {k: v for k, v in plain.items() if k != "params"}
 
 
 def test_a_second_name_in_the_same_folder_is_another_run(train, flux_data, tmp_path, tiny_model):
