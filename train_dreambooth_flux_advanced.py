@@ -120,6 +120,7 @@ OPTION_KINDS = {
     "true or false": lambda value: isinstance(value, bool),
     "text": lambda value: isinstance(value, str),
     "text that is not empty": lambda value: isinstance(value, str) and value != "",
+    "an extension such as .txt": lambda value: isinstance(value, str) and re.fullmatch(r"\.?\w[\w.-]*", value),
     "a whole number from 0": lambda value: type(value) is int and value >= 0,
     "a whole number from 1": lambda value: type(value) is int and value >= 1,
     "a number from 0 to 1": lambda value: type(value) in (int, float) and 0 <= value <= 1,
@@ -135,7 +136,7 @@ KOHYA_INTERPOLATION = {name: name for name in INTERPOLATION} | {
     "cubic": "bicubic",
     "area": "box",
 }
-SWITCH, TEXT, SOME_TEXT, FROM_0, FROM_1, SHARE, SIDE, SIZE, METHOD = OPTION_KINDS
+SWITCH, TEXT, SOME_TEXT, EXTENSION, FROM_0, FROM_1, SHARE, SIDE, SIZE, METHOD = OPTION_KINDS
 TABLES = {"general": "[general]", "datasets": "[[datasets]]", "subsets": "[[datasets.subsets]]"}
 ABOVE, ANYWHERE = ("general", "datasets"), tuple(TABLES)
 DATASET_OPTIONS = {  # in which tables, what, default; None: the command line's or derived
@@ -150,7 +151,7 @@ DATASET_OPTIONS = {  # in which tables, what, default; None: the command line's 
     "num_repeats": (ANYWHERE, FROM_0, None),
     "flip_aug": (ANYWHERE, SWITCH, None),
     "random_crop": (ANYWHERE, SWITCH, False),
-    "caption_extension": (ANYWHERE, TEXT, None),
+    "caption_extension": (ANYWHERE, EXTENSION, None),
     "class_tokens": (ANYWHERE, TEXT, None),
     "caption_prefix": (ANYWHERE, TEXT, ""),
     "caption_suffix": (ANYWHERE, TEXT, ""),
@@ -186,6 +187,10 @@ WEIGHTING_SCHEMES = ("none", "sigma_sqrt", "logit_normal", "mode", "cosmap")
 LR_SCHEDULERS = [scheduler.value for scheduler in SchedulerType if scheduler != SchedulerType.PIECEWISE_CONSTANT]
 TOKENIZERS = ("tokenizer", "tokenizer_2")
 CHECKPOINT_PREFIX, FLUX_ROOTS = "model.diffusion_model.", {name.split(".")[0] for name in FLUX_LAYERS}
+CHECKPOINT_SIZES = (
+    "double_blocks.0.img_attn.norm.query_norm.scale",
+    *("img_in.weight", "txt_in.weight", "vector_in.in_layer.weight"),
+)
 TRACKERS = ("tensorboard", "wandb", "all", "none")
 KOHYA_FLAGS = {
     "--network_dim": "--rank",
@@ -503,6 +508,11 @@ def check_flags(args):
         problems.append("--save_every_n_epochs and --save_format need --output_name")
     if args.output_name and Path(args.output_name).name != args.output_name:
         problems.append(f"--output_name {args.output_name} must be the name of a file, without folders")
+    if args.cache_latents_to_disk or args.cache_text_encoder_outputs_to_disk:
+        folder = args.disk_cache_dir.expanduser().absolute()
+        parent = next(path for path in [folder, *folder.parents] if path.exists())
+        if not (parent.is_dir() and os.access(parent, os.W_OK)):
+            problems.append(f"--disk_cache_dir {args.disk_cache_dir}: {parent} is no folder that can be written to")
     if (args.hub_token or args.hub_model_id) and not args.push_to_hub:
         problems.append("--hub_token and --hub_model_id have no effect without --push_to_hub")
     if args.mixed_precision == "fp16" and not torch.accelerator.is_available():
@@ -572,13 +582,13 @@ def single_file(args):
 def file_problems(args):
     """What is wrong with the files of a model in single files, as far as their keys tell."""
     problems = []
-    wanted = {  # a tensor that the right file has
-        "pretrained_model_name_or_path": "double_blocks.0.img_attn.qkv.weight",
-        "ae": "decoder.conv_in.weight",
-        "clip_l": "text_model.embeddings.token_embedding.weight",
-        "t5xxl": "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+    wanted = {  # tensors that the right file has
+        "pretrained_model_name_or_path": ("double_blocks.0.img_attn.qkv.weight", *CHECKPOINT_SIZES),
+        "ae": ("decoder.conv_in.weight",),
+        "clip_l": ("text_model.embeddings.token_embedding.weight",),
+        "t5xxl": ("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",),
     }
-    for name, key in wanted.items():
+    for name, needed in wanted.items():
         path = getattr(args, name)
         try:
             keys = file_shapes(path) if path else None
@@ -587,8 +597,8 @@ def file_problems(args):
             continue
         if keys is None:
             problems.append(f"--{name} is needed with {Path(args.pretrained_model_name_or_path).name}")
-        elif key not in keys:
-            problems.append(f"--{name} {path}: holds no {key}, so it is another model or form than FLUX.1's own")
+        elif absent := [key for key in needed if key not in keys]:
+            problems.append(f"--{name} {path}: holds no {absent[0]}, so it is another model or form than FLUX.1's own")
         elif any(name.endswith(("scale_weight", "weight_scale", "scaled_fp8")) for name in keys):
             problems.append(f"--{name} {path}: scaled fp8 is not read: take the 16-bit file")
     folder = args.tokenizer_dir
@@ -783,6 +793,8 @@ def read_dataset_config(args):
         config = (json.loads if path.suffix == ".json" else tomllib.loads)(path.read_text("utf-8-sig"))
     except (OSError, ValueError) as error:
         return [], [f"--dataset_config {path}: cannot be read ({error})"]
+    if not isinstance(config, dict):
+        return [], [f"--dataset_config {path}: must hold general and datasets, not a {type(config).__name__}"]
     general, datasets = config.get("general", {}), tables_in(config.get("datasets"))
     problems = [f"{path}: {key} is neither [general] nor [[datasets]]" for key in config if key not in ABOVE]
     problems += option_problems(f"{path}, [general]", general, "general")
@@ -805,6 +817,8 @@ def read_dataset_config(args):
         problems += bucket_problems(where, shared)
         found = []
         for table, subset in subsets:
+            if (shared | subset)["num_repeats"] == 0:
+                continue
             read, wrong = read_subset(table, shared | subset, path.parent)
             found, problems = found + read, problems + wrong
         if found and all(example.options["is_reg"] for example in found):
@@ -1450,7 +1464,8 @@ def save_named_lora(args, adapted, examples, guided, dtype, epoch=None):
     own = [example for example in examples if not example.options["is_reg"]]
     for example in own:
         folder = captions.setdefault(Path(example.name).parent.name, {})
-        folder[example.prompt()] = folder.get(example.prompt(), 0) + example.repeats
+        for tag in names_in(example.prompt().lower()):
+            folder[tag] = folder.get(tag, 0) + example.repeats
     path = lora_file(args, epoch)
     if torch.distributed.is_initialized() and torch.distributed.get_rank():
         return
@@ -1459,7 +1474,7 @@ def save_named_lora(args, adapted, examples, guided, dtype, epoch=None):
         name=path.stem,
         base_model="flux-1-dev" if guided else "flux-1-schnell",
         resolution=sides(own[0].options["resolution"]),
-        trigger_words=dict.fromkeys(example.options["class_tokens"] or example.prompt() for example in own),
+        trigger_words=dict.fromkeys(filter(None, (example.options["class_tokens"] for example in own))),
         captions=captions,
     )
     write_lora(path, layers, args.save_format, header, dtype)
@@ -1556,11 +1571,12 @@ def print_header(accelerator, args, examples, lora_params, base_size, text, step
     trainable = sum(p.numel() for p in lora_params)
     own_captions = sum(example.caption != example.options["class_tokens"] for example in examples)
     sizes = ", ".join(sorted({"{} x {}".format(*sides(example.options["resolution"])) for example in examples}))
+    batch = ", ".join(map(str, sorted({example.options["batch_size"] for example in examples})))
     lines = [
         f"model    {args.pretrained_model_name_or_path}",
         f"adapter  {trainable:,} parameters in {len(lora_params) // 2} layers, {trainable / base_size:.2%} of all",
         f"data     {len(examples)} pictures at {sizes} px, {own_captions} with captions of their own",
-        f"steps    {max_train_steps}, {steps_per_epoch} per epoch; a step is batch {args.train_batch_size} x "
+        f"steps    {max_train_steps}, {steps_per_epoch} per epoch; a step is batch {batch} x "
         f"accumulation {args.gradient_accumulation_steps} x {accelerator.num_processes} {accelerator.device.type}, "
         f"mixed precision {accelerator.mixed_precision}",
     ]
@@ -1783,15 +1799,16 @@ def main(args):
         }
         log_step(accelerator, progress_bar, metrics, global_step, logs)
         done = global_step == max_train_steps
+        epoch, rest = divmod(global_step, steps_per_epoch)
+        whole = args.save_every_n_epochs and not rest and epoch % args.save_every_n_epochs == 0
+        if whole and adapted and not done:
+            save_named_lora(args, adapted, examples, guided, save_dtype, epoch)
+        # after the file of the epoch, which a run resumed from here does not write
         if interrupted or global_step % args.checkpointing_steps == 0:
             state = run | {"trained_until": stops}
             checkpoint = save_checkpoint(
                 accelerator, args.output_dir, global_step, state, args.checkpoints_total_limit
             )
-        epoch, rest = divmod(global_step, steps_per_epoch)
-        whole = args.save_every_n_epochs and not rest and epoch % args.save_every_n_epochs == 0
-        if whole and adapted and not done:
-            save_named_lora(args, adapted, examples, guided, save_dtype, epoch)
         if interrupted and not done:
             transformer = draw = None  # see below
             accelerator.free_memory()
