@@ -20,6 +20,7 @@ from test_lora_files import original_state_dict
 
 import common.latents
 import train_dreambooth_flux_advanced as dreambooth
+from common import validation
 from common.lora import FLUX_LAYERS, target_layers
 from examples.toy import pretrain
 from examples.toy.compare import sample
