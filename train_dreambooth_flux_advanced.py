@@ -41,59 +41,75 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, ProjectConfiguration, gather_object, set_seed
+from accelerate.utils import ProjectConfiguration, gather_object, set_seed
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import free_memory, offload_models, parse_buckets_string
-from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HTTPError
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save_file as save_tensors
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from common.flow_matching import TIMESTEP_SAMPLING, add_noise, sample_sigmas, step_generator, velocity_loss
 from common.latents import (
+    StepSampler,
     cache_moments,
     disk_cached,
     encode_moments,
     fingerprint,
     image_ids,
     pack_latents,
+    read_row,
     sample_latents,
+    upright,
 )
 from common.lora import (
     FLUX_LAYERS,
     FLUX_TARGET_MODULES,
     LORA_FORMS,
+    QUANTIZATIONS,
     add_lora,
     catch_signals,
+    check_output_dir,
+    check_processes,
     checkpoint_conflicts,
+    checkpoint_damage,
+    checkpoint_state,
     checkpoint_to_resume,
+    compile_blocks,
+    create_optimizer,
     diffusers_state_dict,
-    find_checkpoints,
     load_checkpoint,
+    load_model,
     lora_header,
     lora_layers,
+    quantize_base,
     register_lora_checkpointing,
     save_checkpoint,
     save_lora,
+    shard,
     target_layers,
     unknown_layers,
     write_lora,
 )
 from common.validation import (
+    create_hub_repo,
+    draw_class_images,
     generate_images,
-    image_grid,
-    log_images,
     log_step,
     open_metrics,
     peak_memory,
     plot_metrics,
+    print_results,
+    push_to_hub,
+    sampling_pipeline,
+    save_images,
+    save_model_card,
     start_logging,
     undisturbed,
 )
@@ -108,6 +124,7 @@ OPTION_KINDS = {
     "true or false": lambda value: isinstance(value, bool),
     "text": lambda value: isinstance(value, str),
     "text that is not empty": lambda value: isinstance(value, str) and value != "",
+    "an extension such as .txt": lambda value: isinstance(value, str) and re.fullmatch(r"\.?\w[\w.-]*", value),
     "a whole number from 0 to 10,000": lambda value: type(value) is int and 0 <= value <= 10_000,
     "a whole number from 1 to 10,000": lambda value: type(value) is int and 1 <= value <= 10_000,
     "a number from 0 to 1": lambda value: type(value) in (int, float) and 0 <= value <= 1,
@@ -117,16 +134,13 @@ OPTION_KINDS = {
         and (not isinstance(value, list) or len(value) == 2)
     ),
     "lanczos, nearest, bilinear, linear, bicubic, cubic, area or box": lambda value: value in [*KOHYA_INTERPOLATION],
-    "an ending such as .txt": lambda value: (
-        isinstance(value, str) and re.fullmatch(r"\.?\w[^/\0]*", value) is not None
-    ),
 }
 KOHYA_INTERPOLATION = {name: name for name in INTERPOLATION} | {
     "linear": "bilinear",
     "cubic": "bicubic",
     "area": "box",
 }
-SWITCH, TEXT, SOME_TEXT, FROM_0, FROM_1, SHARE, SIDE, SIZE, METHOD, ENDING = OPTION_KINDS
+SWITCH, TEXT, SOME_TEXT, EXTENSION, FROM_0, FROM_1, SHARE, SIDE, SIZE, METHOD = OPTION_KINDS
 TABLES = {"general": "[general]", "datasets": "[[datasets]]", "subsets": "[[datasets.subsets]]"}
 ABOVE, ANYWHERE = ("general", "datasets"), tuple(TABLES)
 DATASET_OPTIONS = {  # in which tables, what, default; None: the command line's or derived
@@ -141,7 +155,7 @@ DATASET_OPTIONS = {  # in which tables, what, default; None: the command line's 
     "num_repeats": (ANYWHERE, FROM_0, None),
     "flip_aug": (ANYWHERE, SWITCH, None),
     "random_crop": (ANYWHERE, SWITCH, False),
-    "caption_extension": (ANYWHERE, ENDING, None),
+    "caption_extension": (ANYWHERE, EXTENSION, None),
     "class_tokens": (ANYWHERE, TEXT, None),
     "caption_prefix": (ANYWHERE, TEXT, ""),
     "caption_suffix": (ANYWHERE, TEXT, ""),
@@ -177,6 +191,10 @@ WEIGHTING_SCHEMES = ("none", "sigma_sqrt", "logit_normal", "mode", "cosmap")
 LR_SCHEDULERS = [scheduler.value for scheduler in SchedulerType if scheduler != SchedulerType.PIECEWISE_CONSTANT]
 TOKENIZERS = ("tokenizer", "tokenizer_2")
 CHECKPOINT_PREFIX, FLUX_ROOTS = "model.diffusion_model.", {name.split(".")[0] for name in FLUX_LAYERS}
+CHECKPOINT_SIZES = (
+    "double_blocks.0.img_attn.norm.query_norm.scale",
+    *("img_in.weight", "txt_in.weight", "vector_in.in_layer.weight"),
+)
 TRACKERS = ("tensorboard", "wandb", "all", "none")
 KOHYA_FLAGS = {
     "--network_dim": "--rank",
@@ -274,7 +292,15 @@ def parse_args(argv=None):
     arg("--mixed_precision", choices=("no", "fp16", "bf16"), help="of the frozen models; the adapter stays in float32")
     arg("--allow_tf32", action="store_true", help="faster float32 matrix products on Ampere and later GPUs")
     arg("--gradient_checkpointing", action="store_true", help="less memory, a third more time per step")
+    arg(
+        "--quantize_base",
+        choices=QUANTIZATIONS,
+        default="none",
+        help="frozen blocks in 4 or 8 bits (bitsandbytes)",
+    )
+    arg("--compile", action="store_true", help="torch.compile the transformer's repeated blocks")
     arg("--offload", action="store_true", help="VAE in main memory while idle; with cache_latents it always is")
+    arg("--fsdp", action="store_true", help="split weights and optimizer over the processes (FSDP2)")
 
     arg = parser.add_argument_group("data", "a folder of pictures, or a dataset").add_argument
     arg("--instance_data_dir", type=Path, help="folder of pictures; captions in .txt files, metadata.jsonl or none")
@@ -459,13 +485,19 @@ def check_flags(args):
     if not args.train_text_encoder_ti:
         needy = ("enable_t5_ti", "initializer_concept", "num_new_tokens_per_abstraction")
         problems += [f"--{name} needs --train_text_encoder_ti" for name in needy if getattr(args, name)]
-    if args.train_transformer_frac == 0 and not args.train_text_encoder_ti:
+    if args.train_transformer_frac == 0 and not (args.train_text_encoder_ti and args.train_text_encoder_ti_frac):
         problems.append("--train_transformer_frac 0 leaves nothing to train without --train_text_encoder_ti")
+    if args.train_text_encoder_ti_frac != 0.5 and not args.train_text_encoder_ti:
+        problems.append(
+            f"--train_text_encoder_ti_frac {args.train_text_encoder_ti_frac} needs --train_text_encoder_ti"
+        )
     if args.train_text_encoder_frac < 1 and not args.train_text_encoder:
         problems.append(f"--train_text_encoder_frac {args.train_text_encoder_frac} needs --train_text_encoder")
     if args.num_new_tokens_per_abstraction and args.initializer_concept:
         problems.append("--num_new_tokens_per_abstraction has no effect with --initializer_concept: leave one out")
     concepts, abstractions = (len(names_in(text)) for text in (args.initializer_concept, args.token_abstraction))
+    if not 0 < len({*names_in(args.token_abstraction)}) == abstractions:
+        problems.append(f"--token_abstraction {args.token_abstraction!r}: one word, or several different ones: A,B")
     if concepts not in (0, 1, abstractions):
         problems.append(f"--initializer_concept names {concepts} concepts for {abstractions} of --token_abstraction")
     if args.optimizer == "prodigy" and args.use_8bit_adam:
@@ -484,11 +516,15 @@ def check_flags(args):
         problems.append("--save_every_n_epochs and --save_format need --output_name")
     if args.output_name and Path(args.output_name).name != args.output_name:
         problems.append(f"--output_name {args.output_name} must be the name of a file, without folders")
+    if args.cache_latents_to_disk or args.cache_text_encoder_outputs_to_disk:
+        folder = args.disk_cache_dir.expanduser().absolute()
+        parent = next(path for path in [folder, *folder.parents] if path.exists())
+        if not (parent.is_dir() and os.access(parent, os.W_OK)):
+            problems.append(f"--disk_cache_dir {args.disk_cache_dir}: {parent} is no folder that can be written to")
     if (args.hub_token or args.hub_model_id) and not args.push_to_hub:
         problems.append("--hub_token and --hub_model_id have no effect without --push_to_hub")
-    if not (args.hub_token or "").isprintable() or " " in (
-        args.hub_token or ""
-    ):  # errors of the library would show it
+    token = args.hub_token or ""
+    if " " in token or not token.isprintable():  # the library's errors would show it
         problems.append("--hub_token: is no token, for it has spaces or line ends")
     if args.mixed_precision == "fp16" and not torch.accelerator.is_available():
         problems.append("--mixed_precision fp16 needs a GPU: use bf16 or no")
@@ -499,6 +535,11 @@ def check_flags(args):
 def names_in(text):
     """The names in a comma list."""
     return [name.strip() for name in (text or "").split(",") if name.strip()]
+
+
+def any_of(words):
+    """A regular expression for any of the words, the longest first: TOK2 is no TOK."""
+    return re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))))
 
 
 def buckets(args):
@@ -552,13 +593,13 @@ def single_file(args):
 def file_problems(args):
     """What is wrong with the files of a model in single files, as far as their keys tell."""
     problems = []
-    wanted = {  # a tensor that the right file has
-        "pretrained_model_name_or_path": "double_blocks.0.img_attn.qkv.weight",
-        "ae": "decoder.conv_in.weight",
-        "clip_l": "text_model.embeddings.token_embedding.weight",
-        "t5xxl": "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+    wanted = {  # tensors that the right file has
+        "pretrained_model_name_or_path": ("double_blocks.0.img_attn.qkv.weight", *CHECKPOINT_SIZES),
+        "ae": ("decoder.conv_in.weight",),
+        "clip_l": ("text_model.embeddings.token_embedding.weight",),
+        "t5xxl": ("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",),
     }
-    for name, key in wanted.items():
+    for name, needed in wanted.items():
         path = getattr(args, name)
         try:
             keys = file_shapes(path) if path else None
@@ -567,8 +608,8 @@ def file_problems(args):
             continue
         if keys is None:
             problems.append(f"--{name} is needed with {Path(args.pretrained_model_name_or_path).name}")
-        elif key not in keys:
-            problems.append(f"--{name} {path}: holds no {key}, so it is another model or form than FLUX.1's own")
+        elif absent := [key for key in needed if key not in keys]:
+            problems.append(f"--{name} {path}: holds no {absent[0]}, so it is another model or form than FLUX.1's own")
         elif any(name.endswith(("scale_weight", "weight_scale", "scaled_fp8")) for name in keys):
             problems.append(f"--{name} {path}: scaled fp8 is not read: take the 16-bit file")
     folder = args.tokenizer_dir
@@ -620,33 +661,6 @@ def check_class_data_dir(args):
     return []
 
 
-# same in all trainers
-def check_output_dir(args):
-    """Problems of --output_dir and --resume_from_checkpoint."""
-    folder, checkpoint = args.output_dir, checkpoint_to_resume(args.output_dir, args.resume_from_checkpoint)
-    if folder.exists() and not folder.is_dir():
-        return [f"--output_dir {folder}: a file of this name is in the way"]
-    parent = next(path for path in [folder, *folder.absolute().parents] if path.exists())
-    if not os.access(parent, os.W_OK):
-        return [f"--output_dir {folder}: no permission to write there"]
-    found = find_checkpoints(folder)
-    if checkpoint is None and found:
-        return [
-            f"--output_dir {folder} holds {found[-1].name} of an earlier run: continue it with "
-            "--resume_from_checkpoint latest, delete it, or choose another folder"
-        ]
-    if checkpoint is None:
-        return []
-    if not (checkpoint / "trainer_state.json").is_file():
-        return [f"--resume_from_checkpoint {checkpoint}: no checkpoint there; use latest, or a checkpoint-N folder"]
-    if found and checkpoint.resolve() != found[-1].resolve():
-        return [
-            f"--output_dir {folder} holds {found[-1].name}, later than {checkpoint}: delete what is later, or choose "
-            "another folder"
-        ]
-    return []
-
-
 def lora_targets(args, transformer):
     """The layers that --lora_layers names; kohya stands for every linear layer in the blocks, as in its sd-scripts."""
     if args.lora_layers != "kohya":
@@ -672,16 +686,8 @@ class Example:
     dataset: int = 0  # batches keep to one
     bucket: tuple[int, int] | None = None  # (height, width)
 
-    # same in all trainers
     def image(self):
-        """The picture as its owner sees it: upright (EXIF), transparent parts white, RGB."""
-        image = ImageOps.exif_transpose(self.read())
-        if image.mode.startswith("I"):  # 16-bit grey, which PIL would clip to white
-            image = Image.fromarray((np.asarray(image) / 257).astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+        return upright(self.read())
 
     def varies(self):
         """Whether `prompt` is drawn anew for each sample."""
@@ -735,9 +741,14 @@ def find_examples(args):
         checks = pool.map(defect, every)
         checks = tqdm(checks, total=len(every), desc="Reading pictures", unit="image", leave=False)
         problems += [problem for problem in checks if problem]
+    for example in examples:
+        if args.instance_prompt and isinstance(example.caption, str) and not example.caption.strip():
+            example.caption = None
     captions = [example.caption or args.instance_prompt or "" for example in examples]
     if args.train_text_encoder_ti:
-        unused = [name for name in names_in(args.token_abstraction) if not any(name in text for text in captions)]
+        names = names_in(args.token_abstraction)
+        used = {name for text in captions for name in any_of(names).findall(text)}
+        unused = [name for name in names if name not in used]
         problems += [f"--token_abstraction {name}: in no caption and not in --instance_prompt" for name in unused]
     bare = [example.name for example in examples if example.caption is None]
     if bare and args.instance_prompt is None:
@@ -791,12 +802,12 @@ def read_dataset_config(args):
     path = args.dataset_config
     try:
         config = (json.loads if path.suffix == ".json" else tomllib.loads)(path.read_text("utf-8-sig"))
-        if not isinstance(config, dict):
-            raise ValueError("no tables in it")
         if path.suffix == ".json":
             json.dumps(config, ensure_ascii=False).encode()  # half of a surrogate pair is no text
     except (OSError, ValueError, RecursionError) as error:
         return [], [f"--dataset_config {path}: cannot be read ({error})"]
+    if not isinstance(config, dict):
+        return [], [f"--dataset_config {path}: must hold general and datasets, not a {type(config).__name__}"]
     general, datasets = config.get("general", {}), tables_in(config.get("datasets"))
     problems = [f"{path}: {key} is neither [general] nor [[datasets]]" for key in config if key not in ABOVE]
     problems += option_problems(f"{path}, [general]", general, "general")
@@ -819,6 +830,8 @@ def read_dataset_config(args):
         problems += bucket_problems(where, shared)
         found = []
         for table, subset in subsets:
+            if (shared | subset)["num_repeats"] == 0:
+                continue
             read, wrong = read_subset(table, shared | subset, path.parent)
             found, problems = found + read, problems + wrong
         if found and all(example.options["is_reg"] for example in found):
@@ -966,6 +979,8 @@ def read_folder(args):
         column = args.caption_column or next((c for c in ("text", "prompt", "caption") if rows and c in rows[0]), None)
         captions = {str(row["file_name"]): row[column] for row in rows}
         json.dumps(rows, ensure_ascii=False).encode()  # half of a surrogate pair is no text
+        if args.caption_column and not rows:
+            problems.append(f"--caption_column {args.caption_column}: no {metadata} that has columns")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         problems.append(
             f"{metadata}: each line must be JSON with file_name and a caption, see --caption_column ({error!r})"
@@ -1008,12 +1023,6 @@ def read_dataset(args):
         Example(f"{args.dataset_name}[{row}]", functools.partial(read_row, dataset, row, args.image_column), caption)
         for row, caption in enumerate(captions)
     ], []
-
-
-# same in all trainers
-def read_row(dataset, row, column):
-    """A picture of a dataset."""
-    return dataset[row][column]
 
 
 class DreamBoothDataset(Dataset):
@@ -1082,43 +1091,6 @@ class DreamBoothDataset(Dataset):
         return len(self.examples)
 
 
-# same in all trainers
-class StepSampler(Sampler):
-    """Batches of (epoch, index) for the micro-steps `start` to `stop` of one process.
-
-    Every epoch is a new order of all samples, drawn from (seed, epoch) and cut into batches, each of one of the
-    `groups` (the bucket of each sample), that go round the processes; what a micro-step trains on is the same however
-    often training was interrupted before it.
-    """
-
-    def __init__(self, groups, batch_size, *, seed, process_index, num_processes, start=0, stop=None):
-        self.groups, self.batch_size, self.seed = groups, batch_size, seed
-        self.start, self.stop = start, stop
-        self.process_index, self.num_processes = process_index, num_processes
-        self.steps_per_epoch = math.ceil(len(self.batches(0)) / num_processes)
-
-    def batches(self, epoch):
-        """The batches of an epoch, for all processes together."""
-        rng = np.random.default_rng((self.seed, epoch))
-        order = rng.permutation(len(self.groups)).tolist()
-        batches = []
-        for group in dict.fromkeys(self.groups):
-            members = [index for index in order if self.groups[index] == group]
-            batches += [members[i : i + self.batch_size] for i in range(0, len(members), self.batch_size)]
-        return [batches[i] for i in rng.permutation(len(batches))]
-
-    def __iter__(self):
-        for step in range(self.start, self.stop):
-            epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
-            if step == self.start or step_of_epoch == 0:
-                batches = self.batches(epoch)
-            batch = step_of_epoch * self.num_processes + self.process_index
-            yield [(epoch, index) for index in batches[batch % len(batches)]]
-
-    def __len__(self):
-        return self.stop - self.start
-
-
 class DatasetSampler(StepSampler):
     """StepSampler with a `batch_size` for each dataset, {number: size}; groups are (number, bucket)."""
 
@@ -1143,20 +1115,6 @@ def collate(examples):
 # ---------------------------------------------------------------------------------------------------------------------
 # Model
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-# same in all trainers
-def load_model(model_class, subfolder, args, dtype):
-    """A frozen part of the pipeline, on the CPU."""
-    model = model_class.from_pretrained(
-        args.pretrained_model_name_or_path,
-        subfolder=subfolder,
-        revision=args.revision,
-        variant=args.variant,
-        cache_dir=args.cache_dir,
-        dtype=dtype,
-    )
-    return model.requires_grad_(False)
 
 
 def load_part(model_class, subfolder, args, dtype):
@@ -1334,9 +1292,9 @@ class PromptEncoder:
 
     def replace(self, prompt):
         """The prompt with the new tokens in place of the words they stand for."""
-        for name, tokens in self.abstractions.items():
-            prompt = prompt.replace(name, tokens)
-        return prompt
+        if not self.abstractions:
+            return prompt
+        return any_of(self.abstractions).sub(lambda name: self.abstractions[name[0]], prompt)
 
     def parameters(self):
         return [*(new.rows for new in self.new_tokens.values()), *self.lora_params]
@@ -1487,50 +1445,6 @@ def compute_loss(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def create_optimizer(lora_params, text_params, args, scale):
-    """The optimizer that --optimizer names, its learning rates multiplied by `scale`."""
-    one_rate = args.optimizer == "prodigy"  # as its authors ask
-    parameters = [
-        {"params": lora_params, "lr": args.learning_rate * scale, "weight_decay": args.adam_weight_decay},
-        {
-            "params": text_params,
-            "lr": (args.learning_rate if one_rate else args.text_encoder_lr) * scale,
-            "weight_decay": args.adam_weight_decay_text_encoder,
-        },
-    ]
-    parameters = [group for group in parameters if group["params"]]
-    shared = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-    if args.optimizer == "prodigy":
-        from prodigyopt import Prodigy
-
-        return Prodigy(
-            parameters,
-            **shared,
-            beta3=args.prodigy_beta3,
-            decouple=args.prodigy_decouple,
-            use_bias_correction=args.prodigy_use_bias_correction,
-            safeguard_warmup=args.prodigy_safeguard_warmup,
-        )
-    if args.use_8bit_adam:
-        from bitsandbytes.optim import AdamW8bit
-
-        return AdamW8bit(parameters, **shared)
-    return torch.optim.AdamW(parameters, **shared)
-
-
-def sampling_pipeline(accelerator, transformer, vae, noise_scheduler):
-    """A pipeline around the models in training, with a scheduler of its own."""
-    return FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler.from_config(noise_scheduler.config),
-        vae=vae,
-        text_encoder=None,
-        tokenizer=None,
-        text_encoder_2=None,
-        tokenizer_2=None,
-        transformer=accelerator.unwrap_model(transformer),
-    )
-
-
 def pipeline_call(text, prompt, args):
     """The pipeline's arguments for a picture of `prompt`."""
     prompt_embeds, pooled_prompt_embeds = text([prompt])
@@ -1542,52 +1456,17 @@ def pipeline_call(text, prompt, args):
     }
 
 
-# same in all trainers
-def draw_class_images(accelerator, pipeline, text, args):
-    """Fills --class_data_dir up to --num_class_images with what the untrained model draws for --class_prompt.
-
-    Image i comes from (seed, i) and appears whole or not at all: an interrupted run goes on where it was. A batch is
-    drawn as a whole also for one absent image, for rounding depends on the size of a batch.
-    """
-    args.class_data_dir.mkdir(parents=True, exist_ok=True)
-    paths = [args.class_data_dir / f"class-{i:05d}.png" for i in range(args.num_class_images)]
-    absent = [path for path in paths if not path.exists()]
-    absent = set(absent[: args.num_class_images - len(class_examples(args))])
-    batches = [range(len(paths))[i : i + args.sample_batch_size] for i in range(0, len(paths), args.sample_batch_size)]
-    batches = [batch for batch in batches if any(paths[i] in absent for i in batch)]
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(args.prior_generation_precision)
-    device = accelerator.device
-    pipeline.set_progress_bar_config(disable=True)
-    precision = torch.autocast(device.type, dtype) if dtype else accelerator.autocast()
-    quiet = not absent or not accelerator.is_main_process
-    sharing = accelerator.split_between_processes(batches)
-    with undisturbed(pipeline.transformer, device=device), precision, sharing as share:
-        for batch in tqdm(share, desc="Drawing class images", unit="batch", disable=quiet):
-            generators = [step_generator(args.seed, i) for i in batch]
-            call = pipeline_call(text, args.class_prompt, args)
-            images = pipeline(**call, num_images_per_prompt=len(batch), generator=generators).images
-            for path, image in zip([paths[i] for i in batch], images, strict=True):
-                if path in absent:
-                    image.save(path.with_suffix(".partial"), format="PNG")
-                    path.with_suffix(".partial").replace(path)
-    accelerator.wait_for_everyone()
-
-
 def validate(accelerator, transformer, vae, noise_scheduler, text, args, *, prompt, step):
     """Draws a prompt and sends the pictures to validation/step-N.png and the trackers."""
-    pipeline = sampling_pipeline(accelerator, transformer, vae, noise_scheduler)
+    pipeline = sampling_pipeline(FluxPipeline, accelerator.unwrap_model(transformer), vae, noise_scheduler)
     with (
         undisturbed(transformer, device=accelerator.device),
         offload_models(vae, device=accelerator.device, offload=args.offload or args.cache_latents),
     ):
         call = pipeline_call(text, prompt, args)
         images = generate_images(accelerator, pipeline, [call] * args.num_validation_images, seed=args.seed)
-    if accelerator.is_main_process:
-        captions = [f"{prompt} | step {step}, seed {args.seed + i}" for i in range(len(images))]
-        folder = args.output_dir / "validation"
-        folder.mkdir(exist_ok=True)
-        image_grid(images, captions).save(folder / f"step-{step:06d}.png")
-        log_images(accelerator, images, captions, name="validation", step=step)
+    captions = [f"{prompt} | step {step}, seed {args.seed + i}" for i in range(len(images))]
+    save_images(accelerator, args, images, captions, step=step)
 
 
 def lora_file(args, epoch=None):
@@ -1603,29 +1482,42 @@ def save_named_lora(args, adapted, examples, guided, dtype, epoch=None):
     own = [example for example in examples if not example.options["is_reg"]]
     for example in own:
         folder = captions.setdefault(Path(example.name).parent.name, {})
-        folder[example.prompt()] = folder.get(example.prompt(), 0) + example.repeats
+        for tag in names_in(example.prompt().lower()):
+            folder[tag] = folder.get(tag, 0) + example.repeats
     path = lora_file(args, epoch)
+    if torch.distributed.is_initialized() and torch.distributed.get_rank():
+        return
     header = lora_header(
         layers,
         name=path.stem,
         base_model="flux-1-dev" if guided else "flux-1-schnell",
         resolution=sides(own[0].options["resolution"]),
-        trigger_words=dict.fromkeys(example.options["class_tokens"] or example.prompt() for example in own),
+        trigger_words=dict.fromkeys(filter(None, (example.options["class_tokens"] for example in own))),
         captions=captions,
     )
     write_lora(path, layers, args.save_format, header, dtype)
 
 
-def save_model_card(args, dtype, text, prompt, embeddings_name):
-    """README.md in the output folder: what was trained on what, and how to draw `prompt` with it."""
+def describe(args, dtype, text, prompt, embeddings_name, hub_repo=None):
+    """README.md in the output folder: what was trained on what, and how to draw `prompt` with it.
+
+    The files are those in the output folder, or with `hub_repo` those on the hub.
+    """
     folder = args.output_dir.resolve()
     base = "black-forest-labs/FLUX.1-dev" if single_file(args) else args.pretrained_model_name_or_path
     model = [repr(base), f"dtype={dtype}"]
     model += [f"{name}={getattr(args, name)!r}" for name in ("revision", "variant") if getattr(args, name)]
     lora = lora_file(args).resolve()
-    load = [f"pipeline.load_lora_weights({str(lora.parent)!r}, weight_name={lora.name!r})"] if lora.exists() else []
+    adapter, load, imports = [f"LoRA of rank {args.rank} and alpha {args.lora_alpha}"] if lora.exists() else [], [], ""
+    if adapter:
+        load.append(f"pipeline.load_lora_weights({(hub_repo or str(lora.parent))!r}, weight_name={lora.name!r})")
     if text.new_tokens:
-        load.append(f"rows = load_file({str(folder / embeddings_name)!r})")
+        imports = "\nfrom huggingface_hub import hf_hub_download" if hub_repo else ""
+        embeddings = f"hf_hub_download({hub_repo!r}, {embeddings_name!r})" if hub_repo else ""
+        load.append(f"rows = load_file({embeddings or repr(str(folder / embeddings_name))})")
+        if single_file(args):  # trained so, as ComfyUI draws; FLUX.1-dev's folder says 2: pool at the last new token
+            load.append("pipeline.text_encoder.eos_token_id = pipeline.tokenizer.eos_token_id")
+    words = [f"new tokens `{tokens}` for {word}" for word, tokens in text.abstractions.items()]
     parts = {"clip_l": ("text_encoder", "tokenizer"), "t5": ("text_encoder_2", "tokenizer_2")}
     for kind, new in text.new_tokens.items():
         tokens, (encoder, tokenizer) = [f"<s{i}>" for i in range(len(new.rows))], parts[kind]
@@ -1639,11 +1531,11 @@ def save_model_card(args, dtype, text, prompt, embeddings_name):
     description = f"""
 # {folder.name}
 
-For {args.pretrained_model_name_or_path}: LoRA of rank {args.rank} and alpha {args.lora_alpha}, by DreamBooth.
+For {args.pretrained_model_name_or_path}: {", ".join(adapter + words)}, by DreamBooth.
 
 ```python
 import torch
-from diffusers import FluxPipeline
+from diffusers import FluxPipeline{imports}
 from safetensors.torch import load_file
 
 pipeline = FluxPipeline.from_pretrained({", ".join(model)})
@@ -1653,19 +1545,21 @@ image = pipeline({text.replace(prompt)!r}, {size}).images[0]
 image.save("image.png")
 ```
 """
-    metadata = ModelCardData(
-        library_name="diffusers",
-        base_model=base,
-        tags=["text-to-image", "flux", "lora", "dreambooth", "diffusers-training"],
-        instance_prompt=args.instance_prompt,
-    )
-    ModelCard(f"---\n{metadata.to_yaml()}\n---\n{description}").save(args.output_dir / "README.md")
+    tags = ["text-to-image", "flux", "lora", "dreambooth", "diffusers"]
+    save_model_card(args, description, tags, base_model=base, instance_prompt=args.instance_prompt)
 
 
-def trained_shares(args):
-    """The shares of the steps that train the text encoders and the transformer."""
+def trained_until(args, max_train_steps, checkpoint):
+    """[text encoders, transformer]: the step after which each is trained no more.
+
+    What had ended before the checkpoint stays so, also if the run is to have more steps now.
+    """
     text = args.train_text_encoder_frac if args.train_text_encoder else 0.0
-    return args.train_text_encoder_ti_frac if args.train_text_encoder_ti else text, args.train_transformer_frac
+    shares = args.train_text_encoder_ti_frac if args.train_text_encoder_ti else text, args.train_transformer_frac
+    stops = [math.ceil(round(share * max_train_steps, 6)) for share in shares]
+    saved = checkpoint_state(checkpoint) if checkpoint and not checkpoint_damage(checkpoint) else {}
+    pairs = zip(saved.get("trained_until", stops), stops, strict=True)
+    return [old if old < saved.get("global_step", 0) else new for old, new in pairs]
 
 
 def register_embedding_checkpointing(accelerator, text):
@@ -1682,27 +1576,25 @@ def register_embedding_checkpointing(accelerator, text):
 
 def check_run(accelerator, args, max_train_steps):
     """Problems that show once the data and the processes are known."""
-    supported = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-    problems, kind = [], accelerator.distributed_type
-    if kind not in supported:
-        problems.append(f"{kind.value}: not supported, choose multi-GPU without it in accelerate config")
+    problems = check_processes(accelerator, args)
     if args.lr_scheduler != "constant" and args.lr_warmup_steps >= max_train_steps > 0:
         warmup = args.lr_warmup_steps
         problems.append(f"--lr_warmup_steps {warmup} must be less than the {max_train_steps} steps of the run")
     return problems
 
 
-def print_header(accelerator, args, examples, lora_params, transformer, text, steps):
+def print_header(accelerator, args, examples, lora_params, base_size, text, steps):
     """What is about to be trained on what."""
     max_train_steps, steps_per_epoch, text_stop = steps
-    trainable, total = (sum(p.numel() for p in parameters) for parameters in (lora_params, transformer.parameters()))
+    trainable = sum(p.numel() for p in lora_params)
     own_captions = sum(example.caption != example.options["class_tokens"] for example in examples)
     sizes = ", ".join(sorted({"{} x {}".format(*sides(example.options["resolution"])) for example in examples}))
+    batch = ", ".join(map(str, sorted({example.options["batch_size"] for example in examples})))
     lines = [
         f"model    {args.pretrained_model_name_or_path}",
-        f"adapter  {trainable:,} parameters in {len(lora_params) // 2} layers, {trainable / total:.2%} of all",
+        f"adapter  {trainable:,} parameters in {len(lora_params) // 2} layers, {trainable / base_size:.2%} of all",
         f"data     {len(examples)} pictures at {sizes} px, {own_captions} with captions of their own",
-        f"steps    {max_train_steps}, {steps_per_epoch} per epoch; a step is batch {args.train_batch_size} x "
+        f"steps    {max_train_steps}, {steps_per_epoch} per epoch; a step is batch {batch} x "
         f"accumulation {args.gradient_accumulation_steps} x {accelerator.num_processes} {accelerator.device.type}, "
         f"mixed precision {accelerator.mixed_precision}",
     ]
@@ -1716,28 +1608,6 @@ def print_header(accelerator, args, examples, lora_params, transformer, text, st
     if text.parameters() and args.optimizer == "prodigy" and args.text_encoder_lr != args.learning_rate:
         lines.append(f"Prodigy has one learning rate for all, {args.learning_rate:g}: --text_encoder_lr is not used")
     accelerator.print("".join(f"  {line}\n" for line in lines), end="")
-
-
-def print_results(accelerator, args, step):
-    """What lies where."""
-    results = {
-        "LoRA": lora_file(args).absolute(),
-        "tokens": f"{args.output_dir.resolve().name}_emb.safetensors",
-        "words": "embeddings",
-        "usage": "README.md",
-        "loss": "loss.png",
-        "pictures": "validation",
-    }
-    files = {what: args.output_dir / name for what, name in results.items() if (args.output_dir / name).exists()}
-    accelerator.print(f"Trained {step} steps. In {args.output_dir}:")
-    accelerator.print("\n".join(f"  {what:9}{path}" for what, path in files.items()))
-
-
-# same in all trainers
-def create_hub_repo(args):
-    """The id of the repository that --push_to_hub uploads to, made now so that a wrong token shows before training."""
-    name = args.hub_model_id or args.output_dir.resolve().name
-    return HfApi(token=args.hub_token).create_repo(name, exist_ok=True).repo_id
 
 
 # same in all trainers
@@ -1779,17 +1649,18 @@ def main(args):
     )
     steps_per_epoch = math.ceil(sampler.steps_per_epoch / accumulation)
     max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
-    text_stop, transformer_stop = (round(share * max_train_steps) for share in trained_shares(args))
-    max_train_steps = max(text_stop, transformer_stop)
+    checkpoint = checkpoint_to_resume(args.output_dir, args.resume_from_checkpoint)
+    text_stop, transformer_stop = stops = trained_until(args, max_train_steps, checkpoint)
+    max_train_steps = max(stops)
     validation_steps = args.validation_steps or args.validation_epochs * steps_per_epoch
     run = {name: str(value) for name, value in vars(args).items() if name not in CHANGEABLE}
     run |= {"the number of samples": len(dataset), "the number of processes": num_processes}
     if args.dataset_config and not problems:
         run["the hash of --dataset_config"] = hashlib.sha256(args.dataset_config.read_bytes()).hexdigest()[:16]
-    checkpoint = checkpoint_to_resume(args.output_dir, args.resume_from_checkpoint)
     problems += check_run(accelerator, args, max_train_steps) + checkpoint_conflicts(checkpoint, run)
     if problems:
         fail(accelerator, problems)
+    hub_repo = None
     if args.push_to_hub and accelerator.is_main_process:
         try:
             hub_repo = create_hub_repo(args)
@@ -1811,21 +1682,22 @@ def main(args):
     noise_scheduler = load_scheduler(args)
     offload = args.offload or args.cache_latents
     vae = load_part(AutoencoderKL, "vae", args, weight_dtype).to("cpu" if offload else device)
-    load_transformer = functools.partial(load_part, FluxTransformer2DModel, "transformer", args, weight_dtype)
     transformer = None
     with offload_models(vae, device=device, offload=offload):
         if args.with_prior_preservation:
-            transformer = load_transformer().to(device)
-            pipeline = sampling_pipeline(accelerator, transformer, vae, noise_scheduler)
-            draw_class_images(accelerator, pipeline, text, args)
+            transformer = load_part(FluxTransformer2DModel, "transformer", args, weight_dtype).to(device)
+            pipeline = sampling_pipeline(FluxPipeline, transformer, vae, noise_scheduler)
+            call = pipeline_call(text, args.class_prompt, args)
+            draw_class_images(accelerator, pipeline, call, args, present=len(class_examples(args)))
             dataset.class_examples = class_examples(args)
         if args.cache_latents:
             folder = args.disk_cache_dir.expanduser() if args.cache_latents_to_disk else None
             dataset.moments = cache_moments(accelerator, vae, dataset.picture_keys(), dataset.pixel_values, folder)
-    transformer = transformer or load_transformer().to(device)
-    lora_params = []
+    transformer = transformer or load_part(FluxTransformer2DModel, "transformer", args, weight_dtype)
+    base_size = sum(parameter.numel() for parameter in transformer.parameters())
+    quantize_base(transformer, weight_dtype, args.quantize_base).to("cpu" if args.fsdp else device)
     if args.train_transformer_frac > 0:
-        lora_params = add_lora(
+        add_lora(
             transformer,
             rank=args.rank,
             alpha=args.lora_alpha,
@@ -1834,16 +1706,20 @@ def main(args):
         )
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
+    if args.compile:
+        compile_blocks(transformer)
+    if args.fsdp:
+        shard(transformer, device, weight_dtype)
+    params = {name: parameter for name, parameter in transformer.named_parameters() if parameter.requires_grad}
+    lora_params = list(params.values())
     adapted = {"transformer": transformer} if lora_params else {}
     if text.lora_params:
         adapted["text_encoder"] = text.encoders["clip_l"]
-    register_lora_checkpointing(accelerator, FluxPipeline, adapted)
-    register_embedding_checkpointing(accelerator, text)
     guided = transformer.config.guidance_embeds
     save_dtype = torch.float32 if args.upcast_before_saving else weight_dtype
 
     # 5. Optimizer and schedule
-    optimizer = create_optimizer(lora_params, text.parameters(), args, total_batch_size if args.scale_lr else 1)
+    optimizer = create_optimizer(args, lora_params, total_batch_size if args.scale_lr else 1, text.parameters())
     lr_scheduler = get_scheduler(
         args.lr_scheduler,
         optimizer,
@@ -1854,9 +1730,13 @@ def main(args):
     )
 
     # 6. Prepare and resume
-    optimizer, lr_scheduler = accelerator.prepare(optimizer, lr_scheduler)
-    transformer = accelerator.prepare(transformer) if lora_params else transformer
-    global_step = load_checkpoint(accelerator, checkpoint)
+    register_lora_checkpointing(accelerator, FluxPipeline, adapted, optimizer)
+    register_embedding_checkpointing(accelerator, text)
+    lr_scheduler = accelerator.prepare(lr_scheduler)
+    if not args.fsdp:
+        optimizer = accelerator.prepare(optimizer)
+        transformer = accelerator.prepare(transformer) if lora_params else transformer
+    global_step = load_checkpoint(accelerator, checkpoint, lr_scheduler)
     sampler.start, sampler.stop = global_step * accumulation, max_train_steps * accumulation
     train_dataloader = DataLoader(
         dataset, batch_sampler=sampler, collate_fn=collate, num_workers=args.dataloader_num_workers
@@ -1864,7 +1744,7 @@ def main(args):
 
     # 7. Train
     steps = max_train_steps, steps_per_epoch, text_stop
-    print_header(accelerator, args, examples, lora_params, transformer, text, steps)
+    print_header(accelerator, args, examples, lora_params, base_size, text, steps)
     start_logging(accelerator, args, "dreambooth-flux")
     draw = functools.partial(validate, accelerator, transformer, vae, noise_scheduler, text, args)
     if text.trained and global_step >= text_stop:
@@ -1885,16 +1765,17 @@ def main(args):
                 with offload_models(vae, device=device, offload=offload):
                     moments = encode_moments(vae, batch["pixel_values"])
             prompt_embeds, pooled_prompt_embeds = text(batch["prompt"])
-            losses = compute_loss(
-                transformer,
-                sample_latents(moments, vae.config, generator),
-                prompt_embeds,
-                pooled_prompt_embeds,
-                args=args,
-                noise_scheduler=noise_scheduler,
-                guidance=torch.full((len(moments),), args.guidance_scale, device=device) if guided else None,
-                generator=generator,
-            )
+            with accelerator.autocast():
+                losses = compute_loss(
+                    transformer,
+                    sample_latents(moments, vae.config, generator),
+                    prompt_embeds,
+                    pooled_prompt_embeds,
+                    args=args,
+                    noise_scheduler=noise_scheduler,
+                    guidance=torch.full((len(moments),), args.guidance_scale, device=device) if guided else None,
+                    generator=generator,
+                )
             kinds = 2 if args.with_prior_preservation else 1  # of pictures in a batch, whose mean losses are added
             loss = kinds * (losses * batch["weight"].to(device)).mean()
             accelerator.backward(loss)
@@ -1936,13 +1817,19 @@ def main(args):
         }
         log_step(accelerator, progress_bar, metrics, global_step, logs)
         done = global_step == max_train_steps
-        if interrupted or global_step % args.checkpointing_steps == 0:
-            checkpoint = save_checkpoint(accelerator, args.output_dir, global_step, run, args.checkpoints_total_limit)
         epoch, rest = divmod(global_step, steps_per_epoch)
         whole = args.save_every_n_epochs and not rest and epoch % args.save_every_n_epochs == 0
-        if whole and adapted and not done and accelerator.is_main_process:
+        if whole and adapted and not done:
             save_named_lora(args, adapted, examples, guided, save_dtype, epoch)
+        # after the file of the epoch, which a run resumed from here does not write
+        if interrupted or global_step % args.checkpointing_steps == 0:
+            state = run | {"trained_until": stops}
+            checkpoint = save_checkpoint(
+                accelerator, args.output_dir, global_step, state, args.checkpoints_total_limit
+            )
         if interrupted and not done:
+            transformer = draw = None  # see below
+            accelerator.free_memory()
             accelerator.end_training()
             accelerator.print(
                 f"\nInterrupted at step {global_step}, saved {checkpoint}; go on with --resume_from_checkpoint latest"
@@ -1954,31 +1841,35 @@ def main(args):
     progress_bar.close()
 
     # 8. Save and final validation
+    if args.output_name and adapted:
+        save_named_lora(args, adapted, examples, guided, save_dtype)
+    else:
+        save_lora(args.output_dir, FluxPipeline, adapted, save_dtype)
     if accelerator.is_main_process:
-        if args.output_name and adapted:
-            save_named_lora(args, adapted, examples, guided, save_dtype)
-        else:
-            save_lora(args.output_dir, FluxPipeline, adapted, save_dtype)
         embeddings_name = f"{args.output_dir.resolve().name}_emb.safetensors"
         text.save_embeddings(args.output_dir / embeddings_name)
         text.export_embeddings(args.output_dir / "embeddings")
         metrics.close()
         plot_metrics(args.output_dir / "metrics.jsonl", args.output_dir / "loss.png", title=args.output_dir.name)
         shown_prompt = final_prompt or args.instance_prompt or examples[0].prompt()
-        save_model_card(args, weight_dtype, text, shown_prompt, embeddings_name)
+        describe(args, weight_dtype, text, shown_prompt, embeddings_name, hub_repo)
     if final_prompt:
         draw(prompt=final_prompt, step=global_step)
-    if args.push_to_hub and accelerator.is_main_process:
-        unwanted = ["checkpoint-*/**", ".*", f"{args.logging_dir}/**"]
-        api = HfApi(token=args.hub_token)
-        try:
-            api.upload_folder(repo_id=hub_repo, folder_path=args.output_dir, ignore_patterns=unwanted)
-            if args.output_name:
-                api.upload_file(path_or_fileobj=lora_file(args), path_in_repo=lora_file(args).name, repo_id=hub_repo)
-        except (HTTPError, OSError, ValueError) as error:
-            fail(accelerator, [f"--push_to_hub: {error}; all is saved, try hf upload {hub_repo} {args.output_dir}"])
+    transformer = draw = None  # what DistributedDataParallel frees after the process group can hang in gloo
+    accelerator.free_memory()
     accelerator.end_training()
-    print_results(accelerator, args, global_step)
+    lora = lora_file(args)
+    results = {
+        "LoRA": lora.absolute(),
+        "tokens": f"{args.output_dir.resolve().name}_emb.safetensors",
+        "words": "embeddings",
+        "usage": "README.md",
+        "loss": "loss.png",
+        "pictures": "validation",
+    }
+    print_results(accelerator, args, global_step, results)
+    if hub_repo:
+        push_to_hub(args, hub_repo, beside=lora if args.output_name and lora.exists() else None)
 
 
 if __name__ == "__main__":

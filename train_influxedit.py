@@ -40,7 +40,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list, gather_object, set_seed
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object, set_seed
 from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
@@ -50,45 +50,60 @@ from diffusers import (
 )
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import free_memory, offload_models
-from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HTTPError
 from PIL import Image, ImageOps
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from common.flow_matching import TIMESTEP_SAMPLING, add_noise, sample_sigmas, step_generator, velocity_loss
 from common.latents import (
+    StepSampler,
     cache_moments,
     encode_moments,
     image_ids,
     pack_fill_condition,
     pack_latents,
+    read_row,
     sample_latents,
+    upright,
 )
 from common.lora import (
     FLUX_TARGET_MODULES,
+    QUANTIZATIONS,
     add_lora,
     catch_signals,
+    check_output_dir,
+    check_processes,
     checkpoint_conflicts,
     checkpoint_damage,
     checkpoint_state,
     checkpoint_to_resume,
-    find_checkpoints,
+    compile_blocks,
+    create_optimizer,
     load_checkpoint,
+    load_model,
+    quantize_base,
     register_lora_checkpointing,
     save_checkpoint,
     save_lora,
+    shard,
     target_layers,
     unknown_layers,
 )
 from common.validation import (
+    create_hub_repo,
+    draw_class_images,
     generate_images,
     image_grid,
-    log_images,
     log_step,
     open_metrics,
     peak_memory,
     plot_metrics,
+    print_results,
+    push_to_hub,
+    sampling_pipeline,
+    save_images,
+    save_model_card,
     start_logging,
     undisturbed,
 )
@@ -197,7 +212,15 @@ def parse_args(argv=None):
     arg("--mixed_precision", choices=("no", "fp16", "bf16"), help="of the frozen models; the adapter stays in float32")
     arg("--allow_tf32", action="store_true", help="faster float32 matrix products on Ampere and later GPUs")
     arg("--gradient_checkpointing", action="store_true", help="less memory, a third more time per step")
+    arg(
+        "--quantize_base",
+        choices=QUANTIZATIONS,
+        default="none",
+        help="frozen blocks in 4 or 8 bits (bitsandbytes)",
+    )
+    arg("--compile", action="store_true", help="torch.compile the transformer's repeated blocks")
     arg("--offload", action="store_true", help="VAE in main memory while idle; with cache_latents it always is")
+    arg("--fsdp", action="store_true", help="split weights and optimizer over the processes (FSDP2)")
 
     arg = parser.add_argument_group("data", "folders with files of equal names, or a dataset").add_argument
     arg("--instance_data_dir", type=Path, help="folder of pictures; captions in .txt files, metadata.jsonl or none")
@@ -369,9 +392,8 @@ def check_flags(args):
         problems.append(f"--weighting_scheme {args.weighting_scheme} has no effect without --timestep_sampling sigma")
     if (args.hub_token or args.hub_model_id) and not args.push_to_hub:
         problems.append("--hub_token and --hub_model_id have no effect without --push_to_hub")
-    if not (args.hub_token or "").isprintable() or " " in (
-        args.hub_token or ""
-    ):  # errors of the library would show it
+    token = args.hub_token or ""
+    if " " in token or not token.isprintable():  # the library's errors would show it
         problems.append("--hub_token: is no token, for it has spaces or line ends")
     if args.mixed_precision == "fp16" and not torch.accelerator.is_available():
         problems.append("--mixed_precision fp16 needs a GPU: use bf16 or no")
@@ -478,33 +500,6 @@ def check_class_data_dir(args):
     return []
 
 
-# same in all trainers
-def check_output_dir(args):
-    """Problems of --output_dir and --resume_from_checkpoint."""
-    folder, checkpoint = args.output_dir, checkpoint_to_resume(args.output_dir, args.resume_from_checkpoint)
-    if folder.exists() and not folder.is_dir():
-        return [f"--output_dir {folder}: a file of this name is in the way"]
-    parent = next(path for path in [folder, *folder.absolute().parents] if path.exists())
-    if not os.access(parent, os.W_OK):
-        return [f"--output_dir {folder}: no permission to write there"]
-    found = find_checkpoints(folder)
-    if checkpoint is None and found:
-        return [
-            f"--output_dir {folder} holds {found[-1].name} of an earlier run: continue it with "
-            "--resume_from_checkpoint latest, delete it, or choose another folder"
-        ]
-    if checkpoint is None:
-        return []
-    if not (checkpoint / "trainer_state.json").is_file():
-        return [f"--resume_from_checkpoint {checkpoint}: no checkpoint there; use latest, or a checkpoint-N folder"]
-    if found and checkpoint.resolve() != found[-1].resolve():
-        return [
-            f"--output_dir {folder} holds {found[-1].name}, later than {checkpoint}: delete what is later, or choose "
-            "another folder"
-        ]
-    return []
-
-
 def lora_targets(args):
     """The layers that --lora_layers names."""
     return names_in(args.lora_layers) or list(FLUX_TARGET_MODULES)
@@ -525,16 +520,8 @@ class Example:
     partner: "Example | None" = None
     size: tuple[int, int] | None = None  # (width, height), upright
 
-    # same in all trainers
     def image(self):
-        """The picture as its owner sees it: upright (EXIF), transparent parts white, RGB."""
-        image = ImageOps.exif_transpose(self.read())
-        if image.mode.startswith("I"):  # 16-bit grey, which PIL would clip to white
-            image = Image.fromarray((np.asarray(image) / 257).astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+        return upright(self.read())
 
     def check(self):
         """Finds `size` and reads the whole file; raises what PIL raises for a damaged one.
@@ -550,7 +537,7 @@ class Example:
         if image.getexif().get(0x0112, 1) >= 5:  # the camera was turned by a quarter
             self.size = image.size[::-1]
         image.draft(None, (1, 1))
-        Example(self.name, lambda: image).image()
+        upright(image)
 
 
 def find_examples(args):
@@ -704,12 +691,6 @@ def read_dataset(args):
     ], []
 
 
-# same in all trainers
-def read_row(dataset, row, column):
-    """A picture of a dataset."""
-    return dataset[row][column]
-
-
 def sides(size, long_edge):
     """(height, width), multiples of 16, of a picture of `size` (width, height) with its longer side near `long_edge`.
 
@@ -840,43 +821,6 @@ class EditDataset(Dataset):
         return len(self.examples)
 
 
-# same in all trainers
-class StepSampler(Sampler):
-    """Batches of (epoch, index) for the micro-steps `start` to `stop` of one process.
-
-    Every epoch is a new order of all samples, drawn from (seed, epoch) and cut into batches, each of one of the
-    `groups` (the bucket of each sample), that go round the processes; what a micro-step trains on is the same however
-    often training was interrupted before it.
-    """
-
-    def __init__(self, groups, batch_size, *, seed, process_index, num_processes, start=0, stop=None):
-        self.groups, self.batch_size, self.seed = groups, batch_size, seed
-        self.start, self.stop = start, stop
-        self.process_index, self.num_processes = process_index, num_processes
-        self.steps_per_epoch = math.ceil(len(self.batches(0)) / num_processes)
-
-    def batches(self, epoch):
-        """The batches of an epoch, for all processes together."""
-        rng = np.random.default_rng((self.seed, epoch))
-        order = rng.permutation(len(self.groups)).tolist()
-        batches = []
-        for group in dict.fromkeys(self.groups):
-            members = [index for index in order if self.groups[index] == group]
-            batches += [members[i : i + self.batch_size] for i in range(0, len(members), self.batch_size)]
-        return [batches[i] for i in rng.permutation(len(batches))]
-
-    def __iter__(self):
-        for step in range(self.start, self.stop):
-            epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
-            if step == self.start or step_of_epoch == 0:
-                batches = self.batches(epoch)
-            batch = step_of_epoch * self.num_processes + self.process_index
-            yield [(epoch, index) for index in batches[batch % len(batches)]]
-
-    def __len__(self):
-        return self.stop - self.start
-
-
 def collate(examples):
     """Tensors stacked and prompts as a list: first the pictures, then, if there are, the class pictures."""
     samples = [sample for kind in zip(*examples, strict=True) for sample in kind]
@@ -889,20 +833,6 @@ def collate(examples):
 # ---------------------------------------------------------------------------------------------------------------------
 # Model
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-# same in all trainers
-def load_model(model_class, subfolder, args, dtype):
-    """A frozen part of the pipeline, on the CPU."""
-    model = model_class.from_pretrained(
-        args.pretrained_model_name_or_path,
-        subfolder=subfolder,
-        revision=args.revision,
-        variant=args.variant,
-        cache_dir=args.cache_dir,
-        dtype=dtype,
-    )
-    return model.requires_grad_(False)
 
 
 class PromptEncoder:
@@ -1059,55 +989,6 @@ def compute_loss(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def create_optimizer(lora_params, text_params, args, scale):
-    """The optimizer that --optimizer names, its learning rates multiplied by `scale`."""
-    one_rate = args.optimizer == "prodigy"  # as its authors ask
-    parameters = [
-        {"params": lora_params, "lr": args.learning_rate * scale, "weight_decay": args.adam_weight_decay},
-        {
-            "params": text_params,
-            "lr": (args.learning_rate if one_rate else args.text_encoder_lr) * scale,
-            "weight_decay": args.adam_weight_decay_text_encoder,
-        },
-    ]
-    parameters = [group for group in parameters if group["params"]]
-    shared = {
-        "betas": (args.adam_beta1, args.adam_beta2),
-        "eps": args.adam_epsilon,
-    }
-    if args.optimizer == "prodigy":
-        from prodigyopt import Prodigy
-
-        return Prodigy(
-            parameters,
-            **shared,
-            beta3=args.prodigy_beta3,
-            decouple=args.prodigy_decouple,
-            use_bias_correction=args.prodigy_use_bias_correction,
-            safeguard_warmup=args.prodigy_safeguard_warmup,
-        )
-    if args.use_8bit_adam:
-        from bitsandbytes.optim import AdamW8bit
-
-        return AdamW8bit(parameters, **shared)
-    return torch.optim.AdamW(parameters, **shared)
-
-
-def sampling_pipeline(accelerator, transformer, vae, noise_scheduler, *, hide=True):
-    """A pipeline around the models in training, with a scheduler of its own; for `hide` see `FillPipeline`."""
-    pipeline = FillPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler.from_config(noise_scheduler.config),
-        vae=vae,
-        text_encoder=None,
-        tokenizer=None,
-        text_encoder_2=None,
-        tokenizer_2=None,
-        transformer=accelerator.unwrap_model(transformer),
-    )
-    pipeline.hide = hide
-    return pipeline
-
-
 def pipeline_call(text, prompt, args, image=None, mask=None):
     """The pipeline's arguments for drawing `prompt` into a picture, or, without one, from nothing."""
     prompt_embeds, pooled_prompt_embeds = text([prompt])
@@ -1123,37 +1004,6 @@ def pipeline_call(text, prompt, args, image=None, mask=None):
         "width": image.width,
         "guidance_scale": args.guidance_scale,
     }
-
-
-# same in all trainers
-def draw_class_images(accelerator, pipeline, text, args):
-    """Fills --class_data_dir up to --num_class_images with what the untrained model draws for --class_prompt.
-
-    Image i comes from (seed, i) and appears whole or not at all: an interrupted run goes on where it was. A batch is
-    drawn as a whole also for one absent image, for rounding depends on the size of a batch.
-    """
-    args.class_data_dir.mkdir(parents=True, exist_ok=True)
-    paths = [args.class_data_dir / f"class-{i:05d}.png" for i in range(args.num_class_images)]
-    absent = [path for path in paths if not path.exists()]
-    absent = set(absent[: args.num_class_images - len(class_examples(args))])
-    batches = [range(len(paths))[i : i + args.sample_batch_size] for i in range(0, len(paths), args.sample_batch_size)]
-    batches = [batch for batch in batches if any(paths[i] in absent for i in batch)]
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(args.prior_generation_precision)
-    device = accelerator.device
-    pipeline.set_progress_bar_config(disable=True)
-    precision = torch.autocast(device.type, dtype) if dtype else accelerator.autocast()
-    quiet = not absent or not accelerator.is_main_process
-    sharing = accelerator.split_between_processes(batches)
-    with undisturbed(pipeline.transformer, device=device), precision, sharing as share:
-        for batch in tqdm(share, desc="Drawing class images", unit="batch", disable=quiet):
-            generators = [step_generator(args.seed, i) for i in batch]
-            call = pipeline_call(text, args.class_prompt, args)
-            images = pipeline(**call, num_images_per_prompt=len(batch), generator=generators).images
-            for path, image in zip([paths[i] for i in batch], images, strict=True):
-                if path in absent:
-                    image.save(path.with_suffix(".partial"), format="PNG")
-                    path.with_suffix(".partial").replace(path)
-    accelerator.wait_for_everyone()
 
 
 def validation_pictures(args):
@@ -1196,7 +1046,8 @@ def validation_cases(args, examples):
 
 def validate(accelerator, transformer, vae, noise_scheduler, text, args, *, cases, step):
     """Draws the cases and sends the pictures to validation/step-N.png, beside what was shown, and to the trackers."""
-    pipeline = sampling_pipeline(accelerator, transformer, vae, noise_scheduler, hide=args.mode == "mask")
+    pipeline = sampling_pipeline(FillPipeline, accelerator.unwrap_model(transformer), vae, noise_scheduler)
+    pipeline.hide = args.mode == "mask"
     with (
         undisturbed(transformer, device=accelerator.device),
         offload_models(vae, device=accelerator.device, offload=args.offload or args.cache_latents),
@@ -1204,21 +1055,17 @@ def validate(accelerator, transformer, vae, noise_scheduler, text, args, *, case
         calls = [pipeline_call(text, prompt, args, image, mask) for prompt, image, mask in cases]
         calls = [call for call in calls for _ in range(args.num_validation_images)]
         images = generate_images(accelerator, pipeline, calls, seed=args.seed)
-    if accelerator.is_main_process:
-        prompts = [prompt for prompt, _, _ in cases for _ in range(args.num_validation_images)]
-        captions = [f"{prompt} | step {step}, seed {args.seed + i}" for i, prompt in enumerate(prompts)]
-        folder = args.output_dir / "validation"
-        folder.mkdir(exist_ok=True)
-        rows, drawn = [], zip(images, captions, strict=True)
-        for _, image, mask in cases:
-            shown = Image.composite(Image.new("RGB", image.size, "gray"), image, mask)
-            rows += [(shown, "shown"), *itertools.islice(drawn, args.num_validation_images)]
-        grid = image_grid(*zip(*rows, strict=True), columns=1 + args.num_validation_images)
-        grid.save(folder / f"step-{step:06d}.png")
-        log_images(accelerator, images, captions, name="validation", step=step)
+    prompts = [prompt for prompt, _, _ in cases for _ in range(args.num_validation_images)]
+    captions = [f"{prompt} | step {step}, seed {args.seed + i}" for i, prompt in enumerate(prompts)]
+    rows, drawn = [], zip(images, captions, strict=True)
+    for _, image, mask in cases:
+        shown = Image.composite(Image.new("RGB", image.size, "gray"), image, mask)
+        rows += [(shown, "shown"), *itertools.islice(drawn, args.num_validation_images)]
+    grid = image_grid(*zip(*rows, strict=True), columns=1 + args.num_validation_images)
+    save_images(accelerator, args, images, captions, step=step, grid=grid)
 
 
-def save_model_card(args, dtype, prompt):
+def describe(args, dtype, prompt):
     """README.md in the output folder: what was trained on what, and how to draw `prompt` with it."""
     folder = args.output_dir.resolve()
     model = [repr(args.pretrained_model_name_or_path), f"dtype={dtype}"]
@@ -1259,13 +1106,8 @@ image = pipeline(
 image.save("image.png")
 ```
 """
-    metadata = ModelCardData(
-        library_name="diffusers",
-        base_model=args.pretrained_model_name_or_path,
-        tags=["image-to-image", "flux", "lora", "flux-fill", "diffusers-training"],
-        instance_prompt=args.instance_prompt,
-    )
-    ModelCard(f"---\n{metadata.to_yaml()}\n---\n{description}").save(args.output_dir / "README.md")
+    base, tags = args.pretrained_model_name_or_path, ["image-to-image", "flux", "lora", "flux-fill", "diffusers"]
+    save_model_card(args, description, tags, base_model=base, instance_prompt=args.instance_prompt)
 
 
 def choose_seed(seed, checkpoint):
@@ -1277,26 +1119,23 @@ def choose_seed(seed, checkpoint):
 
 def check_run(accelerator, args, max_train_steps):
     """Problems that show once the data and the processes are known."""
-    supported = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-    problems, kind = [], accelerator.distributed_type
-    if kind not in supported:
-        problems.append(f"{kind.value}: not supported, choose multi-GPU without it in accelerate config")
+    problems = check_processes(accelerator, args)
     if args.lr_scheduler != "constant" and args.lr_warmup_steps >= max_train_steps > 0:
         warmup = args.lr_warmup_steps
         problems.append(f"--lr_warmup_steps {warmup} must be less than the {max_train_steps} steps of the run")
     return problems
 
 
-def print_header(accelerator, args, examples, lora_params, transformer, text, steps):
+def print_header(accelerator, args, examples, lora_params, base_size, text, steps):
     """What is about to be trained on what."""
     max_train_steps, steps_per_epoch = steps
-    trainable, total = (sum(p.numel() for p in parameters) for parameters in (lora_params, transformer.parameters()))
+    trainable = sum(p.numel() for p in lora_params)
     own_captions = sum(example.caption != args.instance_prompt for example in examples)
     edges = ", ".join(map(str, args.resolution))
     partners = "with targets" if args.mode == "edit" else "with split masks" if args.use_split_mask else "with masks"
     lines = [
         f"model    {args.pretrained_model_name_or_path}",
-        f"adapter  {trainable:,} parameters, {trainable / total:.2%} of all"
+        f"adapter  {trainable:,} parameters, {trainable / base_size:.2%} of all"
         + (", those of x_embedder among them" if args.train_embedder else ""),
         f"data     {len(examples)} pictures {partners} at {edges} px, {own_captions} with captions of their own",
         f"steps    {max_train_steps}, {steps_per_epoch} per epoch; a step is batch {args.train_batch_size} x "
@@ -1308,25 +1147,6 @@ def print_header(accelerator, args, examples, lora_params, transformer, text, st
     if text.parameters() and args.optimizer == "prodigy" and args.text_encoder_lr != args.learning_rate:
         lines.append(f"Prodigy has one learning rate for all, {args.learning_rate:g}: --text_encoder_lr is not used")
     accelerator.print("".join(f"  {line}\n" for line in lines), end="")
-
-
-def print_results(accelerator, args, step):
-    """What lies where."""
-    results = {
-        "LoRA": "pytorch_lora_weights.safetensors",
-        "usage": "README.md",
-        "loss": "loss.png",
-        "pictures": "validation" if (args.output_dir / "validation").is_dir() else None,
-    }
-    accelerator.print(f"Trained {step} steps. In {args.output_dir}:")
-    accelerator.print("\n".join(f"  {what:9}{args.output_dir / file}" for what, file in results.items() if file))
-
-
-# same in all trainers
-def create_hub_repo(args):
-    """The id of the repository that --push_to_hub uploads to, made now so that a wrong token shows before training."""
-    name = args.hub_model_id or args.output_dir.resolve().name
-    return HfApi(token=args.hub_token).create_repo(name, exist_ok=True).repo_id
 
 
 # same in all trainers
@@ -1377,6 +1197,7 @@ def main(args):
     problems = check_run(accelerator, args, max_train_steps) + checkpoint_conflicts(checkpoint, run)
     if problems:
         fail(accelerator, problems)
+    hub_repo = None
     if args.push_to_hub and accelerator.is_main_process:
         try:
             hub_repo = create_hub_repo(args)
@@ -1401,14 +1222,17 @@ def main(args):
     with offload_models(vae, device=device, offload=offload):
         if args.with_prior_preservation:
             transformer = load_model(FluxTransformer2DModel, "transformer", args, weight_dtype).to(device)
-            pipeline = sampling_pipeline(accelerator, transformer, vae, noise_scheduler)
-            draw_class_images(accelerator, pipeline, text, args)
+            pipeline = sampling_pipeline(FillPipeline, transformer, vae, noise_scheduler)
+            call = pipeline_call(text, args.class_prompt, args)
+            draw_class_images(accelerator, pipeline, call, args, present=len(class_examples(args)))
             dataset.class_examples = class_examples(args)
         if args.cache_latents:
             dataset.moments = cache_moments(accelerator, vae, dataset.picture_keys(), dataset.pixel_values)
     if transformer is None:
-        transformer = load_model(FluxTransformer2DModel, "transformer", args, weight_dtype).to(device)
-    lora_params = add_lora(
+        transformer = load_model(FluxTransformer2DModel, "transformer", args, weight_dtype)
+    base_size = sum(parameter.numel() for parameter in transformer.parameters())
+    quantize_base(transformer, weight_dtype, args.quantize_base).to("cpu" if args.fsdp else device)
+    add_lora(
         transformer,
         rank=args.rank,
         alpha=args.lora_alpha,
@@ -1418,14 +1242,18 @@ def main(args):
     )
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
+    if args.compile:
+        compile_blocks(transformer)
+    if args.fsdp:
+        shard(transformer, device, weight_dtype)
+    lora_params = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     adapted = {"transformer": transformer}
     if text.lora_params:
         adapted["text_encoder"] = text.encoders["clip_l"]
-    register_lora_checkpointing(accelerator, FluxFillPipeline, adapted)
     guided = transformer.config.guidance_embeds
 
     # 5. Optimizer and schedule
-    optimizer = create_optimizer(lora_params, text.parameters(), args, total_batch_size if args.scale_lr else 1)
+    optimizer = create_optimizer(args, lora_params, total_batch_size if args.scale_lr else 1, text.parameters())
     lr_scheduler = get_scheduler(
         args.lr_scheduler,
         optimizer,
@@ -1436,8 +1264,11 @@ def main(args):
     )
 
     # 6. Prepare and resume
-    transformer, optimizer, lr_scheduler = accelerator.prepare(transformer, optimizer, lr_scheduler)
-    global_step = load_checkpoint(accelerator, checkpoint)
+    register_lora_checkpointing(accelerator, FluxFillPipeline, adapted, optimizer)
+    lr_scheduler = accelerator.prepare(lr_scheduler)
+    if not args.fsdp:
+        transformer, optimizer = accelerator.prepare(transformer, optimizer)
+    global_step = load_checkpoint(accelerator, checkpoint, lr_scheduler)
     sampler.start, sampler.stop = global_step * accumulation, max_train_steps * accumulation
     train_dataloader = DataLoader(
         dataset, batch_sampler=sampler, collate_fn=collate, num_workers=args.dataloader_num_workers
@@ -1445,7 +1276,7 @@ def main(args):
 
     # 7. Train
     steps = max_train_steps, steps_per_epoch
-    print_header(accelerator, args, examples, lora_params, transformer, text, steps)
+    print_header(accelerator, args, examples, lora_params, base_size, text, steps)
     start_logging(accelerator, args, "influxedit")
     draw = functools.partial(validate, accelerator, transformer, vae, noise_scheduler, text, args, cases=cases)
     if cases and global_step == 0:
@@ -1465,17 +1296,18 @@ def main(args):
                     moments = encode_moments(vae, batch["pixel_values"].flatten(0, 1)).unflatten(0, (-1, 2))
             latents, shown_latents = (sample_latents(part, vae.config, generator) for part in moments.unbind(1))
             prompt_embeds, pooled_prompt_embeds = text(batch["prompt"])
-            losses = compute_loss(
-                transformer,
-                latents,
-                pack_fill_condition(shown_latents, batch["mask"].to(device)),
-                prompt_embeds,
-                pooled_prompt_embeds,
-                args=args,
-                noise_scheduler=noise_scheduler,
-                guidance=torch.full((len(latents),), args.guidance_scale, device=device) if guided else None,
-                generator=generator,
-            )
+            with accelerator.autocast():
+                losses = compute_loss(
+                    transformer,
+                    latents,
+                    pack_fill_condition(shown_latents, batch["mask"].to(device)),
+                    prompt_embeds,
+                    pooled_prompt_embeds,
+                    args=args,
+                    noise_scheduler=noise_scheduler,
+                    guidance=torch.full((len(latents),), args.guidance_scale, device=device) if guided else None,
+                    generator=generator,
+                )
             instance_losses = losses[: len(losses) // 2] if args.with_prior_preservation else losses
             loss = instance_losses.mean()
             if args.with_prior_preservation:
@@ -1514,6 +1346,8 @@ def main(args):
         if interrupted or global_step % args.checkpointing_steps == 0:
             checkpoint = save_checkpoint(accelerator, args.output_dir, global_step, run, args.checkpoints_total_limit)
         if interrupted and not done:
+            transformer = draw = None  # see below
+            accelerator.free_memory()
             accelerator.end_training()
             accelerator.print(
                 f"\nInterrupted at step {global_step}, saved {checkpoint}; go on with --resume_from_checkpoint latest"
@@ -1525,23 +1359,26 @@ def main(args):
     progress_bar.close()
 
     # 8. Save and final validation
+    save_dtype = torch.float32 if args.upcast_before_saving else weight_dtype
+    save_lora(args.output_dir, FluxFillPipeline, adapted, save_dtype)
     if accelerator.is_main_process:
-        save_dtype = torch.float32 if args.upcast_before_saving else weight_dtype
-        save_lora(args.output_dir, FluxFillPipeline, adapted, save_dtype)
         metrics.close()
         plot_metrics(args.output_dir / "metrics.jsonl", args.output_dir / "loss.png", title=args.output_dir.name)
-        save_model_card(args, weight_dtype, cases[0][0] if cases else examples[0].caption)
+        describe(args, weight_dtype, cases[0][0] if cases else examples[0].caption)
     if cases:
         draw(step=global_step)
-    if args.push_to_hub and accelerator.is_main_process:
-        unwanted = ["checkpoint-*/**", ".*", f"{args.logging_dir}/**"]
-        api = HfApi(token=args.hub_token)
-        try:
-            api.upload_folder(repo_id=hub_repo, folder_path=args.output_dir, ignore_patterns=unwanted)
-        except (HTTPError, OSError, ValueError) as error:
-            fail(accelerator, [f"--push_to_hub: {error}; all is saved, try hf upload {hub_repo} {args.output_dir}"])
+    transformer = draw = None  # what DistributedDataParallel frees after the process group can hang in gloo
+    accelerator.free_memory()
     accelerator.end_training()
-    print_results(accelerator, args, global_step)
+    results = {
+        "LoRA": "pytorch_lora_weights.safetensors",
+        "usage": "README.md",
+        "loss": "loss.png",
+        "pictures": "validation",
+    }
+    print_results(accelerator, args, global_step, results)
+    if hub_repo:
+        push_to_hub(args, hub_repo)
 
 
 if __name__ == "__main__":

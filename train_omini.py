@@ -41,56 +41,68 @@ import psutil
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, ProjectConfiguration, gather_object, set_seed
+from accelerate.utils import ProjectConfiguration, gather_object, set_seed
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.pipelines.flux.pipeline_flux import FluxPipelineOutput, calculate_shift
 from diffusers.training_utils import free_memory, offload_models
-from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HTTPError
 from PIL import Image, ImageFilter, ImageOps
 from safetensors import safe_open
+from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint as checkpoint_function
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 from tqdm.auto import tqdm
 from transformers import MODEL_FOR_DEPTH_ESTIMATION_MAPPING, AutoConfig, T5Config
 
 from common.flow_matching import TIMESTEP_SAMPLING, add_noise, sample_sigmas, step_generator, velocity_loss
 from common.latents import (
+    StepSampler,
     cache_moments,
     decode_latents,
     encode_moments,
     image_ids,
     mean_latents,
     pack_latents,
+    read_row,
     sample_latents,
     select_tokens,
     unpack_latents,
+    upright,
 )
 from common.lora import (
+    QUANTIZATIONS,
     add_lora,
     catch_signals,
+    check_output_dir,
+    check_processes,
     checkpoint_conflicts,
     checkpoint_to_resume,
-    find_checkpoints,
+    create_optimizer,
     load_checkpoint,
     load_lora,
+    load_model,
     quantize_base,
     register_lora_checkpointing,
     save_checkpoint,
     save_lora,
+    shard,
     target_layers,
     unknown_layers,
 )
 from common.validation import (
+    create_hub_repo,
     generate_images,
-    image_grid,
-    log_images,
     log_step,
     open_metrics,
     peak_memory,
     plot_metrics,
+    print_results,
+    push_to_hub,
+    sampling_pipeline,
+    save_images,
+    save_model_card,
     start_logging,
     undisturbed,
 )
@@ -215,9 +227,15 @@ def parse_args(argv=None):
     arg("--mixed_precision", choices=("no", "fp16", "bf16"), help="of the frozen models; the adapter stays in float32")
     arg("--allow_tf32", action="store_true", help="faster float32 matrix products on Ampere and later GPUs")
     arg("--gradient_checkpointing", action="store_true", help="less memory, a third more time per step")
-    arg("--quantize_base", choices=("none", "nf4"), default="none", help="the frozen blocks in 4 bits (bitsandbytes)")
+    arg(
+        "--quantize_base",
+        choices=QUANTIZATIONS,
+        default="none",
+        help="frozen blocks in 4 or 8 bits (bitsandbytes)",
+    )
     arg("--compile", action="store_true", help="torch.compile the transformer's repeated blocks")
     arg("--offload", action="store_true", help="VAE in main memory while idle; with cache_latents it always is")
+    arg("--fsdp", action="store_true", help="split weights and optimizer over the processes (FSDP2)")
 
     arg = parser.add_argument_group("data", "a folder of pictures, a dataset, or tars").add_argument
     arg("--instance_data_dir", type=Path, help="folder of pictures; captions in .txt files, metadata.jsonl or none")
@@ -412,9 +430,8 @@ def check_flags(args):
         problems.append("--final_validation_prompt has no effect with --skip_final_inference: leave one out")
     if (args.hub_token or args.hub_model_id) and not args.push_to_hub:
         problems.append("--hub_token and --hub_model_id have no effect without --push_to_hub")
-    if not (args.hub_token or "").isprintable() or " " in (
-        args.hub_token or ""
-    ):  # errors of the library would show it
+    token = args.hub_token or ""
+    if " " in token or not token.isprintable():  # the library's errors would show it
         problems.append("--hub_token: is no token, for it has spaces or line ends")
     if args.mixed_precision == "fp16" and not torch.accelerator.is_available():
         problems.append("--mixed_precision fp16 needs a GPU: use bf16 or no")
@@ -563,33 +580,6 @@ def check_model(args):
     return check_lora_path(args, layers)
 
 
-# same in all trainers
-def check_output_dir(args):
-    """Problems of --output_dir and --resume_from_checkpoint."""
-    folder, checkpoint = args.output_dir, checkpoint_to_resume(args.output_dir, args.resume_from_checkpoint)
-    if folder.exists() and not folder.is_dir():
-        return [f"--output_dir {folder}: a file of this name is in the way"]
-    parent = next(path for path in [folder, *folder.absolute().parents] if path.exists())
-    if not os.access(parent, os.W_OK):
-        return [f"--output_dir {folder}: no permission to write there"]
-    found = find_checkpoints(folder)
-    if checkpoint is None and found:
-        return [
-            f"--output_dir {folder} holds {found[-1].name} of an earlier run: continue it with "
-            "--resume_from_checkpoint latest, delete it, or choose another folder"
-        ]
-    if checkpoint is None:
-        return []
-    if not (checkpoint / "trainer_state.json").is_file():
-        return [f"--resume_from_checkpoint {checkpoint}: no checkpoint there; use latest, or a checkpoint-N folder"]
-    if found and checkpoint.resolve() != found[-1].resolve():
-        return [
-            f"--output_dir {folder} holds {found[-1].name}, later than {checkpoint}: delete what is later, or choose "
-            "another folder"
-        ]
-    return []
-
-
 @dataclass(frozen=True)
 class Condition:
     """One condition: what it shows, its size in pixels, where its tokens stand, the adapter they pass."""
@@ -641,16 +631,8 @@ class Example:
     mask: "Example | None" = None
     places: tuple = ()
 
-    # same in all trainers
     def image(self):
-        """The picture as its owner sees it: upright (EXIF), transparent parts white, RGB."""
-        image = ImageOps.exif_transpose(self.read())
-        if image.mode.startswith("I"):  # 16-bit grey, which PIL would clip to white
-            image = Image.fromarray((np.asarray(image) / 257).astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+        return upright(self.read())
 
 
 def find_examples(args):
@@ -824,12 +806,6 @@ def read_item(read, i, key):
 
 def condition_keys(number_of):
     return [f"condition_{i}" for i in range(number_of)]
-
-
-# same in all trainers
-def read_row(dataset, row, column):
-    """A picture of a dataset."""
-    return dataset[row][column]
 
 
 def open_bytes(file):
@@ -1061,43 +1037,6 @@ class ControlDataset(Dataset):
         return len(self.examples)
 
 
-# same in all trainers
-class StepSampler(Sampler):
-    """Batches of (epoch, index) for the micro-steps `start` to `stop` of one process.
-
-    Every epoch is a new order of all samples, drawn from (seed, epoch) and cut into batches, each of one of the
-    `groups` (the bucket of each sample), that go round the processes; what a micro-step trains on is the same however
-    often training was interrupted before it.
-    """
-
-    def __init__(self, groups, batch_size, *, seed, process_index, num_processes, start=0, stop=None):
-        self.groups, self.batch_size, self.seed = groups, batch_size, seed
-        self.start, self.stop = start, stop
-        self.process_index, self.num_processes = process_index, num_processes
-        self.steps_per_epoch = math.ceil(len(self.batches(0)) / num_processes)
-
-    def batches(self, epoch):
-        """The batches of an epoch, for all processes together."""
-        rng = np.random.default_rng((self.seed, epoch))
-        order = rng.permutation(len(self.groups)).tolist()
-        batches = []
-        for group in dict.fromkeys(self.groups):
-            members = [index for index in order if self.groups[index] == group]
-            batches += [members[i : i + self.batch_size] for i in range(0, len(members), self.batch_size)]
-        return [batches[i] for i in rng.permutation(len(batches))]
-
-    def __iter__(self):
-        for step in range(self.start, self.stop):
-            epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
-            if step == self.start or step_of_epoch == 0:
-                batches = self.batches(epoch)
-            batch = step_of_epoch * self.num_processes + self.process_index
-            yield [(epoch, index) for index in batches[batch % len(batches)]]
-
-    def __len__(self):
-        return self.stop - self.start
-
-
 def find_stream(args):
     """The first examples of a stream, to check, and problems."""
     stream, problems = open_dataset(args)
@@ -1160,20 +1099,6 @@ def streamed_examples(row, name, args):
 # ---------------------------------------------------------------------------------------------------------------------
 # Model
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-# same in all trainers
-def load_model(model_class, subfolder, args, dtype):
-    """A frozen part of the pipeline, on the CPU."""
-    model = model_class.from_pretrained(
-        args.pretrained_model_name_or_path,
-        subfolder=subfolder,
-        revision=args.revision,
-        variant=args.variant,
-        cache_dir=args.cache_dir,
-        dtype=dtype,
-    )
-    return model.requires_grad_(False)
 
 
 class PromptEncoder:
@@ -1456,7 +1381,8 @@ def omini_forward(
     for i, (function, block, wanted) in enumerate(blocks):
         if compile_blocks and i < len(blocks) - 1:  # the last is unlike all others
             function = compiled(function)
-        inputs = (block, states, branches, cache[i] if reuse else None, *wanted)
+        function = bound(function, block)
+        inputs = (states, branches, cache[i] if reuse else None, *wanted)
         if checkpointing:
             states, stored = checkpoint_function(function, *inputs, use_reentrant=False)
         else:
@@ -1468,6 +1394,23 @@ def omini_forward(
     )
     scale, shift = shift_scale[:, None].chunk(2, dim=-1)
     return linear(transformer.proj_out, transformer.norm_out.norm(states[1]) * (1 + scale) + shift)
+
+
+def bound(function, module):
+    """A module's `function`; that of a sharded one is its method, see `shard_omini`."""
+    return getattr(module, "omini_forward", None) or functools.partial(function, module)
+
+
+def shard_omini(transformer, device, dtype, compile_blocks):
+    """`shard`, where `omini_forward` becomes a method of the model and of its blocks, whose calls FSDP2 sees."""
+    shard(transformer, device, dtype)
+    kinds = {double_block: transformer.transformer_blocks, single_block: transformer.single_transformer_blocks}
+    for function, blocks in kinds.items():
+        for block in blocks:
+            block.omini_forward = functools.partial(compiled(function) if compile_blocks else function, block)
+            register_fsdp_forward_method(block, "omini_forward")
+    transformer.omini_forward = functools.partial(omini_forward, transformer)
+    register_fsdp_forward_method(transformer, "omini_forward")
 
 
 def rotary_embedding(transformer, ids):
@@ -1556,8 +1499,7 @@ class OminiPipeline(FluxPipeline):
         self.scheduler.set_begin_index(0)
         for t in self.progress_bar(self.scheduler.timesteps):
             velocities = [
-                omini_forward(
-                    self.transformer,
+                bound(omini_forward, self.transformer)(
                     hidden_states=latents,
                     encoder_hidden_states=prompt_embeds,
                     pooled_projections=pooled_prompt_embeds,
@@ -1636,8 +1578,7 @@ def compute_loss(
         both, img_ids, valid = select_tokens(torch.cat([latents, noise], dim=-1), img_ids, hole.flatten(1))
         latents, noise = both.chunk(2, dim=-1)
     dtype = prompt_embeds.dtype
-    model_pred = omini_forward(
-        transformer,
+    model_pred = bound(omini_forward, transformer)(
         hidden_states=add_noise(latents, noise, sigmas).to(dtype),
         timestep=sigmas,
         guidance=guidance,
@@ -1656,30 +1597,6 @@ def compute_loss(
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def create_optimizer(lora_params, args, scale):
-    """The optimizer that --optimizer names, its learning rate multiplied by `scale`."""
-    parameters = [{"params": lora_params, "lr": args.learning_rate * scale, "weight_decay": args.adam_weight_decay}]
-    shared = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-    if args.optimizer == "prodigy":
-        from prodigyopt import Prodigy
-
-        return Prodigy(
-            parameters,
-            **shared,
-            beta3=args.prodigy_beta3,
-            decouple=args.prodigy_decouple,
-            use_bias_correction=args.prodigy_use_bias_correction,
-            safeguard_warmup=args.prodigy_safeguard_warmup,
-        )
-    if args.optimizer == "sgd":
-        return torch.optim.SGD(parameters)
-    if args.use_8bit_adam:
-        from bitsandbytes.optim import AdamW8bit
-
-        return AdamW8bit(parameters, **shared)
-    return torch.optim.AdamW(parameters, **shared)
 
 
 def reduce_gradients(accelerator, parameters):
@@ -1706,15 +1623,7 @@ def validate(accelerator, transformer, vae, noise_scheduler, text, dataset, args
     (example,), rng = validation_examples(args), np.random.default_rng(args.seed)
     hole = dataset.hole(example, rng)
     shown = [dataset.picture(example, slot, rng, hole) for slot in dataset.slots[1:]]
-    pipeline = OminiPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler.from_config(noise_scheduler.config),
-        vae=vae,
-        text_encoder=None,
-        tokenizer=None,
-        text_encoder_2=None,
-        tokenizer_2=None,
-        transformer=transformer,
-    )
+    pipeline = sampling_pipeline(OminiPipeline, transformer, vae, noise_scheduler)
     with (
         undisturbed(transformer, device=accelerator.device),
         offload_models(vae, device=accelerator.device, offload=offloaded(args)),
@@ -1731,14 +1640,10 @@ def validate(accelerator, transformer, vae, noise_scheduler, text, dataset, args
             "independent_condition": args.independent_condition,
         }
         images = generate_images(accelerator, pipeline, [call] * args.num_validation_images, seed=args.seed)
-    if accelerator.is_main_process:
-        captions = [f"condition: {condition.type}" for condition in dataset.conditions]
-        captions += [f"{prompt} | step {step}, seed {args.seed + i}" for i in range(len(images))]
-        images = [image.resize(args.target_size[::-1]) for image in shown] + images
-        folder = args.output_dir / "validation"
-        folder.mkdir(exist_ok=True)
-        image_grid(images, captions).save(folder / f"step-{step:06d}.png")
-        log_images(accelerator, images, captions, name="validation", step=step)
+    captions = [f"condition: {condition.type}" for condition in dataset.conditions]
+    captions += [f"{prompt} | step {step}, seed {args.seed + i}" for i in range(len(images))]
+    images = [image.resize(args.target_size[::-1]) for image in shown] + images
+    save_images(accelerator, args, images, captions, step=step)
 
 
 def offloaded(args):
@@ -1760,7 +1665,7 @@ def adapter_metadata(args, conditions, adapter):
     return {"omini": json.dumps(about)}
 
 
-def save_model_card(args, conditions, prompt):
+def describe(args, conditions, prompt):
     """README.md in the output folder: what was trained, and how to draw `prompt` with it."""
     folder, kinds = args.output_dir.resolve(), ", ".join(args.condition_type)
     files = " ".join(shlex.quote(str(folder / f"{name}.safetensors")) for name in adapter_names(conditions))
@@ -1780,20 +1685,13 @@ python examples/omini/generate.py {files} \\
   --prompt {shlex.quote(prompt)} --image "$IMAGE"{mask} --output image.png
 ```
 """
-    metadata = ModelCardData(
-        library_name="diffusers",
-        base_model=args.pretrained_model_name_or_path,
-        tags=["image-to-image", "flux", "lora", "ominicontrol", "diffusers-training"],
-    )
-    ModelCard(f"---\n{metadata.to_yaml()}\n---\n{description}").save(args.output_dir / "README.md")
+    tags = ["image-to-image", "flux", "lora", "ominicontrol", "diffusers"]
+    save_model_card(args, description, tags, base_model=args.pretrained_model_name_or_path)
 
 
 def check_run(accelerator, args, prompts, max_train_steps):
     """Problems that show once the data and the processes are known."""
-    supported = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-    problems, kind = [], accelerator.distributed_type
-    if kind not in supported:
-        problems.append(f"{kind.value}: not supported, choose multi-GPU without it in accelerate config")
+    problems = check_processes(accelerator, args)
     if args.lr_scheduler != "constant" and args.lr_warmup_steps >= max_train_steps > 0:
         warmup = args.lr_warmup_steps
         problems.append(f"--lr_warmup_steps {warmup} must be less than the {max_train_steps} steps of the run")
@@ -1830,26 +1728,6 @@ def print_header(accelerator, args, dataset, lora_params, base_size, max_train_s
         place = f"moved by {down:g},{right:g}, scale {condition.position_scale:g}, adapter {condition.adapter}"
         lines.append(f"{'follows':9}{condition.type} of {height}x{width} px, {place}")
     accelerator.print("".join(f"  {line}\n" for line in lines), end="")
-
-
-def print_results(accelerator, args, conditions, step):
-    """What lies where."""
-    results = {f"{name} LoRA": f"{name}.safetensors" for name in adapter_names(conditions)}
-    results |= {
-        "usage": "README.md",
-        "loss": "loss.png",
-        "pictures": "validation" if (args.output_dir / "validation").is_dir() else None,
-    }
-    accelerator.print(f"Trained {step} steps. In {args.output_dir}:")
-    width = max(map(len, results)) + 2
-    accelerator.print("\n".join(f"  {what:{width}}{args.output_dir / file}" for what, file in results.items() if file))
-
-
-# same in all trainers
-def create_hub_repo(args):
-    """The id of the repository that --push_to_hub uploads to, made now so that a wrong token shows before training."""
-    name = args.hub_model_id or args.output_dir.resolve().name
-    return HfApi(token=args.hub_token).create_repo(name, exist_ok=True).repo_id
 
 
 # same in all trainers
@@ -1902,6 +1780,7 @@ def main(args):
     problems += check_run(accelerator, args, prompts, max_train_steps) + checkpoint_conflicts(checkpoint, run)
     if problems:
         fail(accelerator, problems)
+    hub_repo = None
     if args.push_to_hub and accelerator.is_main_process:
         try:
             hub_repo = create_hub_repo(args)
@@ -1927,13 +1806,11 @@ def main(args):
     )
     transformer = load_model(FluxTransformer2DModel, "transformer", args, weight_dtype)
     base_size = sum(parameter.numel() for parameter in transformer.parameters())
-    if args.quantize_base == "nf4":
-        quantize_base(transformer, weight_dtype)
-    transformer.to(device)
+    quantize_base(transformer, weight_dtype, args.quantize_base).to("cpu" if args.fsdp else device)
     files = {name: f"{name}.safetensors" for name in adapter_names(conditions)}
-    modules, lora_params = {"transformer": transformer}, []
+    modules = {"transformer": transformer}
     for name in files:
-        lora_params += add_lora(
+        add_lora(
             transformer,
             rank=args.rank,
             alpha=args.lora_alpha or args.rank,
@@ -1945,11 +1822,13 @@ def main(args):
         load_lora(path.parent, modules, adapter_name=name, weight_name=path.name)
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
-    register_lora_checkpointing(accelerator, FluxPipeline, modules, files)
+    if args.fsdp:
+        shard_omini(transformer, device, weight_dtype, args.compile)
+    lora_params = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     guided = transformer.config.guidance_embeds
 
     # 5. Optimizer and schedule
-    optimizer = create_optimizer(lora_params, args, total_batch_size if args.scale_lr else 1)
+    optimizer = create_optimizer(args, lora_params, total_batch_size if args.scale_lr else 1)
     lr_scheduler = get_scheduler(
         args.lr_scheduler,
         optimizer,
@@ -1960,8 +1839,10 @@ def main(args):
     )
 
     # 6. Prepare and resume
-    optimizer, lr_scheduler = accelerator.prepare(optimizer, lr_scheduler)
-    global_step = load_checkpoint(accelerator, checkpoint)
+    register_lora_checkpointing(accelerator, FluxPipeline, modules, optimizer, files)
+    lr_scheduler = accelerator.prepare(lr_scheduler)
+    optimizer = optimizer if args.fsdp else accelerator.prepare(optimizer)
+    global_step = load_checkpoint(accelerator, checkpoint, lr_scheduler)
     sampler.start, sampler.stop = global_step * accumulation, max_train_steps * accumulation
     if args.streaming:
         train_dataloader = DataLoader(sampler, batch_size=None)
@@ -2008,7 +1889,8 @@ def main(args):
             loss_sum = loss_sum + loss.detach() / accumulation
             if not accelerator.sync_gradients:
                 continue
-            reduce_gradients(accelerator, lora_params)
+            if not args.fsdp:
+                reduce_gradients(accelerator, lora_params)
             grad_norm = accelerator.clip_grad_norm_(lora_params, args.max_grad_norm)
             totals = torch.stack([loss_sum, torch.tensor(float(len(signals)), device=device)])
             mean_loss, interrupted = accelerator.reduce(totals, reduction="mean").tolist()
@@ -2038,6 +1920,8 @@ def main(args):
         if interrupted or global_step % args.checkpointing_steps == 0:
             checkpoint = save_checkpoint(accelerator, args.output_dir, global_step, run, args.checkpoints_total_limit)
         if interrupted and not done:
+            transformer = draw = None  # see below
+            accelerator.free_memory()
             accelerator.end_training()
             accelerator.print(
                 f"\nInterrupted at step {global_step}, saved {checkpoint}; go on with --resume_from_checkpoint latest"
@@ -2049,33 +1933,32 @@ def main(args):
     progress_bar.close()
 
     # 8. Save and final validation
+    save_dtype = torch.float32 if args.upcast_before_saving else weight_dtype
+    for name, file in files.items():
+        metadata = adapter_metadata(args, conditions, name)
+        save_lora(
+            args.output_dir,
+            FluxPipeline,
+            modules,
+            save_dtype,
+            adapter_name=name,
+            weight_name=file,
+            metadata=metadata,
+        )
     if accelerator.is_main_process:
-        save_dtype = torch.float32 if args.upcast_before_saving else weight_dtype
-        for name, file in files.items():
-            metadata = adapter_metadata(args, conditions, name)
-            save_lora(
-                args.output_dir,
-                FluxPipeline,
-                modules,
-                save_dtype,
-                adapter_name=name,
-                weight_name=file,
-                metadata=metadata,
-            )
         metrics.close()
         plot_metrics(args.output_dir / "metrics.jsonl", args.output_dir / "loss.png", title=args.output_dir.name)
-        save_model_card(args, conditions, final_prompt or (examples[0].caption if examples else "a picture"))
+        describe(args, conditions, final_prompt or (examples[0].caption if examples else "a picture"))
     if final_prompt:
         draw(prompt=final_prompt, step=global_step)
-    if args.push_to_hub and accelerator.is_main_process:
-        unwanted = ["checkpoint-*/**", ".*", f"{args.logging_dir}/**", "depth/**"]
-        api = HfApi(token=args.hub_token)
-        try:
-            api.upload_folder(repo_id=hub_repo, folder_path=args.output_dir, ignore_patterns=unwanted)
-        except (HTTPError, OSError, ValueError) as error:
-            fail(accelerator, [f"--push_to_hub: {error}; all is saved, try hf upload {hub_repo} {args.output_dir}"])
+    transformer = draw = None  # what DistributedDataParallel frees after the process group can hang in gloo
+    accelerator.free_memory()
     accelerator.end_training()
-    print_results(accelerator, args, conditions, global_step)
+    results = {f"{name} LoRA": file for name, file in files.items()}
+    results |= {"usage": "README.md", "loss": "loss.png", "pictures": "validation"}
+    print_results(accelerator, args, global_step, results)
+    if hub_repo:
+        push_to_hub(args, hub_repo, ["depth/**"])
 
 
 if __name__ == "__main__":

@@ -38,28 +38,44 @@ import diffusers
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
+from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import free_memory, offload_models
-from huggingface_hub import ModelCard, ModelCardData
 from PIL import Image, ImageOps
 from safetensors import safe_open
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from common.flow_matching import STYLES, sample_flow, step_generator
-from common.latents import TensorCache, decode_images, encode_images, image_ids, pack_latents, to_image, unpack_latents
+from common.latents import (
+    StepSampler,
+    TensorCache,
+    decode_images,
+    encode_images,
+    image_ids,
+    pack_latents,
+    read_row,
+    to_image,
+    unpack_latents,
+    upright,
+)
 from common.lora import (
     FLUX_TARGET_MODULES,
+    QUANTIZATIONS,
     add_lora,
     catch_signals,
+    check_output_dir,
+    check_processes,
     checkpoint_conflicts,
     checkpoint_to_resume,
-    find_checkpoints,
+    compile_blocks,
+    create_optimizer,
     load_checkpoint,
+    load_model,
     local,
+    quantize_base,
     register_lora_checkpointing,
     register_tensor_checkpointing,
     save_checkpoint,
@@ -71,11 +87,13 @@ from common.lora import (
 )
 from common.validation import (
     image_grid,
-    log_images,
     log_step,
     open_metrics,
     peak_memory,
     plot_metrics,
+    print_results,
+    save_images,
+    save_model_card,
     start_logging,
     undisturbed,
 )
@@ -135,6 +153,22 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     def _get_help_string(self, action):
         silent = action.default is None or action.default is False  # 0 is worth telling
         return action.help if silent else super()._get_help_string(action)
+
+
+# same in all trainers
+class Switch(argparse.BooleanOptionalAction):
+    """--x and --no-x, and `--x True` or `--x False` as older commands spell it."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.nargs = "?"
+
+    def __call__(self, parser, namespace, value, option_string=None):
+        words = {None: True, "true": True, "false": False}
+        if value not in words and value.lower() not in words:
+            parser.error(f"{option_string} {value}: expected True or False, or nothing")
+        on = words[value and value.lower()]
+        setattr(namespace, self.dest, on != option_string.startswith("--no-"))
 
 
 # same in all trainers
@@ -203,8 +237,15 @@ def parse_args(argv=None):
     arg("--mixed_precision", choices=("no", "fp16", "bf16"), help="of the frozen models; the adapter stays in float32")
     arg("--allow_tf32", action="store_true", help="faster float32 matrix products on Ampere and later GPUs")
     arg("--gradient_checkpointing", action="store_true", help="less memory, a third more time per step")
+    arg(
+        "--quantize_base",
+        choices=QUANTIZATIONS,
+        default="none",
+        help="frozen blocks in 4 or 8 bits (bitsandbytes)",
+    )
+    arg("--compile", action="store_true", help="torch.compile the transformer's repeated blocks")
     arg("--offload", action="store_true", help="VAE in main memory while idle; with cache_latents it always is")
-    arg("--fsdp", action="store_true", help="full training: weights, average and optimizer split over the processes")
+    arg("--fsdp", action="store_true", help="split weights and optimizer over the processes (FSDP2)")
 
     arg = parser.add_argument_group("data", "a folder of pictures or parquet files, a dataset, prompts").add_argument
     arg(
@@ -268,6 +309,10 @@ def parse_args(argv=None):
     arg("--adam_beta2", type=decay, default=0.999, help="decay of the gradient's square, in Prodigy too")
     arg("--adam_weight_decay", type=not_negative, default=1e-4, help="weight decay, in Prodigy too")
     arg("--adam_epsilon", type=positive, default=1e-8, help="added to the denominator, in Prodigy too")
+    arg("--prodigy_beta3", type=decay, help="decay of Prodigy's estimate (default: square root of adam_beta2)")
+    arg("--prodigy_decouple", action=Switch, default=True, help="weight decay as in AdamW")
+    arg("--prodigy_use_bias_correction", action=Switch, default=True, help="Adam's bias correction")
+    arg("--prodigy_safeguard_warmup", action=Switch, default=True, help="keep warm-up out of Prodigy's estimate")
     arg("--max_grad_norm", type=positive, default=1.0, help="longer gradients are scaled down to this norm")
     arg("--gradient_accumulation_steps", type=count, default=1, help="batches per step")
 
@@ -361,14 +406,12 @@ def check_flags(args):
         problems.append("--image_free: qwenimage-edit needs pictures to edit")
     if args.training == "full" and (args.lora_layers or args.lora_dropout):
         problems.append("--lora_layers and --lora_dropout have no effect on --training full: leave them out")
+    if args.training == "full" and args.quantize_base != "none":
+        problems.append(f"--quantize_base {args.quantize_base} is for --training lora: what is trained stays float32")
     if args.training == "lora" and args.target_time_init != "zero":
         problems.append(f"--target_time_init {args.target_time_init} has no effect on --training lora: leave it out")
-    if args.training == "lora" and args.fsdp:
-        problems.append("--fsdp shards --training full; an adapter is small: leave it out")
-    if args.optimizer == "prodigy" and (args.use_8bit_adam or args.fsdp):
-        problems.append("--use_8bit_adam and --fsdp have no effect on --optimizer prodigy: leave them out")
-    if args.use_8bit_adam and args.fsdp:
-        problems.append("--use_8bit_adam does not go with --fsdp: leave one out")
+    if args.optimizer == "prodigy" and args.use_8bit_adam:
+        problems.append("--use_8bit_adam has no effect on --optimizer prodigy: leave it out")
     if args.optimizer == "prodigy" and args.learning_rate <= 0.1:
         problems.append(f"--learning_rate {args.learning_rate:g}: Prodigy finds the rate itself and wants about 1")
     if args.validation_steps and not args.validation_prompt:
@@ -454,33 +497,6 @@ def check_model(args):
     return []
 
 
-# same in all trainers
-def check_output_dir(args):
-    """Problems of --output_dir and --resume_from_checkpoint."""
-    folder, checkpoint = args.output_dir, checkpoint_to_resume(args.output_dir, args.resume_from_checkpoint)
-    if folder.exists() and not folder.is_dir():
-        return [f"--output_dir {folder}: a file of this name is in the way"]
-    parent = next(path for path in [folder, *folder.absolute().parents] if path.exists())
-    if not os.access(parent, os.W_OK):
-        return [f"--output_dir {folder}: no permission to write there"]
-    found = find_checkpoints(folder)
-    if checkpoint is None and found:
-        return [
-            f"--output_dir {folder} holds {found[-1].name} of an earlier run: continue it with "
-            "--resume_from_checkpoint latest, delete it, or choose another folder"
-        ]
-    if checkpoint is None:
-        return []
-    if not (checkpoint / "trainer_state.json").is_file():
-        return [f"--resume_from_checkpoint {checkpoint}: no checkpoint there; use latest, or a checkpoint-N folder"]
-    if found and checkpoint.resolve() != found[-1].resolve():
-        return [
-            f"--output_dir {folder} holds {found[-1].name}, later than {checkpoint}: delete what is later, or choose "
-            "another folder"
-        ]
-    return []
-
-
 def lora_targets(args):
     """The layers that --lora_layers names."""
     names = [name.strip() for name in (args.lora_layers or "").split(",") if name.strip()]
@@ -504,17 +520,6 @@ class Example:
     read: Callable[[], Image.Image] | None = None
     read_reference: Callable[[], Image.Image] | None = None
     stamp: str = ""
-
-
-def upright(image):
-    """A PIL image as its owner sees it: upright (EXIF), transparent parts white, RGB."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16-bit grey, which PIL would clip to white
-        image = Image.fromarray((np.asarray(image) / 257).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
 
 
 def find_examples(args):
@@ -628,12 +633,6 @@ def read_dataset(args):
     return examples, []
 
 
-# same in all trainers
-def read_row(dataset, row, column):
-    """A picture of a dataset."""
-    return dataset[row][column]
-
-
 def encoding_flags(args):
     """All flags that decide what becomes of a prompt or a picture."""
     names = ("pretrained_model_name_or_path", "model_type", "revision", "variant", "max_sequence_length", "seed")
@@ -699,43 +698,6 @@ def to_pixels(image, args, centering=(0.5, 0.5), flipped=False):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
 
-# same in all trainers
-class StepSampler(Sampler):
-    """Batches of (epoch, index) for the micro-steps `start` to `stop` of one process.
-
-    Every epoch is a new order of all samples, drawn from (seed, epoch) and cut into batches, each of one of the
-    `groups` (the bucket of each sample), that go round the processes; what a micro-step trains on is the same however
-    often training was interrupted before it.
-    """
-
-    def __init__(self, groups, batch_size, *, seed, process_index, num_processes, start=0, stop=None):
-        self.groups, self.batch_size, self.seed = groups, batch_size, seed
-        self.start, self.stop = start, stop
-        self.process_index, self.num_processes = process_index, num_processes
-        self.steps_per_epoch = math.ceil(len(self.batches(0)) / num_processes)
-
-    def batches(self, epoch):
-        """The batches of an epoch, for all processes together."""
-        rng = np.random.default_rng((self.seed, epoch))
-        order = rng.permutation(len(self.groups)).tolist()
-        batches = []
-        for group in dict.fromkeys(self.groups):
-            members = [index for index in order if self.groups[index] == group]
-            batches += [members[i : i + self.batch_size] for i in range(0, len(members), self.batch_size)]
-        return [batches[i] for i in rng.permutation(len(batches))]
-
-    def __iter__(self):
-        for step in range(self.start, self.stop):
-            epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
-            if step == self.start or step_of_epoch == 0:
-                batches = self.batches(epoch)
-            batch = step_of_epoch * self.num_processes + self.process_index
-            yield [(epoch, index) for index in batches[batch % len(batches)]]
-
-    def __len__(self):
-        return self.stop - self.start
-
-
 def collate(examples):
     """Tensors stacked; conditions {name: [B, ...]}, shorter texts padded with zeros, which their mask leaves out."""
     batch = {name: torch.stack([e[name] for e in examples]) for name in examples[0] if name not in ("cond", "uncond")}
@@ -755,20 +717,6 @@ def stack_conditions(conditions):
 # ---------------------------------------------------------------------------------------------------------------------
 # Model
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-# same in all trainers
-def load_model(model_class, subfolder, args, dtype):
-    """A frozen part of the pipeline, on the CPU."""
-    model = model_class.from_pretrained(
-        args.pretrained_model_name_or_path,
-        subfolder=subfolder,
-        revision=args.revision,
-        variant=args.variant,
-        cache_dir=args.cache_dir,
-        dtype=dtype,
-    )
-    return model.requires_grad_(False)
 
 
 class Backbone:
@@ -1304,25 +1252,6 @@ def ramp_decay(decay, goal):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def create_optimizer(params, args, scale):
-    """The optimizer that --optimizer names, its learning rate multiplied by `scale`."""
-    shared = {
-        "lr": args.learning_rate * scale,
-        "betas": (args.adam_beta1, args.adam_beta2),
-        "eps": args.adam_epsilon,
-        "weight_decay": args.adam_weight_decay,
-    }
-    if args.optimizer == "prodigy":
-        from prodigyopt import Prodigy
-
-        return Prodigy(params, **shared, decouple=True, use_bias_correction=True, safeguard_warmup=True)
-    if args.use_8bit_adam:
-        from bitsandbytes.optim import AdamW8bit
-
-        return AdamW8bit(params, **shared)
-    return torch.optim.AdamW(params, **shared)
-
-
 def predict_velocity(x, t, target, cond, *, transformer, backbone, dtype, two_times, autocast=nullcontext, seed=None):
     """The model's velocity [B, C, h, w], float32, at x [B, C, h, w] on the way from t to t' [B].
 
@@ -1416,14 +1345,10 @@ def validate(accelerator, predict, teacher, transformer, backbone, vae, encoded,
             captions += [
                 f"{args.validation_prompt} | {sampler}, step {step}, seed {args.seed + i}" for i in range(count)
             ]
-    if accelerator.is_main_process:
-        folder = args.output_dir / "validation"
-        folder.mkdir(exist_ok=True)
-        image_grid(images, captions, columns=count).save(folder / f"step-{step:06d}.png")
-        log_images(accelerator, images, captions, name="validation", step=step)
+    save_images(accelerator, args, images, captions, step=step, grid=image_grid(images, captions, columns=count))
 
 
-def save_model_card(args, prompt):
+def describe(args, prompt):
     """README.md in the output folder: what was trained on what, and how to draw `prompt` with it."""
     folder = args.output_dir.resolve()
     kind = f"LoRA of rank {args.rank} and alpha {args.lora_alpha:g}" if args.training == "lora" else "all weights"
@@ -1440,25 +1365,13 @@ For {args.pretrained_model_name_or_path} ({args.model_type}): {kind}, by TwinFlo
 {command} --steps 2
 ```
 """
-    metadata = ModelCardData(
-        library_name="diffusers",
-        base_model=args.pretrained_model_name_or_path,
-        tags=["text-to-image", "twinflow", args.training, "diffusers", "diffusers-training"],
-    )
-    ModelCard(f"---\n{metadata.to_yaml()}\n---\n{description}").save(args.output_dir / "README.md")
+    tags = ["text-to-image", "twinflow", args.training, "diffusers"]
+    save_model_card(args, description, tags, base_model=args.pretrained_model_name_or_path)
 
 
 def check_run(accelerator, args, max_train_steps):
     """Problems that show once the data and the processes are known."""
-    supported = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-    problems, kind = [], accelerator.distributed_type
-    if kind not in supported:
-        instead = "; FSDP2 is --fsdp here" if kind == DistributedType.FSDP else ""
-        problems.append(f"{kind.value}: not supported, choose multi-GPU without it in accelerate config{instead}")
-    if args.fsdp and accelerator.num_processes == 1:
-        problems.append("--fsdp needs more than one process: accelerate launch --num_processes N")
-    if args.fsdp and accelerator.scaler is not None:
-        problems.append("--mixed_precision fp16 does not work with --fsdp: use bf16")
+    problems = check_processes(accelerator, args)
     if args.lr_scheduler != "constant" and args.lr_warmup_steps >= max_train_steps > 0:
         warmup = args.lr_warmup_steps
         problems.append(f"--lr_warmup_steps {warmup} must be less than the {max_train_steps} steps of the run")
@@ -1480,18 +1393,6 @@ def print_header(accelerator, args, dataset, params, max_train_steps, steps_per_
         f"mixed precision {accelerator.mixed_precision}",
     ]
     accelerator.print("".join(f"  {line}\n" for line in lines), end="")
-
-
-def print_results(accelerator, args, step):
-    """What lies where."""
-    results = {
-        "result": "pytorch_lora_weights.safetensors" if args.training == "lora" else "transformer",
-        "usage": "README.md",
-        "loss": "loss.png",
-        "pictures": "validation" if (args.output_dir / "validation").is_dir() else None,
-    }
-    accelerator.print(f"Trained {step} steps. In {args.output_dir}:")
-    accelerator.print("\n".join(f"  {what:9}{args.output_dir / file}" for what, file in results.items() if file))
 
 
 # same in all trainers
@@ -1557,7 +1458,8 @@ def main(args):
     # 4. Transformer, teacher
     full = args.training == "full"
     dtype = torch.float32 if full else weight_dtype  # of the weights; what is trained is always float32
-    transformer = backbone.load_transformer(dtype).to("cpu" if args.fsdp else device)
+    transformer = quantize_base(backbone.load_transformer(dtype), dtype, args.quantize_base)
+    transformer.to("cpu" if args.fsdp else device)
     set_seed(args.seed)  # whatever was encoded, or found encoded, before
     if full:
         add_target_time(transformer, backbone.time_module, args.target_time_init)
@@ -1572,13 +1474,15 @@ def main(args):
         )
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
+    if args.compile:
+        compile_blocks(transformer)
     if args.fsdp:
         shard(transformer, device, weight_dtype)
     params = {name: parameter for name, parameter in transformer.named_parameters() if parameter.requires_grad}
     teacher = Teacher(transformer, args.ema_decay_rate)
 
     # 5. Optimizer and schedule
-    optimizer = create_optimizer(list(params.values()), args, total_batch_size if args.scale_lr else 1)
+    optimizer = create_optimizer(args, list(params.values()), total_batch_size if args.scale_lr else 1)
     lr_scheduler = get_scheduler(
         args.lr_scheduler,
         optimizer,
@@ -1594,15 +1498,14 @@ def main(args):
         optimizer, transformer = accelerator.prepare(optimizer, transformer)
     lr_scheduler = accelerator.prepare(lr_scheduler)
     pipeline_class = getattr(diffusers, backbone.pipeline)
-    if not full:
-        register_lora_checkpointing(accelerator, pipeline_class, {"transformer": bare})
-    sets = {"model": lambda: teacher.live} if full else {}
+    by_tensor = full or args.fsdp
+    if not by_tensor:
+        register_lora_checkpointing(accelerator, pipeline_class, {"transformer": bare}, optimizer)
+    sets = {"model": lambda: teacher.live} if by_tensor else {}
     sets |= {"teacher": lambda: teacher.tensors} if 0 < args.ema_decay_rate < 1 else {}
     register_tensor_checkpointing(accelerator, sets, params, optimizer)
-    global_step = load_checkpoint(accelerator, checkpoint)
+    global_step = load_checkpoint(accelerator, checkpoint, lr_scheduler)
     teacher.catch_up(global_step)
-    for group, rate in zip(optimizer.param_groups, lr_scheduler.get_last_lr(), strict=True):
-        group["lr"] = rate  # a sharded optimizer is restored without it
     sampler.start, sampler.stop = global_step * accumulation, max_train_steps * accumulation
     train_dataloader = DataLoader(
         dataset, batch_sampler=sampler, collate_fn=collate, num_workers=args.dataloader_num_workers
@@ -1677,6 +1580,8 @@ def main(args):
         if interrupted or global_step % args.checkpointing_steps == 0:
             checkpoint = save_checkpoint(accelerator, args.output_dir, global_step, run, args.checkpoints_total_limit)
         if interrupted and not done:
+            transformer = predict = draw = None  # see below
+            accelerator.free_memory()
             accelerator.end_training()
             accelerator.print(
                 f"\nInterrupted at step {global_step}, saved {checkpoint}; go on with --resume_from_checkpoint latest"
@@ -1693,16 +1598,20 @@ def main(args):
         if full:
             transformer_class = getattr(diffusers, backbone.transformer)
             save_model(accelerator, args.output_dir / "transformer", bare, transformer_class, save_dtype)
-        elif accelerator.is_main_process:
+        else:
             save_lora(args.output_dir, pipeline_class, {"transformer": bare}, save_dtype)
     if accelerator.is_main_process:
         metrics.close()
         plot_metrics(args.output_dir / "metrics.jsonl", args.output_dir / "loss.png", title=args.output_dir.name)
-        save_model_card(args, args.validation_prompt or examples[0].captions[0])
+        describe(args, args.validation_prompt or examples[0].captions[0])
     if args.validation_prompt:
         draw(step=global_step)
+    transformer = predict = draw = None  # what DistributedDataParallel frees after the process group can hang in gloo
+    accelerator.free_memory()
     accelerator.end_training()
-    print_results(accelerator, args, global_step)
+    result = "transformer" if full else "pytorch_lora_weights.safetensors"
+    results = {"result": result, "usage": "README.md", "loss": "loss.png", "pictures": "validation"}
+    print_results(accelerator, args, global_step, results)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,76 @@
-"""Pixels to VAE latents to packed transformer tokens and back, position ids, and the latent cache."""
+"""Pictures to VAE latents to packed transformer tokens and back, position ids, the latent cache, the data's order."""
 
 import hashlib
 import json
+import math
 import os
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate.utils import gather_object
 from diffusers import AutoencoderDC, AutoencoderKLQwenImage, FluxPipeline
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from PIL import EpsImagePlugin, Image
+from PIL import EpsImagePlugin, Image, ImageOps
 from safetensors.torch import load_file, save_file
+from torch.utils.data import Sampler
 from tqdm.auto import tqdm
 
 
 EpsImagePlugin.gs_binary = False  # PIL would run Ghostscript on PostScript under a picture's name
+
+
+def upright(image):
+    """A PIL image as its owner sees it: upright (EXIF), transparent parts white, RGB."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16-bit grey, which PIL would clip to white
+        image = Image.fromarray((np.asarray(image) / 257).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def read_row(dataset, row, column):
+    """A picture of a dataset."""
+    return dataset[row][column]
+
+
+class StepSampler(Sampler):
+    """Batches of (epoch, index) for the micro-steps `start` to `stop` of one process.
+
+    Every epoch is a new order of all samples, drawn from (seed, epoch) and cut into batches, each of one of the
+    `groups` (the bucket of each sample), that go round the processes; what a micro-step trains on is the same however
+    often training was interrupted before it.
+    """
+
+    def __init__(self, groups, batch_size, *, seed, process_index, num_processes, start=0, stop=None):
+        self.groups, self.batch_size, self.seed = groups, batch_size, seed
+        self.start, self.stop = start, stop
+        self.process_index, self.num_processes = process_index, num_processes
+        self.steps_per_epoch = math.ceil(len(self.batches(0)) / num_processes)
+
+    def batches(self, epoch):
+        """The batches of an epoch, for all processes together."""
+        rng = np.random.default_rng((self.seed, epoch))
+        order = rng.permutation(len(self.groups)).tolist()
+        batches = []
+        for group in dict.fromkeys(self.groups):
+            members = [index for index in order if self.groups[index] == group]
+            batches += [members[i : i + self.batch_size] for i in range(0, len(members), self.batch_size)]
+        return [batches[i] for i in rng.permutation(len(batches))]
+
+    def __iter__(self):
+        for step in range(self.start, self.stop):
+            epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
+            if step == self.start or step_of_epoch == 0:
+                batches = self.batches(epoch)
+            batch = step_of_epoch * self.num_processes + self.process_index
+            yield [(epoch, index) for index in batches[batch % len(batches)]]
+
+    def __len__(self):
+        return self.stop - self.start
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from accelerate.utils import DistributedType
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.training_utils import cast_training_params
 from huggingface_hub import save_torch_state_dict
@@ -80,7 +81,10 @@ FLUX_LAYERS = {
     "final_layer.linear": ("proj_out",),
     "final_layer.adaLN_modulation.1": ("norm_out.linear",),
 }
+# of a file that is written again
+STALE_HEADER = ("format", "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 LORA_FORMS = ("comfyui", "kohya", "diffusers")
+QUANTIZATIONS = ("none", "nf4", "int8")
 CHECKSUMS = "checksums.json"  # of a checkpoint's files
 
 
@@ -107,6 +111,19 @@ def unknown_layers(model, target_modules):
     if isinstance(target_modules, str):
         return [] if target_layers(model, target_modules) else [target_modules]
     return [target for target in target_modules if not target_layers(model, [target])]
+
+
+def load_model(model_class, subfolder, args, dtype):
+    """A frozen part of the pipeline, on the CPU."""
+    model = model_class.from_pretrained(
+        args.pretrained_model_name_or_path,
+        subfolder=subfolder,
+        revision=args.revision,
+        variant=args.variant,
+        cache_dir=args.cache_dir,
+        dtype=dtype,
+    )
+    return model.requires_grad_(False)
 
 
 def add_lora(model, *, rank, alpha, dropout, target_modules, modules_to_save=None, adapter_name="default"):
@@ -136,26 +153,64 @@ def add_lora(model, *, rank, alpha, dropout, target_modules, modules_to_save=Non
     return added
 
 
-def quantize_base(model, dtype):
-    """Replaces the linear layers of a frozen model's blocks by 4-bit NormalFloat ones (arXiv 2305.14314) that
-    compute in `dtype`. The weights shrink once the model is moved to its device."""
-    from bitsandbytes.nn import Linear4bit, Params4bit
+def repeated_blocks(model):
+    """The blocks that a transformer of diffusers consists of, such as FLUX.1's double and single ones."""
+    lists = [part for name, part in model.named_children() if name.endswith("blocks")]
+    return [block for blocks in lists for block in blocks]
+
+
+def quantize_base(model, dtype, kind="nf4"):
+    """Replaces the linear layers of a frozen model's blocks by bitsandbytes' 4-bit NormalFloat (nf4, arXiv 2305.14314)
+    or 8-bit (int8, arXiv 2208.07339) ones that compute in `dtype`. The weights shrink once the model is moved to its
+    device. Of "none", the model stays as it is."""
+    from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 
     layers = [pair for pair in model.named_modules() if isinstance(pair[1], torch.nn.Linear) and "blocks." in pair[0]]
-    for name, layer in layers:
-        new = Linear4bit(
-            layer.in_features,
-            layer.out_features,
-            bias=layer.bias is not None,
-            compute_dtype=dtype,
-            quant_type="nf4",
-            device="meta",
-        )
-        new.weight = Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
+    for name, layer in layers if kind != "none" else ():
+        shape = {"input_features": layer.in_features, "output_features": layer.out_features}
+        shape |= {"bias": layer.bias is not None, "device": "meta"}
+        if kind == "nf4":
+            new = Linear4bit(**shape, compute_dtype=dtype, quant_type="nf4")
+            new.weight = Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
+        else:
+            new = Linear8bitLt(**shape, has_fp16_weights=False)
+            new.weight = Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
         new.bias = layer.bias
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, new)
     return model
+
+
+def compile_blocks(model):
+    """torch.compile of a transformer's blocks, in place: each kind is compiled once, whatever their number."""
+    for block in repeated_blocks(model):
+        block.compile()
+
+
+def create_optimizer(args, params, scale=1, text_params=()):
+    """The optimizer that --optimizer names, over the parameters of the adapter (or model) and of text encoders.
+
+    Learning rates are multiplied by `scale`. Prodigy has one for all, as its authors ask.
+    """
+    groups = [{"params": params, "lr": args.learning_rate * scale, "weight_decay": args.adam_weight_decay}]
+    if text_params:
+        rate = args.learning_rate if args.optimizer == "prodigy" else args.text_encoder_lr
+        decay = args.adam_weight_decay_text_encoder
+        groups.append({"params": text_params, "lr": rate * scale, "weight_decay": decay})
+    groups = [group for group in groups if group["params"]]
+    shared = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    if args.optimizer == "prodigy":
+        from prodigyopt import Prodigy
+
+        own = ("beta3", "decouple", "use_bias_correction", "safeguard_warmup")
+        return Prodigy(groups, **shared, **{name: getattr(args, f"prodigy_{name}") for name in own})
+    if args.optimizer == "sgd":
+        return torch.optim.SGD(groups)
+    if args.use_8bit_adam:
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(groups, **shared)
+    return torch.optim.AdamW(groups, **shared)
 
 
 def save_lora(
@@ -170,17 +225,20 @@ def save_lora(
 ):
     """Writes the adapters of {"transformer": model, ...} as `weight_name`, with the metadata from which
     `pipeline_class.load_lora_weights` restores their strength (alpha / rank). `metadata`, {name: text}, goes into the
-    file's header beside it."""
+    file's header beside it. All processes call it, one writes.
+    """
     if not modules:
         return
     layers = {}
     for name, model in modules.items():
         state_dict = get_peft_model_state_dict(model, adapter_name=adapter_name)
-        layers[f"{name}_lora_layers"] = {key: value.to("cpu", dtype) for key, value in state_dict.items()}
+        layers[f"{name}_lora_layers"] = {key: whole(value).to("cpu", dtype) for key, value in state_dict.items()}
         config = model.peft_config[adapter_name].to_dict()
         if not isinstance(config["target_modules"], str):
             config["target_modules"] = sorted(config["target_modules"])  # a set, in no fixed order
         layers[f"{name}_lora_adapter_metadata"] = config
+    if torch.distributed.is_initialized() and torch.distributed.get_rank():
+        return
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     partial = directory / f".{weight_name}.partial"
@@ -213,17 +271,23 @@ def load_lora(directory, modules, *, adapter_name="default", weight_name=LORA_WE
         raise ValueError(f"the LoRA in {directory} holds layers this run does not train: {', '.join(state_dict)}")
 
 
-def register_lora_checkpointing(accelerator, pipeline_class, modules, files=None):
+def register_lora_checkpointing(accelerator, pipeline_class, modules, optimizer, files=None):
     """Makes `accelerator.save_state` and `load_state` handle the adapters alone, not the frozen models around them.
 
-    `files`, {adapter name: file name}, names the adapters if there is another than "default".
+    `files`, {adapter name: file name}, names the adapters if there is another than "default". With a sharded model,
+    each process handles its part of the adapter and of the optimizer's state.
     """
+    if any(map(is_sharded, modules.values())):
+        named = [pair for model in modules.values() for pair in model.named_parameters()]
+        parameters = {name: parameter for name, parameter in named if parameter.requires_grad}
+        parts = {"adapter": lambda: [local(parameter) for parameter in parameters.values()]}
+        register_tensor_checkpointing(accelerator, parts, parameters, optimizer)
+        return
     files = files or {"default": LORA_WEIGHT_NAME_SAFE}
 
     def save(models, weights, output_dir):
-        if accelerator.is_main_process:
-            for adapter_name, weight_name in files.items():
-                save_lora(output_dir, pipeline_class, modules, adapter_name=adapter_name, weight_name=weight_name)
+        for adapter_name, weight_name in files.items():
+            save_lora(output_dir, pipeline_class, modules, adapter_name=adapter_name, weight_name=weight_name)
         weights.clear()
 
     def load(models, input_dir):
@@ -241,13 +305,50 @@ def register_lora_checkpointing(accelerator, pipeline_class, modules, files=None
 
 
 def shard(transformer, device, dtype):
-    """Splits the float32 weights of each block over the processes (FSDP2); a block is gathered while it computes, in
-    `dtype`, on `device`."""
+    """Splits the weights of each block, of any dtype, over the processes (FSDP2); a block is gathered while it
+    computes, in `dtype`, on `device`. Parameters are other objects afterwards."""
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    policy = MixedPrecisionPolicy(param_dtype=dtype if dtype != torch.float32 else None, reduce_dtype=torch.float32)
-    blocks = [module for module in transformer.modules() if type(module).__name__ in transformer._no_split_modules]
-    for module in [*blocks, transformer]:
+    policy = MixedPrecisionPolicy(
+        param_dtype=dtype if dtype != torch.float32 else None,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,  # times and positions stay in float32
+    )
+    for module in [*repeated_blocks(transformer), transformer]:
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+
+
+def is_sharded(model):
+    """Whether `shard` has split a model."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def check_processes(accelerator, args):
+    """Problems of the kind and number of processes."""
+    supported = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+    problems, kind = [], accelerator.distributed_type
+    if kind not in supported:
+        instead = "; FSDP2 is --fsdp here" if kind == DistributedType.FSDP else ""
+        problems.append(f"{kind.value}: not supported, choose multi-GPU without it in accelerate config{instead}")
+    if not args.fsdp:
+        return problems
+    if accelerator.num_processes == 1:
+        problems.append("--fsdp needs more than one process: accelerate launch --num_processes N")
+    if accelerator.scaler is not None:
+        problems.append("--mixed_precision fp16 does not work with --fsdp: use bf16")
+    if args.optimizer == "prodigy":
+        problems.append("--optimizer prodigy does not work with --fsdp: use adamw")
+    refused = ("use_8bit_adam", "train_text_encoder", "train_text_encoder_ti")
+    problems += [
+        f"--{flag} does not work with --fsdp: leave one out" for flag in refused if getattr(args, flag, False)
+    ]
+    if args.quantize_base != "none":
+        problems.append(f"--quantize_base {args.quantize_base} does not work with --fsdp: leave one out")
+    return problems
+
+
+def whole(value):
+    """A sharded tensor in full, which all processes must ask for; others as they are."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def local(parameter):
@@ -301,7 +402,7 @@ def save_model(accelerator, folder, model, config_class, dtype):
     """Writes all weights of a model, sharded or not, so that `config_class.from_pretrained` loads them."""
     state_dict = {}
     for name, value in model.state_dict().items():
-        value = value.full_tensor() if isinstance(value, DTensor) else value  # all processes take part
+        value = whole(value)
         if accelerator.is_main_process:
             state_dict[name] = value.to("cpu", dtype)
     if accelerator.is_main_process:
@@ -328,7 +429,7 @@ def lora_layers(modules):
     for name, model in modules.items():
         weights, alpha = get_peft_model_state_dict(model), float(model.peft_config["default"].lora_alpha)
         for key in [key for key in weights if key.endswith(".lora_A.weight")]:
-            pair = weights[key].cpu(), weights[key.replace("lora_A", "lora_B")].cpu()
+            pair = whole(weights[key]).cpu(), whole(weights[key.replace("lora_A", "lora_B")]).cpu()
             layers[full_name(f"{name}.{key.removesuffix('.lora_A.weight')}")] = (*pair, alpha)
     return layers
 
@@ -391,13 +492,12 @@ def read_lora(path):
             alpha = alpha or adapter.get(f"{part}.lora_alpha", len(down))
             alpha *= math.sqrt(len(down)) if adapter.get(f"{part}.use_rslora") else 1
             layers |= split_layer(name, down, up, float(tensors.pop(f"{name}.alpha", alpha)))
-    unknown = [
-        *tensors,
-        *(name for name in layers if not name.startswith(("transformer.", "text_encoder.text_model."))),
-    ]
+    known = {f"transformer.{part}" for parts in FLUX_LAYERS.values() for part in parts}
+    strangers = [name for name in layers if re.sub(r"\.\d+\.", ".#.", name, count=1) not in known]
+    unknown = [*tensors, *(name for name in strangers if not name.startswith("text_encoder.text_model."))]
     if unknown or not layers:
         raise ValueError(f"{path}: not a LoRA for FLUX.1 in a known form: {', '.join(unknown[:5]) or 'nothing in it'}")
-    return layers, {key: value for key, value in header.items() if key != "format" and "_hash" not in key}
+    return layers, {key: value for key, value in header.items() if key not in STALE_HEADER}
 
 
 def fused_layers(layers):
@@ -516,7 +616,7 @@ def adapter_metadata(layers):
 def lora_header(layers, *, name, base_model, resolution, trigger_words, captions):
     """What a file says of itself to Forge, ComfyUI's managers and Civitai, by ModelSpec 1.0.1 and in kohya's words.
 
-    `base_model` is flux-1-dev or flux-1-schnell, `resolution` (width, height), `captions` {folder: {caption: count}}.
+    `base_model` is flux-1-dev or flux-1-schnell, `resolution` (width, height), `captions` {folder: {tag: count}}.
     """
     down, _, alpha = next(iter(layers.values()))
     return {
@@ -526,7 +626,7 @@ def lora_header(layers, *, name, base_model, resolution, trigger_words, captions
         "modelspec.title": name,
         "modelspec.resolution": "{}x{}".format(*resolution),
         "modelspec.date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "modelspec.trigger_phrase": ", ".join(trigger_words),
+        **({"modelspec.trigger_phrase": ", ".join(trigger_words)} if trigger_words else {}),
         "ss_output_name": name,
         "ss_base_model_version": "flux1",
         "ss_network_module": "networks.lora_flux",
@@ -604,6 +704,34 @@ def checkpoint_state(checkpoint):
     return state if isinstance(state, dict) and type(state.get("global_step")) is int else {}
 
 
+def check_output_dir(args):
+    """Problems of --output_dir and --resume_from_checkpoint."""
+    folder, checkpoint = args.output_dir, checkpoint_to_resume(args.output_dir, args.resume_from_checkpoint)
+    if folder.exists() and not folder.is_dir():
+        return [f"--output_dir {folder}: a file of this name is in the way"]
+    parent = next(path for path in [folder, *folder.absolute().parents] if path.exists())
+    if not os.access(parent, os.W_OK):
+        return [f"--output_dir {folder}: no permission to write there"]
+    found = find_checkpoints(folder)
+    if checkpoint is None and found:
+        return [
+            f"--output_dir {folder} holds {found[-1].name} of an earlier run: continue it with "
+            "--resume_from_checkpoint latest, delete it, or choose another folder"
+        ]
+    if checkpoint is None:
+        return []
+    if checkpoint in found and not (checkpoint / "trainer_state.json").is_file():
+        return checkpoint_damage(checkpoint)
+    if not (checkpoint / "trainer_state.json").is_file():
+        return [f"--resume_from_checkpoint {checkpoint}: no checkpoint there; use latest, or a checkpoint-N folder"]
+    if found and checkpoint.resolve() != found[-1].resolve():
+        return [
+            f"--output_dir {folder} holds {found[-1].name}, later than {checkpoint}: delete what is later, or choose "
+            "another folder"
+        ]
+    return []
+
+
 def checkpoint_conflicts(checkpoint, state):
     """What keeps a run with this `state` from continuing the checkpoint (or None) exactly, as a list of sentences."""
     if checkpoint is None:
@@ -639,7 +767,7 @@ def checkpoint_damage(checkpoint):
     ]
 
 
-def load_checkpoint(accelerator, checkpoint):
+def load_checkpoint(accelerator, checkpoint, lr_scheduler):
     """Restores what `save_checkpoint` saved and returns its step; step 0 for None.
 
     Ends the run with exit code 2 if the files do not fit the models and the optimizer.
@@ -652,6 +780,9 @@ def load_checkpoint(accelerator, checkpoint):
         reason = (str(error) or repr(error)).splitlines()[0]
         print(f"{Path(sys.argv[0]).name}: error: {checkpoint} cannot be restored: {reason}", file=sys.stderr)
         raise SystemExit(2) from error
+    optimizer = lr_scheduler.scheduler.optimizer
+    for group, rate in zip(optimizer.param_groups, lr_scheduler.get_last_lr(), strict=True):
+        group["lr"] = rate  # a sharded optimizer is restored without it
     accelerator.print(f"Resuming from {checkpoint}")
     return checkpoint_state(checkpoint)["global_step"]
 

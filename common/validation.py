@@ -7,14 +7,20 @@ import random
 import resource
 import sys
 import textwrap
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate.utils import gather_object
+from diffusers import FlowMatchEulerDiscreteScheduler
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HTTPError
 from PIL import Image, ImageDraw, ImageFont
 from tqdm.auto import tqdm
+
+from common.flow_matching import step_generator
+from common.lora import is_sharded
 
 
 @contextmanager
@@ -35,18 +41,66 @@ def undisturbed(*models, device):
             module.training = mode
 
 
+def sampling_pipeline(pipeline_class, transformer, vae, noise_scheduler):
+    """A pipeline around the models in training, without text encoders and with a scheduler of its own."""
+    return pipeline_class(
+        scheduler=FlowMatchEulerDiscreteScheduler.from_config(noise_scheduler.config),
+        vae=vae,
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        transformer=transformer,
+    )
+
+
 def generate_images(accelerator, pipeline, calls, *, seed, desc="Validation"):
     """One image per dictionary of pipeline arguments in `calls`, image i from a generator seeded with `seed` + i.
 
-    The processes share the work; each returns all images, in order.
+    The processes share the work, but for a sharded model, which needs all of them for each image; each process
+    returns all images, in order.
     """
+    sharded = is_sharded(pipeline.transformer)
     pipeline.set_progress_bar_config(disable=True)
     images = []
-    with accelerator.split_between_processes(list(enumerate(calls))) as share, accelerator.autocast():
+    numbered = list(enumerate(calls))
+    sharing = nullcontext(numbered) if sharded else accelerator.split_between_processes(numbered)
+    with sharing as share, accelerator.autocast():
         for i, call in tqdm(share, desc=desc, unit="image", leave=False, disable=not accelerator.is_main_process):
             generator = torch.Generator().manual_seed(seed + i)  # on the CPU: the same image on every device
             images += pipeline(**call, generator=generator).images
-    return gather_object(images)
+    return images if sharded else gather_object(images)
+
+
+def draw_class_images(accelerator, pipeline, call, args, present):
+    """Fills --class_data_dir up to --num_class_images with what the untrained model draws, where `present`
+    pictures are already; `call` are the pipeline's arguments for --class_prompt.
+
+    Image i comes from (seed, i) and appears whole or not at all: an interrupted run goes on where it was. A batch is
+    drawn as a whole also for one absent image, for rounding depends on the size of a batch.
+    """
+    args.class_data_dir.mkdir(parents=True, exist_ok=True)
+    paths = [args.class_data_dir / f"class-{i:05d}.png" for i in range(args.num_class_images)]
+    absent = [path for path in paths if not path.exists()]
+    absent = set(absent[: args.num_class_images - present])
+    batches = [range(len(paths))[i : i + args.sample_batch_size] for i in range(0, len(paths), args.sample_batch_size)]
+    batches = [batch for batch in batches if any(paths[i] in absent for i in batch)]
+    accelerator.wait_for_everyone()  # all have listed what is absent
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(args.prior_generation_precision)
+    device = accelerator.device
+    pipeline.set_progress_bar_config(disable=True)
+    precision = torch.autocast(device.type, dtype) if dtype else accelerator.autocast()
+    quiet = not absent or not accelerator.is_main_process
+    sharing = accelerator.split_between_processes(batches)
+    with undisturbed(pipeline.transformer, device=device), precision, sharing as share:
+        for batch in tqdm(share, desc="Drawing class images", unit="batch", disable=quiet):
+            generators = [step_generator(args.seed, i) for i in batch]
+            images = pipeline(**call, num_images_per_prompt=len(batch), generator=generators).images
+            for path, image in zip([paths[i] for i in batch], images, strict=True):
+                if path in absent:
+                    image.save(path.with_suffix(".partial"), format="PNG")
+                    path.with_suffix(".partial").replace(path)
+    accelerator.wait_for_everyone()
 
 
 def image_grid(images, captions, columns=4, min_width=192):
@@ -81,6 +135,15 @@ def log_images(accelerator, images, captions, *, name, step):
 
             pictures = [wandb.Image(image, caption=text) for image, text in zip(images, captions, strict=True)]
             tracker.log({name: pictures}, step=step)
+
+
+def save_images(accelerator, args, images, captions, *, step, grid=None):
+    """Sends pictures with their captions to validation/step-N.png, there as `grid` if given, and to the trackers."""
+    if accelerator.is_main_process:
+        folder = args.output_dir / "validation"
+        folder.mkdir(exist_ok=True)
+        (grid or image_grid(images, captions)).save(folder / f"step-{step:06d}.png")
+        log_images(accelerator, images, captions, name="validation", step=step)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -165,3 +228,43 @@ def plot_metrics(metrics_path, picture_path, title):
     lower.set(xlabel="step", ylabel="learning rate")
     figure.savefig(picture_path, dpi=100)
     plt.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the run leaves behind
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def save_model_card(args, text, tags, base_model, **data):
+    """README.md in the output folder: `text`, under the header that the hub reads."""
+    base_model = None if Path(base_model).exists() else base_model  # the hub refuses cards with a folder here
+    tags = [*tags, "diffusers-training"]
+    metadata = ModelCardData(library_name="diffusers", tags=tags, base_model=base_model, **data)
+    ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{text.strip()}\n").save(args.output_dir / "README.md")
+
+
+def create_hub_repo(args):
+    """The id of the repository that --push_to_hub uploads to, made now so that a wrong token shows before training."""
+    name = args.hub_model_id or args.output_dir.resolve().name
+    return HfApi(token=args.hub_token).create_repo(name, exist_ok=True).repo_id
+
+
+def push_to_hub(args, repo_id, unwanted=(), beside=None):
+    """Uploads the output folder, without checkpoints, logs and what is `unwanted` (patterns), and a file beside it."""
+    hub, unwanted = HfApi(token=args.hub_token), ["checkpoint-*/**", ".*", f"{args.logging_dir}/**", *unwanted]
+    try:
+        hub.upload_folder(repo_id=repo_id, folder_path=args.output_dir, ignore_patterns=unwanted)
+        if beside:
+            hub.upload_file(repo_id=repo_id, path_or_fileobj=beside, path_in_repo=beside.name)
+    except (HTTPError, OSError, ValueError) as error:
+        raise SystemExit(
+            f"--push_to_hub: {error}\nNothing is lost. Try again: hf upload {repo_id} {args.output_dir}"
+        ) from None
+
+
+def print_results(accelerator, args, step, results):
+    """What lies where: results {what: path in the output folder}, as far as they are there."""
+    files = {what: args.output_dir / name for what, name in results.items() if (args.output_dir / name).exists()}
+    accelerator.print(f"Trained {step} steps. In {args.output_dir}:")
+    width = max([7, *map(len, files)]) + 2
+    accelerator.print("\n".join(f"  {what:{width}}{path}" for what, path in files.items()))

@@ -601,21 +601,21 @@ def test_lora_files(arguments, adapter, lora_files, tmp_path, capsys, count):
 
 @pytest.fixture(scope="module")
 def saved(adapter, tmp_path_factory):
-    """(accelerator, folder with checkpoint-1 and checkpoint-2)."""
+    """(accelerator, schedule of the learning rate, folder with checkpoint-1 and checkpoint-2)."""
     folder, accelerator = tmp_path_factory.mktemp("saved"), Accelerator(cpu=True)
     parameters = [parameter for parameter in adapter[0].parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters)
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
-    register_lora_checkpointing(accelerator, FluxPipeline, {"transformer": adapter[0]})
+    register_lora_checkpointing(accelerator, FluxPipeline, {"transformer": adapter[0]}, optimizer)
     average = {"average": lambda: [parameter.detach() for parameter in parameters]}
     register_tensor_checkpointing(accelerator, average, {f"p{i}": p for i, p in enumerate(parameters)})
-    accelerator.prepare(optimizer, schedule)
+    optimizer, schedule = accelerator.prepare(optimizer, schedule)
     for step in (1, 2):
         for parameter in parameters:
             parameter.grad = torch.ones_like(parameter)
         optimizer.step()
         save_checkpoint(accelerator, folder, step, {"seed": "5"})
-    yield accelerator, folder
+    yield accelerator, schedule, folder
     accelerator.free_memory()
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
@@ -624,7 +624,7 @@ def saved(adapter, tmp_path_factory):
 @pytest.mark.parametrize("count", [150, pytest.param(3000, marks=pytest.mark.slow)])
 def test_checkpoints(saved, tmp_path, capsys, count):
     """Whatever becomes of a file is seen before anything is loaded; files that were saved so end the run, or load."""
-    accelerator, folder = saved
+    accelerator, schedule, folder = saved
     files = {path.name: path.read_bytes() for path in (folder / "checkpoint-2").iterdir()}
     assert {"optimizer.bin", "scheduler.bin", "random_states_0.pkl", "state.safetensors", CHECKSUMS} < files.keys()
     loaded = []
@@ -651,7 +651,7 @@ def test_checkpoints(saved, tmp_path, capsys, count):
             if checkpoint_conflicts(checkpoint, {}):
                 return
             try:
-                loaded.append(load_checkpoint(accelerator, checkpoint) >= 0)
+                loaded.append(load_checkpoint(accelerator, checkpoint, schedule) >= 0)
             except SystemExit as stop:
                 assert stop.code == 2
                 assert str(checkpoint) in capsys.readouterr().err

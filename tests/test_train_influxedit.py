@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import train_influxedit as influxedit
+from common import validation
 from common.latents import encode_moments, pack_fill_condition, sample_latents
 from examples.influxedit import generate
 from examples.influxedit.generate import edit, load_pipeline, paint_beside
@@ -284,8 +285,8 @@ def test_the_files_alone_draw_the_last_validation_image(
     train, modes, tiny_fill, pairs, tmp_path, monkeypatch, capsys, kind
 ):
     drawn, (mode, *extra) = [], KINDS[kind]
-    honest = influxedit.log_images
-    monkeypatch.setattr(influxedit, "log_images", lambda a, b, *c, **d: drawn.append(b) or honest(a, b, *c, **d))
+    honest = validation.log_images
+    monkeypatch.setattr(validation, "log_images", lambda a, b, *c, **d: drawn.append(b) or honest(a, b, *c, **d))
     image, mask = pairs / "images" / "0.png", pairs / "masks" / "0.png"
     extra += ["--validation_prompt", "a circle", "--validation_image", image]
     extra += ["--validation_mask", mask] if mode == "mask" else []
