@@ -26,6 +26,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_family import SCRIPTS
 
+from common.latents import TensorCache, disk_cached
 from common.lora import (
     CHECKSUMS,
     LORA_FORMS,
@@ -728,3 +729,24 @@ def test_a_run_with_a_damaged_checkpoint(train, run_flags, script, tmp_path, cap
         assert {name: value.tolist() for name, value in load_file(path).items()} == {
             name: value.tolist() for name, value in tensors.items()
         }
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_caches(saved, tmp_path, count):
+    """What a crash of the machine left of a cached file is made anew."""
+    accelerator, value = saved[0], torch.arange(6.0)
+    cache = TensorCache(tmp_path, ["a model"])
+    disk_cached(tmp_path, b"key", lambda: value)
+    (file,) = tmp_path.glob("*.safetensors")
+    cache.fill(accelerator, [("picture",)], lambda name: {"a": value}, "Encoding")
+    wholes = [path.read_bytes() for path in (file, cache.path("picture"))]
+
+    def prop(content):
+        for path in (file, cache.path("picture")):
+            path.write_bytes(content)
+        cache.fill(accelerator, [("picture",)], lambda name: {"a": value}, "Encoding")
+        assert torch.equal(cache.load("picture")["a"], value)
+        assert torch.equal(disk_cached(tmp_path, b"key", lambda: value), value)
+
+    cuts = st.sampled_from(wholes).flatmap(lambda whole: st.integers(0, len(whole) - 1).map(lambda n: whole[:n]))
+    fuzz(count, prop, st.one_of(cuts, st.binary(max_size=60), st.just(bytes(len(wholes[0])))))
