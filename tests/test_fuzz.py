@@ -189,7 +189,6 @@ ODD_TEXT = [
     b"a\0red\0circle",
     b"\0",
     b"a " * 500_000,
-    b"circle" * 200_000,
     "\U0001f534\u200d\u202e\u0301 circle".encode(),
     b"\xed\xa0\x80",
     b"\r\r\x0b\x0c\x85",
@@ -339,7 +338,7 @@ def test_pictures(read, folder, script, count):
     fuzz(count, prop, st.one_of(damaged(wholes), st.binary(max_size=60)), st.sampled_from(SUFFIXES))
 
 
-@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("count", [40, pytest.param(500, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_captions(read, folder, script, count):
     def prop(content):
@@ -388,7 +387,7 @@ def test_what_is_no_file_in_a_folder(read, folder):
         assert read(script, data) == []
 
 
-@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("count", [40, pytest.param(500, marks=pytest.mark.slow)])
 def test_prompts_file(arguments, read, tmp_path, count):
     def prop(content):
         (tmp_path / "prompts").write_bytes(content)
@@ -600,7 +599,7 @@ def test_lora_files(arguments, adapter, lora_files, tmp_path, capsys, count):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def saved(adapter, tmp_path_factory):
     """(accelerator, schedule of the learning rate, folder with checkpoint-1 and checkpoint-2)."""
     folder, accelerator = tmp_path_factory.mktemp("saved"), Accelerator(cpu=True)
@@ -732,9 +731,9 @@ def test_a_run_with_a_damaged_checkpoint(train, run_flags, script, tmp_path, cap
 
 
 @pytest.mark.parametrize("count", COUNTS)
-def test_caches(saved, tmp_path, count):
+def test_caches(tmp_path, count):
     """What a crash of the machine left of a cached file is made anew."""
-    accelerator, value = saved[0], torch.arange(6.0)
+    accelerator, value = Accelerator(cpu=True), torch.arange(6.0)
     cache = TensorCache(tmp_path, ["a model"])
     disk_cached(tmp_path, b"key", lambda: value)
     (file,) = tmp_path.glob("*.safetensors")
