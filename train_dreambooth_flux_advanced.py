@@ -299,7 +299,7 @@ def parse_args(argv=None):
         help="frozen blocks in 4 or 8 bits (bitsandbytes)",
     )
     arg("--compile", action="store_true", help="torch.compile the transformer's repeated blocks")
-    arg("--offload", action="store_true", help="VAE in main memory while idle; with cache_latents it always is")
+    arg("--offload", action="store_true", help="what is frozen waits in main memory: text encoders by layers, the VAE")
     arg("--fsdp", action="store_true", help="split weights and optimizer over the processes (FSDP2)")
 
     arg = parser.add_argument_group("data", "a folder of pictures, or a dataset").add_argument
@@ -1257,8 +1257,13 @@ class PromptEncoder:
                 dropout=0.0,
                 target_modules=CLIP_TARGET_MODULES + (("fc1", "fc2") if args.lora_layers == "kohya" else ()),
             )
-        self.pipeline.to(accelerator.device)
         self.trained = {*self.new_tokens, *(["clip_l"] if args.train_text_encoder else [])}
+        parts = {"clip_l": "text_encoder", "t5": "text_encoder_2"}
+        if args.offload:
+            trained = [parts[kind] for kind in self.trained]
+            self.pipeline.enable_group_offload(accelerator.device, offload_type="leaf_level", exclude_modules=trained)
+        else:
+            self.pipeline.to(accelerator.device)
         self.cached = {"clip_l": {}, "t5": {}}  # {prompt: embedding on the CPU}
         self.fingerprints = {}
 

@@ -219,7 +219,7 @@ def parse_args(argv=None):
         help="frozen blocks in 4 or 8 bits (bitsandbytes)",
     )
     arg("--compile", action="store_true", help="torch.compile the transformer's repeated blocks")
-    arg("--offload", action="store_true", help="VAE in main memory while idle; with cache_latents it always is")
+    arg("--offload", action="store_true", help="what is frozen waits in main memory: text encoders by layers, the VAE")
     arg("--fsdp", action="store_true", help="split weights and optimizer over the processes (FSDP2)")
 
     arg = parser.add_argument_group("data", "folders with files of equal names, or a dataset").add_argument
@@ -865,7 +865,11 @@ class PromptEncoder:
                 dropout=0.0,
                 target_modules=CLIP_TARGET_MODULES,
             )
-        self.pipeline.to(accelerator.device)
+        if args.offload:
+            trained = ["text_encoder"] if args.train_text_encoder else []
+            self.pipeline.enable_group_offload(accelerator.device, offload_type="leaf_level", exclude_modules=trained)
+        else:
+            self.pipeline.to(accelerator.device)
         self.trained = {"clip_l"} if args.train_text_encoder else set()
         self.cached = {"clip_l": {}, "t5": {}}  # {prompt: embedding on the CPU}
 

@@ -234,7 +234,7 @@ def parse_args(argv=None):
         help="frozen blocks in 4 or 8 bits (bitsandbytes)",
     )
     arg("--compile", action="store_true", help="torch.compile the transformer's repeated blocks")
-    arg("--offload", action="store_true", help="VAE in main memory while idle; with cache_latents it always is")
+    arg("--offload", action="store_true", help="what is frozen waits in main memory: text encoders by layers, the VAE")
     arg("--fsdp", action="store_true", help="split weights and optimizer over the processes (FSDP2)")
 
     arg = parser.add_argument_group("data", "a folder of pictures, a dataset, or tars").add_argument
@@ -1117,7 +1117,10 @@ class PromptEncoder:
         )
         for encoder in (self.pipeline.text_encoder, self.pipeline.text_encoder_2):
             encoder.requires_grad_(False).eval()
-        self.pipeline.to(accelerator.device)
+        if args.offload:
+            self.pipeline.enable_group_offload(accelerator.device, offload_type="leaf_level")
+        else:
+            self.pipeline.to(accelerator.device)
         self.cached = {}  # {prompt: (prompt_embeds, pooled_prompt_embeds) on the CPU}
 
     @torch.no_grad()

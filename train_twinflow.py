@@ -244,7 +244,7 @@ def parse_args(argv=None):
         help="frozen blocks in 4 or 8 bits (bitsandbytes)",
     )
     arg("--compile", action="store_true", help="torch.compile the transformer's repeated blocks")
-    arg("--offload", action="store_true", help="VAE in main memory while idle; with cache_latents it always is")
+    arg("--offload", action="store_true", help="what is frozen waits in main memory: text encoders by layers, the VAE")
     arg("--fsdp", action="store_true", help="split weights and optimizer over the processes (FSDP2)")
 
     arg = parser.add_argument_group("data", "a folder of pictures or parquet files, a dataset, prompts").add_argument
@@ -748,6 +748,9 @@ class Backbone:
         for part in pipeline.components.values():
             if isinstance(part, torch.nn.Module):
                 part.requires_grad_(False).eval()  # T5 has dropout
+        if args.offload:
+            pipeline.enable_group_offload(device, offload_type="leaf_level")
+            return pipeline
         return pipeline.to(device)
 
     def load_vae(self, dtype):
