@@ -98,6 +98,7 @@ from common.lora import (
     write_lora,
 )
 from common.validation import (
+    check_hub,
     create_hub_repo,
     draw_class_images,
     generate_images,
@@ -521,14 +522,9 @@ def check_flags(args):
         parent = next(path for path in [folder, *folder.parents] if path.exists())
         if not (parent.is_dir() and os.access(parent, os.W_OK)):
             problems.append(f"--disk_cache_dir {args.disk_cache_dir}: {parent} is no folder that can be written to")
-    if (args.hub_token or args.hub_model_id) and not args.push_to_hub:
-        problems.append("--hub_token and --hub_model_id have no effect without --push_to_hub")
-    token = args.hub_token or ""
-    if " " in token or not token.isprintable():  # the library's errors would show it
-        problems.append("--hub_token: is no token, for it has spaces or line ends")
     if args.mixed_precision == "fp16" and not torch.accelerator.is_available():
         problems.append("--mixed_precision fp16 needs a GPU: use bf16 or no")
-    return problems
+    return problems + check_hub(args)
 
 
 # same in all trainers

@@ -91,6 +91,7 @@ from common.lora import (
     unknown_layers,
 )
 from common.validation import (
+    check_hub,
     create_hub_repo,
     draw_class_images,
     generate_images,
@@ -390,14 +391,9 @@ def check_flags(args):
         problems.append(f"--prodigy_beta3 has no effect on --optimizer {args.optimizer}: leave it out")
     if args.timestep_sampling != "sigma" and args.weighting_scheme in ("logit_normal", "mode"):
         problems.append(f"--weighting_scheme {args.weighting_scheme} has no effect without --timestep_sampling sigma")
-    if (args.hub_token or args.hub_model_id) and not args.push_to_hub:
-        problems.append("--hub_token and --hub_model_id have no effect without --push_to_hub")
-    token = args.hub_token or ""
-    if " " in token or not token.isprintable():  # the library's errors would show it
-        problems.append("--hub_token: is no token, for it has spaces or line ends")
     if args.mixed_precision == "fp16" and not torch.accelerator.is_available():
         problems.append("--mixed_precision fp16 needs a GPU: use bf16 or no")
-    return problems
+    return problems + check_hub(args)
 
 
 def check_validation(args):

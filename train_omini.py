@@ -92,6 +92,7 @@ from common.lora import (
     unknown_layers,
 )
 from common.validation import (
+    check_hub,
     create_hub_repo,
     generate_images,
     log_step,
@@ -428,14 +429,9 @@ def check_flags(args):
         problems.append("--validation_prompt and --validation_image need each other")
     if args.final_validation_prompt and args.skip_final_inference:
         problems.append("--final_validation_prompt has no effect with --skip_final_inference: leave one out")
-    if (args.hub_token or args.hub_model_id) and not args.push_to_hub:
-        problems.append("--hub_token and --hub_model_id have no effect without --push_to_hub")
-    token = args.hub_token or ""
-    if " " in token or not token.isprintable():  # the library's errors would show it
-        problems.append("--hub_token: is no token, for it has spaces or line ends")
     if args.mixed_precision == "fp16" and not torch.accelerator.is_available():
         problems.append("--mixed_precision fp16 needs a GPU: use bf16 or no")
-    return problems
+    return problems + check_hub(args)
 
 
 def check_conditions(args):

@@ -41,6 +41,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import free_memory, offload_models
+from huggingface_hub.errors import HTTPError
 from PIL import Image, ImageOps
 from safetensors import safe_open
 from torch.distributed.fsdp import FSDPModule
@@ -86,12 +87,15 @@ from common.lora import (
     unknown_layers,
 )
 from common.validation import (
+    check_hub,
+    create_hub_repo,
     image_grid,
     log_step,
     open_metrics,
     peak_memory,
     plot_metrics,
     print_results,
+    push_to_hub,
     save_images,
     save_model_card,
     start_logging,
@@ -138,6 +142,7 @@ CHANGEABLE = {
     *("validation_prompt", "validation_image", "validation_steps", "validation_epochs", "num_validation_images"),
     *("validation_samplers", "resume_from_checkpoint"),
     *("output_dir", "logging_dir", "report_to", "upcast_before_saving"),
+    *("push_to_hub", "hub_token", "hub_model_id"),
 }
 
 
@@ -339,6 +344,9 @@ def parse_args(argv=None):
     arg("--logging_dir", type=Path, default=Path("logs"), help="folder of the trackers' files in output_dir")
     arg("--report_to", choices=TRACKERS, default="tensorboard", help="where curves and pictures are sent")
     arg("--upcast_before_saving", action="store_true", help="save the adapter in float32, not in mixed_precision")
+    arg("--push_to_hub", action="store_true", help="upload the results, without checkpoints and logs")
+    arg("--hub_token", help="token for it (default: that of `hf auth login`); it is written nowhere")
+    arg("--hub_model_id", help="repository for it (default: the name of output_dir)")
 
     argv = sys.argv[1:] if argv is None else argv
     try:
@@ -418,7 +426,7 @@ def check_flags(args):
         problems.append(f"--validation_steps {args.validation_steps} needs --validation_prompt")
     if args.mixed_precision == "fp16" and not torch.accelerator.is_available():
         problems.append("--mixed_precision fp16 needs a GPU: use bf16 or no")
-    return problems
+    return problems + check_hub(args)
 
 
 def check_method(args):
@@ -1447,6 +1455,12 @@ def main(args):
     problems += check_run(accelerator, args, max_train_steps) + checkpoint_conflicts(checkpoint, run)
     if problems:
         fail(accelerator, problems)
+    hub_repo = None
+    if args.push_to_hub and accelerator.is_main_process:
+        try:
+            hub_repo = create_hub_repo(args)
+        except (HTTPError, OSError, ValueError) as error:
+            fail(accelerator, [f"--push_to_hub: {error}"])
     args.output_dir.mkdir(parents=True, exist_ok=True)
 
     # 3. Prompts and latents: text encoders and VAE are done before the transformer is loaded
@@ -1615,6 +1629,8 @@ def main(args):
     result = "transformer" if full else "pytorch_lora_weights.safetensors"
     results = {"result": result, "usage": "README.md", "loss": "loss.png", "pictures": "validation"}
     print_results(accelerator, args, global_step, results)
+    if hub_repo:
+        push_to_hub(args, hub_repo, ["encoded/**"])
 
 
 if __name__ == "__main__":

@@ -243,6 +243,16 @@ def save_model_card(args, text, tags, base_model, **data):
     ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{text.strip()}\n").save(args.output_dir / "README.md")
 
 
+def check_hub(args):
+    """Problems of the flags for the hub."""
+    problems, token = [], args.hub_token or ""
+    if (args.hub_token or args.hub_model_id) and not args.push_to_hub:
+        problems.append("--hub_token and --hub_model_id have no effect without --push_to_hub")
+    if " " in token or not token.isprintable():  # the library's errors would show it
+        problems.append("--hub_token: is no token, for it has spaces or line ends")
+    return problems
+
+
 def create_hub_repo(args):
     """The id of the repository that --push_to_hub uploads to, made now so that a wrong token shows before training."""
     name = args.hub_model_id or args.output_dir.resolve().name

@@ -26,7 +26,7 @@ from common.lora import CHECKSUMS, checksums, load_checkpoint
 
 
 DREAMBOOTH, INFLUX, OMINI, TWINFLOW = SCRIPTS
-HUB_SCRIPTS = [DREAMBOOTH, INFLUX, OMINI]
+HUB_SCRIPTS = [DREAMBOOTH, INFLUX, OMINI, TWINFLOW]
 
 
 class Bomb:
