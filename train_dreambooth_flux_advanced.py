@@ -39,7 +39,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, ProjectConfiguration, gather_object, set_seed
+from accelerate.utils import ProjectConfiguration, gather_object, set_seed
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from diffusers.optimization import SchedulerType, get_scheduler
@@ -70,20 +70,25 @@ from common.lora import (
     FLUX_LAYERS,
     FLUX_TARGET_MODULES,
     LORA_FORMS,
+    QUANTIZATIONS,
     add_lora,
     catch_signals,
     check_output_dir,
+    check_processes,
     checkpoint_conflicts,
     checkpoint_to_resume,
+    compile_blocks,
     create_optimizer,
     diffusers_state_dict,
     load_checkpoint,
     load_model,
     lora_header,
     lora_layers,
+    quantize_base,
     register_lora_checkpointing,
     save_checkpoint,
     save_lora,
+    shard,
     target_layers,
     unknown_layers,
     write_lora,
@@ -278,7 +283,15 @@ def parse_args(argv=None):
     arg("--mixed_precision", choices=("no", "fp16", "bf16"), help="of the frozen models; the adapter stays in float32")
     arg("--allow_tf32", action="store_true", help="faster float32 matrix products on Ampere and later GPUs")
     arg("--gradient_checkpointing", action="store_true", help="less memory, a third more time per step")
+    arg(
+        "--quantize_base",
+        choices=QUANTIZATIONS,
+        default="none",
+        help="frozen blocks in 4 or 8 bits (bitsandbytes)",
+    )
+    arg("--compile", action="store_true", help="torch.compile the transformer's repeated blocks")
     arg("--offload", action="store_true", help="VAE in main memory while idle; with cache_latents it always is")
+    arg("--fsdp", action="store_true", help="split weights and optimizer over the processes (FSDP2)")
 
     arg = parser.add_argument_group("data", "a folder of pictures, or a dataset").add_argument
     arg("--instance_data_dir", type=Path, help="folder of pictures; captions in .txt files, metadata.jsonl or none")
@@ -1421,6 +1434,8 @@ def save_named_lora(args, adapted, examples, guided, dtype, epoch=None):
         folder = captions.setdefault(Path(example.name).parent.name, {})
         folder[example.prompt()] = folder.get(example.prompt(), 0) + example.repeats
     path = lora_file(args, epoch)
+    if torch.distributed.is_initialized() and torch.distributed.get_rank():
+        return
     header = lora_header(
         layers,
         name=path.stem,
@@ -1493,25 +1508,22 @@ def register_embedding_checkpointing(accelerator, text):
 
 def check_run(accelerator, args, max_train_steps):
     """Problems that show once the data and the processes are known."""
-    supported = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-    problems, kind = [], accelerator.distributed_type
-    if kind not in supported:
-        problems.append(f"{kind.value}: not supported, choose multi-GPU without it in accelerate config")
+    problems = check_processes(accelerator, args)
     if args.lr_scheduler != "constant" and args.lr_warmup_steps >= max_train_steps > 0:
         warmup = args.lr_warmup_steps
         problems.append(f"--lr_warmup_steps {warmup} must be less than the {max_train_steps} steps of the run")
     return problems
 
 
-def print_header(accelerator, args, examples, lora_params, transformer, text, steps):
+def print_header(accelerator, args, examples, lora_params, base_size, text, steps):
     """What is about to be trained on what."""
     max_train_steps, steps_per_epoch, text_stop = steps
-    trainable, total = (sum(p.numel() for p in parameters) for parameters in (lora_params, transformer.parameters()))
+    trainable = sum(p.numel() for p in lora_params)
     own_captions = sum(example.caption != example.options["class_tokens"] for example in examples)
     sizes = ", ".join(sorted({"{} x {}".format(*sides(example.options["resolution"])) for example in examples}))
     lines = [
         f"model    {args.pretrained_model_name_or_path}",
-        f"adapter  {trainable:,} parameters in {len(lora_params) // 2} layers, {trainable / total:.2%} of all",
+        f"adapter  {trainable:,} parameters in {len(lora_params) // 2} layers, {trainable / base_size:.2%} of all",
         f"data     {len(examples)} pictures at {sizes} px, {own_captions} with captions of their own",
         f"steps    {max_train_steps}, {steps_per_epoch} per epoch; a step is batch {args.train_batch_size} x "
         f"accumulation {args.gradient_accumulation_steps} x {accelerator.num_processes} {accelerator.device.type}, "
@@ -1600,11 +1612,10 @@ def main(args):
     noise_scheduler = load_scheduler(args)
     offload = args.offload or args.cache_latents
     vae = load_part(AutoencoderKL, "vae", args, weight_dtype).to("cpu" if offload else device)
-    load_transformer = functools.partial(load_part, FluxTransformer2DModel, "transformer", args, weight_dtype)
     transformer = None
     with offload_models(vae, device=device, offload=offload):
         if args.with_prior_preservation:
-            transformer = load_transformer().to(device)
+            transformer = load_part(FluxTransformer2DModel, "transformer", args, weight_dtype).to(device)
             pipeline = sampling_pipeline(FluxPipeline, transformer, vae, noise_scheduler)
             call = pipeline_call(text, args.class_prompt, args)
             draw_class_images(accelerator, pipeline, call, args, present=len(class_examples(args)))
@@ -1612,10 +1623,11 @@ def main(args):
         if args.cache_latents:
             folder = args.disk_cache_dir.expanduser() if args.cache_latents_to_disk else None
             dataset.moments = cache_moments(accelerator, vae, dataset.picture_keys(), dataset.pixel_values, folder)
-    transformer = transformer or load_transformer().to(device)
-    lora_params = []
+    transformer = transformer or load_part(FluxTransformer2DModel, "transformer", args, weight_dtype)
+    base_size = sum(parameter.numel() for parameter in transformer.parameters())
+    quantize_base(transformer, weight_dtype, args.quantize_base).to("cpu" if args.fsdp else device)
     if args.train_transformer_frac > 0:
-        lora_params = add_lora(
+        add_lora(
             transformer,
             rank=args.rank,
             alpha=args.lora_alpha,
@@ -1624,11 +1636,15 @@ def main(args):
         )
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
+    if args.compile:
+        compile_blocks(transformer)
+    if args.fsdp:
+        shard(transformer, device, weight_dtype)
+    params = {name: parameter for name, parameter in transformer.named_parameters() if parameter.requires_grad}
+    lora_params = list(params.values())
     adapted = {"transformer": transformer} if lora_params else {}
     if text.lora_params:
         adapted["text_encoder"] = text.encoders["clip_l"]
-    register_lora_checkpointing(accelerator, FluxPipeline, adapted)
-    register_embedding_checkpointing(accelerator, text)
     guided = transformer.config.guidance_embeds
     save_dtype = torch.float32 if args.upcast_before_saving else weight_dtype
 
@@ -1644,9 +1660,13 @@ def main(args):
     )
 
     # 6. Prepare and resume
-    optimizer, lr_scheduler = accelerator.prepare(optimizer, lr_scheduler)
-    transformer = accelerator.prepare(transformer) if lora_params else transformer
-    global_step = load_checkpoint(accelerator, checkpoint)
+    register_lora_checkpointing(accelerator, FluxPipeline, adapted, optimizer)
+    register_embedding_checkpointing(accelerator, text)
+    lr_scheduler = accelerator.prepare(lr_scheduler)
+    if not args.fsdp:
+        optimizer = accelerator.prepare(optimizer)
+        transformer = accelerator.prepare(transformer) if lora_params else transformer
+    global_step = load_checkpoint(accelerator, checkpoint, lr_scheduler)
     sampler.start, sampler.stop = global_step * accumulation, max_train_steps * accumulation
     train_dataloader = DataLoader(
         dataset, batch_sampler=sampler, collate_fn=collate, num_workers=args.dataloader_num_workers
@@ -1654,7 +1674,7 @@ def main(args):
 
     # 7. Train
     steps = max_train_steps, steps_per_epoch, text_stop
-    print_header(accelerator, args, examples, lora_params, transformer, text, steps)
+    print_header(accelerator, args, examples, lora_params, base_size, text, steps)
     start_logging(accelerator, args, "dreambooth-flux")
     draw = functools.partial(validate, accelerator, transformer, vae, noise_scheduler, text, args)
     if text.trained and global_step >= text_stop:
@@ -1675,16 +1695,17 @@ def main(args):
                 with offload_models(vae, device=device, offload=offload):
                     moments = encode_moments(vae, batch["pixel_values"])
             prompt_embeds, pooled_prompt_embeds = text(batch["prompt"])
-            losses = compute_loss(
-                transformer,
-                sample_latents(moments, vae.config, generator),
-                prompt_embeds,
-                pooled_prompt_embeds,
-                args=args,
-                noise_scheduler=noise_scheduler,
-                guidance=torch.full((len(moments),), args.guidance_scale, device=device) if guided else None,
-                generator=generator,
-            )
+            with accelerator.autocast():
+                losses = compute_loss(
+                    transformer,
+                    sample_latents(moments, vae.config, generator),
+                    prompt_embeds,
+                    pooled_prompt_embeds,
+                    args=args,
+                    noise_scheduler=noise_scheduler,
+                    guidance=torch.full((len(moments),), args.guidance_scale, device=device) if guided else None,
+                    generator=generator,
+                )
             kinds = 2 if args.with_prior_preservation else 1  # of pictures in a batch, whose mean losses are added
             loss = kinds * (losses * batch["weight"].to(device)).mean()
             accelerator.backward(loss)
@@ -1730,7 +1751,7 @@ def main(args):
             checkpoint = save_checkpoint(accelerator, args.output_dir, global_step, run, args.checkpoints_total_limit)
         epoch, rest = divmod(global_step, steps_per_epoch)
         whole = args.save_every_n_epochs and not rest and epoch % args.save_every_n_epochs == 0
-        if whole and adapted and not done and accelerator.is_main_process:
+        if whole and adapted and not done:
             save_named_lora(args, adapted, examples, guided, save_dtype, epoch)
         if interrupted and not done:
             accelerator.end_training()
@@ -1744,11 +1765,11 @@ def main(args):
     progress_bar.close()
 
     # 8. Save and final validation
+    if args.output_name and adapted:
+        save_named_lora(args, adapted, examples, guided, save_dtype)
+    else:
+        save_lora(args.output_dir, FluxPipeline, adapted, save_dtype)
     if accelerator.is_main_process:
-        if args.output_name and adapted:
-            save_named_lora(args, adapted, examples, guided, save_dtype)
-        else:
-            save_lora(args.output_dir, FluxPipeline, adapted, save_dtype)
         embeddings_name = f"{args.output_dir.resolve().name}_emb.safetensors"
         text.save_embeddings(args.output_dir / embeddings_name)
         text.export_embeddings(args.output_dir / "embeddings")

@@ -40,7 +40,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list, gather_object, set_seed
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object, set_seed
 from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
@@ -69,17 +69,22 @@ from common.latents import (
 )
 from common.lora import (
     FLUX_TARGET_MODULES,
+    QUANTIZATIONS,
     add_lora,
     catch_signals,
     check_output_dir,
+    check_processes,
     checkpoint_conflicts,
     checkpoint_to_resume,
+    compile_blocks,
     create_optimizer,
     load_checkpoint,
     load_model,
+    quantize_base,
     register_lora_checkpointing,
     save_checkpoint,
     save_lora,
+    shard,
     target_layers,
     unknown_layers,
 )
@@ -205,7 +210,15 @@ def parse_args(argv=None):
     arg("--mixed_precision", choices=("no", "fp16", "bf16"), help="of the frozen models; the adapter stays in float32")
     arg("--allow_tf32", action="store_true", help="faster float32 matrix products on Ampere and later GPUs")
     arg("--gradient_checkpointing", action="store_true", help="less memory, a third more time per step")
+    arg(
+        "--quantize_base",
+        choices=QUANTIZATIONS,
+        default="none",
+        help="frozen blocks in 4 or 8 bits (bitsandbytes)",
+    )
+    arg("--compile", action="store_true", help="torch.compile the transformer's repeated blocks")
     arg("--offload", action="store_true", help="VAE in main memory while idle; with cache_latents it always is")
+    arg("--fsdp", action="store_true", help="split weights and optimizer over the processes (FSDP2)")
 
     arg = parser.add_argument_group("data", "folders with files of equal names, or a dataset").add_argument
     arg("--instance_data_dir", type=Path, help="folder of pictures; captions in .txt files, metadata.jsonl or none")
@@ -1096,26 +1109,23 @@ def choose_seed(seed, checkpoint):
 
 def check_run(accelerator, args, max_train_steps):
     """Problems that show once the data and the processes are known."""
-    supported = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-    problems, kind = [], accelerator.distributed_type
-    if kind not in supported:
-        problems.append(f"{kind.value}: not supported, choose multi-GPU without it in accelerate config")
+    problems = check_processes(accelerator, args)
     if args.lr_scheduler != "constant" and args.lr_warmup_steps >= max_train_steps > 0:
         warmup = args.lr_warmup_steps
         problems.append(f"--lr_warmup_steps {warmup} must be less than the {max_train_steps} steps of the run")
     return problems
 
 
-def print_header(accelerator, args, examples, lora_params, transformer, text, steps):
+def print_header(accelerator, args, examples, lora_params, base_size, text, steps):
     """What is about to be trained on what."""
     max_train_steps, steps_per_epoch = steps
-    trainable, total = (sum(p.numel() for p in parameters) for parameters in (lora_params, transformer.parameters()))
+    trainable = sum(p.numel() for p in lora_params)
     own_captions = sum(example.caption != args.instance_prompt for example in examples)
     edges = ", ".join(map(str, args.resolution))
     partners = "with targets" if args.mode == "edit" else "with split masks" if args.use_split_mask else "with masks"
     lines = [
         f"model    {args.pretrained_model_name_or_path}",
-        f"adapter  {trainable:,} parameters, {trainable / total:.2%} of all"
+        f"adapter  {trainable:,} parameters, {trainable / base_size:.2%} of all"
         + (", those of x_embedder among them" if args.train_embedder else ""),
         f"data     {len(examples)} pictures {partners} at {edges} px, {own_captions} with captions of their own",
         f"steps    {max_train_steps}, {steps_per_epoch} per epoch; a step is batch {args.train_batch_size} x "
@@ -1208,8 +1218,10 @@ def main(args):
         if args.cache_latents:
             dataset.moments = cache_moments(accelerator, vae, dataset.picture_keys(), dataset.pixel_values)
     if transformer is None:
-        transformer = load_model(FluxTransformer2DModel, "transformer", args, weight_dtype).to(device)
-    lora_params = add_lora(
+        transformer = load_model(FluxTransformer2DModel, "transformer", args, weight_dtype)
+    base_size = sum(parameter.numel() for parameter in transformer.parameters())
+    quantize_base(transformer, weight_dtype, args.quantize_base).to("cpu" if args.fsdp else device)
+    add_lora(
         transformer,
         rank=args.rank,
         alpha=args.lora_alpha,
@@ -1219,10 +1231,14 @@ def main(args):
     )
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
+    if args.compile:
+        compile_blocks(transformer)
+    if args.fsdp:
+        shard(transformer, device, weight_dtype)
+    lora_params = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     adapted = {"transformer": transformer}
     if text.lora_params:
         adapted["text_encoder"] = text.encoders["clip_l"]
-    register_lora_checkpointing(accelerator, FluxFillPipeline, adapted)
     guided = transformer.config.guidance_embeds
 
     # 5. Optimizer and schedule
@@ -1237,8 +1253,11 @@ def main(args):
     )
 
     # 6. Prepare and resume
-    transformer, optimizer, lr_scheduler = accelerator.prepare(transformer, optimizer, lr_scheduler)
-    global_step = load_checkpoint(accelerator, checkpoint)
+    register_lora_checkpointing(accelerator, FluxFillPipeline, adapted, optimizer)
+    lr_scheduler = accelerator.prepare(lr_scheduler)
+    if not args.fsdp:
+        transformer, optimizer = accelerator.prepare(transformer, optimizer)
+    global_step = load_checkpoint(accelerator, checkpoint, lr_scheduler)
     sampler.start, sampler.stop = global_step * accumulation, max_train_steps * accumulation
     train_dataloader = DataLoader(
         dataset, batch_sampler=sampler, collate_fn=collate, num_workers=args.dataloader_num_workers
@@ -1246,7 +1265,7 @@ def main(args):
 
     # 7. Train
     steps = max_train_steps, steps_per_epoch
-    print_header(accelerator, args, examples, lora_params, transformer, text, steps)
+    print_header(accelerator, args, examples, lora_params, base_size, text, steps)
     start_logging(accelerator, args, "influxedit")
     draw = functools.partial(validate, accelerator, transformer, vae, noise_scheduler, text, args, cases=cases)
     if cases and global_step == 0:
@@ -1266,17 +1285,18 @@ def main(args):
                     moments = encode_moments(vae, batch["pixel_values"].flatten(0, 1)).unflatten(0, (-1, 2))
             latents, shown_latents = (sample_latents(part, vae.config, generator) for part in moments.unbind(1))
             prompt_embeds, pooled_prompt_embeds = text(batch["prompt"])
-            losses = compute_loss(
-                transformer,
-                latents,
-                pack_fill_condition(shown_latents, batch["mask"].to(device)),
-                prompt_embeds,
-                pooled_prompt_embeds,
-                args=args,
-                noise_scheduler=noise_scheduler,
-                guidance=torch.full((len(latents),), args.guidance_scale, device=device) if guided else None,
-                generator=generator,
-            )
+            with accelerator.autocast():
+                losses = compute_loss(
+                    transformer,
+                    latents,
+                    pack_fill_condition(shown_latents, batch["mask"].to(device)),
+                    prompt_embeds,
+                    pooled_prompt_embeds,
+                    args=args,
+                    noise_scheduler=noise_scheduler,
+                    guidance=torch.full((len(latents),), args.guidance_scale, device=device) if guided else None,
+                    generator=generator,
+                )
             instance_losses = losses[: len(losses) // 2] if args.with_prior_preservation else losses
             loss = instance_losses.mean()
             if args.with_prior_preservation:
@@ -1326,9 +1346,9 @@ def main(args):
     progress_bar.close()
 
     # 8. Save and final validation
+    save_dtype = torch.float32 if args.upcast_before_saving else weight_dtype
+    save_lora(args.output_dir, FluxFillPipeline, adapted, save_dtype)
     if accelerator.is_main_process:
-        save_dtype = torch.float32 if args.upcast_before_saving else weight_dtype
-        save_lora(args.output_dir, FluxFillPipeline, adapted, save_dtype)
         metrics.close()
         plot_metrics(args.output_dir / "metrics.jsonl", args.output_dir / "loss.png", title=args.output_dir.name)
         describe(args, weight_dtype, cases[0][0] if cases else examples[0].caption)

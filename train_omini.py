@@ -41,7 +41,7 @@ import psutil
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, ProjectConfiguration, gather_object, set_seed
+from accelerate.utils import ProjectConfiguration, gather_object, set_seed
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.optimization import SchedulerType, get_scheduler
@@ -50,6 +50,7 @@ from diffusers.training_utils import free_memory, offload_models
 from huggingface_hub.errors import HTTPError
 from PIL import Image, ImageFilter, ImageOps
 from safetensors import safe_open
+from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint as checkpoint_function
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 from tqdm.auto import tqdm
@@ -71,9 +72,11 @@ from common.latents import (
     upright,
 )
 from common.lora import (
+    QUANTIZATIONS,
     add_lora,
     catch_signals,
     check_output_dir,
+    check_processes,
     checkpoint_conflicts,
     checkpoint_to_resume,
     create_optimizer,
@@ -84,6 +87,7 @@ from common.lora import (
     register_lora_checkpointing,
     save_checkpoint,
     save_lora,
+    shard,
     target_layers,
     unknown_layers,
 )
@@ -223,9 +227,15 @@ def parse_args(argv=None):
     arg("--mixed_precision", choices=("no", "fp16", "bf16"), help="of the frozen models; the adapter stays in float32")
     arg("--allow_tf32", action="store_true", help="faster float32 matrix products on Ampere and later GPUs")
     arg("--gradient_checkpointing", action="store_true", help="less memory, a third more time per step")
-    arg("--quantize_base", choices=("none", "nf4"), default="none", help="the frozen blocks in 4 bits (bitsandbytes)")
+    arg(
+        "--quantize_base",
+        choices=QUANTIZATIONS,
+        default="none",
+        help="frozen blocks in 4 or 8 bits (bitsandbytes)",
+    )
     arg("--compile", action="store_true", help="torch.compile the transformer's repeated blocks")
     arg("--offload", action="store_true", help="VAE in main memory while idle; with cache_latents it always is")
+    arg("--fsdp", action="store_true", help="split weights and optimizer over the processes (FSDP2)")
 
     arg = parser.add_argument_group("data", "a folder of pictures, a dataset, or tars").add_argument
     arg("--instance_data_dir", type=Path, help="folder of pictures; captions in .txt files, metadata.jsonl or none")
@@ -1353,7 +1363,8 @@ def omini_forward(
     for i, (function, block, wanted) in enumerate(blocks):
         if compile_blocks and i < len(blocks) - 1:  # the last is unlike all others
             function = compiled(function)
-        inputs = (block, states, branches, cache[i] if reuse else None, *wanted)
+        function = bound(function, block)
+        inputs = (states, branches, cache[i] if reuse else None, *wanted)
         if checkpointing:
             states, stored = checkpoint_function(function, *inputs, use_reentrant=False)
         else:
@@ -1365,6 +1376,23 @@ def omini_forward(
     )
     scale, shift = shift_scale[:, None].chunk(2, dim=-1)
     return linear(transformer.proj_out, transformer.norm_out.norm(states[1]) * (1 + scale) + shift)
+
+
+def bound(function, module):
+    """A module's `function`; that of a sharded one is its method, see `shard_omini`."""
+    return getattr(module, "omini_forward", None) or functools.partial(function, module)
+
+
+def shard_omini(transformer, device, dtype, compile_blocks):
+    """`shard`, where `omini_forward` becomes a method of the model and of its blocks, whose calls FSDP2 sees."""
+    shard(transformer, device, dtype)
+    kinds = {double_block: transformer.transformer_blocks, single_block: transformer.single_transformer_blocks}
+    for function, blocks in kinds.items():
+        for block in blocks:
+            block.omini_forward = functools.partial(compiled(function) if compile_blocks else function, block)
+            register_fsdp_forward_method(block, "omini_forward")
+    transformer.omini_forward = functools.partial(omini_forward, transformer)
+    register_fsdp_forward_method(transformer, "omini_forward")
 
 
 def rotary_embedding(transformer, ids):
@@ -1453,8 +1481,7 @@ class OminiPipeline(FluxPipeline):
         self.scheduler.set_begin_index(0)
         for t in self.progress_bar(self.scheduler.timesteps):
             velocities = [
-                omini_forward(
-                    self.transformer,
+                bound(omini_forward, self.transformer)(
                     hidden_states=latents,
                     encoder_hidden_states=prompt_embeds,
                     pooled_projections=pooled_prompt_embeds,
@@ -1533,8 +1560,7 @@ def compute_loss(
         both, img_ids, valid = select_tokens(torch.cat([latents, noise], dim=-1), img_ids, hole.flatten(1))
         latents, noise = both.chunk(2, dim=-1)
     dtype = prompt_embeds.dtype
-    model_pred = omini_forward(
-        transformer,
+    model_pred = bound(omini_forward, transformer)(
         hidden_states=add_noise(latents, noise, sigmas).to(dtype),
         timestep=sigmas,
         guidance=guidance,
@@ -1647,10 +1673,7 @@ python examples/omini/generate.py {files} \\
 
 def check_run(accelerator, args, prompts, max_train_steps):
     """Problems that show once the data and the processes are known."""
-    supported = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-    problems, kind = [], accelerator.distributed_type
-    if kind not in supported:
-        problems.append(f"{kind.value}: not supported, choose multi-GPU without it in accelerate config")
+    problems = check_processes(accelerator, args)
     if args.lr_scheduler != "constant" and args.lr_warmup_steps >= max_train_steps > 0:
         warmup = args.lr_warmup_steps
         problems.append(f"--lr_warmup_steps {warmup} must be less than the {max_train_steps} steps of the run")
@@ -1764,13 +1787,11 @@ def main(args):
     )
     transformer = load_model(FluxTransformer2DModel, "transformer", args, weight_dtype)
     base_size = sum(parameter.numel() for parameter in transformer.parameters())
-    if args.quantize_base == "nf4":
-        quantize_base(transformer, weight_dtype)
-    transformer.to(device)
+    quantize_base(transformer, weight_dtype, args.quantize_base).to("cpu" if args.fsdp else device)
     files = {name: f"{name}.safetensors" for name in adapter_names(conditions)}
-    modules, lora_params = {"transformer": transformer}, []
+    modules = {"transformer": transformer}
     for name in files:
-        lora_params += add_lora(
+        add_lora(
             transformer,
             rank=args.rank,
             alpha=args.lora_alpha or args.rank,
@@ -1782,7 +1803,9 @@ def main(args):
         load_lora(path.parent, modules, adapter_name=name, weight_name=path.name)
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
-    register_lora_checkpointing(accelerator, FluxPipeline, modules, files)
+    if args.fsdp:
+        shard_omini(transformer, device, weight_dtype, args.compile)
+    lora_params = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     guided = transformer.config.guidance_embeds
 
     # 5. Optimizer and schedule
@@ -1797,8 +1820,10 @@ def main(args):
     )
 
     # 6. Prepare and resume
-    optimizer, lr_scheduler = accelerator.prepare(optimizer, lr_scheduler)
-    global_step = load_checkpoint(accelerator, checkpoint)
+    register_lora_checkpointing(accelerator, FluxPipeline, modules, optimizer, files)
+    lr_scheduler = accelerator.prepare(lr_scheduler)
+    optimizer = optimizer if args.fsdp else accelerator.prepare(optimizer)
+    global_step = load_checkpoint(accelerator, checkpoint, lr_scheduler)
     sampler.start, sampler.stop = global_step * accumulation, max_train_steps * accumulation
     if args.streaming:
         train_dataloader = DataLoader(sampler, batch_size=None)
@@ -1845,7 +1870,8 @@ def main(args):
             loss_sum = loss_sum + loss.detach() / accumulation
             if not accelerator.sync_gradients:
                 continue
-            reduce_gradients(accelerator, lora_params)
+            if not args.fsdp:
+                reduce_gradients(accelerator, lora_params)
             grad_norm = accelerator.clip_grad_norm_(lora_params, args.max_grad_norm)
             totals = torch.stack([loss_sum, torch.tensor(float(len(signals)), device=device)])
             mean_loss, interrupted = accelerator.reduce(totals, reduction="mean").tolist()
@@ -1886,19 +1912,19 @@ def main(args):
     progress_bar.close()
 
     # 8. Save and final validation
+    save_dtype = torch.float32 if args.upcast_before_saving else weight_dtype
+    for name, file in files.items():
+        metadata = adapter_metadata(args, conditions, name)
+        save_lora(
+            args.output_dir,
+            FluxPipeline,
+            modules,
+            save_dtype,
+            adapter_name=name,
+            weight_name=file,
+            metadata=metadata,
+        )
     if accelerator.is_main_process:
-        save_dtype = torch.float32 if args.upcast_before_saving else weight_dtype
-        for name, file in files.items():
-            metadata = adapter_metadata(args, conditions, name)
-            save_lora(
-                args.output_dir,
-                FluxPipeline,
-                modules,
-                save_dtype,
-                adapter_name=name,
-                weight_name=file,
-                metadata=metadata,
-            )
         metrics.close()
         plot_metrics(args.output_dir / "metrics.jsonl", args.output_dir / "loss.png", title=args.output_dir.name)
         describe(args, conditions, final_prompt or (examples[0].caption if examples else "a picture"))

@@ -38,7 +38,7 @@ import diffusers
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
+from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import free_memory, offload_models
 from PIL import Image, ImageOps
@@ -63,15 +63,19 @@ from common.latents import (
 )
 from common.lora import (
     FLUX_TARGET_MODULES,
+    QUANTIZATIONS,
     add_lora,
     catch_signals,
     check_output_dir,
+    check_processes,
     checkpoint_conflicts,
     checkpoint_to_resume,
+    compile_blocks,
     create_optimizer,
     load_checkpoint,
     load_model,
     local,
+    quantize_base,
     register_lora_checkpointing,
     register_tensor_checkpointing,
     save_checkpoint,
@@ -232,8 +236,15 @@ def parse_args(argv=None):
     arg("--mixed_precision", choices=("no", "fp16", "bf16"), help="of the frozen models; the adapter stays in float32")
     arg("--allow_tf32", action="store_true", help="faster float32 matrix products on Ampere and later GPUs")
     arg("--gradient_checkpointing", action="store_true", help="less memory, a third more time per step")
+    arg(
+        "--quantize_base",
+        choices=QUANTIZATIONS,
+        default="none",
+        help="frozen blocks in 4 or 8 bits (bitsandbytes)",
+    )
+    arg("--compile", action="store_true", help="torch.compile the transformer's repeated blocks")
     arg("--offload", action="store_true", help="VAE in main memory while idle; with cache_latents it always is")
-    arg("--fsdp", action="store_true", help="full training: weights, average and optimizer split over the processes")
+    arg("--fsdp", action="store_true", help="split weights and optimizer over the processes (FSDP2)")
 
     arg = parser.add_argument_group("data", "a folder of pictures or parquet files, a dataset, prompts").add_argument
     arg(
@@ -382,14 +393,12 @@ def check_flags(args):
         problems.append("--image_free: qwenimage-edit needs pictures to edit")
     if args.training == "full" and (args.lora_layers or args.lora_dropout):
         problems.append("--lora_layers and --lora_dropout have no effect on --training full: leave them out")
+    if args.training == "full" and args.quantize_base != "none":
+        problems.append(f"--quantize_base {args.quantize_base} is for --training lora: what is trained stays float32")
     if args.training == "lora" and args.target_time_init != "zero":
         problems.append(f"--target_time_init {args.target_time_init} has no effect on --training lora: leave it out")
-    if args.training == "lora" and args.fsdp:
-        problems.append("--fsdp shards --training full; an adapter is small: leave it out")
-    if args.optimizer == "prodigy" and (args.use_8bit_adam or args.fsdp):
-        problems.append("--use_8bit_adam and --fsdp have no effect on --optimizer prodigy: leave them out")
-    if args.use_8bit_adam and args.fsdp:
-        problems.append("--use_8bit_adam does not go with --fsdp: leave one out")
+    if args.optimizer == "prodigy" and args.use_8bit_adam:
+        problems.append("--use_8bit_adam has no effect on --optimizer prodigy: leave it out")
     if args.optimizer == "prodigy" and args.learning_rate <= 0.1:
         problems.append(f"--learning_rate {args.learning_rate:g}: Prodigy finds the rate itself and wants about 1")
     if args.validation_steps and not args.validation_prompt:
@@ -1341,15 +1350,7 @@ For {args.pretrained_model_name_or_path} ({args.model_type}): {kind}, by TwinFlo
 
 def check_run(accelerator, args, max_train_steps):
     """Problems that show once the data and the processes are known."""
-    supported = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-    problems, kind = [], accelerator.distributed_type
-    if kind not in supported:
-        instead = "; FSDP2 is --fsdp here" if kind == DistributedType.FSDP else ""
-        problems.append(f"{kind.value}: not supported, choose multi-GPU without it in accelerate config{instead}")
-    if args.fsdp and accelerator.num_processes == 1:
-        problems.append("--fsdp needs more than one process: accelerate launch --num_processes N")
-    if args.fsdp and accelerator.scaler is not None:
-        problems.append("--mixed_precision fp16 does not work with --fsdp: use bf16")
+    problems = check_processes(accelerator, args)
     if args.lr_scheduler != "constant" and args.lr_warmup_steps >= max_train_steps > 0:
         warmup = args.lr_warmup_steps
         problems.append(f"--lr_warmup_steps {warmup} must be less than the {max_train_steps} steps of the run")
@@ -1436,7 +1437,8 @@ def main(args):
     # 4. Transformer, teacher
     full = args.training == "full"
     dtype = torch.float32 if full else weight_dtype  # of the weights; what is trained is always float32
-    transformer = backbone.load_transformer(dtype).to("cpu" if args.fsdp else device)
+    transformer = quantize_base(backbone.load_transformer(dtype), dtype, args.quantize_base)
+    transformer.to("cpu" if args.fsdp else device)
     set_seed(args.seed)  # whatever was encoded, or found encoded, before
     if full:
         add_target_time(transformer, backbone.time_module, args.target_time_init)
@@ -1451,6 +1453,8 @@ def main(args):
         )
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
+    if args.compile:
+        compile_blocks(transformer)
     if args.fsdp:
         shard(transformer, device, weight_dtype)
     params = {name: parameter for name, parameter in transformer.named_parameters() if parameter.requires_grad}
@@ -1473,15 +1477,14 @@ def main(args):
         optimizer, transformer = accelerator.prepare(optimizer, transformer)
     lr_scheduler = accelerator.prepare(lr_scheduler)
     pipeline_class = getattr(diffusers, backbone.pipeline)
-    if not full:
-        register_lora_checkpointing(accelerator, pipeline_class, {"transformer": bare})
-    sets = {"model": lambda: teacher.live} if full else {}
+    by_tensor = full or args.fsdp
+    if not by_tensor:
+        register_lora_checkpointing(accelerator, pipeline_class, {"transformer": bare}, optimizer)
+    sets = {"model": lambda: teacher.live} if by_tensor else {}
     sets |= {"teacher": lambda: teacher.tensors} if 0 < args.ema_decay_rate < 1 else {}
     register_tensor_checkpointing(accelerator, sets, params, optimizer)
-    global_step = load_checkpoint(accelerator, checkpoint)
+    global_step = load_checkpoint(accelerator, checkpoint, lr_scheduler)
     teacher.catch_up(global_step)
-    for group, rate in zip(optimizer.param_groups, lr_scheduler.get_last_lr(), strict=True):
-        group["lr"] = rate  # a sharded optimizer is restored without it
     sampler.start, sampler.stop = global_step * accumulation, max_train_steps * accumulation
     train_dataloader = DataLoader(
         dataset, batch_sampler=sampler, collate_fn=collate, num_workers=args.dataloader_num_workers
@@ -1572,7 +1575,7 @@ def main(args):
         if full:
             transformer_class = getattr(diffusers, backbone.transformer)
             save_model(accelerator, args.output_dir / "transformer", bare, transformer_class, save_dtype)
-        elif accelerator.is_main_process:
+        else:
             save_lora(args.output_dir, pipeline_class, {"transformer": bare}, save_dtype)
     if accelerator.is_main_process:
         metrics.close()

@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from accelerate.utils import DistributedType
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.training_utils import cast_training_params
 from huggingface_hub import save_torch_state_dict
@@ -80,6 +81,7 @@ FLUX_LAYERS = {
     "final_layer.adaLN_modulation.1": ("norm_out.linear",),
 }
 LORA_FORMS = ("comfyui", "kohya", "diffusers")
+QUANTIZATIONS = ("none", "nf4", "int8")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -147,26 +149,38 @@ def add_lora(model, *, rank, alpha, dropout, target_modules, modules_to_save=Non
     return added
 
 
-def quantize_base(model, dtype):
-    """Replaces the linear layers of a frozen model's blocks by 4-bit NormalFloat ones (arXiv 2305.14314) that
-    compute in `dtype`. The weights shrink once the model is moved to its device."""
-    from bitsandbytes.nn import Linear4bit, Params4bit
+def repeated_blocks(model):
+    """The blocks that a transformer of diffusers consists of, such as FLUX.1's double and single ones."""
+    lists = [part for name, part in model.named_children() if name.endswith("blocks")]
+    return [block for blocks in lists for block in blocks]
+
+
+def quantize_base(model, dtype, kind="nf4"):
+    """Replaces the linear layers of a frozen model's blocks by bitsandbytes' 4-bit NormalFloat (nf4, arXiv 2305.14314)
+    or 8-bit (int8, arXiv 2208.07339) ones that compute in `dtype`. The weights shrink once the model is moved to its
+    device. Of "none", the model stays as it is."""
+    from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 
     layers = [pair for pair in model.named_modules() if isinstance(pair[1], torch.nn.Linear) and "blocks." in pair[0]]
-    for name, layer in layers:
-        new = Linear4bit(
-            layer.in_features,
-            layer.out_features,
-            bias=layer.bias is not None,
-            compute_dtype=dtype,
-            quant_type="nf4",
-            device="meta",
-        )
-        new.weight = Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
+    for name, layer in layers if kind != "none" else ():
+        shape = {"input_features": layer.in_features, "output_features": layer.out_features}
+        shape |= {"bias": layer.bias is not None, "device": "meta"}
+        if kind == "nf4":
+            new = Linear4bit(**shape, compute_dtype=dtype, quant_type="nf4")
+            new.weight = Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
+        else:
+            new = Linear8bitLt(**shape, has_fp16_weights=False)
+            new.weight = Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
         new.bias = layer.bias
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, new)
     return model
+
+
+def compile_blocks(model):
+    """torch.compile of a transformer's blocks, in place: each kind is compiled once, whatever their number."""
+    for block in repeated_blocks(model):
+        block.compile()
 
 
 def create_optimizer(args, params, scale=1, text_params=()):
@@ -207,17 +221,20 @@ def save_lora(
 ):
     """Writes the adapters of {"transformer": model, ...} as `weight_name`, with the metadata from which
     `pipeline_class.load_lora_weights` restores their strength (alpha / rank). `metadata`, {name: text}, goes into the
-    file's header beside it."""
+    file's header beside it. All processes call it, one writes.
+    """
     if not modules:
         return
     layers = {}
     for name, model in modules.items():
         state_dict = get_peft_model_state_dict(model, adapter_name=adapter_name)
-        layers[f"{name}_lora_layers"] = {key: value.to("cpu", dtype) for key, value in state_dict.items()}
+        layers[f"{name}_lora_layers"] = {key: whole(value).to("cpu", dtype) for key, value in state_dict.items()}
         config = model.peft_config[adapter_name].to_dict()
         if not isinstance(config["target_modules"], str):
             config["target_modules"] = sorted(config["target_modules"])  # a set, in no fixed order
         layers[f"{name}_lora_adapter_metadata"] = config
+    if torch.distributed.is_initialized() and torch.distributed.get_rank():
+        return
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     partial = directory / f".{weight_name}.partial"
@@ -250,17 +267,23 @@ def load_lora(directory, modules, *, adapter_name="default", weight_name=LORA_WE
         raise ValueError(f"the LoRA in {directory} holds layers this run does not train: {', '.join(state_dict)}")
 
 
-def register_lora_checkpointing(accelerator, pipeline_class, modules, files=None):
+def register_lora_checkpointing(accelerator, pipeline_class, modules, optimizer, files=None):
     """Makes `accelerator.save_state` and `load_state` handle the adapters alone, not the frozen models around them.
 
-    `files`, {adapter name: file name}, names the adapters if there is another than "default".
+    `files`, {adapter name: file name}, names the adapters if there is another than "default". With a sharded model,
+    each process handles its part of the adapter and of the optimizer's state.
     """
+    if any(map(is_sharded, modules.values())):
+        named = [pair for model in modules.values() for pair in model.named_parameters()]
+        parameters = {name: parameter for name, parameter in named if parameter.requires_grad}
+        parts = {"adapter": lambda: [local(parameter) for parameter in parameters.values()]}
+        register_tensor_checkpointing(accelerator, parts, parameters, optimizer)
+        return
     files = files or {"default": LORA_WEIGHT_NAME_SAFE}
 
     def save(models, weights, output_dir):
-        if accelerator.is_main_process:
-            for adapter_name, weight_name in files.items():
-                save_lora(output_dir, pipeline_class, modules, adapter_name=adapter_name, weight_name=weight_name)
+        for adapter_name, weight_name in files.items():
+            save_lora(output_dir, pipeline_class, modules, adapter_name=adapter_name, weight_name=weight_name)
         weights.clear()
 
     def load(models, input_dir):
@@ -278,13 +301,50 @@ def register_lora_checkpointing(accelerator, pipeline_class, modules, files=None
 
 
 def shard(transformer, device, dtype):
-    """Splits the float32 weights of each block over the processes (FSDP2); a block is gathered while it computes, in
-    `dtype`, on `device`."""
+    """Splits the weights of each block, of any dtype, over the processes (FSDP2); a block is gathered while it
+    computes, in `dtype`, on `device`. Parameters are other objects afterwards."""
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    policy = MixedPrecisionPolicy(param_dtype=dtype if dtype != torch.float32 else None, reduce_dtype=torch.float32)
-    blocks = [module for module in transformer.modules() if type(module).__name__ in transformer._no_split_modules]
-    for module in [*blocks, transformer]:
+    policy = MixedPrecisionPolicy(
+        param_dtype=dtype if dtype != torch.float32 else None,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,  # times and positions stay in float32
+    )
+    for module in [*repeated_blocks(transformer), transformer]:
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+
+
+def is_sharded(model):
+    """Whether `shard` has split a model."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def check_processes(accelerator, args):
+    """Problems of the kind and number of processes."""
+    supported = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+    problems, kind = [], accelerator.distributed_type
+    if kind not in supported:
+        instead = "; FSDP2 is --fsdp here" if kind == DistributedType.FSDP else ""
+        problems.append(f"{kind.value}: not supported, choose multi-GPU without it in accelerate config{instead}")
+    if not args.fsdp:
+        return problems
+    if accelerator.num_processes == 1:
+        problems.append("--fsdp needs more than one process: accelerate launch --num_processes N")
+    if accelerator.scaler is not None:
+        problems.append("--mixed_precision fp16 does not work with --fsdp: use bf16")
+    if args.optimizer == "prodigy":
+        problems.append("--optimizer prodigy does not work with --fsdp: use adamw")
+    refused = ("use_8bit_adam", "train_text_encoder", "train_text_encoder_ti")
+    problems += [
+        f"--{flag} does not work with --fsdp: leave one out" for flag in refused if getattr(args, flag, False)
+    ]
+    if args.quantize_base != "none":
+        problems.append(f"--quantize_base {args.quantize_base} does not work with --fsdp: leave one out")
+    return problems
+
+
+def whole(value):
+    """A sharded tensor in full, which all processes must ask for; others as they are."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def local(parameter):
@@ -338,7 +398,7 @@ def save_model(accelerator, folder, model, config_class, dtype):
     """Writes all weights of a model, sharded or not, so that `config_class.from_pretrained` loads them."""
     state_dict = {}
     for name, value in model.state_dict().items():
-        value = value.full_tensor() if isinstance(value, DTensor) else value  # all processes take part
+        value = whole(value)
         if accelerator.is_main_process:
             state_dict[name] = value.to("cpu", dtype)
     if accelerator.is_main_process:
@@ -365,7 +425,7 @@ def lora_layers(modules):
     for name, model in modules.items():
         weights, alpha = get_peft_model_state_dict(model), float(model.peft_config["default"].lora_alpha)
         for key in [key for key in weights if key.endswith(".lora_A.weight")]:
-            pair = weights[key].cpu(), weights[key.replace("lora_A", "lora_B")].cpu()
+            pair = whole(weights[key]).cpu(), whole(weights[key.replace("lora_A", "lora_B")]).cpu()
             layers[full_name(f"{name}.{key.removesuffix('.lora_A.weight')}")] = (*pair, alpha)
     return layers
 
@@ -660,11 +720,14 @@ def checkpoint_conflicts(checkpoint, state):
     ]
 
 
-def load_checkpoint(accelerator, checkpoint):
+def load_checkpoint(accelerator, checkpoint, lr_scheduler):
     """Restores what `save_checkpoint` saved and returns its step; step 0 for None."""
     if checkpoint is None:
         return 0
     accelerator.load_state(checkpoint)
+    optimizer = lr_scheduler.scheduler.optimizer
+    for group, rate in zip(optimizer.param_groups, lr_scheduler.get_last_lr(), strict=True):
+        group["lr"] = rate  # a sharded optimizer is restored without it
     accelerator.print(f"Resuming from {checkpoint}")
     return json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
 

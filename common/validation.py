@@ -7,7 +7,7 @@ import random
 import resource
 import sys
 import textwrap
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm.auto import tqdm
 
 from common.flow_matching import step_generator
+from common.lora import is_sharded
 
 
 @contextmanager
@@ -55,15 +56,19 @@ def sampling_pipeline(pipeline_class, transformer, vae, noise_scheduler):
 def generate_images(accelerator, pipeline, calls, *, seed, desc="Validation"):
     """One image per dictionary of pipeline arguments in `calls`, image i from a generator seeded with `seed` + i.
 
-    The processes share the work; each returns all images, in order.
+    The processes share the work, but for a sharded model, which needs all of them for each image; each process
+    returns all images, in order.
     """
+    sharded = is_sharded(pipeline.transformer)
     pipeline.set_progress_bar_config(disable=True)
     images = []
-    with accelerator.split_between_processes(list(enumerate(calls))) as share, accelerator.autocast():
+    numbered = list(enumerate(calls))
+    sharing = nullcontext(numbered) if sharded else accelerator.split_between_processes(numbered)
+    with sharing as share, accelerator.autocast():
         for i, call in tqdm(share, desc=desc, unit="image", leave=False, disable=not accelerator.is_main_process):
             generator = torch.Generator().manual_seed(seed + i)  # on the CPU: the same image on every device
             images += pipeline(**call, generator=generator).images
-    return gather_object(images)
+    return images if sharded else gather_object(images)
 
 
 def draw_class_images(accelerator, pipeline, call, args, present):

@@ -144,3 +144,27 @@ def train():
                 state._reset_state()
 
     return run
+
+
+@pytest.fixture
+def short_runs(tiny_model, tiny_fill, pictures, pairs):
+    """{trainer: flags of a run of a few steps on tiny things}; later flags override these."""
+    shared = ["--max_sequence_length", 8, "--train_batch_size", 2, "--report_to", "none", "--max_train_steps", 2]
+    shared += ["--learning_rate", 1e-3, "--rank", 2]
+    flux = ["--pretrained_model_name_or_path", tiny_model, *shared]
+    fill = ["--pretrained_model_name_or_path", tiny_fill, *shared, "--instance_data_dir", pairs / "images"]
+    return {
+        "train_dreambooth_flux_advanced": [*flux, "--instance_data_dir", pictures, "--resolution", 32],
+        "train_omini": [
+            *(*flux, "--instance_data_dir", pictures, "--target_size", 32, "--condition_type", "canny"),
+            *("--optimizer", "adamw"),
+        ],
+        "train_influxedit": [
+            *(*fill, "--target_data_dir", pairs / "targets", "--caption_data_dir", pairs / "captions"),
+            *("--mode", "edit", "--seed", 0, "--resolution", 32),
+        ],
+        "train_twinflow": [
+            *(*flux, "--train_data_dir", pictures, "--resolution", 32, "--train_batch_size", 4),
+            *("--training", "lora", "--model_type", "flux"),
+        ],
+    }

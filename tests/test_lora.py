@@ -135,16 +135,17 @@ def test_two_adapters_by_regex_train_together_and_have_a_file_each(tiny, tmp_pat
     torch.testing.assert_close(run(pipeline.transformer), run(model), atol=1e-5, rtol=1e-5)
 
 
-def test_a_4_bit_base_is_small_and_near(tiny):
-    quantized = quantize_base(copy.deepcopy(tiny.transformer).requires_grad_(False), torch.float32).to("cpu")
+@pytest.mark.parametrize(("kind", "bar"), [("nf4", 0.15), ("int8", 0.02)])
+def test_a_quantized_base_is_small_and_near(tiny, kind, bar):
+    quantized = quantize_base(copy.deepcopy(tiny.transformer).requires_grad_(False), torch.float32, kind).to("cpu")
     layer, own = (model.transformer_blocks[0].ff.net[0].proj for model in (quantized, tiny.transformer))
-    assert layer.weight.dtype == torch.uint8
-    assert layer.weight.numel() * 2 == own.weight.numel()
+    assert layer.weight.dtype == {"nf4": torch.uint8, "int8": torch.int8}[kind]
+    assert layer.weight.numel() * {"nf4": 2, "int8": 1}[kind] == own.weight.numel()
     assert quantized.x_embedder.weight.dtype == torch.float32
     inputs = torch.randn(64, own.in_features)
     error = (layer(inputs) - own(inputs)).std() / own(inputs).std()
     print(f"relative error of a quantized layer {error:.3f}")
-    assert 0 < error < 0.15
+    assert 0 < error < bar
     assert torch.isfinite(run(quantized)).all()
 
 

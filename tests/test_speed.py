@@ -1,0 +1,50 @@
+"""What makes a run faster or smaller works in every trainer and computes the same, or as near as it can."""
+
+import json
+
+import numpy as np
+import pytest
+
+
+SCRIPTS = ["train_dreambooth_flux_advanced", "train_omini", "train_influxedit", "train_twinflow"]
+
+
+def losses(folder):
+    return np.array([json.loads(line)["loss"] for line in (folder / "metrics.jsonl").open()])
+
+
+def difference(folder, other):
+    """Largest difference between the losses of two runs, as a share of the loss."""
+    return float((np.abs(losses(folder) - losses(other)) / losses(other)).max())
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_checkpointing_offload_and_8_bit_states_compute_nearly_the_same(train, short_runs, script, tmp_path):
+    for name, extra, bar in (
+        ("plain", (), 0),
+        ("checkpointing", ("--gradient_checkpointing",), 1e-5),
+        ("offload", ("--offload",), 0),
+        ("adam8bit", ("--use_8bit_adam",), 1e-2),
+        ("bf16", ("--mixed_precision", "bf16"), 0.2),
+    ):
+        train(script, *short_runs[script], *extra, "--output_dir", tmp_path / name)
+        found = difference(tmp_path / name, tmp_path / "plain")
+        print(f"{name}: losses differ by {found:.1e} (bar {bar:g})")
+        assert found <= bar
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_quantized_base_trains_near_the_plain_one(train, short_runs, script, tmp_path):
+    for kind, bar in (("none", 0), ("int8", 0.01), ("nf4", 0.1)):
+        train(script, *short_runs[script], "--quantize_base", kind, "--output_dir", tmp_path / kind)
+        found = difference(tmp_path / kind, tmp_path / "none")
+        print(f"{kind}: losses differ by {found:.1e} (bar {bar:g})")
+        assert found <= bar
+        assert (found > 0) == (kind != "none")
+
+
+@pytest.mark.parametrize("script", [SCRIPTS[0], *(pytest.param(s, marks=pytest.mark.slow) for s in SCRIPTS[1:])])
+def test_compiled_blocks_compute_the_same(train, short_runs, script, tmp_path):
+    for name, extra in (("plain", ()), ("compiled", ("--compile",))):
+        train(script, *short_runs[script], *extra, "--output_dir", tmp_path / name)
+    np.testing.assert_allclose(losses(tmp_path / "compiled"), losses(tmp_path / "plain"), atol=1e-4)
