@@ -10,19 +10,25 @@ are counted, so that activations are what autograd does keep. The optimizer is m
 """
 
 import argparse
+import math
 import sys
+import warnings
 import weakref
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
 
+import bitsandbytes
 import diffusers
 import torch
 import transformers
-from bitsandbytes.functional import quantize_4bit
-from bitsandbytes.nn import Params4bit
+from accelerate import DistributedType
+from bitsandbytes.functional import int8_vectorwise_quant, quantize_4bit, quantize_blockwise
+from bitsandbytes.nn import Int8Params, Params4bit
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -30,7 +36,16 @@ from torch.utils._pytree import tree_leaves
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from common.latents import encode_images
-from common.lora import FLUX_TARGET_MODULES, add_lora, create_optimizer, quantize_base
+from common.lora import (
+    FLUX_TARGET_MODULES,
+    QUANTIZATIONS,
+    add_lora,
+    check_processes,
+    create_optimizer,
+    local,
+    quantize_base,
+    shard,
+)
 from train_twinflow import BACKBONES, add_target_time
 
 
@@ -40,8 +55,14 @@ RESERVE = 1.0  # GiB of a card for the driver, cuBLAS and the gaps between tenso
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # What the memory of a step does not depend on, as create_optimizer wants it.
 OPTIMIZER = {
-    **{"learning_rate": 1.0, "adam_weight_decay": 0.0, "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8},
-    **{"prodigy_beta3": None, "prodigy_decouple": True, "prodigy_use_bias_correction": True},
+    "learning_rate": 1.0,
+    "adam_weight_decay": 0.0,
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.999,
+    "adam_epsilon": 1e-8,
+    "prodigy_beta3": None,
+    "prodigy_decouple": True,
+    "prodigy_use_bias_correction": True,
     "prodigy_safeguard_warmup": True,
 }
 
@@ -144,8 +165,12 @@ MODELS = {
         "sd3",
         diffusers.SD3Transformer2DModel,
         {
-            **{"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536, "qk_norm": "rms_norm"},
-            **{"pos_embed_max_size": 384, "dual_attention_layers": tuple(range(13))},
+            "num_layers": 24,
+            "num_attention_heads": 24,
+            "caption_projection_dim": 1536,
+            "qk_norm": "rms_norm",
+            "pos_embed_max_size": 384,
+            "dual_attention_layers": tuple(range(13)),
         },
         {"encoder_hidden_states": (77 + 256, 4096), "pooled_projections": (2048,)},
         (clip_l, clip_g, t5_xxl),
@@ -185,21 +210,42 @@ class LiveMemory(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.live = self.peak = 0
-        self.known = weakref.WeakSet()
+        self.sizes = {}  # of each storage, by its id
+
+    def __enter__(self):
+        resize = torch.UntypedStorage.resize_
+
+        def resized(storage, size):  # how FSDP frees and refills what it gathers
+            resize(storage, size)
+            if id(storage) in self.sizes:
+                self.count(storage)
+
+        self.patch = patch.object(torch.UntypedStorage, "resize_", resized)
+        self.patch.start()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self.patch.stop()
+        return super().__exit__(*error)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if DTensor in types:
+            return NotImplemented  # its parts come by on their own
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage() not in self.known:
+            if isinstance(tensor, torch.Tensor) and id(tensor.untyped_storage()) not in self.sizes:
                 storage = tensor.untyped_storage()
-                self.known.add(storage)
-                self.live += storage.nbytes()
-                weakref.finalize(storage, self.release, storage.nbytes())
-        self.peak = max(self.peak, self.live)
+                weakref.finalize(storage, self.release, id(storage))
+                self.count(storage)
         return result
 
-    def release(self, count):
-        self.live -= count
+    def count(self, storage):
+        self.live += storage.nbytes() - self.sizes.get(id(storage), 0)
+        self.sizes[id(storage)] = storage.nbytes()
+        self.peak = max(self.peak, self.live)
+
+    def release(self, key):
+        self.live -= self.sizes.pop(key)
 
 
 class FusedRMSNorm(torch.autograd.Function):
@@ -216,9 +262,10 @@ class FusedRMSNorm(torch.autograd.Function):
         return torch.empty_like(gradient), None if weight is None else torch.empty_like(weight)
 
 
+@contextmanager
 def as_on_gpu():
-    """A context in which a step keeps what it does on a GPU: there autocast computes norms in float32, and RMSNorm is
-    one kernel."""
+    """A context in which a step keeps what it does on a GPU: there autocast computes norms in float32, RMSNorm is one
+    kernel, and int8 layers multiply in int8."""
 
     def upcast(tensor):
         return tensor.float() if isinstance(tensor, torch.Tensor) and torch.is_autocast_enabled("cpu") else tensor
@@ -229,8 +276,14 @@ def as_on_gpu():
     def rms_norm(x, shape, weight=None, eps=None):
         return FusedRMSNorm.apply(upcast(x), upcast(weight))
 
-    norms = {name: in_float32(getattr(torch.nn.functional, name)) for name in ("layer_norm", "group_norm")}
-    return patch.multiple(torch.nn.functional, rms_norm=rms_norm, **norms)
+    bitsandbytes.autograd._functions.logger.setLevel("ERROR")  # it would tell of each rounding to float16
+    functions = {"rms_norm": rms_norm}
+    functions |= {name: in_float32(getattr(torch.nn.functional, name)) for name in ("layer_norm", "group_norm")}
+    with (
+        patch.multiple(torch.nn.functional, **functions),
+        patch("bitsandbytes.autograd._functions.MatMul8bitFp", bitsandbytes.autograd._functions.MatMul8bitLt),
+    ):
+        yield
 
 
 def convert(module, change):
@@ -243,18 +296,23 @@ def convert(module, change):
 def allocate(tensor):
     """A fake tensor like one that is on the meta device, quantized if that is what it is for."""
     fake = torch.empty(tensor.shape, dtype=tensor.dtype)
-    if isinstance(tensor, Params4bit):
-        packed, state = quantize_4bit(
-            fake, quant_type=tensor.quant_type, compress_statistics=tensor.compress_statistics
-        )
-        fake = torch.nn.Parameter(packed, requires_grad=False)
-        fake.quant_state = state
+    if not isinstance(tensor, torch.nn.Parameter):
         return fake
-    return torch.nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, torch.nn.Parameter) else fake
+    parameter = torch.nn.Parameter(fake, tensor.requires_grad)
+    if isinstance(tensor, Params4bit):
+        options = {"quant_type": tensor.quant_type, "compress_statistics": tensor.compress_statistics}
+        packed, state = quantize_4bit(fake, **options)
+        parameter = torch.nn.Parameter(packed, requires_grad=False)
+        parameter.quant_state = state
+    elif isinstance(tensor, Int8Params):
+        packed, scales, _ = int8_vectorwise_quant(fake.half())
+        parameter = torch.nn.Parameter(packed, requires_grad=False)
+        parameter.CB, parameter.SCB = packed, scales
+    return parameter
 
 
 def build(create, dtype, fake, adapt=lambda module: None):
-    """A frozen module in `dtype` with tensors that have no memory, after adapt(module) changed it on the meta device."""
+    """A frozen module in `dtype`, as adapt(module) changed it on the meta device, of tensors without memory."""
 
     def to_meta(tensor):
         kind = dtype if tensor.is_floating_point() else tensor.dtype
@@ -271,11 +329,11 @@ def build(create, dtype, fake, adapt=lambda module: None):
 
 
 def optimizer_bytes(args):
-    """(state, what a step needs besides) of the optimizer in bytes per trained number, from a step on real ones."""
+    """(state, what a step needs besides) of the optimizer in bytes per trained number, from two steps on real ones."""
     with LiveMemory() as memory:
-        parameters = [torch.nn.Parameter(torch.zeros(256, 1024)) for _ in range(8)]
+        parameters = [torch.nn.Parameter(torch.rand(64, 256)) for _ in range(64)]
         for parameter in parameters:
-            parameter.grad = torch.ones_like(parameter)
+            parameter.grad = torch.rand_like(parameter)
         optimizer = create_optimizer(args, parameters)
         for group in optimizer.param_groups:
             group["foreach"] = args.device == "cuda"  # there all parameters at once, on a CPU one after the other
@@ -287,10 +345,9 @@ def optimizer_bytes(args):
     return (after - before) / count, (memory.peak - after) / count
 
 
-def training_step(model, args):
-    """{what: bytes} of a step on one device: weights, LoRA, gradients, activations, and the most at once."""
-    dtype = DTYPES[args.mixed_precision]
-    full, size = args.training == "full", args.train_batch_size
+def training_step(model, args, fake):
+    """{what: bytes} of forward and backward pass: there before, trained, kept between the two, the most at once."""
+    dtype, full, size = DTYPES[args.mixed_precision], args.training == "full", args.train_batch_size
     backbone = BACKBONES[model.backbone](args)
     backbone.guidance = 1.0 if model.config.get("guidance_embeds") else None
 
@@ -299,36 +356,173 @@ def training_step(model, args):
             add_target_time(transformer, backbone.time_module, "copy")
             transformer.requires_grad_(True)
             return
-        if args.quantize_base != "none":
-            quantize_base(transformer, dtype)
+        quantize_base(transformer, dtype, args.quantize_base)
         add_lora(transformer, rank=args.rank, alpha=args.rank, dropout=0.0, target_modules=model.targets)
 
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with LiveMemory() as memory, as_on_gpu() if args.device == "cuda" else nullcontext():
+    with LiveMemory() as memory:
         transformer = build(lambda: model.transformer(**model.config), torch.float32 if full else dtype, fake, adapt)
-        trained = sum(parameter.nbytes for parameter in transformer.parameters() if parameter.requires_grad)
         if args.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
+        if args.fsdp:
+            if not torch.distributed.is_initialized():
+                torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=args.num_processes)
+            shard(transformer, torch.device("cpu"), dtype)
         transformer.train()
+        side = args.resolution // backbone.factor
         with fake:
-            side = args.resolution // backbone.factor
             x = torch.empty(size, model.channels, side, side, dtype=dtype)
             conditions = {name: torch.empty(size, *shape, dtype=dtype) for name, shape in model.conditions.items()}
-            weights = memory.peak = memory.live
-            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-                time = torch.rand(size, 2) if full else torch.rand(size)
-                prediction = backbone.predict(transformer, x, time, conditions)
-            loss = prediction.float().square().mean()
-            del prediction
-            activations = memory.live - weights
-            loss.backward()
-    rows = {"weights": weights - trained, "LoRA": trained, "gradients": trained, "activations": activations}
-    if full:
-        rows |= {"weights": weights, "LoRA": 0}
-    return rows | {"step": memory.peak}
+            before = memory.live
+            for _ in range(2):  # the second step is like all others: the loss before still holds on to its layers
+                memory.peak = memory.live
+                with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                    time = torch.rand(size, 2) if full else torch.rand(size)
+                    loss = backbone.predict(transformer, x, time, conditions).float().square().mean()
+                activations = memory.live - before
+                loss.backward()
+                transformer.zero_grad()
+    trained = sum(local(parameter).nbytes for parameter in transformer.parameters() if parameter.requires_grad)
+    return {"before": before, "trained": trained, "activations": activations, "peak": memory.peak}
 
 
 def estimate(model, args):
-    """{what: bytes} of a run of `model` with these flags, on each device."""
-    rows = training_step(model, args)
-    return rows
+    """Of a run of `model` with these flags on each device: ({what is held: bytes}, {phase: the most at once})."""
+    fake, dtype = FakeTensorMode(allow_non_fake_inputs=True), DTYPES[args.mixed_precision]
+    quantize_blockwise(torch.zeros(256))  # makes a table that nf4 needs, from numbers that fake tensors do not have
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # returns a view, which nothing writes to
+    text = sum(parameter.numel() for create in model.text_encoders for parameter in on_meta(create).parameters())
+    with as_on_gpu() if args.device == "cuda" else nullcontext():
+        step = training_step(model, args, fake)
+        with LiveMemory() as memory:
+            vae = build(model.vae, dtype, fake)
+            vae_bytes = memory.peak = memory.live
+            with fake, torch.no_grad():
+                encode_images(vae, torch.empty(args.train_batch_size, 3, args.resolution, args.resolution))
+    state, update = (round(share * step["trained"] / 4) for share in optimizer_bytes(args))  # 4 bytes per number
+    trained, full = step["trained"], args.training == "full"
+    rows = {
+        "weights": step["before"] - (0 if full else trained),
+        "LoRA": 0 if full else trained,
+        "teacher": trained if full and args.ema_decay_rate else 0,
+        "gradients": trained,
+        "reducer": trained if args.num_processes > 1 and not args.fsdp else 0,
+        "optimizer": state,
+        "VAE": 0 if args.cache_latents or args.offload else vae_bytes,
+        "activations": step["activations"],
+    }
+    always = sum(rows[name] for name in ("teacher", "reducer", "optimizer", "VAE"))
+    peaks = {
+        "encoding prompts": text * dtype.itemsize,
+        "encoding pictures": memory.peak,
+        "forward and backward pass": step["peak"] + always,
+        "optimizer step": step["before"] + always + trained + update,
+    }
+    if not args.cache_latents:
+        peaks["encoding pictures"] += step["before"] + always - rows["VAE"]
+    return rows, peaks
+
+
+def on_meta(create):
+    with torch.device("meta"):
+        return create()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    arg = parser.add_argument
+    arg("--model", choices=MODELS, default="FLUX.1-dev")
+    arg("--training", choices=("lora", "full"), default="lora", help="full: as train_twinflow.py does it")
+    arg("--resolution", type=int, default=512)
+    arg("--train_batch_size", type=int, default=1)
+    arg("--rank", type=int, default=16)
+    arg("--mixed_precision", choices=DTYPES, default="bf16")
+    arg("--gradient_checkpointing", action="store_true")
+    arg("--quantize_base", choices=QUANTIZATIONS, default="none")
+    arg("--optimizer", choices=("adamw", "prodigy", "sgd"), default="adamw")
+    arg("--use_8bit_adam", action="store_true")
+    arg("--ema_decay_rate", type=float, default=0.99, help="of full training; 0: no second set of weights")
+    arg("--cache_latents", action="store_true")
+    arg("--offload", action="store_true")
+    arg("--num_processes", type=int, default=1, help="of accelerate launch")
+    arg("--fsdp", action="store_true")
+    arg("--device", choices=("cuda", "cpu"), default="cuda", help="whose way to compute is assumed")
+    arg("--table", action="store_true", help="print as Markdown what fits in which card")
+    parser.set_defaults(**OPTIMIZER)
+    args = parser.parse_args(argv)
+    kind = DistributedType.MULTI_GPU if args.num_processes > 1 else DistributedType.NO
+    scaler = "of gradients" if args.mixed_precision == "fp16" else None
+    problems = check_processes(argparse.Namespace(**vars(args), distributed_type=kind, scaler=scaler), args)
+    if args.training == "full" and args.quantize_base != "none":
+        problems.append(f"--quantize_base {args.quantize_base} is for --training lora")
+    if problems:
+        parser.error("; ".join(problems))
+    return args
+
+
+def print_estimate(model, args):
+    rows, peaks = estimate(model, args)
+    for name, size in rows.items():
+        if size:
+            print(f"{name:28}{size / GIB:7.2f} GiB")
+    print("\nat most while")
+    for name, size in peaks.items():
+        print(f"  {name:26}{size / GIB:7.2f} GiB")
+    need = max(peaks.values()) / GIB
+    print(f"\npeak {need:.2f} GiB; with {RESERVE:g} GiB for driver and gaps, a card of {math.ceil(need + RESERVE)} GB")
+
+
+def print_table():
+    """For each model and card the first of the ways to train that fits, as Markdown."""
+    ways = {
+        "lora": {
+            "plain": "",
+            "checkpointing": "--gradient_checkpointing",
+            "and nf4": "--gradient_checkpointing --quantize_base nf4",
+        },
+        "full": {
+            "1 GPU": "--gradient_checkpointing",
+            "8 GPUs": "--gradient_checkpointing --fsdp --num_processes 8",
+        },
+    }
+    print(f"| model | training | px |{''.join(f' {card} GB |' for card in CARDS)}")
+    print("| --- " * (3 + len(CARDS)) + "|")
+    for training, resolutions in (("lora", (512, 1024)), ("full", (512,))):
+        for name, model in MODELS.items():
+            for resolution in resolutions:
+                cells = ["-"] * len(CARDS)
+                for way, flags in ways[training].items():
+                    flags = [
+                        *flags.split(),
+                        "--training",
+                        training,
+                        "--resolution",
+                        str(resolution),
+                        "--cache_latents",
+                    ]
+                    _, peaks = estimate(model, parse_args(flags))
+                    need = max(peaks.values()) / GIB + RESERVE
+                    cells = [
+                        way if cell == "-" and need <= card else cell for cell, card in zip(cells, CARDS, strict=True)
+                    ]
+                    if "-" not in cells:
+                        break
+                print(f"| {name} | {training} | {resolution} | {' | '.join(cells)} |", flush=True)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    if args.table:
+        print_table()
+    else:
+        print_estimate(MODELS[args.model], args)
+
+
+if __name__ == "__main__":
+    main()
