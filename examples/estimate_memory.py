@@ -478,42 +478,39 @@ def print_estimate(model, args):
     print(f"\npeak {need:.2f} GiB; with {RESERVE:g} GiB for driver and gaps, a card of {math.ceil(need + RESERVE)} GB")
 
 
+WAYS = {  # of training, each needs less memory than the one before
+    "lora": {
+        "plain": "",
+        "checkpointing": "--gradient_checkpointing",
+        "checkpointing, nf4": "--gradient_checkpointing --quantize_base nf4",
+    },
+    "full": {
+        "1 GPU": "--gradient_checkpointing",
+        "8 GPUs": "--gradient_checkpointing --fsdp --num_processes 8",
+    },
+}
+
+
+def what_fits(model, training, resolution):
+    """For each of CARDS the first of WAYS that fits, or "-"."""
+    fitting = dict.fromkeys(CARDS, "-")
+    for way, flags in WAYS[training].items():
+        flags += f" --cache_latents --training {training} --resolution {resolution}"
+        _, peaks = estimate(model, parse_args(flags.split()))
+        need = max(peaks.values()) / GIB + RESERVE
+        fitting |= {card: way for card, known in fitting.items() if known == "-" and need <= card}
+        if "-" not in fitting.values():
+            break
+    return fitting.values()
+
+
 def print_table():
-    """For each model and card the first of the ways to train that fits, as Markdown."""
-    ways = {
-        "lora": {
-            "plain": "",
-            "checkpointing": "--gradient_checkpointing",
-            "and nf4": "--gradient_checkpointing --quantize_base nf4",
-        },
-        "full": {
-            "1 GPU": "--gradient_checkpointing",
-            "8 GPUs": "--gradient_checkpointing --fsdp --num_processes 8",
-        },
-    }
     print(f"| model | training | px |{''.join(f' {card} GB |' for card in CARDS)}")
     print("| --- " * (3 + len(CARDS)) + "|")
-    for training, resolutions in (("lora", (512, 1024)), ("full", (512,))):
+    for training, resolution in (("lora", 512), ("lora", 1024), ("full", 512)):
         for name, model in MODELS.items():
-            for resolution in resolutions:
-                cells = ["-"] * len(CARDS)
-                for way, flags in ways[training].items():
-                    flags = [
-                        *flags.split(),
-                        "--training",
-                        training,
-                        "--resolution",
-                        str(resolution),
-                        "--cache_latents",
-                    ]
-                    _, peaks = estimate(model, parse_args(flags))
-                    need = max(peaks.values()) / GIB + RESERVE
-                    cells = [
-                        way if cell == "-" and need <= card else cell for cell, card in zip(cells, CARDS, strict=True)
-                    ]
-                    if "-" not in cells:
-                        break
-                print(f"| {name} | {training} | {resolution} | {' | '.join(cells)} |", flush=True)
+            cells = name, training, str(resolution), *what_fits(model, training, resolution)
+            print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def main(argv=None):

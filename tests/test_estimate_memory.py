@@ -121,5 +121,74 @@ def test_the_estimate_is_within_ten_percent_of_what_a_process_takes(case):
     assert 0.9 < estimated / taken < 1.1
 
 
+def test_real_sizes():
+    """The published numbers of parameters, in billions, and bytes where they are known by multiplication."""
+    for name, billions in {"FLUX.1-dev": 11.9, "SD3.5-medium": 2.24, "Sana-1.6B": 1.6, "Qwen-Image": 20.4}.items():
+        with torch.device("meta"):
+            transformer = MODELS[name].transformer(**MODELS[name].config)
+        count = sum(parameter.numel() for parameter in transformer.parameters())
+        assert count / 1e9 == pytest.approx(billions, rel=0.01), name
+    rows, peaks = estimate(MODELS["FLUX.1-dev"], parse_args(["--gradient_checkpointing", "--cache_latents"]))
+    assert rows["weights"] / 2 == pytest.approx(11.9e9, rel=0.01)  # bfloat16
+    assert rows["optimizer"] == pytest.approx(2 * rows["LoRA"], rel=0.01)  # AdamW's two moments
+    assert peaks["encoding prompts"] / 2 == pytest.approx(4.76e9 + 0.123e9, rel=0.01)  # T5-XXL and CLIP
+
+
+def of(*flags, model="FLUX.1-dev"):
+    return estimate(model_like(model, 2), parse_args(["--cache_latents", *flags]))
+
+
+def test_flags_have_the_effects_they_are_for():
+    rows, peaks = of()
+    assert of("--gradient_checkpointing")[0]["activations"] < 0.2 * rows["activations"]
+    assert of("--train_batch_size", "4")[0]["activations"] == pytest.approx(4 * rows["activations"], rel=0.05)
+    assert of("--rank", "32")[0]["LoRA"] == 2 * rows["LoRA"]
+    assert of("--use_8bit_adam")[0]["optimizer"] < 0.3 * rows["optimizer"]
+    assert of("--optimizer", "prodigy")[0]["optimizer"] == pytest.approx(2 * rows["optimizer"], rel=0.01)
+    assert of("--quantize_base", "nf4")[0]["weights"] < 0.4 * rows["weights"]
+    assert of("--quantize_base", "int8")[0]["weights"] < 0.6 * rows["weights"]
+    assert of("--mixed_precision", "no")[0]["weights"] == pytest.approx(2 * rows["weights"], rel=0.01)
+    assert of("--num_processes", "2")[0]["reducer"] == rows["LoRA"]
+    with_vae, pictures = estimate(model_like("FLUX.1-dev", 2), parse_args([]))
+    assert with_vae["VAE"] > 0 == estimate(model_like("FLUX.1-dev", 2), parse_args(["--offload"]))[0]["VAE"]
+    assert pictures["encoding pictures"] > peaks["encoding pictures"]
+
+
+def test_fsdp_splits_what_full_training_holds():
+    full = ("--training", "full", "--gradient_checkpointing")
+    (one, alone), (two, shared) = of(*full), of(*full, "--fsdp", "--num_processes", "4")
+    for what in ("weights", "teacher", "gradients", "optimizer"):
+        assert two[what] == pytest.approx(one[what] / 4, rel=0.02), what
+    assert two["activations"] == pytest.approx(one["activations"], rel=0.5)
+    assert one["teacher"] == one["gradients"] and max(shared.values()) < max(alone.values())
+
+
+def test_refuses_what_the_trainers_refuse(capsys):
+    for flags, message in (
+        ("--fsdp", "--fsdp needs more than one process"),
+        ("--fsdp --num_processes 2 --quantize_base nf4", "--quantize_base nf4 does not work with --fsdp"),
+        ("--training full --quantize_base nf4", "is for --training lora"),
+    ):
+        with pytest.raises(SystemExit) as error:
+            parse_args(flags.split())
+        assert error.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_norms_are_computed_as_autocast_does_on_a_gpu():
+    """What as_on_gpu assumes, by the tables of torch itself."""
+    registered = torch._C._dispatch_has_kernel_for_dispatch_key
+    for norm in ("layer_norm", "group_norm", "rms_norm"):
+        assert registered(f"aten::{norm}", "AutocastCUDA") and not registered(f"aten::{norm}", "AutocastCPU")
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_prints_a_row_for_each_way_to_train():
+    script = Path(__file__).parent / "benchmarks" / "gpu.py"
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    output = subprocess.run([sys.executable, script], env=env, check=True, capture_output=True, text=True).stdout
+    rows = [line.split("|") for line in output.splitlines() if line.startswith("| 64") or line.startswith("| 128")]
+    assert len(rows) == 12 and all(float(row[3]) > 0 and float(row[4]) > 0 for row in rows)
+
+
 if __name__ == "__main__":
     measure(sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3]))
