@@ -160,7 +160,8 @@ def test_fsdp_splits_what_full_training_holds():
     for what in ("weights", "teacher", "gradients", "optimizer"):
         assert two[what] == pytest.approx(one[what] / 4, rel=0.02), what
     assert two["activations"] == pytest.approx(one["activations"], rel=0.5)
-    assert one["teacher"] == one["gradients"] and max(shared.values()) < max(alone.values())
+    assert one["teacher"] == one["gradients"]
+    assert shared["forward and backward pass"] < 0.5 * alone["forward and backward pass"]
 
 
 def test_refuses_what_the_trainers_refuse(capsys):
@@ -186,7 +187,7 @@ def test_the_gpu_benchmark_prints_a_row_for_each_way_to_train():
     script = Path(__file__).parent / "benchmarks" / "gpu.py"
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     output = subprocess.run([sys.executable, script], env=env, check=True, capture_output=True, text=True).stdout
-    rows = [line.split("|") for line in output.splitlines() if line.startswith("| 64") or line.startswith("| 128")]
+    rows = [line.split("|") for line in output.splitlines() if line.startswith(("| 64", "| 128"))]
     assert len(rows) == 12 and all(float(row[3]) > 0 and float(row[4]) > 0 for row in rows)
 
 
