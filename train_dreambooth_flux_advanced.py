@@ -120,6 +120,7 @@ OPTION_KINDS = {
     "true or false": lambda value: isinstance(value, bool),
     "text": lambda value: isinstance(value, str),
     "text that is not empty": lambda value: isinstance(value, str) and value != "",
+    "an extension such as .txt": lambda value: isinstance(value, str) and re.fullmatch(r"\.?\w[\w.-]*", value),
     "a whole number from 0": lambda value: type(value) is int and value >= 0,
     "a whole number from 1": lambda value: type(value) is int and value >= 1,
     "a number from 0 to 1": lambda value: type(value) in (int, float) and 0 <= value <= 1,
@@ -135,7 +136,7 @@ KOHYA_INTERPOLATION = {name: name for name in INTERPOLATION} | {
     "cubic": "bicubic",
     "area": "box",
 }
-SWITCH, TEXT, SOME_TEXT, FROM_0, FROM_1, SHARE, SIDE, SIZE, METHOD = OPTION_KINDS
+SWITCH, TEXT, SOME_TEXT, EXTENSION, FROM_0, FROM_1, SHARE, SIDE, SIZE, METHOD = OPTION_KINDS
 TABLES = {"general": "[general]", "datasets": "[[datasets]]", "subsets": "[[datasets.subsets]]"}
 ABOVE, ANYWHERE = ("general", "datasets"), tuple(TABLES)
 DATASET_OPTIONS = {  # in which tables, what, default; None: the command line's or derived
@@ -150,7 +151,7 @@ DATASET_OPTIONS = {  # in which tables, what, default; None: the command line's 
     "num_repeats": (ANYWHERE, FROM_0, None),
     "flip_aug": (ANYWHERE, SWITCH, None),
     "random_crop": (ANYWHERE, SWITCH, False),
-    "caption_extension": (ANYWHERE, TEXT, None),
+    "caption_extension": (ANYWHERE, EXTENSION, None),
     "class_tokens": (ANYWHERE, TEXT, None),
     "caption_prefix": (ANYWHERE, TEXT, ""),
     "caption_suffix": (ANYWHERE, TEXT, ""),
@@ -186,6 +187,10 @@ WEIGHTING_SCHEMES = ("none", "sigma_sqrt", "logit_normal", "mode", "cosmap")
 LR_SCHEDULERS = [scheduler.value for scheduler in SchedulerType if scheduler != SchedulerType.PIECEWISE_CONSTANT]
 TOKENIZERS = ("tokenizer", "tokenizer_2")
 CHECKPOINT_PREFIX, FLUX_ROOTS = "model.diffusion_model.", {name.split(".")[0] for name in FLUX_LAYERS}
+CHECKPOINT_SIZES = (
+    "double_blocks.0.img_attn.norm.query_norm.scale",
+    *("img_in.weight", "txt_in.weight", "vector_in.in_layer.weight"),
+)
 TRACKERS = ("tensorboard", "wandb", "all", "none")
 KOHYA_FLAGS = {
     "--network_dim": "--rank",
@@ -290,7 +295,7 @@ def parse_args(argv=None):
         help="frozen blocks in 4 or 8 bits (bitsandbytes)",
     )
     arg("--compile", action="store_true", help="torch.compile the transformer's repeated blocks")
-    arg("--offload", action="store_true", help="VAE in main memory while idle; with cache_latents it always is")
+    arg("--offload", action="store_true", help="what is frozen waits in main memory: text encoders by layers, the VAE")
     arg("--fsdp", action="store_true", help="split weights and optimizer over the processes (FSDP2)")
 
     arg = parser.add_argument_group("data", "a folder of pictures, or a dataset").add_argument
@@ -472,13 +477,19 @@ def check_flags(args):
     if not args.train_text_encoder_ti:
         needy = ("enable_t5_ti", "initializer_concept", "num_new_tokens_per_abstraction")
         problems += [f"--{name} needs --train_text_encoder_ti" for name in needy if getattr(args, name)]
-    if args.train_transformer_frac == 0 and not args.train_text_encoder_ti:
+    if args.train_transformer_frac == 0 and not (args.train_text_encoder_ti and args.train_text_encoder_ti_frac):
         problems.append("--train_transformer_frac 0 leaves nothing to train without --train_text_encoder_ti")
+    if args.train_text_encoder_ti_frac != 0.5 and not args.train_text_encoder_ti:
+        problems.append(
+            f"--train_text_encoder_ti_frac {args.train_text_encoder_ti_frac} needs --train_text_encoder_ti"
+        )
     if args.train_text_encoder_frac < 1 and not args.train_text_encoder:
         problems.append(f"--train_text_encoder_frac {args.train_text_encoder_frac} needs --train_text_encoder")
     if args.num_new_tokens_per_abstraction and args.initializer_concept:
         problems.append("--num_new_tokens_per_abstraction has no effect with --initializer_concept: leave one out")
     concepts, abstractions = (len(names_in(text)) for text in (args.initializer_concept, args.token_abstraction))
+    if not 0 < len({*names_in(args.token_abstraction)}) == abstractions:
+        problems.append(f"--token_abstraction {args.token_abstraction!r}: one word, or several different ones: A,B")
     if concepts not in (0, 1, abstractions):
         problems.append(f"--initializer_concept names {concepts} concepts for {abstractions} of --token_abstraction")
     if args.optimizer == "prodigy" and args.use_8bit_adam:
@@ -497,6 +508,11 @@ def check_flags(args):
         problems.append("--save_every_n_epochs and --save_format need --output_name")
     if args.output_name and Path(args.output_name).name != args.output_name:
         problems.append(f"--output_name {args.output_name} must be the name of a file, without folders")
+    if args.cache_latents_to_disk or args.cache_text_encoder_outputs_to_disk:
+        folder = args.disk_cache_dir.expanduser().absolute()
+        parent = next(path for path in [folder, *folder.parents] if path.exists())
+        if not (parent.is_dir() and os.access(parent, os.W_OK)):
+            problems.append(f"--disk_cache_dir {args.disk_cache_dir}: {parent} is no folder that can be written to")
     if (args.hub_token or args.hub_model_id) and not args.push_to_hub:
         problems.append("--hub_token and --hub_model_id have no effect without --push_to_hub")
     if args.mixed_precision == "fp16" and not torch.accelerator.is_available():
@@ -508,6 +524,11 @@ def check_flags(args):
 def names_in(text):
     """The names in a comma list."""
     return [name.strip() for name in (text or "").split(",") if name.strip()]
+
+
+def any_of(words):
+    """A regular expression for any of the words, the longest first: TOK2 is no TOK."""
+    return re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))))
 
 
 def buckets(args):
@@ -561,13 +582,13 @@ def single_file(args):
 def file_problems(args):
     """What is wrong with the files of a model in single files, as far as their keys tell."""
     problems = []
-    wanted = {  # a tensor that the right file has
-        "pretrained_model_name_or_path": "double_blocks.0.img_attn.qkv.weight",
-        "ae": "decoder.conv_in.weight",
-        "clip_l": "text_model.embeddings.token_embedding.weight",
-        "t5xxl": "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+    wanted = {  # tensors that the right file has
+        "pretrained_model_name_or_path": ("double_blocks.0.img_attn.qkv.weight", *CHECKPOINT_SIZES),
+        "ae": ("decoder.conv_in.weight",),
+        "clip_l": ("text_model.embeddings.token_embedding.weight",),
+        "t5xxl": ("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",),
     }
-    for name, key in wanted.items():
+    for name, needed in wanted.items():
         path = getattr(args, name)
         try:
             keys = file_shapes(path) if path else None
@@ -576,8 +597,8 @@ def file_problems(args):
             continue
         if keys is None:
             problems.append(f"--{name} is needed with {Path(args.pretrained_model_name_or_path).name}")
-        elif key not in keys:
-            problems.append(f"--{name} {path}: holds no {key}, so it is another model or form than FLUX.1's own")
+        elif absent := [key for key in needed if key not in keys]:
+            problems.append(f"--{name} {path}: holds no {absent[0]}, so it is another model or form than FLUX.1's own")
         elif any(name.endswith(("scale_weight", "weight_scale", "scaled_fp8")) for name in keys):
             problems.append(f"--{name} {path}: scaled fp8 is not read: take the 16-bit file")
     folder = args.tokenizer_dir
@@ -709,9 +730,14 @@ def find_examples(args):
         checks = pool.map(defect, every)
         checks = tqdm(checks, total=len(every), desc="Reading pictures", unit="image", leave=False)
         problems += [problem for problem in checks if problem]
+    for example in examples:
+        if args.instance_prompt and isinstance(example.caption, str) and not example.caption.strip():
+            example.caption = None
     captions = [example.caption or args.instance_prompt or "" for example in examples]
     if args.train_text_encoder_ti:
-        unused = [name for name in names_in(args.token_abstraction) if not any(name in text for text in captions)]
+        names = names_in(args.token_abstraction)
+        used = {name for text in captions for name in any_of(names).findall(text)}
+        unused = [name for name in names if name not in used]
         problems += [f"--token_abstraction {name}: in no caption and not in --instance_prompt" for name in unused]
     bare = [example.name for example in examples if example.caption is None]
     if bare and args.instance_prompt is None:
@@ -767,6 +793,8 @@ def read_dataset_config(args):
         config = (json.loads if path.suffix == ".json" else tomllib.loads)(path.read_text("utf-8-sig"))
     except (OSError, ValueError) as error:
         return [], [f"--dataset_config {path}: cannot be read ({error})"]
+    if not isinstance(config, dict):
+        return [], [f"--dataset_config {path}: must hold general and datasets, not a {type(config).__name__}"]
     general, datasets = config.get("general", {}), tables_in(config.get("datasets"))
     problems = [f"{path}: {key} is neither [general] nor [[datasets]]" for key in config if key not in ABOVE]
     problems += option_problems(f"{path}, [general]", general, "general")
@@ -789,6 +817,8 @@ def read_dataset_config(args):
         problems += bucket_problems(where, shared)
         found = []
         for table, subset in subsets:
+            if (shared | subset)["num_repeats"] == 0:
+                continue
             read, wrong = read_subset(table, shared | subset, path.parent)
             found, problems = found + read, problems + wrong
         if found and all(example.options["is_reg"] for example in found):
@@ -933,6 +963,8 @@ def read_folder(args):
         rows = [json.loads(line) for line in lines if line.strip()]
         column = args.caption_column or next((c for c in ("text", "prompt", "caption") if rows and c in rows[0]), None)
         captions = {row["file_name"]: row[column] for row in rows}
+        if args.caption_column and not rows:
+            problems.append(f"--caption_column {args.caption_column}: no {metadata} that has columns")
     except (ValueError, KeyError, TypeError) as error:
         problems.append(
             f"{metadata}: each line must be JSON with file_name and a caption, see --caption_column ({error!r})"
@@ -1207,8 +1239,13 @@ class PromptEncoder:
                 dropout=0.0,
                 target_modules=CLIP_TARGET_MODULES + (("fc1", "fc2") if args.lora_layers == "kohya" else ()),
             )
-        self.pipeline.to(accelerator.device)
         self.trained = {*self.new_tokens, *(["clip_l"] if args.train_text_encoder else [])}
+        parts = {"clip_l": "text_encoder", "t5": "text_encoder_2"}
+        if args.offload:
+            trained = [parts[kind] for kind in self.trained]
+            self.pipeline.enable_group_offload(accelerator.device, offload_type="leaf_level", exclude_modules=trained)
+        else:
+            self.pipeline.to(accelerator.device)
         self.cached = {"clip_l": {}, "t5": {}}  # {prompt: embedding on the CPU}
         self.fingerprints = {}
 
@@ -1242,9 +1279,9 @@ class PromptEncoder:
 
     def replace(self, prompt):
         """The prompt with the new tokens in place of the words they stand for."""
-        for name, tokens in self.abstractions.items():
-            prompt = prompt.replace(name, tokens)
-        return prompt
+        if not self.abstractions:
+            return prompt
+        return any_of(self.abstractions).sub(lambda name: self.abstractions[name[0]], prompt)
 
     def parameters(self):
         return [*(new.rows for new in self.new_tokens.values()), *self.lora_params]
@@ -1432,7 +1469,8 @@ def save_named_lora(args, adapted, examples, guided, dtype, epoch=None):
     own = [example for example in examples if not example.options["is_reg"]]
     for example in own:
         folder = captions.setdefault(Path(example.name).parent.name, {})
-        folder[example.prompt()] = folder.get(example.prompt(), 0) + example.repeats
+        for tag in names_in(example.prompt().lower()):
+            folder[tag] = folder.get(tag, 0) + example.repeats
     path = lora_file(args, epoch)
     if torch.distributed.is_initialized() and torch.distributed.get_rank():
         return
@@ -1441,22 +1479,32 @@ def save_named_lora(args, adapted, examples, guided, dtype, epoch=None):
         name=path.stem,
         base_model="flux-1-dev" if guided else "flux-1-schnell",
         resolution=sides(own[0].options["resolution"]),
-        trigger_words=dict.fromkeys(example.options["class_tokens"] or example.prompt() for example in own),
+        trigger_words=dict.fromkeys(filter(None, (example.options["class_tokens"] for example in own))),
         captions=captions,
     )
     write_lora(path, layers, args.save_format, header, dtype)
 
 
-def describe(args, dtype, text, prompt, embeddings_name):
-    """README.md in the output folder: what was trained on what, and how to draw `prompt` with it."""
+def describe(args, dtype, text, prompt, embeddings_name, hub_repo=None):
+    """README.md in the output folder: what was trained on what, and how to draw `prompt` with it.
+
+    The files are those in the output folder, or with `hub_repo` those on the hub.
+    """
     folder = args.output_dir.resolve()
     base = "black-forest-labs/FLUX.1-dev" if single_file(args) else args.pretrained_model_name_or_path
     model = [repr(base), f"dtype={dtype}"]
     model += [f"{name}={getattr(args, name)!r}" for name in ("revision", "variant") if getattr(args, name)]
     lora = lora_file(args).resolve()
-    load = [f"pipeline.load_lora_weights({str(lora.parent)!r}, weight_name={lora.name!r})"] if lora.exists() else []
+    adapter, load, imports = [f"LoRA of rank {args.rank} and alpha {args.lora_alpha}"] if lora.exists() else [], [], ""
+    if adapter:
+        load.append(f"pipeline.load_lora_weights({(hub_repo or str(lora.parent))!r}, weight_name={lora.name!r})")
     if text.new_tokens:
-        load.append(f"rows = load_file({str(folder / embeddings_name)!r})")
+        imports = "\nfrom huggingface_hub import hf_hub_download" if hub_repo else ""
+        embeddings = f"hf_hub_download({hub_repo!r}, {embeddings_name!r})" if hub_repo else ""
+        load.append(f"rows = load_file({embeddings or repr(str(folder / embeddings_name))})")
+        if single_file(args):  # trained so, as ComfyUI draws; FLUX.1-dev's folder says 2: pool at the last new token
+            load.append("pipeline.text_encoder.eos_token_id = pipeline.tokenizer.eos_token_id")
+    words = [f"new tokens `{tokens}` for {word}" for word, tokens in text.abstractions.items()]
     parts = {"clip_l": ("text_encoder", "tokenizer"), "t5": ("text_encoder_2", "tokenizer_2")}
     for kind, new in text.new_tokens.items():
         tokens, (encoder, tokenizer) = [f"<s{i}>" for i in range(len(new.rows))], parts[kind]
@@ -1470,11 +1518,11 @@ def describe(args, dtype, text, prompt, embeddings_name):
     description = f"""
 # {folder.name}
 
-For {args.pretrained_model_name_or_path}: LoRA of rank {args.rank} and alpha {args.lora_alpha}, by DreamBooth.
+For {args.pretrained_model_name_or_path}: {", ".join(adapter + words)}, by DreamBooth.
 
 ```python
 import torch
-from diffusers import FluxPipeline
+from diffusers import FluxPipeline{imports}
 from safetensors.torch import load_file
 
 pipeline = FluxPipeline.from_pretrained({", ".join(model)})
@@ -1488,10 +1536,17 @@ image.save("image.png")
     save_model_card(args, description, tags, base_model=base, instance_prompt=args.instance_prompt)
 
 
-def trained_shares(args):
-    """The shares of the steps that train the text encoders and the transformer."""
+def trained_until(args, max_train_steps, checkpoint):
+    """[text encoders, transformer]: the step after which each is trained no more.
+
+    What had ended before the checkpoint stays so, also if the run is to have more steps now.
+    """
     text = args.train_text_encoder_frac if args.train_text_encoder else 0.0
-    return args.train_text_encoder_ti_frac if args.train_text_encoder_ti else text, args.train_transformer_frac
+    shares = args.train_text_encoder_ti_frac if args.train_text_encoder_ti else text, args.train_transformer_frac
+    stops = [math.ceil(round(share * max_train_steps, 6)) for share in shares]
+    saved = json.loads((checkpoint / "trainer_state.json").read_text()) if checkpoint else {}
+    pairs = zip(saved.get("trained_until", stops), stops, strict=True)
+    return [old if old < saved.get("global_step", 0) else new for old, new in pairs]
 
 
 def register_embedding_checkpointing(accelerator, text):
@@ -1521,11 +1576,12 @@ def print_header(accelerator, args, examples, lora_params, base_size, text, step
     trainable = sum(p.numel() for p in lora_params)
     own_captions = sum(example.caption != example.options["class_tokens"] for example in examples)
     sizes = ", ".join(sorted({"{} x {}".format(*sides(example.options["resolution"])) for example in examples}))
+    batch = ", ".join(map(str, sorted({example.options["batch_size"] for example in examples})))
     lines = [
         f"model    {args.pretrained_model_name_or_path}",
         f"adapter  {trainable:,} parameters in {len(lora_params) // 2} layers, {trainable / base_size:.2%} of all",
         f"data     {len(examples)} pictures at {sizes} px, {own_captions} with captions of their own",
-        f"steps    {max_train_steps}, {steps_per_epoch} per epoch; a step is batch {args.train_batch_size} x "
+        f"steps    {max_train_steps}, {steps_per_epoch} per epoch; a step is batch {batch} x "
         f"accumulation {args.gradient_accumulation_steps} x {accelerator.num_processes} {accelerator.device.type}, "
         f"mixed precision {accelerator.mixed_precision}",
     ]
@@ -1580,17 +1636,18 @@ def main(args):
     )
     steps_per_epoch = math.ceil(sampler.steps_per_epoch / accumulation)
     max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
-    text_stop, transformer_stop = (round(share * max_train_steps) for share in trained_shares(args))
-    max_train_steps = max(text_stop, transformer_stop)
+    checkpoint = checkpoint_to_resume(args.output_dir, args.resume_from_checkpoint)
+    text_stop, transformer_stop = stops = trained_until(args, max_train_steps, checkpoint)
+    max_train_steps = max(stops)
     validation_steps = args.validation_steps or args.validation_epochs * steps_per_epoch
     run = {name: str(value) for name, value in vars(args).items() if name not in CHANGEABLE}
     run |= {"the number of samples": len(dataset), "the number of processes": num_processes}
     if args.dataset_config and not problems:
         run["the hash of --dataset_config"] = hashlib.sha256(args.dataset_config.read_bytes()).hexdigest()[:16]
-    checkpoint = checkpoint_to_resume(args.output_dir, args.resume_from_checkpoint)
     problems += check_run(accelerator, args, max_train_steps) + checkpoint_conflicts(checkpoint, run)
     if problems:
         fail(accelerator, problems)
+    hub_repo = None
     if args.push_to_hub and accelerator.is_main_process:
         try:
             hub_repo = create_hub_repo(args)
@@ -1747,13 +1804,19 @@ def main(args):
         }
         log_step(accelerator, progress_bar, metrics, global_step, logs)
         done = global_step == max_train_steps
-        if interrupted or global_step % args.checkpointing_steps == 0:
-            checkpoint = save_checkpoint(accelerator, args.output_dir, global_step, run, args.checkpoints_total_limit)
         epoch, rest = divmod(global_step, steps_per_epoch)
         whole = args.save_every_n_epochs and not rest and epoch % args.save_every_n_epochs == 0
         if whole and adapted and not done:
             save_named_lora(args, adapted, examples, guided, save_dtype, epoch)
+        # after the file of the epoch, which a run resumed from here does not write
+        if interrupted or global_step % args.checkpointing_steps == 0:
+            state = run | {"trained_until": stops}
+            checkpoint = save_checkpoint(
+                accelerator, args.output_dir, global_step, state, args.checkpoints_total_limit
+            )
         if interrupted and not done:
+            transformer = draw = None  # see below
+            accelerator.free_memory()
             accelerator.end_training()
             accelerator.print(
                 f"\nInterrupted at step {global_step}, saved {checkpoint}; go on with --resume_from_checkpoint latest"
@@ -1776,14 +1839,15 @@ def main(args):
         metrics.close()
         plot_metrics(args.output_dir / "metrics.jsonl", args.output_dir / "loss.png", title=args.output_dir.name)
         shown_prompt = final_prompt or args.instance_prompt or examples[0].prompt()
-        describe(args, weight_dtype, text, shown_prompt, embeddings_name)
+        describe(args, weight_dtype, text, shown_prompt, embeddings_name, hub_repo)
     if final_prompt:
         draw(prompt=final_prompt, step=global_step)
-    if args.push_to_hub and accelerator.is_main_process:
-        push_to_hub(args, hub_repo)
+    transformer = draw = None  # what DistributedDataParallel frees after the process group can hang in gloo
+    accelerator.free_memory()
     accelerator.end_training()
+    lora = lora_file(args)
     results = {
-        "LoRA": lora_file(args).absolute(),
+        "LoRA": lora.absolute(),
         "tokens": f"{args.output_dir.resolve().name}_emb.safetensors",
         "words": "embeddings",
         "usage": "README.md",
@@ -1791,6 +1855,8 @@ def main(args):
         "pictures": "validation",
     }
     print_results(accelerator, args, global_step, results)
+    if hub_repo:
+        push_to_hub(args, hub_repo, beside=lora if args.output_name and lora.exists() else None)
 
 
 if __name__ == "__main__":

@@ -217,7 +217,7 @@ def parse_args(argv=None):
         help="frozen blocks in 4 or 8 bits (bitsandbytes)",
     )
     arg("--compile", action="store_true", help="torch.compile the transformer's repeated blocks")
-    arg("--offload", action="store_true", help="VAE in main memory while idle; with cache_latents it always is")
+    arg("--offload", action="store_true", help="what is frozen waits in main memory: text encoders by layers, the VAE")
     arg("--fsdp", action="store_true", help="split weights and optimizer over the processes (FSDP2)")
 
     arg = parser.add_argument_group("data", "folders with files of equal names, or a dataset").add_argument
@@ -855,7 +855,11 @@ class PromptEncoder:
                 dropout=0.0,
                 target_modules=CLIP_TARGET_MODULES,
             )
-        self.pipeline.to(accelerator.device)
+        if args.offload:
+            trained = ["text_encoder"] if args.train_text_encoder else []
+            self.pipeline.enable_group_offload(accelerator.device, offload_type="leaf_level", exclude_modules=trained)
+        else:
+            self.pipeline.to(accelerator.device)
         self.trained = {"clip_l"} if args.train_text_encoder else set()
         self.cached = {"clip_l": {}, "t5": {}}  # {prompt: embedding on the CPU}
 
@@ -1187,6 +1191,7 @@ def main(args):
     problems = check_run(accelerator, args, max_train_steps) + checkpoint_conflicts(checkpoint, run)
     if problems:
         fail(accelerator, problems)
+    hub_repo = None
     if args.push_to_hub and accelerator.is_main_process:
         try:
             hub_repo = create_hub_repo(args)
@@ -1335,6 +1340,8 @@ def main(args):
         if interrupted or global_step % args.checkpointing_steps == 0:
             checkpoint = save_checkpoint(accelerator, args.output_dir, global_step, run, args.checkpoints_total_limit)
         if interrupted and not done:
+            transformer = draw = None  # see below
+            accelerator.free_memory()
             accelerator.end_training()
             accelerator.print(
                 f"\nInterrupted at step {global_step}, saved {checkpoint}; go on with --resume_from_checkpoint latest"
@@ -1354,8 +1361,8 @@ def main(args):
         describe(args, weight_dtype, cases[0][0] if cases else examples[0].caption)
     if cases:
         draw(step=global_step)
-    if args.push_to_hub and accelerator.is_main_process:
-        push_to_hub(args, hub_repo)
+    transformer = draw = None  # what DistributedDataParallel frees after the process group can hang in gloo
+    accelerator.free_memory()
     accelerator.end_training()
     results = {
         "LoRA": "pytorch_lora_weights.safetensors",
@@ -1364,6 +1371,8 @@ def main(args):
         "pictures": "validation",
     }
     print_results(accelerator, args, global_step, results)
+    if hub_repo:
+        push_to_hub(args, hub_repo)
 
 
 if __name__ == "__main__":

@@ -234,7 +234,7 @@ def parse_args(argv=None):
         help="frozen blocks in 4 or 8 bits (bitsandbytes)",
     )
     arg("--compile", action="store_true", help="torch.compile the transformer's repeated blocks")
-    arg("--offload", action="store_true", help="VAE in main memory while idle; with cache_latents it always is")
+    arg("--offload", action="store_true", help="what is frozen waits in main memory: text encoders by layers, the VAE")
     arg("--fsdp", action="store_true", help="split weights and optimizer over the processes (FSDP2)")
 
     arg = parser.add_argument_group("data", "a folder of pictures, a dataset, or tars").add_argument
@@ -1099,7 +1099,10 @@ class PromptEncoder:
         )
         for encoder in (self.pipeline.text_encoder, self.pipeline.text_encoder_2):
             encoder.requires_grad_(False).eval()
-        self.pipeline.to(accelerator.device)
+        if args.offload:
+            self.pipeline.enable_group_offload(accelerator.device, offload_type="leaf_level")
+        else:
+            self.pipeline.to(accelerator.device)
         self.cached = {}  # {prompt: (prompt_embeds, pooled_prompt_embeds) on the CPU}
 
     @torch.no_grad()
@@ -1762,6 +1765,7 @@ def main(args):
     problems += check_run(accelerator, args, prompts, max_train_steps) + checkpoint_conflicts(checkpoint, run)
     if problems:
         fail(accelerator, problems)
+    hub_repo = None
     if args.push_to_hub and accelerator.is_main_process:
         try:
             hub_repo = create_hub_repo(args)
@@ -1901,6 +1905,8 @@ def main(args):
         if interrupted or global_step % args.checkpointing_steps == 0:
             checkpoint = save_checkpoint(accelerator, args.output_dir, global_step, run, args.checkpoints_total_limit)
         if interrupted and not done:
+            transformer = draw = None  # see below
+            accelerator.free_memory()
             accelerator.end_training()
             accelerator.print(
                 f"\nInterrupted at step {global_step}, saved {checkpoint}; go on with --resume_from_checkpoint latest"
@@ -1930,12 +1936,14 @@ def main(args):
         describe(args, conditions, final_prompt or (examples[0].caption if examples else "a picture"))
     if final_prompt:
         draw(prompt=final_prompt, step=global_step)
-    if args.push_to_hub and accelerator.is_main_process:
-        push_to_hub(args, hub_repo, ["depth/**"])
+    transformer = draw = None  # what DistributedDataParallel frees after the process group can hang in gloo
+    accelerator.free_memory()
     accelerator.end_training()
     results = {f"{name} LoRA": file for name, file in files.items()}
     results |= {"usage": "README.md", "loss": "loss.png", "pictures": "validation"}
     print_results(accelerator, args, global_step, results)
+    if hub_repo:
+        push_to_hub(args, hub_repo, ["depth/**"])
 
 
 if __name__ == "__main__":

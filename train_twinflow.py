@@ -243,7 +243,7 @@ def parse_args(argv=None):
         help="frozen blocks in 4 or 8 bits (bitsandbytes)",
     )
     arg("--compile", action="store_true", help="torch.compile the transformer's repeated blocks")
-    arg("--offload", action="store_true", help="VAE in main memory while idle; with cache_latents it always is")
+    arg("--offload", action="store_true", help="what is frozen waits in main memory: text encoders by layers, the VAE")
     arg("--fsdp", action="store_true", help="split weights and optimizer over the processes (FSDP2)")
 
     arg = parser.add_argument_group("data", "a folder of pictures or parquet files, a dataset, prompts").add_argument
@@ -729,6 +729,9 @@ class Backbone:
         for part in pipeline.components.values():
             if isinstance(part, torch.nn.Module):
                 part.requires_grad_(False).eval()  # T5 has dropout
+        if args.offload:
+            pipeline.enable_group_offload(device, offload_type="leaf_level")
+            return pipeline
         return pipeline.to(device)
 
     def load_vae(self, dtype):
@@ -1559,6 +1562,8 @@ def main(args):
         if interrupted or global_step % args.checkpointing_steps == 0:
             checkpoint = save_checkpoint(accelerator, args.output_dir, global_step, run, args.checkpoints_total_limit)
         if interrupted and not done:
+            transformer = predict = draw = None  # see below
+            accelerator.free_memory()
             accelerator.end_training()
             accelerator.print(
                 f"\nInterrupted at step {global_step}, saved {checkpoint}; go on with --resume_from_checkpoint latest"
@@ -1583,6 +1588,8 @@ def main(args):
         describe(args, args.validation_prompt or examples[0].captions[0])
     if args.validation_prompt:
         draw(step=global_step)
+    transformer = predict = draw = None  # what DistributedDataParallel frees after the process group can hang in gloo
+    accelerator.free_memory()
     accelerator.end_training()
     result = "transformer" if full else "pytorch_lora_weights.safetensors"
     results = {"result": result, "usage": "README.md", "loss": "loss.png", "pictures": "validation"}

@@ -80,6 +80,8 @@ FLUX_LAYERS = {
     "final_layer.linear": ("proj_out",),
     "final_layer.adaLN_modulation.1": ("norm_out.linear",),
 }
+# of a file that is written again
+STALE_HEADER = ("format", "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 LORA_FORMS = ("comfyui", "kohya", "diffusers")
 QUANTIZATIONS = ("none", "nf4", "int8")
 
@@ -488,13 +490,12 @@ def read_lora(path):
             alpha = alpha or adapter.get(f"{part}.lora_alpha", len(down))
             alpha *= math.sqrt(len(down)) if adapter.get(f"{part}.use_rslora") else 1
             layers |= split_layer(name, down, up, float(tensors.pop(f"{name}.alpha", alpha)))
-    unknown = [
-        *tensors,
-        *(name for name in layers if not name.startswith(("transformer.", "text_encoder.text_model."))),
-    ]
+    known = {f"transformer.{part}" for parts in FLUX_LAYERS.values() for part in parts}
+    strangers = [name for name in layers if re.sub(r"\.\d+\.", ".#.", name, count=1) not in known]
+    unknown = [*tensors, *(name for name in strangers if not name.startswith("text_encoder.text_model."))]
     if unknown or not layers:
         raise ValueError(f"{path}: not a LoRA for FLUX.1 in a known form: {', '.join(unknown[:5]) or 'nothing in it'}")
-    return layers, {key: value for key, value in header.items() if key != "format" and "_hash" not in key}
+    return layers, {key: value for key, value in header.items() if key not in STALE_HEADER}
 
 
 def fused_layers(layers):
@@ -613,7 +614,7 @@ def adapter_metadata(layers):
 def lora_header(layers, *, name, base_model, resolution, trigger_words, captions):
     """What a file says of itself to Forge, ComfyUI's managers and Civitai, by ModelSpec 1.0.1 and in kohya's words.
 
-    `base_model` is flux-1-dev or flux-1-schnell, `resolution` (width, height), `captions` {folder: {caption: count}}.
+    `base_model` is flux-1-dev or flux-1-schnell, `resolution` (width, height), `captions` {folder: {tag: count}}.
     """
     down, _, alpha = next(iter(layers.values()))
     return {
@@ -623,7 +624,7 @@ def lora_header(layers, *, name, base_model, resolution, trigger_words, captions
         "modelspec.title": name,
         "modelspec.resolution": "{}x{}".format(*resolution),
         "modelspec.date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "modelspec.trigger_phrase": ", ".join(trigger_words),
+        **({"modelspec.trigger_phrase": ", ".join(trigger_words)} if trigger_words else {}),
         "ss_output_name": name,
         "ss_base_model_version": "flux1",
         "ss_network_module": "networks.lora_flux",

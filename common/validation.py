@@ -15,6 +15,7 @@ import torch
 from accelerate.utils import gather_object
 from diffusers import FlowMatchEulerDiscreteScheduler
 from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HTTPError
 from PIL import Image, ImageDraw, ImageFont
 from tqdm.auto import tqdm
 
@@ -84,6 +85,7 @@ def draw_class_images(accelerator, pipeline, call, args, present):
     absent = set(absent[: args.num_class_images - present])
     batches = [range(len(paths))[i : i + args.sample_batch_size] for i in range(0, len(paths), args.sample_batch_size)]
     batches = [batch for batch in batches if any(paths[i] in absent for i in batch)]
+    accelerator.wait_for_everyone()  # all have listed what is absent
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(args.prior_generation_precision)
     device = accelerator.device
     pipeline.set_progress_bar_config(disable=True)
@@ -223,9 +225,11 @@ def plot_metrics(metrics_path, picture_path, title):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def save_model_card(args, text, tags, **data):
+def save_model_card(args, text, tags, base_model, **data):
     """README.md in the output folder: `text`, under the header that the hub reads."""
-    metadata = ModelCardData(library_name="diffusers", tags=[*tags, "diffusers-training"], **data)
+    base_model = None if Path(base_model).exists() else base_model  # the hub refuses cards with a folder here
+    tags = [*tags, "diffusers-training"]
+    metadata = ModelCardData(library_name="diffusers", tags=tags, base_model=base_model, **data)
     ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{text.strip()}\n").save(args.output_dir / "README.md")
 
 
@@ -235,10 +239,17 @@ def create_hub_repo(args):
     return HfApi(token=args.hub_token).create_repo(name, exist_ok=True).repo_id
 
 
-def push_to_hub(args, repo_id, unwanted=()):
-    """Uploads the results, without checkpoints, logs and what is `unwanted` (patterns)."""
-    unwanted = ["checkpoint-*/**", ".*", f"{args.logging_dir}/**", *unwanted]
-    HfApi(token=args.hub_token).upload_folder(repo_id=repo_id, folder_path=args.output_dir, ignore_patterns=unwanted)
+def push_to_hub(args, repo_id, unwanted=(), beside=None):
+    """Uploads the output folder, without checkpoints, logs and what is `unwanted` (patterns), and a file beside it."""
+    hub, unwanted = HfApi(token=args.hub_token), ["checkpoint-*/**", ".*", f"{args.logging_dir}/**", *unwanted]
+    try:
+        hub.upload_folder(repo_id=repo_id, folder_path=args.output_dir, ignore_patterns=unwanted)
+        if beside:
+            hub.upload_file(repo_id=repo_id, path_or_fileobj=beside, path_in_repo=beside.name)
+    except (HTTPError, OSError, ValueError) as error:
+        raise SystemExit(
+            f"--push_to_hub: {error}\nNothing is lost. Try again: hf upload {repo_id} {args.output_dir}"
+        ) from None
 
 
 def print_results(accelerator, args, step, results):

@@ -141,6 +141,14 @@ BAD = [
     ),
     ("--train_text_encoder_ti", "--token_abstraction TOK: in no caption and not in --instance_prompt"),
     ("--train_transformer_frac 0", "leaves nothing to train without --train_text_encoder_ti"),
+    (
+        "--train_transformer_frac 0 --train_text_encoder_ti --train_text_encoder_ti_frac 0",
+        "leaves nothing to train without --train_text_encoder_ti",
+    ),
+    ("--train_text_encoder_ti_frac 0.7", "--train_text_encoder_ti_frac 0.7 needs --train_text_encoder_ti"),
+    ("--token_abstraction ,", "--token_abstraction ',': one word, or several different ones"),
+    ("--train_text_encoder_ti --token_abstraction A,A", "--token_abstraction 'A,A': one word, or several different"),
+    ("--train_text_encoder_ti --token_abstraction cir,circle", "--token_abstraction cir: in no caption"),
     ("--train_text_encoder_frac 0.5", "--train_text_encoder_frac 0.5 needs --train_text_encoder"),
     ("--train_text_encoder_ti_frac 1.5", "--train_text_encoder_ti_frac: 1.5 is out of range"),
     (
@@ -155,6 +163,7 @@ BAD = [
     ("--instance_data_dir {badtext} --instance_prompt x", "{badtext}/a.txt: not UTF-8 text"),
     ("--instance_data_dir {blank}", "{blank}/a.png: its caption must be text and not empty"),
     ("--instance_data_dir {badjson} --instance_prompt x", "{badjson}/metadata.jsonl: each line must be JSON"),
+    ("--caption_column prompt", "--caption_column prompt: no {pictures}/metadata.jsonl that has columns"),
     ("--instance_data_dir {halfjson} --instance_prompt x", "{halfjson}/metadata.jsonl: each line must be JSON with"),
 ]
 

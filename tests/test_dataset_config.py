@@ -227,6 +227,20 @@ def test_class_pictures_balance_the_others(read, own, reg, expected):
 def test_a_subset_repeated_zero_times_is_left_out(read):
     _, examples, problems = read(toml("", "", "", 'image_dir = "two"\nnum_repeats = 0'))
     assert (len(examples), problems) == (2, [])
+    _, examples, problems = read(toml("", "", "", 'image_dir = "class"\nis_reg = true\nnum_repeats = 0'))
+    assert (len(examples), problems) == (2, [])  # nor does the balance bring it back
+
+
+def test_a_json_file_is_read_and_one_without_tables_is_one_error(read, data):
+    args, *_ = read(toml())
+    args.dataset_config = data / "data.json"
+    subset = {"image_dir": "two", "class_tokens": "x"}
+    args.dataset_config.write_text(json.dumps({"datasets": [{"resolution": 64, "subsets": [subset]}]}))
+    examples, problems = dreambooth.find_examples(args)
+    assert (len(examples), problems) == (3, [])
+    args.dataset_config.write_text("[1]")
+    _, problems = dreambooth.find_examples(args)
+    assert problems[0].endswith("data.json: must hold general and datasets, not a list")
 
 
 def test_batches_keep_to_a_dataset_and_its_size():
@@ -316,6 +330,7 @@ BAD = [
     ("[[datasets]]\nbatch_size = true\n{s}", "batch_size = True must be a whole number from 1"),
     ("[[datasets]]\n{s}flip_aug = 1", "flip_aug = 1 must be true or false"),
     ("[[datasets]]\n{s}caption_separator = ''", "caption_separator = '' must be text that is not empty"),
+    ("[[datasets]]\n{s}caption_extension = '.'", "caption_extension = '.' must be an extension such as .txt"),
     ("[[datasets]]\n{s}num_repeats = -1", "num_repeats = -1 must be a whole number from 0"),
     ("[[datasets]]\n{s}caption_dropout_rate = 2", "caption_dropout_rate = 2 must be a number from 0 to 1"),
     ("[[datasets]]\n{s}resize_interpolation = 'best'", "resize_interpolation = 'best' must be lanczos, nearest"),

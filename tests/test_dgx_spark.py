@@ -4,11 +4,13 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -141,6 +143,34 @@ def test_containers_are_pinned_and_run_as_the_user():
     assert {path.split("/")[0] for path in named} | {"train.args"} == mounted
 
 
+@pytest.mark.parametrize("name", ["launch_train.sh", "launch_comfyui.sh"])
+def test_launching_mounts_only_folders_that_exist_and_passes_failure_on(tmp_path, name):
+    spark, fake = tmp_path / "spark", tmp_path / "bin"
+    shutil.copytree(SPARK, spark, ignore=shutil.ignore_patterns("models", "output"))
+    fake.mkdir()
+    (fake / "docker").write_text('#!/bin/sh\nprintf "%s\\n" "$@" > "$0.args"\nexit 7\n')
+    (fake / "docker").chmod(0o755)
+
+    def launch():
+        environment = os.environ | {"PATH": f"{fake}:{os.environ['PATH']}"}
+        command = ["sh", str(spark / name), "--seed", "1 2"]
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+    result = launch()
+    assert (result.returncode, result.stderr.count("run download.sh first")) == (2, 1)
+    assert not (spark / "models").exists()
+    for folder in ("checkpoints", "text_encoders", "vae", "tokenizers"):
+        (spark / "models" / folder).mkdir(parents=True)
+    (spark / FLUX).touch()
+    assert launch().returncode == 7
+    arguments = (fake / "docker.args").read_text().splitlines()
+    assert arguments[-2:] == ["--seed", "1 2"]
+    assert arguments[arguments.index("--user") + 1] == f"{os.getuid()}:{os.getgid()}"
+    mounted = [value.split(":")[0] for flag, value in pairwise(arguments) if flag == "--volume"]
+    assert len(mounted) >= 3
+    assert all(Path(path).exists() for path in mounted)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # download.sh, against a small hub
 # ---------------------------------------------------------------------------------------------------------------------
@@ -216,7 +246,7 @@ def hub(tmp_path):
         environment |= {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"} | (
             {"HF_TOKEN": token} if token else {}
         )
-        command = ["bash", str(SPARK / "download.sh"), str(tmp_path)]
+        command = ["sh", str(SPARK / "download.sh"), str(tmp_path)]
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
 
     yield state, download

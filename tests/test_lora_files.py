@@ -270,10 +270,21 @@ def test_other_spellings_are_read_and_others_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         convert_lora.main([str(file), str(tmp_path / "y")])
     assert "not a LoRA for FLUX.1 in a known form: lora_te3_encoder_block_0" in capsys.readouterr().err
+    save_file({f"transformer.transformer_blocks.0.img_mod.1.lora_{k}.weight": v for k, v in pair.items()}, file)
+    with pytest.raises(SystemExit):
+        convert_lora.main([str(file), str(tmp_path / "y"), "--to", "kohya"])
+    assert "known form: transformer.transformer_blocks.0.img_mod.1" in capsys.readouterr().err
     file.write_bytes(b"<html>")
     with pytest.raises(SystemExit):
         convert_lora.main([str(file), str(tmp_path / "y")])
     assert not (tmp_path / "y").exists()
+
+
+def test_hashes_of_the_file_that_was_are_dropped_and_those_of_the_model_kept(tmp_path):
+    tensors = {f"{QKV[0]}.lora_A.weight": torch.ones(2, 16), f"{QKV[0]}.lora_B.weight": torch.ones(16, 2)}
+    stale = {"sshs_model_hash": "1", "sshs_legacy_hash": "2", "modelspec.hash_sha256": "0x3"}
+    save_file(tensors, tmp_path / "x.safetensors", {"format": "pt", "ss_sd_model_hash": "4"} | stale)
+    assert read_lora(tmp_path / "x.safetensors")[1] == {"ss_sd_model_hash": "4"}
 
 
 def test_the_header_and_the_hash_are_what_civitai_and_forge_look_up(adapted, tmp_path):

@@ -14,8 +14,9 @@ import torch
 from accelerate import Accelerator
 from conftest import ROOT
 from diffusers import FluxPipeline
+from PIL import Image
 from safetensors.torch import load_file
-from test_train_dreambooth import LORA, SCRIPT, assert_equal, quickstart_flags
+from test_train_dreambooth import LORA, SCRIPT, assert_equal, quickstart_flags, run_snippet
 
 import train_dreambooth_flux_advanced as dreambooth
 from common import validation
@@ -216,6 +217,22 @@ def test_the_files_alone_draw_the_last_validation_image(train, flags, tmp_path, 
         assert difference <= 2, mode
 
 
+def test_clip_pools_in_the_cards_snippet_as_in_training(tiny_model, tmp_path, pictures):
+    flags = ["--pretrained_model_name_or_path", tiny_model, "--instance_data_dir", pictures, "--output_dir", tmp_path]
+    flags += ["--train_text_encoder_ti", "--token_abstraction", "circle"]
+    args = dreambooth.parse_args([str(flag) for flag in flags])
+    text, pooled = dreambooth.PromptEncoder(Accelerator(), args, torch.float32), {}
+    clip, line = text.encoders["clip_l"], "pipeline.text_encoder.eos_token_id = pipeline.tokenizer.eos_token_id"
+    for model, eos_token_id in ((str(tiny_model), 2), ("flux1-dev.safetensors", text.pipeline.tokenizer.eos_token_id)):
+        args.pretrained_model_name_or_path, clip.eos_token_id = model, eos_token_id
+        dreambooth.describe(args, torch.float32, text, "a circle", "run_emb.safetensors")
+        assert (line in (tmp_path / "README.md").read_text()) == (eos_token_id != 2)
+        pooled[model] = text.embed("clip_l", ["a circle", "a circle on the left"])
+    diffusers, comfyui = ((a - b).abs().max() for a, b in pooled.values())
+    assert diffusers < 1e-6
+    assert comfyui > 1e-3
+
+
 def test_two_abstractions_start_as_they_are_told(tiny_model, tmp_path, pictures):
     from accelerate import Accelerator
 
@@ -229,6 +246,33 @@ def test_two_abstractions_start_as_they_are_told(tiny_model, tmp_path, pictures)
         ids = tokenizer("red circle blue", add_special_tokens=False).input_ids
         assert torch.equal(new.rows.detach(), new.table.weight[ids])
         assert tokenizer.convert_tokens_to_ids(["<s0>", "<s1>", "<s2>"]) == [new.first_id + i for i in range(3)]
+
+
+def test_a_word_within_another_keeps_its_own_tokens(tiny_model, tmp_path, pictures):
+    flags = ["--pretrained_model_name_or_path", tiny_model, "--instance_data_dir", pictures]
+    flags += ["--train_text_encoder_ti", "--token_abstraction", "TOK,TOK2", "--num_new_tokens_per_abstraction", 1]
+    args = dreambooth.parse_args([str(flag) for flag in flags])
+    text = dreambooth.PromptEncoder(Accelerator(), args, torch.float32)
+    assert text.replace("TOK2 and TOK") == "<s1> and <s0>"
+
+
+@pytest.mark.parametrize("mode", ["pivotal CLIP", "transformer first"])
+def test_a_longer_resumed_run_does_not_go_back_behind_the_pivot(train, flags, tmp_path, mode):
+    run = tmp_path / "run"
+    flags = [*flags, *MODES[mode], "--checkpointing_steps", 4, "--output_dir", run]
+    train(SCRIPT, *flags, "--max_train_steps", 5)
+    first = results(run)
+    train(SCRIPT, *flags, "--max_train_steps", 20, "--resume_from_checkpoint", "latest")
+    second = results(run)
+    ended = {key: ("_emb" in key) == (mode == "pivotal CLIP") for key in first}
+    assert {key: torch.equal(first[key], second[key]) for key in first} == ended
+
+
+def test_one_step_is_enough_to_train_new_tokens(train, flags, tmp_path):
+    train(SCRIPT, *flags, *MODES["pivotal CLIP"], "--max_train_steps", 1, "--output_dir", tmp_path / "one")
+    train(SCRIPT, *flags, *MODES["pivotal CLIP"], "--max_train_steps", 2, "--output_dir", tmp_path / "two")
+    rows = [results(tmp_path / run)["_emb.safetensors/clip_l"] for run in ("one", "two")]
+    assert torch.equal(*rows)
 
 
 PRIOR = ("--with_prior_preservation", "--class_prompt", "a square", "--num_class_images", 5, "--sample_batch_size", 2)
@@ -257,6 +301,42 @@ def test_the_prior_loss_counts_as_it_is_weighted(train, flags, tmp_path, mode):
         losses[weight] = json.loads((run / "metrics.jsonl").read_text())["loss"]
     assert losses[1] - losses[0] > 1e-3
     assert losses[2] - losses[1] == pytest.approx(losses[1] - losses[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["pivotal CLIP+T5", "CLIP LoRA"])
+def test_two_processes_are_one_with_two_batches_a_step(train, flags, tmp_path, monkeypatch, mode):
+    honest = dreambooth.step_generator
+    monkeypatch.setattr(
+        dreambooth, "step_generator", lambda seed, step, batch=0, rank=0: honest(seed, step, batch + rank)
+    )
+    prior = (*PRIOR, "--class_data_dir", tmp_path / "class", "--prior_loss_weight", 3, "--random_flip")
+    flags = [*flags, *MODES[mode], *prior, "--repeats", 4, "--caption_dropout", 0.3, "--output_dir"]
+    one, two = tmp_path / "one" / "run", tmp_path / "two" / "run"
+    train(SCRIPT, *flags, one, "--gradient_accumulation_steps", 2)
+    script = tmp_path / "same_noise.py"
+    script.write_text(
+        f"""import gc, sys
+sys.path.insert(0, {str(ROOT)!r})
+import {SCRIPT} as trainer
+honest, end_training = trainer.step_generator, trainer.Accelerator.end_training
+trainer.step_generator = lambda seed, step, batch=0, rank=0: honest(seed, step, batch + rank)
+def end(accelerator):
+    kinds = {{type(thing).__name__ for thing in gc.get_objects()}}
+    assert "DistributedDataParallel" not in kinds, "gloo hangs if the process group is freed with it"
+    end_training(accelerator)
+trainer.Accelerator.end_training = end
+trainer.main(trainer.parse_args())
+"""
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, script]
+    result = subprocess.run([str(part) for part in (*command, *flags, two)], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    losses = [[json.loads(line)["loss"] for line in (run / "metrics.jsonl").open()] for run in (one, two)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    a, b = results(one), results(two)
+    assert a.keys() == b.keys()
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], rtol=1e-3, atol=1e-4)
 
 
 def test_batches_keep_to_one_bucket_and_pictures_to_the_nearest(train, flags, tmp_path, monkeypatch):
@@ -289,11 +369,63 @@ def test_the_hub_gets_results_and_no_file_the_token(train, flags, tmp_path, monk
         def upload_folder(self, repo_id, folder_path, ignore_patterns):
             calls.append(("upload", repo_id, folder_path))
 
+        def upload_file(self, repo_id, path_or_fileobj, path_in_repo):
+            calls.append(("upload", path_in_repo, path_or_fileobj))
+
     monkeypatch.setattr(validation, "HfApi", HubApi)
+    flags = [*flags, *MODES["pivotal CLIP"]]
     hub = ("--push_to_hub", "--hub_token", "hf_secret", "--max_train_steps", 2, "--checkpointing_steps", 1)
     train(SCRIPT, *flags, *hub, "--report_to", "tensorboard", "--output_dir", tmp_path / "run")
     assert calls == [("create", "run", True), ("upload", "me/run", tmp_path / "run")]
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"hf_secret" in path.read_bytes()]
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "load_lora_weights('me/run', weight_name='pytorch_lora_weights.safetensors')" in card
+    assert "load_file(hf_hub_download('me/run', 'run_emb.safetensors'))" in card
+    assert str(tmp_path) not in card
+    assert "base_model" not in card  # a folder, which the hub refuses
+    train(SCRIPT, *flags, *hub, "--output_name", "dog", "--output_dir", tmp_path / "named")
+    assert calls[3:] == [
+        ("upload", "me/dog", tmp_path / "named" / "dog"),
+        ("upload", "dog.safetensors", tmp_path / "named" / "dog.safetensors"),
+    ]
+
+
+def test_a_failed_upload_says_where_the_results_are(train, flags, tmp_path, monkeypatch):
+    class HubApi:
+        def __init__(self, token):
+            pass
+
+        def create_repo(self, name, exist_ok):
+            return type("Repo", (), {"repo_id": "me/run"})
+
+        def upload_folder(self, **arguments):
+            raise OSError("no network")
+
+    monkeypatch.setattr(validation, "HfApi", HubApi)
+    with pytest.raises(SystemExit, match="no network\nNothing is lost.*hf upload me/run"):
+        train(SCRIPT, *flags, "--push_to_hub", "--max_train_steps", 1, "--output_dir", tmp_path / "run")
+    assert (tmp_path / "run" / LORA).exists()
+
+
+def test_generate_and_the_model_cards_snippet_run_as_they_stand(train, flags, tmp_path, monkeypatch):
+    import numpy as np
+
+    drawn = []
+    honest = validation.image_grid
+    monkeypatch.setattr(validation, "image_grid", lambda images, texts: drawn.append(images) or honest(images, texts))
+    shown = ("--validation_prompt", "a circle on the left", "--num_validation_images", 1)
+    train(SCRIPT, *flags, *MODES["textual inversion"], *shown, "--output_dir", tmp_path / "run")
+    prompt = ("--prompt", "a circle on the left")
+    generate = [sys.executable, ROOT / "examples" / "dreambooth" / "generate.py"]
+    subprocess.run([*generate, "run", *prompt, "--output", "drawn"], cwd=tmp_path, check=True)
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "new tokens `<s0><s1>` for circle, by DreamBooth" in card
+    assert run_snippet(card.split("```python\n")[1].split("```")[0], tmp_path).size == (32, 32)
+    image = Image.open(tmp_path / "drawn" / "0.png")
+    assert np.abs(np.asarray(image, int) - np.asarray(drawn[-1][0], int)).max() <= 2
+    result = subprocess.run([*generate, "nowhere", *prompt], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "nowhere: no args.json in it" in result.stderr
 
 
 def test_a_refused_token_ends_the_run_before_a_model_is_loaded(train, flags, tmp_path, monkeypatch, capsys):
@@ -318,6 +450,7 @@ def test_a_refused_token_ends_the_run_before_a_model_is_loaded(train, flags, tmp
 ATTENTION = "attn.to_q,attn.to_k,attn.to_v,attn.add_q_proj,attn.add_k_proj,attn.add_v_proj,to_out.0"
 LEARNING = {
     "plain": ([], 50, 0),
+    "4-bit base": (["--quantize_base", "nf4"], 50, 0),
     "CLIP LoRA": (["--train_text_encoder", "--text_encoder_lr", "1e-3"], 50, 0),
     "pivotal CLIP": (["--train_text_encoder_ti", "--text_encoder_lr", "3e-3"], 60, 0),
     "pivotal CLIP+T5": (["--train_text_encoder_ti", "--enable_t5_ti", "--text_encoder_lr", "3e-3"], 60, 0),
@@ -395,6 +528,19 @@ def test_the_published_commands_run(train, tiny_model, pictures, tmp_path, monke
     rows = load_file(run / "3d-icon-Flux-LoRA_emb.safetensors")
     assert set(rows) == ({"clip_l", "t5"} if extra else {"clip_l"})
     assert (run / LORA).exists() == ("frac=0" not in extra)
+
+
+def test_the_commands_of_the_examples_are_understood(tiny_model, pictures):
+    readme = (ROOT / "examples" / "dreambooth" / "README.md").read_text()
+    values = {"$MODEL_NAME": tiny_model, "$DATASET_NAME": pictures, "$OUTPUT_DIR": "3d-icon"}
+    modes = []
+    for block in readme.split(f"accelerate launch {SCRIPT}.py")[1:]:
+        command = block.split("```")[0].replace("\\\n", " ")
+        for name, value in values.items():
+            command = command.replace(name, str(value))
+        args = dreambooth.parse_args(shlex.split(command))
+        modes.append((args.train_text_encoder_ti, args.enable_t5_ti, args.train_transformer_frac))
+    assert modes == [(True, False, 1), (True, True, 1), (True, True, 0), (False, False, 1)]
 
 
 def test_the_optimizer_holds_rows_not_tables(train, flags, tmp_path, monkeypatch):

@@ -13,12 +13,14 @@ import torch
 from conftest import ROOT
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from PIL import Image
+from prodigyopt import Prodigy
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_lora_files import original_state_dict
 
 import common.latents
 import train_dreambooth_flux_advanced as dreambooth
+from common import validation
 from common.lora import FLUX_LAYERS, target_layers
 from examples.toy import pretrain
 from examples.toy.compare import sample
@@ -88,6 +90,15 @@ def test_the_playbooks_folder_and_command_give_its_file(train, flux_data, tmp_pa
     assert pipeline.transformer.transformer_blocks[0].norm1.linear.scaling["default_0"] == 0.5
 
 
+def test_prodigy_is_set_as_sd_scripts_sets_it(flux_data, tiny_model):
+    args = dreambooth.parse_args([str(flag) for flag in without_files(train_args(), tiny_model)])
+    row = [torch.nn.Parameter(torch.zeros(1))], [torch.nn.Parameter(torch.zeros(1))]
+    optimizer = dreambooth.create_optimizer(args, row[0], 1, row[1])
+    plain = Prodigy([torch.nn.Parameter(torch.zeros(1))], lr=1.0).param_groups[0]
+    for group in optimizer.param_groups:
+        assert {k: v for k, v in group.items() if k != "params"} == {k: v for k, v in plain.items() if k != "params"}
+
+
 def test_a_second_name_in_the_same_folder_is_another_run(train, flux_data, tmp_path, tiny_model):
     flags = without_files(train_args("--max_train_steps", 2, "--save_format", "kohya"), tiny_model)
     for name in ("one", "two"):
@@ -95,6 +106,48 @@ def test_a_second_name_in_the_same_folder_is_another_run(train, flux_data, tmp_p
     kohya = load_file(tmp_path / "models" / "loras" / "two.safetensors")
     assert {key.split("_")[1] for key in kohya} == {"unet", "te1"}
     assert kohya["lora_unet_double_blocks_0_img_attn_qkv.alpha"] == 6
+
+
+def test_the_file_of_an_epoch_is_there_before_the_checkpoint_and_goes_to_the_hub(
+    train, flux_data, tmp_path, tiny_model, monkeypatch, capsys
+):
+    (flux_data / "tjtoy" / "1.caption").write_text("Toy, on a shelf")
+    flags = without_files(train_args("--max_train_steps", 3, "--save_every_n_epochs", 1), tiny_model)
+    flags += ["--checkpointing_steps", 2, "--skip_final_inference"]
+    loras, uploads = tmp_path / "models" / "loras", []
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(dreambooth, "save_checkpoint", killed)
+        train(SCRIPT, *flags)
+    assert (loras / "flux_dreambooth-000001.safetensors").exists()
+    assert "a step is batch 1 x accumulation 4" in capsys.readouterr().out
+
+    class HubApi:
+        def __init__(self, token=None):
+            pass
+
+        def create_repo(self, name, exist_ok):
+            return type("Url", (), {"repo_id": f"me/{name}"})
+
+        def upload_folder(self, **arguments):
+            uploads.append(arguments["folder_path"])
+
+        def upload_file(self, *, repo_id, path_or_fileobj, path_in_repo):
+            uploads.append((repo_id, path_or_fileobj, path_in_repo))
+
+    monkeypatch.setattr(validation, "HfApi", HubApi)
+    train(SCRIPT, *flags, "--push_to_hub")
+    name = "flux_dreambooth.safetensors"
+    relative = loras.relative_to(tmp_path)
+    assert uploads == [relative / "flux_dreambooth", ("me/flux_dreambooth", relative / name, name)]
+    with safe_open(loras / name, "pt") as file:
+        header = file.metadata()
+    tags = json.loads(header["ss_tag_frequency"])["tjtoy"]
+    assert tags == {"toy": 1, "on a shelf": 1, "tjtoy toy": 1}
+    assert header["modelspec.trigger_phrase"] == "tjtoy toy, sparkgpu gpu"
 
 
 def test_kohya_layers_are_those_of_its_sd_scripts(tiny_model, pictures):
@@ -215,6 +268,15 @@ def test_caches_survive_a_killed_run(train, flux_data, tmp_path, tiny_model, enc
     monkeypatch.setattr(common.latents, "save_file", files)
     train(SCRIPT, *flags)
     assert encodings.count("image") == 3
+
+
+def test_a_cache_folder_that_cannot_be_is_said_at_once(tmp_path, tiny_model, pictures, capsys):
+    (tmp_path / "file").touch()
+    flags = ["--pretrained_model_name_or_path", tiny_model, "--instance_data_dir", pictures, "--cache_latents_to_disk"]
+    with pytest.raises(SystemExit) as stop:
+        dreambooth.parse_args([str(flag) for flag in [*flags, "--disk_cache_dir", tmp_path / "file" / "cache"]])
+    assert stop.value.code == 2
+    assert f"{tmp_path / 'file'} is no folder that can be written to" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -377,7 +439,10 @@ def test_files_that_are_not_the_right_ones_are_named(published, tmp_path, pictur
     (tmp_path / "page.safetensors").write_bytes(b"<html>sign in</html>")
     scaled = load_file(files / "t5xxl_fp16.safetensors") | {"scaled_fp8": torch.zeros(1)}
     save_file(scaled, tmp_path / "scaled.safetensors")
+    chroma = load_file(files / "flux1-dev.safetensors")
+    save_file({k: v for k, v in chroma.items() if "vector_in" not in k}, tmp_path / "chroma.safetensors")
     rows = [
+        (single(files, pretrained_model_name_or_path=tmp_path / "chroma.safetensors"), "holds no vector_in.in_layer"),
         (single(files, clip_l=None), "--clip_l is needed with flux1-dev.safetensors"),
         (single(files, ae=tmp_path / "gone.safetensors"), "gone.safetensors: not a whole safetensors file"),
         (single(files, ae=tmp_path / "cut.safetensors"), "cut.safetensors: not a whole safetensors file"),

@@ -302,6 +302,16 @@ def test_datasets_and_metadata_bring_their_captions(train, flags, pictures, tmp_
     assert_equal(weights(tmp_path / "folder"), weights(tmp_path / "dataset"))
 
 
+def test_an_empty_caption_is_the_instance_prompt(tiny_model, pictures, tmp_path):
+    shutil.copytree(pictures, tmp_path / "data")
+    (tmp_path / "data" / "0.txt").write_text(" \n")
+    flags = ["--pretrained_model_name_or_path", tiny_model, "--instance_data_dir", tmp_path / "data"]
+    args = dreambooth.parse_args([*map(str, flags), "--instance_prompt", "a photo of sks dog"])
+    examples, problems = dreambooth.find_examples(args)
+    assert not problems
+    assert [example.caption == "a photo of sks dog" for example in examples] == [True] + [False] * 4
+
+
 @pytest.mark.parametrize(
     "extra",
     [

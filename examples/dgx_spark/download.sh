@@ -3,6 +3,7 @@
 # when its size and SHA-256 are those the hub names for it. The token comes from the environment and goes nowhere else.
 #
 #     HF_TOKEN=... examples/dgx_spark/download.sh [FOLDER, by default the current one]
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # called as: sh download.sh
 set -euo pipefail
 
 hub=${HF_ENDPOINT:-https://huggingface.co}
@@ -16,7 +17,7 @@ if [ -z "${HF_TOKEN:-}" ]; then
 fi
 
 request() { # the token is read from a pipe: arguments can be seen by every user of the machine
-    curl --silent --show-error --retry 3 --config <(printf 'header = "Authorization: Bearer %s"\n' "$HF_TOKEN") "$@"
+    curl --silent --show-error --suppress-connect-headers --retry 3 --config <(printf 'header = "Authorization: Bearer %s"\n' "$HF_TOKEN") "$@"
 }
 
 field() { # the value of a header in $headers

@@ -2,11 +2,13 @@
 
     python examples/dreambooth/generate.py 3d-icon-Flux-LoRA --prompt "a TOK icon of an orange llama eating ramen"
 
-The folder's args.json says which model was trained and which words the new tokens stand for.
+The folder's args.json says which model was trained, and the file of the tokens which words they stand for. The first
+picture of the validation prompt is the one that training drew last.
 """
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -14,17 +16,25 @@ from diffusers import FluxPipeline
 from safetensors import safe_open
 
 
-def load_pipeline(folder, dtype=None):
-    """(pipeline, {abstraction: its tokens}) of a trainer's output folder."""
-    args = json.loads((folder / "args.json").read_text())["args"]
-    dtype = dtype or (torch.bfloat16 if args["mixed_precision"] == "bf16" else torch.float32)
-    pipeline = FluxPipeline.from_pretrained(args["pretrained_model_name_or_path"], dtype=dtype)
+def read_args(folder):
+    """The flags that a trainer's output folder was made with."""
+    return json.loads((folder / "args.json").read_text())["args"]
+
+
+def load_pipeline(folder, model=None):
+    """(pipeline, {abstraction: its tokens}) of a trainer's output folder; `model` instead of the trained one."""
+    folder, args = folder.resolve(), read_args(folder)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args["mixed_precision"], torch.float32)
+    where = {name: args[name] for name in ("revision", "variant", "cache_dir")} if model is None else {}
+    pipeline = FluxPipeline.from_pretrained(model or args["pretrained_model_name_or_path"], dtype=dtype, **where)
     name = args.get("output_name")
     lora = folder.with_name(f"{name}.safetensors") if name else folder / "pytorch_lora_weights.safetensors"
     if lora.exists():
         pipeline.load_lora_weights(lora.parent, weight_name=lora.name)
+    if args["pretrained_model_name_or_path"].endswith(".safetensors"):  # CLIP pooled at the end of prompts then
+        pipeline.text_encoder.eos_token_id = pipeline.tokenizer.eos_token_id
     abstractions = {}
-    for path in folder.glob("*_emb.safetensors"):
+    for path in sorted(folder.glob("*_emb.safetensors"), key=lambda path: path.stat().st_mtime)[-1:]:
         with safe_open(path, "pt") as file:
             abstractions, rows = file.metadata(), {kind: file.get_tensor(kind) for kind in file.keys()}  # noqa: SIM118
         tokens = [f"<s{i}>" for i in range(len(rows["clip_l"]))]
@@ -42,27 +52,35 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, help="a trainer's output folder")
     parser.add_argument("--prompt", required=True, nargs="+", help="prompts, one picture each")
-    parser.add_argument("--size", type=int, nargs=2, default=(1024, 1024), metavar=("WIDTH", "HEIGHT"))
+    parser.add_argument("--model", help="folder or hub id of FLUX.1 (default: what was trained)")
+    parser.add_argument("--size", type=int, nargs=2, metavar=("WIDTH", "HEIGHT"), help="(default: as trained)")
     parser.add_argument("--num_inference_steps", type=int, default=28)
     parser.add_argument("--guidance_scale", type=float, default=3.5)
-    parser.add_argument("--max_sequence_length", type=int, default=512)
+    parser.add_argument("--max_sequence_length", type=int, help="T5 tokens per prompt (default: as trained)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path(), help="folder of the pictures")
     args = parser.parse_args()
-    pipeline, abstractions = load_pipeline(args.folder)
+    if not (args.folder / "args.json").is_file():
+        parser.error(f"{args.folder}: no args.json in it, so it is not a trainer's output folder")
+    trained = read_args(args.folder)
+    if trained["pretrained_model_name_or_path"].endswith(".safetensors") and not args.model:
+        parser.error("the model was trained from single files: give --model, such as black-forest-labs/FLUX.1-dev")
+    width, height = args.size or [trained["resolution"]] * 2
+    pipeline, abstractions = load_pipeline(args.folder, args.model)
+    words = sorted(abstractions, key=len, reverse=True)  # TOK2 before TOK
     if torch.accelerator.is_available():
         pipeline.to(torch.accelerator.current_accelerator())
     args.output.mkdir(parents=True, exist_ok=True)
     for i, prompt in enumerate(args.prompt):
-        for name, tokens in abstractions.items():
-            prompt = prompt.replace(name, tokens)
+        if words:
+            prompt = re.sub("|".join(map(re.escape, words)), lambda word: abstractions[word[0]], prompt)
         image = pipeline(
             prompt,
-            width=args.size[0],
-            height=args.size[1],
+            width=width,
+            height=height,
             num_inference_steps=args.num_inference_steps,
             guidance_scale=args.guidance_scale,
-            max_sequence_length=args.max_sequence_length,
+            max_sequence_length=args.max_sequence_length or trained["max_sequence_length"],
             generator=torch.Generator().manual_seed(args.seed + i),
         ).images[0]
         image.save(args.output / f"{i}.png")
