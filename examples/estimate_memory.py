@@ -390,7 +390,9 @@ def estimate(model, args):
     fake, dtype = FakeTensorMode(allow_non_fake_inputs=True), DTYPES[args.mixed_precision]
     quantize_blockwise(torch.zeros(256))  # makes a table that nf4 needs, from numbers that fake tensors do not have
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # returns a view, which nothing writes to
-    text = sum(parameter.numel() for create in model.text_encoders for parameter in on_meta(create).parameters())
+    layers = [layer for create in model.text_encoders for layer in on_meta(create).modules()]
+    leaves = [sum(map(torch.numel, layer.parameters(recurse=False))) for layer in layers]
+    text = max(leaves) if args.offload else sum(leaves)  # offloaded, a layer at a time is on the device
     with as_on_gpu() if args.device == "cuda" else nullcontext():
         step = training_step(model, args, fake)
         with LiveMemory() as memory:
@@ -483,6 +485,7 @@ WAYS = {  # of training, each needs less memory than the one before
         "plain": "",
         "checkpointing": "--gradient_checkpointing",
         "checkpointing, nf4": "--gradient_checkpointing --quantize_base nf4",
+        "checkpointing, nf4, offload": "--gradient_checkpointing --quantize_base nf4 --offload",
     },
     "full": {
         "1 GPU": "--gradient_checkpointing",
