@@ -390,9 +390,12 @@ def estimate(model, args):
     fake, dtype = FakeTensorMode(allow_non_fake_inputs=True), DTYPES[args.mixed_precision]
     quantize_blockwise(torch.zeros(256))  # makes a table that nf4 needs, from numbers that fake tensors do not have
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # returns a view, which nothing writes to
-    layers = [layer for create in model.text_encoders for layer in on_meta(create).modules()]
-    leaves = [sum(map(torch.numel, layer.parameters(recurse=False))) for layer in layers]
-    text = max(leaves) if args.offload else sum(leaves)  # offloaded, a layer at a time is on the device
+    encoders = [on_meta(create) for create in model.text_encoders]
+    if args.offload:  # a layer at a time is on the device
+        layers = [layer for encoder in encoders for layer in encoder.modules()]
+        text = max(sum(map(torch.numel, layer.parameters(recurse=False))) for layer in layers)
+    else:
+        text = sum(map(torch.numel, (parameter for encoder in encoders for parameter in encoder.parameters())))
     with as_on_gpu() if args.device == "cuda" else nullcontext():
         step = training_step(model, args, fake)
         with LiveMemory() as memory:
