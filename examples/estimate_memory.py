@@ -466,6 +466,8 @@ def parse_args(argv=None):
     problems = check_processes(argparse.Namespace(**vars(args), distributed_type=kind, scaler=scaler), args)
     if args.training == "full" and args.quantize_base != "none":
         problems.append(f"--quantize_base {args.quantize_base} is for --training lora")
+    if args.training == "full" and "Fill" in args.model:
+        problems.append(f"--training full: no trainer does this for {args.model}")
     if problems:
         parser.error("; ".join(problems))
     return args
@@ -515,6 +517,8 @@ def print_table():
     print("| --- " * (3 + len(CARDS)) + "|")
     for training, resolution in (("lora", 512), ("lora", 1024), ("full", 512)):
         for name, model in MODELS.items():
+            if training == "full" and "Fill" in name:
+                continue  # no trainer does
             cells = name, training, str(resolution), *what_fits(model, training, resolution)
             print(f"| {' | '.join(cells)} |", flush=True)
 

@@ -169,6 +169,7 @@ def test_refuses_what_the_trainers_refuse(capsys):
         ("--fsdp", "--fsdp needs more than one process"),
         ("--fsdp --num_processes 2 --quantize_base nf4", "--quantize_base nf4 does not work with --fsdp"),
         ("--training full --quantize_base nf4", "is for --training lora"),
+        ("--training full --model FLUX.1-Fill-dev", "no trainer does this"),
     ):
         with pytest.raises(SystemExit) as error:
             parse_args(flags.split())
