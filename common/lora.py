@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -229,8 +230,10 @@ def save_lora(
         return
     layers = {}
     for name, model in modules.items():
-        state_dict = get_peft_model_state_dict(model, adapter_name=adapter_name)
-        layers[f"{name}_lora_layers"] = {key: whole(value).to("cpu", dtype) for key, value in state_dict.items()}
+        with gathered([parameter for parameter in model.parameters() if parameter.requires_grad]):
+            state_dict = get_peft_model_state_dict(model, adapter_name=adapter_name)
+            # a copy, for what is gathered goes again
+            layers[f"{name}_lora_layers"] = {k: whole(v).to("cpu", dtype, copy=True) for k, v in state_dict.items()}
         config = model.peft_config[adapter_name].to_dict()
         if not isinstance(config["target_modules"], str):
             config["target_modules"] = sorted(config["target_modules"])  # a set, in no fixed order
@@ -275,6 +278,9 @@ def register_lora_checkpointing(accelerator, pipeline_class, modules, optimizer,
     `files`, {adapter name: file name}, names the adapters if there is another than "default". With a sharded model,
     each process handles its part of the adapter and of the optimizer's state.
     """
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        register_deepspeed_checkpointing(accelerator, modules)
+        return
     if any(map(is_sharded, modules.values())):
         named = [pair for model in modules.values() for pair in model.named_parameters()]
         parameters = {name: parameter for name, parameter in named if parameter.requires_grad}
@@ -316,17 +322,21 @@ def shard(transformer, device, dtype):
 
 
 def is_sharded(model):
-    """Whether `shard` has split a model."""
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    """Whether `shard` has split a model, or DeepSpeed (ZeRO-3), which numbers the parameters that it splits."""
+    return any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
-def check_processes(accelerator, args):
-    """Problems of the kind and number of processes."""
+def check_processes(accelerator, args, deepspeed=False):
+    """Problems of the kind and number of processes; `deepspeed` tells whether the trainer works with it."""
     supported = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
     problems, kind = [], accelerator.distributed_type
+    if kind == DistributedType.DEEPSPEED and deepspeed:
+        return check_deepspeed(accelerator, args)
     if kind not in supported:
-        instead = "; FSDP2 is --fsdp here" if kind == DistributedType.FSDP else ""
-        problems.append(f"{kind.value}: not supported, choose multi-GPU without it in accelerate config{instead}")
+        problems.append(
+            f"{kind.value}: not supported, choose multi-GPU without it in accelerate config; --fsdp splits weights, "
+            "gradients and optimizer over the processes (FSDP2, which is what ZeRO-3 does)"
+        )
     if not args.fsdp:
         return problems
     if accelerator.num_processes == 1:
@@ -342,6 +352,86 @@ def check_processes(accelerator, args):
     if args.quantize_base != "none":
         problems.append(f"--quantize_base {args.quantize_base} does not work with --fsdp: leave one out")
     return problems
+
+
+def check_deepspeed(accelerator, args):
+    """Problems of a run with DeepSpeed."""
+    plugin, problems = accelerator.state.deepspeed_plugin, []
+    if plugin.zero_stage not in (2, 3):
+        problems.append(f"DeepSpeed: zero_stage is {plugin.zero_stage} in accelerate's config, choose 2 or 3")
+    if plugin.zero3_init_flag:
+        problems.append("DeepSpeed: zero3_init_flag is true in accelerate's config, choose false")
+    if args.mixed_precision == "fp16":
+        problems.append("--mixed_precision fp16 does not work with DeepSpeed: use bf16")
+    if args.optimizer == "prodigy":
+        problems.append("--optimizer prodigy does not work with DeepSpeed: use adamw")
+    if args.quantize_base != "none":
+        problems.append(f"--quantize_base {args.quantize_base} does not work with DeepSpeed: leave one out")
+    refused = ["fsdp", "use_8bit_adam", "train_text_encoder", "train_text_encoder_ti"]
+    refused += ["compile"] if plugin.zero_stage == 3 else []
+    problems += [
+        f"--{flag} does not work with DeepSpeed: leave one out" for flag in refused if getattr(args, flag, False)
+    ]
+    if getattr(args, "train_transformer_frac", 1) < 1:
+        problems.append("--train_transformer_frac does not work with DeepSpeed: leave one out")
+    return problems
+
+
+def configure_deepspeed(accelerator, args):
+    """Tells DeepSpeed of the flags that it acts on itself: `accelerator.backward` clips and steps the optimizer too,
+    and leaves out steps whose gradients are not finite."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps
+        accelerator.state.deepspeed_plugin.deepspeed_config |= {
+            "train_micro_batch_size_per_gpu": args.train_batch_size,
+            "gradient_accumulation_steps": args.gradient_accumulation_steps,
+            "gradient_clipping": args.max_grad_norm,
+        }
+
+
+def register_deepspeed_checkpointing(accelerator, modules):
+    """Makes checkpoints of DeepSpeed hold each process' part of the adapters, in float32, and of the optimizer's state
+    as state-N.safetensors. (Its own are pickles, whose loading runs what they say.) The model must be prepared."""
+    engine, zero = accelerator.deepspeed_engine_wrapped.engine, accelerator.deepspeed_engine_wrapped.engine.optimizer
+    engine.save_checkpoint = engine.load_checkpoint = lambda *folder_and_name: None
+    parts = getattr(zero, "fp32_partitioned_groups_flat", None) or zero.single_partition_of_fp32_groups
+    optimizer = zero.optimizer
+    file_name = f"state-{accelerator.process_index}.safetensors"
+
+    def save(models, weights, output_dir):
+        tensors = {f"adapter/{i}": part for i, part in enumerate(parts)}
+        for i, part in enumerate(parts):
+            tensors |= {f"optimizer/{i}/{key}": value for key, value in optimizer.state[part].items()}
+        tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        save_file(tensors, Path(output_dir) / file_name)
+
+    def load(models, input_dir):
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        tensors = load_file(Path(input_dir) / file_name)
+        for i, part in enumerate(parts):
+            part.data.copy_(tensors.pop(f"adapter/{i}"))
+        for name, value in tensors.items():
+            _, i, key = name.split("/")
+            optimizer.state[parts[int(i)]][key] = value if key == "step" else value.to(parts[int(i)].device)
+        params = [p for model in modules.values() for p in model.parameters() if p.requires_grad]
+        values = [safe_get_full_fp32_param(parameter) for parameter in params]
+        with gathered(params):
+            for parameter, value in zip(params, values, strict=True):
+                parameter.data.copy_(value)
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+
+
+def gathered(parameters):
+    """In this context each process has all of the `parameters` that DeepSpeed splits (ZeRO-3); what the first process
+    writes to them is kept. Nothing happens to others."""
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+        return nullcontext()
+    from deepspeed.zero import GatheredParameters
+
+    return GatheredParameters(parameters, modifier_rank=0)
 
 
 def whole(value):
@@ -425,9 +515,11 @@ def lora_layers(modules):
     """
     layers = {}
     for name, model in modules.items():
-        weights, alpha = get_peft_model_state_dict(model), float(model.peft_config["default"].lora_alpha)
+        alpha = float(model.peft_config["default"].lora_alpha)
+        with gathered([parameter for parameter in model.parameters() if parameter.requires_grad]):
+            weights = {key: whole(value).cpu().clone() for key, value in get_peft_model_state_dict(model).items()}
         for key in [key for key in weights if key.endswith(".lora_A.weight")]:
-            pair = whole(weights[key]).cpu(), whole(weights[key.replace("lora_A", "lora_B")]).cpu()
+            pair = weights[key], weights[key.replace("lora_A", "lora_B")]
             layers[full_name(f"{name}.{key.removesuffix('.lora_A.weight')}")] = (*pair, alpha)
     return layers
 
