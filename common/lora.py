@@ -9,7 +9,6 @@ import re
 import shutil
 import signal
 import tempfile
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -84,6 +83,7 @@ FLUX_LAYERS = {
 # of a file that is written again
 STALE_HEADER = ("format", "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 LORA_FORMS = ("comfyui", "kohya", "diffusers")
+FSDP_MEANS = "which splits weights, gradients and optimizer over the processes (FSDP2), as ZeRO-3 does"
 QUANTIZATIONS = ("none", "nf4", "int8")
 
 
@@ -230,10 +230,8 @@ def save_lora(
         return
     layers = {}
     for name, model in modules.items():
-        with gathered([parameter for parameter in model.parameters() if parameter.requires_grad]):
-            state_dict = get_peft_model_state_dict(model, adapter_name=adapter_name)
-            # a copy, for what is gathered goes again
-            layers[f"{name}_lora_layers"] = {k: whole(v).to("cpu", dtype, copy=True) for k, v in state_dict.items()}
+        state_dict = get_peft_model_state_dict(model, adapter_name=adapter_name)
+        layers[f"{name}_lora_layers"] = {key: whole(value).to("cpu", dtype) for key, value in state_dict.items()}
         config = model.peft_config[adapter_name].to_dict()
         if not isinstance(config["target_modules"], str):
             config["target_modules"] = sorted(config["target_modules"])  # a set, in no fixed order
@@ -279,7 +277,7 @@ def register_lora_checkpointing(accelerator, pipeline_class, modules, optimizer,
     each process handles its part of the adapter and of the optimizer's state.
     """
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        register_deepspeed_checkpointing(accelerator, modules)
+        register_deepspeed_checkpointing(accelerator)
         return
     if any(map(is_sharded, modules.values())):
         named = [pair for model in modules.values() for pair in model.named_parameters()]
@@ -322,8 +320,8 @@ def shard(transformer, device, dtype):
 
 
 def is_sharded(model):
-    """Whether `shard` has split a model, or DeepSpeed (ZeRO-3), which numbers the parameters that it splits."""
-    return any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters())
+    """Whether `shard` has split a model."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def check_processes(accelerator, args, deepspeed=False):
@@ -334,8 +332,8 @@ def check_processes(accelerator, args, deepspeed=False):
         return check_deepspeed(accelerator, args)
     if kind not in supported:
         problems.append(
-            f"{kind.value}: not supported, choose multi-GPU without it in accelerate config; --fsdp splits weights, "
-            "gradients and optimizer over the processes (FSDP2, which is what ZeRO-3 does)"
+            f"{kind.value}: not supported, choose multi-GPU without it in accelerate config and --fsdp for memory, "
+            f"{FSDP_MEANS}"
         )
     if not args.fsdp:
         return problems
@@ -356,30 +354,29 @@ def check_processes(accelerator, args, deepspeed=False):
 
 def check_deepspeed(accelerator, args):
     """Problems of a run with DeepSpeed."""
-    plugin, problems = accelerator.state.deepspeed_plugin, []
-    if plugin.zero_stage not in (2, 3):
-        problems.append(f"DeepSpeed: zero_stage is {plugin.zero_stage} in accelerate's config, choose 2 or 3")
-    if plugin.zero3_init_flag:
-        problems.append("DeepSpeed: zero3_init_flag is true in accelerate's config, choose false")
-    if args.mixed_precision == "fp16":
+    stage, problems = accelerator.state.deepspeed_plugin.zero_stage, []
+    if stage != 2:
+        problems.append(
+            f"DeepSpeed: zero_stage is {stage} in accelerate config, choose 2; or multi-GPU without DeepSpeed and "
+            f"--fsdp, {FSDP_MEANS}"
+        )
+    if accelerator.mixed_precision == "fp16":
         problems.append("--mixed_precision fp16 does not work with DeepSpeed: use bf16")
     if args.optimizer == "prodigy":
         problems.append("--optimizer prodigy does not work with DeepSpeed: use adamw")
     if args.quantize_base != "none":
         problems.append(f"--quantize_base {args.quantize_base} does not work with DeepSpeed: leave one out")
-    refused = ["fsdp", "use_8bit_adam", "train_text_encoder", "train_text_encoder_ti"]
-    refused += ["compile"] if plugin.zero_stage == 3 else []
-    problems += [
+    if getattr(args, "train_transformer_frac", 1) < 1:
+        problems.append("--train_transformer_frac below 1 does not work with DeepSpeed: leave one out")
+    refused = ("fsdp", "use_8bit_adam", "train_text_encoder", "train_text_encoder_ti")
+    return problems + [
         f"--{flag} does not work with DeepSpeed: leave one out" for flag in refused if getattr(args, flag, False)
     ]
-    if getattr(args, "train_transformer_frac", 1) < 1:
-        problems.append("--train_transformer_frac does not work with DeepSpeed: leave one out")
-    return problems
 
 
 def configure_deepspeed(accelerator, args):
-    """Tells DeepSpeed of the flags that it acts on itself: `accelerator.backward` clips and steps the optimizer too,
-    and leaves out steps whose gradients are not finite."""
+    """Tells DeepSpeed, if it runs, of the flags that it acts on: it accumulates, clips and steps the optimizer within
+    `accelerator.backward`, and leaves out steps whose gradients are not finite."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps
         accelerator.state.deepspeed_plugin.deepspeed_config |= {
@@ -389,49 +386,32 @@ def configure_deepspeed(accelerator, args):
         }
 
 
-def register_deepspeed_checkpointing(accelerator, modules):
-    """Makes checkpoints of DeepSpeed hold each process' part of the adapters, in float32, and of the optimizer's state
-    as state-N.safetensors. (Its own are pickles, whose loading runs what they say.) The model must be prepared."""
-    engine, zero = accelerator.deepspeed_engine_wrapped.engine, accelerator.deepspeed_engine_wrapped.engine.optimizer
-    engine.save_checkpoint = engine.load_checkpoint = lambda *folder_and_name: None
-    parts = getattr(zero, "fp32_partitioned_groups_flat", None) or zero.single_partition_of_fp32_groups
-    optimizer = zero.optimizer
-    file_name = f"state-{accelerator.process_index}.safetensors"
+def register_deepspeed_checkpointing(accelerator):
+    """Makes checkpoints hold what each process has of DeepSpeed's float32 weights and optimizer state (ZeRO-2), as
+    state-N.safetensors. DeepSpeed's own are pickles, and loading one runs what it says."""
+    engine = accelerator.deepspeed_engine_wrapped.engine
+    engine.save_checkpoint = engine.load_checkpoint = lambda folder, name: None
+    zero, file_name = engine.optimizer, f"state-{accelerator.process_index}.safetensors"
+    parts, states = zero.single_partition_of_fp32_groups, zero.optimizer.state  # one flat tensor per parameter group
 
     def save(models, weights, output_dir):
-        tensors = {f"adapter/{i}": part for i, part in enumerate(parts)}
+        tensors = {f"weights/{i}": part for i, part in enumerate(parts)}
         for i, part in enumerate(parts):
-            tensors |= {f"optimizer/{i}/{key}": value for key, value in optimizer.state[part].items()}
-        tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-        save_file(tensors, Path(output_dir) / file_name)
+            tensors |= {f"{key}/{i}": value for key, value in states[part].items()}
+        save_file({name: value.detach().cpu() for name, value in tensors.items()}, Path(output_dir) / file_name)
 
     def load(models, input_dir):
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        tensors = load_file(Path(input_dir) / file_name)
-        for i, part in enumerate(parts):
-            part.data.copy_(tensors.pop(f"adapter/{i}"))
-        for name, value in tensors.items():
-            _, i, key = name.split("/")
-            optimizer.state[parts[int(i)]][key] = value if key == "step" else value.to(parts[int(i)].device)
-        params = [p for model in modules.values() for p in model.parameters() if p.requires_grad]
-        values = [safe_get_full_fp32_param(parameter) for parameter in params]
-        with gathered(params):
-            for parameter, value in zip(params, values, strict=True):
-                parameter.data.copy_(value)
+        for name, value in load_file(Path(input_dir) / file_name).items():
+            key, i = name.split("/")
+            part = parts[int(i)]
+            if key == "weights":
+                part.data.copy_(value)
+            else:
+                states[part][key] = value if key == "step" else value.to(part.device)
+        zero.update_lp_params()  # the model's weights, of another dtype, are copies of these
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)
-
-
-def gathered(parameters):
-    """In this context each process has all of the `parameters` that DeepSpeed splits (ZeRO-3); what the first process
-    writes to them is kept. Nothing happens to others."""
-    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
-        return nullcontext()
-    from deepspeed.zero import GatheredParameters
-
-    return GatheredParameters(parameters, modifier_rank=0)
 
 
 def whole(value):
@@ -515,11 +495,9 @@ def lora_layers(modules):
     """
     layers = {}
     for name, model in modules.items():
-        alpha = float(model.peft_config["default"].lora_alpha)
-        with gathered([parameter for parameter in model.parameters() if parameter.requires_grad]):
-            weights = {key: whole(value).cpu().clone() for key, value in get_peft_model_state_dict(model).items()}
+        weights, alpha = get_peft_model_state_dict(model), float(model.peft_config["default"].lora_alpha)
         for key in [key for key in weights if key.endswith(".lora_A.weight")]:
-            pair = weights[key], weights[key.replace("lora_A", "lora_B")]
+            pair = whole(weights[key]).cpu(), whole(weights[key.replace("lora_A", "lora_B")]).cpu()
             layers[full_name(f"{name}.{key.removesuffix('.lora_A.weight')}")] = (*pair, alpha)
     return layers
 
