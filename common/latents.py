@@ -12,10 +12,14 @@ import torch.nn.functional as F
 from accelerate.utils import gather_object
 from diffusers import AutoencoderDC, AutoencoderKLQwenImage, FluxPipeline
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from PIL import Image, ImageOps
+from PIL import EpsImagePlugin, Image, ImageOps
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.data import Sampler
 from tqdm.auto import tqdm
+
+
+EpsImagePlugin.gs_binary = False  # PIL would run Ghostscript on PostScript under a picture's name
 
 
 def upright(image):
@@ -30,8 +34,8 @@ def upright(image):
 
 
 def read_row(dataset, row, column):
-    """A picture of a dataset."""
-    return dataset[row][column]
+    """A picture of a dataset; those in other columns are not decoded."""
+    return dataset.select_columns(column)[row][column]
 
 
 class StepSampler(Sampler):
@@ -103,17 +107,27 @@ def cache_moments(accelerator, vae, keys, load_pixels, folder=None):
 def disk_cached(folder, key, compute):
     """The tensor that `compute` returns, kept in `folder` (None: nowhere) under the SHA-256 of `key` (bytes).
 
-    A file is whole or absent, also if the process is killed. Whatever the tensor depends on belongs in the key.
+    A file is whole or absent, also if the process is killed; one that the disk damaged is written anew. Whatever the
+    tensor depends on belongs in the key.
     """
     if folder is None:
         return compute()
     path = Path(folder) / f"{hashlib.sha256(key).hexdigest()}.safetensors"
-    if not path.exists():
+    if not is_whole(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}.partial")
         save_file({"value": compute().contiguous()}, partial)
         partial.replace(path)
     return load_file(path)["value"]
+
+
+def is_whole(path):
+    """Whether a safetensors file is there and as long as its header says: a crash of the machine can leave it cut."""
+    try:
+        with safe_open(path, "pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
 
 
 def fingerprint(model):
@@ -243,7 +257,7 @@ class TensorCache:
     def fill(self, accelerator, items, encode, desc):
         """Writes encode(*what), {name: tensor}, of each `what` in `items` that is missing; the processes share it."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        missing = [what for what in items if not self.path(*what).exists()]
+        missing = [what for what in items if not is_whole(self.path(*what))]
         accelerator.wait_for_everyone()
         with accelerator.split_between_processes(missing) as share:
             for what in tqdm(share, desc=desc, disable=not accelerator.is_main_process or not missing):

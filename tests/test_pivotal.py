@@ -450,6 +450,7 @@ def test_a_refused_token_ends_the_run_before_a_model_is_loaded(train, flags, tmp
 ATTENTION = "attn.to_q,attn.to_k,attn.to_v,attn.add_q_proj,attn.add_k_proj,attn.add_v_proj,to_out.0"
 LEARNING = {
     "plain": ([], 50, 0),
+    "4-bit base": (["--quantize_base", "nf4"], 50, 0),
     "CLIP LoRA": (["--train_text_encoder", "--text_encoder_lr", "1e-3"], 50, 0),
     "pivotal CLIP": (["--train_text_encoder_ti", "--text_encoder_lr", "3e-3"], 60, 0),
     "pivotal CLIP+T5": (["--train_text_encoder_ti", "--enable_t5_ti", "--text_encoder_lr", "3e-3"], 60, 0),
