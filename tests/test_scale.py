@@ -57,7 +57,7 @@ def launch(script, flags, processes=2, zero_stage=None):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     if zero_stage:  # what accelerate launch sets
         environment |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(zero_stage)}
-        environment |= {"ACCELERATE_DEEPSPEED_ZERO3_INIT": "false", "DS_ACCELERATOR": "cpu"}
+        environment |= {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1", "DS_ACCELERATOR": "cpu"}
     return subprocess.run(
         [*command, __file__, script, *map(str, flags)], cwd=ROOT, env=environment, capture_output=True, text=True
     )
