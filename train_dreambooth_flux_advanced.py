@@ -82,6 +82,7 @@ from common.lora import (
     checkpoint_state,
     checkpoint_to_resume,
     compile_blocks,
+    configure_deepspeed,
     create_optimizer,
     diffusers_state_dict,
     load_checkpoint,
@@ -1577,7 +1578,7 @@ def register_embedding_checkpointing(accelerator, text):
 
 def check_run(accelerator, args, max_train_steps):
     """Problems that show once the data and the processes are known."""
-    problems = check_processes(accelerator, args)
+    problems = check_processes(accelerator, args, deepspeed=True)
     if args.lr_scheduler != "constant" and args.lr_warmup_steps >= max_train_steps > 0:
         warmup = args.lr_warmup_steps
         problems.append(f"--lr_warmup_steps {warmup} must be less than the {max_train_steps} steps of the run")
@@ -1731,12 +1732,14 @@ def main(args):
     )
 
     # 6. Prepare and resume
+    configure_deepspeed(accelerator, args)
+    if args.fsdp or not lora_params:
+        lr_scheduler = accelerator.prepare(lr_scheduler)
+        optimizer = optimizer if args.fsdp else accelerator.prepare(optimizer)
+    else:
+        transformer, optimizer, lr_scheduler = accelerator.prepare(transformer, optimizer, lr_scheduler)
     register_lora_checkpointing(accelerator, FluxPipeline, adapted, optimizer)
     register_embedding_checkpointing(accelerator, text)
-    lr_scheduler = accelerator.prepare(lr_scheduler)
-    if not args.fsdp:
-        optimizer = accelerator.prepare(optimizer)
-        transformer = accelerator.prepare(transformer) if lora_params else transformer
     global_step = load_checkpoint(accelerator, checkpoint, lr_scheduler)
     sampler.start, sampler.stop = global_step * accumulation, max_train_steps * accumulation
     train_dataloader = DataLoader(

@@ -79,6 +79,7 @@ from common.lora import (
     checkpoint_state,
     checkpoint_to_resume,
     compile_blocks,
+    configure_deepspeed,
     create_optimizer,
     load_checkpoint,
     load_model,
@@ -1119,7 +1120,7 @@ def choose_seed(seed, checkpoint):
 
 def check_run(accelerator, args, max_train_steps):
     """Problems that show once the data and the processes are known."""
-    problems = check_processes(accelerator, args)
+    problems = check_processes(accelerator, args, deepspeed=True)
     if args.lr_scheduler != "constant" and args.lr_warmup_steps >= max_train_steps > 0:
         warmup = args.lr_warmup_steps
         problems.append(f"--lr_warmup_steps {warmup} must be less than the {max_train_steps} steps of the run")
@@ -1264,10 +1265,12 @@ def main(args):
     )
 
     # 6. Prepare and resume
+    configure_deepspeed(accelerator, args)
+    if args.fsdp:
+        lr_scheduler = accelerator.prepare(lr_scheduler)
+    else:
+        transformer, optimizer, lr_scheduler = accelerator.prepare(transformer, optimizer, lr_scheduler)
     register_lora_checkpointing(accelerator, FluxFillPipeline, adapted, optimizer)
-    lr_scheduler = accelerator.prepare(lr_scheduler)
-    if not args.fsdp:
-        transformer, optimizer = accelerator.prepare(transformer, optimizer)
     global_step = load_checkpoint(accelerator, checkpoint, lr_scheduler)
     sampler.start, sampler.stop = global_step * accumulation, max_train_steps * accumulation
     train_dataloader = DataLoader(

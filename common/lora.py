@@ -84,6 +84,7 @@ FLUX_LAYERS = {
 # of a file that is written again
 STALE_HEADER = ("format", "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 LORA_FORMS = ("comfyui", "kohya", "diffusers")
+FSDP_MEANS = "which splits weights, gradients and optimizer over the processes (FSDP2), as ZeRO-3 does"
 QUANTIZATIONS = ("none", "nf4", "int8")
 CHECKSUMS = "checksums.json"  # of a checkpoint's files
 
@@ -277,6 +278,9 @@ def register_lora_checkpointing(accelerator, pipeline_class, modules, optimizer,
     `files`, {adapter name: file name}, names the adapters if there is another than "default". With a sharded model,
     each process handles its part of the adapter and of the optimizer's state.
     """
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        register_deepspeed_checkpointing(accelerator)
+        return
     if any(map(is_sharded, modules.values())):
         named = [pair for model in modules.values() for pair in model.named_parameters()]
         parameters = {name: parameter for name, parameter in named if parameter.requires_grad}
@@ -322,13 +326,17 @@ def is_sharded(model):
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
-def check_processes(accelerator, args):
-    """Problems of the kind and number of processes."""
+def check_processes(accelerator, args, deepspeed=False):
+    """Problems of the kind and number of processes; `deepspeed` tells whether the trainer works with it."""
     supported = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
     problems, kind = [], accelerator.distributed_type
+    if kind == DistributedType.DEEPSPEED and deepspeed:
+        return check_deepspeed(accelerator, args)
     if kind not in supported:
-        instead = "; FSDP2 is --fsdp here" if kind == DistributedType.FSDP else ""
-        problems.append(f"{kind.value}: not supported, choose multi-GPU without it in accelerate config{instead}")
+        problems.append(
+            f"{kind.value}: not supported, choose multi-GPU without it in accelerate config and --fsdp for memory, "
+            f"{FSDP_MEANS}"
+        )
     if not args.fsdp:
         return problems
     if accelerator.num_processes == 1:
@@ -344,6 +352,68 @@ def check_processes(accelerator, args):
     if args.quantize_base != "none":
         problems.append(f"--quantize_base {args.quantize_base} does not work with --fsdp: leave one out")
     return problems
+
+
+def check_deepspeed(accelerator, args):
+    """Problems of a run with DeepSpeed."""
+    stage, problems = accelerator.state.deepspeed_plugin.zero_stage, []
+    if stage != 2:
+        problems.append(
+            f"DeepSpeed: zero_stage is {stage} in accelerate config, choose 2; or multi-GPU without DeepSpeed and "
+            f"--fsdp, {FSDP_MEANS}"
+        )
+    if accelerator.mixed_precision == "fp16":
+        problems.append("--mixed_precision fp16 does not work with DeepSpeed: use bf16")
+    if args.optimizer == "prodigy":
+        problems.append("--optimizer prodigy does not work with DeepSpeed: use adamw")
+    if args.quantize_base != "none":
+        problems.append(f"--quantize_base {args.quantize_base} does not work with DeepSpeed: leave one out")
+    if getattr(args, "train_transformer_frac", 1) < 1:
+        problems.append("--train_transformer_frac below 1 does not work with DeepSpeed: leave one out")
+    refused = ("fsdp", "use_8bit_adam", "train_text_encoder", "train_text_encoder_ti")
+    return problems + [
+        f"--{flag} does not work with DeepSpeed: leave one out" for flag in refused if getattr(args, flag, False)
+    ]
+
+
+def configure_deepspeed(accelerator, args):
+    """Tells DeepSpeed, if it runs, of the flags that it acts on: it accumulates, clips and steps the optimizer within
+    `accelerator.backward`, and leaves out steps whose gradients are not finite."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps
+        accelerator.state.deepspeed_plugin.deepspeed_config |= {
+            "train_micro_batch_size_per_gpu": args.train_batch_size,
+            "gradient_accumulation_steps": args.gradient_accumulation_steps,
+            "gradient_clipping": args.max_grad_norm,
+        }
+
+
+def register_deepspeed_checkpointing(accelerator):
+    """Makes checkpoints hold what each process has of DeepSpeed's float32 weights and optimizer state (ZeRO-2), as
+    state-N.safetensors. DeepSpeed's own are pickles, and loading one runs what it says."""
+    engine = accelerator.deepspeed_engine_wrapped.engine
+    engine.save_checkpoint = engine.load_checkpoint = lambda folder, name: None
+    zero, file_name = engine.optimizer, f"state-{accelerator.process_index}.safetensors"
+    parts, states = zero.single_partition_of_fp32_groups, zero.optimizer.state  # one flat tensor per parameter group
+
+    def save(models, weights, output_dir):
+        tensors = {f"weights/{i}": part for i, part in enumerate(parts)}
+        for i, part in enumerate(parts):
+            tensors |= {f"{key}/{i}": value for key, value in states[part].items()}
+        save_file({name: value.detach().cpu() for name, value in tensors.items()}, Path(output_dir) / file_name)
+
+    def load(models, input_dir):
+        for name, value in load_file(Path(input_dir) / file_name).items():
+            key, i = name.split("/")
+            part = parts[int(i)]
+            if key == "weights":
+                part.data.copy_(value)
+            else:
+                states[part][key] = value if key == "step" else value.to(part.device)
+        zero.update_lp_params()  # the model's weights, of another dtype, are copies of these
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
 
 
 def whole(value):

@@ -4,13 +4,21 @@ import importlib
 import json
 import os
 import random
+import re
+import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from conftest import ROOT
 from safetensors.torch import load_file
 
@@ -18,6 +26,7 @@ from examples.toy.world import caption, draw, random_scene
 
 
 SCRIPTS = ["train_dreambooth_flux_advanced", "train_omini", "train_influxedit", "train_twinflow"]
+ACCELERATE = ROOT / "examples" / "accelerate"
 
 
 def losses(folder):
@@ -31,14 +40,24 @@ def result(folder):
 
 def one_stream(module):
     """Lets rank r of two draw what micro-step r of one process draws, as both then see the same samples."""
-    honest = module.step_generator
-    return lambda seed, step, micro=0, rank=0: honest(seed, step, micro + rank)
+    honest, initialized = module.step_generator, torch.distributed.is_initialized
+    processes = lambda: torch.distributed.get_world_size() if initialized() else 1  # noqa: E731
+    return lambda seed, step, micro=0, rank=0: honest(seed, step, micro * processes() + rank)
 
 
-def launch(script, flags, processes=2):
+def accelerator_of_deepspeed(cpu, **kwargs):
+    """An Accelerator as on GPUs: told that it is on CPUs, it leaves DeepSpeed out."""
+    return Accelerator(kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")], **kwargs)
+
+
+def launch(script, flags, processes=2, zero_stage=None):
     """Runs a trainer, whose processes draw as `one_stream` says, in several processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    if zero_stage:  # what accelerate launch sets
+        environment |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(zero_stage)}
+        environment |= {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1", "DS_ACCELERATOR": "cpu"}
     return subprocess.run(
         [*command, __file__, script, *map(str, flags)], cwd=ROOT, env=environment, capture_output=True, text=True
     )
@@ -94,6 +113,55 @@ def test_two_processes_compute_what_one_does(train, flags_of, tmp_path, monkeypa
     assert len(list((tmp_path / "two" / "validation").glob("*.png"))) == 2
 
 
+ZERO_2 = [("train_dreambooth_flux_advanced", "no"), ("train_dreambooth_flux_advanced", "bf16")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("script", "precision"), [*ZERO_2, ("train_influxedit", "no")])
+def test_two_processes_of_deepspeed_compute_what_one_does(train, flags_of, tmp_path, monkeypatch, script, precision):
+    pytest.importorskip("deepspeed")
+    module = importlib.import_module(script)
+    monkeypatch.setattr(module, "step_generator", one_stream(module))
+    flags = [*flags_of[script], "--max_train_steps", 4, "--checkpointing_steps", 2, "--lr_scheduler", "cosine"]
+    flags += ["--lr_warmup_steps", 1, "--mixed_precision", precision, "--upcast_before_saving"]
+    train(script, *flags, "--output_dir", tmp_path / "one", "--gradient_accumulation_steps", 4)
+    flags += ["--output_dir", tmp_path / "two", "--gradient_accumulation_steps", 2]
+    flags += ["--validation_prompt", "a circle", "--num_validation_images", 1]
+    run = launch(script, flags, zero_stage=2)
+    assert run.returncode == 0, run.stderr[-3000:]
+    one, two, bar = losses(tmp_path / "one"), losses(tmp_path / "two"), {"no": 1e-5, "bf16": 1e-2}[precision]
+    print(f"ZeRO-2, {precision}: largest difference of a loss {np.abs(np.subtract(one, two)).max():.1e} (bar {bar})")
+    np.testing.assert_allclose(two, one, rtol=bar)
+    alone, together = result(tmp_path / "one"), result(tmp_path / "two")
+    assert alone.keys() == together.keys()
+    assert alone
+    for key, value in alone.items() if precision == "no" else ():
+        torch.testing.assert_close(together[key], value, atol=1e-4, rtol=1e-3)
+    assert len(list((tmp_path / "two" / "validation").glob("*.png"))) == 2
+
+    checkpoint = tmp_path / "two" / "checkpoint-4"
+    assert {"state-0.safetensors", "state-1.safetensors"} <= {path.name for path in checkpoint.iterdir()}
+    assert not any(path.is_dir() for path in checkpoint.iterdir())  # as DeepSpeed's pickles would be
+    shutil.rmtree(checkpoint)
+    (tmp_path / "two" / "pytorch_lora_weights.safetensors").unlink()
+    again = launch(script, [*flags, "--resume_from_checkpoint", "latest"], zero_stage=2)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert all(torch.equal(together[key], value) for key, value in result(tmp_path / "two").items())
+    assert losses(tmp_path / "two") == two
+
+
+@pytest.mark.slow
+def test_deepspeed_leaves_out_steps_that_are_not_finite(flags_of, tmp_path):
+    pytest.importorskip("deepspeed")
+    flags = [*flags_of[SCRIPTS[0]], "--learning_rate", 1e30, "--lr_scheduler", "constant", "--lr_warmup_steps", 0]
+    flags += ["--max_train_steps", 20, "--checkpointing_steps", 3, "--output_dir", tmp_path]
+    run = launch(SCRIPTS[0], flags, zero_stage=2)
+    assert "the last 10 losses were not finite" in run.stderr
+    three, six = (load_file(tmp_path / f"checkpoint-{step}" / "state-0.safetensors") for step in (3, 6))
+    assert three["weights/0"].isfinite().all()
+    assert all(torch.equal(three[key], six[key]) for key in three)
+
+
 @pytest.mark.parametrize("script", [SCRIPTS[0], *(pytest.param(s, marks=pytest.mark.slow) for s in SCRIPTS[1:])])
 def test_a_sharded_run_resumes_bit_for_bit_on_as_many_processes(flags_of, tmp_path, script):
     flags = [*flags_of[script], "--fsdp", "--checkpointing_steps", 2, "--lr_scheduler", "cosine"]
@@ -111,7 +179,69 @@ def test_a_sharded_run_resumes_bit_for_bit_on_as_many_processes(flags_of, tmp_pa
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"), [("8_gpus", "MULTI_GPU"), ("8_gpus_fsdp2", "MULTI_GPU"), ("8_gpus_zero2", "DEEPSPEED")]
+)
+def test_accelerate_reads_the_config_files(name, kind):
+    config = load_config_from_file(str(ACCELERATE / f"{name}.yaml"))
+    assert (config.distributed_type, config.num_processes, config.num_machines) == (kind, 8, 1)
+    assert config.mixed_precision == "bf16"
+    assert config.deepspeed_config.get("zero_stage") == (2 if kind == "DEEPSPEED" else None)
+
+
+def test_the_commands_of_the_readme_and_config_files_parse(short_runs, tmp_path):
+    pages = [path.read_text().replace("\\\n", " ") for path in sorted(ACCELERATE.iterdir())]
+    commands = [line for page in pages for line in re.findall(r"accelerate (launch [^`\n]*?) \.\.\.", page)]
+    named = set()
+    for command in commands:
+        launched = launch_command_parser().parse_args(shlex.split(command)[1:])
+        if launched.config_file:
+            config = load_config_from_file(str(ROOT / launched.config_file))
+            named.add(Path(launched.config_file).name)
+            processes = launched.num_processes or config.num_processes
+            assert processes == 8 * (launched.num_machines or 1)
+            assert ("--fsdp" in launched.training_script_args) == ("fsdp2" in launched.config_file)
+        script = launched.training_script.removesuffix(".py")
+        flags = [*short_runs[script], "--output_dir", tmp_path, *launched.training_script_args]
+        importlib.import_module(script).parse_args([str(flag) for flag in flags])
+    assert named == {path.name for path in ACCELERATE.glob("*.yaml")}
+    ranks = {c for c in commands if "--num_machines 2" in c}
+    assert {re.search(r"--machine_rank (\d)", command)[1] for command in ranks} == {"0", "1"}
+
+
+def refused_by_deepspeed(argv, script, short_runs, tmp_path, zero_stage=2):
+    """What a trainer says to its flags in a run that accelerate starts with DeepSpeed."""
+    module = importlib.import_module(script)
+    flags = [*short_runs[script], "--output_dir", tmp_path / "out", *argv]
+    args = module.parse_args([str(flag) for flag in flags])
+    plugin = SimpleNamespace(zero_stage=zero_stage)
+    about = {"state": SimpleNamespace(deepspeed_plugin=plugin), "mixed_precision": "no", "num_processes": 2}
+    accelerator = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED, **about)
+    prompts = ([],) if script == "train_omini" else ()
+    return "; ".join(module.check_run(accelerator, args, *prompts, 2))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_deepspeed_without_support_names_the_way_that_works(short_runs, tmp_path, script):
+    said = refused_by_deepspeed([], script, short_runs, tmp_path, zero_stage=3)
+    assert "--fsdp" in said
+    assert "as ZeRO-3 does" in said
+    supported = not refused_by_deepspeed([], script, short_runs, tmp_path)
+    assert supported == (script in ("train_dreambooth_flux_advanced", "train_influxedit"))
+
+
+@pytest.mark.parametrize(
+    "flags", ["--fsdp", "--optimizer prodigy --learning_rate 1", "--quantize_base nf4", "--train_transformer_frac 0.5"]
+)
+def test_what_deepspeed_cannot_do_is_refused(short_runs, tmp_path, flags):
+    said = refused_by_deepspeed(flags.split(), SCRIPTS[0], short_runs, tmp_path)
+    assert flags.split()[0] in said
+    assert "does not work with DeepSpeed" in said
+
+
 if __name__ == "__main__":
     trainer = importlib.import_module(sys.argv[1])
     trainer.step_generator = one_stream(trainer)
+    if "ACCELERATE_USE_DEEPSPEED" in os.environ:
+        trainer.Accelerator = accelerator_of_deepspeed
     trainer.main(trainer.parse_args(sys.argv[2:]))
