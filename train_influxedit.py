@@ -63,6 +63,7 @@ from common.latents import (
     image_ids,
     pack_fill_condition,
     pack_latents,
+    read_batches,
     read_row,
     sample_latents,
     upright,
@@ -1275,7 +1276,7 @@ def main(args):
     transformer.train()
     progress_bar = tqdm(total=max_train_steps, initial=global_step, desc="Training", unit="step", disable=quiet)
     loss_sum, skipped, signals, started = 0.0, 0, catch_signals(), time.perf_counter()
-    for micro_step, batch in enumerate(train_dataloader, start=sampler.start):
+    for micro_step, batch in enumerate(read_batches(train_dataloader), start=sampler.start):
         with accelerator.accumulate(transformer):
             generator = step_generator(args.seed, *divmod(micro_step, accumulation), accelerator.process_index)
             torch.manual_seed(generator.initial_seed())  # dropout draws from the global generator

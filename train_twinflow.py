@@ -56,6 +56,7 @@ from common.latents import (
     encode_images,
     image_ids,
     pack_latents,
+    read_batches,
     read_row,
     to_image,
     unpack_latents,
@@ -1510,7 +1511,7 @@ def main(args):
     transformer.train()
     progress_bar = tqdm(total=max_train_steps, initial=global_step, desc="Training", unit="step", disable=quiet)
     sums, skipped, started = {}, 0, time.perf_counter()
-    for micro_step, batch in enumerate(train_dataloader, start=sampler.start):
+    for micro_step, batch in enumerate(read_batches(train_dataloader), start=sampler.start):
         with accelerator.accumulate(transformer):
             generator = step_generator(args.seed, *divmod(micro_step, accumulation), accelerator.process_index)
             latents, cond, uncond = prepare_batch(batch, backbone, vae, args, device, offload)
