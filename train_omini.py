@@ -1890,7 +1890,7 @@ def main(args):
         skipped = 0 if finite else skipped + 1
         if skipped == MAX_SKIPPED_STEPS:
             raise SystemExit(
-                f"Stopped at step {global_step}: the last {skipped} losses were not finite. Checkpoints are intact."
+                f"\nStopped at step {global_step}: the last {skipped} losses were not finite. Checkpoints are intact."
             )
         group = optimizer.param_groups[0]
         logs = {

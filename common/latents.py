@@ -40,7 +40,7 @@ def read_batches(dataloader):
     except (OSError, ValueError, SyntaxError, SafetensorError, Image.DecompressionBombError) as error:
         reason = str(error).strip().splitlines()[-1]  # after a worker's traceback
         raise SystemExit(
-            f"{Path(sys.argv[0]).name}: error: the data can be read no more: {reason}. Checkpoints are intact: mend "
+            f"\n{Path(sys.argv[0]).name}: error: the data can be read no more: {reason}. Checkpoints are intact: mend "
             "this and go on with --resume_from_checkpoint latest"
         ) from None
 

@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -741,12 +742,19 @@ def load_checkpoint(accelerator, checkpoint, lr_scheduler):
 
 
 def catch_signals():
-    """The list that SIGINT and SIGTERM append themselves to; a second one ends the process at once."""
-    signals = []
+    """The list that SIGINT and SIGTERM append themselves to; another one, two seconds later, ends the process at once.
+
+    Until then it is the same one: of a signal to all processes, torchrun sends each of its own another.
+    """
+    signals, first = [], math.inf
 
     def catch(number, frame):
+        nonlocal first
+        first = min(first, time.monotonic())
         signals.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        if time.monotonic() > first + 2:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, catch)
@@ -770,7 +778,7 @@ def writing(path, partial=None):
             with suppress(OSError):
                 partial.unlink()
         raise SystemExit(
-            f"{Path(sys.argv[0]).name}: error: {path} cannot be written ({reason}); {free / 2**20:.1f} MiB are free "
+            f"\n{Path(sys.argv[0]).name}: error: {path} cannot be written ({reason}); {free / 2**20:.1f} MiB are free "
             "there. Checkpoints are intact: make room and go on with --resume_from_checkpoint latest"
         ) from None
 
