@@ -763,20 +763,23 @@ def catch_signals():
 
 @contextmanager
 def writing(path, partial=None):
-    """Ends the run with one message if `path` cannot be written within it; `partial`, file or folder, is deleted."""
+    """Ends the run with one message if `path` cannot be written within it.
+
+    `partial`, the file or folder that was to become it, does not outlive an error of any kind.
+    """
     path = Path(path).absolute()
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        from_torch_save = re.search("PytorchStreamWriter|iostream|unexpected pos", str(error))
-        if isinstance(error, RuntimeError) and not from_torch_save:
-            raise
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    except BaseException as error:
         free = shutil.disk_usage(next(folder for folder in path.parents if folder.exists())).free
         if partial:
             shutil.rmtree(partial, ignore_errors=True)
             with suppress(OSError):
                 partial.unlink()
+        of_torch_save = re.search("PytorchStreamWriter|iostream|unexpected pos", str(error))
+        if not (of_torch_save or isinstance(error, OSError | SafetensorError)):
+            raise
+        reason = "writing failed" if of_torch_save else getattr(error, "strerror", None) or str(error)
         raise SystemExit(
             f"\n{Path(sys.argv[0]).name}: error: {path} cannot be written ({reason}); {free / 2**20:.1f} MiB are free "
             "there. Checkpoints are intact: make room and go on with --resume_from_checkpoint latest"

@@ -377,7 +377,7 @@ FULL = [
 VALIDATION = {
     SCRIPTS[0]: ["--validation_prompt", "a circle", "--validation_steps", 4],
     SCRIPTS[1]: ["--validation_prompt", "a circle", "--validation_steps", 4, "--validation_image"],
-    SCRIPTS[2]: ["--validation_steps", 4, "--validation_image"],
+    SCRIPTS[2]: ["--validation_prompt", "a circle", "--validation_steps", 4, "--validation_image"],
     SCRIPTS[3]: ["--validation_prompt", "a circle", "--validation_steps", 4],
 }
 
@@ -424,6 +424,32 @@ def test_a_full_disk_is_one_message_and_costs_nothing(runs, flags_of, small_disk
         assert results(folder) == results(tmp_path / "whole")
         assert losses(folder) == losses(tmp_path / "whole")
         shutil.rmtree(folder)
+
+
+PRIOR = ["--with_prior_preservation", "--class_prompt", "a circle", "--num_class_images", 2]
+ALSO_FULL = [  # trainer, function, what the message names, flags
+    (SCRIPTS[0], "cache_moments", ".safetensors", ["--cache_latents_to_disk", "--disk_cache_dir", "{disk}/cache"]),
+    (SCRIPTS[0], "draw_class_images", "class-0000", [*PRIOR, "--class_data_dir", "{disk}/class"]),
+    (SCRIPTS[2], "draw_class_images", "class-0000", [*PRIOR, "--class_data_dir", "{disk}/class"]),
+    (SCRIPTS[0], "save_named_lora", "name.safetensors", ["--output_name", "name", "--output_dir", "{disk}"]),
+    (SCRIPTS[3], "encode_prompts", "encoded", []),
+    (SCRIPTS[3], "save_model", "transformer", ["--training", "full", "--output_dir", "{disk}/run"]),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("script", "function", "named", "extra"), ALSO_FULL)
+def test_a_full_disk_elsewhere_is_one_message(runs, short_runs, small_disk, script, function, named, extra):
+    filler = small_disk / "filler"
+    flags = [*short_runs[script], "--output_dir", small_disk / "run"]
+    flags += [part.replace("{disk}", str(small_disk)) if isinstance(part, str) else part for part in extra]
+    assert runs.run(script, flags, "full_disk", function, 1, str(filler), 0) == 1, runs.output()[-3000:]
+    error = only_error(runs)
+    print(error)
+    assert named in error.split(" cannot be written")[0]
+    assert not [path for path in small_disk.rglob("*") if "partial" in path.name]
+    filler.unlink()
+    assert runs.run(script, flags) == 0, runs.output()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -541,8 +567,7 @@ EARLY = [
 def test_a_signal_before_training_ends_at_once(runs, short_runs, tmp_path, script, function, extra, number):
     flags = [*short_runs[script], *extra, "--output_dir", tmp_path / "run"]
     if function == "draw_class_images":
-        flags += ["--with_prior_preservation", "--class_prompt", "a circle", "--num_class_images", 4]
-        flags += ["--class_data_dir", tmp_path / "class"]
+        flags += [*PRIOR, "--class_data_dir", tmp_path / "class"]
     runs.start(script, flags, "pause", function, 1, str(tmp_path / "marker"), 30)
     runs.wait_for((tmp_path / "marker").exists)
     os.kill(runs.pid, number)
@@ -619,7 +644,7 @@ def test_a_full_disk_ends_both_of_two_processes(short_runs, small_disk, script):
     with two_processes(script, flags, "full_disk", "save_checkpoint", 2, str(filler), 16384) as launcher:
         output = launcher.communicate(timeout=90)[0]
     assert launcher.returncode != 0
-    assert output.count(" cannot be written (") == 1, output[-3000:]
+    assert 1 <= output.count(" cannot be written (") <= 2, output[-3000:]  # either process may meet the full disk
     assert list(checkpoints(folder)) == [2]
     filler.unlink()
     with two_processes(script, [*flags, "--resume_from_checkpoint", "latest"]) as launcher:
