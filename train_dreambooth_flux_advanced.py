@@ -18,6 +18,7 @@ arguments (args.json), the loss (metrics.jsonl, loss.png), pictures (validation/
 """
 
 import argparse
+import contextlib
 import difflib
 import functools
 import hashlib
@@ -31,6 +32,7 @@ import shutil
 import sys
 import time
 import tomllib
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -77,6 +79,8 @@ from common.lora import (
     check_output_dir,
     check_processes,
     checkpoint_conflicts,
+    checkpoint_damage,
+    checkpoint_state,
     checkpoint_to_resume,
     compile_blocks,
     create_optimizer,
@@ -96,6 +100,7 @@ from common.lora import (
     writing,
 )
 from common.validation import (
+    check_hub,
     create_hub_repo,
     draw_class_images,
     generate_images,
@@ -123,12 +128,12 @@ OPTION_KINDS = {
     "text": lambda value: isinstance(value, str),
     "text that is not empty": lambda value: isinstance(value, str) and value != "",
     "an extension such as .txt": lambda value: isinstance(value, str) and re.fullmatch(r"\.?\w[\w.-]*", value),
-    "a whole number from 0": lambda value: type(value) is int and value >= 0,
-    "a whole number from 1": lambda value: type(value) is int and value >= 1,
+    "a whole number from 0 to 10,000": lambda value: type(value) is int and 0 <= value <= 10_000,
+    "a whole number from 1 to 10,000": lambda value: type(value) is int and 1 <= value <= 10_000,
     "a number from 0 to 1": lambda value: type(value) in (int, float) and 0 <= value <= 1,
-    "a multiple of 16": lambda value: type(value) is int and value >= 16 and value % 16 == 0,
-    "a side or [width, height], multiples of 16": lambda value: (
-        all(OPTION_KINDS["a multiple of 16"](side) for side in (value if isinstance(value, list) else [value]))
+    "a multiple of 16 to 8192": lambda value: type(value) is int and 16 <= value <= 8192 and value % 16 == 0,
+    "a side or [width, height], multiples of 16 to 8192": lambda value: (
+        all(OPTION_KINDS["a multiple of 16 to 8192"](side) for side in (value if isinstance(value, list) else [value]))
         and (not isinstance(value, list) or len(value) == 2)
     ),
     "lanczos, nearest, bilinear, linear, bicubic, cubic, area or box": lambda value: value in [*KOHYA_INTERPOLATION],
@@ -297,7 +302,7 @@ def parse_args(argv=None):
         help="frozen blocks in 4 or 8 bits (bitsandbytes)",
     )
     arg("--compile", action="store_true", help="torch.compile the transformer's repeated blocks")
-    arg("--offload", action="store_true", help="VAE in main memory while idle; with cache_latents it always is")
+    arg("--offload", action="store_true", help="what is frozen waits in main memory: text encoders by layers, the VAE")
     arg("--fsdp", action="store_true", help="split weights and optimizer over the processes (FSDP2)")
 
     arg = parser.add_argument_group("data", "a folder of pictures, or a dataset").add_argument
@@ -427,7 +432,11 @@ def parse_args(argv=None):
     arg("--hub_token", help="token for it (default: that of `hf auth login`); it is written nowhere")
     arg("--hub_model_id", help="repository for it (default: the name of output_dir)")
 
-    args = parser.parse_args(own_names(sys.argv[1:] if argv is None else argv))
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        args = parser.parse_args(own_names(argv))
+    except (ValueError, RecursionError) as error:
+        parser.error(f"{' '.join(word for word in argv if word[:1] == '@')}: no file of flags ({error})")
     args.cache_latents |= args.cache_latents_to_disk
     args.output_dir /= args.output_name or ""
     problems = check_flags(args) + check_model(args) + check_class_data_dir(args) + check_output_dir(args)
@@ -515,11 +524,9 @@ def check_flags(args):
         parent = next(path for path in [folder, *folder.parents] if path.exists())
         if not (parent.is_dir() and os.access(parent, os.W_OK)):
             problems.append(f"--disk_cache_dir {args.disk_cache_dir}: {parent} is no folder that can be written to")
-    if (args.hub_token or args.hub_model_id) and not args.push_to_hub:
-        problems.append("--hub_token and --hub_model_id have no effect without --push_to_hub")
     if args.mixed_precision == "fp16" and not torch.accelerator.is_available():
         problems.append("--mixed_precision fp16 needs a GPU: use bf16 or no")
-    return problems
+    return problems + check_hub(args)
 
 
 # same in all trainers
@@ -724,7 +731,7 @@ def find_examples(args):
             example.bucket = (
                 dataset_bucket(size, example.options) if args.dataset_config else nearest_bucket(size, sizes)
             )
-        except (AttributeError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except Exception as error:  # PIL's readers of formats raise of all kinds
             return f"{example.name}: not a readable picture ({error})"
 
     every = examples + class_examples(args)
@@ -793,7 +800,9 @@ def read_dataset_config(args):
     path = args.dataset_config
     try:
         config = (json.loads if path.suffix == ".json" else tomllib.loads)(path.read_text("utf-8-sig"))
-    except (OSError, ValueError) as error:
+        if path.suffix == ".json":
+            json.dumps(config, ensure_ascii=False).encode()  # half of a surrogate pair is no text
+    except (OSError, ValueError, RecursionError) as error:
         return [], [f"--dataset_config {path}: cannot be read ({error})"]
     if not isinstance(config, dict):
         return [], [f"--dataset_config {path}: must hold general and datasets, not a {type(config).__name__}"]
@@ -860,7 +869,9 @@ def option_problems(where, table, level):
 
 def read_subset(where, options, beside):
     """Examples of one subset; image_dir is relative to the working folder, or else to the file's, `beside`."""
-    named = Path(options["image_dir"]).expanduser()
+    named = Path(options["image_dir"])
+    with contextlib.suppress(RuntimeError):  # no such user
+        named = named.expanduser()
     folder = next((path for path in (named, beside / named) if path.is_dir()), None)
     if folder is None:
         return [], [f"{where}: image_dir {named}: no such folder here or in {beside}"]
@@ -878,7 +889,7 @@ def read_subset(where, options, beside):
         if text_file.exists():
             try:
                 lines = [line.strip() for line in text_file.read_text("utf-8-sig").splitlines() if line.strip()]
-            except UnicodeDecodeError:
+            except (OSError, ValueError):
                 problems.append(f"{text_file}: not UTF-8 text")
                 continue
             caption = "\n".join(lines if options["enable_wildcard"] else lines[:1])
@@ -894,9 +905,9 @@ def balance(examples):
     """Regularisation pictures as often as the others together: in order, with their repeats, then all round again."""
     own, others = ([e for e in examples if e.options["is_reg"] == kind] for kind in (False, True))
     order = itertools.chain((e for e in others for _ in range(e.repeats)), itertools.cycle(others))
-    taken = [id(example) for example in itertools.islice(order, sum(example.repeats for example in own))]
+    taken = Counter(map(id, itertools.islice(order, sum(example.repeats for example in own))))
     for example in others:
-        example.repeats = taken.count(id(example))
+        example.repeats = taken[id(example)]
     return [example for example in examples if example.repeats]
 
 
@@ -964,10 +975,11 @@ def read_folder(args):
         lines = metadata.read_text("utf-8-sig").splitlines() if metadata.exists() else []
         rows = [json.loads(line) for line in lines if line.strip()]
         column = args.caption_column or next((c for c in ("text", "prompt", "caption") if rows and c in rows[0]), None)
-        captions = {row["file_name"]: row[column] for row in rows}
+        captions = {str(row["file_name"]): row[column] for row in rows}
+        json.dumps(rows, ensure_ascii=False).encode()  # half of a surrogate pair is no text
         if args.caption_column and not rows:
             problems.append(f"--caption_column {args.caption_column}: no {metadata} that has columns")
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         problems.append(
             f"{metadata}: each line must be JSON with file_name and a caption, see --caption_column ({error!r})"
         )
@@ -981,7 +993,7 @@ def read_folder(args):
         if caption is None and text_file.exists():
             try:
                 caption = text_file.read_text("utf-8-sig").strip()
-            except UnicodeDecodeError:
+            except (OSError, ValueError):
                 problems.append(f"{text_file}: not UTF-8 text")
         examples.append(Example(str(path), functools.partial(Image.open, path), caption))
     return examples, problems
@@ -1161,7 +1173,9 @@ def load_text_pipeline(args, dtype):
             cache_dir=args.cache_dir,
             dtype=dtype,
         )
-    tokenizer, tokenizer_2 = (AutoTokenizer.from_pretrained(args.tokenizer_dir / name) for name in TOKENIZERS)
+    tokenizer, tokenizer_2 = (
+        AutoTokenizer.from_pretrained(args.tokenizer_dir / name, trust_remote_code=False) for name in TOKENIZERS
+    )
     clip, t5 = load_file(args.clip_l), load_file(args.t5xxl)
     clip = {key.removeprefix("text_model."): value for key, value in clip.items() if key.startswith("text_model.")}
     vocabulary, width = clip["embeddings.token_embedding.weight"].shape
@@ -1241,8 +1255,13 @@ class PromptEncoder:
                 dropout=0.0,
                 target_modules=CLIP_TARGET_MODULES + (("fc1", "fc2") if args.lora_layers == "kohya" else ()),
             )
-        self.pipeline.to(accelerator.device)
         self.trained = {*self.new_tokens, *(["clip_l"] if args.train_text_encoder else [])}
+        parts = {"clip_l": "text_encoder", "t5": "text_encoder_2"}
+        if args.offload:
+            trained = [parts[kind] for kind in self.trained]
+            self.pipeline.enable_group_offload(accelerator.device, offload_type="leaf_level", exclude_modules=trained)
+        else:
+            self.pipeline.to(accelerator.device)
         self.cached = {"clip_l": {}, "t5": {}}  # {prompt: embedding on the CPU}
         self.fingerprints = {}
 
@@ -1543,7 +1562,7 @@ def trained_until(args, max_train_steps, checkpoint):
     text = args.train_text_encoder_frac if args.train_text_encoder else 0.0
     shares = args.train_text_encoder_ti_frac if args.train_text_encoder_ti else text, args.train_transformer_frac
     stops = [math.ceil(round(share * max_train_steps, 6)) for share in shares]
-    saved = json.loads((checkpoint / "trainer_state.json").read_text()) if checkpoint else {}
+    saved = checkpoint_state(checkpoint) if checkpoint and not checkpoint_damage(checkpoint) else {}
     pairs = zip(saved.get("trained_until", stops), stops, strict=True)
     return [old if old < saved.get("global_step", 0) else new for old, new in pairs]
 

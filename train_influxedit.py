@@ -76,6 +76,8 @@ from common.lora import (
     check_output_dir,
     check_processes,
     checkpoint_conflicts,
+    checkpoint_damage,
+    checkpoint_state,
     checkpoint_to_resume,
     compile_blocks,
     create_optimizer,
@@ -90,6 +92,7 @@ from common.lora import (
     unknown_layers,
 )
 from common.validation import (
+    check_hub,
     create_hub_repo,
     draw_class_images,
     generate_images,
@@ -218,7 +221,7 @@ def parse_args(argv=None):
         help="frozen blocks in 4 or 8 bits (bitsandbytes)",
     )
     arg("--compile", action="store_true", help="torch.compile the transformer's repeated blocks")
-    arg("--offload", action="store_true", help="VAE in main memory while idle; with cache_latents it always is")
+    arg("--offload", action="store_true", help="what is frozen waits in main memory: text encoders by layers, the VAE")
     arg("--fsdp", action="store_true", help="split weights and optimizer over the processes (FSDP2)")
 
     arg = parser.add_argument_group("data", "folders with files of equal names, or a dataset").add_argument
@@ -340,7 +343,11 @@ def parse_args(argv=None):
     arg("--hub_token", help="token for it (default: that of `hf auth login`); it is written nowhere")
     arg("--hub_model_id", help="repository for it (default: the name of output_dir)")
 
-    args = parser.parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        args = parser.parse_args(argv)
+    except (ValueError, RecursionError) as error:
+        parser.error(f"{' '.join(word for word in argv if word[:1] == '@')}: no file of flags ({error})")
     problems = check_flags(args) + check_model(args) + check_class_data_dir(args) + check_output_dir(args)
     if problems:
         parser.error(join_problems(problems))
@@ -385,11 +392,9 @@ def check_flags(args):
         problems.append(f"--prodigy_beta3 has no effect on --optimizer {args.optimizer}: leave it out")
     if args.timestep_sampling != "sigma" and args.weighting_scheme in ("logit_normal", "mode"):
         problems.append(f"--weighting_scheme {args.weighting_scheme} has no effect without --timestep_sampling sigma")
-    if (args.hub_token or args.hub_model_id) and not args.push_to_hub:
-        problems.append("--hub_token and --hub_model_id have no effect without --push_to_hub")
     if args.mixed_precision == "fp16" and not torch.accelerator.is_available():
         problems.append("--mixed_precision fp16 needs a GPU: use bf16 or no")
-    return problems
+    return problems + check_hub(args)
 
 
 def check_validation(args):
@@ -529,7 +534,7 @@ class Example:
         if image.getexif().get(0x0112, 1) >= 5:  # the camera was turned by a quarter
             self.size = image.size[::-1]
         image.draft(None, (1, 1))
-        image.load()
+        upright(image)
 
 
 def find_examples(args):
@@ -546,7 +551,7 @@ def find_examples(args):
     def defect(example):
         try:
             example.check()
-        except (AttributeError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except Exception as error:  # PIL's readers of formats raise of all kinds
             return f"{example.name}: not a readable picture ({error})"
 
     every = examples + [example.partner for example in examples if example.partner] + class_examples(args)
@@ -604,8 +609,9 @@ def read_folder(args):
         lines = metadata.read_text("utf-8-sig").splitlines() if metadata.exists() else []
         rows = [json.loads(line) for line in lines if line.strip()]
         column = args.caption_column or next((c for c in ("text", "prompt", "caption") if rows and c in rows[0]), None)
-        captions = {row["file_name"]: row[column] for row in rows}
-    except (ValueError, KeyError, TypeError) as error:
+        captions = {str(row["file_name"]): row[column] for row in rows}
+        json.dumps(rows, ensure_ascii=False).encode()  # half of a surrogate pair is no text
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         problems.append(
             f"{metadata}: each line must be JSON with file_name and a caption, see --caption_column ({error!r})"
         )
@@ -630,7 +636,7 @@ def read_folder(args):
             if caption is None and text_file.exists():
                 try:
                     caption = text_file.read_text("utf-8-sig").strip()
-                except UnicodeDecodeError:
+                except (OSError, ValueError):
                     problems.append(f"{text_file}: not UTF-8 text")
             example = Example(str(path), functools.partial(Image.open, path), caption)
             if found:
@@ -856,7 +862,11 @@ class PromptEncoder:
                 dropout=0.0,
                 target_modules=CLIP_TARGET_MODULES,
             )
-        self.pipeline.to(accelerator.device)
+        if args.offload:
+            trained = ["text_encoder"] if args.train_text_encoder else []
+            self.pipeline.enable_group_offload(accelerator.device, offload_type="leaf_level", exclude_modules=trained)
+        else:
+            self.pipeline.to(accelerator.device)
         self.trained = {"clip_l"} if args.train_text_encoder else set()
         self.cached = {"clip_l": {}, "t5": {}}  # {prompt: embedding on the CPU}
 
@@ -1103,8 +1113,8 @@ image.save("image.png")
 
 def choose_seed(seed, checkpoint):
     """--seed, else that of the run to resume, else a new one, on all processes the same."""
-    if seed is None and checkpoint:
-        return int(json.loads((checkpoint / "trainer_state.json").read_text())["seed"])
+    if seed is None and checkpoint and not checkpoint_damage(checkpoint):  # which is said later
+        return int(checkpoint_state(checkpoint)["seed"])
     return broadcast_object_list([secrets.randbits(31)])[0] if seed is None else seed
 
 

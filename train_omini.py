@@ -94,6 +94,7 @@ from common.lora import (
     writing,
 )
 from common.validation import (
+    check_hub,
     create_hub_repo,
     generate_images,
     log_step,
@@ -236,7 +237,7 @@ def parse_args(argv=None):
         help="frozen blocks in 4 or 8 bits (bitsandbytes)",
     )
     arg("--compile", action="store_true", help="torch.compile the transformer's repeated blocks")
-    arg("--offload", action="store_true", help="VAE in main memory while idle; with cache_latents it always is")
+    arg("--offload", action="store_true", help="what is frozen waits in main memory: text encoders by layers, the VAE")
     arg("--fsdp", action="store_true", help="split weights and optimizer over the processes (FSDP2)")
 
     arg = parser.add_argument_group("data", "a folder of pictures, a dataset, or tars").add_argument
@@ -378,7 +379,11 @@ def parse_args(argv=None):
     arg("--hub_token", help="token for it (default: that of `hf auth login`); it is written nowhere")
     arg("--hub_model_id", help="repository for it (default: the name of output_dir)")
 
-    args = parser.parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        args = parser.parse_args(argv)
+    except (ValueError, RecursionError) as error:
+        parser.error(f"{' '.join(word for word in argv if word[:1] == '@')}: no file of flags ({error})")
     problems = check_flags(args) + check_conditions(args) + check_model(args) + check_output_dir(args)
     if problems:
         parser.error(join_problems(problems))
@@ -426,11 +431,9 @@ def check_flags(args):
         problems.append("--validation_prompt and --validation_image need each other")
     if args.final_validation_prompt and args.skip_final_inference:
         problems.append("--final_validation_prompt has no effect with --skip_final_inference: leave one out")
-    if (args.hub_token or args.hub_model_id) and not args.push_to_hub:
-        problems.append("--hub_token and --hub_model_id have no effect without --push_to_hub")
     if args.mixed_precision == "fp16" and not torch.accelerator.is_available():
         problems.append("--mixed_precision fp16 needs a GPU: use bf16 or no")
-    return problems
+    return problems + check_hub(args)
 
 
 def check_conditions(args):
@@ -490,7 +493,7 @@ def check_conditions(args):
                 f"--condition_size {size} of {condition.type} is no scaled --target_size {target}: "
                 "give --position_scale"
             )
-    return problems + check_lora_path(args) + check_depth_model(args)
+    return problems + check_depth_model(args)
 
 
 def check_depth_model(args):
@@ -498,7 +501,7 @@ def check_depth_model(args):
     if not {"depth", "depth_pred"} & set(args.condition_type):
         return []
     try:
-        config = AutoConfig.from_pretrained(args.depth_model, cache_dir=args.cache_dir)
+        config = AutoConfig.from_pretrained(args.depth_model, cache_dir=args.cache_dir, trust_remote_code=False)
     except (OSError, ValueError) as error:
         return [f"--depth_model {args.depth_model}: cannot be loaded ({str(error).splitlines()[0]})"]
     if type(config) not in MODEL_FOR_DEPTH_ESTIMATION_MAPPING:
@@ -506,20 +509,30 @@ def check_depth_model(args):
     return []
 
 
-def check_lora_path(args):
-    """Problems of --lora_path."""
+def check_lora_path(args, layers):
+    """Problems of --lora_path, whose files must hold adapters of the (name, module) in `layers`."""
     adapters, problems = adapter_names(conditions_of(args)), []
     if args.lora_path and len(args.lora_path) != len(adapters):
         return [f"--lora_path names {len(args.lora_path)} files for {len(adapters)} adapters: {', '.join(adapters)}"]
+    wanted = {f"transformer.{name}.lora_A.weight": [args.rank, layer.in_features] for name, layer in layers}
+    wanted |= {f"transformer.{name}.lora_B.weight": [layer.out_features, args.rank] for name, layer in layers}
     for path in args.lora_path or ():
         try:
             with safe_open(path, "pt") as file:
-                ranks = {file.get_slice(key).get_shape()[0] for key in file.keys() if ".lora_A." in key}  # noqa: SIM118
+                slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+                found = {key: piece.get_shape() for key, piece in slices.items()}
+                dtypes = {piece.get_dtype() for piece in slices.values()}
         except Exception as error:  # safetensors raises a kind of its own beside OSError
             problems.append(f"--lora_path {path}: not a readable LoRA file ({error})")
             continue
+        ranks = {shape[0] for key, shape in found.items() if ".lora_A." in key and shape}
         if ranks != {args.rank}:
             problems.append(f"--lora_path {path} has rank {', '.join(map(str, sorted(ranks)))}: --rank is {args.rank}")
+        elif found != wanted:
+            odd = sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
+            problems.append(f"--lora_path {path}: made for other layers than --target_modules, such as {odd[0]}")
+        elif not dtypes <= {"F64", "F32", "F16", "BF16"}:
+            problems.append(f"--lora_path {path}: its numbers are {', '.join(sorted(dtypes))}, not F32, F16 or BF16")
     return problems
 
 
@@ -562,7 +575,7 @@ def check_model(args):
     parent = next(path for path in [args.output_dir, *args.output_dir.absolute().parents] if path.exists())
     if shutil.disk_usage(parent).free < needed:  # bytes of a checkpoint, its two moments and the result
         return [f"--output_dir {args.output_dir}: less than {needed / 2**20:.0f} MiB free, which one checkpoint takes"]
-    return []
+    return check_lora_path(args, layers)
 
 
 @dataclass(frozen=True)
@@ -669,7 +682,7 @@ def defect(example, args):
             hole = token_hole(hole_of(picture, args))
             if hole.all() or not hole.any():
                 return f"{picture.name}: the mask is all {'white' if hole.all() else 'black'}, in tokens of 16 pixels"
-    except (AttributeError, OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # PIL's readers of formats raise of all kinds
         return f"{picture.name}: not a readable picture ({error})"
 
 
@@ -688,8 +701,9 @@ def read_folder(args):
     metadata = folder / "metadata.jsonl"
     try:
         lines = metadata.read_text("utf-8-sig").splitlines() if metadata.exists() else []
-        listed = {row.pop("file_name"): row for row in (json.loads(line) for line in lines if line.strip())}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        listed = {str(row.pop("file_name")): row for row in (json.loads(line) for line in lines if line.strip())}
+        json.dumps(listed, ensure_ascii=False).encode()  # half of a surrogate pair is no text
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         problems.append(f"{metadata}: each line must be JSON with file_name ({error!r})")
     others = {str(row.get(column)) for row in listed.values() for column in picture_columns(args)[1:]}
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
@@ -706,7 +720,7 @@ def read_folder(args):
         if path.name not in listed and text_file.exists():
             try:
                 row["text"] = text_file.read_text("utf-8-sig").strip()
-            except UnicodeDecodeError:
+            except (OSError, ValueError):
                 problems.append(f"{text_file}: not UTF-8 text")
         rows.append((str(path), {**row, "image": functools.partial(Image.open, path)}))
     return rows, problems
@@ -922,7 +936,7 @@ def estimate_depth(accelerator, examples, args):
     folder = args.output_dir / "depth"
     folder.mkdir(parents=True, exist_ok=True)
     where = {"device": accelerator.device, "model_kwargs": {"cache_dir": args.cache_dir}}
-    estimator = pipeline("depth-estimation", model=args.depth_model, **where)
+    estimator = pipeline("depth-estimation", model=args.depth_model, trust_remote_code=False, **where)
     starts = list(range(0, len(examples), args.depth_batch_size))
     with accelerator.split_between_processes(starts) as share:
         for start in tqdm(share, desc="Estimating depth", unit="batch", disable=not accelerator.is_main_process):
@@ -1102,7 +1116,10 @@ class PromptEncoder:
         )
         for encoder in (self.pipeline.text_encoder, self.pipeline.text_encoder_2):
             encoder.requires_grad_(False).eval()
-        self.pipeline.to(accelerator.device)
+        if args.offload:
+            self.pipeline.enable_group_offload(accelerator.device, offload_type="leaf_level")
+        else:
+            self.pipeline.to(accelerator.device)
         self.cached = {}  # {prompt: (prompt_embeds, pooled_prompt_embeds) on the CPU}
 
     @torch.no_grad()

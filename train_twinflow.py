@@ -41,6 +41,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import free_memory, offload_models
+from huggingface_hub.errors import HTTPError
 from PIL import Image, ImageOps
 from safetensors import safe_open
 from torch.distributed.fsdp import FSDPModule
@@ -87,12 +88,15 @@ from common.lora import (
     unknown_layers,
 )
 from common.validation import (
+    check_hub,
+    create_hub_repo,
     image_grid,
     log_step,
     open_metrics,
     peak_memory,
     plot_metrics,
     print_results,
+    push_to_hub,
     save_images,
     save_model_card,
     start_logging,
@@ -102,6 +106,7 @@ from common.validation import (
 
 TRAINING = ("full", "lora")
 KINDS = ("e2e", "mul", "any", "adv", "one")  # of the samples of a batch, see `sample_times`
+OPENUNI_PARTS = ("connector.", "projector.", "meta_queries", "transformer.")
 NEAR = 0.05  # how much of t the target of a mul sample is away, at most
 DELTA = 0.01  # first step of the consistency target
 BARRON_C = 1e-3
@@ -138,6 +143,7 @@ CHANGEABLE = {
     *("validation_prompt", "validation_image", "validation_steps", "validation_epochs", "num_validation_images"),
     *("validation_samplers", "resume_from_checkpoint"),
     *("output_dir", "logging_dir", "report_to", "upcast_before_saving"),
+    *("push_to_hub", "hub_token", "hub_model_id"),
 }
 
 
@@ -244,7 +250,7 @@ def parse_args(argv=None):
         help="frozen blocks in 4 or 8 bits (bitsandbytes)",
     )
     arg("--compile", action="store_true", help="torch.compile the transformer's repeated blocks")
-    arg("--offload", action="store_true", help="VAE in main memory while idle; with cache_latents it always is")
+    arg("--offload", action="store_true", help="what is frozen waits in main memory: text encoders by layers, the VAE")
     arg("--fsdp", action="store_true", help="split weights and optimizer over the processes (FSDP2)")
 
     arg = parser.add_argument_group("data", "a folder of pictures or parquet files, a dataset, prompts").add_argument
@@ -339,8 +345,15 @@ def parse_args(argv=None):
     arg("--logging_dir", type=Path, default=Path("logs"), help="folder of the trackers' files in output_dir")
     arg("--report_to", choices=TRACKERS, default="tensorboard", help="where curves and pictures are sent")
     arg("--upcast_before_saving", action="store_true", help="save the adapter in float32, not in mixed_precision")
+    arg("--push_to_hub", action="store_true", help="upload the results, without checkpoints and logs")
+    arg("--hub_token", help="token for it (default: that of `hf auth login`); it is written nowhere")
+    arg("--hub_model_id", help="repository for it (default: the name of output_dir)")
 
-    args = parser.parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        args = parser.parse_args(argv)
+    except (ValueError, RecursionError) as error:
+        parser.error(f"{' '.join(word for word in argv if word[:1] == '@')}: no file of flags ({error})")
     backbone, recipe = BACKBONES[args.model_type], RECIPES[args.recipe]
     parser.set_defaults(adam_beta2=0.99, adam_weight_decay=0.0, uncond_prompt=backbone.uncond_prompt, **recipe)
     trained = parser.parse_args(argv).training
@@ -382,6 +395,14 @@ def check_flags(args):
             problems.append(f"--{name} is {'needed for' if openuni else 'only for'} --model_type openuni")
     if args.openuni_checkpoint and not args.openuni_checkpoint.is_file():
         problems.append(f"--openuni_checkpoint {args.openuni_checkpoint}: no such file")
+    elif args.openuni_checkpoint:
+        try:
+            missing = [prefix for prefix in OPENUNI_PARTS if not OpenUni(args).state_dict(prefix)]
+        except Exception as error:  # damaged files raise of all kinds
+            reason = (str(error) or repr(error)).splitlines()[0]
+            problems.append(f"--openuni_checkpoint {args.openuni_checkpoint}: not a file of weights ({reason})")
+        else:
+            problems += [f"--openuni_checkpoint {args.openuni_checkpoint}: holds no {part}*" for part in missing]
     edit = args.model_type == "qwenimage-edit"
     source = "reference_column" if args.dataset_name or has_parquet(args) else "reference_data_dir"
     needed = [source, *(["validation_image"] if args.validation_prompt else [])] if edit else []
@@ -406,7 +427,7 @@ def check_flags(args):
         problems.append(f"--validation_steps {args.validation_steps} needs --validation_prompt")
     if args.mixed_precision == "fp16" and not torch.accelerator.is_available():
         problems.append("--mixed_precision fp16 needs a GPU: use bf16 or no")
-    return problems
+    return problems + check_hub(args)
 
 
 def check_method(args):
@@ -527,7 +548,7 @@ def find_examples(args):
             for read in (example.read, example.read_reference):
                 if read:
                     upright(read())
-        except (AttributeError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except Exception as error:  # PIL's readers of formats raise of all kinds
             return f"{example.name}: not a readable picture ({error})"
 
     with ThreadPoolExecutor() as pool:
@@ -545,7 +566,10 @@ def read_prompts(path):
     """Examples of --prompts_file."""
     if not path.is_file():
         return [], [f"--prompts_file {path}: no such file"]
-    lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]
+    try:
+        lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]
+    except (OSError, ValueError):
+        return [], [f"--prompts_file {path}: not UTF-8 text"]
     return [Example(f"{path}:{i + 1}", [line]) for i, line in enumerate(lines) if line], []
 
 
@@ -562,9 +586,12 @@ def read_folder(args):
     problems += [f"{path}: save it as PNG or JPEG, {path.suffix} is not read" for path in unread]
     for path in paths:
         text_file, read_reference, files = path.with_suffix(".txt"), None, [path]
+        if not path.is_file():
+            problems.append(f"{path}: not a readable picture (no file)")
+            continue
         try:
             lines = text_file.read_text("utf-8-sig").splitlines() if text_file.exists() else []
-        except UnicodeDecodeError:
+        except (OSError, ValueError):
             problems.append(f"{text_file}: not UTF-8 text")
             continue
         if args.reference_data_dir:
@@ -730,6 +757,9 @@ class Backbone:
         for part in pipeline.components.values():
             if isinstance(part, torch.nn.Module):
                 part.requires_grad_(False).eval()  # T5 has dropout
+        if args.offload:
+            pipeline.enable_group_offload(device, offload_type="leaf_level")
+            return pipeline
         return pipeline.to(device)
 
     def load_vae(self, dtype):
@@ -841,7 +871,9 @@ class OpenUni(Sana):
             attn_implementation="sdpa",
         )
         text = torch.nn.Module()
-        text.tokenizer = AutoTokenizer.from_pretrained(self.args.openuni_llm, cache_dir=self.args.cache_dir)
+        text.tokenizer = AutoTokenizer.from_pretrained(
+            self.args.openuni_llm, cache_dir=self.args.cache_dir, trust_remote_code=False
+        )
         text.language_model, text.connector = llm.model.language_model, SiglipEncoder(config)
         text.connector.load_state_dict(weights)
         weights = self.state_dict("projector.")
@@ -1424,6 +1456,12 @@ def main(args):
     problems += check_run(accelerator, args, max_train_steps) + checkpoint_conflicts(checkpoint, run)
     if problems:
         fail(accelerator, problems)
+    hub_repo = None
+    if args.push_to_hub and accelerator.is_main_process:
+        try:
+            hub_repo = create_hub_repo(args)
+        except (HTTPError, OSError, ValueError) as error:
+            fail(accelerator, [f"--push_to_hub: {error}"])
     args.output_dir.mkdir(parents=True, exist_ok=True)
 
     # 3. Prompts and latents: text encoders and VAE are done before the transformer is loaded
@@ -1592,6 +1630,8 @@ def main(args):
     result = "transformer" if full else "pytorch_lora_weights.safetensors"
     results = {"result": result, "usage": "README.md", "loss": "loss.png", "pictures": "validation"}
     print_results(accelerator, args, global_step, results)
+    if hub_repo:
+        push_to_hub(args, hub_repo, ["encoded/**"])
 
 
 if __name__ == "__main__":

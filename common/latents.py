@@ -13,13 +13,16 @@ import torch.nn.functional as F
 from accelerate.utils import gather_object
 from diffusers import AutoencoderDC, AutoencoderKLQwenImage, FluxPipeline
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from PIL import Image, ImageOps
-from safetensors import SafetensorError
+from PIL import EpsImagePlugin, Image, ImageOps
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.data import Sampler
 from tqdm.auto import tqdm
 
 from common.lora import writing
+
+
+EpsImagePlugin.gs_binary = False  # PIL would run Ghostscript on PostScript under a picture's name
 
 
 def upright(image):
@@ -38,7 +41,7 @@ def read_batches(dataloader):
     try:
         yield from dataloader
     except (OSError, ValueError, SyntaxError, SafetensorError, Image.DecompressionBombError) as error:
-        reason = str(error).strip().splitlines()[-1]  # after a worker's traceback
+        reason = (str(error).strip() or repr(error)).splitlines()[-1]  # after a worker's traceback
         raise SystemExit(
             f"\n{Path(sys.argv[0]).name}: error: the data can be read no more: {reason}. Checkpoints are intact: mend "
             "this and go on with --resume_from_checkpoint latest"
@@ -119,18 +122,28 @@ def cache_moments(accelerator, vae, keys, load_pixels, folder=None):
 def disk_cached(folder, key, compute):
     """The tensor that `compute` returns, kept in `folder` (None: nowhere) under the SHA-256 of `key` (bytes).
 
-    A file is whole or absent, also if the process is killed. Whatever the tensor depends on belongs in the key.
+    A file is whole or absent, also if the process is killed; one that the disk damaged is written anew. Whatever the
+    tensor depends on belongs in the key.
     """
     if folder is None:
         return compute()
     path = Path(folder) / f"{hashlib.sha256(key).hexdigest()}.safetensors"
-    if not path.exists():
+    if not is_whole(path):
         partial, value = path.with_suffix(f".{os.getpid()}.partial"), compute().contiguous()
         with writing(path, partial):
             path.parent.mkdir(parents=True, exist_ok=True)
             save_file({"value": value}, partial)
             partial.replace(path)
     return load_file(path)["value"]
+
+
+def is_whole(path):
+    """Whether a safetensors file is there and as long as its header says: a crash of the machine can leave it cut."""
+    try:
+        with safe_open(path, "pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
 
 
 def fingerprint(model):
@@ -260,7 +273,7 @@ class TensorCache:
     def fill(self, accelerator, items, encode, desc):
         """Writes encode(*what), {name: tensor}, of each `what` in `items` that is missing; the processes share it."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        missing = [what for what in items if not self.path(*what).exists()]
+        missing = [what for what in items if not is_whole(self.path(*what))]
         accelerator.wait_for_everyone()
         with accelerator.split_between_processes(missing) as share:
             for what in tqdm(share, desc=desc, disable=not accelerator.is_main_process or not missing):

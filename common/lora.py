@@ -87,6 +87,7 @@ FLUX_LAYERS = {
 STALE_HEADER = ("format", "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 LORA_FORMS = ("comfyui", "kohya", "diffusers")
 QUANTIZATIONS = ("none", "nf4", "int8")
+CHECKSUMS = "checksums.json"  # of a checkpoint's files
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -646,7 +647,7 @@ def lora_header(layers, *, name, base_model, resolution, trigger_words, captions
 
 def find_checkpoints(output_dir):
     """The complete checkpoints in `output_dir`, oldest first."""
-    folders = [folder for folder in Path(output_dir).glob("checkpoint-*") if folder.name[11:].isdigit()]
+    folders = [folder for folder in Path(output_dir).glob("checkpoint-*") if folder.name[11:].isdecimal()]
     return sorted(folders, key=lambda folder: int(folder.name[11:]))
 
 
@@ -669,6 +670,7 @@ def save_checkpoint(accelerator, output_dir, step, state, total_limit=None):
         accelerator.save_state(partial)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
+            (partial / CHECKSUMS).write_text(json.dumps(checksums(partial), indent=2))
             for path in [*partial.rglob("*"), partial]:
                 flush_to_disk(path)
             partial.rename(checkpoint)
@@ -681,6 +683,15 @@ def save_checkpoint(accelerator, output_dir, step, state, total_limit=None):
     return checkpoint
 
 
+def checksums(folder):
+    """{name: SHA-256} of the files in a folder."""
+    digests = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            digests[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests
+
+
 def checkpoint_to_resume(output_dir, resume_from_checkpoint):
     """The folder that --resume_from_checkpoint means: None without the flag, or for "latest" without a checkpoint."""
     if resume_from_checkpoint == "latest":
@@ -689,6 +700,15 @@ def checkpoint_to_resume(output_dir, resume_from_checkpoint):
         return None
     inside = Path(output_dir) / resume_from_checkpoint  # diffusers' scripts take the name alone
     return inside if inside.is_dir() else Path(resume_from_checkpoint)
+
+
+def checkpoint_state(checkpoint):
+    """What `save_checkpoint` was given as `state`, with global_step; {} if trainer_state.json is damaged."""
+    try:
+        state = json.loads((checkpoint / "trainer_state.json").read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return state if isinstance(state, dict) and type(state.get("global_step")) is int else {}
 
 
 def check_output_dir(args):
@@ -707,6 +727,8 @@ def check_output_dir(args):
         ]
     if checkpoint is None:
         return []
+    if checkpoint in found and not (checkpoint / "trainer_state.json").is_file():
+        return checkpoint_damage(checkpoint)
     if not (checkpoint / "trainer_state.json").is_file():
         return [f"--resume_from_checkpoint {checkpoint}: no checkpoint there; use latest, or a checkpoint-N folder"]
     if found and checkpoint.resolve() != found[-1].resolve():
@@ -721,24 +743,55 @@ def checkpoint_conflicts(checkpoint, state):
     """What keeps a run with this `state` from continuing the checkpoint (or None) exactly, as a list of sentences."""
     if checkpoint is None:
         return []
-    saved = json.loads((checkpoint / "trainer_state.json").read_text())
-    return [
+    damage, saved = checkpoint_damage(checkpoint), checkpoint_state(checkpoint)
+    return damage or [
         f"--resume_from_checkpoint {checkpoint}: {name} was {saved.get(name)} there and is {value} now"
         for name, value in state.items()
         if saved.get(name, value) != value
     ]
 
 
+def checkpoint_damage(checkpoint):
+    """The files of a checkpoint that are not as `save_checkpoint` left them, in a sentence; [] if all are."""
+    try:
+        saved = json.loads((checkpoint / CHECKSUMS).read_text())
+    except (OSError, ValueError, RecursionError):
+        saved = None
+    found = checksums(checkpoint)
+    if not isinstance(saved, dict) or "trainer_state.json" not in saved:
+        saved = {CHECKSUMS: ""}
+    damaged = [name for name, digest in saved.items() if found.get(name) != digest]
+    if not checkpoint_state(checkpoint) and "trainer_state.json" not in damaged:
+        damaged.append("trainer_state.json")
+    if not damaged:
+        return []
+    folders = find_checkpoints(checkpoint.parent)
+    earlier = [folder.name for folder in folders if folder.name != checkpoint.name]
+    remedy = f"go on from {earlier[-1]}" if earlier else "start anew"
+    return [
+        f"--resume_from_checkpoint {checkpoint}: {', '.join(damaged)} missing or damaged; delete {checkpoint} and "
+        f"{remedy} with --resume_from_checkpoint latest"
+    ]
+
+
 def load_checkpoint(accelerator, checkpoint, lr_scheduler):
-    """Restores what `save_checkpoint` saved and returns its step; step 0 for None."""
+    """Restores what `save_checkpoint` saved and returns its step; step 0 for None.
+
+    Ends the run with exit code 2 if the files do not fit the models and the optimizer.
+    """
     if checkpoint is None:
         return 0
-    accelerator.load_state(checkpoint)
+    try:
+        accelerator.load_state(checkpoint)
+    except Exception as error:  # each kind of file raises its own
+        reason = (str(error) or repr(error)).splitlines()[0]
+        print(f"{Path(sys.argv[0]).name}: error: {checkpoint} cannot be restored: {reason}", file=sys.stderr)
+        raise SystemExit(2) from error
     optimizer = lr_scheduler.scheduler.optimizer
     for group, rate in zip(optimizer.param_groups, lr_scheduler.get_last_lr(), strict=True):
         group["lr"] = rate  # a sharded optimizer is restored without it
     accelerator.print(f"Resuming from {checkpoint}")
-    return json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
+    return checkpoint_state(checkpoint)["global_step"]
 
 
 def catch_signals():

@@ -9,7 +9,7 @@ import random
 import resource
 import sys
 import textwrap
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
@@ -159,8 +159,7 @@ def save_images(accelerator, args, images, captions, *, step, grid=None):
 
 def start_logging(accelerator, args, project):
     """Writes args.json with the versions of the libraries, and starts the trackers under the name of `project`."""
-    secrets = ("hub_token",)
-    values = {name: value for name, value in vars(args).items() if name not in secrets}
+    values = {name: value for name, value in vars(args).items() if name != "hub_token"}
     values = {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
     if accelerator.is_main_process:
         libraries = ("torch", "diffusers", "transformers", "peft", "accelerate")
@@ -169,6 +168,8 @@ def start_logging(accelerator, args, project):
         with writing(args.output_dir / "args.json"):
             (args.output_dir / "args.json").write_text(text + "\n")
     if accelerator.log_with:
+        if token := getattr(args, "hub_token", None):  # wandb keeps the command
+            sys.argv = [word.replace(token, "***") for word in sys.argv]
         values = {name: "" if value is None else value for name, value in values.items()}
         plain = (bool, int, float, str)  # all that TensorBoard takes
         with writing(args.output_dir / args.logging_dir):
@@ -185,11 +186,22 @@ def peak_memory(device):
 
 def open_metrics(path, last_step):
     """Opens the run's metrics, a JSON object per line, to be continued after `last_step`; later lines are dropped."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= last_step]
-    with writing(path):
-        path.write_text("".join(f"{line}\n" for line in kept))
+    kept = [row for row in read_metrics(path) if row["step"] <= last_step]
+    partial = path.with_name(f".{path.name}.partial")
+    with writing(path, partial):
+        partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        partial.replace(path)
     return path.open("ab", buffering=0)  # what a full disk does not take is not kept to be tried again at the end
+
+
+def read_metrics(path):
+    """The rows of a file of metrics; lines that a crash of the machine left torn are passed over."""
+    rows = []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        with suppress(ValueError, TypeError, KeyError, RecursionError):
+            row = json.loads(line)
+            rows += [row] if {type(row[name]) for name in ("step", "loss", "lr")} <= {int, float} else []
+    return rows
 
 
 def log_step(accelerator, progress_bar, metrics, step, logs):
@@ -211,7 +223,7 @@ def plot_metrics(metrics_path, picture_path, title):
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    rows = [json.loads(line) for line in metrics_path.read_text().splitlines()]
+    rows = read_metrics(metrics_path)
     if not rows:
         return
     steps, losses = [row["step"] for row in rows], np.array([row["loss"] for row in rows])
@@ -245,6 +257,16 @@ def save_model_card(args, text, tags, base_model, **data):
     metadata = ModelCardData(library_name="diffusers", tags=tags, base_model=base_model, **data)
     with writing(args.output_dir / "README.md"):
         ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{text.strip()}\n").save(args.output_dir / "README.md")
+
+
+def check_hub(args):
+    """Problems of the flags for the hub."""
+    problems, token = [], args.hub_token or ""
+    if (args.hub_token or args.hub_model_id) and not args.push_to_hub:
+        problems.append("--hub_token and --hub_model_id have no effect without --push_to_hub")
+    if " " in token or not token.isprintable():  # the library's errors would show it
+        problems.append("--hub_token: is no token, for it has spaces or line ends")
+    return problems
 
 
 def create_hub_repo(args):

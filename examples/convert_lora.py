@@ -14,7 +14,6 @@ import sys
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -37,8 +36,9 @@ def main(argv=None):
     try:
         layers, header = read_lora(args.input)
         write_lora(args.output, layers, args.to, header, DTYPES.get(args.dtype))
-    except (ValueError, OSError, SafetensorError) as error:
-        parser.error(str(error))
+    except Exception as error:  # damaged files raise of all kinds
+        reason = str(error) or repr(error)
+        parser.error(reason if str(args.input) in reason else f"{args.input}: cannot be converted ({reason})")
     ranks = sorted({len(down) for down, _, _ in layers.values()})
     print(f"{len(layers)} layers of rank {', '.join(map(str, ranks))} in {args.output}, as {args.to}")
 

@@ -9,6 +9,7 @@ from conftest import ROOT
 from PIL import Image
 
 import train_dreambooth_flux_advanced as dreambooth
+from common.lora import CHECKSUMS, checksums
 
 
 @pytest.fixture
@@ -29,6 +30,7 @@ def world(tiny_model, pictures, tmp_path):
     checkpoint.mkdir(parents=True)
     state = {"global_step": 5, "seed": "1", "train_batch_size": "4", "rank": "4", "the number of processes": 1}
     (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    (checkpoint / CHECKSUMS).write_text(json.dumps(checksums(checkpoint)))
     (tmp_path / "fill" / "transformer").mkdir(parents=True)
     config = {"_class_name": "FluxTransformer2DModel", "in_channels": 384}
     (tmp_path / "fill" / "transformer" / "config.json").write_text(json.dumps(config))

@@ -4,10 +4,12 @@ import json
 import re
 
 import pytest
+import torch
 from conftest import ROOT
 from PIL import Image
 
 import train_twinflow as twinflow
+from common.lora import CHECKSUMS, checksums
 
 
 @pytest.fixture
@@ -32,6 +34,7 @@ def world(tiny_model, pictures, tmp_path):
     checkpoint.mkdir(parents=True)
     state = {"global_step": 5, "enhanced_ratio": "0.5", "the number of processes": 1}
     (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    (checkpoint / CHECKSUMS).write_text(json.dumps(checksums(checkpoint)))
     paths = {name: tmp_path / name for name in ("nowhere", "prompts", "noprompts", "file", "earlier", "out")}
     return {**folders, **paths, "model": tiny_model, "pictures": pictures}
 
@@ -74,7 +77,10 @@ BAD = [
     ("--lora_layers attn.to_q", "--lora_layers and --lora_dropout have no effect on --training full"),
     ("--training lora --lora_layers attn.to_z", "--lora_layers: the transformer has no linear layer attn.to_z"),
     ("--training lora --target_time_init copy", "--target_time_init copy has no effect on --training lora"),
-    ("--training lora --fsdp", "--fsdp shards --training full; an adapter is small"),
+    ("--fsdp --optimizer prodigy --learning_rate 1", "--optimizer prodigy does not work with --fsdp"),
+    ("--fsdp --use_8bit_adam", "--use_8bit_adam does not work with --fsdp"),
+    ("--training lora --fsdp --quantize_base nf4", "--quantize_base nf4 does not work with --fsdp"),
+    ("--quantize_base int8", "--quantize_base int8 is for --training lora"),
     ("--fsdp", "--fsdp needs more than one process: accelerate launch --num_processes N"),
     ("--validation_samplers few", "--validation_samplers: few: expected style:steps with a style of few, any, mul"),
     ("--validation_steps 5", "--validation_steps 5 needs --validation_prompt"),
@@ -134,7 +140,7 @@ def test_the_examples_commands_are_understood(world, monkeypatch):
     rows = [line.split("`")[1] for line in text.splitlines() if line.startswith("| ") and "`$run" in line]
     definitions = text.split("```bash\nopenuni=")[1].split("```")[0]
     names = dict(re.findall(r'(\w+)="([^"]*)"', f"openuni={definitions}"))
-    (world["out"].parent / "openuni.pth").write_text("")
+    torch.save(dict.fromkeys(twinflow.OPENUNI_PARTS, torch.zeros(1)), world["out"].parent / "openuni.pth")
     assert len(rows) == 10
     for row in rows:
         words = re.sub(r"\$(\w+)", lambda name: names.get(name[1], ""), row)

@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 from test_family import flags_of
 
 import train_influxedit as influxedit
+from common.lora import CHECKSUMS, checksums
 
 
 SCRIPT = "train_influxedit"
@@ -118,6 +119,8 @@ def world(tiny_fill, tiny_model, pairs, tmp_path):
     (folders["earlier"] / "checkpoint-5").mkdir(parents=True)
     state = {"global_step": 5, "seed": "1", "mode": "mask"}
     (folders["earlier"] / "checkpoint-5" / "trainer_state.json").write_text(json.dumps(state))
+    earlier = folders["earlier"] / "checkpoint-5"
+    (earlier / CHECKSUMS).write_text(json.dumps(checksums(earlier)))
     (tmp_path / "file").write_text("")
     paths = {name: tmp_path / name for name in ("nowhere", "file", "out")}
     own = {name: pairs / name for name in ("images", "targets", "masks", "captions", "combined")}

@@ -173,7 +173,7 @@ def prepared(tiny):
     transformer = with_random_lora(tiny.transformer)
     parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters)
-    register_lora_checkpointing(accelerator, FluxPipeline, {"transformer": transformer})
+    register_lora_checkpointing(accelerator, FluxPipeline, {"transformer": transformer}, optimizer)
     accelerator.prepare(transformer, optimizer)
     yield accelerator, transformer, parameters, optimizer
     accelerator.free_memory()

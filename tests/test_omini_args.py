@@ -10,6 +10,7 @@ from conftest import ROOT
 from PIL import Image
 
 import train_omini as omini
+from common.lora import CHECKSUMS, checksums
 
 
 @pytest.fixture
@@ -39,6 +40,7 @@ def world(tiny_model, pictures, tmp_path):
     checkpoint = tmp_path / "earlier" / "checkpoint-5"
     checkpoint.mkdir(parents=True)
     (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": 5, "condition_type": "['fill']"}))
+    (checkpoint / CHECKSUMS).write_text(json.dumps(checksums(checkpoint)))
     items = "class Items:\n    def __len__(self): return 1\n    def __getitem__(self, i): return {}\n"
     items += "class Moving:\n    def __len__(self): return 2\n    def __getitem__(self, i):\n"
     items += "        from PIL import Image\n        image = Image.new('RGB', (32, 32))\n"

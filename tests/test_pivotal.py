@@ -225,7 +225,7 @@ def test_clip_pools_in_the_cards_snippet_as_in_training(tiny_model, tmp_path, pi
     clip, line = text.encoders["clip_l"], "pipeline.text_encoder.eos_token_id = pipeline.tokenizer.eos_token_id"
     for model, eos_token_id in ((str(tiny_model), 2), ("flux1-dev.safetensors", text.pipeline.tokenizer.eos_token_id)):
         args.pretrained_model_name_or_path, clip.eos_token_id = model, eos_token_id
-        dreambooth.save_model_card(args, torch.float32, text, "a circle", "run_emb.safetensors")
+        dreambooth.describe(args, torch.float32, text, "a circle", "run_emb.safetensors")
         assert (line in (tmp_path / "README.md").read_text()) == (eos_token_id != 2)
         pooled[model] = text.embed("clip_l", ["a circle", "a circle on the left"])
     diffusers, comfyui = ((a - b).abs().max() for a, b in pooled.values())
@@ -411,10 +411,10 @@ def test_generate_and_the_model_cards_snippet_run_as_they_stand(train, flags, tm
     import numpy as np
 
     drawn = []
-    honest = dreambooth.image_grid
-    monkeypatch.setattr(dreambooth, "image_grid", lambda images, texts: drawn.append(images) or honest(images, texts))
-    validation = ("--validation_prompt", "a circle on the left", "--num_validation_images", 1)
-    train(SCRIPT, *flags, *MODES["textual inversion"], *validation, "--output_dir", tmp_path / "run")
+    honest = validation.image_grid
+    monkeypatch.setattr(validation, "image_grid", lambda images, texts: drawn.append(images) or honest(images, texts))
+    shown = ("--validation_prompt", "a circle on the left", "--num_validation_images", 1)
+    train(SCRIPT, *flags, *MODES["textual inversion"], *shown, "--output_dir", tmp_path / "run")
     prompt = ("--prompt", "a circle on the left")
     generate = [sys.executable, ROOT / "examples" / "dreambooth" / "generate.py"]
     subprocess.run([*generate, "run", *prompt, "--output", "drawn"], cwd=tmp_path, check=True)
@@ -450,6 +450,7 @@ def test_a_refused_token_ends_the_run_before_a_model_is_loaded(train, flags, tmp
 ATTENTION = "attn.to_q,attn.to_k,attn.to_v,attn.add_q_proj,attn.add_k_proj,attn.add_v_proj,to_out.0"
 LEARNING = {
     "plain": ([], 50, 0),
+    "4-bit base": (["--quantize_base", "nf4"], 50, 0),
     "CLIP LoRA": (["--train_text_encoder", "--text_encoder_lr", "1e-3"], 50, 0),
     "pivotal CLIP": (["--train_text_encoder_ti", "--text_encoder_lr", "3e-3"], 60, 0),
     "pivotal CLIP+T5": (["--train_text_encoder_ti", "--enable_t5_ti", "--text_encoder_lr", "3e-3"], 60, 0),

@@ -93,7 +93,7 @@ def test_the_playbooks_folder_and_command_give_its_file(train, flux_data, tmp_pa
 def test_prodigy_is_set_as_sd_scripts_sets_it(flux_data, tiny_model):
     args = dreambooth.parse_args([str(flag) for flag in without_files(train_args(), tiny_model)])
     row = [torch.nn.Parameter(torch.zeros(1))], [torch.nn.Parameter(torch.zeros(1))]
-    optimizer = dreambooth.create_optimizer(*row, args, 1)
+    optimizer = dreambooth.create_optimizer(args, row[0], 1, row[1])
     plain = Prodigy([torch.nn.Parameter(torch.zeros(1))], lr=1.0).param_groups[0]
     for group in optimizer.param_groups:
         assert {k: v for k, v in group.items() if k != "params"} == {k: v for k, v in plain.items() if k != "params"}

@@ -48,3 +48,10 @@ def test_compiled_blocks_compute_the_same(train, short_runs, script, tmp_path):
     for name, extra in (("plain", ()), ("compiled", ("--compile",))):
         train(script, *short_runs[script], *extra, "--output_dir", tmp_path / name)
     np.testing.assert_allclose(losses(tmp_path / "compiled"), losses(tmp_path / "plain"), atol=1e-4)
+
+
+@pytest.mark.parametrize("script", [SCRIPTS[0], SCRIPTS[2]])
+def test_offload_leaves_a_trained_text_encoder_where_it_is(train, short_runs, script, tmp_path):
+    for name, extra in (("plain", ()), ("offload", ("--offload",))):
+        train(script, *short_runs[script], "--train_text_encoder", *extra, "--output_dir", tmp_path / name)
+    assert difference(tmp_path / "offload", tmp_path / "plain") == 0
