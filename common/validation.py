@@ -210,10 +210,11 @@ def log_step(accelerator, progress_bar, metrics, step, logs):
     progress_bar.set_postfix({name: f"{logs[name]:.3g}" for name in ("loss", "lr", "images_per_second")})
     with writing(accelerator.logging_dir or "."):
         accelerator.log(logs, step=step)
-    line = (json.dumps({"step": step, **logs}) + "\n").encode()
-    with writing(metrics.name) if metrics else nullcontext():
-        if metrics and metrics.write(line) < len(line):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    if metrics:
+        line = (json.dumps({"step": step, **logs}) + "\n").encode()
+        with writing(metrics.name):
+            if metrics.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def plot_metrics(metrics_path, picture_path, title):
