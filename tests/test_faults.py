@@ -392,13 +392,16 @@ def flags_of(short_runs, pictures):
     return flags
 
 
-@pytest.mark.parametrize("script", ONE_QUICK)
-def test_a_full_disk_is_one_message_and_costs_nothing(runs, flags_of, small_disk, tmp_path, script, request):
-    every = request.node.get_closest_marker("slow") is not None
+SOME = [pytest.param(SCRIPTS[0], [FULL[3], FULL[10]], id="two cases")]
+SOME += [pytest.param(script, FULL, id=script, marks=pytest.mark.slow) for script in SCRIPTS]
+
+
+@pytest.mark.parametrize(("script", "cases"), SOME)
+def test_a_full_disk_is_one_message_and_costs_nothing(runs, flags_of, small_disk, tmp_path, script, cases):
     flags = [*flags_of[script], "--max_train_steps", 7, "--checkpointing_steps", 2, "--output_dir"]
     assert runs.run(script, [*flags, tmp_path / "whole"]) == 0, runs.output()
     folder, filler = small_disk / "run", small_disk / "filler"
-    for name, nth, room, named in FULL if every else [FULL[3], FULL[10]]:
+    for name, nth, room, named in cases:
         where = f"{name}, {room} bytes left"
         tracked = ["--report_to", "tensorboard"] if named == "logs" else []
         code = runs.run(script, [*flags, folder, *tracked], "full_disk", name, nth, str(filler), room)
