@@ -1055,11 +1055,12 @@ class Teacher:
             self.swap()
 
     @torch.no_grad()
-    def update(self):
-        """Moves the average after a step; its decay ramps up from 0."""
+    def update(self, taken=True):
+        """Moves the average after a step, but not after one that was not taken; its decay ramps up from 0."""
         if 0 < self.goal < 1:
             self.decay = ramp_decay(self.decay, self.goal)
-            torch._foreach_lerp_(self.tensors, self.live, 1 - self.decay)
+            if taken:
+                torch._foreach_lerp_(self.tensors, self.live, 1 - self.decay)
 
     def catch_up(self, step):
         """The decay as it is after `step` updates."""
@@ -1575,7 +1576,7 @@ def main(args):
             finite = math.isfinite(means["loss"]) and (accelerator.scaler is not None or math.isfinite(grad_norm))
             if finite or accelerator.scaler is not None:
                 optimizer.step()
-            teacher.update()
+            teacher.update(taken=finite)
             lr_scheduler.step()
             optimizer.zero_grad()
 

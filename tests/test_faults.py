@@ -6,6 +6,7 @@ Runs are processes of their own, forked from one that has imported the trainers,
 import atexit
 import contextlib
 import ctypes
+import functools
 import importlib
 import io
 import json
@@ -146,6 +147,7 @@ def serve():
 
 def be(request):
     """The rest of this process is a run."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which background jobs of a shell ignore
     if "log" in request:
         os.setpgid(0, 0)
         log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -227,7 +229,8 @@ def pause(trainer, name, nth, marker, seconds):
 
 
 def watch_memory(trainer, path):
-    """Each step's memory, less the cache of files, goes to `path`; pixels stand for latents, for it is the data's."""
+    """Each step's memory, less the cache of files, goes to `path`. It is the data's that counts: pixels stand for
+    latents, and a prompt is encoded once."""
 
     def encode(channels):
         def encode_pixels(vae, pixels):
@@ -240,6 +243,8 @@ def watch_memory(trainer, path):
         trainer.encode_moments = encode(32)
     else:
         trainer.encode_images = encode(16)
+    if trainer.__name__ == "train_omini":
+        trainer.PromptEncoder.embed = functools.cache(trainer.PromptEncoder.embed)
     honest = trainer.log_step
 
     def log_step(*args):
