@@ -393,7 +393,8 @@ def flags_of(short_runs, pictures):
     flags = {}
     for script, own in VALIDATION.items():
         image = [pictures / "0.png"] if own[-1] == "--validation_image" else []
-        flags[script] = [*short_runs[script], *own, *image, "--num_validation_images", 1]
+        size = ["--validation_height", 32, "--validation_width", 32] if script == "train_influxedit" else []
+        flags[script] = [*short_runs[script], *own, *image, *size, "--num_validation_images", 1]
     return flags
 
 
