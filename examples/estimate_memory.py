@@ -1,0 +1,535 @@
+"""How much memory a training run will need on each GPU, found without a GPU and without the model's weights.
+
+    python examples/estimate_memory.py --model FLUX.1-dev --resolution 1024 --gradient_checkpointing --cache_latents
+
+Flags are those of the trainers. --table prints what fits in 12 to 80 GB.
+
+The model is the real class in its real size; its tensors have shapes but no memory (FakeTensorMode). It makes a step
+as the trainers do, with adapters, autocast, checkpointing and quantized layers, while the bytes of all tensors alive
+are counted, so that activations are what autograd does keep. The optimizer is measured on a few real parameters.
+"""
+
+import argparse
+import math
+import sys
+import warnings
+import weakref
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from unittest.mock import patch
+
+import bitsandbytes
+import diffusers
+import torch
+import transformers
+from accelerate import DistributedType
+from bitsandbytes.functional import int8_vectorwise_quant, quantize_4bit, quantize_blockwise
+from bitsandbytes.nn import Int8Params, Params4bit
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from common.latents import encode_images
+from common.lora import (
+    FLUX_TARGET_MODULES,
+    QUANTIZATIONS,
+    add_lora,
+    check_processes,
+    create_optimizer,
+    local,
+    quantize_base,
+    shard,
+)
+from train_twinflow import BACKBONES, add_target_time
+
+
+GIB = 2**30
+CARDS = (12, 16, 24, 40, 80)  # GB
+RESERVE = 1.0  # GiB of a card for the driver, cuBLAS and the gaps between tensors
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# What the memory of a step does not depend on, as create_optimizer wants it.
+OPTIMIZER = {
+    "learning_rate": 1.0,
+    "adam_weight_decay": 0.0,
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.999,
+    "adam_epsilon": 1e-8,
+    "prodigy_beta3": None,
+    "prodigy_decouple": True,
+    "prodigy_use_bias_correction": True,
+    "prodigy_safeguard_warmup": True,
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Model:
+    """The parts of a pipeline; parts are functions that build them."""
+
+    backbone: str  # of train_twinflow: how the transformer is called
+    transformer: type
+    config: dict
+    conditions: dict  # shapes without the batch dimension
+    text_encoders: tuple
+    vae: object
+    channels: int = 16  # of what the transformer is given, before packing
+    targets: tuple = FLUX_TARGET_MODULES
+
+
+def clip(kind, width, layers, heads):
+    config = transformers.CLIPTextConfig(
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        projection_dim=width,
+    )
+    return kind(config)
+
+
+def clip_l():
+    return clip(transformers.CLIPTextModel, 768, 12, 12)
+
+
+def clip_g():
+    return clip(transformers.CLIPTextModelWithProjection, 1280, 32, 20)
+
+
+def t5_xxl():
+    config = transformers.T5Config(
+        d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu"
+    )
+    return transformers.T5EncoderModel(config)
+
+
+def gemma2():
+    return transformers.Gemma2Model(transformers.Gemma2Config())
+
+
+def qwen25_vl():
+    text = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28}
+    text |= {"num_attention_heads": 28, "num_key_value_heads": 4}
+    vision = {"hidden_size": 1280, "out_hidden_size": 3584}
+    config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+    return transformers.Qwen2_5_VLForConditionalGeneration(config)
+
+
+def kl_vae():
+    return diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        latent_channels=16,
+        shift_factor=0.1159,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+
+
+def sana_vae():
+    blocks = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
+    return diffusers.AutoencoderDC(encoder_block_types=blocks, decoder_block_types=blocks)
+
+
+FLUX_CONDITIONS = {"encoder_hidden_states": (512, 4096), "pooled_projections": (768,)}
+MODELS = {
+    "FLUX.1-dev": Model(
+        "flux",
+        diffusers.FluxTransformer2DModel,
+        {"guidance_embeds": True},
+        FLUX_CONDITIONS,
+        (clip_l, t5_xxl),
+        kl_vae,
+    ),
+    "FLUX.1-Fill-dev": Model(
+        "flux",
+        diffusers.FluxTransformer2DModel,
+        {"guidance_embeds": True, "in_channels": 384, "out_channels": 64},
+        FLUX_CONDITIONS,
+        (clip_l, t5_xxl),
+        kl_vae,
+        channels=96,
+    ),
+    "SD3.5-medium": Model(
+        "sd3",
+        diffusers.SD3Transformer2DModel,
+        {
+            "num_layers": 24,
+            "num_attention_heads": 24,
+            "caption_projection_dim": 1536,
+            "qk_norm": "rms_norm",
+            "pos_embed_max_size": 384,
+            "dual_attention_layers": tuple(range(13)),
+        },
+        {"encoder_hidden_states": (77 + 256, 4096), "pooled_projections": (2048,)},
+        (clip_l, clip_g, t5_xxl),
+        kl_vae,
+        targets=BACKBONES["sd3"].targets,
+    ),
+    "Sana-1.6B": Model(
+        "sana",
+        diffusers.SanaTransformer2DModel,
+        {},
+        {"encoder_hidden_states": (300, 2304), "encoder_attention_mask": (300,)},
+        (gemma2,),
+        sana_vae,
+        channels=32,
+        targets=BACKBONES["sana"].targets,
+    ),
+    "Qwen-Image": Model(
+        "qwenimage",
+        diffusers.QwenImageTransformer2DModel,
+        {},
+        {"encoder_hidden_states": (512, 3584), "encoder_hidden_states_mask": (512,)},
+        (qwen25_vl,),
+        diffusers.AutoencoderKLQwenImage,
+        targets=BACKBONES["qwenimage"].targets,
+    ),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Counting
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class LiveMemory(TorchDispatchMode):
+    """Counts the bytes of the storages that come to be within the context: `live` now, `peak` at most."""
+
+    def __init__(self):
+        super().__init__()
+        self.live = self.peak = 0
+        self.sizes = {}  # of each storage, by its id
+
+    def __enter__(self):
+        resize = torch.UntypedStorage.resize_
+
+        def resized(storage, size):  # how FSDP frees and refills what it gathers
+            resize(storage, size)
+            if id(storage) in self.sizes:
+                self.count(storage)
+
+        self.patch = patch.object(torch.UntypedStorage, "resize_", resized)
+        self.patch.start()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self.patch.stop()
+        return super().__exit__(*error)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if DTensor in types:
+            return NotImplemented  # its parts come by on their own
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and id(tensor.untyped_storage()) not in self.sizes:
+                storage = tensor.untyped_storage()
+                weakref.finalize(storage, self.release, id(storage))
+                self.count(storage)
+        return result
+
+    def count(self, storage):
+        self.live += storage.nbytes() - self.sizes.get(id(storage), 0)
+        self.sizes[id(storage)] = storage.nbytes()
+        self.peak = max(self.peak, self.live)
+
+    def release(self, key):
+        self.live -= self.sizes.pop(key)
+
+
+class FusedRMSNorm(torch.autograd.Function):
+    """The shapes of a GPU's kernel, which keeps its input and one number per row."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, x.new_empty(x.shape[:-1]), weight)
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        weight = ctx.saved_tensors[2]
+        return torch.empty_like(gradient), None if weight is None else torch.empty_like(weight)
+
+
+@contextmanager
+def as_on_gpu():
+    """A context in which a step keeps what it does on a GPU: there autocast computes norms in float32, RMSNorm is one
+    kernel, and int8 layers multiply in int8."""
+
+    def upcast(tensor):
+        return tensor.float() if isinstance(tensor, torch.Tensor) and torch.is_autocast_enabled("cpu") else tensor
+
+    def in_float32(function):
+        return lambda *args, **kwargs: function(*map(upcast, args), **{k: upcast(v) for k, v in kwargs.items()})
+
+    def rms_norm(x, shape, weight=None, eps=None):
+        return FusedRMSNorm.apply(upcast(x), upcast(weight))
+
+    bitsandbytes.autograd._functions.logger.setLevel("ERROR")  # it would tell of each rounding to float16
+    functions = {"rms_norm": rms_norm}
+    functions |= {name: in_float32(getattr(torch.nn.functional, name)) for name in ("layer_norm", "group_norm")}
+    with (
+        patch.multiple(torch.nn.functional, **functions),
+        patch("bitsandbytes.autograd._functions.MatMul8bitFp", bitsandbytes.autograd._functions.MatMul8bitLt),
+    ):
+        yield
+
+
+def convert(module, change):
+    """Replaces parameters and buffers by change(tensor)."""
+    for part in module.modules():
+        for tensors in (part._parameters, part._buffers):
+            tensors |= {name: change(tensor) for name, tensor in tensors.items() if tensor is not None}
+
+
+def allocate(tensor):
+    """A fake tensor like one that is on the meta device, quantized if that is what it is for."""
+    fake = torch.empty(tensor.shape, dtype=tensor.dtype)
+    if not isinstance(tensor, torch.nn.Parameter):
+        return fake
+    parameter = torch.nn.Parameter(fake, tensor.requires_grad)
+    if isinstance(tensor, Params4bit):
+        options = {"quant_type": tensor.quant_type, "compress_statistics": tensor.compress_statistics}
+        packed, state = quantize_4bit(fake, **options)
+        parameter = torch.nn.Parameter(packed, requires_grad=False)
+        parameter.quant_state = state
+    elif isinstance(tensor, Int8Params):
+        packed, scales, _ = int8_vectorwise_quant(fake.half())
+        parameter = torch.nn.Parameter(packed, requires_grad=False)
+        parameter.CB, parameter.SCB = packed, scales
+    return parameter
+
+
+def build(create, dtype, fake, adapt=lambda module: None):
+    """A frozen module in `dtype`, as adapt(module) changed it on the meta device, of tensors without memory."""
+
+    def to_meta(tensor):
+        kind = dtype if tensor.is_floating_point() else tensor.dtype
+        new = torch.empty(tensor.shape, dtype=kind, device="meta")
+        return torch.nn.Parameter(new, requires_grad=False) if isinstance(tensor, torch.nn.Parameter) else new
+
+    with fake:
+        module = create()
+    convert(module, to_meta)
+    adapt(module)
+    with fake:
+        convert(module, allocate)
+    return module
+
+
+def optimizer_bytes(args):
+    """(state, what a step needs besides) of the optimizer in bytes per trained number, from two steps on real ones."""
+    with LiveMemory() as memory:
+        parameters = [torch.nn.Parameter(torch.rand(64, 256)) for _ in range(64)]
+        for parameter in parameters:
+            parameter.grad = torch.rand_like(parameter)
+        optimizer = create_optimizer(args, parameters)
+        for group in optimizer.param_groups:
+            group["foreach"] = args.device == "cuda"  # there all parameters at once, on a CPU one after the other
+        before = memory.live
+        optimizer.step()
+        after = memory.peak = memory.live
+        optimizer.step()
+    count = sum(parameter.numel() for parameter in parameters)
+    return (after - before) / count, (memory.peak - after) / count
+
+
+def training_step(model, args, fake):
+    """{what: bytes} of forward and backward pass: there before, trained, kept between the two, the most at once."""
+    dtype, full, size = DTYPES[args.mixed_precision], args.training == "full", args.train_batch_size
+    backbone = BACKBONES[model.backbone](args)
+    backbone.guidance = 1.0 if model.config.get("guidance_embeds") else None
+
+    def adapt(transformer):
+        if full:
+            add_target_time(transformer, backbone.time_module, "copy")
+            transformer.requires_grad_(True)
+            return
+        quantize_base(transformer, dtype, args.quantize_base)
+        add_lora(transformer, rank=args.rank, alpha=args.rank, dropout=0.0, target_modules=model.targets)
+
+    with LiveMemory() as memory:
+        transformer = build(lambda: model.transformer(**model.config), torch.float32 if full else dtype, fake, adapt)
+        if args.gradient_checkpointing:
+            transformer.enable_gradient_checkpointing()
+        if args.fsdp:
+            if not torch.distributed.is_initialized():
+                torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=args.num_processes)
+            shard(transformer, torch.device("cpu"), dtype)
+        transformer.train()
+        side = args.resolution // backbone.factor
+        with fake:
+            x = torch.empty(size, model.channels, side, side, dtype=dtype)
+            conditions = {name: torch.empty(size, *shape, dtype=dtype) for name, shape in model.conditions.items()}
+            before = memory.live
+            for _ in range(2):  # the second step is like all others: the loss before still holds on to its layers
+                memory.peak = memory.live
+                with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                    time = torch.rand(size, 2) if full else torch.rand(size)
+                    loss = backbone.predict(transformer, x, time, conditions).float().square().mean()
+                activations = memory.live - before
+                loss.backward()
+                transformer.zero_grad()
+    trained = sum(local(parameter).nbytes for parameter in transformer.parameters() if parameter.requires_grad)
+    return {"before": before, "trained": trained, "activations": activations, "peak": memory.peak}
+
+
+def estimate(model, args):
+    """Of a run of `model` with these flags on each device: ({what is held: bytes}, {phase: the most at once})."""
+    fake, dtype = FakeTensorMode(allow_non_fake_inputs=True), DTYPES[args.mixed_precision]
+    quantize_blockwise(torch.zeros(256))  # makes a table that nf4 needs, from numbers that fake tensors do not have
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # returns a view, which nothing writes to
+    encoders = [on_meta(create) for create in model.text_encoders]
+    if args.offload:  # a layer at a time is on the device
+        layers = [layer for encoder in encoders for layer in encoder.modules()]
+        text = max(sum(map(torch.numel, layer.parameters(recurse=False))) for layer in layers)
+    else:
+        text = sum(map(torch.numel, (parameter for encoder in encoders for parameter in encoder.parameters())))
+    with as_on_gpu() if args.device == "cuda" else nullcontext():
+        step = training_step(model, args, fake)
+        with LiveMemory() as memory:
+            vae = build(model.vae, dtype, fake)
+            vae_bytes = memory.peak = memory.live
+            with fake, torch.no_grad():
+                encode_images(vae, torch.empty(args.train_batch_size, 3, args.resolution, args.resolution))
+    state, update = (round(share * step["trained"] / 4) for share in optimizer_bytes(args))  # 4 bytes per number
+    trained, full = step["trained"], args.training == "full"
+    rows = {
+        "weights": step["before"] - (0 if full else trained),
+        "LoRA": 0 if full else trained,
+        "teacher": trained if full and args.ema_decay_rate else 0,
+        "gradients": trained,
+        "reducer": trained if args.num_processes > 1 and not args.fsdp else 0,
+        "optimizer": state,
+        "VAE": 0 if args.cache_latents or args.offload else vae_bytes,
+        "activations": step["activations"],
+    }
+    always = sum(rows[name] for name in ("teacher", "reducer", "optimizer", "VAE"))
+    peaks = {
+        "encoding prompts": text * dtype.itemsize,
+        "encoding pictures": memory.peak,
+        "forward and backward pass": step["peak"] + always,
+        "optimizer step": step["before"] + always + trained + update,
+    }
+    if not args.cache_latents:
+        peaks["encoding pictures"] += step["before"] + always - rows["VAE"]
+    return rows, peaks
+
+
+def on_meta(create):
+    with torch.device("meta"):
+        return create()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    arg = parser.add_argument
+    arg("--model", choices=MODELS, default="FLUX.1-dev")
+    arg("--training", choices=("lora", "full"), default="lora", help="full: as train_twinflow.py does it")
+    arg("--resolution", type=int, default=512)
+    arg("--train_batch_size", type=int, default=1)
+    arg("--rank", type=int, default=16)
+    arg("--mixed_precision", choices=DTYPES, default="bf16")
+    arg("--gradient_checkpointing", action="store_true")
+    arg("--quantize_base", choices=QUANTIZATIONS, default="none")
+    arg("--optimizer", choices=("adamw", "prodigy", "sgd"), default="adamw")
+    arg("--use_8bit_adam", action="store_true")
+    arg("--ema_decay_rate", type=float, default=0.99, help="of full training; 0: no second set of weights")
+    arg("--cache_latents", action="store_true")
+    arg("--offload", action="store_true")
+    arg("--num_processes", type=int, default=1, help="of accelerate launch")
+    arg("--fsdp", action="store_true")
+    arg("--device", choices=("cuda", "cpu"), default="cuda", help="whose way to compute is assumed")
+    arg("--table", action="store_true", help="print as Markdown what fits in which card")
+    parser.set_defaults(**OPTIMIZER)
+    args = parser.parse_args(argv)
+    kind = DistributedType.MULTI_GPU if args.num_processes > 1 else DistributedType.NO
+    scaler = "of gradients" if args.mixed_precision == "fp16" else None
+    problems = check_processes(argparse.Namespace(**vars(args), distributed_type=kind, scaler=scaler), args)
+    if args.training == "full" and args.quantize_base != "none":
+        problems.append(f"--quantize_base {args.quantize_base} is for --training lora")
+    if args.training == "full" and "Fill" in args.model:
+        problems.append(f"--training full: no trainer does this for {args.model}")
+    if problems:
+        parser.error("; ".join(problems))
+    return args
+
+
+def print_estimate(model, args):
+    rows, peaks = estimate(model, args)
+    for name, size in rows.items():
+        if size:
+            print(f"{name:28}{size / GIB:7.2f} GiB")
+    print("\nat most while")
+    for name, size in peaks.items():
+        print(f"  {name:26}{size / GIB:7.2f} GiB")
+    need = max(peaks.values()) / GIB
+    print(f"\npeak {need:.2f} GiB; with {RESERVE:g} GiB for driver and gaps, a card of {math.ceil(need + RESERVE)} GB")
+
+
+WAYS = {  # of training, each needs less memory than the one before
+    "lora": {
+        "plain": "",
+        "checkpointing": "--gradient_checkpointing",
+        "checkpointing, nf4": "--gradient_checkpointing --quantize_base nf4",
+        "checkpointing, nf4, offload": "--gradient_checkpointing --quantize_base nf4 --offload",
+    },
+    "full": {
+        "1 GPU": "--gradient_checkpointing",
+        "8 GPUs": "--gradient_checkpointing --fsdp --num_processes 8",
+    },
+}
+
+
+def what_fits(model, training, resolution):
+    """For each of CARDS the first of WAYS that fits, or "-"."""
+    fitting = dict.fromkeys(CARDS, "-")
+    for way, flags in WAYS[training].items():
+        flags += f" --cache_latents --training {training} --resolution {resolution}"
+        _, peaks = estimate(model, parse_args(flags.split()))
+        need = max(peaks.values()) / GIB + RESERVE
+        fitting |= {card: way for card, known in fitting.items() if known == "-" and need <= card}
+        if "-" not in fitting.values():
+            break
+    return fitting.values()
+
+
+def print_table():
+    print(f"| model | training | px |{''.join(f' {card} GB |' for card in CARDS)}")
+    print("| --- " * (3 + len(CARDS)) + "|")
+    for training, resolution in (("lora", 512), ("lora", 1024), ("full", 512)):
+        for name, model in MODELS.items():
+            if training == "full" and "Fill" in name:
+                continue  # no trainer does
+            cells = name, training, str(resolution), *what_fits(model, training, resolution)
+            print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    if args.table:
+        print_table()
+    else:
+        print_estimate(MODELS[args.model], args)
+
+
+if __name__ == "__main__":
+    main()

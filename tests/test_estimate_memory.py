@@ -1,0 +1,196 @@
+"""The memory calculator against the memory that processes take.
+
+Run as a script it makes two training steps of a mid-size model on the CPU and prints by how many bytes the resident
+set grew at most. The allocator returns what is freed at once (MALLOC_* below), so that is what was alive.
+"""
+
+import dataclasses
+import gc
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from common.lora import add_lora, create_optimizer, quantize_base
+from examples.estimate_memory import DTYPES, MODELS, estimate, parse_args
+from train_twinflow import BACKBONES, add_target_time
+
+
+def model_like(name, layers):
+    """A model of MODELS with fewer and narrower blocks."""
+    model = MODELS[name]
+    config, conditions = dict(model.config), dict(model.conditions)
+    if "FLUX" in name:
+        config |= {"num_layers": layers, "num_single_layers": 2 * layers, "num_attention_heads": 6}
+        config |= {"joint_attention_dim": 256}
+        conditions["encoder_hidden_states"] = (128, 256)
+    elif name == "SD3.5-medium":
+        config |= {"num_layers": 2 * layers, "num_attention_heads": 12, "caption_projection_dim": 768}
+        config |= {"dual_attention_layers": tuple(range(layers)), "pos_embed_max_size": 96}
+    else:
+        config |= {"num_layers": 2 * layers, "num_attention_heads": 24, "num_cross_attention_heads": 12}
+        config |= {"cross_attention_head_dim": 64, "cross_attention_dim": 768}
+    return dataclasses.replace(model, config=config, conditions=conditions)
+
+
+def train(model, args, steps=2):
+    """Training steps as the trainers make them, on real tensors."""
+    dtype, full, size = DTYPES[args.mixed_precision], args.training == "full", args.train_batch_size
+    backbone = BACKBONES[model.backbone](args)
+    backbone.guidance = 3.5 if model.config.get("guidance_embeds") else None
+    torch.set_default_dtype(torch.float32 if full else dtype)  # no second set of weights while it is made
+    transformer = model.transformer(**model.config).requires_grad_(False)
+    torch.set_default_dtype(torch.float32)
+    if full:
+        add_target_time(transformer, backbone.time_module, "copy")
+        transformer.requires_grad_(True)
+    else:
+        quantize_base(transformer, dtype, args.quantize_base).to("cpu")
+        add_lora(transformer, rank=args.rank, alpha=args.rank, dropout=0.0, target_modules=model.targets)
+    if args.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    transformer.train()
+    params = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+    optimizer = create_optimizer(args, params)
+    side = args.resolution // backbone.factor
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the highest so far, of loading weights to quantize them
+    for _ in range(steps):
+        x = torch.randn(size, model.channels, side, side, dtype=dtype)
+        conditions = {name: torch.randn(size, *shape, dtype=dtype) for name, shape in model.conditions.items()}
+        time = torch.rand(size, 2) if full else torch.rand(size)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = backbone.predict(transformer, x, time, conditions).float().square().mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def resident(what):
+    """VmRSS (now) or VmHWM (at most) of this process in bytes."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
+    return 1024 * int(line.split()[1])
+
+
+def measure(name, layers, flags):
+    args = parse_args(flags)
+    train(
+        dataclasses.replace(model_like(name, 1)), parse_args([*flags, "--resolution", "64"]), steps=1
+    )  # loads kernels
+    gc.collect()
+    before = resident("VmRSS")
+    train(model_like(name, layers), args)
+    print(resident("VmHWM") - before)
+
+
+def measured(name, layers, flags):
+    command = [sys.executable, __file__, name, str(layers), json.dumps(flags)]
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    return int(subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+
+
+CASES = {
+    "lora": ("FLUX.1-dev", 2, "--resolution 512 --mixed_precision no"),
+    "checkpointing": ("FLUX.1-dev", 4, "--resolution 512 --mixed_precision no --gradient_checkpointing"),
+    "full": ("FLUX.1-dev", 4, "--resolution 256 --mixed_precision no --training full --ema_decay_rate 0"),
+    "bf16": ("FLUX.1-dev", 4, "--resolution 512"),
+    "nf4": ("FLUX.1-dev", 4, "--resolution 512 --quantize_base nf4"),
+    "int8": ("FLUX.1-dev", 4, "--resolution 512 --quantize_base int8 --gradient_checkpointing"),
+    "sd3": ("SD3.5-medium", 4, "--resolution 512"),
+    "sana": ("Sana-1.6B", 4, "--resolution 1024 --training full --ema_decay_rate 0"),
+}
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=[] if c == "lora" else pytest.mark.slow) for c in CASES])
+def test_the_estimate_is_within_ten_percent_of_what_a_process_takes(case):
+    name, layers, flags = CASES[case]
+    flags = [*flags.split(), "--rank", "4", "--cache_latents", "--device", "cpu"]
+    _, peaks = estimate(model_like(name, layers), parse_args(flags))
+    estimated = max(peaks["forward and backward pass"], peaks["optimizer step"])
+    taken = measured(name, layers, flags)
+    print(f"{case}: estimated {estimated / 2**20:.0f} MiB, measured {taken / 2**20:.0f} MiB, {estimated / taken:.3f}")
+    assert taken > 200 * 2**20  # else noise would count
+    assert 0.9 < estimated / taken < 1.1
+
+
+def test_real_sizes():
+    """The published numbers of parameters, in billions, and bytes where they are known by multiplication."""
+    for name, billions in {"FLUX.1-dev": 11.9, "SD3.5-medium": 2.24, "Sana-1.6B": 1.6, "Qwen-Image": 20.4}.items():
+        with torch.device("meta"):
+            transformer = MODELS[name].transformer(**MODELS[name].config)
+        count = sum(parameter.numel() for parameter in transformer.parameters())
+        assert count / 1e9 == pytest.approx(billions, rel=0.01), name
+    rows, peaks = estimate(MODELS["FLUX.1-dev"], parse_args(["--gradient_checkpointing", "--cache_latents"]))
+    assert rows["weights"] / 2 == pytest.approx(11.9e9, rel=0.01)  # bfloat16
+    assert rows["optimizer"] == pytest.approx(2 * rows["LoRA"], rel=0.01)  # AdamW's two moments
+    assert peaks["encoding prompts"] / 2 == pytest.approx(4.76e9 + 0.123e9, rel=0.01)  # T5-XXL and CLIP
+
+
+def of(*flags, model="FLUX.1-dev"):
+    return estimate(model_like(model, 2), parse_args(["--cache_latents", *flags]))
+
+
+def test_flags_have_the_effects_they_are_for():
+    rows, peaks = of()
+    assert of("--gradient_checkpointing")[0]["activations"] < 0.2 * rows["activations"]
+    assert of("--train_batch_size", "4")[0]["activations"] == pytest.approx(4 * rows["activations"], rel=0.05)
+    assert of("--rank", "32")[0]["LoRA"] == 2 * rows["LoRA"]
+    assert of("--use_8bit_adam")[0]["optimizer"] < 0.3 * rows["optimizer"]
+    assert of("--optimizer", "prodigy")[0]["optimizer"] == pytest.approx(2 * rows["optimizer"], rel=0.01)
+    assert of("--quantize_base", "nf4")[0]["weights"] < 0.4 * rows["weights"]
+    assert of("--quantize_base", "int8")[0]["weights"] < 0.6 * rows["weights"]
+    assert of("--mixed_precision", "no")[0]["weights"] == pytest.approx(2 * rows["weights"], rel=0.01)
+    assert of("--num_processes", "2")[0]["reducer"] == rows["LoRA"]
+    with_vae, pictures = estimate(model_like("FLUX.1-dev", 2), parse_args([]))
+    assert with_vae["VAE"] > 0 == estimate(model_like("FLUX.1-dev", 2), parse_args(["--offload"]))[0]["VAE"]
+    assert pictures["encoding pictures"] > peaks["encoding pictures"]
+
+
+def test_fsdp_splits_what_full_training_holds():
+    full = ("--training", "full", "--gradient_checkpointing")
+    (one, alone), (two, shared) = of(*full), of(*full, "--fsdp", "--num_processes", "4")
+    for what in ("weights", "teacher", "gradients", "optimizer"):
+        assert two[what] == pytest.approx(one[what] / 4, rel=0.02), what
+    assert two["activations"] == pytest.approx(one["activations"], rel=0.5)
+    assert one["teacher"] == one["gradients"]
+    assert shared["forward and backward pass"] < 0.5 * alone["forward and backward pass"]
+
+
+def test_refuses_what_the_trainers_refuse(capsys):
+    for flags, message in (
+        ("--fsdp", "--fsdp needs more than one process"),
+        ("--fsdp --num_processes 2 --quantize_base nf4", "--quantize_base nf4 does not work with --fsdp"),
+        ("--training full --quantize_base nf4", "is for --training lora"),
+        ("--training full --model FLUX.1-Fill-dev", "no trainer does this"),
+    ):
+        with pytest.raises(SystemExit) as error:
+            parse_args(flags.split())
+        assert error.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_norms_are_computed_as_autocast_does_on_a_gpu():
+    """What as_on_gpu assumes, by the tables of torch itself."""
+    registered = torch._C._dispatch_has_kernel_for_dispatch_key
+    for norm in ("layer_norm", "group_norm", "rms_norm"):
+        assert registered(f"aten::{norm}", "AutocastCUDA") and not registered(f"aten::{norm}", "AutocastCPU")
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_prints_a_row_for_each_way_to_train():
+    script = Path(__file__).parent / "benchmarks" / "gpu.py"
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    output = subprocess.run([sys.executable, script], env=env, check=True, capture_output=True, text=True).stdout
+    rows = [line.split("|") for line in output.splitlines() if line.startswith(("| 64", "| 128"))]
+    assert len(rows) == 12 and all(float(row[3]) > 0 and float(row[4]) > 0 for row in rows)
+
+
+if __name__ == "__main__":
+    measure(sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3]))
