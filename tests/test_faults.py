@@ -281,7 +281,7 @@ def content(path):
 
 
 def contents(folder):
-    """{name: content} of a checkpoint; its checksums, of files with that order, are checked when it is resumed from."""
+    """{name: content} of a checkpoint, less the checksums of its files, which resuming checks."""
     files = [path for path in folder.rglob("*") if path.is_file()]
     return {path.relative_to(folder).as_posix(): content(path) for path in files if path.name != "checksums.json"}
 
