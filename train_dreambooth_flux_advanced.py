@@ -64,6 +64,7 @@ from common.latents import (
     fingerprint,
     image_ids,
     pack_latents,
+    read_batches,
     read_row,
     sample_latents,
     upright,
@@ -97,6 +98,7 @@ from common.lora import (
     target_layers,
     unknown_layers,
     write_lora,
+    writing,
 )
 from common.validation import (
     check_hub,
@@ -1379,7 +1381,8 @@ class PromptEncoder:
         """
         if self.new_tokens:
             rows = {kind: new.rows.detach().cpu().contiguous() for kind, new in self.new_tokens.items()}
-            save_tensors(rows, path, metadata=self.abstractions)
+            with writing(path):
+                save_tensors(rows, path, metadata=self.abstractions)
 
     def export_embeddings(self, folder):
         """Each word's rows as comfyui/TOK.safetensors (clip_l, t5xxl) and forge/TOK.safetensors (clip_l alone)."""
@@ -1390,8 +1393,9 @@ class PromptEncoder:
             comfyui = {{"t5": "t5xxl"}.get(kind, kind): value for kind, value in rows.items()}
             for program, tensors in {"comfyui": comfyui, "forge": {"clip_l": rows["clip_l"]}}.items():
                 path = folder / program / (re.sub(r"[^\w.-]+", "_", word) + ".safetensors")
-                path.parent.mkdir(parents=True, exist_ok=True)
-                save_tensors(tensors, path)
+                with writing(path):
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    save_tensors(tensors, path)
             first = after
 
     def load_embeddings(self, path):
@@ -1759,7 +1763,7 @@ def main(args):
     transformer.train()
     progress_bar = tqdm(total=max_train_steps, initial=global_step, desc="Training", unit="step", disable=quiet)
     loss_sum, pictures, skipped, signals, started = 0.0, 0, 0, catch_signals(), time.perf_counter()
-    for micro_step, batch in enumerate(train_dataloader, start=sampler.start):
+    for micro_step, batch in enumerate(read_batches(train_dataloader), start=sampler.start):
         with accelerator.accumulate(transformer):
             generator = step_generator(args.seed, *divmod(micro_step, accumulation), accelerator.process_index)
             torch.manual_seed(generator.initial_seed())  # dropout draws from the global generator
@@ -1809,7 +1813,7 @@ def main(args):
         skipped = 0 if finite else skipped + 1
         if skipped == MAX_SKIPPED_STEPS:
             raise SystemExit(
-                f"Stopped at step {global_step}: the last {skipped} losses were not finite. Checkpoints are intact."
+                f"\nStopped at step {global_step}: the last {skipped} losses were not finite. Checkpoints are intact."
             )
         group = optimizer.param_groups[0]
         logs = {

@@ -65,6 +65,7 @@ from common.latents import (
     image_ids,
     mean_latents,
     pack_latents,
+    read_batches,
     read_row,
     sample_latents,
     select_tokens,
@@ -90,6 +91,7 @@ from common.lora import (
     shard,
     target_layers,
     unknown_layers,
+    writing,
 )
 from common.validation import (
     check_hub,
@@ -946,8 +948,9 @@ def estimate_depth(accelerator, examples, args):
             ):
                 path = depth_file(image, args)
                 partial = path.with_suffix(f".{accelerator.process_index}")
-                found["depth"].convert("L").resize(image.size).save(partial, format="PNG")
-                partial.replace(path)
+                with writing(path, partial):
+                    found["depth"].convert("L").resize(image.size).save(partial, format="PNG")
+                    partial.replace(path)
     accelerator.wait_for_everyone()
 
 
@@ -1858,7 +1861,7 @@ def main(args):
     transformer.train()
     progress_bar = tqdm(total=max_train_steps, initial=global_step, desc="Training", unit="step", disable=quiet)
     loss_sum, skipped, signals, started = 0.0, 0, catch_signals(), time.perf_counter()
-    for micro_step, batch in enumerate(train_dataloader, start=sampler.start):
+    for micro_step, batch in enumerate(read_batches(train_dataloader), start=sampler.start):
         with accelerator.accumulate(transformer):
             generator = step_generator(args.seed, *divmod(micro_step, accumulation), accelerator.process_index)
             torch.manual_seed(generator.initial_seed())  # dropout draws from the global generator
@@ -1904,7 +1907,7 @@ def main(args):
         skipped = 0 if finite else skipped + 1
         if skipped == MAX_SKIPPED_STEPS:
             raise SystemExit(
-                f"Stopped at step {global_step}: the last {skipped} losses were not finite. Checkpoints are intact."
+                f"\nStopped at step {global_step}: the last {skipped} losses were not finite. Checkpoints are intact."
             )
         group = optimizer.param_groups[0]
         logs = {

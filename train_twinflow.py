@@ -57,6 +57,7 @@ from common.latents import (
     encode_images,
     image_ids,
     pack_latents,
+    read_batches,
     read_row,
     to_image,
     unpack_latents,
@@ -1054,11 +1055,12 @@ class Teacher:
             self.swap()
 
     @torch.no_grad()
-    def update(self):
-        """Moves the average after a step; its decay ramps up from 0."""
+    def update(self, taken=True):
+        """Moves the average after a step, but not after one that was not taken; its decay ramps up from 0."""
         if 0 < self.goal < 1:
             self.decay = ramp_decay(self.decay, self.goal)
-            torch._foreach_lerp_(self.tensors, self.live, 1 - self.decay)
+            if taken:
+                torch._foreach_lerp_(self.tensors, self.live, 1 - self.decay)
 
     def catch_up(self, step):
         """The decay as it is after `step` updates."""
@@ -1548,7 +1550,7 @@ def main(args):
     transformer.train()
     progress_bar = tqdm(total=max_train_steps, initial=global_step, desc="Training", unit="step", disable=quiet)
     sums, skipped, started = {}, 0, time.perf_counter()
-    for micro_step, batch in enumerate(train_dataloader, start=sampler.start):
+    for micro_step, batch in enumerate(read_batches(train_dataloader), start=sampler.start):
         with accelerator.accumulate(transformer):
             generator = step_generator(args.seed, *divmod(micro_step, accumulation), accelerator.process_index)
             latents, cond, uncond = prepare_batch(batch, backbone, vae, args, device, offload)
@@ -1574,7 +1576,7 @@ def main(args):
             finite = math.isfinite(means["loss"]) and (accelerator.scaler is not None or math.isfinite(grad_norm))
             if finite or accelerator.scaler is not None:
                 optimizer.step()
-            teacher.update()
+            teacher.update(taken=finite)
             lr_scheduler.step()
             optimizer.zero_grad()
 
@@ -1582,7 +1584,7 @@ def main(args):
         skipped = 0 if finite else skipped + 1
         if skipped == MAX_SKIPPED_STEPS:
             raise SystemExit(
-                f"Stopped at step {global_step}: the last {skipped} losses were not finite. Checkpoints are intact."
+                f"\nStopped at step {global_step}: the last {skipped} losses were not finite. Checkpoints are intact."
             )
         group = optimizer.param_groups[0]
         logs = {

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import Sampler
 from tqdm.auto import tqdm
 
+from common.lora import writing
+
 
 EpsImagePlugin.gs_binary = False  # PIL would run Ghostscript on PostScript under a picture's name
 
@@ -31,6 +34,18 @@ def upright(image):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def read_batches(dataloader):
+    """What a DataLoader gives; a picture that can be read no more ends the run with one message."""
+    try:
+        yield from dataloader
+    except (OSError, ValueError, SyntaxError, SafetensorError, Image.DecompressionBombError) as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[-1]  # after a worker's traceback
+        raise SystemExit(
+            f"\n{Path(sys.argv[0]).name}: error: the data can be read no more: {reason}. Checkpoints are intact: mend "
+            "this and go on with --resume_from_checkpoint latest"
+        ) from None
 
 
 def read_row(dataset, row, column):
@@ -114,10 +129,11 @@ def disk_cached(folder, key, compute):
         return compute()
     path = Path(folder) / f"{hashlib.sha256(key).hexdigest()}.safetensors"
     if not is_whole(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        save_file({"value": compute().contiguous()}, partial)
-        partial.replace(path)
+        partial, value = path.with_suffix(f".{os.getpid()}.partial"), compute().contiguous()
+        with writing(path, partial):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file({"value": value}, partial)
+            partial.replace(path)
     return load_file(path)["value"]
 
 
@@ -263,6 +279,7 @@ class TensorCache:
             for what in tqdm(share, desc=desc, disable=not accelerator.is_main_process or not missing):
                 tensors = {name: value.cpu().contiguous() for name, value in encode(*what).items()}
                 partial = self.path(*what).with_suffix(f".{accelerator.process_index}")
-                save_file(tensors, partial)
-                partial.replace(self.path(*what))
+                with writing(self.path(*what), partial):
+                    save_file(tensors, partial)
+                    partial.replace(self.path(*what))
         accelerator.wait_for_everyone()

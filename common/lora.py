@@ -10,6 +10,8 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -18,7 +20,7 @@ from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.training_utils import cast_training_params
 from huggingface_hub import save_torch_state_dict
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -243,7 +245,7 @@ def save_lora(
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     partial = directory / f".{weight_name}.partial"
-    with tempfile.TemporaryDirectory() as folder:
+    with writing(directory / weight_name, partial), tempfile.TemporaryDirectory() as folder:
         written = Path(folder) / LORA_WEIGHT_NAME_SAFE
         pipeline_class.save_lora_weights(folder, **layers)
         if metadata:
@@ -251,8 +253,8 @@ def save_lora(
                 header = file.metadata()
             save_file(load_file(written), written, metadata={**header, **metadata})
         shutil.copyfile(written, partial)  # a copy others may read, by the user's umask
-    flush_to_disk(partial)
-    partial.replace(directory / weight_name)
+        flush_to_disk(partial)
+        partial.replace(directory / weight_name)
 
 
 def load_lora(directory, modules, *, adapter_name="default", weight_name=LORA_WEIGHT_NAME_SAFE):
@@ -476,11 +478,12 @@ def save_model(accelerator, folder, model, config_class, dtype):
         if accelerator.is_main_process:
             state_dict[name] = value.to("cpu", dtype)
     if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        with torch.device("meta"):  # a sharded model's class has another name
-            config_class.from_config(model.config).save_config(folder)
-        pattern = "diffusion_pytorch_model{suffix}.safetensors"
-        save_torch_state_dict(state_dict, folder, filename_pattern=pattern, max_shard_size="10GB")
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            with torch.device("meta"):  # a sharded model's class has another name
+                config_class.from_config(model.config).save_config(folder)
+            pattern = "diffusion_pytorch_model{suffix}.safetensors"
+            save_torch_state_dict(state_dict, folder, filename_pattern=pattern, max_shard_size="10GB")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -531,15 +534,16 @@ def write_lora(path, layers, form="comfyui", header=None, dtype=None):
             tensors[f"{name}.alpha"] = torch.tensor(float(alpha))
     path, placeholder = Path(path), "0" * 64
     partial = path.with_name(f".{path.name}.partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, partial, metadata | {"sshs_model_hash": placeholder})
-    with partial.open("r+b") as file:
-        start = file.read(int.from_bytes(file.read(8), "little"))
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        file.seek(8)
-        file.write(start.replace(placeholder.encode(), digest.encode()))
-    flush_to_disk(partial)
-    partial.replace(path)
+    with writing(path, partial):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, partial, metadata | {"sshs_model_hash": placeholder})
+        with partial.open("r+b") as file:
+            start = file.read(int.from_bytes(file.read(8), "little"))
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            file.seek(8)
+            file.write(start.replace(placeholder.encode(), digest.encode()))
+        flush_to_disk(partial)
+        partial.replace(path)
 
 
 def read_lora(path):
@@ -726,19 +730,22 @@ def save_checkpoint(accelerator, output_dir, step, state, total_limit=None):
     """
     output_dir = Path(output_dir)
     checkpoint, partial = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.partial"
+    with writing(checkpoint, partial):
+        if accelerator.is_main_process:
+            for left in output_dir.glob(".checkpoint-*.partial"):  # by a run that was killed
+                shutil.rmtree(left)
+            partial.mkdir(parents=True)
+            (partial / "trainer_state.json").write_text(json.dumps({"global_step": step, **state}, indent=2))
+        accelerator.wait_for_everyone()
+        accelerator.save_state(partial)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            (partial / CHECKSUMS).write_text(json.dumps(checksums(partial), indent=2))
+            for path in [*partial.rglob("*"), partial]:
+                flush_to_disk(path)
+            partial.rename(checkpoint)
+            flush_to_disk(output_dir)
     if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        (partial / "trainer_state.json").write_text(json.dumps({"global_step": step, **state}, indent=2))
-    accelerator.wait_for_everyone()
-    accelerator.save_state(partial)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        (partial / CHECKSUMS).write_text(json.dumps(checksums(partial), indent=2))
-        for path in [*partial.rglob("*"), partial]:
-            flush_to_disk(path)
-        partial.rename(checkpoint)
-        flush_to_disk(output_dir)
         for folder in find_checkpoints(output_dir)[: -total_limit if total_limit else 0]:
             doomed = folder.rename(folder.with_name(f".{folder.name}.partial"))
             shutil.rmtree(doomed)
@@ -858,16 +865,48 @@ def load_checkpoint(accelerator, checkpoint, lr_scheduler):
 
 
 def catch_signals():
-    """The list that SIGINT and SIGTERM append themselves to; a second one ends the process at once."""
-    signals = []
+    """The list that SIGINT and SIGTERM append themselves to; another one, two seconds later, ends the process at once.
+
+    Until then it is the same one: of a signal to all processes, torchrun sends each of its own another.
+    """
+    signals, first = [], math.inf
 
     def catch(number, frame):
+        nonlocal first
+        first = min(first, time.monotonic())
         signals.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        if time.monotonic() > first + 2:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, catch)
     return signals
+
+
+@contextmanager
+def writing(path, partial=None):
+    """Ends the run with one message if `path` cannot be written within it.
+
+    `partial`, the file or folder that was to become it, does not outlive an error of any kind.
+    """
+    path = Path(path).absolute()
+    try:
+        yield
+    except BaseException as error:
+        free = shutil.disk_usage(next(folder for folder in path.parents if folder.exists())).free
+        if partial:
+            shutil.rmtree(partial, ignore_errors=True)
+            with suppress(OSError):
+                partial.unlink()
+        of_torch_save = re.search("PytorchStreamWriter|iostream|unexpected pos", str(error))
+        if not (of_torch_save or isinstance(error, OSError | SafetensorError)):
+            raise
+        reason = "writing failed" if of_torch_save else getattr(error, "strerror", None) or str(error)
+        raise SystemExit(
+            f"\n{Path(sys.argv[0]).name}: error: {path} cannot be written ({reason}); {free / 2**20:.1f} MiB are free "
+            "there. Checkpoints are intact: make room and go on with --resume_from_checkpoint latest"
+        ) from None
 
 
 def flush_to_disk(path):

@@ -1,8 +1,10 @@
 """Sampling while training, without a trace in the training: images, grids, metrics, trackers."""
 
+import errno
 import importlib.metadata
 import json
 import math
+import os
 import random
 import resource
 import sys
@@ -20,7 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm.auto import tqdm
 
 from common.flow_matching import step_generator
-from common.lora import is_sharded
+from common.lora import is_sharded, writing
 
 
 @contextmanager
@@ -98,8 +100,10 @@ def draw_class_images(accelerator, pipeline, call, args, present):
             images = pipeline(**call, num_images_per_prompt=len(batch), generator=generators).images
             for path, image in zip([paths[i] for i in batch], images, strict=True):
                 if path in absent:
-                    image.save(path.with_suffix(".partial"), format="PNG")
-                    path.with_suffix(".partial").replace(path)
+                    partial = path.with_suffix(".partial")
+                    with writing(path, partial):
+                        image.save(partial, format="PNG")
+                        partial.replace(path)
     accelerator.wait_for_everyone()
 
 
@@ -140,10 +144,12 @@ def log_images(accelerator, images, captions, *, name, step):
 def save_images(accelerator, args, images, captions, *, step, grid=None):
     """Sends pictures with their captions to validation/step-N.png, there as `grid` if given, and to the trackers."""
     if accelerator.is_main_process:
-        folder = args.output_dir / "validation"
-        folder.mkdir(exist_ok=True)
-        (grid or image_grid(images, captions)).save(folder / f"step-{step:06d}.png")
-        log_images(accelerator, images, captions, name="validation", step=step)
+        path = args.output_dir / "validation" / f"step-{step:06d}.png"
+        with writing(path):
+            path.parent.mkdir(exist_ok=True)
+            (grid or image_grid(images, captions)).save(path)
+        with writing(args.output_dir / args.logging_dir):
+            log_images(accelerator, images, captions, name="validation", step=step)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -159,13 +165,15 @@ def start_logging(accelerator, args, project):
         libraries = ("torch", "diffusers", "transformers", "peft", "accelerate")
         versions = {name: importlib.metadata.version(name) for name in libraries}
         text = json.dumps({"args": values, "versions": versions}, indent=2, default=str)
-        (args.output_dir / "args.json").write_text(text + "\n")
+        with writing(args.output_dir / "args.json"):
+            (args.output_dir / "args.json").write_text(text + "\n")
     if accelerator.log_with:
         if token := getattr(args, "hub_token", None):  # wandb keeps the command
             sys.argv = [word.replace(token, "***") for word in sys.argv]
         values = {name: "" if value is None else value for name, value in values.items()}
         plain = (bool, int, float, str)  # all that TensorBoard takes
-        accelerator.init_trackers(project, {n: v if isinstance(v, plain) else str(v) for n, v in values.items()})
+        with writing(args.output_dir / args.logging_dir):
+            accelerator.init_trackers(project, {n: v if isinstance(v, plain) else str(v) for n, v in values.items()})
 
 
 def peak_memory(device):
@@ -179,8 +187,11 @@ def peak_memory(device):
 def open_metrics(path, last_step):
     """Opens the run's metrics, a JSON object per line, to be continued after `last_step`; later lines are dropped."""
     kept = [row for row in read_metrics(path) if row["step"] <= last_step]
-    path.write_text("".join(json.dumps(row) + "\n" for row in kept))
-    return path.open("a", buffering=1)
+    partial = path.with_name(f".{path.name}.partial")
+    with writing(path, partial):
+        partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        partial.replace(path)
+    return path.open("ab", buffering=0)  # what a full disk does not take is not kept to be tried again at the end
 
 
 def read_metrics(path):
@@ -197,9 +208,13 @@ def log_step(accelerator, progress_bar, metrics, step, logs):
     """Sends one step's numbers to the progress bar, the trackers and, on the main process, `open_metrics`' file."""
     progress_bar.update()
     progress_bar.set_postfix({name: f"{logs[name]:.3g}" for name in ("loss", "lr", "images_per_second")})
-    accelerator.log(logs, step=step)
+    with writing(accelerator.logging_dir or "."):
+        accelerator.log(logs, step=step)
     if metrics:
-        metrics.write(json.dumps({"step": step, **logs}) + "\n")
+        line = (json.dumps({"step": step, **logs}) + "\n").encode()
+        with writing(metrics.name):
+            if metrics.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def plot_metrics(metrics_path, picture_path, title):
@@ -226,7 +241,8 @@ def plot_metrics(metrics_path, picture_path, title):
     upper.legend()
     lower.plot(steps, [row["lr"] for row in rows], color="C1")
     lower.set(xlabel="step", ylabel="learning rate")
-    figure.savefig(picture_path, dpi=100)
+    with writing(picture_path):
+        figure.savefig(picture_path, dpi=100)
     plt.close(figure)
 
 
@@ -240,7 +256,8 @@ def save_model_card(args, text, tags, base_model, **data):
     base_model = None if Path(base_model).exists() else base_model  # the hub refuses cards with a folder here
     tags = [*tags, "diffusers-training"]
     metadata = ModelCardData(library_name="diffusers", tags=tags, base_model=base_model, **data)
-    ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{text.strip()}\n").save(args.output_dir / "README.md")
+    with writing(args.output_dir / "README.md"):
+        ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{text.strip()}\n").save(args.output_dir / "README.md")
 
 
 def check_hub(args):

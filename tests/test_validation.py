@@ -61,10 +61,10 @@ def test_metrics_continue_after_a_resume_and_are_drawn(tmp_path):
     with open_metrics(path, 0) as metrics:
         for step in range(1, 31):
             loss = 1 / step if step != 7 else math.nan
-            metrics.write(json.dumps({"step": step, "loss": loss, "lr": 1e-4}) + "\n")
-        metrics.write('{"step": 31, "lo')  # killed here
+            metrics.write(json.dumps({"step": step, "loss": loss, "lr": 1e-4}).encode() + b"\n")
+        metrics.write(b'{"step": 31, "lo')  # killed here
     with open_metrics(path, 20) as metrics:
-        metrics.write(json.dumps({"step": 21, "loss": 0.5, "lr": 1e-4}) + "\n")
+        metrics.write(json.dumps({"step": 21, "loss": 0.5, "lr": 1e-4}).encode() + b"\n")
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == list(range(1, 22))
     plot_metrics(path, tmp_path / "loss.png", "title")
     assert Image.open(tmp_path / "loss.png").size == (800, 600)

@@ -1,0 +1,738 @@
+"""What runs survive: kills at any moment, full disks, lost pictures, losses that are no numbers, signals.
+
+Runs are processes of their own, forked from one that has imported the trainers, for imports take longer than a run.
+"""
+
+import atexit
+import contextlib
+import ctypes
+import functools
+import importlib
+import io
+import json
+import os
+import random
+import re
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow.parquet
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+
+SCRIPTS = ["train_dreambooth_flux_advanced", "train_omini", "train_influxedit", "train_twinflow"]
+ONE_QUICK = [SCRIPTS[0], *(pytest.param(script, marks=pytest.mark.slow) for script in SCRIPTS[1:])]
+FILE_EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Runs:
+    """Starts trainers, one at a time, each in a process group of its own."""
+
+    def __init__(self, log):
+        self.log = log
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        self.server = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, env=environment
+        )
+
+    def start(self, script, flags, fault=None, *arguments):
+        """The id of a new process, in which `fault`, the name of a function here, is called before the trainer."""
+        request = request_of(script, flags, fault, *arguments) | {"log": str(self.log)}
+        self.server.stdin.write(json.dumps(request).encode() + b"\n")
+        self.pid, self.started = self.answer(60), time.monotonic()
+        return self.pid
+
+    def answer(self, timeout):
+        assert select.select([self.server.stdout], [], [], timeout)[0], (
+            f"no end in {timeout} s: {self.output()[-3000:]}"
+        )
+        return int(self.server.stdout.readline())
+
+    def end(self, timeout=60):
+        """The exit code, -N for signal N; no process of the run may be left."""
+        try:
+            code = self.answer(timeout)
+        except AssertionError:
+            os.killpg(self.pid, signal.SIGKILL)
+            self.answer(60)
+            raise
+        self.seconds = time.monotonic() - self.started
+        deadline = time.monotonic() + 15  # workers look for their parent every five seconds
+        while left := self.processes():
+            assert time.monotonic() < deadline, f"left behind: {left}"
+            time.sleep(0.05)
+        return code
+
+    def processes(self):
+        """What is alive, or dead and not waited for, of the run's group."""
+        return [process for process in psutil.process_iter(["status"]) if group_of(process.pid) == self.pid]
+
+    def run(self, *request, timeout=60):
+        self.start(*request)
+        return self.end(timeout)
+
+    def wait_for(self, condition, timeout=60):
+        deadline = time.monotonic() + timeout
+        while not condition():
+            assert time.monotonic() < deadline, self.output()[-3000:]
+            time.sleep(0.002)
+
+    def output(self):
+        return self.log.read_text(errors="replace")
+
+
+def request_of(script, flags, fault=None, *arguments):
+    return {"script": script, "flags": list(map(str, flags)), "fault": fault, "arguments": arguments}
+
+
+def group_of(pid):
+    try:
+        return os.getpgid(pid)
+    except ProcessLookupError:
+        return None
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    runs = Runs(tmp_path_factory.mktemp("runs") / "log.txt")
+    yield runs
+    runs.server.stdin.close()
+    assert runs.server.wait(60) == 0
+
+
+@pytest.fixture
+def runs(server):
+    yield server
+    assert not server.processes()
+
+
+def serve():
+    """Forks a process for each line of JSON; says its id and, once it has ended, its exit code."""
+    adopt_orphans = 36  # PR_SET_CHILD_SUBREAPER: workers whose parent was killed are to be seen, and waited for, here
+    ctypes.CDLL(None).prctl(adopt_orphans, 1)
+    for script in SCRIPTS:
+        importlib.import_module(script)
+    for line in sys.stdin:
+        pid = os.fork()
+        if pid == 0:
+            return json.loads(line)
+        print(pid, flush=True)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        print(code, flush=True)
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            try:
+                if os.waitpid(-1, os.WNOHANG) == (0, 0):
+                    time.sleep(0.05)
+            except ChildProcessError:
+                break
+    return None
+
+
+def be(request):
+    """The rest of this process is a run."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which background jobs of a shell ignore
+    if "log" in request:
+        os.setpgid(0, 0)
+        log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    sys.argv = [f"{request['script']}.py", *request["flags"]]
+    trainer = importlib.import_module(request["script"])
+    if request["fault"]:
+        globals()[request["fault"]](trainer, *request["arguments"])
+    trainer.main(trainer.parse_args(request["flags"]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Faults: called in a run's process
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def slow_writer(trainer):
+    """Each flush to the disk takes 50 ms more: a checkpoint is being written for most of the training."""
+    from common import lora
+
+    honest = lora.flush_to_disk
+    lora.flush_to_disk = lambda path: (time.sleep(0.05), honest(path))
+
+
+def at_file_event(trainer, folder, number, count_file=None):
+    """SIGKILL at the `number`th time that Python opens, makes, renames or deletes a file in `folder`; 0: never."""
+    main, count = os.getpid(), 0
+
+    def hook(event, arguments):
+        nonlocal count
+        if event not in FILE_EVENTS or os.getpid() != main:
+            return
+        path = arguments[0]
+        inside = isinstance(path, str) and (path.startswith(folder) or event in ("os.remove", "os.rmdir"))
+        if isinstance(path, Path):
+            inside = str(path).startswith(folder)
+        count += inside
+        if inside and count == number:
+            os.kill(main, signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    if count_file:
+        atexit.register(lambda: Path(count_file).write_text(str(count)))
+
+
+def full_disk(trainer, name, nth, filler, room):
+    """Before the trainer's function `name` is called the `nth` time, a file fills the disk but for `room` bytes."""
+    honest, calls = getattr(trainer, name), 0
+
+    def fill(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == nth and os.environ.get("RANK", "0") == "0":
+            with Path(filler).open("wb", buffering=0) as file, contextlib.suppress(OSError):
+                while file.write(bytes(4096)):
+                    pass
+            with Path(filler).open("r+b") as file:
+                file.truncate(max(0, Path(filler).stat().st_size - room))
+        return honest(*args, **kwargs)
+
+    setattr(trainer, name, fill)
+
+
+def pause(trainer, name, nth, marker, seconds):
+    """The trainer's function `name`, called the `nth` time, makes the file `marker` and takes `seconds` longer."""
+    honest, calls = getattr(trainer, name), 0
+
+    def wait(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == nth:
+            Path(marker).touch()
+            time.sleep(seconds)
+        return honest(*args, **kwargs)
+
+    setattr(trainer, name, wait)
+
+
+def watch_memory(trainer, path):
+    """Each step's memory, less the cache of files, goes to `path`. It is the data's that counts: pixels stand for
+    latents, and a prompt is encoded once."""
+
+    def encode(channels):
+        def encode_pixels(vae, pixels):
+            means = torch.nn.functional.avg_pool2d(pixels, 8)
+            return means.repeat(1, 11, 1, 1)[:, :channels]
+
+        return encode_pixels
+
+    if hasattr(trainer, "encode_moments"):
+        trainer.encode_moments = encode(32)
+    else:
+        trainer.encode_images = encode(16)
+    if trainer.__name__ == "train_omini":
+        trainer.PromptEncoder.embed = functools.cache(trainer.PromptEncoder.embed)
+    honest = trainer.log_step
+
+    def log_step(*args):
+        status = Path("/proc/self/status").read_text()
+        with Path(path).open("a") as file:
+            print(re.search(r"RssAnon:\s+(\d+)", status)[1], file=file)
+        honest(*args)
+
+    trainer.log_step = log_step
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is left
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def losses(folder):
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").open()]
+
+
+def checkpoints(folder):
+    """{step: folder} of what a run would resume from."""
+    found = {int(path.name[11:]): path for path in folder.glob("checkpoint-*")}
+    return dict(sorted(found.items()))
+
+
+def content(path):
+    """The bytes of a file, but for the order in which safetensors writes its metadata."""
+    data = path.read_bytes()
+    if path.suffix != ".safetensors":
+        return data
+    after = 8 + int.from_bytes(data[:8], "little")
+    return json.dumps(json.loads(data[8:after]), sort_keys=True).encode() + data[after:]
+
+
+def contents(folder):
+    """{name: content} of a checkpoint, less the checksums of its files, which resuming checks."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): content(path) for path in files if path.name != "checksums.json"}
+
+
+def results(folder):
+    return {path.name: content(path) for path in folder.glob("*.safetensors")}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kills
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+KILLS = [pytest.param(SCRIPTS[0], 3, id="3 kills")]
+KILLS += [pytest.param(script, 20, id=f"{script}, 20 kills", marks=pytest.mark.slow) for script in SCRIPTS]
+
+
+@pytest.mark.parametrize(("script", "kills"), KILLS)
+def test_kills_at_random_moments_lose_nothing(runs, short_runs, tmp_path, script, kills):
+    flags = [*short_runs[script], "--max_train_steps", 12, "--checkpointing_steps", 2, "--lr_scheduler", "linear"]
+    flags += ["--lr_warmup_steps", 2]
+    whole, count_file = tmp_path / "whole", tmp_path / "count"
+    every = [*flags, "--output_dir", whole]
+    assert runs.run(script, every, "at_file_event", str(whole), 0, str(count_file)) == 0, runs.output()
+    seconds, events = runs.seconds, int(count_file.read_text())
+    rng, folder, moments, done, finished = random.Random(script), tmp_path / "killed", [], 0, 0
+    while done < kills:
+        again = [*flags, "--output_dir", folder, "--resume_from_checkpoint", "latest", "--checkpoints_total_limit", 2]
+        before = list(checkpoints(folder))
+        if done % 2:
+            number = rng.randint(1, events)
+            runs.start(script, again, "at_file_event", str(folder), number)
+        else:
+            runs.start(script, again, "slow_writer")
+            time.sleep(rng.uniform(0.3, 1.8) * seconds)
+            if group_of(runs.pid) is not None:
+                os.kill(runs.pid, signal.SIGKILL)
+        code = runs.end()
+        assert code in (0, -signal.SIGKILL), runs.output()[-3000:]
+        after = checkpoints(folder)
+        for step, checkpoint in after.items():
+            assert contents(checkpoint) == contents(whole / f"checkpoint-{step}")
+        assert len(after) >= min(2, len(before))
+        assert len(list(folder.glob(".checkpoint-*"))) <= 1
+        assert max(after, default=0) >= max(before, default=0)
+        if code:
+            partial = sorted(path.name for path in folder.glob(".*.partial"))
+            moments.append(f"{'event' if done % 2 else 'time'} at {list(after)} {''.join(partial)}")
+            done += 1
+        else:
+            assert results(folder) == results(whole)
+            assert losses(folder) == losses(whole)
+            finished += 1
+            shutil.rmtree(folder)
+    assert runs.run(script, again) == 0, runs.output()
+    assert results(folder) == results(whole) != {}
+    assert losses(folder) == losses(whole)
+    assert len(losses(whole)) == 12
+    print(f"{kills} kills, {finished + 1} runs finished, {seconds:.1f} s and {events} file events for one: {moments}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Full disks
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 16 MiB in memory."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("no right to mount a small disk")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def only_error(runs, tracked=False):
+    """The one message of a run that failed; TensorBoard's thread shows the traceback of its own error besides."""
+    output = runs.output()
+    for noise in () if tracked else ("Traceback", "Exception ignored", "terminate called"):
+        assert noise not in output, output[-5000:]
+    (error,) = [line for line in output.replace("\r", "\n").splitlines() if ": error: " in line]
+    return error
+
+
+# function, its call, bytes that are left, what the message names
+FULL = [
+    *(("save_checkpoint", 3, room, "checkpoint-6") for room in (0, 8192, 16384, 32768, 49152, 65536, 81920)),
+    ("start_logging", 1, 0, "args.json"),
+    ("start_logging", 1, 4096, "logs"),
+    ("open_metrics", 1, 0, "metrics.jsonl"),
+    ("log_step", 1, 0, "metrics.jsonl"),  # later lines find room in the block of the first
+    ("save_images", 2, 0, "step-000004.png"),
+    ("save_lora", 1, 0, ".safetensors"),
+    ("save_lora", 1, 8192, ".safetensors"),
+    ("plot_metrics", 1, 8192, "loss.png"),
+    ("save_model_card", 1, 0, "README.md"),
+]
+VALIDATION = {
+    SCRIPTS[0]: ["--validation_prompt", "a circle", "--validation_steps", 4],
+    SCRIPTS[1]: ["--validation_prompt", "a circle", "--validation_steps", 4, "--validation_image"],
+    SCRIPTS[2]: ["--validation_prompt", "a circle", "--validation_steps", 4, "--validation_image"],
+    SCRIPTS[3]: ["--validation_prompt", "a circle", "--validation_steps", 4],
+}
+
+
+@pytest.fixture
+def flags_of(short_runs, pictures):
+    """{trainer: flags} of runs that validate at step 4."""
+    flags = {}
+    for script, own in VALIDATION.items():
+        image = [pictures / "0.png"] if own[-1] == "--validation_image" else []
+        size = ["--validation_height", 32, "--validation_width", 32] if script == "train_influxedit" else []
+        flags[script] = [*short_runs[script], *own, *image, *size, "--num_validation_images", 1]
+    return flags
+
+
+SOME = [pytest.param(SCRIPTS[0], [FULL[3], FULL[10]], id="two cases")]
+SOME += [pytest.param(script, FULL, id=script, marks=pytest.mark.slow) for script in SCRIPTS]
+
+
+@pytest.mark.parametrize(("script", "cases"), SOME)
+def test_a_full_disk_is_one_message_and_costs_nothing(runs, flags_of, small_disk, tmp_path, script, cases):
+    flags = [*flags_of[script], "--max_train_steps", 7, "--checkpointing_steps", 2, "--output_dir"]
+    assert runs.run(script, [*flags, tmp_path / "whole"]) == 0, runs.output()
+    folder, filler = small_disk / "run", small_disk / "filler"
+    for name, nth, room, named in cases:
+        where = f"{name}, {room} bytes left"
+        tracked = ["--report_to", "tensorboard"] if named == "logs" else []
+        code = runs.run(script, [*flags, folder, *tracked], "full_disk", name, nth, str(filler), room)
+        if code == 0 and room:  # enough room
+            print(f"{where}: enough")
+            shutil.rmtree(folder)
+            filler.unlink()
+            continue
+        assert code == 1, (where, runs.output()[-3000:])
+        error = only_error(runs, bool(tracked))
+        print(f"{where}: {error}")
+        assert named in error.split(" cannot be written")[0]
+        assert " MiB are free there" in error
+        kept = checkpoints(folder)
+        for step, checkpoint in kept.items():
+            assert contents(checkpoint) == contents(tmp_path / "whole" / f"checkpoint-{step}")
+        expected = {"start_logging": 0, "open_metrics": 0, "log_step": 0, "save_checkpoint": 2, "save_images": 2}
+        assert len(kept) == expected.get(name, 3)
+        assert not list(folder.glob(".*.partial"))
+        filler.unlink()
+        assert runs.run(script, [*flags, folder, "--resume_from_checkpoint", "latest"]) == 0, runs.output()
+        assert results(folder) == results(tmp_path / "whole")
+        assert losses(folder) == losses(tmp_path / "whole")
+        shutil.rmtree(folder)
+
+
+PRIOR = ["--with_prior_preservation", "--class_prompt", "a circle", "--num_class_images", 2]
+ALSO_FULL = [  # trainer, function, what the message names, flags
+    (SCRIPTS[0], "cache_moments", ".safetensors", ["--cache_latents_to_disk", "--disk_cache_dir", "{disk}/cache"]),
+    (SCRIPTS[0], "draw_class_images", "class-0000", [*PRIOR, "--class_data_dir", "{disk}/class"]),
+    (SCRIPTS[2], "draw_class_images", "class-0000", [*PRIOR, "--class_data_dir", "{disk}/class"]),
+    (SCRIPTS[0], "save_named_lora", "name.safetensors", ["--output_name", "name", "--output_dir", "{disk}"]),
+    (SCRIPTS[3], "encode_prompts", "encoded", []),
+    (SCRIPTS[3], "save_model", "transformer", ["--training", "full", "--output_dir", "{disk}/run"]),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("script", "function", "named", "extra"), ALSO_FULL)
+def test_a_full_disk_elsewhere_is_one_message(runs, short_runs, small_disk, script, function, named, extra):
+    filler = small_disk / "filler"
+    flags = [*short_runs[script], "--output_dir", small_disk / "run"]
+    flags += [part.replace("{disk}", str(small_disk)) if isinstance(part, str) else part for part in extra]
+    assert runs.run(script, flags, "full_disk", function, 1, str(filler), 0) == 1, runs.output()[-3000:]
+    error = only_error(runs)
+    print(error)
+    assert named in error.split(" cannot be written")[0]
+    assert not [path for path in small_disk.rglob("*") if "partial" in path.name]
+    filler.unlink()
+    assert runs.run(script, flags) == 0, runs.output()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures that are lost
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [2, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("script", ONE_QUICK)
+def test_a_picture_removed_meanwhile_is_one_message(runs, short_runs, pictures, pairs, tmp_path, script, workers):
+    source = pairs / "images" if script == "train_influxedit" else pictures
+    data, folder, marker = tmp_path / "data", tmp_path / "run", tmp_path / "marker"
+    shutil.copytree(source, data)
+    option = "--train_data_dir" if script == "train_twinflow" else "--instance_data_dir"
+    flags = [*short_runs[script], option, data, "--max_train_steps", 40, "--checkpointing_steps", 2]
+    flags += ["--dataloader_num_workers", workers, "--output_dir"]
+    runs.start(script, [*flags, folder], "pause", "save_checkpoint", 2, str(marker), 1)
+    runs.wait_for(marker.exists)
+    (data / "3.png").rename(data / "3.away")
+    assert runs.end() == 1, runs.output()[-3000:]
+    error = only_error(runs)
+    print(error)
+    assert str(data / "3.png") in error
+    assert "Checkpoints are intact" in error
+    last = max(checkpoints(folder))
+    assert last >= 4
+    (data / "3.away").rename(data / "3.png")
+    flags += [folder, "--resume_from_checkpoint", "latest", "--max_train_steps", last + 1]
+    assert runs.run(script, flags) == 0, runs.output()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Losses that are no numbers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def sometimes_nan(trainer, monkeypatch, bad):
+    honest, calls = trainer.compute_loss, []
+
+    def compute_loss(*args, **kwargs):
+        calls.append(1)
+        found, factor = honest(*args, **kwargs), float("nan") if len(calls) in bad else 1.0
+        return (found[0] * factor, found[1]) if isinstance(found, tuple) else found * factor
+
+    monkeypatch.setattr(trainer, "compute_loss", compute_loss)
+
+
+@pytest.mark.parametrize("script", [pytest.param(script, marks=pytest.mark.slow) for script in SCRIPTS])
+def test_a_step_without_a_finite_loss_changes_no_weight(train, short_runs, tmp_path, monkeypatch, script):
+    trainer, folder = importlib.import_module(script), tmp_path / "run"
+    flags = [*short_runs[script], "--checkpointing_steps", 1, "--output_dir"]
+    with monkeypatch.context() as patch:
+        sometimes_nan(trainer, patch, {3})
+        train(script, *flags, folder, "--max_train_steps", 5)
+    kept = {step: contents(checkpoint) for step, checkpoint in checkpoints(folder).items()}
+    moving = [name for name in kept[2] if name.endswith(".safetensors") or name == "optimizer.bin"]
+    assert len(moving) > 1
+    for name in moving:
+        assert kept[2][name] == kept[3][name] != kept[4][name]
+        assert kept[1][name] != kept[2][name]
+    assert [loss == loss for loss in losses(folder)] == [True, True, False, True, True]
+
+    folder = tmp_path / "always"
+    sometimes_nan(trainer, monkeypatch, range(4, 99))
+    with pytest.raises(SystemExit, match="step 13: the last 10 losses were not finite. Checkpoints are intact") as end:
+        train(script, *flags, folder, "--max_train_steps", 50, "--checkpointing_steps", 3)
+    assert isinstance(end.value.code, str)  # which Python prints and makes exit code 1
+    assert list(checkpoints(folder)) == [3, 6, 9, 12]
+    kept = {step: contents(checkpoint) for step, checkpoint in checkpoints(folder).items()}
+    for name in moving:
+        assert kept[3][name] == kept[12][name]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Signals
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+SIGNALS = [("SIGTERM", "run"), ("SIGINT", "group")]
+
+
+@pytest.mark.parametrize(("name", "whom"), SIGNALS)
+@pytest.mark.parametrize("script", [pytest.param(script, marks=pytest.mark.slow) for script in SCRIPTS])
+def test_a_signal_while_training_or_drawing_saves_and_ends(runs, flags_of, tmp_path, script, name, whom):
+    number, marker = getattr(signal, name), tmp_path / "marker"
+    flags = [*flags_of[script], "--max_train_steps", 9, "--dataloader_num_workers", 2, "--output_dir"]
+    assert runs.run(script, [*flags, tmp_path / "whole"]) == 0, runs.output()
+    for function, nth, step in (("log_step", 3, 4), ("save_images", 2, 5)):  # the latter within step 4's validation
+        folder = tmp_path / function
+        runs.start(script, [*flags, folder], "pause", function, nth, str(marker), 1)
+        runs.wait_for(marker.exists)
+        marker.unlink()
+        (os.kill if whom == "run" else os.killpg)(runs.pid, number)
+        assert runs.end() == 128 + number, runs.output()[-3000:]
+        output = runs.output()
+        assert "Traceback" not in output, output[-3000:]
+        assert f"Interrupted at step {step}, saved {folder / f'checkpoint-{step}'}; go on with" in output
+        assert list(checkpoints(folder)) == [step]
+        assert runs.run(script, [*flags, folder, "--resume_from_checkpoint", "latest"]) == 0, runs.output()
+        assert results(folder) == results(tmp_path / "whole")
+        assert losses(folder) == losses(tmp_path / "whole")
+
+
+EARLY = [
+    *((script, "cache_moments", ["--cache_latents"]) for script in SCRIPTS[:3]),
+    (SCRIPTS[3], "cache_latents", ["--cache_latents"]),
+    *((script, "draw_class_images", []) for script in (SCRIPTS[0], SCRIPTS[2])),
+    *((script, "load_checkpoint", []) for script in SCRIPTS),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("script", "function", "extra"), EARLY)
+def test_a_signal_before_training_ends_at_once(runs, short_runs, tmp_path, script, function, extra):
+    flags = [*short_runs[script], *extra, "--output_dir", tmp_path / "run"]
+    if function == "draw_class_images":
+        flags += [*PRIOR, "--class_data_dir", tmp_path / "class"]
+    for number in (signal.SIGTERM, signal.SIGINT):
+        runs.start(script, flags, "pause", function, 1, str(tmp_path / "marker"), 30)
+        runs.wait_for((tmp_path / "marker").exists)
+        (tmp_path / "marker").unlink()
+        os.kill(runs.pid, number)
+        assert runs.end(timeout=10) == -number
+    assert not checkpoints(tmp_path / "run")
+    assert runs.run(script, flags) == 0, runs.output()
+
+
+@contextlib.contextmanager
+def two_processes(*request):
+    """A trainer in two processes, by torchrun: (the launcher, the two as they are listed); none may be left."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    launcher = subprocess.Popen(
+        [*command, json.dumps(request_of(*request))],
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        yield launcher
+        deadline = time.monotonic() + 10
+        while any(group_of(process.pid) == launcher.pid for process in psutil.process_iter()):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(launcher.pid, signal.SIGKILL)
+
+
+def rank(launcher, number):
+    """The id of the process of rank `number`."""
+    children = psutil.Process(launcher.pid).children(recursive=True)
+    return next(child.pid for child in children if child.environ().get("RANK") == str(number))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "whom"), [*((script, 1) for script in SCRIPTS), (SCRIPTS[0], 0), (SCRIPTS[0], "launcher and both")]
+)
+def test_a_signal_to_one_of_two_processes_ends_both(short_runs, tmp_path, script, whom):
+    flags = [*short_runs[script], "--max_train_steps", 7, "--train_batch_size", 4, "--output_dir"]
+    with two_processes(script, [*flags, tmp_path / "whole"]) as launcher:
+        output = launcher.communicate(timeout=120)[0]
+        assert launcher.returncode == 0, output[-3000:]
+    folder, marker = tmp_path / "run", tmp_path / "marker"
+    with two_processes(script, [*flags, folder], "pause", "log_step", 3, str(marker), 1) as launcher:
+        deadline = time.monotonic() + 60
+        while not marker.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        if whom in (0, 1):
+            os.kill(rank(launcher, whom), signal.SIGTERM)
+        else:
+            os.killpg(launcher.pid, signal.SIGINT)
+        output = launcher.communicate(timeout=60)[0]
+    assert launcher.returncode != 0
+    assert f"Interrupted at step 4, saved {folder / 'checkpoint-4'}" in output, output[-3000:]
+    assert list(checkpoints(folder)) == [4]
+    with two_processes(script, [*flags, folder, "--resume_from_checkpoint", "latest"]) as launcher:
+        output = launcher.communicate(timeout=120)[0]
+        assert launcher.returncode == 0, output[-3000:]
+    assert results(folder) == results(tmp_path / "whole") != {}
+    assert losses(folder) == losses(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS[:1])
+def test_a_full_disk_ends_both_of_two_processes(short_runs, small_disk, script):
+    folder, filler = small_disk / "run", small_disk / "filler"
+    flags = [*short_runs[script], "--max_train_steps", 7, "--checkpointing_steps", 2, "--output_dir", folder]
+    with two_processes(script, flags, "full_disk", "save_checkpoint", 2, str(filler), 16384) as launcher:
+        output = launcher.communicate(timeout=90)[0]
+    assert launcher.returncode != 0
+    assert 1 <= output.count(" cannot be written (") <= 2, output[-3000:]  # either process may meet the full disk
+    assert list(checkpoints(folder)) == [2]
+    filler.unlink()
+    with two_processes(script, [*flags, "--resume_from_checkpoint", "latest"]) as launcher:
+        output = launcher.communicate(timeout=120)[0]
+        assert launcher.returncode == 0, output[-3000:]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# More samples than memory
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+SAMPLES, BATCH = 100_000, 100
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """100 000 pictures of 16 x 16 pixels as ten tars and ten parquet files; fifty captions."""
+    folder, rng = tmp_path_factory.mktemp("many"), np.random.default_rng(0)
+    (folder / "tars").mkdir()
+    (folder / "parquet").mkdir()
+    for shard in range(10):
+        images, texts = [], []
+        with tarfile.open(folder / "tars" / f"{shard}.tar", "w") as tar:
+            for i in range(SAMPLES // 10):
+                buffer = io.BytesIO()
+                Image.fromarray(rng.integers(256, size=(16, 16, 3), dtype=np.uint8)).save(buffer, format="PNG")
+                images.append({"bytes": buffer.getvalue(), "path": None})
+                texts.append(f"picture {i % 50}")
+                record = json.dumps({"prompt": texts[-1]}).encode()
+                for suffix, data in (("png", images[-1]["bytes"]), ("json", record)):
+                    info = tarfile.TarInfo(f"{shard}{i:05d}.{suffix}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+        table = pyarrow.table({"image": images, "text": texts})
+        pyarrow.parquet.write_table(table, folder / "parquet" / f"{shard}.parquet", row_group_size=1000)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "source"),
+    [
+        ("train_omini", "tars, streamed"),
+        ("train_omini", "parquet, streamed"),
+        ("train_dreambooth_flux_advanced", "parquet"),
+        ("train_twinflow", "parquet"),
+    ],
+)
+def test_100_000_samples_hold_flat_memory(runs, short_runs, many, tmp_path, script, source):
+    flags, report = list(short_runs[script]), tmp_path / "memory"
+    place = flags.index("--train_data_dir" if script == "train_twinflow" else "--instance_data_dir")
+    del flags[place : place + 2]
+    parquet = ["--dataset_name", many / "parquet"]
+    flags += ["--data_files", *sorted((many / "tars").glob("*.tar"))] if "tars" in source else parquet
+    flags += ["--caption_column", "json.prompt" if "tars" in source else "text", "--cache_dir", tmp_path / "cache"]
+    flags += ["--target_size" if script == "train_omini" else "--resolution", 16, "--train_batch_size", BATCH]
+    steps = SAMPLES // BATCH
+    flags += ["--max_train_steps", steps + 20, "--checkpointing_steps", steps - 10, "--output_dir", tmp_path / "run"]
+    flags += ["--streaming"] if "streamed" in source else []
+    assert runs.run(script, flags, "watch_memory", str(report), timeout=600) == 0, runs.output()[-3000:]
+    memory = [int(line) / 1024 for line in report.read_text().splitlines()]
+    tenth, half, all_of_it = memory[steps // 10 - 1], memory[steps // 2 - 1], memory[steps - 1]
+    print(
+        f"{script}, {source}: {tenth:.0f} MiB after 10 %, {half:.0f} after 50 %, {all_of_it:.0f} after 100 % of "
+        f"{SAMPLES} samples (bar: 32 MiB more); {runs.seconds:.0f} s"
+    )
+    assert all_of_it - tenth < 32  # the files themselves are 79 MiB, their pixels 293
+    whole = results(tmp_path / "run")
+    (tmp_path / "run" / "pytorch_lora_weights.safetensors").unlink(missing_ok=True)
+    again = [*flags, "--resume_from_checkpoint", "latest"]  # 10 steps before the second epoch
+    assert runs.run(script, again, "watch_memory", str(report), timeout=600) == 0, runs.output()[-3000:]
+    assert results(tmp_path / "run") == whole != {}
+    assert len(losses(tmp_path / "run")) == steps + 20
+
+
+if __name__ == "__main__":
+    request = json.loads(sys.argv[1]) if len(sys.argv) > 1 else serve()
+    if request:
+        be(request)
