@@ -123,16 +123,6 @@ def test_bad_input_is_one_clear_error(train, world, monkeypatch, capsys, flags, 
     assert sorted(world["out"].parent.rglob("*")) == before
 
 
-def test_accelerate_reads_the_configurations_of_the_examples():
-    from accelerate.commands.config.config_args import load_config_from_file
-
-    paths = sorted((ROOT / "examples" / "accelerate").glob("8_gpus*.yaml"))
-    assert len(paths) == 2
-    for path in paths:
-        config = load_config_from_file(str(path))
-        assert (config.num_processes, config.distributed_type, config.mixed_precision) == (8, "MULTI_GPU", "bf16")
-
-
 def test_the_examples_commands_are_understood(world, monkeypatch):
     """Every command of the table: its flags go together; the models themselves are not here."""
     monkeypatch.setattr(twinflow, "check_model", lambda args: [])

@@ -207,7 +207,7 @@ def test_a_checkpoint_that_fails_while_it_is_written_is_never_seen(prepared, tmp
     accelerator, *_ = prepared
     save_checkpoint(accelerator, tmp_path, 1, {}, total_limit=1)
     monkeypatch.setattr(accelerator, "save_state", lambda folder: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(SystemExit, match="disk full"):
         save_checkpoint(accelerator, tmp_path, 2, {}, total_limit=1)
     assert [folder.name for folder in find_checkpoints(tmp_path)] == ["checkpoint-1"]
     monkeypatch.undo()
