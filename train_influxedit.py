@@ -75,6 +75,7 @@ from common.lora import (
     catch_signals,
     check_output_dir,
     check_processes,
+    check_warmup,
     checkpoint_conflicts,
     checkpoint_damage,
     checkpoint_state,
@@ -1121,11 +1122,7 @@ def choose_seed(seed, checkpoint):
 
 def check_run(accelerator, args, max_train_steps):
     """Problems that show once the data and the processes are known."""
-    problems = check_processes(accelerator, args, deepspeed=True)
-    if args.lr_scheduler != "constant" and args.lr_warmup_steps >= max_train_steps > 0:
-        warmup = args.lr_warmup_steps
-        problems.append(f"--lr_warmup_steps {warmup} must be less than the {max_train_steps} steps of the run")
-    return problems
+    return check_processes(accelerator, args, deepspeed=True) + check_warmup(args, max_train_steps)
 
 
 def print_header(accelerator, args, examples, lora_params, base_size, text, steps):

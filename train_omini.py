@@ -78,6 +78,7 @@ from common.lora import (
     catch_signals,
     check_output_dir,
     check_processes,
+    check_warmup,
     checkpoint_conflicts,
     checkpoint_to_resume,
     create_optimizer,
@@ -1693,10 +1694,7 @@ python examples/omini/generate.py {files} \\
 
 def check_run(accelerator, args, prompts, max_train_steps):
     """Problems that show once the data and the processes are known."""
-    problems = check_processes(accelerator, args)
-    if args.lr_scheduler != "constant" and args.lr_warmup_steps >= max_train_steps > 0:
-        warmup = args.lr_warmup_steps
-        problems.append(f"--lr_warmup_steps {warmup} must be less than the {max_train_steps} steps of the run")
+    problems = check_processes(accelerator, args) + check_warmup(args, max_train_steps)
     if args.cache_prompts and not args.streaming:
         width = T5Config.from_pretrained(
             args.pretrained_model_name_or_path,

@@ -70,6 +70,7 @@ from common.lora import (
     catch_signals,
     check_output_dir,
     check_processes,
+    check_warmup,
     checkpoint_conflicts,
     checkpoint_to_resume,
     compile_blocks,
@@ -1384,11 +1385,7 @@ For {args.pretrained_model_name_or_path} ({args.model_type}): {kind}, by TwinFlo
 
 def check_run(accelerator, args, max_train_steps):
     """Problems that show once the data and the processes are known."""
-    problems = check_processes(accelerator, args)
-    if args.lr_scheduler != "constant" and args.lr_warmup_steps >= max_train_steps > 0:
-        warmup = args.lr_warmup_steps
-        problems.append(f"--lr_warmup_steps {warmup} must be less than the {max_train_steps} steps of the run")
-    return problems
+    return check_processes(accelerator, args) + check_warmup(args, max_train_steps)
 
 
 def print_header(accelerator, args, dataset, params, max_train_steps, steps_per_epoch):

@@ -216,6 +216,13 @@ def create_optimizer(args, params, scale=1, text_params=()):
     return torch.optim.AdamW(groups, **shared)
 
 
+def check_warmup(args, max_train_steps):
+    """Problems of --lr_warmup_steps in a run of so many steps."""
+    if args.lr_scheduler == "constant" or not args.lr_warmup_steps >= max_train_steps > 0:
+        return []
+    return [f"--lr_warmup_steps {args.lr_warmup_steps} must be less than the {max_train_steps} steps of the run"]
+
+
 def save_lora(
     directory,
     pipeline_class,
