@@ -17,7 +17,6 @@ One GPU, or all of them after `accelerate config`:
 arguments (args.json), the loss (metrics.jsonl, loss.png), pictures (validation/) and checkpoints to resume from.
 """
 
-import argparse
 import contextlib
 import difflib
 import functools
@@ -27,9 +26,6 @@ import json
 import math
 import os
 import re
-import shlex
-import shutil
-import sys
 import time
 import tomllib
 from collections import Counter
@@ -40,13 +36,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, gather_object, set_seed
+from accelerate.utils import gather_object, set_seed
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
-from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import free_memory, offload_models, parse_buckets_string
-from huggingface_hub.errors import HTTPError
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -55,6 +48,22 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
+from common import (
+    LR_SCHEDULERS,
+    TRACKERS,
+    WEIGHTING_SCHEMES,
+    Parser,
+    Switch,
+    catch_signals,
+    check_shared_flags,
+    count_skipped,
+    fail,
+    names_in,
+    number,
+    run_settings,
+    start,
+    stop_interrupted,
+)
 from common.flow_matching import TIMESTEP_SAMPLING, add_noise, sample_sigmas, step_generator, velocity_loss
 from common.latents import (
     StepSampler,
@@ -75,7 +84,7 @@ from common.lora import (
     LORA_FORMS,
     QUANTIZATIONS,
     add_lora,
-    catch_signals,
+    check_disk,
     check_output_dir,
     check_processes,
     check_warmup,
@@ -85,6 +94,7 @@ from common.lora import (
     checkpoint_to_resume,
     compile_blocks,
     configure_deepspeed,
+    create_lr_scheduler,
     create_optimizer,
     diffusers_state_dict,
     load_checkpoint,
@@ -192,33 +202,18 @@ REFUSED_OPTIONS = {  # the value that says what happens anyway, and why no other
     "validation_seed": (None, "no pictures are held out: judge by --validation_prompt"),
     "validation_split": (0.0, "no pictures are held out: judge by --validation_prompt"),
 }
-WEIGHTING_SCHEMES = ("none", "sigma_sqrt", "logit_normal", "mode", "cosmap")
-LR_SCHEDULERS = [scheduler.value for scheduler in SchedulerType if scheduler != SchedulerType.PIECEWISE_CONSTANT]
 TOKENIZERS = ("tokenizer", "tokenizer_2")
 CHECKPOINT_PREFIX, FLUX_ROOTS = "model.diffusion_model.", {name.split(".")[0] for name in FLUX_LAYERS}
 CHECKPOINT_SIZES = (
     "double_blocks.0.img_attn.norm.query_norm.scale",
     *("img_in.weight", "txt_in.weight", "vector_in.in_layer.weight"),
 )
-TRACKERS = ("tensorboard", "wandb", "all", "none")
 KOHYA_FLAGS = {
     "--network_dim": "--rank",
     "--network_alpha": "--lora_alpha",
     "--optimizer_type": "--optimizer",
     "--lr_scheduler_num_cycles": "--lr_num_cycles",
     "--max_train_epochs": "--num_train_epochs",
-}
-MAX_SKIPPED_STEPS = 10  # in a row, for want of a finite loss
-# Flags that a resumed run may change: they do not touch what a step computes, or only how many there are.
-CHANGEABLE = {
-    *("cache_latents_to_disk", "cache_text_encoder_outputs_to_disk", "disk_cache_dir"),
-    *("output_name", "save_format", "save_every_n_epochs"),
-    *("allow_tf32", "cache_dir", "cache_latents", "gradient_checkpointing", "offload", "dataloader_num_workers"),
-    *("max_train_steps", "num_train_epochs", "checkpointing_steps", "checkpoints_total_limit", "local_rank"),
-    *("final_validation_prompt", "skip_final_inference", "prior_generation_precision", "sample_batch_size"),
-    *("validation_prompt", "validation_steps", "validation_epochs", "num_validation_images", "resume_from_checkpoint"),
-    *("push_to_hub", "hub_token", "hub_model_id"),
-    *("output_dir", "logging_dir", "report_to", "upcast_before_saving"),
 }
 
 
@@ -227,57 +222,8 @@ CHANGEABLE = {
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-# same in all trainers
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The default in the help of every argument that has one, the example command as it stands."""
-
-    def _get_help_string(self, action):
-        silent = action.default is None or action.default is False  # 0 is worth telling
-        return action.help if silent else super()._get_help_string(action)
-
-
-# same in all trainers
-class Switch(argparse.BooleanOptionalAction):
-    """--x and --no-x, and `--x True` or `--x False` as older commands spell it."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.nargs = "?"
-
-    def __call__(self, parser, namespace, value, option_string=None):
-        words = {None: True, "true": True, "false": False}
-        if value not in words and value.lower() not in words:
-            parser.error(f"{option_string} {value}: expected True or False, or nothing")
-        on = words[value and value.lower()]
-        setattr(namespace, self.dest, on != option_string.startswith("--no-"))
-
-
-# same in all trainers
-def number(kind, minimum, maximum=math.inf, *, above=False):
-    """An argparse type: `kind` within [minimum, maximum], or above the minimum."""
-
-    def parse(text):
-        value = kind(text)
-        if not (minimum < value if above else minimum <= value) or not value <= maximum or math.isinf(value):
-            limit = f"above {minimum}" if above else f"at least {minimum}"
-            limit += f" and at most {maximum}" if maximum < math.inf else ""
-            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {limit}")
-        return value
-
-    parse.__name__ = "number" if kind is float else "whole number"
-    return parse
-
-
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s [options]; --help explains them",
-        description=__doc__.split("\n\n")[0],
-        epilog="example:" + __doc__.split("`accelerate config`:\n")[1].split("\n\n`output_dir`")[0],
-        formatter_class=HelpFormatter,
-        fromfile_prefix_chars="@",
-        allow_abbrev=False,
-    )
-    parser.convert_arg_line_to_args = lambda line: own_names(shlex.split(line, comments=True))
+    parser = Parser(__doc__, aliases=KOHYA_FLAGS)
     count, size = number(int, 1), number(int, 16, 8192)
     positive, not_negative = number(float, 0, above=True), number(float, 0)
     share, decay = number(float, 0, 1), number(float, 0, 0.9999999)
@@ -434,28 +380,11 @@ def parse_args(argv=None):
     arg("--hub_token", help="token for it (default: that of `hf auth login`); it is written nowhere")
     arg("--hub_model_id", help="repository for it (default: the name of output_dir)")
 
-    argv = sys.argv[1:] if argv is None else argv
-    try:
-        args = parser.parse_args(own_names(argv))
-    except (ValueError, RecursionError) as error:
-        parser.error(f"{' '.join(word for word in argv if word[:1] == '@')}: no file of flags ({error})")
+    args = parser.parse_args(argv)
     args.cache_latents |= args.cache_latents_to_disk
     args.output_dir /= args.output_name or ""
-    problems = check_flags(args) + check_model(args) + check_class_data_dir(args) + check_output_dir(args)
-    if problems:
-        parser.error(join_problems(problems))
+    parser.refuse(check_flags(args) + check_model(args) + check_output_dir(args))
     return args
-
-
-def own_names(words):
-    """A command's words with the names that kohya's sd-scripts have for some flags replaced."""
-    return [re.sub(r"^--\w+", lambda flag: KOHYA_FLAGS.get(flag[0], flag[0]), word) for word in words]
-
-
-# same in all trainers
-def join_problems(problems):
-    """One problem as it is, several as a list."""
-    return problems[0] if len(problems) == 1 else "\n  ".join(["", *problems])
 
 
 def check_flags(args):
@@ -466,8 +395,6 @@ def check_flags(args):
     if args.dataset_config:
         idle = ("with_prior_preservation", "aspect_ratio_buckets", "center_crop", "caption_column", "scale_lr")
         problems += [f"--{name} has no effect with --dataset_config" for name in idle if getattr(args, name)]
-    if args.dataset_config_name and not args.dataset_name:
-        problems.append(f"--dataset_config_name {args.dataset_config_name} needs --dataset_name")
     if args.resolution % 16:
         nearest = args.resolution // 16 * 16
         problems.append(f"--resolution {args.resolution} must be a multiple of 16, such as {nearest}")
@@ -478,13 +405,6 @@ def check_flags(args):
         ]
     except ValueError:
         problems.append(f"--aspect_ratio_buckets {args.aspect_ratio_buckets}: expected height,width;height,width")
-    if args.with_prior_preservation and not (args.class_data_dir and args.class_prompt):
-        problems.append("--with_prior_preservation needs --class_data_dir and --class_prompt")
-    if not args.with_prior_preservation and (args.class_data_dir or args.class_prompt):
-        problems.append("--class_data_dir and --class_prompt have no effect without --with_prior_preservation")
-    if args.prior_generation_precision in ("no", "fp32") and args.mixed_precision in ("fp16", "bf16"):
-        precision = args.prior_generation_precision
-        problems.append(f"--prior_generation_precision {precision}: the model is loaded in {args.mixed_precision}")
     if args.train_text_encoder and args.train_text_encoder_ti:
         problems.append("--train_text_encoder and --train_text_encoder_ti exclude each other: choose one")
     if not args.train_text_encoder_ti:
@@ -505,18 +425,6 @@ def check_flags(args):
         problems.append(f"--token_abstraction {args.token_abstraction!r}: one word, or several different ones: A,B")
     if concepts not in (0, 1, abstractions):
         problems.append(f"--initializer_concept names {concepts} concepts for {abstractions} of --token_abstraction")
-    if args.optimizer == "prodigy" and args.use_8bit_adam:
-        problems.append("--use_8bit_adam has no effect on --optimizer prodigy: leave one out")
-    if args.optimizer == "prodigy" and args.learning_rate <= 0.1:
-        problems.append(f"--learning_rate {args.learning_rate:g}: Prodigy finds the rate itself and wants about 1")
-    if args.optimizer != "prodigy" and args.prodigy_beta3 is not None:
-        problems.append(f"--prodigy_beta3 has no effect on --optimizer {args.optimizer}: leave it out")
-    if args.timestep_sampling != "sigma" and args.weighting_scheme in ("logit_normal", "mode"):
-        problems.append(f"--weighting_scheme {args.weighting_scheme} has no effect without --timestep_sampling sigma")
-    if args.validation_steps and not args.validation_prompt:
-        problems.append(f"--validation_steps {args.validation_steps} needs --validation_prompt")
-    if args.final_validation_prompt and args.skip_final_inference:
-        problems.append("--final_validation_prompt has no effect with --skip_final_inference: leave one out")
     if (args.save_every_n_epochs or args.save_format != "comfyui") and not args.output_name:
         problems.append("--save_every_n_epochs and --save_format need --output_name")
     if args.output_name and Path(args.output_name).name != args.output_name:
@@ -526,15 +434,7 @@ def check_flags(args):
         parent = next(path for path in [folder, *folder.parents] if path.exists())
         if not (parent.is_dir() and os.access(parent, os.W_OK)):
             problems.append(f"--disk_cache_dir {args.disk_cache_dir}: {parent} is no folder that can be written to")
-    if args.mixed_precision == "fp16" and not torch.accelerator.is_available():
-        problems.append("--mixed_precision fp16 needs a GPU: use bf16 or no")
-    return problems + check_hub(args)
-
-
-# same in all trainers
-def names_in(text):
-    """The names in a comma list."""
-    return [name.strip() for name in (text or "").split(",") if name.strip()]
+    return problems + check_shared_flags(args) + check_hub(args)
 
 
 def any_of(words):
@@ -579,10 +479,7 @@ def check_model(args):
         ]
     sizes = [sum(layer.weight.shape) for name, layer in target_layers(transformer, targets)]
     needed = 16 * args.rank * sum(sizes)  # bytes of a checkpoint, its two moments and the result
-    parent = next(path for path in [args.output_dir, *args.output_dir.absolute().parents] if path.exists())
-    if shutil.disk_usage(parent).free < needed:
-        return [f"--output_dir {args.output_dir}: less than {needed / 2**20:.0f} MiB free, which one checkpoint takes"]
-    return []
+    return check_disk(args, needed)
 
 
 def single_file(args):
@@ -650,15 +547,6 @@ def transformer_config(args):
         "guidance_embeds": "guidance_in.in_layer.weight" in shapes,
         "axes_dims_rope": [16, (head - 16) // 2, (head - 16) // 2],
     }
-
-
-# same in all trainers
-def check_class_data_dir(args):
-    """Problems of --class_data_dir."""
-    folder = args.class_data_dir
-    if folder and folder.exists() and not folder.is_dir():
-        return [f"--class_data_dir {folder}: a file of this name is in the way"]
-    return []
 
 
 def lora_targets(args, transformer):
@@ -814,8 +702,8 @@ def read_dataset_config(args):
     if not datasets:
         problems.append(f"{path}: no [[datasets]] table in it")
     blocks = []
-    for number, dataset in enumerate(datasets, 1):
-        where, subsets = f"{path}, [[datasets]] {number}", tables_in(dataset.pop("subsets", None))
+    for count, dataset in enumerate(datasets, 1):
+        where, subsets = f"{path}, [[datasets]] {count}", tables_in(dataset.pop("subsets", None))
         problems += option_problems(where, dataset, "datasets")
         if not subsets:
             problems.append(f"{where}: no [[datasets.subsets]] table in it")
@@ -823,7 +711,7 @@ def read_dataset_config(args):
         problems += [problem for subset in subsets for problem in option_problems(*subset, "subsets")]
         blocks.append((where, dataset, subsets))
     examples = []
-    for number, (where, dataset, subsets) in enumerate(blocks if not problems else []):
+    for count, (where, dataset, subsets) in enumerate(blocks if not problems else []):
         shared = default_options(args) | general | dataset
         names = [subset["image_dir"] for _, subset in subsets]
         problems += [f"{where}: image_dir {name} twice: use num_repeats" for name in {*names} if names.count(name) > 1]
@@ -837,7 +725,7 @@ def read_dataset_config(args):
         if found and all(example.options["is_reg"] for example in found):
             problems.append(f"{where}: is_reg pictures need a subset of others in the same dataset")
         for example in balance(found):
-            example.dataset = number
+            example.dataset = count
             examples.append(example)
     return ([] if problems else examples), problems
 
@@ -1613,29 +1501,10 @@ def print_header(accelerator, args, examples, lora_params, base_size, text, step
     accelerator.print("".join(f"  {line}\n" for line in lines), end="")
 
 
-# same in all trainers
-def fail(accelerator, problems):
-    """Ends the run as argparse does: all problems in one message, exit code 2."""
-    if accelerator.is_main_process:
-        print(f"{Path(sys.argv[0]).name}: error: {join_problems(problems)}", file=sys.stderr)
-    raise SystemExit(2)
-
-
 def main(args):
     # 1. Accelerator, logging, seed
-    if args.local_rank != -1:
-        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),  # else torchrun's processes would not know of each other there
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        mixed_precision=args.mixed_precision,
-        log_with=None if args.report_to == "none" else args.report_to,
-        project_config=ProjectConfiguration(args.output_dir, logging_dir=args.output_dir / args.logging_dir),
-        step_scheduler_with_optimizer=False,
-    )
+    accelerator, weight_dtype = start(args)
     device, quiet = accelerator.device, not accelerator.is_main_process
-    weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     set_seed(args.seed)
 
     # 2. Data
@@ -1656,19 +1525,13 @@ def main(args):
     text_stop, transformer_stop = stops = trained_until(args, max_train_steps, checkpoint)
     max_train_steps = max(stops)
     validation_steps = args.validation_steps or args.validation_epochs * steps_per_epoch
-    run = {name: str(value) for name, value in vars(args).items() if name not in CHANGEABLE}
-    run |= {"the number of samples": len(dataset), "the number of processes": num_processes}
+    run = run_settings(args, len(dataset), num_processes)
     if args.dataset_config and not problems:
         run["the hash of --dataset_config"] = hashlib.sha256(args.dataset_config.read_bytes()).hexdigest()[:16]
     problems += check_run(accelerator, args, max_train_steps) + checkpoint_conflicts(checkpoint, run)
     if problems:
         fail(accelerator, problems)
-    hub_repo = None
-    if args.push_to_hub and accelerator.is_main_process:
-        try:
-            hub_repo = create_hub_repo(args)
-        except (HTTPError, OSError, ValueError) as error:
-            fail(accelerator, [f"--push_to_hub: {error}"])
+    hub_repo = create_hub_repo(accelerator, args)
     args.output_dir.mkdir(parents=True, exist_ok=True)
 
     # 3. Prompts: frozen text encoders are gone before the transformer is loaded
@@ -1723,14 +1586,7 @@ def main(args):
 
     # 5. Optimizer and schedule
     optimizer = create_optimizer(args, lora_params, total_batch_size if args.scale_lr else 1, text.parameters())
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler,
-        optimizer,
-        num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=max_train_steps,
-        num_cycles=args.lr_num_cycles,
-        power=args.lr_power,
-    )
+    lr_scheduler = create_lr_scheduler(args, optimizer, max_train_steps)
 
     # 6. Prepare and resume
     configure_deepspeed(accelerator, args)
@@ -1807,11 +1663,7 @@ def main(args):
         global_step += 1
         if text.trained and global_step == text_stop:
             text.freeze(prompts)
-        skipped = 0 if finite else skipped + 1
-        if skipped == MAX_SKIPPED_STEPS:
-            raise SystemExit(
-                f"\nStopped at step {global_step}: the last {skipped} losses were not finite. Checkpoints are intact."
-            )
+        skipped = 0 if finite else count_skipped(skipped, global_step)
         group = optimizer.param_groups[0]
         logs = {
             "loss": mean_loss,
@@ -1834,12 +1686,7 @@ def main(args):
             )
         if interrupted and not done:
             transformer = draw = None  # see below
-            accelerator.free_memory()
-            accelerator.end_training()
-            accelerator.print(
-                f"\nInterrupted at step {global_step}, saved {checkpoint}; go on with --resume_from_checkpoint latest"
-            )
-            raise SystemExit(128 + signals[0] if signals else 1)
+            stop_interrupted(accelerator, global_step, checkpoint, signals)
         if args.validation_prompt and global_step % validation_steps == 0 and not done:
             draw(prompt=args.validation_prompt, step=global_step)
         loss_sum, pictures, started = 0.0, 0, time.perf_counter()

@@ -21,16 +21,11 @@ One GPU, or all of them after `accelerate config`:
 arguments (args.json), the loss (metrics.jsonl, loss.png), pictures (validation/) and checkpoints to resume from.
 """
 
-import argparse
 import functools
 import itertools
 import json
 import math
-import os
 import secrets
-import shlex
-import shutil
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -39,8 +34,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object, set_seed
+from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
@@ -48,13 +42,27 @@ from diffusers import (
     FluxPipeline,
     FluxTransformer2DModel,
 )
-from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import free_memory, offload_models
-from huggingface_hub.errors import HTTPError
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from common import (
+    LR_SCHEDULERS,
+    TRACKERS,
+    WEIGHTING_SCHEMES,
+    Parser,
+    Switch,
+    catch_signals,
+    check_shared_flags,
+    count_skipped,
+    fail,
+    names_in,
+    number,
+    run_settings,
+    start,
+    stop_interrupted,
+)
 from common.flow_matching import TIMESTEP_SAMPLING, add_noise, sample_sigmas, step_generator, velocity_loss
 from common.latents import (
     StepSampler,
@@ -72,7 +80,7 @@ from common.lora import (
     FLUX_TARGET_MODULES,
     QUANTIZATIONS,
     add_lora,
-    catch_signals,
+    check_disk,
     check_output_dir,
     check_processes,
     check_warmup,
@@ -82,6 +90,7 @@ from common.lora import (
     checkpoint_to_resume,
     compile_blocks,
     configure_deepspeed,
+    create_lr_scheduler,
     create_optimizer,
     load_checkpoint,
     load_model,
@@ -116,66 +125,12 @@ from common.validation import (
 CLIP_TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "out_proj")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 UNREAD_SUFFIXES = (".heic", ".heif", ".avif", ".tif", ".tiff", ".gif")
-WEIGHTING_SCHEMES = ("none", "sigma_sqrt", "logit_normal", "mode", "cosmap")
-LR_SCHEDULERS = [scheduler.value for scheduler in SchedulerType if scheduler != SchedulerType.PIECEWISE_CONSTANT]
-TRACKERS = ("tensorboard", "wandb", "all", "none")
 INTERPOLATION = [mode.name.lower() for mode in Image.Resampling]
-MAX_SKIPPED_STEPS = 10  # in a row, for want of a finite loss
-# Flags that a resumed run may change: they do not touch what a step computes, or only how many there are.
-CHANGEABLE = {
-    *("allow_tf32", "cache_dir", "cache_latents", "gradient_checkpointing", "offload", "dataloader_num_workers"),
-    *("max_train_steps", "num_train_epochs", "checkpointing_steps", "checkpoints_total_limit", "local_rank"),
-    *("prior_generation_precision", "sample_batch_size", "resume_from_checkpoint", "validation_prompt"),
-    *("validation_image", "validation_mask", "validation_steps", "num_validation_images"),
-    *("validation_width", "validation_height", "push_to_hub", "hub_token", "hub_model_id"),
-    *("output_dir", "logging_dir", "report_to", "upcast_before_saving"),
-}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Arguments
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-# same in all trainers
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The default in the help of every argument that has one, the example command as it stands."""
-
-    def _get_help_string(self, action):
-        silent = action.default is None or action.default is False  # 0 is worth telling
-        return action.help if silent else super()._get_help_string(action)
-
-
-# same in all trainers
-class Switch(argparse.BooleanOptionalAction):
-    """--x and --no-x, and `--x True` or `--x False` as older commands spell it."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.nargs = "?"
-
-    def __call__(self, parser, namespace, value, option_string=None):
-        words = {None: True, "true": True, "false": False}
-        if value not in words and value.lower() not in words:
-            parser.error(f"{option_string} {value}: expected True or False, or nothing")
-        on = words[value and value.lower()]
-        setattr(namespace, self.dest, on != option_string.startswith("--no-"))
-
-
-# same in all trainers
-def number(kind, minimum, maximum=math.inf, *, above=False):
-    """An argparse type: `kind` within [minimum, maximum], or above the minimum."""
-
-    def parse(text):
-        value = kind(text)
-        if not (minimum < value if above else minimum <= value) or not value <= maximum or math.isinf(value):
-            limit = f"above {minimum}" if above else f"at least {minimum}"
-            limit += f" and at most {maximum}" if maximum < math.inf else ""
-            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {limit}")
-        return value
-
-    parse.__name__ = "number" if kind is float else "whole number"
-    return parse
 
 
 def list_of(kind):
@@ -189,15 +144,7 @@ def list_of(kind):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s [options]; --help explains them",
-        description=__doc__.split("\n\n")[0],
-        epilog="example:" + __doc__.split("`accelerate config`:\n")[1].split("\n\n`output_dir`")[0],
-        formatter_class=HelpFormatter,
-        fromfile_prefix_chars="@",
-        allow_abbrev=False,
-    )
-    parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
+    parser = Parser(__doc__)
     count, size = number(int, 1), number(int, 16, 8192)
     positive, not_negative = number(float, 0, above=True), number(float, 0)
     share, decay = number(float, 0, 1), number(float, 0, 0.9999999)
@@ -345,21 +292,9 @@ def parse_args(argv=None):
     arg("--hub_token", help="token for it (default: that of `hf auth login`); it is written nowhere")
     arg("--hub_model_id", help="repository for it (default: the name of output_dir)")
 
-    argv = sys.argv[1:] if argv is None else argv
-    try:
-        args = parser.parse_args(argv)
-    except (ValueError, RecursionError) as error:
-        parser.error(f"{' '.join(word for word in argv if word[:1] == '@')}: no file of flags ({error})")
-    problems = check_flags(args) + check_model(args) + check_class_data_dir(args) + check_output_dir(args)
-    if problems:
-        parser.error(join_problems(problems))
+    args = parser.parse_args(argv)
+    parser.refuse(check_flags(args) + check_model(args) + check_output_dir(args))
     return args
-
-
-# same in all trainers
-def join_problems(problems):
-    """One problem as it is, several as a list."""
-    return problems[0] if len(problems) == 1 else "\n  ".join(["", *problems])
 
 
 def check_flags(args):
@@ -379,24 +314,7 @@ def check_flags(args):
         problems.append("--lora_layers x_embedder: --train_embedder trains all of this layer, leave one out")
     if args.mask_only_right and not args.use_split_mask:
         problems.append("--mask_only_right needs --use_split_mask")
-    if args.with_prior_preservation and not (args.class_data_dir and args.class_prompt):
-        problems.append("--with_prior_preservation needs --class_data_dir and --class_prompt")
-    if not args.with_prior_preservation and (args.class_data_dir or args.class_prompt):
-        problems.append("--class_data_dir and --class_prompt have no effect without --with_prior_preservation")
-    if args.prior_generation_precision in ("no", "fp32") and args.mixed_precision in ("fp16", "bf16"):
-        precision = args.prior_generation_precision
-        problems.append(f"--prior_generation_precision {precision}: the model is loaded in {args.mixed_precision}")
-    if args.optimizer == "prodigy" and args.use_8bit_adam:
-        problems.append("--use_8bit_adam has no effect on --optimizer prodigy: leave one out")
-    if args.optimizer == "prodigy" and args.learning_rate <= 0.1:
-        problems.append(f"--learning_rate {args.learning_rate:g}: Prodigy finds the rate itself and wants about 1")
-    if args.optimizer != "prodigy" and args.prodigy_beta3 is not None:
-        problems.append(f"--prodigy_beta3 has no effect on --optimizer {args.optimizer}: leave it out")
-    if args.timestep_sampling != "sigma" and args.weighting_scheme in ("logit_normal", "mode"):
-        problems.append(f"--weighting_scheme {args.weighting_scheme} has no effect without --timestep_sampling sigma")
-    if args.mixed_precision == "fp16" and not torch.accelerator.is_available():
-        problems.append("--mixed_precision fp16 needs a GPU: use bf16 or no")
-    return problems + check_hub(args)
+    return problems + check_shared_flags(args) + check_hub(args)
 
 
 def check_validation(args):
@@ -424,8 +342,6 @@ def check_sources(args):
     problems = []
     if (args.instance_data_dir is None) == (args.dataset_name is None):
         problems.append("exactly one of --instance_data_dir and --dataset_name is needed")
-    if args.dataset_config_name and not args.dataset_name:
-        problems.append(f"--dataset_config_name {args.dataset_config_name} needs --dataset_name")
     folders = [name for name in ("target_data_dir", "mask_data_dir", "caption_data_dir") if getattr(args, name)]
     columns = [name for name in ("target_column", "mask_column") if getattr(args, name)]
     if args.dataset_name:
@@ -443,12 +359,6 @@ def check_sources(args):
             "--mode mask needs one of --mask_data_dir (or --mask_column of --dataset_name) and --use_split_mask"
         )
     return problems
-
-
-# same in all trainers
-def names_in(text):
-    """The names in a comma list."""
-    return [name.strip() for name in (text or "").split(",") if name.strip()]
 
 
 def names_in_list(text):
@@ -484,19 +394,7 @@ def check_model(args):
         return [f"--lora_layers: the transformer has no linear layer {', '.join(unknown)}"]
     sizes = [sum(layer.weight.shape) for name, layer in target_layers(transformer, targets)]
     needed = 16 * args.rank * sum(sizes)  # bytes of a checkpoint, its two moments and the result
-    parent = next(path for path in [args.output_dir, *args.output_dir.absolute().parents] if path.exists())
-    if shutil.disk_usage(parent).free < needed:
-        return [f"--output_dir {args.output_dir}: less than {needed / 2**20:.0f} MiB free, which one checkpoint takes"]
-    return []
-
-
-# same in all trainers
-def check_class_data_dir(args):
-    """Problems of --class_data_dir."""
-    folder = args.class_data_dir
-    if folder and folder.exists() and not folder.is_dir():
-        return [f"--class_data_dir {folder}: a file of this name is in the way"]
-    return []
+    return check_disk(args, needed)
 
 
 def lora_targets(args):
@@ -1148,29 +1046,10 @@ def print_header(accelerator, args, examples, lora_params, base_size, text, step
     accelerator.print("".join(f"  {line}\n" for line in lines), end="")
 
 
-# same in all trainers
-def fail(accelerator, problems):
-    """Ends the run as argparse does: all problems in one message, exit code 2."""
-    if accelerator.is_main_process:
-        print(f"{Path(sys.argv[0]).name}: error: {join_problems(problems)}", file=sys.stderr)
-    raise SystemExit(2)
-
-
 def main(args):
     # 1. Accelerator, logging, seed
-    if args.local_rank != -1:
-        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),  # else torchrun's processes would not know of each other there
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        mixed_precision=args.mixed_precision,
-        log_with=None if args.report_to == "none" else args.report_to,
-        project_config=ProjectConfiguration(args.output_dir, logging_dir=args.output_dir / args.logging_dir),
-        step_scheduler_with_optimizer=False,
-    )
+    accelerator, weight_dtype = start(args)
     device, quiet = accelerator.device, not accelerator.is_main_process
-    weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     checkpoint = checkpoint_to_resume(args.output_dir, args.resume_from_checkpoint)
     args.seed = choose_seed(args.seed, checkpoint)
     set_seed(args.seed)
@@ -1191,17 +1070,11 @@ def main(args):
     )
     steps_per_epoch = math.ceil(sampler.steps_per_epoch / accumulation)
     max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
-    run = {name: str(value) for name, value in vars(args).items() if name not in CHANGEABLE}
-    run |= {"the number of samples": len(dataset), "the number of processes": num_processes}
+    run = run_settings(args, len(dataset), num_processes)
     problems = check_run(accelerator, args, max_train_steps) + checkpoint_conflicts(checkpoint, run)
     if problems:
         fail(accelerator, problems)
-    hub_repo = None
-    if args.push_to_hub and accelerator.is_main_process:
-        try:
-            hub_repo = create_hub_repo(args)
-        except (HTTPError, OSError, ValueError) as error:
-            fail(accelerator, [f"--push_to_hub: {error}"])
+    hub_repo = create_hub_repo(accelerator, args)
     args.output_dir.mkdir(parents=True, exist_ok=True)
 
     # 3. Prompts: frozen text encoders are gone before the transformer is loaded
@@ -1253,14 +1126,7 @@ def main(args):
 
     # 5. Optimizer and schedule
     optimizer = create_optimizer(args, lora_params, total_batch_size if args.scale_lr else 1, text.parameters())
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler,
-        optimizer,
-        num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=max_train_steps,
-        num_cycles=args.lr_num_cycles,
-        power=args.lr_power,
-    )
+    lr_scheduler = create_lr_scheduler(args, optimizer, max_train_steps)
 
     # 6. Prepare and resume
     configure_deepspeed(accelerator, args)
@@ -1329,11 +1195,7 @@ def main(args):
             optimizer.zero_grad()
 
         global_step += 1
-        skipped = 0 if finite else skipped + 1
-        if skipped == MAX_SKIPPED_STEPS:
-            raise SystemExit(
-                f"\nStopped at step {global_step}: the last {skipped} losses were not finite. Checkpoints are intact."
-            )
+        skipped = 0 if finite else count_skipped(skipped, global_step)
         group = optimizer.param_groups[0]
         logs = {
             "loss": mean_loss,
@@ -1348,12 +1210,7 @@ def main(args):
             checkpoint = save_checkpoint(accelerator, args.output_dir, global_step, run, args.checkpoints_total_limit)
         if interrupted and not done:
             transformer = draw = None  # see below
-            accelerator.free_memory()
-            accelerator.end_training()
-            accelerator.print(
-                f"\nInterrupted at step {global_step}, saved {checkpoint}; go on with --resume_from_checkpoint latest"
-            )
-            raise SystemExit(128 + signals[0] if signals else 1)
+            stop_interrupted(accelerator, global_step, checkpoint, signals)
         if cases and global_step % args.validation_steps == 0 and not done:
             draw(step=global_step)
         loss_sum, started = 0.0, time.perf_counter()

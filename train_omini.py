@@ -24,11 +24,8 @@ import importlib.util
 import io
 import json
 import math
-import os
 import re
 import shlex
-import shutil
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -40,14 +37,11 @@ import numpy as np
 import psutil
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, gather_object, set_seed
+from accelerate.utils import gather_object, set_seed
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from diffusers.models.embeddings import apply_rotary_emb
-from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.pipelines.flux.pipeline_flux import FluxPipelineOutput, calculate_shift
 from diffusers.training_utils import free_memory, offload_models
-from huggingface_hub.errors import HTTPError
 from PIL import Image, ImageFilter, ImageOps
 from safetensors import safe_open
 from torch.distributed.fsdp import register_fsdp_forward_method
@@ -56,6 +50,21 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 from tqdm.auto import tqdm
 from transformers import MODEL_FOR_DEPTH_ESTIMATION_MAPPING, AutoConfig, T5Config
 
+from common import (
+    LR_SCHEDULERS,
+    TRACKERS,
+    WEIGHTING_SCHEMES,
+    Parser,
+    Switch,
+    catch_signals,
+    check_shared_flags,
+    count_skipped,
+    fail,
+    number,
+    run_settings,
+    start,
+    stop_interrupted,
+)
 from common.flow_matching import TIMESTEP_SAMPLING, add_noise, sample_sigmas, step_generator, velocity_loss
 from common.latents import (
     StepSampler,
@@ -75,12 +84,13 @@ from common.latents import (
 from common.lora import (
     QUANTIZATIONS,
     add_lora,
-    catch_signals,
+    check_disk,
     check_output_dir,
     check_processes,
     check_warmup,
     checkpoint_conflicts,
     checkpoint_to_resume,
+    create_lr_scheduler,
     create_optimizer,
     load_checkpoint,
     load_lora,
@@ -126,66 +136,12 @@ PATCH = 16  # pixels per token
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 UNREAD_SUFFIXES = (".heic", ".heif", ".avif", ".tif", ".tiff", ".gif")
 INTERPOLATION = [mode.name.lower() for mode in Image.Resampling]
-WEIGHTING_SCHEMES = ("none", "sigma_sqrt", "logit_normal", "mode", "cosmap")
-LR_SCHEDULERS = [scheduler.value for scheduler in SchedulerType if scheduler != SchedulerType.PIECEWISE_CONSTANT]
-TRACKERS = ("tensorboard", "wandb", "all", "none")
 MAX_CHECKED = 2000  # pictures opened before training; of more, every n-th
-MAX_SKIPPED_STEPS = 10  # in a row, for want of a finite loss
-# Flags that a resumed run may change: they do not touch what a step computes, or only how many there are.
-CHANGEABLE = {
-    *("allow_tf32", "cache_dir", "cache_latents", "cache_prompts", "gradient_checkpointing", "offload"),
-    *("max_train_steps", "num_train_epochs", "checkpointing_steps", "checkpoints_total_limit", "local_rank"),
-    *("final_validation_prompt", "skip_final_inference", "dataloader_num_workers", "depth_batch_size"),
-    *("validation_prompt", "validation_steps", "validation_epochs", "num_validation_images", "resume_from_checkpoint"),
-    *("validation_image", "push_to_hub", "hub_token", "hub_model_id"),
-    *("output_dir", "logging_dir", "report_to", "upcast_before_saving"),
-}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Arguments
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-# same in all trainers
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The default in the help of every argument that has one, the example command as it stands."""
-
-    def _get_help_string(self, action):
-        silent = action.default is None or action.default is False  # 0 is worth telling
-        return action.help if silent else super()._get_help_string(action)
-
-
-# same in all trainers
-class Switch(argparse.BooleanOptionalAction):
-    """--x and --no-x, and `--x True` or `--x False` as older commands spell it."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.nargs = "?"
-
-    def __call__(self, parser, namespace, value, option_string=None):
-        words = {None: True, "true": True, "false": False}
-        if value not in words and value.lower() not in words:
-            parser.error(f"{option_string} {value}: expected True or False, or nothing")
-        on = words[value and value.lower()]
-        setattr(namespace, self.dest, on != option_string.startswith("--no-"))
-
-
-# same in all trainers
-def number(kind, minimum, maximum=math.inf, *, above=False):
-    """An argparse type: `kind` within [minimum, maximum], or above the minimum."""
-
-    def parse(text):
-        value = kind(text)
-        if not (minimum < value if above else minimum <= value) or not value <= maximum or math.isinf(value):
-            limit = f"above {minimum}" if above else f"at least {minimum}"
-            limit += f" and at most {maximum}" if maximum < math.inf else ""
-            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {limit}")
-        return value
-
-    parse.__name__ = "number" if kind is float else "whole number"
-    return parse
 
 
 def picture_size(text):
@@ -207,15 +163,7 @@ def offset(text):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s [options]; --help explains them",
-        description=__doc__.split("\n\n")[0],
-        epilog="example:" + __doc__.split("`accelerate config`:\n")[1].split("\n\n`output_dir`")[0],
-        formatter_class=HelpFormatter,
-        fromfile_prefix_chars="@",
-        allow_abbrev=False,
-    )
-    parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
+    parser = Parser(__doc__)
     count = number(int, 1)
     positive, not_negative = number(float, 0, above=True), number(float, 0)
     share, decay = number(float, 0, 1), number(float, 0, 0.9999999)
@@ -380,21 +328,9 @@ def parse_args(argv=None):
     arg("--hub_token", help="token for it (default: that of `hf auth login`); it is written nowhere")
     arg("--hub_model_id", help="repository for it (default: the name of output_dir)")
 
-    argv = sys.argv[1:] if argv is None else argv
-    try:
-        args = parser.parse_args(argv)
-    except (ValueError, RecursionError) as error:
-        parser.error(f"{' '.join(word for word in argv if word[:1] == '@')}: no file of flags ({error})")
-    problems = check_flags(args) + check_conditions(args) + check_model(args) + check_output_dir(args)
-    if problems:
-        parser.error(join_problems(problems))
+    args = parser.parse_args(argv)
+    parser.refuse(check_flags(args) + check_conditions(args) + check_model(args) + check_output_dir(args))
     return args
-
-
-# same in all trainers
-def join_problems(problems):
-    """One problem as it is, several as a list."""
-    return problems[0] if len(problems) == 1 else "\n  ".join(["", *problems])
 
 
 def check_flags(args):
@@ -403,8 +339,6 @@ def check_flags(args):
     sources = ("instance_data_dir", "dataset_name", "data_files", "dataset_class")
     if sum(getattr(args, name) is not None for name in sources) != 1:
         problems.append(f"exactly one of {', '.join(f'--{name}' for name in sources)} is needed")
-    if args.dataset_config_name and not args.dataset_name:
-        problems.append(f"--dataset_config_name {args.dataset_config_name} needs --dataset_name")
     if args.streaming and not (args.dataset_name or args.data_files):
         problems.append("--streaming needs --dataset_name or --data_files")
     if args.streaming and not args.max_train_steps:
@@ -413,28 +347,14 @@ def check_flags(args):
         problems.append(f"--dataloader_num_workers {args.dataloader_num_workers} has no effect with --streaming")
     if args.streaming and args.cache_latents:
         problems.append("--cache_latents needs all pictures before training: leave out --streaming")
-    if args.optimizer != "adamw" and args.use_8bit_adam:
-        problems.append(f"--use_8bit_adam has no effect on --optimizer {args.optimizer}: leave one out")
-    if args.optimizer == "prodigy" and args.learning_rate <= 0.1:
-        problems.append(f"--learning_rate {args.learning_rate:g}: Prodigy finds the rate itself and wants about 1")
     if args.optimizer == "adamw" and args.learning_rate > 0.1:
         problems.append(f"--learning_rate {args.learning_rate:g} is Prodigy's: AdamW wants about 1e-4")
-    if args.optimizer != "prodigy" and args.prodigy_beta3 is not None:
-        problems.append(f"--prodigy_beta3 has no effect on --optimizer {args.optimizer}: leave it out")
-    if args.timestep_sampling != "sigma" and args.weighting_scheme in ("logit_normal", "mode"):
-        problems.append(f"--weighting_scheme {args.weighting_scheme} has no effect without --timestep_sampling sigma")
-    if args.validation_steps and not args.validation_prompt:
-        problems.append(f"--validation_steps {args.validation_steps} needs --validation_prompt")
     if args.streaming and args.validation_prompt and not args.validation_steps:
         problems.append("--validation_prompt needs --validation_steps with --streaming")
     prompted = args.validation_prompt or args.final_validation_prompt
     if bool(prompted) != bool(args.validation_image):
         problems.append("--validation_prompt and --validation_image need each other")
-    if args.final_validation_prompt and args.skip_final_inference:
-        problems.append("--final_validation_prompt has no effect with --skip_final_inference: leave one out")
-    if args.mixed_precision == "fp16" and not torch.accelerator.is_available():
-        problems.append("--mixed_precision fp16 needs a GPU: use bf16 or no")
-    return problems + check_hub(args)
+    return problems + check_shared_flags(args) + check_hub(args)
 
 
 def check_conditions(args):
@@ -573,10 +493,7 @@ def check_model(args):
     if text_side:
         return [f"--target_modules {targets}: condition tokens do not pass {text_side[0]}; leave it out"]
     needed = 16 * args.rank * sum(sum(layer.weight.shape) for _, layer in layers)
-    parent = next(path for path in [args.output_dir, *args.output_dir.absolute().parents] if path.exists())
-    if shutil.disk_usage(parent).free < needed:  # bytes of a checkpoint, its two moments and the result
-        return [f"--output_dir {args.output_dir}: less than {needed / 2**20:.0f} MiB free, which one checkpoint takes"]
-    return check_lora_path(args, layers)
+    return check_disk(args, needed) or check_lora_path(args, layers)
 
 
 @dataclass(frozen=True)
@@ -1730,29 +1647,10 @@ def print_header(accelerator, args, dataset, lora_params, base_size, max_train_s
     accelerator.print("".join(f"  {line}\n" for line in lines), end="")
 
 
-# same in all trainers
-def fail(accelerator, problems):
-    """Ends the run as argparse does: all problems in one message, exit code 2."""
-    if accelerator.is_main_process:
-        print(f"{Path(sys.argv[0]).name}: error: {join_problems(problems)}", file=sys.stderr)
-    raise SystemExit(2)
-
-
 def main(args):
     # 1. Accelerator, logging, seed
-    if args.local_rank != -1:
-        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),  # else torchrun's processes would not know of each other there
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        mixed_precision=args.mixed_precision,
-        log_with=None if args.report_to == "none" else args.report_to,
-        project_config=ProjectConfiguration(args.output_dir, logging_dir=args.output_dir / args.logging_dir),
-        step_scheduler_with_optimizer=False,
-    )
+    accelerator, weight_dtype = start(args)
     device, quiet = accelerator.device, not accelerator.is_main_process
-    weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     set_seed(args.seed)
 
     # 2. Data
@@ -1774,18 +1672,12 @@ def main(args):
     prompts = {example.caption for example in examples if not caption_defect(example)}
     prompts |= {""} if args.drop_text_prob else set()
     prompts = sorted(p for p in {*prompts, args.validation_prompt, final_prompt} if p is not None)
-    run = {name: str(value) for name, value in vars(args).items() if name not in CHANGEABLE}
-    run |= {"the number of samples": len(dataset), "the number of processes": num_processes}
+    run = run_settings(args, len(dataset), num_processes)
     checkpoint = checkpoint_to_resume(args.output_dir, args.resume_from_checkpoint)
     problems += check_run(accelerator, args, prompts, max_train_steps) + checkpoint_conflicts(checkpoint, run)
     if problems:
         fail(accelerator, problems)
-    hub_repo = None
-    if args.push_to_hub and accelerator.is_main_process:
-        try:
-            hub_repo = create_hub_repo(args)
-        except (HTTPError, OSError, ValueError) as error:
-            fail(accelerator, [f"--push_to_hub: {error}"])
+    hub_repo = create_hub_repo(accelerator, args)
     args.output_dir.mkdir(parents=True, exist_ok=True)
 
     # 3. Prompts, depth maps, latents: what makes them is gone before the transformer is loaded
@@ -1829,14 +1721,7 @@ def main(args):
 
     # 5. Optimizer and schedule
     optimizer = create_optimizer(args, lora_params, total_batch_size if args.scale_lr else 1)
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler,
-        optimizer,
-        num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=max_train_steps,
-        num_cycles=args.lr_num_cycles,
-        power=args.lr_power,
-    )
+    lr_scheduler = create_lr_scheduler(args, optimizer, max_train_steps)
 
     # 6. Prepare and resume
     register_lora_checkpointing(accelerator, FluxPipeline, modules, optimizer, files)
@@ -1902,11 +1787,7 @@ def main(args):
             optimizer.zero_grad()
 
         global_step += 1
-        skipped = 0 if finite else skipped + 1
-        if skipped == MAX_SKIPPED_STEPS:
-            raise SystemExit(
-                f"\nStopped at step {global_step}: the last {skipped} losses were not finite. Checkpoints are intact."
-            )
+        skipped = 0 if finite else count_skipped(skipped, global_step)
         group = optimizer.param_groups[0]
         logs = {
             "loss": mean_loss,
@@ -1921,12 +1802,7 @@ def main(args):
             checkpoint = save_checkpoint(accelerator, args.output_dir, global_step, run, args.checkpoints_total_limit)
         if interrupted and not done:
             transformer = draw = None  # see below
-            accelerator.free_memory()
-            accelerator.end_training()
-            accelerator.print(
-                f"\nInterrupted at step {global_step}, saved {checkpoint}; go on with --resume_from_checkpoint latest"
-            )
-            raise SystemExit(128 + signals[0] if signals else 1)
+            stop_interrupted(accelerator, global_step, checkpoint, signals)
         if args.validation_prompt and global_step % validation_steps == 0 and not done:
             draw(prompt=args.validation_prompt, step=global_step)
         loss_sum, started = 0.0, time.perf_counter()

@@ -23,10 +23,7 @@ import copy
 import functools
 import inspect
 import math
-import os
 import shlex
-import shutil
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -37,11 +34,9 @@ from pathlib import Path
 import diffusers
 import numpy as np
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import ProjectConfiguration, set_seed
-from diffusers.optimization import SchedulerType, get_scheduler
+from accelerate import DistributedDataParallelKwargs
+from accelerate.utils import set_seed
 from diffusers.training_utils import free_memory, offload_models
-from huggingface_hub.errors import HTTPError
 from PIL import Image, ImageOps
 from safetensors import safe_open
 from torch.distributed.fsdp import FSDPModule
@@ -49,6 +44,20 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from common import (
+    LR_SCHEDULERS,
+    TRACKERS,
+    Parser,
+    Switch,
+    catch_signals,
+    check_shared_flags,
+    count_skipped,
+    fail,
+    number,
+    run_settings,
+    start,
+    stop_interrupted,
+)
 from common.flow_matching import STYLES, sample_flow, step_generator
 from common.latents import (
     StepSampler,
@@ -67,13 +76,14 @@ from common.lora import (
     FLUX_TARGET_MODULES,
     QUANTIZATIONS,
     add_lora,
-    catch_signals,
+    check_disk,
     check_output_dir,
     check_processes,
     check_warmup,
     checkpoint_conflicts,
     checkpoint_to_resume,
     compile_blocks,
+    create_lr_scheduler,
     create_optimizer,
     load_checkpoint,
     load_model,
@@ -134,64 +144,11 @@ RECIPES = {
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 UNREAD_SUFFIXES = (".heic", ".heif", ".avif", ".tif", ".tiff", ".gif")
 INTERPOLATION = [mode.name.lower() for mode in Image.Resampling]
-LR_SCHEDULERS = [scheduler.value for scheduler in SchedulerType if scheduler != SchedulerType.PIECEWISE_CONSTANT]
-TRACKERS = ("tensorboard", "wandb", "all", "none")
-MAX_SKIPPED_STEPS = 10  # in a row, for want of a finite loss
-# Flags that a resumed run may change: they do not touch what a step computes, or only how many there are.
-CHANGEABLE = {
-    *("allow_tf32", "cache_dir", "cache_latents", "gradient_checkpointing", "offload", "dataloader_num_workers"),
-    *("max_train_steps", "num_train_epochs", "checkpointing_steps", "checkpoints_total_limit", "local_rank"),
-    *("validation_prompt", "validation_image", "validation_steps", "validation_epochs", "num_validation_images"),
-    *("validation_samplers", "resume_from_checkpoint"),
-    *("output_dir", "logging_dir", "report_to", "upcast_before_saving"),
-    *("push_to_hub", "hub_token", "hub_model_id"),
-}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Arguments
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-# same in all trainers
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The default in the help of every argument that has one, the example command as it stands."""
-
-    def _get_help_string(self, action):
-        silent = action.default is None or action.default is False  # 0 is worth telling
-        return action.help if silent else super()._get_help_string(action)
-
-
-# same in all trainers
-class Switch(argparse.BooleanOptionalAction):
-    """--x and --no-x, and `--x True` or `--x False` as older commands spell it."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.nargs = "?"
-
-    def __call__(self, parser, namespace, value, option_string=None):
-        words = {None: True, "true": True, "false": False}
-        if value not in words and value.lower() not in words:
-            parser.error(f"{option_string} {value}: expected True or False, or nothing")
-        on = words[value and value.lower()]
-        setattr(namespace, self.dest, on != option_string.startswith("--no-"))
-
-
-# same in all trainers
-def number(kind, minimum, maximum=math.inf, *, above=False):
-    """An argparse type: `kind` within [minimum, maximum], or above the minimum."""
-
-    def parse(text):
-        value = kind(text)
-        if not (minimum < value if above else minimum <= value) or not value <= maximum or math.isinf(value):
-            limit = f"above {minimum}" if above else f"at least {minimum}"
-            limit += f" and at most {maximum}" if maximum < math.inf else ""
-            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {limit}")
-        return value
-
-    parse.__name__ = "number" if kind is float else "whole number"
-    return parse
 
 
 def probabilities(text):
@@ -216,15 +173,7 @@ def sampler_name(text):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s [options]; --help explains them",
-        description=__doc__.split("\n\n")[0],
-        epilog="example:" + __doc__.split("`accelerate config`:\n")[1].split("\n\n`output_dir`")[0],
-        formatter_class=HelpFormatter,
-        fromfile_prefix_chars="@",
-        allow_abbrev=False,
-    )
-    parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
+    parser = Parser(__doc__)
     count, size = number(int, 1), number(int, 16, 8192)
     positive, not_negative = number(float, 0, above=True), number(float, 0)
     share, decay = number(float, 0, 1), number(float, 0, 0.9999999)
@@ -350,26 +299,14 @@ def parse_args(argv=None):
     arg("--hub_token", help="token for it (default: that of `hf auth login`); it is written nowhere")
     arg("--hub_model_id", help="repository for it (default: the name of output_dir)")
 
-    argv = sys.argv[1:] if argv is None else argv
-    try:
-        args = parser.parse_args(argv)
-    except (ValueError, RecursionError) as error:
-        parser.error(f"{' '.join(word for word in argv if word[:1] == '@')}: no file of flags ({error})")
+    args = parser.parse_args(argv)
     backbone, recipe = BACKBONES[args.model_type], RECIPES[args.recipe]
     parser.set_defaults(adam_beta2=0.99, adam_weight_decay=0.0, uncond_prompt=backbone.uncond_prompt, **recipe)
     trained = parser.parse_args(argv).training
     parser.set_defaults(**backbone.defaults.get(trained, {}), **backbone.defaults.get("both", {}))
     args = parser.parse_args(argv)  # what is typed wins over recipe and model type, these over the defaults
-    problems = check_flags(args) + check_model(args) + check_output_dir(args)
-    if problems:
-        parser.error(join_problems(problems))
+    parser.refuse(check_flags(args) + check_model(args) + check_output_dir(args))
     return args
-
-
-# same in all trainers
-def join_problems(problems):
-    """One problem as it is, several as a list."""
-    return problems[0] if len(problems) == 1 else "\n  ".join(["", *problems])
 
 
 def check_flags(args):
@@ -384,8 +321,6 @@ def check_flags(args):
         problems.append(
             "exactly one of --train_data_dir and --dataset_name is needed; --prompts_file is for --image_free"
         )
-    if args.dataset_config_name and not args.dataset_name:
-        problems.append(f"--dataset_config_name {args.dataset_config_name} needs --dataset_name")
     backbone = BACKBONES[args.model_type]
     if args.resolution % backbone.multiple:
         nearest = max(1, args.resolution // backbone.multiple) * backbone.multiple
@@ -420,15 +355,7 @@ def check_flags(args):
         problems.append(f"--quantize_base {args.quantize_base} is for --training lora: what is trained stays float32")
     if args.training == "lora" and args.target_time_init != "zero":
         problems.append(f"--target_time_init {args.target_time_init} has no effect on --training lora: leave it out")
-    if args.optimizer == "prodigy" and args.use_8bit_adam:
-        problems.append("--use_8bit_adam has no effect on --optimizer prodigy: leave it out")
-    if args.optimizer == "prodigy" and args.learning_rate <= 0.1:
-        problems.append(f"--learning_rate {args.learning_rate:g}: Prodigy finds the rate itself and wants about 1")
-    if args.validation_steps and not args.validation_prompt:
-        problems.append(f"--validation_steps {args.validation_steps} needs --validation_prompt")
-    if args.mixed_precision == "fp16" and not torch.accelerator.is_available():
-        problems.append("--mixed_precision fp16 needs a GPU: use bf16 or no")
-    return problems + check_hub(args)
+    return problems + check_shared_flags(args) + check_hub(args)
 
 
 def check_method(args):
@@ -501,10 +428,7 @@ def check_model(args):
         layers = target_layers(transformer, lora_targets(args))
         needed = 20 * args.rank * sum(sum(layer.weight.shape) for _, layer in layers)
     # bytes of a checkpoint in float32: weights, their average, two moments, and for an adapter the result
-    parent = next(path for path in [args.output_dir, *args.output_dir.absolute().parents] if path.exists())
-    if shutil.disk_usage(parent).free < needed:
-        return [f"--output_dir {args.output_dir}: less than {needed / 2**20:.0f} MiB free, which one checkpoint takes"]
-    return []
+    return check_disk(args, needed)
 
 
 def lora_targets(args):
@@ -1405,31 +1329,12 @@ def print_header(accelerator, args, dataset, params, max_train_steps, steps_per_
     accelerator.print("".join(f"  {line}\n" for line in lines), end="")
 
 
-# same in all trainers
-def fail(accelerator, problems):
-    """Ends the run as argparse does: all problems in one message, exit code 2."""
-    if accelerator.is_main_process:
-        print(f"{Path(sys.argv[0]).name}: error: {join_problems(problems)}", file=sys.stderr)
-    raise SystemExit(2)
-
-
 def main(args):
     # 1. Accelerator, logging, seed
-    if args.local_rank != -1:
-        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     backbone = BACKBONES[args.model_type](args)
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),  # else torchrun's processes would not know of each other there
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        mixed_precision=args.mixed_precision,
-        log_with=None if args.report_to == "none" else args.report_to,
-        project_config=ProjectConfiguration(args.output_dir, logging_dir=args.output_dir / args.logging_dir),
-        step_scheduler_with_optimizer=False,
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=backbone.unused_parameters)],
-    )
+    unused = DistributedDataParallelKwargs(find_unused_parameters=backbone.unused_parameters)
+    accelerator, weight_dtype = start(args, [unused])
     device, quiet = accelerator.device, not accelerator.is_main_process
-    weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     set_seed(args.seed)
 
     # 2. Data
@@ -1448,18 +1353,12 @@ def main(args):
     steps_per_epoch = math.ceil(sampler.steps_per_epoch / accumulation)
     max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
     validation_steps = args.validation_steps or args.validation_epochs * steps_per_epoch
-    run = {name: str(value) for name, value in vars(args).items() if name not in CHANGEABLE}
-    run |= {"the number of samples": len(examples), "the number of processes": num_processes}
+    run = run_settings(args, len(examples), num_processes)
     checkpoint = checkpoint_to_resume(args.output_dir, args.resume_from_checkpoint)
     problems += check_run(accelerator, args, max_train_steps) + checkpoint_conflicts(checkpoint, run)
     if problems:
         fail(accelerator, problems)
-    hub_repo = None
-    if args.push_to_hub and accelerator.is_main_process:
-        try:
-            hub_repo = create_hub_repo(args)
-        except (HTTPError, OSError, ValueError) as error:
-            fail(accelerator, [f"--push_to_hub: {error}"])
+    hub_repo = create_hub_repo(accelerator, args)
     args.output_dir.mkdir(parents=True, exist_ok=True)
 
     # 3. Prompts and latents: text encoders and VAE are done before the transformer is loaded
@@ -1499,14 +1398,7 @@ def main(args):
 
     # 5. Optimizer and schedule
     optimizer = create_optimizer(args, list(params.values()), total_batch_size if args.scale_lr else 1)
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler,
-        optimizer,
-        num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=max_train_steps,
-        num_cycles=args.lr_num_cycles,
-        power=args.lr_power,
-    )
+    lr_scheduler = create_lr_scheduler(args, optimizer, max_train_steps)
 
     # 6. Prepare and resume
     bare = transformer
@@ -1578,11 +1470,7 @@ def main(args):
             optimizer.zero_grad()
 
         global_step += 1
-        skipped = 0 if finite else skipped + 1
-        if skipped == MAX_SKIPPED_STEPS:
-            raise SystemExit(
-                f"\nStopped at step {global_step}: the last {skipped} losses were not finite. Checkpoints are intact."
-            )
+        skipped = 0 if finite else count_skipped(skipped, global_step)
         group = optimizer.param_groups[0]
         logs = {
             **means,
@@ -1597,12 +1485,7 @@ def main(args):
             checkpoint = save_checkpoint(accelerator, args.output_dir, global_step, run, args.checkpoints_total_limit)
         if interrupted and not done:
             transformer = predict = draw = None  # see below
-            accelerator.free_memory()
-            accelerator.end_training()
-            accelerator.print(
-                f"\nInterrupted at step {global_step}, saved {checkpoint}; go on with --resume_from_checkpoint latest"
-            )
-            raise SystemExit(128 + signals[0] if signals else 1)
+            stop_interrupted(accelerator, global_step, checkpoint, signals)
         if args.validation_prompt and global_step % validation_steps == 0 and not done:
             draw(step=global_step)
         sums, started = {}, time.perf_counter()

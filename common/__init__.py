@@ -1,1 +1,229 @@
-"""What the four trainers share: latents, flow matching, LoRA files and checkpoints, validation."""
+"""What the four trainers share: latents, flow matching, LoRA files and checkpoints, validation.
+
+Here: how a command line is read and refused, how a process starts, is interrupted and ends.
+"""
+
+import argparse
+import math
+import os
+import shlex
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+from diffusers.optimization import SchedulerType
+
+
+WEIGHTING_SCHEMES = ("none", "sigma_sqrt", "logit_normal", "mode", "cosmap")
+LR_SCHEDULERS = [scheduler.value for scheduler in SchedulerType if scheduler != SchedulerType.PIECEWISE_CONSTANT]
+TRACKERS = ("tensorboard", "wandb", "all", "none")
+MAX_SKIPPED_STEPS = 10  # in a row, for want of a finite loss
+# Flags that a resumed run may change: they do not touch what a step computes, or only how many there are.
+CHANGEABLE = {
+    *("allow_tf32", "cache_dir", "gradient_checkpointing", "offload", "dataloader_num_workers", "depth_batch_size"),
+    *("cache_latents", "cache_latents_to_disk", "cache_text_encoder_outputs_to_disk", "disk_cache_dir"),
+    *("cache_prompts", "prior_generation_precision", "sample_batch_size"),
+    *("max_train_steps", "num_train_epochs", "checkpointing_steps", "checkpoints_total_limit", "local_rank"),
+    *("validation_prompt", "validation_image", "validation_mask", "validation_steps", "validation_epochs"),
+    *("num_validation_images", "validation_width", "validation_height", "validation_samplers"),
+    *("final_validation_prompt", "skip_final_inference", "resume_from_checkpoint"),
+    *("output_dir", "output_name", "save_format", "save_every_n_epochs", "logging_dir", "report_to"),
+    *("upcast_before_saving", "push_to_hub", "hub_token", "hub_model_id"),
+}
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The default in the help of every argument that has one, the example command as it stands."""
+
+    def _get_help_string(self, action):
+        silent = action.default is None or action.default is False  # 0 is worth telling
+        return action.help if silent else super()._get_help_string(action)
+
+
+class Switch(argparse.BooleanOptionalAction):
+    """--x and --no-x, and `--x True` or `--x False` as older commands spell it."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.nargs = "?"
+
+    def __call__(self, parser, namespace, value, option_string=None):
+        words = {None: True, "true": True, "false": False}
+        if value not in words and value.lower() not in words:
+            parser.error(f"{option_string} {value}: expected True or False, or nothing")
+        on = words[value and value.lower()]
+        setattr(namespace, self.dest, on != option_string.startswith("--no-"))
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser for the flags of the script whose docstring is `doc`, which ends in an example command.
+
+    Flags can stand in a file, `script.py @file`, with # comments. `aliases`, {flag: flag}, are other names of some.
+    """
+
+    def __init__(self, doc, aliases=()):
+        super().__init__(
+            usage="%(prog)s [options]; --help explains them",
+            description=doc.split("\n\n")[0],
+            epilog="example:" + doc.split("`accelerate config`:\n")[1].split("\n\n`output_dir`")[0],
+            formatter_class=HelpFormatter,
+            fromfile_prefix_chars="@",
+            allow_abbrev=False,
+        )
+        self.aliases = dict(aliases)
+
+    def own_names(self, words):
+        """Words of a command in which aliases of flags are replaced."""
+        parts = [word.partition("=") for word in words]
+        return [self.aliases.get(name, name) + equals + value for name, equals, value in parts]
+
+    def convert_arg_line_to_args(self, line):
+        return self.own_names(shlex.split(line, comments=True))
+
+    def parse_args(self, argv=None):
+        argv = sys.argv[1:] if argv is None else argv
+        try:
+            return super().parse_args(self.own_names(argv))
+        except (ValueError, RecursionError) as error:
+            self.error(f"{' '.join(word for word in argv if word[:1] == '@')}: no file of flags ({error})")
+
+    def refuse(self, problems):
+        """Ends with all problems in one message, if there are any."""
+        if problems:
+            self.error(join_problems(problems))
+
+
+def number(kind, minimum, maximum=math.inf, *, above=False):
+    """An argparse type: `kind` within [minimum, maximum], or above the minimum."""
+
+    def parse(text):
+        value = kind(text)
+        if not (minimum < value if above else minimum <= value) or not value <= maximum or math.isinf(value):
+            limit = f"above {minimum}" if above else f"at least {minimum}"
+            limit += f" and at most {maximum}" if maximum < math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {limit}")
+        return value
+
+    parse.__name__ = "number" if kind is float else "whole number"
+    return parse
+
+
+def names_in(text):
+    """The names in a comma list."""
+    return [name.strip() for name in (text or "").split(",") if name.strip()]
+
+
+def check_shared_flags(args):
+    """Contradictions between flags that all or most trainers have, and flags without effect."""
+    problems = []
+    if args.dataset_config_name and not args.dataset_name:
+        problems.append(f"--dataset_config_name {args.dataset_config_name} needs --dataset_name")
+    if args.optimizer != "adamw" and args.use_8bit_adam:
+        problems.append(f"--use_8bit_adam has no effect on --optimizer {args.optimizer}: leave one out")
+    if args.optimizer == "prodigy" and args.learning_rate <= 0.1:
+        problems.append(f"--learning_rate {args.learning_rate:g}: Prodigy finds the rate itself and wants about 1")
+    if args.optimizer != "prodigy" and args.prodigy_beta3 is not None:
+        problems.append(f"--prodigy_beta3 has no effect on --optimizer {args.optimizer}: leave it out")
+    if args.mixed_precision == "fp16" and not torch.accelerator.is_available():
+        problems.append("--mixed_precision fp16 needs a GPU: use bf16 or no")
+    densities = ("logit_normal", "mode")
+    if "timestep_sampling" in args and args.timestep_sampling != "sigma" and args.weighting_scheme in densities:
+        problems.append(f"--weighting_scheme {args.weighting_scheme} has no effect without --timestep_sampling sigma")
+    if "validation_epochs" in args and args.validation_steps and not args.validation_prompt:
+        problems.append(f"--validation_steps {args.validation_steps} needs --validation_prompt")
+    if "final_validation_prompt" in args and args.final_validation_prompt and args.skip_final_inference:
+        problems.append("--final_validation_prompt has no effect with --skip_final_inference: leave one out")
+    return problems + (check_prior_flags(args) if "with_prior_preservation" in args else [])
+
+
+def check_prior_flags(args):
+    """Problems of the flags of prior preservation."""
+    problems, folder = [], args.class_data_dir
+    if args.with_prior_preservation and not (folder and args.class_prompt):
+        problems.append("--with_prior_preservation needs --class_data_dir and --class_prompt")
+    if not args.with_prior_preservation and (folder or args.class_prompt):
+        problems.append("--class_data_dir and --class_prompt have no effect without --with_prior_preservation")
+    if args.prior_generation_precision in ("no", "fp32") and args.mixed_precision in ("fp16", "bf16"):
+        precision = args.prior_generation_precision
+        problems.append(f"--prior_generation_precision {precision}: the model is loaded in {args.mixed_precision}")
+    if folder and folder.exists() and not folder.is_dir():
+        problems.append(f"--class_data_dir {folder}: a file of this name is in the way")
+    return problems
+
+
+def join_problems(problems):
+    """One problem as it is, several as a list."""
+    return problems[0] if len(problems) == 1 else "\n  ".join(["", *problems])
+
+
+def fail(accelerator, problems):
+    """Ends the run as argparse does: all problems in one message, exit code 2."""
+    if accelerator.is_main_process:
+        print(f"{Path(sys.argv[0]).name}: error: {join_problems(problems)}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def start(args, handlers=()):
+    """The Accelerator of a run, with `handlers` of accelerate's kwargs, and the dtype of the frozen models."""
+    if args.local_rank != -1:
+        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # else torchrun's processes would not know of each other there
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(args.output_dir, logging_dir=args.output_dir / args.logging_dir),
+        step_scheduler_with_optimizer=False,
+        kwargs_handlers=list(handlers),
+    )
+    dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16}
+    return accelerator, dtypes.get(accelerator.mixed_precision, torch.float32)
+
+
+def run_settings(args, num_samples, num_processes):
+    """{name: text} of all that must be the same when the run is resumed."""
+    run = {name: str(value) for name, value in vars(args).items() if name not in CHANGEABLE}
+    return run | {"the number of samples": num_samples, "the number of processes": num_processes}
+
+
+def catch_signals():
+    """The list that SIGINT and SIGTERM append themselves to; another one, two seconds later, ends the process at once.
+
+    Until then it is the same one: of a signal to all processes, torchrun sends each of its own another.
+    """
+    signals, first = [], math.inf
+
+    def catch(number, frame):
+        nonlocal first
+        first = min(first, time.monotonic())
+        signals.append(number)
+        if time.monotonic() > first + 2:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, catch)
+    return signals
+
+
+def count_skipped(skipped, step):
+    """One more step in a row without a finite loss; ends the run after MAX_SKIPPED_STEPS of them."""
+    skipped += 1
+    if skipped == MAX_SKIPPED_STEPS:
+        raise SystemExit(
+            f"\nStopped at step {step}: the last {skipped} losses were not finite. Checkpoints are intact."
+        )
+    return skipped
+
+
+def stop_interrupted(accelerator, step, checkpoint, signals):
+    """Ends a run that a signal interrupted, on this process or another."""
+    accelerator.free_memory()
+    accelerator.end_training()
+    accelerator.print(f"\nInterrupted at step {step}, saved {checkpoint}; go on with --resume_from_checkpoint latest")
+    raise SystemExit(128 + signals[0] if signals else 1)

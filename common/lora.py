@@ -7,16 +7,15 @@ import math
 import os
 import re
 import shutil
-import signal
 import sys
 import tempfile
-import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 from accelerate.utils import DistributedType
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params
 from huggingface_hub import save_torch_state_dict
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
@@ -214,6 +213,26 @@ def create_optimizer(args, params, scale=1, text_params=()):
 
         return AdamW8bit(groups, **shared)
     return torch.optim.AdamW(groups, **shared)
+
+
+def create_lr_scheduler(args, optimizer, max_train_steps):
+    """The course of the learning rate that --lr_scheduler names, over the steps of the run."""
+    return get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=max_train_steps,
+        num_cycles=args.lr_num_cycles,
+        power=args.lr_power,
+    )
+
+
+def check_disk(args, needed):
+    """Problems of --output_dir if its disk has less free than the bytes that a checkpoint and the result take."""
+    parent = next(path for path in [args.output_dir, *args.output_dir.absolute().parents] if path.exists())
+    if shutil.disk_usage(parent).free >= needed:
+        return []
+    return [f"--output_dir {args.output_dir}: less than {needed / 2**20:.0f} MiB free, which one checkpoint takes"]
 
 
 def check_warmup(args, max_train_steps):
@@ -869,26 +888,6 @@ def load_checkpoint(accelerator, checkpoint, lr_scheduler):
         group["lr"] = rate  # a sharded optimizer is restored without it
     accelerator.print(f"Resuming from {checkpoint}")
     return checkpoint_state(checkpoint)["global_step"]
-
-
-def catch_signals():
-    """The list that SIGINT and SIGTERM append themselves to; another one, two seconds later, ends the process at once.
-
-    Until then it is the same one: of a signal to all processes, torchrun sends each of its own another.
-    """
-    signals, first = [], math.inf
-
-    def catch(number, frame):
-        nonlocal first
-        first = min(first, time.monotonic())
-        signals.append(number)
-        if time.monotonic() > first + 2:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, catch)
-    return signals
 
 
 @contextmanager

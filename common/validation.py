@@ -21,6 +21,7 @@ from huggingface_hub.errors import HTTPError
 from PIL import Image, ImageDraw, ImageFont
 from tqdm.auto import tqdm
 
+from common import fail
 from common.flow_matching import step_generator
 from common.lora import is_sharded, writing
 
@@ -270,10 +271,18 @@ def check_hub(args):
     return problems
 
 
-def create_hub_repo(args):
-    """The id of the repository that --push_to_hub uploads to, made now so that a wrong token shows before training."""
-    name = args.hub_model_id or args.output_dir.resolve().name
-    return HfApi(token=args.hub_token).create_repo(name, exist_ok=True).repo_id
+def create_hub_repo(accelerator, args):
+    """The id of the repository that --push_to_hub uploads to, made now so that a wrong token shows before training.
+
+    None without the flag, and in all processes but the main one.
+    """
+    if not (args.push_to_hub and accelerator.is_main_process):
+        return None
+    try:
+        name = args.hub_model_id or args.output_dir.resolve().name
+        return HfApi(token=args.hub_token).create_repo(name, exist_ok=True).repo_id
+    except (HTTPError, OSError, ValueError) as error:
+        fail(accelerator, [f"--push_to_hub: {error}"])
 
 
 def push_to_hub(args, repo_id, unwanted=(), beside=None):

@@ -73,14 +73,19 @@ def test_every_flag_has_a_group_and_a_help_text(script):
     assert help_text.count("(default:") >= len(told)
 
 
+def only_checks(part):
+    """Whether a part of a module reads flags without using them."""
+    changeable = isinstance(part, ast.Assign) and ast.unparse(part.targets[0]) == "CHANGEABLE"
+    return changeable or getattr(part, "name", "").startswith(("parse_args", "check_"))
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_flag_is_read_outside_the_parser(script):
     tree = ast.parse((ROOT / f"{script}.py").read_text())
-    checks = [f for f in tree.body if getattr(f, "name", "").startswith(("parse_args", "check_"))]
-    inside = {id(node) for function in checks for node in ast.walk(function)}
-    nodes = [node for node in ast.walk(tree) if id(node) not in inside]
-    nodes += [node for room in ROOT.glob("common/*.py") for node in ast.walk(ast.parse(room.read_text()))]
-    read = {n.attr for n in nodes if isinstance(n, ast.Attribute) and getattr(n.value, "id", "") == "args"}
+    bodies = [tree, *(ast.parse(path.read_text()) for path in ROOT.glob("common/*.py"))]
+    inside = {id(node) for body in bodies for part in body.body if only_checks(part) for node in ast.walk(part)}
+    nodes = [node for body in bodies for node in ast.walk(body) if id(node) not in inside]
+    read = {n.attr for n in nodes if isinstance(n, ast.Attribute) and ast.unparse(n.value) in ("args", "self.args")}
     read |= {n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)}  # getattr(args, name)
     read |= {f"prodigy_{name}" for name in read}  # create_optimizer
     assert not {action.dest for action in flags_of(script)} - read
@@ -104,15 +109,16 @@ def test_a_flag_means_the_same_in_every_trainer():
             assert seen.setdefault(action.dest, meaning) == meaning, f"--{action.dest} of {script}"
 
 
-def test_functions_marked_as_the_same_are():
-    marked = {}
-    for script in SCRIPTS:
-        source = (ROOT / f"{script}.py").read_text()
-        for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.FunctionDef | ast.ClassDef):
-                first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
-                if source.splitlines()[first - 2].strip() == "# same in all trainers":
-                    marked.setdefault(node.name, {})[script] = ast.dump(node)
-    assert len(marked) > 5
-    for name, versions in marked.items():
-        assert len(set(versions.values())) == 1, f"{name} differs between {', '.join(versions)}"
+def test_no_function_stands_twice():
+    places = {}
+    for path in [*ROOT.glob("train_*.py"), *ROOT.glob("common/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno > 2:
+                places.setdefault(ast.dump(node), []).append(f"{path.name}:{node.lineno} {node.name}")
+    assert not [where for where in places.values() if len(where) > 1]
+
+
+@pytest.mark.parametrize("path", [path for path in ROOT.glob("**/*.py") if ".venv" not in path.parts], ids=str)
+def test_no_file_is_longer_than_can_be_read(path):
+    lines = len(path.read_text().splitlines())
+    assert lines <= 1100
