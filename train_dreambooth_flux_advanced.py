@@ -17,36 +17,24 @@ One GPU, or all of them after `accelerate config`:
 arguments (args.json), the loss (metrics.jsonl, loss.png), pictures (validation/) and checkpoints to resume from.
 """
 
-import contextlib
-import difflib
 import functools
 import hashlib
-import itertools
-import json
 import math
 import os
 import re
 import time
-import tomllib
-from collections import Counter
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object, set_seed
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
-from diffusers.training_utils import free_memory, offload_models, parse_buckets_string
+from accelerate.utils import set_seed
+from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
+from diffusers.training_utils import offload_models, parse_buckets_string
 from PIL import Image, ImageOps
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save_file as save_tensors
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from common import (
     LR_SCHEDULERS,
@@ -64,150 +52,94 @@ from common import (
     start,
     stop_interrupted,
 )
-from common.flow_matching import TIMESTEP_SAMPLING, add_noise, sample_sigmas, step_generator, velocity_loss
+from common.flow_matching import (
+    TIMESTEP_SAMPLING,
+    add_noise,
+    noise_options,
+    sample_sigmas,
+    step_generator,
+    velocity_loss,
+)
 from common.latents import (
+    IMAGE_SUFFIXES,
+    INTERPOLATION,
+    KOHYA_INTERPOLATION,
+    ConfiguredExample,
     StepSampler,
     cache_moments,
+    check_captions,
+    check_pictures,
+    collate,
+    dataset_bucket,
+    default_options,
     disk_cached,
     encode_moments,
     fingerprint,
     image_ids,
+    open_dataset,
     pack_latents,
+    picture_files,
     read_batches,
+    read_captions,
+    read_dataset_config,
     read_row,
+    read_text_file,
     sample_latents,
-    upright,
+    to_tensor,
 )
 from common.lora import (
-    FLUX_LAYERS,
     FLUX_TARGET_MODULES,
     LORA_FORMS,
     QUANTIZATIONS,
     add_lora,
     check_disk,
     check_output_dir,
-    check_processes,
-    check_warmup,
-    checkpoint_conflicts,
+    check_run,
     checkpoint_damage,
     checkpoint_state,
     checkpoint_to_resume,
-    compile_blocks,
     configure_deepspeed,
     create_lr_scheduler,
     create_optimizer,
-    diffusers_state_dict,
     load_checkpoint,
-    load_model,
-    lora_header,
-    lora_layers,
+    lora_file,
+    prepare_blocks,
     quantize_base,
+    reduce_gradients,
     register_lora_checkpointing,
     save_checkpoint,
     save_lora,
-    shard,
+    save_named_lora,
     target_layers,
     unknown_layers,
-    write_lora,
     writing,
 )
 from common.validation import (
+    PromptEncoder,
+    about_text,
     check_hub,
     create_hub_repo,
     draw_class_images,
+    file_problems,
+    finish,
     generate_images,
+    load_part,
+    load_scheduler,
     log_step,
     open_metrics,
-    peak_memory,
     plot_metrics,
-    print_results,
-    push_to_hub,
+    print_header,
     sampling_pipeline,
     save_images,
     save_model_card,
+    single_file,
     start_logging,
+    step_logs,
+    transformer_config,
     undisturbed,
 )
 
 
-CLIP_TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "out_proj")
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-UNREAD_SUFFIXES = (".heic", ".heif", ".avif", ".tif", ".tiff", ".gif")
-INTERPOLATION = [mode.name.lower() for mode in Image.Resampling]
-# What a value in --dataset_config must be, and whether one is.
-OPTION_KINDS = {
-    "true or false": lambda value: isinstance(value, bool),
-    "text": lambda value: isinstance(value, str),
-    "text that is not empty": lambda value: isinstance(value, str) and value != "",
-    "an extension such as .txt": lambda value: isinstance(value, str) and re.fullmatch(r"\.?\w[\w.-]*", value),
-    "a whole number from 0 to 10,000": lambda value: type(value) is int and 0 <= value <= 10_000,
-    "a whole number from 1 to 10,000": lambda value: type(value) is int and 1 <= value <= 10_000,
-    "a number from 0 to 1": lambda value: type(value) in (int, float) and 0 <= value <= 1,
-    "a multiple of 16 to 8192": lambda value: type(value) is int and 16 <= value <= 8192 and value % 16 == 0,
-    "a side or [width, height], multiples of 16 to 8192": lambda value: (
-        all(OPTION_KINDS["a multiple of 16 to 8192"](side) for side in (value if isinstance(value, list) else [value]))
-        and (not isinstance(value, list) or len(value) == 2)
-    ),
-    "lanczos, nearest, bilinear, linear, bicubic, cubic, area or box": lambda value: value in [*KOHYA_INTERPOLATION],
-}
-KOHYA_INTERPOLATION = {name: name for name in INTERPOLATION} | {
-    "linear": "bilinear",
-    "cubic": "bicubic",
-    "area": "box",
-}
-SWITCH, TEXT, SOME_TEXT, EXTENSION, FROM_0, FROM_1, SHARE, SIDE, SIZE, METHOD = OPTION_KINDS
-TABLES = {"general": "[general]", "datasets": "[[datasets]]", "subsets": "[[datasets.subsets]]"}
-ABOVE, ANYWHERE = ("general", "datasets"), tuple(TABLES)
-DATASET_OPTIONS = {  # in which tables, what, default; None: the command line's or derived
-    "resolution": (ABOVE, SIZE, None),
-    "batch_size": (ABOVE, FROM_1, None),
-    "enable_bucket": (ABOVE, SWITCH, False),
-    "min_bucket_reso": (ABOVE, FROM_1, None),
-    "max_bucket_reso": (ABOVE, FROM_1, None),
-    "bucket_reso_steps": (ABOVE, SIDE, 64),
-    "bucket_no_upscale": (ABOVE, SWITCH, False),
-    "resize_interpolation": (ANYWHERE, METHOD, None),
-    "num_repeats": (ANYWHERE, FROM_0, None),
-    "flip_aug": (ANYWHERE, SWITCH, None),
-    "random_crop": (ANYWHERE, SWITCH, False),
-    "caption_extension": (ANYWHERE, EXTENSION, None),
-    "class_tokens": (ANYWHERE, TEXT, None),
-    "caption_prefix": (ANYWHERE, TEXT, ""),
-    "caption_suffix": (ANYWHERE, TEXT, ""),
-    "enable_wildcard": (ANYWHERE, SWITCH, False),
-    "caption_separator": (ANYWHERE, SOME_TEXT, ","),
-    "secondary_separator": (ANYWHERE, TEXT, ""),
-    "keep_tokens": (ANYWHERE, FROM_0, 0),
-    "keep_tokens_separator": (ANYWHERE, TEXT, ""),
-    "shuffle_caption": (ANYWHERE, SWITCH, False),
-    "caption_tag_dropout_rate": (ANYWHERE, SHARE, 0.0),
-    "caption_dropout_rate": (ANYWHERE, SHARE, None),
-    "caption_dropout_every_n_epochs": (ANYWHERE, FROM_0, 0),
-    "image_dir": (("subsets",), SOME_TEXT, None),
-    "is_reg": (("subsets",), SWITCH, False),
-}
-REFUSED_OPTIONS = {  # the value that says what happens anyway, and why no other is taken
-    "alpha_mask": (False, "transparent parts become white"),
-    "cache_info": (False, "captions and sizes are read from the files every time"),
-    "color_aug": (False, "colours are kept as they are"),
-    "conditioning_data_dir": (None, "loss masks are not supported"),
-    "custom_attributes": ({}, "keep the class as it was with an is_reg subset"),
-    "debug_dataset": (None, "it is a flag of another trainer"),
-    "face_crop_aug_range": (None, "use random_crop, or crop the pictures beforehand"),
-    "metadata_file": (None, "give image_dir, with a caption file beside each picture"),
-    "network_multiplier": (1.0, "the adapter counts the same for all data"),
-    "prior_loss_weight": (None, "it is a flag: --prior_loss_weight"),
-    "token_warmup_min": (1, "captions do not grow with the steps"),
-    "token_warmup_step": (0, "captions do not grow with the steps"),
-    "validation_seed": (None, "no pictures are held out: judge by --validation_prompt"),
-    "validation_split": (0.0, "no pictures are held out: judge by --validation_prompt"),
-}
-TOKENIZERS = ("tokenizer", "tokenizer_2")
-CHECKPOINT_PREFIX, FLUX_ROOTS = "model.diffusion_model.", {name.split(".")[0] for name in FLUX_LAYERS}
-CHECKPOINT_SIZES = (
-    "double_blocks.0.img_attn.norm.query_norm.scale",
-    *("img_in.weight", "txt_in.weight", "vector_in.in_layer.weight"),
-)
 KOHYA_FLAGS = {
     "--network_dim": "--rank",
     "--network_alpha": "--lora_alpha",
@@ -482,73 +414,6 @@ def check_model(args):
     return check_disk(args, needed)
 
 
-def single_file(args):
-    """Whether the model is the four files that FLUX.1's authors and ComfyUI publish, not a folder of diffusers'."""
-    return args.pretrained_model_name_or_path.endswith(".safetensors")
-
-
-def file_problems(args):
-    """What is wrong with the files of a model in single files, as far as their keys tell."""
-    problems = []
-    wanted = {  # tensors that the right file has
-        "pretrained_model_name_or_path": ("double_blocks.0.img_attn.qkv.weight", *CHECKPOINT_SIZES),
-        "ae": ("decoder.conv_in.weight",),
-        "clip_l": ("text_model.embeddings.token_embedding.weight",),
-        "t5xxl": ("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",),
-    }
-    for name, needed in wanted.items():
-        path = getattr(args, name)
-        try:
-            keys = file_shapes(path) if path else None
-        except (OSError, SafetensorError) as error:
-            problems.append(f"--{name} {path}: not a whole safetensors file ({error})")
-            continue
-        if keys is None:
-            problems.append(f"--{name} is needed with {Path(args.pretrained_model_name_or_path).name}")
-        elif absent := [key for key in needed if key not in keys]:
-            problems.append(f"--{name} {path}: holds no {absent[0]}, so it is another model or form than FLUX.1's own")
-        elif any(name.endswith(("scale_weight", "weight_scale", "scaled_fp8")) for name in keys):
-            problems.append(f"--{name} {path}: scaled fp8 is not read: take the 16-bit file")
-    folder = args.tokenizer_dir
-    if not folder or not all((folder / name / "tokenizer_config.json").is_file() for name in TOKENIZERS):
-        problems.append(
-            f"--tokenizer_dir {folder}: needed with folders {' and '.join(TOKENIZERS)} of FLUX.1-dev in it"
-        )
-    return problems
-
-
-def file_shapes(path):
-    """{key: shape} of a safetensors file, keys without the prefix of all-in-one checkpoints."""
-    with safe_open(path, "pt") as file:
-        return {key.removeprefix(CHECKPOINT_PREFIX): file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
-
-
-def transformer_config(args):
-    """The config of the transformer; that of a single file follows from its shapes."""
-    if not single_file(args):
-        return FluxTransformer2DModel.load_config(
-            args.pretrained_model_name_or_path,
-            subfolder="transformer",
-            revision=args.revision,
-            cache_dir=args.cache_dir,
-        )
-    shapes = file_shapes(args.pretrained_model_name_or_path)
-    (width, channels), head = shapes["img_in.weight"], shapes["double_blocks.0.img_attn.norm.query_norm.scale"][0]
-    numbers = {kind: {key.split(".")[1] for key in shapes if key.startswith(kind)} for kind in ("double", "single")}
-    return {
-        "_class_name": "FluxTransformer2DModel",
-        "in_channels": channels,
-        "num_layers": len(numbers["double"]),
-        "num_single_layers": len(numbers["single"]),
-        "attention_head_dim": head,
-        "num_attention_heads": width // head,
-        "joint_attention_dim": shapes["txt_in.weight"][1],
-        "pooled_projection_dim": shapes["vector_in.in_layer.weight"][1],
-        "guidance_embeds": "guidance_in.in_layer.weight" in shapes,
-        "axes_dims_rope": [16, (head - 16) // 2, (head - 16) // 2],
-    }
-
-
 def lora_targets(args, transformer):
     """The layers that --lora_layers names; kohya stands for every linear layer in the blocks, as in its sd-scripts."""
     if args.lora_layers != "kohya":
@@ -562,49 +427,6 @@ def lora_targets(args, transformer):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Example:
-    """A picture and its caption; `read` opens the picture as a PIL image."""
-
-    name: str
-    read: Callable[[], Image.Image]
-    caption: str | None
-    options: dict = field(default_factory=dict)  # DATASET_OPTIONS
-    repeats: int = 1  # times in an epoch
-    dataset: int = 0  # batches keep to one
-    bucket: tuple[int, int] | None = None  # (height, width)
-
-    def image(self):
-        return upright(self.read())
-
-    def varies(self):
-        """Whether `prompt` is drawn anew for each sample."""
-        return any(self.options[name] for name in ("shuffle_caption", "enable_wildcard", "caption_tag_dropout_rate"))
-
-    def prompt(self, rng=None):
-        """The caption as a sample has it; without `rng` the first of all choices, unshuffled and whole."""
-        options, separator = self.options, self.options["caption_separator"]
-        pick = (lambda choices: choices[rng.integers(len(choices))]) if rng else (lambda choices: choices[0])
-        lines = self.caption.split("\n") if options["enable_wildcard"] else [self.caption]
-        caption = " ".join(filter(None, (options["caption_prefix"], pick(lines), options["caption_suffix"])))
-        if options["enable_wildcard"]:  # {a|b} is one of the two, {{ and }} are braces
-            choose = lambda match: pick(match[1].split("|")) if match[1] else match[0][0]  # noqa: E731
-            caption = re.sub(r"\{\{|\}\}|\{([^{}]+)\}", choose, caption)
-        keep, mark = options["keep_tokens"], options["keep_tokens_separator"]
-        shuffled, dropped = options["shuffle_caption"], options["caption_tag_dropout_rate"]
-        if shuffled or dropped or mark and mark in caption:
-            pieces = caption.split(mark, 2) if mark and mark in caption else [caption]
-            fixed, *others = [[p.strip() for p in piece.split(separator) if p.strip()] for piece in pieces]
-            fixed, flexible, tail = (fixed, *others, [])[:3] if others else (fixed[:keep], fixed[keep:], [])
-            if rng and shuffled:
-                flexible = [flexible[i] for i in rng.permutation(len(flexible))]
-            if rng and dropped:
-                flexible = [part for part in flexible if rng.random() >= dropped]
-            caption = ", ".join([*fixed, *flexible, *tail])
-        second = options["secondary_separator"]
-        return caption.replace(second, separator) if second else caption
-
-
 def find_examples(args):
     """The training pictures with their captions, and what is wrong with them: (examples, problems)."""
     sources = {"dataset_config": read_dataset_config, "dataset_name": read_dataset, "instance_data_dir": read_folder}
@@ -615,20 +437,11 @@ def find_examples(args):
 
     sizes = buckets(args)
 
-    def defect(example):
-        try:
-            size = example.image().size
-            example.bucket = (
-                dataset_bucket(size, example.options) if args.dataset_config else nearest_bucket(size, sizes)
-            )
-        except Exception as error:  # PIL's readers of formats raise of all kinds
-            return f"{example.name}: not a readable picture ({error})"
+    def look(example):
+        size = example.image().size
+        example.bucket = dataset_bucket(size, example.options) if args.dataset_config else nearest_bucket(size, sizes)
 
-    every = examples + class_examples(args)
-    with ThreadPoolExecutor() as pool:
-        checks = pool.map(defect, every)
-        checks = tqdm(checks, total=len(every), desc="Reading pictures", unit="image", leave=False)
-        problems += [problem for problem in checks if problem]
+    problems += check_pictures(examples + class_examples(args), look)
     for example in examples:
         if args.instance_prompt and isinstance(example.caption, str) and not example.caption.strip():
             example.caption = None
@@ -638,17 +451,10 @@ def find_examples(args):
         used = {name for text in captions for name in any_of(names).findall(text)}
         unused = [name for name in names if name not in used]
         problems += [f"--token_abstraction {name}: in no caption and not in --instance_prompt" for name in unused]
-    bare = [example.name for example in examples if example.caption is None]
-    if bare and args.instance_prompt is None:
-        names = ", ".join(bare[:3]) + (f" and {len(bare) - 3} more" if len(bare) > 3 else "")
-        problems.append(f"no caption for {names}: give --instance_prompt, captions in .txt files, or --caption_column")
-    for example in examples:
-        if not args.dataset_config:
+    if not args.dataset_config:
+        for example in examples:
             example.options, example.repeats = default_options(args), args.repeats
-        example.caption = args.instance_prompt if example.caption is None else example.caption
-        if example.caption is not None and not (isinstance(example.caption, str) and example.caption.strip()):
-            problems.append(f"{example.name}: its caption must be text and not empty, not {example.caption!r}")
-    return examples, problems
+    return examples, problems + check_captions(examples, args)
 
 
 def nearest_bucket(size, sizes):
@@ -664,251 +470,39 @@ def nearest_bucket(size, sizes):
 
 def class_examples(args):
     """Examples of the pictures that --class_data_dir holds, at most --num_class_images."""
-    folder = args.class_data_dir
-    paths = sorted(folder.iterdir()) if folder and folder.is_dir() else []
-    paths = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES][: args.num_class_images]
-    options = default_options(args)
-    return [Example(str(path), functools.partial(Image.open, path), args.class_prompt, options) for path in paths]
-
-
-def default_options(args):
-    """DATASET_OPTIONS where --dataset_config is silent."""
-    return {name: default for name, (_, _, default) in DATASET_OPTIONS.items()} | {
-        "resolution": args.resolution,
-        "batch_size": args.train_batch_size,
-        "resize_interpolation": args.image_interpolation_mode,
-        "num_repeats": args.repeats,
-        "flip_aug": args.random_flip,
-        "random_crop": not (args.center_crop or args.dataset_config),
-        "caption_dropout_rate": args.caption_dropout,
-        "class_tokens": args.instance_prompt,
-    }
-
-
-def read_dataset_config(args):
-    """Examples of --dataset_config; an option is the subset's, else its dataset's, [general]'s, the command line's."""
-    path = args.dataset_config
-    try:
-        config = (json.loads if path.suffix == ".json" else tomllib.loads)(path.read_text("utf-8-sig"))
-        if path.suffix == ".json":
-            json.dumps(config, ensure_ascii=False).encode()  # half of a surrogate pair is no text
-    except (OSError, ValueError, RecursionError) as error:
-        return [], [f"--dataset_config {path}: cannot be read ({error})"]
-    if not isinstance(config, dict):
-        return [], [f"--dataset_config {path}: must hold general and datasets, not a {type(config).__name__}"]
-    general, datasets = config.get("general", {}), tables_in(config.get("datasets"))
-    problems = [f"{path}: {key} is neither [general] nor [[datasets]]" for key in config if key not in ABOVE]
-    problems += option_problems(f"{path}, [general]", general, "general")
-    if not datasets:
-        problems.append(f"{path}: no [[datasets]] table in it")
-    blocks = []
-    for count, dataset in enumerate(datasets, 1):
-        where, subsets = f"{path}, [[datasets]] {count}", tables_in(dataset.pop("subsets", None))
-        problems += option_problems(where, dataset, "datasets")
-        if not subsets:
-            problems.append(f"{where}: no [[datasets.subsets]] table in it")
-        subsets = [(f"{where}, subset {place}", subset) for place, subset in enumerate(subsets, 1)]
-        problems += [problem for subset in subsets for problem in option_problems(*subset, "subsets")]
-        blocks.append((where, dataset, subsets))
-    examples = []
-    for count, (where, dataset, subsets) in enumerate(blocks if not problems else []):
-        shared = default_options(args) | general | dataset
-        names = [subset["image_dir"] for _, subset in subsets]
-        problems += [f"{where}: image_dir {name} twice: use num_repeats" for name in {*names} if names.count(name) > 1]
-        problems += bucket_problems(where, shared)
-        found = []
-        for table, subset in subsets:
-            if (shared | subset)["num_repeats"] == 0:
-                continue
-            read, wrong = read_subset(table, shared | subset, path.parent)
-            found, problems = found + read, problems + wrong
-        if found and all(example.options["is_reg"] for example in found):
-            problems.append(f"{where}: is_reg pictures need a subset of others in the same dataset")
-        for example in balance(found):
-            example.dataset = count
-            examples.append(example)
-    return ([] if problems else examples), problems
-
-
-def tables_in(value):
-    """The tables of a list of tables, [] for anything else."""
-    return value if isinstance(value, list) and all(isinstance(table, dict) for table in value) else []
-
-
-def option_problems(where, table, level):
-    """What is wrong with the names and values in a table of --dataset_config."""
-    if not isinstance(table, dict):
-        return [f"{where} must be a table, not {table!r}"]
-    problems, allowed = [], [name for name, (levels, *_) in DATASET_OPTIONS.items() if level in levels]
-    for name, value in table.items():
-        if name in REFUSED_OPTIONS:
-            harmless, reason = REFUSED_OPTIONS[name]
-            problems += [f"{where}: {name} = {value!r} is not supported: {reason}"] if value != harmless else []
-        elif name not in allowed:
-            near = difflib.get_close_matches(name, DATASET_OPTIONS, 1)
-            hint = f"did you mean {near[0]}?" if near else "no option has this name"
-            if name in DATASET_OPTIONS:
-                hint = f"it belongs in {' or '.join(TABLES[place] for place in DATASET_OPTIONS[name][0])}"
-            problems.append(f"{where}: {name}: {hint} (allowed here: {', '.join(allowed)})")
-        elif not OPTION_KINDS[DATASET_OPTIONS[name][1]](value):
-            problems.append(f"{where}: {name} = {value!r} must be {DATASET_OPTIONS[name][1]}")
-    if level == "subsets" and "image_dir" not in table:
-        problems.append(f"{where}: image_dir is missing")
-    return problems
-
-
-def read_subset(where, options, beside):
-    """Examples of one subset; image_dir is relative to the working folder, or else to the file's, `beside`."""
-    named = Path(options["image_dir"])
-    with contextlib.suppress(RuntimeError):  # no such user
-        named = named.expanduser()
-    folder = next((path for path in (named, beside / named) if path.is_dir()), None)
-    if folder is None:
-        return [], [f"{where}: image_dir {named}: no such folder here or in {beside}"]
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
-    problems = [] if paths else [f"{where}: image_dir {named}: no pictures ({', '.join(IMAGE_SUFFIXES)}) in it"]
-    unread = sorted(path for path in folder.iterdir() if path.suffix.lower() in UNREAD_SUFFIXES)
-    problems += [f"{path}: save it as PNG or JPEG, {path.suffix} is not read" for path in unread]
-    suffix = "." + (options["caption_extension"] or "caption").lstrip(".")
-    strays = [path.with_suffix(".txt") for path in paths if not path.with_suffix(suffix).exists()]
-    strays = [] if options["caption_extension"] else [path for path in strays if path.exists()]
-    problems += [f'{path}: is it a caption? Say caption_extension = ".txt" or "{suffix}"' for path in strays[:1]]
-    examples = []
-    for path in paths:
-        caption, text_file = options["class_tokens"], path.with_suffix(suffix)
-        if text_file.exists():
-            try:
-                lines = [line.strip() for line in text_file.read_text("utf-8-sig").splitlines() if line.strip()]
-            except (OSError, ValueError):
-                problems.append(f"{text_file}: not UTF-8 text")
-                continue
-            caption = "\n".join(lines if options["enable_wildcard"] else lines[:1])
-            problems += [] if lines else [f"{text_file}: empty; delete it to use class_tokens"]
-        elif not caption:
-            problems.append(f"{path}: no caption: write {text_file.name}, or give class_tokens")
-        read = functools.partial(Image.open, path)
-        examples.append(Example(str(path), read, caption, options, repeats=options["num_repeats"]))
-    return (examples if not problems else []), problems
-
-
-def balance(examples):
-    """Regularisation pictures as often as the others together: in order, with their repeats, then all round again."""
-    own, others = ([e for e in examples if e.options["is_reg"] == kind] for kind in (False, True))
-    order = itertools.chain((e for e in others for _ in range(e.repeats)), itertools.cycle(others))
-    taken = Counter(map(id, itertools.islice(order, sum(example.repeats for example in own))))
-    for example in others:
-        example.repeats = taken[id(example)]
-    return [example for example in examples if example.repeats]
-
-
-def sides(resolution):
-    """(width, height) of a resolution in --dataset_config."""
-    return tuple(resolution) if isinstance(resolution, list) else (resolution, resolution)
-
-
-def bucket_problems(where, options):
-    """Limits of buckets that contradict the resolution."""
-    width, height = sides(options["resolution"])
-    low, high, step = (options[name] for name in ("min_bucket_reso", "max_bucket_reso", "bucket_reso_steps"))
-    if not options["enable_bucket"]:
-        return []
-    problems = [f"bucket_reso_steps {step} is more than the resolution"] if step > math.isqrt(width * height) else []
-    if not options["bucket_no_upscale"]:
-        problems += [f"min_bucket_reso {low} is more than the resolution"] if low and low > min(width, height) else []
-        problems += (
-            [f"max_bucket_reso {high} is less than the resolution"] if high and high < max(width, height) else []
-        )
-    return [f"{where}: {problem} {options['resolution']}" for problem in problems]
-
-
-@functools.cache
-def bucket_sizes(width, height, low, high, step):
-    """Sorted (height, width) in steps of `step` with about the area of width x height and sides from `low` to `high`.
-
-    Without limits, sides start at 256 (half of a smaller resolution) and go as far as the area does.
-    """
-    area, side = width * height, math.isqrt(width * height)
-    low = max((low or min(256, side // 2)) // step, 1) * step
-    high = math.ceil((high or area / low) / step) * step
-    sizes = {(side // step * step, side // step * step)}
-    for across in range(low, high + 1, step):
-        down = min(high, area // across // step * step)
-        sizes |= {(down, across), (across, down)} if down >= low else set()
-    return sorted(sizes)
-
-
-def dataset_bucket(size, options):
-    """The (height, width) that a picture of (width, height) `size` is resized to cover and cropped to."""
-    (width, height), (across, down), step = size, sides(options["resolution"]), options["bucket_reso_steps"]
-    if not options["enable_bucket"]:
-        return down, across
-    if not options["bucket_no_upscale"]:
-        sizes = bucket_sizes(across, down, options["min_bucket_reso"], options["max_bucket_reso"], step)
-        return min(sizes, key=lambda b: (b != (height, width), abs(b[1] / b[0] - width / height)))
-    if width * height > across * down:  # one side becomes a multiple of the step: the one that distorts less
-        ratio = width / height
-        wide, high = (round(math.sqrt(across * down * r)) // step * step for r in (ratio, 1 / ratio))
-        fits = [(wide, int(wide / ratio + 0.5)), (int(high * ratio + 0.5), high)]
-        width, height = min(fits, key=lambda s: abs(max(s[0] // step, 0.1) / max(s[1] // step, 0.1) - ratio))
-    if min(width, height) < step:
-        raise ValueError(f"{width} x {height} pixels are less than bucket_reso_steps {step}")
-    return height // step * step, width // step * step
+    folder, options = args.class_data_dir, default_options(args)
+    paths = picture_files(folder)[0][: args.num_class_images] if folder and folder.is_dir() else []
+    return [
+        ConfiguredExample(str(path), functools.partial(Image.open, path), args.class_prompt, options) for path in paths
+    ]
 
 
 def read_folder(args):
     """Examples of --instance_data_dir: captions from metadata.jsonl, else from the .txt file beside each picture."""
-    folder, examples, problems = args.instance_data_dir, [], []
+    folder, examples = args.instance_data_dir, []
     if not folder.is_dir():
         return [], [f"--instance_data_dir {folder}: no such folder"]
-    captions, metadata = {}, folder / "metadata.jsonl"
-    try:
-        lines = metadata.read_text("utf-8-sig").splitlines() if metadata.exists() else []
-        rows = [json.loads(line) for line in lines if line.strip()]
-        column = args.caption_column or next((c for c in ("text", "prompt", "caption") if rows and c in rows[0]), None)
-        captions = {str(row["file_name"]): row[column] for row in rows}
-        json.dumps(rows, ensure_ascii=False).encode()  # half of a surrogate pair is no text
-        if args.caption_column and not rows:
-            problems.append(f"--caption_column {args.caption_column}: no {metadata} that has columns")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        problems.append(
-            f"{metadata}: each line must be JSON with file_name and a caption, see --caption_column ({error!r})"
-        )
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
-    missing = sorted(captions.keys() - {path.name for path in paths})
-    problems += [f"{metadata}: no picture {name} in this folder" for name in missing]
-    unread = sorted(path for path in folder.iterdir() if path.suffix.lower() in UNREAD_SUFFIXES)
-    problems += [f"{path}: save it as PNG or JPEG, {path.suffix} is not read" for path in unread]
+    paths, problems = picture_files(folder)
+    captions, flaws = read_captions(folder, paths, args)
     for path in paths:
-        caption, text_file = captions.get(path.name), path.with_suffix(".txt")
-        if caption is None and text_file.exists():
-            try:
-                caption = text_file.read_text("utf-8-sig").strip()
-            except (OSError, ValueError):
-                problems.append(f"{text_file}: not UTF-8 text")
-        examples.append(Example(str(path), functools.partial(Image.open, path), caption))
-    return examples, problems
+        caption = captions.get(path.name)
+        if caption is None:
+            caption = read_text_file(path.with_suffix(".txt"), problems)
+        examples.append(ConfiguredExample(str(path), functools.partial(Image.open, path), caption))
+    return examples, problems + flaws
 
 
 def read_dataset(args):
     """Examples of --dataset_name."""
-    import datasets
-
-    datasets.disable_progress_bars()
-    try:
-        dataset = datasets.load_dataset(
-            args.dataset_name, args.dataset_config_name, split="train", cache_dir=args.cache_dir
-        )
-        wanted = [name for name in (args.image_column, args.caption_column) if name]
-        absent = [name for name in wanted if name not in dataset.column_names]
-        if absent:
-            found = ", ".join(dataset.column_names)
-            return [], [f"--dataset_name {args.dataset_name}: no column {', '.join(absent)}; it has {found}"]
-        dataset = dataset.cast_column(args.image_column, datasets.Image())
-    except Exception as error:  # a missing, gated, empty or malformed dataset each raises its own kind
-        return [], [f"--dataset_name {args.dataset_name}: cannot be loaded ({error})"]
+    columns = [args.image_column], list(filter(None, [args.caption_column]))
+    dataset, problems = open_dataset(args, lambda names: columns)
+    if problems:
+        return [], problems
     captions = dataset[args.caption_column] if args.caption_column else [None] * len(dataset)
     return [
-        Example(f"{args.dataset_name}[{row}]", functools.partial(read_row, dataset, row, args.image_column), caption)
+        ConfiguredExample(
+            f"{args.dataset_name}[{row}]", functools.partial(read_row, dataset, row, args.image_column), caption
+        )
         for row, caption in enumerate(captions)
     ], []
 
@@ -952,7 +546,7 @@ class DreamBoothDataset(Dataset):
         method = Image.Resampling[KOHYA_INTERPOLATION[example.options["resize_interpolation"]].upper()]
         image = ImageOps.fit(example.image(), (width, height), method, centering=tuple(centering))
         image = ImageOps.mirror(image) if flipped else image
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+        return to_tensor(image)
 
     def __getitem__(self, position):
         (epoch, index), args = position, self.args
@@ -979,125 +573,9 @@ class DreamBoothDataset(Dataset):
         return len(self.examples)
 
 
-class DatasetSampler(StepSampler):
-    """StepSampler with a `batch_size` for each dataset, {number: size}; groups are (number, bucket)."""
-
-    def batches(self, epoch):
-        rng = np.random.default_rng((self.seed, epoch))
-        order, batches = rng.permutation(len(self.groups)).tolist(), []
-        for group in dict.fromkeys(self.groups):
-            members, size = [index for index in order if self.groups[index] == group], self.batch_size[group[0]]
-            batches += [members[i : i + size] for i in range(0, len(members), size)]
-        return [batches[i] for i in rng.permutation(len(batches))]
-
-
-def collate(examples):
-    """Tensors stacked and prompts as a list: first the pictures, then, if there are, the class pictures."""
-    samples = [sample for kind in zip(*examples, strict=True) for sample in kind]
-    return {
-        name: torch.stack([sample[name] for sample in samples]) if name != "prompt" else [s[name] for s in samples]
-        for name in samples[0]
-    }
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Model
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def load_part(model_class, subfolder, args, dtype):
-    """`load_model`, or the transformer or VAE out of a single file."""
-    if not single_file(args):
-        return load_model(model_class, subfolder, args, dtype)
-    state_dict = load_file(args.ae if subfolder == "vae" else args.pretrained_model_name_or_path)
-    if subfolder == "vae":
-        config = vae_config(state_dict)
-        state_dict = convert_ldm_vae_checkpoint(state_dict, config)
-    else:
-        config = transformer_config(args)
-        own = {key.removeprefix(CHECKPOINT_PREFIX): value for key, value in state_dict.items()}
-        own = {key: value for key, value in own.items() if key.split(".")[0] in FLUX_ROOTS}  # of all-in-one files
-        state_dict = diffusers_state_dict(own)
-    with torch.device("meta"):
-        model = model_class.from_config(config)
-    model.load_state_dict({key: value.to(dtype) for key, value in state_dict.items()}, assign=True)
-    return model.requires_grad_(False).eval()
-
-
-def vae_config(state_dict):
-    """The config of FLUX.1's VAE, whose file has the names of latent diffusion, from its shapes."""
-    levels = {key.split(".")[2] for key in state_dict if key.startswith("encoder.down.")}
-    blocks = {key.split(".")[4] for key in state_dict if key.startswith("encoder.down.0.block.")}
-    return {
-        "down_block_types": ["DownEncoderBlock2D"] * len(levels),
-        "up_block_types": ["UpDecoderBlock2D"] * len(levels),
-        "block_out_channels": [len(state_dict[f"encoder.down.{i}.block.0.conv1.weight"]) for i in range(len(levels))],
-        "layers_per_block": len(blocks),
-        "latent_channels": state_dict["decoder.conv_in.weight"].shape[1],
-        "use_quant_conv": False,
-        "use_post_quant_conv": False,
-        "shift_factor": 0.1159,
-        "scaling_factor": 0.3611,
-    }
-
-
-def load_scheduler(args):
-    """The scheduler that the model was made with."""
-    if single_file(args):
-        guided = transformer_config(args)["guidance_embeds"]  # FLUX.1-dev, not -schnell
-        return FlowMatchEulerDiscreteScheduler(shift=3.0 if guided else 1.0, use_dynamic_shifting=guided)
-    return FlowMatchEulerDiscreteScheduler.from_pretrained(
-        args.pretrained_model_name_or_path, subfolder="scheduler", revision=args.revision, cache_dir=args.cache_dir
-    )
-
-
-def load_text_pipeline(args, dtype):
-    """The pipeline with text encoders and tokenizers alone."""
-    if not single_file(args):
-        return FluxPipeline.from_pretrained(
-            args.pretrained_model_name_or_path,
-            transformer=None,
-            vae=None,
-            revision=args.revision,
-            variant=args.variant,
-            cache_dir=args.cache_dir,
-            dtype=dtype,
-        )
-    tokenizer, tokenizer_2 = (
-        AutoTokenizer.from_pretrained(args.tokenizer_dir / name, trust_remote_code=False) for name in TOKENIZERS
-    )
-    clip, t5 = load_file(args.clip_l), load_file(args.t5xxl)
-    clip = {key.removeprefix("text_model."): value for key, value in clip.items() if key.startswith("text_model.")}
-    vocabulary, width = clip["embeddings.token_embedding.weight"].shape
-    clip_config = CLIPTextConfig(
-        vocab_size=vocabulary,
-        hidden_size=width,
-        intermediate_size=len(clip["encoder.layers.0.mlp.fc1.weight"]),
-        num_hidden_layers=len({key.split(".")[2] for key in clip if key.startswith("encoder.layers.")}),
-        num_attention_heads=width // 64,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    first = "encoder.block.0.layer.0.SelfAttention"
-    buckets, heads = t5[f"{first}.relative_attention_bias.weight"].shape
-    t5_config = T5Config(
-        vocab_size=len(t5["shared.weight"]),
-        d_model=t5["shared.weight"].shape[1],
-        d_kv=len(t5[f"{first}.q.weight"]) // heads,
-        d_ff=len(t5["encoder.block.0.layer.1.DenseReluDense.wi_0.weight"]),
-        num_layers=len({key.split(".")[2] for key in t5 if key.startswith("encoder.block.")}),
-        num_heads=heads,
-        relative_attention_num_buckets=buckets,
-        feed_forward_proj="gated-gelu",
-    )
-    return FluxPipeline(
-        scheduler=load_scheduler(args),
-        vae=None,
-        transformer=None,
-        text_encoder=CLIPTextModel.from_pretrained(None, config=clip_config, state_dict=clip, dtype=dtype),
-        tokenizer=tokenizer,
-        text_encoder_2=T5EncoderModel.from_pretrained(None, config=t5_config, state_dict=t5, dtype=dtype),
-        tokenizer_2=tokenizer_2,
-    )
 
 
 class NewTokens(torch.nn.Module):
@@ -1120,40 +598,15 @@ class NewTokens(torch.nn.Module):
         self.rows *= (self.std.to(self.rows.device) / self.rows.std()) ** 0.1
 
 
-class PromptEncoder:
-    """CLIP and T5: what is trained of them, and the embeddings of prompts.
+class TokenEncoder(PromptEncoder):
+    """PromptEncoder with new tokens in training, until `freeze`."""
 
-    One without trained parts embeds every prompt once, in `cache`, and is freed; so is one whose training is over.
-    With `keep`, for captions drawn anew in each step, it stays and embeds those too.
-    """
-
-    def __init__(self, accelerator, args, dtype, keep=False):
-        self.accelerator, self.args, self.dtype, self.keep = accelerator, args, dtype, keep
-        self.pipeline = load_text_pipeline(args, dtype)
-        self.encoders = {"clip_l": self.pipeline.text_encoder, "t5": self.pipeline.text_encoder_2}
-        for encoder in self.encoders.values():
-            encoder.requires_grad_(False).eval()  # T5 has dropout
-        self.abstractions, self.new_tokens, self.lora_params = {}, {}, []
-        if args.train_text_encoder_ti:
+    def add_trained_parts(self):
+        super().add_trained_parts()
+        self.abstractions, self.new_tokens, self.fingerprints = {}, {}, {}
+        if self.args.train_text_encoder_ti:
             self.add_new_tokens()
-        if args.train_text_encoder:
-            text_encoder = self.encoders["clip_l"]
-            self.lora_params = add_lora(
-                text_encoder,
-                rank=args.rank,
-                alpha=args.lora_alpha,
-                dropout=0.0,
-                target_modules=CLIP_TARGET_MODULES + (("fc1", "fc2") if args.lora_layers == "kohya" else ()),
-            )
-        self.trained = {*self.new_tokens, *(["clip_l"] if args.train_text_encoder else [])}
-        parts = {"clip_l": "text_encoder", "t5": "text_encoder_2"}
-        if args.offload:
-            trained = [parts[kind] for kind in self.trained]
-            self.pipeline.enable_group_offload(accelerator.device, offload_type="leaf_level", exclude_modules=trained)
-        else:
-            self.pipeline.to(accelerator.device)
-        self.cached = {"clip_l": {}, "t5": {}}  # {prompt: embedding on the CPU}
-        self.fingerprints = {}
+            self.trained = {*self.new_tokens}
 
     def add_new_tokens(self):
         """<s0><s1>... for each abstraction, in the tokenizers and, with rows to be trained, in the encoders."""
@@ -1192,38 +645,6 @@ class PromptEncoder:
     def parameters(self):
         return [*(new.rows for new in self.new_tokens.values()), *self.lora_params]
 
-    def embed(self, kind, prompts):
-        """CLIP's pooled embeddings [B, P] or T5's [B, T, D]."""
-        prompts = [self.replace(prompt) for prompt in prompts]
-        with self.accelerator.autocast():
-            if kind == "clip_l":
-                embeds = self.pipeline._get_clip_prompt_embeds(prompts)
-            else:
-                length = self.args.max_sequence_length
-                embeds = self.pipeline._get_t5_prompt_embeds(prompts, max_sequence_length=length, dtype=self.dtype)
-        return embeds.to(self.dtype)
-
-    @torch.no_grad()
-    def cache(self, prompts):
-        """Embeds the prompts with the encoders that are not in training, which are then freed.
-
-        The processes share the work; each has all.
-        """
-        for kind in sorted(self.encoders.keys() - self.trained):  # in one order on all processes
-            quiet = not self.accelerator.is_main_process
-            with self.accelerator.split_between_processes(prompts) as share:
-                bar = tqdm(share, desc=f"Encoding prompts, {kind}", unit="prompt", disable=quiet)
-                embeds = [(prompt, self.kept_embed(kind, prompt)) for prompt in bar]
-            self.cached[kind] = dict(gather_object(embeds))
-            if self.keep:
-                continue
-            del self.encoders[kind]
-            if kind == "t5":
-                self.pipeline.text_encoder_2 = None
-            elif not self.args.train_text_encoder:  # a LoRA is saved at the end
-                self.pipeline.text_encoder = None
-        free_memory()
-
     def kept_embed(self, kind, prompt):
         """The embedding on the CPU, through the cache on disk if there is one and the encoder is as it was loaded."""
         compute = lambda: self.embed(kind, [prompt]).cpu()  # noqa: E731
@@ -1234,27 +655,6 @@ class PromptEncoder:
             self.fingerprints[kind] = fingerprint(self.encoders[kind])
         how = f"{self.args.max_sequence_length} {self.dtype} {self.accelerator.mixed_precision} {self.replace(prompt)}"
         return disk_cached(self.args.disk_cache_dir.expanduser(), self.fingerprints[kind] + how.encode(), compute)
-
-    def __call__(self, prompts):
-        """(prompt_embeds [B, T, D], pooled_prompt_embeds [B, P])."""
-        return tuple(
-            self.embed(kind, prompts) if kind in self.trained else self.recall(kind, prompts)
-            for kind in ("t5", "clip_l")
-        )
-
-    @torch.no_grad()
-    def recall(self, kind, prompts):
-        """Embeddings from the cache, of a prompt that is not in it from the encoder."""
-        known = self.cached[kind]
-        embeds = [known[prompt] if prompt in known else self.embed(kind, [prompt]) for prompt in prompts]
-        return torch.cat([embed.to(self.accelerator.device) for embed in embeds])
-
-    # same in all trainers
-    def reduce_gradients(self):
-        """The mean over the processes, which `DistributedDataParallel` sees to for the transformer."""
-        for parameter in self.parameters():
-            if parameter.grad is not None:
-                parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
 
     def freeze(self, prompts):
         """Ends the training of the encoders."""
@@ -1313,13 +713,7 @@ def compute_loss(
         noise_scheduler=noise_scheduler,
         image_seq_len=height * width // 4,
         generator=generator,
-        timestep_sampling=args.timestep_sampling,
-        weighting_scheme=args.weighting_scheme,
-        logit_mean=args.logit_mean,
-        logit_std=args.logit_std,
-        mode_scale=args.mode_scale,
-        sigmoid_scale=args.sigmoid_scale,
-        discrete_flow_shift=args.discrete_flow_shift,
+        **noise_options(args),
     ).to(latents.device)
     latents, noise = pack_latents(latents), pack_latents(noise)
     model_pred = transformer(
@@ -1362,35 +756,6 @@ def validate(accelerator, transformer, vae, noise_scheduler, text, args, *, prom
         images = generate_images(accelerator, pipeline, [call] * args.num_validation_images, seed=args.seed)
     captions = [f"{prompt} | step {step}, seed {args.seed + i}" for i in range(len(images))]
     save_images(accelerator, args, images, captions, step=step)
-
-
-def lora_file(args, epoch=None):
-    """Where the LoRA goes, or with --save_every_n_epochs that of an epoch."""
-    if not args.output_name:
-        return args.output_dir / "pytorch_lora_weights.safetensors"
-    return args.output_dir.with_name(f"{args.output_name}{f'-{epoch:06d}' if epoch else ''}.safetensors")
-
-
-def save_named_lora(args, adapted, examples, guided, dtype, epoch=None):
-    """NAME.safetensors for ComfyUI, Forge and diffusers; its header says what it is and which words call it."""
-    layers, captions = lora_layers(adapted), {}
-    own = [example for example in examples if not example.options["is_reg"]]
-    for example in own:
-        folder = captions.setdefault(Path(example.name).parent.name, {})
-        for tag in names_in(example.prompt().lower()):
-            folder[tag] = folder.get(tag, 0) + example.repeats
-    path = lora_file(args, epoch)
-    if torch.distributed.is_initialized() and torch.distributed.get_rank():
-        return
-    header = lora_header(
-        layers,
-        name=path.stem,
-        base_model="flux-1-dev" if guided else "flux-1-schnell",
-        resolution=sides(own[0].options["resolution"]),
-        trigger_words=dict.fromkeys(filter(None, (example.options["class_tokens"] for example in own))),
-        captions=captions,
-    )
-    write_lora(path, layers, args.save_format, header, dtype)
 
 
 def describe(args, dtype, text, prompt, embeddings_name, hub_repo=None):
@@ -1469,36 +834,18 @@ def register_embedding_checkpointing(accelerator, text):
     accelerator.register_load_state_pre_hook(lambda models, input_dir: text.load_embeddings(Path(input_dir) / name))
 
 
-def check_run(accelerator, args, max_train_steps):
-    """Problems that show once the data and the processes are known."""
-    return check_processes(accelerator, args, deepspeed=True) + check_warmup(args, max_train_steps)
-
-
-def print_header(accelerator, args, examples, lora_params, base_size, text, steps):
-    """What is about to be trained on what."""
-    max_train_steps, steps_per_epoch, text_stop = steps
-    trainable = sum(p.numel() for p in lora_params)
+def about_data(examples, text):
+    """What of the data and the new tokens is told before training."""
     own_captions = sum(example.caption != example.options["class_tokens"] for example in examples)
-    sizes = ", ".join(sorted({"{} x {}".format(*sides(example.options["resolution"])) for example in examples}))
-    batch = ", ".join(map(str, sorted({example.options["batch_size"] for example in examples})))
-    lines = [
-        f"model    {args.pretrained_model_name_or_path}",
-        f"adapter  {trainable:,} parameters in {len(lora_params) // 2} layers, {trainable / base_size:.2%} of all",
-        f"data     {len(examples)} pictures at {sizes} px, {own_captions} with captions of their own",
-        f"steps    {max_train_steps}, {steps_per_epoch} per epoch; a step is batch {batch} x "
-        f"accumulation {args.gradient_accumulation_steps} x {accelerator.num_processes} {accelerator.device.type}, "
-        f"mixed precision {accelerator.mixed_precision}",
-    ]
+    sizes = ", ".join(sorted({"{} x {}".format(*example.sides()) for example in examples}))
+    batches = sorted({example.options["batch_size"] for example in examples})
+    about = {"data": f"{len(examples)} pictures at {sizes} px, {own_captions} with captions of their own"}
+    if len(batches) > 1:
+        about["batches"] = f"of {' and '.join(map(str, batches))}, by dataset"
     if text.new_tokens:
         tokens = ", ".join(f"{tokens} for {name}" for name, tokens in text.abstractions.items())
-        lines.append(f"tokens   {tokens} in {' and '.join(text.new_tokens)}, trained until step {text_stop}")
-    if text.lora_params:
-        lines.append(
-            f"CLIP     {sum(p.numel() for p in text.lora_params):,} parameters, trained until step {text_stop}"
-        )
-    if text.parameters() and args.optimizer == "prodigy" and args.text_encoder_lr != args.learning_rate:
-        lines.append(f"Prodigy has one learning rate for all, {args.learning_rate:g}: --text_encoder_lr is not used")
-    accelerator.print("".join(f"  {line}\n" for line in lines), end="")
+        about["tokens"] = f"{tokens} in {' and '.join(text.new_tokens)}"
+    return about
 
 
 def main(args):
@@ -1512,9 +859,9 @@ def main(args):
     dataset = DreamBoothDataset(examples, args)
     num_processes, accumulation = accelerator.num_processes, args.gradient_accumulation_steps
     total_batch_size = args.train_batch_size * accumulation * num_processes
-    sampler = DatasetSampler(
+    sampler = StepSampler(
         [(example.dataset, example.bucket) for example in dataset.examples],
-        {example.dataset: example.options["batch_size"] for example in examples},
+        {(example.dataset, example.bucket): example.options["batch_size"] for example in examples},
         seed=args.seed,
         process_index=accelerator.process_index,
         num_processes=num_processes,
@@ -1528,7 +875,7 @@ def main(args):
     run = run_settings(args, len(dataset), num_processes)
     if args.dataset_config and not problems:
         run["the hash of --dataset_config"] = hashlib.sha256(args.dataset_config.read_bytes()).hexdigest()[:16]
-    problems += check_run(accelerator, args, max_train_steps) + checkpoint_conflicts(checkpoint, run)
+    problems += check_run(accelerator, args, max_train_steps, checkpoint, run, deepspeed=True)
     if problems:
         fail(accelerator, problems)
     hub_repo = create_hub_repo(accelerator, args)
@@ -1541,7 +888,7 @@ def main(args):
     prompts |= {"" for example in examples for name in dropout if example.options[name]}
     prompts |= {prompt for prompt in (args.validation_prompt, final_prompt, args.class_prompt) if prompt}
     prompts = sorted(prompts)
-    text = PromptEncoder(accelerator, args, weight_dtype, keep=any(example.varies() for example in examples))
+    text = TokenEncoder(accelerator, args, weight_dtype, keep=any(example.varies() for example in examples))
     text.cache(prompts)
 
     # 4. VAE, transformer, class images, latents, LoRA
@@ -1570,12 +917,7 @@ def main(args):
             dropout=args.lora_dropout,
             target_modules=lora_targets(args, transformer),
         )
-    if args.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
-    if args.compile:
-        compile_blocks(transformer)
-    if args.fsdp:
-        shard(transformer, device, weight_dtype)
+    prepare_blocks(transformer, args, device, weight_dtype)
     params = {name: parameter for name, parameter in transformer.named_parameters() if parameter.requires_grad}
     lora_params = list(params.values())
     adapted = {"transformer": transformer} if lora_params else {}
@@ -1604,8 +946,8 @@ def main(args):
     )
 
     # 7. Train
-    steps = max_train_steps, steps_per_epoch, text_stop
-    print_header(accelerator, args, examples, lora_params, base_size, text, steps)
+    about = about_data(examples, text) | about_text(args, text, text_stop)
+    print_header(accelerator, args, about, lora_params, base_size, max_train_steps, steps_per_epoch)
     start_logging(accelerator, args, "dreambooth-flux")
     draw = functools.partial(validate, accelerator, transformer, vae, noise_scheduler, text, args)
     if text.trained and global_step >= text_stop:
@@ -1644,7 +986,7 @@ def main(args):
             pictures += len(losses) // kinds * num_processes
             if not accelerator.sync_gradients:
                 continue
-            text.reduce_gradients()
+            reduce_gradients(accelerator, text.parameters())
             if global_step >= transformer_stop:
                 for parameter in lora_params:
                     parameter.grad = None
@@ -1664,14 +1006,7 @@ def main(args):
         if text.trained and global_step == text_stop:
             text.freeze(prompts)
         skipped = 0 if finite else count_skipped(skipped, global_step)
-        group = optimizer.param_groups[0]
-        logs = {
-            "loss": mean_loss,
-            "lr": group["lr"] * group.get("d", 1.0),  # Prodigy's step size is lr * d
-            "grad_norm": float(grad_norm),
-            "images_per_second": pictures / (time.perf_counter() - started),
-            "peak_memory_gb": peak_memory(device),
-        }
+        logs = {"loss": mean_loss, **step_logs(optimizer, grad_norm, pictures, started, device)}
         log_step(accelerator, progress_bar, metrics, global_step, logs)
         done = global_step == max_train_steps
         epoch, rest = divmod(global_step, steps_per_epoch)
@@ -1719,9 +1054,9 @@ def main(args):
         "loss": "loss.png",
         "pictures": "validation",
     }
-    print_results(accelerator, args, global_step, results)
-    if hub_repo:
-        push_to_hub(args, hub_repo, beside=lora if args.output_name and lora.exists() else None)
+    finish(
+        accelerator, args, global_step, results, hub_repo, beside=lora if args.output_name and lora.exists() else None
+    )
 
 
 if __name__ == "__main__":

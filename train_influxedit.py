@@ -23,26 +23,21 @@ arguments (args.json), the loss (metrics.jsonl, loss.png), pictures (validation/
 
 import functools
 import itertools
-import json
 import math
 import secrets
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list, gather_object, set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from diffusers import (
     AutoencoderKL,
-    FlowMatchEulerDiscreteScheduler,
     FluxFillPipeline,
-    FluxPipeline,
     FluxTransformer2DModel,
 )
-from diffusers.training_utils import free_memory, offload_models
+from diffusers.training_utils import offload_models
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
@@ -63,17 +58,35 @@ from common import (
     start,
     stop_interrupted,
 )
-from common.flow_matching import TIMESTEP_SAMPLING, add_noise, sample_sigmas, step_generator, velocity_loss
+from common.flow_matching import (
+    TIMESTEP_SAMPLING,
+    add_noise,
+    noise_options,
+    sample_sigmas,
+    step_generator,
+    velocity_loss,
+)
 from common.latents import (
+    IMAGE_SUFFIXES,
+    INTERPOLATION,
+    Example,
     StepSampler,
     cache_moments,
+    check_captions,
+    check_pictures,
+    collate,
     encode_moments,
     image_ids,
+    open_dataset,
     pack_fill_condition,
     pack_latents,
+    picture_files,
     read_batches,
+    read_captions,
     read_row,
+    read_text_file,
     sample_latents,
+    to_tensor,
     upright,
 )
 from common.lora import (
@@ -82,50 +95,45 @@ from common.lora import (
     add_lora,
     check_disk,
     check_output_dir,
-    check_processes,
-    check_warmup,
-    checkpoint_conflicts,
+    check_run,
     checkpoint_damage,
     checkpoint_state,
     checkpoint_to_resume,
-    compile_blocks,
     configure_deepspeed,
     create_lr_scheduler,
     create_optimizer,
     load_checkpoint,
     load_model,
+    prepare_blocks,
     quantize_base,
+    reduce_gradients,
     register_lora_checkpointing,
     save_checkpoint,
     save_lora,
-    shard,
     target_layers,
     unknown_layers,
 )
 from common.validation import (
+    PromptEncoder,
+    about_text,
     check_hub,
     create_hub_repo,
     draw_class_images,
+    finish,
     generate_images,
     image_grid,
+    load_scheduler,
     log_step,
     open_metrics,
-    peak_memory,
     plot_metrics,
-    print_results,
-    push_to_hub,
+    print_header,
     sampling_pipeline,
     save_images,
     save_model_card,
     start_logging,
+    step_logs,
     undisturbed,
 )
-
-
-CLIP_TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "out_proj")
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-UNREAD_SUFFIXES = (".heic", ".heif", ".avif", ".tif", ".tiff", ".gif")
-INTERPOLATION = [mode.name.lower() for mode in Image.Resampling]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -408,17 +416,11 @@ def lora_targets(args):
 
 
 @dataclass
-class Example:
-    """A picture and its caption; `read` opens the picture as a PIL image. `partner` is its mask or its target."""
+class EditExample(Example):
+    """An example whose `partner` is its mask or its target."""
 
-    name: str
-    read: Callable[[], Image.Image]
-    caption: str | None = None
-    partner: "Example | None" = None
+    partner: "EditExample | None" = None
     size: tuple[int, int] | None = None  # (width, height), upright
-
-    def image(self):
-        return upright(self.read())
 
     def check(self):
         """Finds `size` and reads the whole file; raises what PIL raises for a damaged one.
@@ -447,28 +449,11 @@ def find_examples(args):
             else f"--instance_data_dir {args.instance_data_dir}"
         )
         problems.append(f"{source}: no pictures ({', '.join(IMAGE_SUFFIXES)}) in it")
-
-    def defect(example):
-        try:
-            example.check()
-        except Exception as error:  # PIL's readers of formats raise of all kinds
-            return f"{example.name}: not a readable picture ({error})"
-
     every = examples + [example.partner for example in examples if example.partner] + class_examples(args)
     every += validation_pictures(args)
-    with ThreadPoolExecutor() as pool:
-        checks = pool.map(defect, every)
-        checks = tqdm(checks, total=len(every), desc="Reading pictures", unit="image", leave=False)
-        problems += [problem for problem in checks if problem]
+    problems += check_pictures(every, EditExample.check)
     problems += [problem for example in examples if (problem := misfit(example, args))]
-    bare = [example.name for example in examples if example.caption is None]
-    if bare and args.instance_prompt is None:
-        names = ", ".join(bare[:3]) + (f" and {len(bare) - 3} more" if len(bare) > 3 else "")
-        problems.append(f"no caption for {names}: give --instance_prompt, captions in .txt files, or --caption_column")
-    for example in examples:
-        example.caption = args.instance_prompt if example.caption is None else example.caption
-        if example.caption is not None and not (isinstance(example.caption, str) and example.caption.strip()):
-            problems.append(f"{example.name}: its caption must be text and not empty, not {example.caption!r}")
+    problems += check_captions(examples, args)
     return examples, problems
 
 
@@ -488,9 +473,8 @@ def misfit(example, args):
 def class_examples(args):
     """Examples of the pictures that --class_data_dir holds, at most --num_class_images."""
     folder = args.class_data_dir
-    paths = sorted(folder.iterdir()) if folder and folder.is_dir() else []
-    paths = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES][: args.num_class_images]
-    return [Example(str(path), functools.partial(Image.open, path), args.class_prompt) for path in paths]
+    paths = picture_files(folder)[0][: args.num_class_images] if folder and folder.is_dir() else []
+    return [EditExample(str(path), functools.partial(Image.open, path), args.class_prompt) for path in paths]
 
 
 def read_folder(args):
@@ -498,26 +482,15 @@ def read_folder(args):
 
     Captions are in --caption_data_dir, else in metadata.jsonl, else in the .txt file beside each picture.
     """
-    folder, examples, problems = args.instance_data_dir, [], []
+    folder, examples = args.instance_data_dir, []
     folders = {name: getattr(args, name) for name in ("instance_data_dir", "target_data_dir", "mask_data_dir")}
     folders["caption_data_dir"] = args.caption_data_dir
     absent = [f"--{name} {path}: no such folder" for name, path in folders.items() if path and not path.is_dir()]
     if absent:
         return [], absent
-    captions, metadata = {}, folder / "metadata.jsonl"
-    try:
-        lines = metadata.read_text("utf-8-sig").splitlines() if metadata.exists() else []
-        rows = [json.loads(line) for line in lines if line.strip()]
-        column = args.caption_column or next((c for c in ("text", "prompt", "caption") if rows and c in rows[0]), None)
-        captions = {str(row["file_name"]): row[column] for row in rows}
-        json.dumps(rows, ensure_ascii=False).encode()  # half of a surrogate pair is no text
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        problems.append(
-            f"{metadata}: each line must be JSON with file_name and a caption, see --caption_column ({error!r})"
-        )
-    pictures, flaws = pictures_in(folder)
-    missing = sorted(captions.keys() - {path.name for paths in pictures.values() for path in paths})
-    problems += [f"{metadata}: no picture {name} in this folder" for name in missing] + flaws
+    pictures, problems = pictures_in(folder)
+    captions, flaws = read_captions(folder, list(itertools.chain(*pictures.values())), args)
+    problems += flaws
     partner_dir = args.target_data_dir if args.mode == "edit" else args.mask_data_dir
     partners, flaws = pictures_in(partner_dir) if partner_dir else ({}, [])
     problems += flaws
@@ -533,53 +506,35 @@ def read_folder(args):
             caption, text_file = captions.get(path.name), path.with_suffix(".txt")
             if args.caption_data_dir:
                 caption, text_file = None, args.caption_data_dir / f"{stem}.txt"
-            if caption is None and text_file.exists():
-                try:
-                    caption = text_file.read_text("utf-8-sig").strip()
-                except (OSError, ValueError):
-                    problems.append(f"{text_file}: not UTF-8 text")
-            example = Example(str(path), functools.partial(Image.open, path), caption)
+            if caption is None:
+                caption = read_text_file(text_file, problems)
+            example = EditExample(str(path), functools.partial(Image.open, path), caption)
             if found:
-                example.partner = Example(str(found[0]), functools.partial(Image.open, found[0]))
+                example.partner = EditExample(str(found[0]), functools.partial(Image.open, found[0]))
             examples.append(example)
     return examples, problems
 
 
 def pictures_in(folder):
-    """({stem: the pictures of this name in a folder}, problems of its other files)."""
-    pictures, problems = {}, []
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in IMAGE_SUFFIXES:
-            pictures.setdefault(path.stem, []).append(path)
-        elif path.suffix.lower() in UNREAD_SUFFIXES:
-            problems.append(f"{path}: save it as PNG or JPEG, {path.suffix} is not read")
+    """({stem: the pictures of this name in a folder}, problems)."""
+    pictures, (paths, problems) = {}, picture_files(folder)
+    for path in paths:
+        pictures.setdefault(path.stem, []).append(path)
     return pictures, problems
 
 
 def read_dataset(args):
     """Examples of --dataset_name."""
-    import datasets
-
-    datasets.disable_progress_bars()
     partner_column = args.target_column if args.mode == "edit" else args.mask_column
-    try:
-        dataset = datasets.load_dataset(
-            args.dataset_name, args.dataset_config_name, split="train", cache_dir=args.cache_dir
-        )
-        wanted = [name for name in (args.image_column, partner_column, args.caption_column) if name]
-        absent = [name for name in wanted if name not in dataset.column_names]
-        if absent:
-            found = ", ".join(dataset.column_names)
-            return [], [f"--dataset_name {args.dataset_name}: no column {', '.join(absent)}; it has {found}"]
-        for column in filter(None, (args.image_column, partner_column)):
-            dataset = dataset.cast_column(column, datasets.Image())
-    except Exception as error:  # a missing, gated, empty or malformed dataset each raises its own kind
-        return [], [f"--dataset_name {args.dataset_name}: cannot be loaded ({error})"]
+    columns = list(filter(None, (args.image_column, partner_column))), list(filter(None, [args.caption_column]))
+    dataset, problems = open_dataset(args, lambda names: columns)
+    if problems:
+        return [], problems
     captions = dataset[args.caption_column] if args.caption_column else [None] * len(dataset)
 
     def example(row, column, **values):
         name = f"{args.dataset_name}[{row}]" + ("" if column == args.image_column else f" {column}")
-        return Example(name, functools.partial(read_row, dataset, row, column), **values)
+        return EditExample(name, functools.partial(read_row, dataset, row, column), **values)
 
     partners = [example(row, partner_column) if partner_column else None for row in range(len(dataset))]
     return [
@@ -608,11 +563,6 @@ def split_mask(size, half):
 def binary(mask):
     """A PIL mask as [1, H, W]: 1 where it is white and the picture to be generated, 0 where it is nearer to black."""
     return torch.from_numpy(np.array(mask.convert("L")) >= 128).float()[None]
-
-
-def to_tensor(image):
-    """An RGB picture as [3, H, W] in [-1, 1]."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
 
 class EditDataset(Dataset):
@@ -718,105 +668,9 @@ class EditDataset(Dataset):
         return len(self.examples)
 
 
-def collate(examples):
-    """Tensors stacked and prompts as a list: first the pictures, then, if there are, the class pictures."""
-    samples = [sample for kind in zip(*examples, strict=True) for sample in kind]
-    return {
-        name: torch.stack([sample[name] for sample in samples]) if name != "prompt" else [s[name] for s in samples]
-        for name in samples[0]
-    }
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Model
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-class PromptEncoder:
-    """CLIP and T5, and the embeddings of prompts; CLIP perhaps with a LoRA in training.
-
-    One without trained parts embeds every prompt once, in `cache`, and is freed.
-    """
-
-    def __init__(self, accelerator, args, dtype):
-        self.accelerator, self.args, self.dtype = accelerator, args, dtype
-        self.pipeline = FluxPipeline.from_pretrained(
-            args.pretrained_model_name_or_path,
-            transformer=None,
-            vae=None,
-            revision=args.revision,
-            variant=args.variant,
-            cache_dir=args.cache_dir,
-            dtype=dtype,
-        )
-        self.encoders = {"clip_l": self.pipeline.text_encoder, "t5": self.pipeline.text_encoder_2}
-        for encoder in self.encoders.values():
-            encoder.requires_grad_(False).eval()  # T5 has dropout
-        self.lora_params = []
-        if args.train_text_encoder:
-            text_encoder = self.encoders["clip_l"]
-            self.lora_params = add_lora(
-                text_encoder,
-                rank=args.rank,
-                alpha=args.lora_alpha,
-                dropout=0.0,
-                target_modules=CLIP_TARGET_MODULES,
-            )
-        if args.offload:
-            trained = ["text_encoder"] if args.train_text_encoder else []
-            self.pipeline.enable_group_offload(accelerator.device, offload_type="leaf_level", exclude_modules=trained)
-        else:
-            self.pipeline.to(accelerator.device)
-        self.trained = {"clip_l"} if args.train_text_encoder else set()
-        self.cached = {"clip_l": {}, "t5": {}}  # {prompt: embedding on the CPU}
-
-    def parameters(self):
-        return self.lora_params
-
-    def embed(self, kind, prompts):
-        """CLIP's pooled embeddings [B, P] or T5's [B, T, D]."""
-        with self.accelerator.autocast():
-            if kind == "clip_l":
-                embeds = self.pipeline._get_clip_prompt_embeds(prompts)
-            else:
-                length = self.args.max_sequence_length
-                embeds = self.pipeline._get_t5_prompt_embeds(prompts, max_sequence_length=length, dtype=self.dtype)
-        return embeds.to(self.dtype)
-
-    @torch.no_grad()
-    def cache(self, prompts):
-        """Embeds the prompts with the encoders that are not in training, which are then freed.
-
-        The processes share the work; each has all.
-        """
-        for kind in sorted(self.encoders.keys() - self.trained):  # in one order on all processes
-            quiet = not self.accelerator.is_main_process
-            with self.accelerator.split_between_processes(prompts) as share:
-                bar = tqdm(share, desc=f"Encoding prompts, {kind}", unit="prompt", disable=quiet)
-                embeds = [(prompt, self.embed(kind, [prompt]).cpu()) for prompt in bar]
-            self.cached[kind] = dict(gather_object(embeds))
-            del self.encoders[kind]
-            if kind == "t5":
-                self.pipeline.text_encoder_2 = None
-            elif not self.args.train_text_encoder:  # a LoRA is saved at the end
-                self.pipeline.text_encoder = None
-        free_memory()
-
-    def __call__(self, prompts):
-        """(prompt_embeds [B, T, D], pooled_prompt_embeds [B, P])."""
-        return tuple(
-            torch.cat([self.cached[kind][prompt] for prompt in prompts]).to(self.accelerator.device)
-            if self.cached[kind]
-            else self.embed(kind, prompts)
-            for kind in ("t5", "clip_l")
-        )
-
-    # same in all trainers
-    def reduce_gradients(self):
-        """The mean over the processes, which `DistributedDataParallel` sees to for the transformer."""
-        for parameter in self.parameters():
-            if parameter.grad is not None:
-                parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
 
 
 class FillPipeline(FluxFillPipeline):
@@ -860,13 +714,7 @@ def compute_loss(
         noise_scheduler=noise_scheduler,
         image_seq_len=height * width // 4,
         generator=generator,
-        timestep_sampling=args.timestep_sampling,
-        weighting_scheme=args.weighting_scheme,
-        logit_mean=args.logit_mean,
-        logit_std=args.logit_std,
-        mode_scale=args.mode_scale,
-        sigmoid_scale=args.sigmoid_scale,
-        discrete_flow_shift=args.discrete_flow_shift,
+        **noise_options(args),
     ).to(latents.device)
     latents, noise = pack_latents(latents), pack_latents(noise)
     noisy = add_noise(latents, noise, sigmas)
@@ -911,7 +759,7 @@ def validation_pictures(args):
     """Examples of the files that --validation_image and --validation_mask name."""
     flags = ["validation_image"] + ["validation_mask"] * (not args.use_split_mask)
     return [
-        Example(f"--{flag} {path}", functools.partial(Image.open, path))
+        EditExample(f"--{flag} {path}", functools.partial(Image.open, path))
         for flag in flags
         for path in names_in_list(getattr(args, flag))
     ]
@@ -1018,32 +866,12 @@ def choose_seed(seed, checkpoint):
     return broadcast_object_list([secrets.randbits(31)])[0] if seed is None else seed
 
 
-def check_run(accelerator, args, max_train_steps):
-    """Problems that show once the data and the processes are known."""
-    return check_processes(accelerator, args, deepspeed=True) + check_warmup(args, max_train_steps)
-
-
-def print_header(accelerator, args, examples, lora_params, base_size, text, steps):
-    """What is about to be trained on what."""
-    max_train_steps, steps_per_epoch = steps
-    trainable = sum(p.numel() for p in lora_params)
+def about_data(args, examples):
+    """What of the data is told before training."""
     own_captions = sum(example.caption != args.instance_prompt for example in examples)
     edges = ", ".join(map(str, args.resolution))
     partners = "with targets" if args.mode == "edit" else "with split masks" if args.use_split_mask else "with masks"
-    lines = [
-        f"model    {args.pretrained_model_name_or_path}",
-        f"adapter  {trainable:,} parameters, {trainable / base_size:.2%} of all"
-        + (", those of x_embedder among them" if args.train_embedder else ""),
-        f"data     {len(examples)} pictures {partners} at {edges} px, {own_captions} with captions of their own",
-        f"steps    {max_train_steps}, {steps_per_epoch} per epoch; a step is batch {args.train_batch_size} x "
-        f"accumulation {args.gradient_accumulation_steps} x {accelerator.num_processes} {accelerator.device.type}, "
-        f"mixed precision {accelerator.mixed_precision}, seed {args.seed}",
-    ]
-    if text.lora_params:
-        lines.append(f"CLIP     {sum(p.numel() for p in text.lora_params):,} parameters")
-    if text.parameters() and args.optimizer == "prodigy" and args.text_encoder_lr != args.learning_rate:
-        lines.append(f"Prodigy has one learning rate for all, {args.learning_rate:g}: --text_encoder_lr is not used")
-    accelerator.print("".join(f"  {line}\n" for line in lines), end="")
+    return {"data": f"{len(examples)} pictures {partners} at {edges} px, {own_captions} with captions of their own"}
 
 
 def main(args):
@@ -1071,7 +899,7 @@ def main(args):
     steps_per_epoch = math.ceil(sampler.steps_per_epoch / accumulation)
     max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
     run = run_settings(args, len(dataset), num_processes)
-    problems = check_run(accelerator, args, max_train_steps) + checkpoint_conflicts(checkpoint, run)
+    problems = check_run(accelerator, args, max_train_steps, checkpoint, run, deepspeed=True)
     if problems:
         fail(accelerator, problems)
     hub_repo = create_hub_repo(accelerator, args)
@@ -1085,9 +913,7 @@ def main(args):
     text.cache(sorted(prompts))
 
     # 4. VAE, class images, latents; then the transformer with its LoRA
-    noise_scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(
-        args.pretrained_model_name_or_path, subfolder="scheduler", revision=args.revision, cache_dir=args.cache_dir
-    )
+    noise_scheduler = load_scheduler(args)
     offload = args.offload or args.cache_latents
     vae = load_model(AutoencoderKL, "vae", args, weight_dtype).to("cpu" if offload else device)
     transformer = None
@@ -1112,12 +938,7 @@ def main(args):
         target_modules=lora_targets(args),
         modules_to_save=["x_embedder"] if args.train_embedder else None,
     )
-    if args.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
-    if args.compile:
-        compile_blocks(transformer)
-    if args.fsdp:
-        shard(transformer, device, weight_dtype)
+    prepare_blocks(transformer, args, device, weight_dtype)
     lora_params = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     adapted = {"transformer": transformer}
     if text.lora_params:
@@ -1142,8 +963,8 @@ def main(args):
     )
 
     # 7. Train
-    steps = max_train_steps, steps_per_epoch
-    print_header(accelerator, args, examples, lora_params, base_size, text, steps)
+    about = about_data(args, examples) | about_text(args, text)
+    print_header(accelerator, args, about, lora_params, base_size, max_train_steps, steps_per_epoch)
     start_logging(accelerator, args, "influxedit")
     draw = functools.partial(validate, accelerator, transformer, vae, noise_scheduler, text, args, cases=cases)
     if cases and global_step == 0:
@@ -1183,7 +1004,7 @@ def main(args):
             loss_sum = loss_sum + loss.detach() / accumulation
             if not accelerator.sync_gradients:
                 continue
-            text.reduce_gradients()
+            reduce_gradients(accelerator, text.parameters())
             grad_norm = accelerator.clip_grad_norm_([*lora_params, *text.parameters()], args.max_grad_norm)
             totals = torch.stack([loss_sum, torch.tensor(float(len(signals)), device=device)])
             mean_loss, interrupted = accelerator.reduce(totals, reduction="mean").tolist()
@@ -1196,14 +1017,7 @@ def main(args):
 
         global_step += 1
         skipped = 0 if finite else count_skipped(skipped, global_step)
-        group = optimizer.param_groups[0]
-        logs = {
-            "loss": mean_loss,
-            "lr": group["lr"] * group.get("d", 1.0),  # Prodigy's step size is lr * d
-            "grad_norm": float(grad_norm),
-            "images_per_second": total_batch_size / (time.perf_counter() - started),
-            "peak_memory_gb": peak_memory(device),
-        }
+        logs = {"loss": mean_loss, **step_logs(optimizer, grad_norm, total_batch_size, started, device)}
         log_step(accelerator, progress_bar, metrics, global_step, logs)
         done = global_step == max_train_steps
         if interrupted or global_step % args.checkpointing_steps == 0:
@@ -1234,9 +1048,7 @@ def main(args):
         "loss": "loss.png",
         "pictures": "validation",
     }
-    print_results(accelerator, args, global_step, results)
-    if hub_repo:
-        push_to_hub(args, hub_repo)
+    finish(accelerator, args, global_step, results, hub_repo)
 
 
 if __name__ == "__main__":

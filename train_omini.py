@@ -20,33 +20,24 @@ model card, the arguments (args.json), the loss (metrics.jsonl, loss.png), pictu
 import argparse
 import functools
 import hashlib
-import importlib.util
-import io
 import json
 import math
 import re
 import shlex
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 import cv2
 import numpy as np
 import psutil
 import torch
-import torch.nn.functional as F
-from accelerate.utils import gather_object, set_seed
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from diffusers.models.embeddings import apply_rotary_emb
-from diffusers.pipelines.flux.pipeline_flux import FluxPipelineOutput, calculate_shift
-from diffusers.training_utils import free_memory, offload_models
+from accelerate.utils import set_seed
+from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
+from diffusers.training_utils import offload_models
 from PIL import Image, ImageFilter, ImageOps
 from safetensors import safe_open
-from torch.distributed.fsdp import register_fsdp_forward_method
-from torch.utils.checkpoint import checkpoint as checkpoint_function
-from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import MODEL_FOR_DEPTH_ESTIMATION_MAPPING, AutoConfig, T5Config
 
@@ -65,30 +56,51 @@ from common import (
     start,
     stop_interrupted,
 )
-from common.flow_matching import TIMESTEP_SAMPLING, add_noise, sample_sigmas, step_generator, velocity_loss
+from common.flow_matching import (
+    TIMESTEP_SAMPLING,
+    adapter_names,
+    add_noise,
+    bound,
+    condition_tokens,
+    conditions_of,
+    noise_options,
+    omini_forward,
+    sample_sigmas,
+    shard_omini,
+    step_generator,
+    velocity_loss,
+)
 from common.latents import (
+    IMAGE_SUFFIXES,
+    INTERPOLATION,
+    PATCH,
+    ControlExample,
+    Example,
     StepSampler,
+    StreamedBatches,
     cache_moments,
-    decode_latents,
+    check_pictures,
+    condition_keys,
     encode_moments,
+    examples_of,
     image_ids,
-    mean_latents,
+    open_rows,
     pack_latents,
     read_batches,
-    read_row,
+    read_rows,
     sample_latents,
     select_tokens,
-    unpack_latents,
-    upright,
+    source_of,
+    streamed_examples,
+    to_tensor,
+    token_hole,
 )
 from common.lora import (
     QUANTIZATIONS,
     add_lora,
     check_disk,
     check_output_dir,
-    check_processes,
-    check_warmup,
-    checkpoint_conflicts,
+    check_run,
     checkpoint_to_resume,
     create_lr_scheduler,
     create_optimizer,
@@ -96,28 +108,31 @@ from common.lora import (
     load_lora,
     load_model,
     quantize_base,
+    reduce_gradients,
     register_lora_checkpointing,
     save_checkpoint,
     save_lora,
-    shard,
     target_layers,
     unknown_layers,
     writing,
 )
 from common.validation import (
+    OminiPipeline,
+    PromptEncoder,
     check_hub,
     create_hub_repo,
+    finish,
     generate_images,
+    load_scheduler,
     log_step,
     open_metrics,
-    peak_memory,
     plot_metrics,
-    print_results,
-    push_to_hub,
+    print_header,
     sampling_pipeline,
     save_images,
     save_model_card,
     start_logging,
+    step_logs,
     undisturbed,
 )
 
@@ -126,16 +141,11 @@ CONDITION_TYPES = (
     *("canny", "coloring", "deblurring", "depth", "depth_pred", "fill", "sr"),
     *("subject", "token_integration", "custom"),
 )
-BESIDE = ("subject", "sr")  # conditions that stand to the left of the image, not upon it
 CHANGING = ("deblurring", "fill", "token_integration")  # conditions drawn anew each time a picture is seen
 TARGET_MODULES = (  # all that image tokens pass: 14.5 million parameters at rank 4 on FLUX.1-dev
     r"x_embedder|transformer_blocks\.\d+\.(norm1\.linear|attn\.to_[qkv]|attn\.to_out\.0|ff\.net\.2)"
     r"|single_transformer_blocks\.\d+\.(norm\.linear|proj_mlp|proj_out|attn\.to_[qkv])"
 )
-PATCH = 16  # pixels per token
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-UNREAD_SUFFIXES = (".heic", ".heif", ".avif", ".tif", ".tiff", ".gif")
-INTERPOLATION = [mode.name.lower() for mode in Image.Resampling]
 MAX_CHECKED = 2000  # pictures opened before training; of more, every n-th
 
 
@@ -496,59 +506,9 @@ def check_model(args):
     return check_disk(args, needed) or check_lora_path(args, layers)
 
 
-@dataclass(frozen=True)
-class Condition:
-    """One condition: what it shows, its size in pixels, where its tokens stand, the adapter they pass."""
-
-    type: str
-    size: tuple[int, int]  # (height, width)
-    position_delta: tuple[float, float] = (0, 0)  # (down, right), in tokens of 16 pixels of the image
-    position_scale: float = 1.0  # image tokens per condition token in each direction
-    adapter: str = "default"
-
-
-def conditions_of(args, places=()):
-    """The conditions of a run in the order of --condition_type; `places` are (delta, scale) that the data brings."""
-    types, target, conditions = args.condition_type, args.target_size, []
-    each = lambda values, i: None if not values else values[0] if len(values) == 1 else values[i]  # noqa: E731
-    for i, kind in enumerate(types):
-        size = each(args.condition_size, i) or (tuple(side // 2 for side in target) if kind == "sr" else target)
-        delta = each(args.position_delta, i) or ((0, -size[1] // PATCH) if kind in BESIDE else (0, 0))
-        scale = each(args.position_scale, i) or (target[0] / size[0] if delta == (0, 0) else 1.0)
-        delta, scale = places[i] if places else (delta, scale)
-        adapter = (
-            (kind if types.count(kind) == 1 else f"{kind}_{i}") if args.adapter_per_condition else "_".join(types)
-        )
-        conditions.append(Condition(kind, size, delta, scale, adapter))
-    return conditions
-
-
-def adapter_names(conditions):
-    return list(dict.fromkeys(condition.adapter for condition in conditions))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Data
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Example:
-    """A picture, its caption, the pictures of its subject or custom conditions, its mask.
-
-    `read` opens the picture as a PIL image. `places` are (position_delta, position_scale) of the conditions, if the
-    data says so.
-    """
-
-    name: str
-    read: Callable[[], Image.Image]
-    caption: str | None = None
-    conditions: list["Example"] = field(default_factory=list)
-    mask: "Example | None" = None
-    places: tuple = ()
-
-    def image(self):
-        return upright(self.read())
 
 
 def find_examples(args):
@@ -559,21 +519,11 @@ def find_examples(args):
         problems.append(f"{source_of(args)}: no pictures ({', '.join(IMAGE_SUFFIXES)}) in it")
     problems += filter(None, map(caption_defect, examples))
     looked_at = examples[:: 1 + len(examples) // MAX_CHECKED] + validation_examples(args)
-    with ThreadPoolExecutor() as pool:
-        checks = pool.map(functools.partial(defect, args=args), looked_at)
-        checks = tqdm(checks, total=len(looked_at), desc="Reading pictures", unit="image", leave=False)
-        problems += [problem for problem in checks if problem]
+    problems += check_pictures(looked_at, functools.partial(defect, args=args))
     places = {example.places for example in examples}
     if len(places) > 1:
         problems.append(f"{source_of(args)}: position_delta and position_scale differ between its items: {places}")
     return examples, problems
-
-
-def source_of(args):
-    """The flag that names the data, as it was given."""
-    sources = ("instance_data_dir", "dataset_name", "data_files", "dataset_class")
-    name, value = next((name, getattr(args, name)) for name in sources if getattr(args, name) is not None)
-    return f"--{name} {' '.join(value) if isinstance(value, list) else value}"
 
 
 def caption_defect(example):
@@ -602,192 +552,6 @@ def defect(example, args):
                 return f"{picture.name}: the mask is all {'white' if hole.all() else 'black'}, in tokens of 16 pixels"
     except Exception as error:  # PIL's readers of formats raise of all kinds
         return f"{picture.name}: not a readable picture ({error})"
-
-
-def read_rows(args):
-    """[(name, row)] and problems; a row is {column: value}, in which pictures are functions that open them."""
-    if args.instance_data_dir:
-        return read_folder(args)
-    return read_dataset_class(args) if args.dataset_class else read_dataset(args)
-
-
-def read_folder(args):
-    """Rows of --instance_data_dir: captions and more from metadata.jsonl, else captions from the .txt file beside."""
-    folder, rows, problems, listed = args.instance_data_dir, [], [], {}
-    if not folder.is_dir():
-        return [], [f"--instance_data_dir {folder}: no such folder"]
-    metadata = folder / "metadata.jsonl"
-    try:
-        lines = metadata.read_text("utf-8-sig").splitlines() if metadata.exists() else []
-        listed = {str(row.pop("file_name")): row for row in (json.loads(line) for line in lines if line.strip())}
-        json.dumps(listed, ensure_ascii=False).encode()  # half of a surrogate pair is no text
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        problems.append(f"{metadata}: each line must be JSON with file_name ({error!r})")
-    others = {str(row.get(column)) for row in listed.values() for column in picture_columns(args)[1:]}
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
-    paths = [path for path in paths if path.name not in others]
-    problems += [f"{metadata}: no picture {n} in this folder" for n in sorted(listed.keys() - {p.name for p in paths})]
-    unread = sorted(path for path in folder.iterdir() if path.suffix.lower() in UNREAD_SUFFIXES)
-    problems += [f"{path}: save it as PNG or JPEG, {path.suffix} is not read" for path in unread]
-    for path in paths:
-        row, text_file = dict(listed.get(path.name, {})), path.with_suffix(".txt")
-        for column in picture_columns(args)[1:]:
-            if not isinstance(row.get(column), str):
-                return [], [f"{metadata}: column {column} names no file for {path.name}"]
-            row[column] = functools.partial(Image.open, folder / row[column])
-        if path.name not in listed and text_file.exists():
-            try:
-                row["text"] = text_file.read_text("utf-8-sig").strip()
-            except (OSError, ValueError):
-                problems.append(f"{text_file}: not UTF-8 text")
-        rows.append((str(path), {**row, "image": functools.partial(Image.open, path)}))
-    return rows, problems
-
-
-def read_dataset(args):
-    """Rows of --dataset_name or --data_files."""
-    dataset, problems = open_dataset(args)
-    if problems:
-        return [], problems
-    pictures = picture_columns(args, dataset.column_names)
-    texts = dataset.remove_columns([c for c, f in dataset.features.items() if type(f).__name__ == "Image"])
-    texts = texts.to_list() if texts.column_names else [{}] * len(dataset)
-    name = args.dataset_name or "--data_files"
-    return [
-        (f"{name}[{i}]", {**row, **{column: functools.partial(read_row, dataset, i, column) for column in pictures}})
-        for i, row in enumerate(texts)
-    ], []
-
-
-def open_dataset(args):
-    """(dataset, problems) of --dataset_name or --data_files; with --streaming one of undecoded files."""
-    import datasets
-
-    datasets.disable_progress_bars()
-    try:
-        name = "webdataset" if args.data_files else args.dataset_name
-        dataset = datasets.load_dataset(
-            name,
-            args.dataset_config_name,
-            data_files=args.data_files,
-            split="train",
-            cache_dir=args.cache_dir,
-            streaming=args.streaming,
-        )
-        columns = dataset.column_names or list(next(iter(dataset)))
-        wanted = picture_columns(args, columns) + [c.split(".")[0] for c in [caption_column(args)] if c]
-        absent = [column for column in wanted if column not in columns]
-        if absent:
-            return None, [f"{source_of(args)}: no column {', '.join(absent)}; it has {', '.join(columns)}"]
-        for column in picture_columns(args, columns):
-            dataset = dataset.cast_column(column, datasets.Image(decode=not args.streaming))
-    except Exception as error:  # a missing, gated, empty or malformed dataset each raises its own kind
-        return None, [f"{source_of(args)}: cannot be loaded ({error})"]
-    return dataset, []
-
-
-def read_dataset_class(args):
-    """Rows of the user's own dataset, whose items are dictionaries."""
-    path, _, name = args.dataset_class.partition(":")
-    try:
-        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        dataset = getattr(module, name)()
-        read = functools.lru_cache(maxsize=1)(dataset.__getitem__)  # image and conditions of one and the same call
-        rows, number_of = [], len(args.condition_type)
-        for i in range(len(dataset)):
-            item = read(i)
-            found = sum(re.fullmatch(r"condition_\d+", key) is not None for key in item)
-            if found != number_of:
-                return [], [
-                    f"--dataset_class {args.dataset_class}: item {i} has {found} conditions for {number_of} "
-                    "of --condition_type"
-                ]
-            row = {key: functools.partial(read_item, read, i, key) for key in ("image", *condition_keys(number_of))}
-            places = tuple(
-                (tuple(map(float, item[f"position_delta_{n}"])), float(item.get(f"position_scale_{n}", 1.0)))
-                for n in range(number_of)
-            )
-            rows.append((f"{args.dataset_class}[{i}]", {**row, "description": item["description"], "places": places}))
-    except Exception as error:  # whatever the user's file raises
-        return [], [f"--dataset_class {args.dataset_class}: cannot be read ({error!r})"]
-    return rows, []
-
-
-def read_item(read, i, key):
-    """A picture of the user's own dataset."""
-    return read(i)[key]
-
-
-def condition_keys(number_of):
-    return [f"condition_{i}" for i in range(number_of)]
-
-
-def open_bytes(file):
-    """A picture of a stream, {"bytes": ..., "path": ...}."""
-    return Image.open(io.BytesIO(file["bytes"]) if file["bytes"] else file["path"])
-
-
-def picture_columns(args, columns=()):
-    """The columns that hold pictures: image, conditions, mask. Tars have jpg, png or webp where there is no image."""
-    image = args.image_column
-    if args.data_files and image not in columns:
-        image = next((name for name in ("jpg", "jpeg", "png", "webp") if name in columns), image)
-    if args.instance_data_dir:
-        image = "image"
-    return [image, *(args.condition_column or ()), *([args.mask_column] if args.mask_column else ())]
-
-
-def caption_column(args):
-    return args.caption_column or ("json.prompt" if args.data_files else None)
-
-
-def lookup(row, column):
-    """The value of "a.b" in {"a": {"b": value}} or of a column of that whole name, None if there is none."""
-    if column in row:
-        return row[column]
-    for part in column.split("."):
-        row = row.get(part) if isinstance(row, dict) else None
-    return row
-
-
-def caption_of(row, columns, args):
-    """What the first of `columns` that there is says, else --instance_prompt."""
-    texts = (lookup(row, column) for column in columns)
-    return next((text for text in texts if text is not None), args.instance_prompt)
-
-
-def examples_of(name, row, args):
-    """The examples of a row: one, or for pairs of a subject side by side two, each picture once the condition."""
-    if args.dataset_class:
-        pictures = [Example(f"{name}, {key}", row[key]) for key in condition_keys(len(args.condition_type))]
-        return [Example(name, row["image"], row["description"], pictures, places=row["places"])]
-    columns = picture_columns(args, row)
-    image = row[columns[0]]
-    mask = Example(f"{name}, {args.mask_column}", row[args.mask_column]) if args.mask_column else None
-    pictures = [Example(f"{name}, {column}", row[column]) for column in args.condition_column or ()]
-    needed = sum(kind in ("subject", "custom") for kind in args.condition_type)
-    if needed == len(pictures):
-        names = [caption_column(args)] if caption_column(args) else ["text", "prompt", "caption"]
-        return [Example(name, image, caption_of(row, names, args), pictures, mask)]
-    examples, place = [], args.condition_type[: args.condition_type.index("subject")].count("custom")
-    for side in (0, 1):
-        names = (f"description.description_{side}", f"description_{side}", args.caption_column or "text")
-        halves = [functools.partial(half_of, image, half, args.image_size, args.padding) for half in (side, 1 - side)]
-        others = [*pictures[:place], Example(f"{name}, other side", halves[1]), *pictures[place:]]
-        examples.append(Example(f"{name}, side {side}", halves[0], caption_of(row, names, args), others, mask))
-    return examples
-
-
-def half_of(read, side, image_size, padding):
-    """The left (0) or right (1) picture, `image_size` square, of a pair with `padding` around and between."""
-    image, left = read(), padding + side * (image_size + padding)
-    if image.width < left + image_size or image.height < padding + image_size:
-        raise ValueError(
-            f"{image.width} x {image.height} pixels hold no pair of --image_size {image_size} and --padding {padding}"
-        )
-    return image.crop((left, padding, left + image_size, padding + image_size))
 
 
 # ---- conditions ----
@@ -823,12 +587,6 @@ def hole_of(mask, args):
     """What is white in a mask, cropped as its picture is: boolean [H, W] of --target_size."""
     height, width = args.target_size
     return np.asarray(ImageOps.fit(mask.image().convert("L"), (width, height), Image.Resampling.NEAREST)) > 127
-
-
-def token_hole(hole):
-    """The tokens of which any pixel is in the hole: boolean [H, W] to [H / 16, W / 16]."""
-    height, width = hole.shape
-    return hole.reshape(height // PATCH, PATCH, width // PATCH, PATCH).any(axis=(1, 3))
 
 
 def widen(tokens):
@@ -872,11 +630,6 @@ def estimate_depth(accelerator, examples, args):
     accelerator.wait_for_everyone()
 
 
-def pixels(image):
-    """A PIL image as [3, H, W] in [-1, 1]."""
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 127.5 - 1
-
-
 class ControlDataset(Dataset):
     """Samples by (epoch, index): prompt, image and conditions as pixels or, if cached, as posteriors of their latents.
 
@@ -897,7 +650,7 @@ class ControlDataset(Dataset):
 
     def fixed_pixels(self, key):
         index, slot = key
-        return pixels(self.black(slot) if index == "black" else self.picture(self.examples[index], slot))
+        return to_tensor(self.black(slot) if index == "black" else self.picture(self.examples[index], slot))
 
     def black(self, slot):
         return Image.new("RGB", self.conditions[self.slots.index(slot) - 1].size[::-1])
@@ -928,6 +681,13 @@ class ControlDataset(Dataset):
             return widen(draw_hole(rng, height // PATCH, width // PATCH))
         return draw_hole(rng, height, width)
 
+    def checked_sample(self, example, epoch, index):
+        """`sample` of an example that was not looked at before."""
+        problem = caption_defect(example) or defect(example, self.args)
+        if problem:
+            raise ValueError(problem)
+        return self.sample(example, epoch, index)
+
     def sample(self, example, epoch, index):
         args, rng = self.args, np.random.default_rng((self.args.seed, epoch, index))
         drop_text, drop_image = rng.random(2) < (args.drop_text_prob, args.drop_image_prob)
@@ -939,7 +699,7 @@ class ControlDataset(Dataset):
             if key in self.moments:
                 sample["moments"][slot] = self.moments[key]
             else:
-                sample["pixel_values"][slot] = pixels(
+                sample["pixel_values"][slot] = to_tensor(
                     self.black(slot) if black else self.picture(example, slot, rng, hole)
                 )
         if "token_integration" in (condition.type for condition in self.conditions):
@@ -956,7 +716,7 @@ class ControlDataset(Dataset):
 
 def find_stream(args):
     """The first examples of a stream, to check, and problems."""
-    stream, problems = open_dataset(args)
+    stream, problems = open_rows(args)
     row = None if problems else next(iter(stream), None)
     if row is None:
         return [], problems or [f"{source_of(args)}: no samples in it"]
@@ -965,491 +725,9 @@ def find_stream(args):
     return examples, [problem for problem in problems if problem]
 
 
-class StreamedBatches(IterableDataset):
-    """Batches of a stream for the micro-steps `start` to `stop` of one process.
-
-    Every epoch is the stream, shuffled anew within a buffer, from (seed, epoch). Its samples are cut into batches that
-    go round the processes; those of earlier micro-steps are passed over undecoded.
-    """
-
-    def __init__(self, stream, samples, args, *, process_index, num_processes):
-        self.stream = stream.shuffle(seed=args.seed, buffer_size=args.shuffle_buffer)
-        self.samples, self.args = samples, args
-        self.process_index, self.num_processes = process_index, num_processes
-        self.start = self.stop = 0
-
-    def rows(self):
-        """(example, epoch, index) without end."""
-        epoch = 0
-        while True:
-            self.stream.set_epoch(epoch)
-            index = 0
-            for row in self.stream:
-                for example in streamed_examples(row, f"epoch {epoch}, sample {index} of the stream", self.args):
-                    yield example, epoch, index
-                    index += 1
-            epoch += 1
-
-    def __iter__(self):
-        batch, size = [], self.args.train_batch_size
-        for n, position in enumerate(self.rows()):
-            micro_step, process = divmod(n // size, self.num_processes)
-            if micro_step == self.stop:
-                return
-            if micro_step < self.start or process != self.process_index:
-                continue
-            problem = caption_defect(position[0]) or defect(position[0], self.args)
-            if problem:
-                raise ValueError(problem)
-            batch.append(self.samples.sample(*position))
-            if len(batch) == size:
-                yield default_collate(batch)
-                batch = []
-
-
-def streamed_examples(row, name, args):
-    """The examples of a row of a stream, whose pictures are files not yet decoded."""
-    pictures = picture_columns(args, row)
-    return examples_of(name, {**row, **{c: functools.partial(open_bytes, row[c]) for c in pictures}}, args)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Model
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-class PromptEncoder:
-    """CLIP and T5: embeddings of prompts, all made once and the encoders freed, or made as they are asked for."""
-
-    def __init__(self, accelerator, args, dtype):
-        self.accelerator, self.args, self.dtype = accelerator, args, dtype
-        self.pipeline = FluxPipeline.from_pretrained(
-            args.pretrained_model_name_or_path,
-            transformer=None,
-            vae=None,
-            revision=args.revision,
-            variant=args.variant,
-            cache_dir=args.cache_dir,
-            dtype=dtype,
-        )
-        for encoder in (self.pipeline.text_encoder, self.pipeline.text_encoder_2):
-            encoder.requires_grad_(False).eval()
-        if args.offload:
-            self.pipeline.enable_group_offload(accelerator.device, offload_type="leaf_level")
-        else:
-            self.pipeline.to(accelerator.device)
-        self.cached = {}  # {prompt: (prompt_embeds, pooled_prompt_embeds) on the CPU}
-
-    @torch.no_grad()
-    def embed(self, prompt):
-        """(prompt_embeds [1, T, D], pooled_prompt_embeds [1, P])."""
-        with self.accelerator.autocast():
-            pooled = self.pipeline._get_clip_prompt_embeds([prompt])
-            length = self.args.max_sequence_length
-            embeds = self.pipeline._get_t5_prompt_embeds([prompt], max_sequence_length=length, dtype=self.dtype)
-        return embeds.to(self.dtype), pooled.to(self.dtype)
-
-    def cache(self, prompts):
-        """Embeds all prompts, shared by the processes, and frees the encoders."""
-        with self.accelerator.split_between_processes(prompts) as share:
-            bar = tqdm(share, desc="Encoding prompts", unit="prompt", disable=not self.accelerator.is_main_process)
-            embeds = [(prompt, [part.cpu() for part in self.embed(prompt)]) for prompt in bar]
-        self.cached = dict(gather_object(embeds))
-        self.pipeline = None
-        free_memory()
-
-    def __call__(self, prompts):
-        """(prompt_embeds [B, T, D], pooled_prompt_embeds [B, P]) on the device; one prompt at a time, so that what
-        else is in the batch does not matter."""
-        embeds = [self.cached[prompt] if self.cached else self.embed(prompt) for prompt in prompts]
-        return [torch.cat(parts).to(self.accelerator.device) for parts in zip(*embeds, strict=True)]
-
-
-@dataclass
-class Tokens:
-    """Tokens of one condition: packed latents [B, N, 64], their ids [N, 3] or [B, N, 3], the LoRA they pass through.
-
-    `valid` [B, N] is False for padding, which nothing attends to; None if there is no padding.
-    """
-
-    hidden_states: torch.Tensor
-    ids: torch.Tensor
-    adapters: tuple[str, ...] = ("default",)
-    valid: torch.Tensor | None = None
-
-
-@dataclass
-class Branch:
-    """What all blocks need to know of the tokens of one kind: text, image, condition 1, condition 2, ..."""
-
-    temb: torch.Tensor  # [B, D], of its own noise level and guidance
-    rotary: tuple[torch.Tensor, torch.Tensor]  # cos and sin [N, d] or [B, N, d]
-    adapters: tuple[str, ...]
-    sees: tuple[int, ...]  # the branches whose keys its queries meet
-    valid: torch.Tensor | None
-
-
-def condition_ids(height, width, position_delta=(0, 0), position_scale=1.0, device=None):
-    """Position ids [h/2 * w/2, 3] of a condition's latents, h and w being `height` and `width`.
-
-    id = scale (row, column) + (scale - 1) / 2 + delta: a condition's patch covers `position_scale` patches of the
-    image in each direction and stands at their middle; `position_delta` (down, right) counts the image's patches of
-    16 pixels (arXiv 2503.08280, section 3.2).
-    """
-    ids = image_ids(height, width, device)
-    ids[:, 1:] = position_scale * ids[:, 1:] + (position_scale - 1) / 2 + torch.tensor(position_delta, device=device)
-    return ids
-
-
-def condition_tokens(condition_latents, conditions, hole=None):
-    """[Tokens] of the latents [B, C, h, w] of each condition.
-
-    Of token_integration only what lies outside the hole [B, h/2, w/2] becomes tokens (arXiv 2503.08280, section 3.3).
-    """
-    tokens = []
-    for latents, condition in zip(condition_latents, conditions, strict=True):
-        place = condition.position_delta, condition.position_scale
-        states, ids, valid = pack_latents(latents), condition_ids(*latents.shape[-2:], *place, latents.device), None
-        if condition.type == "token_integration":
-            states, ids, valid = select_tokens(states, ids, ~hole.flatten(1))
-        tokens.append(Tokens(states, ids, (condition.adapter,), valid))
-    return tokens
-
-
-def lora_linear(layer, hidden_states, adapters):
-    """A linear layer with the LoRAs named in `adapters`, and not a product of any other."""
-    if not hasattr(layer, "base_layer"):
-        return layer(hidden_states)
-    result = layer.base_layer(hidden_states)
-    for name in adapters:
-        if name in layer.lora_A:
-            inputs = layer.lora_dropout[name](hidden_states.to(layer.lora_A[name].weight.dtype))
-            update = layer.lora_B[name](layer.lora_A[name](inputs)) * layer.scaling[name]
-            result = result + update.to(result.dtype)
-    return result
-
-
-def modulation(norm, branch, parts):
-    """The `parts` vectors [B, 1, D] that an adaptive norm makes of a branch's time and guidance."""
-    return lora_linear(norm.linear, norm.silu(branch.temb), branch.adapters)[:, None].chunk(parts, dim=-1)
-
-
-def rotate(states, rotary):
-    """Rotary embedding of queries or keys [B, N, heads, d]; every sample has its own positions if cos is [B, N, d]."""
-    if rotary[0].ndim == 2:
-        return apply_rotary_emb(states, rotary, sequence_dim=1)
-    flat = apply_rotary_emb(states.flatten(0, 1)[None], [part.flatten(0, 1) for part in rotary], sequence_dim=1)
-    return flat.view_as(states)
-
-
-def project(attn, states, branch, *, query=True, context=False):
-    """Queries (None without `query`), keys and values [B, N, heads, d] of a branch."""
-    if context:
-        layers, norms = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj), (attn.norm_added_q, attn.norm_added_k)
-    else:
-        layers, norms = (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k)
-    q, k, v = (
-        lora_linear(layer, states, branch.adapters).unflatten(-1, (-1, attn.head_dim)) if query or i else None
-        for i, layer in enumerate(layers)
-    )
-    return rotate(norms[0](q), branch.rotary) if query else None, rotate(norms[1](k), branch.rotary), v
-
-
-def attend(queries, keys, values, branches):
-    """Attention of each branch to those it sees: [B, N, heads * d] per branch, None where there is no query.
-
-    Branches that see the same are one call of scaled_dot_product_attention on exactly the keys they see.
-    """
-    attended, groups = [None] * len(queries), {}
-    for i, query in enumerate(queries):
-        if query is not None:
-            groups.setdefault(branches[i].sees, []).append(i)
-    for sees, members in groups.items():
-        query = torch.cat([queries[i] for i in members], dim=1)
-        key = torch.cat([keys[i] for i in sees], dim=1)
-        value = torch.cat([values[i] for i in sees], dim=1)
-        mask = None
-        if any(branches[i].valid is not None for i in sees):
-            valid = [(keys[i].new_ones(keys[i].shape[:2], dtype=bool), branches[i].valid) for i in sees]
-            mask = torch.cat([every if some is None else some for every, some in valid], dim=1)[:, None, None]
-        out = F.scaled_dot_product_attention(
-            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=mask
-        )
-        out = out.transpose(1, 2).flatten(2).split([queries[i].shape[1] for i in members], dim=1)
-        for i, part in zip(members, out, strict=True):
-            attended[i] = part
-    return attended
-
-
-def double_block(block, states, branches, stored):
-    """One block with weights of its own for text. `states` [B, N, D] of each branch, None if `stored` has its keys."""
-    norms = [block.norm1_context, *[block.norm1] * (len(states) - 1)]
-    queries, keys, values, parts = ([None] * len(states) for _ in range(4))
-    for i, (x, branch, norm) in enumerate(zip(states, branches, norms, strict=True)):
-        if x is None:
-            keys[i], values[i] = stored[i]
-            continue
-        shift, scale, *parts[i] = modulation(norm, branch, 6)
-        normed = norm.norm(x) * (1 + scale) + shift
-        queries[i], keys[i], values[i] = project(block.attn, normed, branch, context=i == 0)
-    attended = attend(queries, keys, values, branches)
-    results = []
-    for i, (x, branch) in enumerate(zip(states, branches, strict=True)):
-        if x is not None:
-            gate, shift_mlp, scale_mlp, gate_mlp = parts[i]
-            out = block.attn.to_add_out if i == 0 else block.attn.to_out[0]
-            norm2, ff = (block.norm2_context, block.ff_context) if i == 0 else (block.norm2, block.ff)
-            x = x + gate * lora_linear(out, attended[i], branch.adapters)
-            inner = norm2(x) * (1 + scale_mlp) + shift_mlp
-            inner = F.gelu(lora_linear(ff.net[0].proj, inner, branch.adapters), approximate="tanh")
-            x = clip_half(x + gate_mlp * lora_linear(ff.net[2], inner, branch.adapters))
-        results.append(x)
-    return results, list(zip(keys, values, strict=True))
-
-
-def single_block(block, states, branches, stored, wanted):
-    """One block with the same weights for all. Only branches of `wanted` are continued, of the others only the keys
-    and values are computed."""
-    queries, keys, values, normed, gates = ([None] * len(states) for _ in range(5))
-    for i, (x, branch) in enumerate(zip(states, branches, strict=True)):
-        if x is None:
-            keys[i], values[i] = stored[i]
-            continue
-        shift, scale, gates[i] = modulation(block.norm, branch, 3)
-        normed[i] = block.norm.norm(x) * (1 + scale) + shift
-        queries[i], keys[i], values[i] = project(block.attn, normed[i], branch, query=i in wanted)
-    attended = attend(queries, keys, values, branches)
-    results = [None] * len(states)
-    for i in wanted:
-        x, adapters = states[i], branches[i].adapters
-        if x is not None:
-            inner = block.act_mlp(lora_linear(block.proj_mlp, normed[i], adapters))
-            inner = torch.cat([attended[i], inner], dim=-1)
-            results[i] = clip_half(x + gates[i] * lora_linear(block.proj_out, inner, adapters))
-    return results, list(zip(keys, values, strict=True))
-
-
-def clip_half(states):
-    """Keeps float16 finite, as diffusers' blocks do."""
-    return states.clip(-65504, 65504) if states.dtype == torch.float16 else states
-
-
-@functools.cache
-def compiled(block_function):
-    return torch.compile(block_function)
-
-
-def omini_forward(
-    transformer,
-    *,
-    hidden_states,
-    encoder_hidden_states,
-    pooled_projections,
-    timestep,
-    guidance,
-    txt_ids,
-    img_ids,
-    conditions=(),
-    independent_condition=False,
-    image_adapters=(),
-    image_valid=None,
-    cache=None,
-    compile_blocks=False,
-):
-    """A FluxTransformer2DModel's velocity [B, N, 64] of noisy image tokens beside conditions (arXiv 2411.15098).
-
-    Arguments are those of the model's own forward, which this equals without conditions. Besides:
-        conditions             list of Tokens; they pass the same weights and their own LoRA, at timestep 0, guidance 1
-        independent_condition  a condition's tokens see only themselves; else also text and image (arXiv 2503.08280).
-                               Two conditions never see each other.
-        image_adapters         LoRAs, such as a style, that text and image pass through; without them these tokens meet
-                               the base weights alone
-        image_valid            [B, N], False for padding of the image tokens
-        cache                  a list: if empty it is filled with the conditions' keys and values, else they are taken
-                               from it and the conditions are not computed
-    """
-    linear = functools.partial(lora_linear, adapters=image_adapters)
-    guided = guidance is not None
-    time_text = transformer.time_text_embed
-    text = linear(transformer.context_embedder, encoder_hidden_states)
-    image = linear(transformer.x_embedder, hidden_states)
-    scaled = [value.to(image.dtype) * 1000 for value in ((timestep, guidance) if guided else (timestep,))]
-    temb = time_text(*scaled, pooled_projections)
-    everything = tuple(range(2 + len(conditions)))
-    branches = [
-        Branch(temb, transformer.pos_embed(txt_ids), image_adapters, everything, None),
-        Branch(temb, rotary_embedding(transformer, img_ids), image_adapters, everything, image_valid),
-    ]
-    states = [text, image]
-    if conditions:
-        zero = torch.zeros_like(scaled[0])
-        condition_temb = time_text(*((zero, zero + 1000) if guided else (zero,)), pooled_projections)
-    for i, condition in enumerate(conditions, start=2):
-        sees = (i,) if independent_condition else (0, 1, i)
-        rotary = rotary_embedding(transformer, condition.ids)
-        branches.append(Branch(condition_temb, rotary, condition.adapters, sees, condition.valid))
-        states.append(
-            None if cache else lora_linear(transformer.x_embedder, condition.hidden_states, condition.adapters)
-        )
-
-    blocks = [(double_block, block, ()) for block in transformer.transformer_blocks]
-    blocks += [(single_block, block, (everything,)) for block in transformer.single_transformer_blocks]
-    if transformer.single_transformer_blocks:
-        blocks[-1] = (*blocks[-1][:2], ((1,),))  # only the image leaves the model
-    checkpointing = torch.is_grad_enabled() and transformer.gradient_checkpointing
-    reuse = bool(cache)
-    for i, (function, block, wanted) in enumerate(blocks):
-        if compile_blocks and i < len(blocks) - 1:  # the last is unlike all others
-            function = compiled(function)
-        function = bound(function, block)
-        inputs = (states, branches, cache[i] if reuse else None, *wanted)
-        if checkpointing:
-            states, stored = checkpoint_function(function, *inputs, use_reentrant=False)
-        else:
-            states, stored = function(*inputs)
-        if cache is not None and not reuse:
-            cache.append([None, None, *stored[2:]])
-    shift_scale = lora_linear(
-        transformer.norm_out.linear, transformer.norm_out.silu(temb).to(states[1].dtype), image_adapters
-    )
-    scale, shift = shift_scale[:, None].chunk(2, dim=-1)
-    return linear(transformer.proj_out, transformer.norm_out.norm(states[1]) * (1 + scale) + shift)
-
-
-def bound(function, module):
-    """A module's `function`; that of a sharded one is its method, see `shard_omini`."""
-    return getattr(module, "omini_forward", None) or functools.partial(function, module)
-
-
-def shard_omini(transformer, device, dtype, compile_blocks):
-    """`shard`, where `omini_forward` becomes a method of the model and of its blocks, whose calls FSDP2 sees."""
-    shard(transformer, device, dtype)
-    kinds = {double_block: transformer.transformer_blocks, single_block: transformer.single_transformer_blocks}
-    for function, blocks in kinds.items():
-        for block in blocks:
-            block.omini_forward = functools.partial(compiled(function) if compile_blocks else function, block)
-            register_fsdp_forward_method(block, "omini_forward")
-    transformer.omini_forward = functools.partial(omini_forward, transformer)
-    register_fsdp_forward_method(transformer, "omini_forward")
-
-
-def rotary_embedding(transformer, ids):
-    """cos and sin of ids [N, 3], or [B, N, d] each of ids [B, N, 3]."""
-    if ids.ndim == 2:
-        return transformer.pos_embed(ids)
-    return [part.unflatten(0, ids.shape[:2]) for part in transformer.pos_embed(ids.flatten(0, 1))]
-
-
-class OminiPipeline(FluxPipeline):
-    """FluxPipeline with conditions."""
-
-    @torch.no_grad()
-    def __call__(
-        self,
-        prompt=None,
-        *,
-        conditions=(),
-        condition_images=(),
-        hole=None,
-        prompt_embeds=None,
-        pooled_prompt_embeds=None,
-        height=512,
-        width=512,
-        num_inference_steps=28,
-        guidance_scale=3.5,
-        image_guidance_scale=1.0,
-        independent_condition=False,
-        image_adapters=(),
-        kv_cache=False,
-        compile_blocks=False,
-        max_sequence_length=512,
-        generator=None,
-        output_type="pil",
-    ):
-        """Draws a picture for each prompt (or each of prompt_embeds [B, T, D], pooled_prompt_embeds [B, P]).
-
-            conditions            list of Condition, as the adapter's metadata has them
-            condition_images      for each a PIL image of its size, or a list of B
-            hole                  for token_integration: boolean [H, W] or [B, H, W], true where the image is drawn
-            image_guidance_scale  above 1, the velocity is led away from the one with black conditions
-            independent_condition as the adapter was trained
-            image_adapters        names of LoRAs, such as a style, for text and image
-            kv_cache              compute the conditions at the first step only: exact with independent_condition
-
-        `output_type` "latent" returns normalised latents [B, C, height / 8, width / 8].
-        """
-        device, config = self.transformer.device, self.scheduler.config
-        if prompt_embeds is None:
-            prompt_embeds, pooled_prompt_embeds, _ = self.encode_prompt(
-                prompt, None, device=device, max_sequence_length=max_sequence_length
-            )
-        batch_size, dtype = len(prompt_embeds), prompt_embeds.dtype
-        if hole is not None:
-            hole = [token_hole(mask) for mask in np.broadcast_to(hole, (batch_size, height, width))]
-            hole = torch.from_numpy(np.stack(hole)).to(device)
-            if hole.flatten(1).all(dim=1).any() or not hole.flatten(1).any(dim=1).all():
-                raise ValueError("a hole must contain some and leave some of the image's tokens of 16 pixels")
-
-        def encode(images):
-            images = images if isinstance(images, list) else [images] * batch_size
-            moments = encode_moments(self.vae, torch.stack([pixels(image) for image in images]))
-            return mean_latents(moments, self.vae.config).to(device, dtype)
-
-        condition_latents = [encode(images) for images in condition_images]
-        passes = [condition_latents]
-        if image_guidance_scale != 1:
-            passes.append([encode(Image.new("RGB", condition.size[::-1])) for condition in conditions])
-        passes = [(condition_tokens(each, conditions, hole), [] if kv_cache else None) for each in passes]
-        latents, ids = self.prepare_latents(
-            batch_size, self.vae.config.latent_channels, height, width, dtype, device, generator
-        )
-        valid = None
-        if hole is not None:
-            latents, ids, valid = select_tokens(latents, ids, hole.flatten(1))
-        guidance = torch.full((batch_size,), guidance_scale, device=device)
-        mu = calculate_shift(
-            height * width // PATCH**2,
-            config.get("base_image_seq_len", 256),
-            config.get("max_image_seq_len", 4096),
-            config.get("base_shift", 0.5),
-            config.get("max_shift", 1.15),
-        )
-        sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
-        self.scheduler.set_timesteps(sigmas=sigmas, device=device, mu=mu)
-        self.scheduler.set_begin_index(0)
-        for t in self.progress_bar(self.scheduler.timesteps):
-            velocities = [
-                bound(omini_forward, self.transformer)(
-                    hidden_states=latents,
-                    encoder_hidden_states=prompt_embeds,
-                    pooled_projections=pooled_prompt_embeds,
-                    timestep=t.expand(batch_size).to(dtype) / 1000,
-                    guidance=guidance if self.transformer.config.guidance_embeds else None,
-                    txt_ids=torch.zeros(prompt_embeds.shape[1], 3, device=device),
-                    img_ids=ids,
-                    conditions=tokens,
-                    independent_condition=independent_condition,
-                    image_adapters=image_adapters,
-                    image_valid=valid,
-                    cache=cache,
-                    compile_blocks=compile_blocks,
-                )
-                for tokens, cache in passes
-            ]
-            velocity = velocities[0]
-            if len(passes) == 2:
-                velocity = velocities[1] + image_guidance_scale * (velocities[0] - velocities[1])
-            latents = self.scheduler.step(velocity, t, latents, return_dict=False)[0]
-        if hole is not None:
-            place = [condition.type for condition in conditions].index("token_integration")
-            whole, kept = pack_latents(condition_latents[place]), latents.new_ones(latents.shape[:2], dtype=bool)
-            whole[hole.flatten(1)] = latents[kept if valid is None else valid]
-            latents = whole
-        latents = unpack_latents(latents, height // 8, width // 8)
-        if output_type == "latent":
-            return FluxPipelineOutput(images=latents)
-        images = decode_latents(self.vae, latents.to(self.vae.device))
-        return FluxPipelineOutput(images=self.image_processor.postprocess(images, output_type=output_type))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1484,13 +762,7 @@ def compute_loss(
         noise_scheduler=noise_scheduler,
         image_seq_len=height * width // 4,
         generator=generator,
-        timestep_sampling=args.timestep_sampling,
-        weighting_scheme=args.weighting_scheme,
-        logit_mean=args.logit_mean,
-        logit_std=args.logit_std,
-        mode_scale=args.mode_scale,
-        sigmoid_scale=args.sigmoid_scale,
-        discrete_flow_shift=args.discrete_flow_shift,
+        **noise_options(args),
     ).to(latents.device)
     latents, noise = pack_latents(latents), pack_latents(noise)
     img_ids, valid = image_ids(height, width, latents.device), None
@@ -1519,22 +791,13 @@ def compute_loss(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def reduce_gradients(accelerator, parameters):
-    """The mean over the processes, in one message. (DistributedDataParallel would want a module's own forward.)"""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if accelerator.num_processes > 1:
-        mean = accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), reduction="mean")
-        for gradient, part in zip(gradients, mean.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(part.view_as(gradient))
-
-
 def validation_examples(args):
     """--validation_image as an example, in a list; no example without."""
     paths = args.validation_image or []
     paths = paths * len(args.condition_type) if len(paths) == 1 else paths
     pictures = [Example(str(path), functools.partial(Image.open, path)) for path in paths]
     given = [p for p, kind in zip(pictures, args.condition_type, strict=False) if kind in ("subject", "custom")]
-    return [Example(picture.name, picture.read, None, given) for picture in pictures[:1]]
+    return [ControlExample(picture.name, picture.read, None, given) for picture in pictures[:1]]
 
 
 def validate(accelerator, transformer, vae, noise_scheduler, text, dataset, args, *, prompt, step):
@@ -1609,9 +872,9 @@ python examples/omini/generate.py {files} \\
     save_model_card(args, description, tags, base_model=args.pretrained_model_name_or_path)
 
 
-def check_run(accelerator, args, prompts, max_train_steps):
-    """Problems that show once the data and the processes are known."""
-    problems = check_processes(accelerator, args) + check_warmup(args, max_train_steps)
+def check_prompts(args, prompts):
+    """Problems of keeping the embeddings of all prompts in main memory."""
+    problems = []
     if args.cache_prompts and not args.streaming:
         width = T5Config.from_pretrained(
             args.pretrained_model_name_or_path,
@@ -1628,23 +891,15 @@ def check_run(accelerator, args, prompts, max_train_steps):
     return problems
 
 
-def print_header(accelerator, args, dataset, lora_params, base_size, max_train_steps, steps_per_epoch):
-    """What is about to be trained on what."""
-    trainable, size = sum(p.numel() for p in lora_params), "x".join(map(str, args.target_size))
+def about_data(args, dataset):
+    """What of the data and its conditions is told before training."""
     amount = "a stream" if args.streaming else f"{len(dataset)} samples"
-    lines = [
-        f"model    {args.pretrained_model_name_or_path}",
-        f"adapter  {trainable:,} parameters in {len(lora_params) // 2} layers, {trainable / base_size:.2%} of all",
-        f"data     {amount} at {size} px",
-        f"steps    {max_train_steps}, {steps_per_epoch or 'unknown'} per epoch; a step is batch "
-        f"{args.train_batch_size} x accumulation {args.gradient_accumulation_steps} x {accelerator.num_processes} "
-        f"{accelerator.device.type}, mixed precision {accelerator.mixed_precision}",
-    ]
-    for condition in dataset.conditions:
+    about = {"data": f"{amount} at {'x'.join(map(str, args.target_size))} px"}
+    for i, condition in enumerate(dataset.conditions, start=1):
         (height, width), (down, right) = condition.size, condition.position_delta
         place = f"moved by {down:g},{right:g}, scale {condition.position_scale:g}, adapter {condition.adapter}"
-        lines.append(f"{'follows':9}{condition.type} of {height}x{width} px, {place}")
-    accelerator.print("".join(f"  {line}\n" for line in lines), end="")
+        about[f"follows{'' if i == 1 else f' {i}'}"] = f"{condition.type} of {height}x{width} px, {place}"
+    return about
 
 
 def main(args):
@@ -1661,7 +916,7 @@ def main(args):
     total_batch_size = args.train_batch_size * accumulation * num_processes
     processes = {"process_index": accelerator.process_index, "num_processes": num_processes}
     if args.streaming:
-        sampler = None if problems else StreamedBatches(open_dataset(args)[0], dataset, args, **processes)
+        sampler = None if problems else StreamedBatches(open_rows(args)[0], dataset.checked_sample, args, **processes)
         steps_per_epoch = None
     else:
         sampler = StepSampler([0] * len(examples), args.train_batch_size, seed=args.seed, **processes)
@@ -1674,15 +929,16 @@ def main(args):
     prompts = sorted(p for p in {*prompts, args.validation_prompt, final_prompt} if p is not None)
     run = run_settings(args, len(dataset), num_processes)
     checkpoint = checkpoint_to_resume(args.output_dir, args.resume_from_checkpoint)
-    problems += check_run(accelerator, args, prompts, max_train_steps) + checkpoint_conflicts(checkpoint, run)
+    problems += check_prompts(args, prompts) + check_run(accelerator, args, max_train_steps, checkpoint, run)
     if problems:
         fail(accelerator, problems)
     hub_repo = create_hub_repo(accelerator, args)
     args.output_dir.mkdir(parents=True, exist_ok=True)
 
     # 3. Prompts, depth maps, latents: what makes them is gone before the transformer is loaded
-    text = PromptEncoder(accelerator, args, weight_dtype)
-    if args.cache_prompts and not args.streaming:
+    cached = args.cache_prompts and not args.streaming
+    text = PromptEncoder(accelerator, args, weight_dtype, keep=not cached)
+    if cached:
         text.cache(prompts)
     if {"depth", "depth_pred"} & set(args.condition_type):
         estimate_depth(accelerator, examples + validation_examples(args), args)
@@ -1693,9 +949,7 @@ def main(args):
     vae.to("cpu" if offload else device)
 
     # 4. Transformer and LoRA
-    noise_scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(
-        args.pretrained_model_name_or_path, subfolder="scheduler", revision=args.revision, cache_dir=args.cache_dir
-    )
+    noise_scheduler = load_scheduler(args)
     transformer = load_model(FluxTransformer2DModel, "transformer", args, weight_dtype)
     base_size = sum(parameter.numel() for parameter in transformer.parameters())
     quantize_base(transformer, weight_dtype, args.quantize_base).to("cpu" if args.fsdp else device)
@@ -1735,7 +989,9 @@ def main(args):
         train_dataloader = DataLoader(dataset, batch_sampler=sampler, num_workers=args.dataloader_num_workers)
 
     # 7. Train
-    print_header(accelerator, args, dataset, lora_params, base_size, max_train_steps, steps_per_epoch)
+    print_header(
+        accelerator, args, about_data(args, dataset), lora_params, base_size, max_train_steps, steps_per_epoch
+    )
     start_logging(accelerator, args, "omini")
     draw = functools.partial(validate, accelerator, transformer, vae, noise_scheduler, text, dataset, args)
     if args.validation_prompt and global_step == 0:
@@ -1788,14 +1044,7 @@ def main(args):
 
         global_step += 1
         skipped = 0 if finite else count_skipped(skipped, global_step)
-        group = optimizer.param_groups[0]
-        logs = {
-            "loss": mean_loss,
-            "lr": group["lr"] * group.get("d", 1.0),  # Prodigy's step size is lr * d
-            "grad_norm": float(grad_norm),
-            "images_per_second": total_batch_size / (time.perf_counter() - started),
-            "peak_memory_gb": peak_memory(device),
-        }
+        logs = {"loss": mean_loss, **step_logs(optimizer, grad_norm, total_batch_size, started, device)}
         log_step(accelerator, progress_bar, metrics, global_step, logs)
         done = global_step == max_train_steps
         if interrupted or global_step % args.checkpointing_steps == 0:
@@ -1832,9 +1081,7 @@ def main(args):
     accelerator.end_training()
     results = {f"{name} LoRA": file for name, file in files.items()}
     results |= {"usage": "README.md", "loss": "loss.png", "pictures": "validation"}
-    print_results(accelerator, args, global_step, results)
-    if hub_repo:
-        push_to_hub(args, hub_repo, ["depth/**"])
+    finish(accelerator, args, global_step, results, hub_repo, ["depth/**"])
 
 
 if __name__ == "__main__":

@@ -19,16 +19,11 @@ pictures (validation/) and checkpoints to resume from.
 """
 
 import argparse
-import copy
 import functools
-import inspect
 import math
 import shlex
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
 import diffusers
@@ -38,7 +33,6 @@ from accelerate import DistributedDataParallelKwargs
 from accelerate.utils import set_seed
 from diffusers.training_utils import free_memory, offload_models
 from PIL import Image, ImageOps
-from safetensors import safe_open
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
@@ -58,92 +52,80 @@ from common import (
     start,
     stop_interrupted,
 )
-from common.flow_matching import STYLES, sample_flow, step_generator
+from common.flow_matching import BACKBONES, STYLES, OpenUni, add_target_time, sample_flow, step_generator
 from common.latents import (
+    INTERPOLATION,
     StepSampler,
     TensorCache,
+    check_pictures,
     decode_images,
     encode_images,
-    image_ids,
-    pack_latents,
+    has_parquet,
     read_batches,
-    read_row,
+    read_captioned_dataset,
+    read_captioned_folder,
+    read_prompts,
     to_image,
-    unpack_latents,
+    to_tensor,
     upright,
 )
 from common.lora import (
-    FLUX_TARGET_MODULES,
     QUANTIZATIONS,
     add_lora,
     check_disk,
     check_output_dir,
-    check_processes,
-    check_warmup,
-    checkpoint_conflicts,
+    check_run,
     checkpoint_to_resume,
-    compile_blocks,
     create_lr_scheduler,
     create_optimizer,
     load_checkpoint,
-    load_model,
     local,
+    prepare_blocks,
     quantize_base,
     register_lora_checkpointing,
     register_tensor_checkpointing,
     save_checkpoint,
     save_lora,
     save_model,
-    shard,
     target_layers,
     unknown_layers,
 )
 from common.validation import (
     check_hub,
     create_hub_repo,
+    finish,
     image_grid,
     log_step,
     open_metrics,
-    peak_memory,
     plot_metrics,
-    print_results,
-    push_to_hub,
+    print_header,
     save_images,
     save_model_card,
     start_logging,
+    step_logs,
     undisturbed,
 )
 
 
 TRAINING = ("full", "lora")
 KINDS = ("e2e", "mul", "any", "adv", "one")  # of the samples of a batch, see `sample_times`
-OPENUNI_PARTS = ("connector.", "projector.", "meta_queries", "transformer.")
 NEAR = 0.05  # how much of t the target of a mul sample is away, at most
 DELTA = 0.01  # first step of the consistency target
 BARRON_C = 1e-3
-TIME_MODULES = ("timestep_embedder.linear_1", "timestep_embedder.linear_2")
 PROBS = "e2e=1,mul=1,any=1,adv=1"
 TWINFLOW = {"probs": PROBS, "consistc_ratio": 1.0, "estimate_order": 2, "enhanced_ratio": 0.8, "ema_decay_rate": 0.99}
+NO_TARGETS = {"consistc_ratio": 0.0, "estimate_order": 0, "enhanced_ratio": 0.0, "ema_decay_rate": 0.0}
 FIRST_ORDER = {"probs": "e2e=1,mul=1,adv=1,one=1", "estimate_order": 1, "ema_decay_rate": 0.0}
 LORA = {"training": "lora", "rank": 64, "lora_alpha": 64.0}
 RECIPES = {
     "twinflow": TWINFLOW,
     "rcgm": TWINFLOW | {"probs": "e2e=1,mul=1,any=1", "dist_match_cof": 0.0},
-    "flow-matching": {
-        "probs": "mul=1",
-        "consistc_ratio": 0.0,
-        "estimate_order": 0,
-        "enhanced_ratio": 0.0,
-        "ema_decay_rate": 0.0,
-    },
+    "flow-matching": NO_TARGETS | {"probs": "mul=1"},
     "lora-1order": TWINFLOW | FIRST_ORDER | LORA,
     "lora-1order-teacher": TWINFLOW | FIRST_ORDER | LORA | {"ema_decay_rate": 1.0, "enhanced_ratio": 4.0},
     "lora-2order": TWINFLOW | LORA,
     "image-free": TWINFLOW | {"ema_decay_rate": 1.0, "enhanced_ratio": 4.0, "image_free": True},
 }
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-UNREAD_SUFFIXES = (".heic", ".heif", ".avif", ".tif", ".tiff", ".gif")
-INTERPOLATION = [mode.name.lower() for mode in Image.Resampling]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -329,16 +311,7 @@ def check_flags(args):
     for name in ("openuni_checkpoint", "openuni_llm"):
         if (getattr(args, name) is not None) != openuni:
             problems.append(f"--{name} is {'needed for' if openuni else 'only for'} --model_type openuni")
-    if args.openuni_checkpoint and not args.openuni_checkpoint.is_file():
-        problems.append(f"--openuni_checkpoint {args.openuni_checkpoint}: no such file")
-    elif args.openuni_checkpoint:
-        try:
-            missing = [prefix for prefix in OPENUNI_PARTS if not OpenUni(args).state_dict(prefix)]
-        except Exception as error:  # damaged files raise of all kinds
-            reason = (str(error) or repr(error)).splitlines()[0]
-            problems.append(f"--openuni_checkpoint {args.openuni_checkpoint}: not a file of weights ({reason})")
-        else:
-            problems += [f"--openuni_checkpoint {args.openuni_checkpoint}: holds no {part}*" for part in missing]
+    problems += OpenUni(args).problems() if args.openuni_checkpoint else []
     edit = args.model_type == "qwenimage-edit"
     source = "reference_column" if args.dataset_name or has_parquet(args) else "reference_data_dir"
     needed = [source, *(["validation_image"] if args.validation_prompt else [])] if edit else []
@@ -442,129 +415,29 @@ def lora_targets(args):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Example:
-    """A picture and its captions; `read` and `read_reference` open the picture and the one it was edited from.
-
-    `stamp` changes when the files do: what was encoded of others is then not used.
-    """
-
-    name: str
-    captions: list[str]
-    read: Callable[[], Image.Image] | None = None
-    read_reference: Callable[[], Image.Image] | None = None
-    stamp: str = ""
-
-
 def find_examples(args):
     """The training pictures with their captions, and what is wrong with them: (examples, problems)."""
     if args.image_free:
         examples, problems = read_prompts(args.prompts_file)
     elif args.train_data_dir and args.train_data_dir.is_dir() and not has_parquet(args):
-        examples, problems = read_folder(args)
+        examples, problems = read_captioned_folder(args)
     else:
-        examples, problems = read_dataset(args)
+        examples, problems = read_captioned_dataset(args)
     if not examples and not problems:
         source = args.train_data_dir or args.dataset_name or args.prompts_file
         problems.append(f"{source}: no {'prompts' if args.image_free else 'pictures'} in it")
 
-    def defect(example):
-        try:
-            for read in (example.read, example.read_reference):
-                if read:
-                    upright(read())
-        except Exception as error:  # PIL's readers of formats raise of all kinds
-            return f"{example.name}: not a readable picture ({error})"
+    def look(example):
+        for read in (example.read, example.read_reference):
+            if read:
+                upright(read())
 
-    with ThreadPoolExecutor() as pool:
-        checks = pool.map(defect, examples)
-        checks = tqdm(checks, total=len(examples), desc="Reading pictures", unit="image", leave=False)
-        problems += [problem for problem in checks if problem]
+    problems += check_pictures(examples, look)
     for example in examples:
         wrong = [caption for caption in example.captions if not isinstance(caption, str) or not caption.strip()]
         if wrong or not example.captions:
             problems.append(f"{example.name}: its caption must be text and not empty, not {(wrong or [None])[0]!r}")
     return examples, problems
-
-
-def read_prompts(path):
-    """Examples of --prompts_file."""
-    if not path.is_file():
-        return [], [f"--prompts_file {path}: no such file"]
-    try:
-        lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]
-    except (OSError, ValueError):
-        return [], [f"--prompts_file {path}: not UTF-8 text"]
-    return [Example(f"{path}:{i + 1}", [line]) for i, line in enumerate(lines) if line], []
-
-
-def has_parquet(args):
-    """Whether --train_data_dir holds parquet files, not pictures."""
-    return args.train_data_dir is not None and any(args.train_data_dir.glob("*.parquet"))
-
-
-def read_folder(args):
-    """Examples of --train_data_dir, with captions from the .txt file beside each picture."""
-    folder, examples, problems = args.train_data_dir, [], []
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
-    unread = sorted(path for path in folder.iterdir() if path.suffix.lower() in UNREAD_SUFFIXES)
-    problems += [f"{path}: save it as PNG or JPEG, {path.suffix} is not read" for path in unread]
-    for path in paths:
-        text_file, read_reference, files = path.with_suffix(".txt"), None, [path]
-        if not path.is_file():
-            problems.append(f"{path}: not a readable picture (no file)")
-            continue
-        try:
-            lines = text_file.read_text("utf-8-sig").splitlines() if text_file.exists() else []
-        except (OSError, ValueError):
-            problems.append(f"{text_file}: not UTF-8 text")
-            continue
-        if args.reference_data_dir:
-            reference = args.reference_data_dir / path.name
-            read_reference = functools.partial(Image.open, reference)
-            if not reference.is_file():
-                problems.append(f"--reference_data_dir: no {reference} for {path}")
-                continue
-            files.append(reference)
-        stamp = " ".join(f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)
-        captions = [line.strip() for line in lines if line.strip()]
-        examples.append(Example(str(path), captions, functools.partial(Image.open, path), read_reference, stamp))
-    return examples, problems
-
-
-def read_dataset(args):
-    """Examples of --dataset_name, or of the parquet files in --train_data_dir."""
-    import datasets
-
-    datasets.disable_progress_bars()
-    flag = f"--dataset_name {args.dataset_name}" if args.dataset_name else f"--train_data_dir {args.train_data_dir}"
-    if args.train_data_dir and not args.train_data_dir.is_dir():
-        return [], [f"{flag}: no such folder"]
-    image_column, caption_column = args.image_column, args.caption_column or "text"
-    try:
-        source = args.dataset_name or "parquet"
-        files = None if args.dataset_name else sorted(str(path) for path in args.train_data_dir.glob("*.parquet"))
-        dataset = datasets.load_dataset(
-            source, args.dataset_config_name, data_files=files, split="train", cache_dir=args.cache_dir
-        )
-        if image_column not in dataset.column_names and "image_bytes" in dataset.column_names:
-            image_column = "image_bytes"
-        columns = [image_column, *([args.reference_column] if args.reference_column else [])]
-        absent = [name for name in (*columns, caption_column) if name not in dataset.column_names]
-        if absent:
-            found = ", ".join(dataset.column_names)
-            return [], [f"{flag}: no column {', '.join(absent)}; it has {found}"]
-        for column in columns:
-            dataset = dataset.cast_column(column, datasets.Image())
-    except Exception as error:  # a missing, gated, empty or malformed dataset each raises its own kind
-        return [], [f"{flag}: cannot be loaded ({error})"]
-    examples = []
-    for row, caption in enumerate(dataset[caption_column]):
-        readers = [functools.partial(read_row, dataset, row, column) for column in columns]
-        name = f"{args.dataset_name or args.train_data_dir}[{row}]"
-        captions = caption if isinstance(caption, list) else [caption]
-        examples.append(Example(name, captions, *readers, stamp=f"{dataset._fingerprint} {row}"))
-    return examples, []
 
 
 def encoding_flags(args):
@@ -629,7 +502,7 @@ def to_pixels(image, args, centering=(0.5, 0.5), flipped=False):
     method = Image.Resampling[args.image_interpolation_mode.upper()]
     image = ImageOps.fit(image, (args.resolution, args.resolution), method, centering=centering)
     image = ImageOps.mirror(image) if flipped else image
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+    return to_tensor(image)
 
 
 def collate(examples):
@@ -651,295 +524,6 @@ def stack_conditions(conditions):
 # ---------------------------------------------------------------------------------------------------------------------
 # Model
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-class Backbone:
-    """What differs between kinds of pipelines. Conditions are named as the arguments of the transformer."""
-
-    defaults = {}  # of flags, {"full" or "lora" or "both": {name: value}}
-    uncond_prompt = ""
-    multiple, factor = 16, 8  # of the picture's side, pixels per latent
-    channels = 16  # of latents
-    time_module = "time_text_embed"
-    unused_parameters = False  # whether a training step leaves some without a gradient
-
-    def __init__(self, args):
-        self.args = args
-
-    def load_text(self, dtype, device, **parts):
-        """The pipeline without transformer and VAE."""
-        args = self.args
-        pipeline = getattr(diffusers, self.pipeline).from_pretrained(
-            args.pretrained_model_name_or_path,
-            transformer=None,
-            vae=None,
-            revision=args.revision,
-            variant=args.variant,
-            cache_dir=args.cache_dir,
-            dtype=dtype,
-            **parts,
-        )
-        for part in pipeline.components.values():
-            if isinstance(part, torch.nn.Module):
-                part.requires_grad_(False).eval()  # T5 has dropout
-        if args.offload:
-            pipeline.enable_group_offload(device, offload_type="leaf_level")
-            return pipeline
-        return pipeline.to(device)
-
-    def load_vae(self, dtype):
-        return load_model(getattr(diffusers, self.vae), "vae", self.args, dtype)
-
-    def load_transformer(self, dtype):
-        return load_model(getattr(diffusers, self.transformer), "transformer", self.args, dtype)
-
-    def predict(self, transformer, x, time, cond):
-        """Velocities [B, C, h, w] of noisy latents; time [B, 2] is (t, t'), or [B] what stands for both."""
-        return transformer(hidden_states=x, timestep=1000 * time, **cond, return_dict=False)[0]
-
-
-class Flux(Backbone):
-    pipeline, transformer, vae = "FluxPipeline", "FluxTransformer2DModel", "AutoencoderKL"
-    example = "black-forest-labs/FLUX.1-dev"
-    targets = (*FLUX_TARGET_MODULES, "proj_mlp", *TIME_MODULES)
-
-    def encode_prompt(self, pipeline, prompt, reference=None):
-        """Conditions {name: [T, D] or [D]} of a prompt, without a batch dimension."""
-        length = self.args.max_sequence_length
-        embeds, pooled, _ = pipeline.encode_prompt(prompt, prompt_2=None, max_sequence_length=length)
-        return {"encoder_hidden_states": embeds[0], "pooled_projections": pooled[0]}
-
-    def predict(self, transformer, x, time, cond):
-        height, width = x.shape[-2:]
-        velocity = transformer(
-            hidden_states=pack_latents(x),
-            timestep=time,
-            guidance=None if self.guidance is None else torch.full((len(x),), self.guidance, device=x.device),
-            txt_ids=torch.zeros(cond["encoder_hidden_states"].shape[1], 3, device=x.device),
-            img_ids=image_ids(height, width, x.device),
-            **cond,
-            return_dict=False,
-        )[0]
-        return unpack_latents(velocity, height, width)
-
-    def load_transformer(self, dtype):
-        transformer, args = super().load_transformer(dtype), self.args
-        self.guidance = args.guidance_scale if transformer.config.guidance_embeds else None
-        return transformer
-
-
-class StableDiffusion3(Backbone):
-    pipeline, transformer, vae = "StableDiffusion3Pipeline", "SD3Transformer2DModel", "AutoencoderKL"
-    example = "stabilityai/stable-diffusion-3.5-medium"
-    defaults = {"both": {"max_sequence_length": 256}, "full": {"target_time_init": "zero"}}
-    uncond_prompt = "Generate an image."
-    targets = (*FLUX_TARGET_MODULES, *TIME_MODULES)
-
-    def encode_prompt(self, pipeline, prompt, reference=None):
-        embeds, _, pooled, _ = pipeline.encode_prompt(
-            *(prompt, None, None), do_classifier_free_guidance=False, max_sequence_length=self.args.max_sequence_length
-        )
-        return {"encoder_hidden_states": embeds[0], "pooled_projections": pooled[0]}
-
-
-class Sana(Backbone):
-    pipeline, transformer, vae = "SanaPipeline", "SanaTransformer2DModel", "AutoencoderDC"
-    example = "Efficient-Large-Model/Sana_1600M_512px_diffusers"
-    defaults = {"both": {"max_sequence_length": 300}}
-    uncond_prompt = ""
-    multiple, factor, channels, time_module = 32, 32, 32, "time_embed.emb"
-    targets = ("to_q", "to_k", "to_v", "to_out.0", *TIME_MODULES)
-
-    def encode_prompt(self, pipeline, prompt, reference=None):
-        # the instruction that the pipeline itself puts before prompts
-        instruction = inspect.signature(pipeline.__call__).parameters["complex_human_instruction"].default
-        embeds, mask, _, _ = pipeline.encode_prompt(
-            prompt,
-            do_classifier_free_guidance=False,
-            max_sequence_length=self.args.max_sequence_length,
-            complex_human_instruction=None if prompt == self.args.uncond_prompt else instruction,
-        )
-        return {"encoder_hidden_states": embeds[0], "encoder_attention_mask": mask[0]}
-
-
-class OpenUni(Sana):
-    """InternVL3 reads the prompt and learned queries; what it makes of these, sent through a few layers (connector)
-    and one matrix (projector), is the condition. Only Sana is trained."""
-
-    example = Sana.example
-    uncond_prompt = "Generate an image."
-    template = "<|im_start|>user\nGenerate an image: {}<|im_end|>\n<|im_start|>assistant\n<img>"
-    uncond_template = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<img>"
-
-    def state_dict(self, prefix):
-        """The tensors of --openuni_checkpoint whose names begin with `prefix`."""
-        state_dict = torch.load(self.args.openuni_checkpoint, map_location="cpu", weights_only=True, mmap=True)
-        state_dict = state_dict.get("state_dict", state_dict)
-        return {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
-
-    def load_text(self, dtype, device):
-        from transformers import AutoTokenizer, InternVLForConditionalGeneration, SiglipVisionConfig
-        from transformers.models.siglip.modeling_siglip import SiglipEncoder
-
-        llm = InternVLForConditionalGeneration.from_pretrained(
-            self.args.openuni_llm, cache_dir=self.args.cache_dir, dtype=dtype
-        )
-        weights = self.state_dict("connector.")
-        intermediate, hidden = weights["layers.0.mlp.fc1.weight"].shape
-        config = SiglipVisionConfig(
-            hidden_size=hidden,
-            intermediate_size=intermediate,
-            num_hidden_layers=len({name.split(".")[1] for name in weights}),
-            num_attention_heads=hidden // 64,
-            hidden_act="gelu_pytorch_tanh",
-            layer_norm_eps=1e-6,
-            attn_implementation="sdpa",
-        )
-        text = torch.nn.Module()
-        text.tokenizer = AutoTokenizer.from_pretrained(
-            self.args.openuni_llm, cache_dir=self.args.cache_dir, trust_remote_code=False
-        )
-        text.language_model, text.connector = llm.model.language_model, SiglipEncoder(config)
-        text.connector.load_state_dict(weights)
-        weights = self.state_dict("projector.")
-        text.projector = torch.nn.Linear(*reversed(weights["weight"].shape))
-        text.projector.load_state_dict(weights)
-        text.register_buffer("meta_queries", self.state_dict("meta_queries")[""])
-        return text.to(device, dtype).requires_grad_(False).eval()
-
-    def encode_prompt(self, text, prompt, reference=None):
-        template = self.uncond_template if prompt == self.args.uncond_prompt else self.template
-        queries = text.meta_queries[None]
-        ids = text.tokenizer(template.format(prompt), return_tensors="pt").input_ids.to(queries.device)
-        embeds = torch.cat([text.language_model.get_input_embeddings()(ids), queries], dim=1)
-        states = text.language_model(inputs_embeds=embeds).last_hidden_state[:, -queries.shape[1] :]
-        embeds = text.projector(text.connector(inputs_embeds=states).last_hidden_state)[0]
-        return {"encoder_hidden_states": embeds, "encoder_attention_mask": torch.ones(len(embeds))}
-
-    def load_transformer(self, dtype):
-        transformer = super().load_transformer(dtype)
-        transformer.load_state_dict(self.state_dict("transformer."))
-        return transformer
-
-
-class QwenImage(Backbone):
-    pipeline, transformer, vae = "QwenImagePipeline", "QwenImageTransformer2DModel", "AutoencoderKLQwenImage"
-    example = "Qwen/Qwen-Image"
-    defaults = {"full": {"learning_rate": 1e-5}}
-    uncond_prompt = "Generate an image."
-    unused_parameters = True  # the text half of the last block
-    targets = (
-        *FLUX_TARGET_MODULES[:8],
-        *("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"),
-        *TIME_MODULES,
-    )
-
-    def encode_prompt(self, pipeline, prompt, reference=None):
-        embeds, _ = pipeline.encode_prompt(prompt, max_sequence_length=self.args.max_sequence_length)
-        mask = torch.ones(embeds.shape[1], dtype=torch.long)
-        return {"encoder_hidden_states": embeds[0], "encoder_hidden_states_mask": mask}
-
-    def predict(self, transformer, x, time, cond):
-        cond, (height, width) = dict(cond), x.shape[-2:]
-        tokens, shapes = pack_latents(x), [(1, height // 2, width // 2)]
-        count = tokens.shape[1]
-        if "reference" in cond:  # normalised latents of the picture to edit
-            reference = cond.pop("reference").to(x)
-            tokens = torch.cat([tokens, pack_latents(reference)], dim=1)
-            shapes.append((1, reference.shape[-2] // 2, reference.shape[-1] // 2))
-        velocity = transformer(
-            hidden_states=tokens, timestep=time, img_shapes=[shapes] * len(x), **cond, return_dict=False
-        )[0]
-        return unpack_latents(velocity[:, :count], height, width)
-
-
-class QwenImageEdit(QwenImage):
-    pipeline, example = "QwenImageEditPlusPipeline", "Qwen/Qwen-Image-Edit-2509"
-    uncond_prompt = "Edit this image."
-
-    def load_text(self, dtype, device):
-        from transformers import Qwen2VLImageProcessor
-
-        # the whole processor would need torchvision, for the sake of videos
-        self.image_processor = Qwen2VLImageProcessor.from_pretrained(
-            self.args.pretrained_model_name_or_path,
-            subfolder="processor",
-            revision=self.args.revision,
-            cache_dir=self.args.cache_dir,
-        )
-        pipeline = super().load_text(dtype, device, processor=None)
-        pipeline.processor = functools.partial(self.process, pipeline.tokenizer)
-        return pipeline
-
-    def process(self, tokenizer, text, images, **kwargs):
-        """What Qwen2VLProcessor makes of a text with a picture: as many places in it as the picture has patches."""
-        from transformers import BatchFeature
-
-        pixels = self.image_processor(images=images, return_tensors="pt")
-        count = pixels["image_grid_thw"].prod().item() // self.image_processor.merge_size**2
-        text = [text[0].replace("<|image_pad|>", "<|image_pad|>" * count)]
-        return BatchFeature({**tokenizer(text, return_tensors="pt"), **pixels})
-
-    def encode_prompt(self, pipeline, prompt, reference=None):
-        from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as stock
-
-        width, height = stock.calculate_dimensions(stock.CONDITION_IMAGE_SIZE, reference.width / reference.height)
-        embeds, _ = pipeline.encode_prompt(prompt, [pipeline.image_processor.resize(reference, height, width)])
-        embeds = embeds[0, : self.args.max_sequence_length]
-        mask = torch.ones(len(embeds), dtype=torch.long)
-        return {"encoder_hidden_states": embeds, "encoder_hidden_states_mask": mask}
-
-
-BACKBONES = {
-    "flux": Flux,
-    "sd3": StableDiffusion3,
-    "sana": Sana,
-    "openuni": OpenUni,
-    "qwenimage": QwenImage,
-    "qwenimage-edit": QwenImageEdit,
-}
-
-
-class TwoTimes:
-    """For a time embedding to derive from too: one that is also told the target time, emb(t) + (t - t') emb2(t').
-
-    Where t' = t the two agree, so that the model is as it was there; a model that is saved keeps its names for what
-    it had before, and a stock pipeline, which knows of one time only, draws with it as before.
-    """
-
-    def forward(self, timestep, *args, **kwargs):
-        if timestep.ndim == 1:
-            return super().forward(timestep, *args, **kwargs)
-        t, target = timestep.unbind(-1)
-        embedded = super().forward(t, *args, **kwargs)
-        second = self.target_timestep_embedder(self.time_proj(target).to(embedded.dtype))
-        gap = (t - target) * (self.time_proj.scale / 1000)  # times come in units of 1 or of 1/1000
-        return embedded + gap[:, None].to(embedded.dtype) * second
-
-
-def add_target_time(transformer, time_module, init):
-    """Gives the transformer a second time embedding: a copy of the first, one that says nothing yet (zero), or N(0,
-    0.02)."""
-    module = transformer.get_submodule(time_module)
-    second = module.target_timestep_embedder = copy.deepcopy(module.timestep_embedder)
-    if init == "zero":
-        torch.nn.init.zeros_(second.linear_2.weight)
-        torch.nn.init.zeros_(second.linear_2.bias)
-    elif init == "normal":
-        for parameter in second.parameters():
-            torch.nn.init.normal_(parameter, std=0.02)
-    module.__class__ = type(f"TwoTimes{type(module).__name__}", (TwoTimes, type(module)), {})
-
-
-def load_two_times(transformer, time_module, folder):
-    """Gives a transformer, saved in `folder` with a second time embedding and loaded without, that embedding."""
-    prefix = f"{time_module}.target_timestep_embedder."
-    saved = {}
-    for path in Path(folder).glob("*.safetensors"):
-        with safe_open(path, "pt") as file:
-            saved |= {key.removeprefix(prefix): file.get_tensor(key) for key in file.keys() if key.startswith(prefix)}  # noqa: SIM118
-    add_target_time(transformer, time_module, "copy")
-    transformer.get_submodule(time_module).target_timestep_embedder.load_state_dict(saved)
 
 
 class Teacher:
@@ -1307,26 +891,18 @@ For {args.pretrained_model_name_or_path} ({args.model_type}): {kind}, by TwinFlo
     save_model_card(args, description, tags, base_model=args.pretrained_model_name_or_path)
 
 
-def check_run(accelerator, args, max_train_steps):
-    """Problems that show once the data and the processes are known."""
-    return check_processes(accelerator, args) + check_warmup(args, max_train_steps)
-
-
-def print_header(accelerator, args, dataset, params, max_train_steps, steps_per_epoch):
-    """What is about to be trained on what."""
+def about_run(args, dataset):
+    """What of the data and the recipe is told before training."""
     kinds = ", ".join(f"{count} {kind}" for kind, count in partition(args.train_batch_size, args.probs).items())
-    teacher = {0: "the model itself", 1: "the model before training"}
-    lines = [
-        f"model    {args.pretrained_model_name_or_path} ({args.model_type})",
-        f"trained  {sum(p.numel() for p in params.values()):,} parameters ({args.training})",
-        f"recipe   {args.recipe}: a batch is {kinds}; order {args.estimate_order}, guidance {args.enhanced_ratio:g}, "
-        f"teacher: {teacher.get(args.ema_decay_rate, f'moving average, decay {args.ema_decay_rate:g}')}",
-        f"data     {len(dataset.examples)} {'prompts' if args.image_free else 'pictures'} at {args.resolution} px",
-        f"steps    {max_train_steps}, {steps_per_epoch} per epoch; a step is batch {args.train_batch_size} x "
-        f"accumulation {args.gradient_accumulation_steps} x {accelerator.num_processes} {accelerator.device.type}, "
-        f"mixed precision {accelerator.mixed_precision}",
-    ]
-    accelerator.print("".join(f"  {line}\n" for line in lines), end="")
+    teachers = {0: "the model itself", 1: "the model before training"}
+    teacher = teachers.get(args.ema_decay_rate, f"moving average, decay {args.ema_decay_rate:g}")
+    what = "prompts" if args.image_free else "pictures"
+    return {
+        "kind": f"{args.model_type}, {'all weights' if args.training == 'full' else 'LoRA'}",
+        "recipe": f"{args.recipe}: a batch is {kinds}; order {args.estimate_order}, guidance {args.enhanced_ratio:g}",
+        "teacher": teacher,
+        "data": f"{len(dataset.examples)} {what} at {args.resolution} px",
+    }
 
 
 def main(args):
@@ -1355,7 +931,7 @@ def main(args):
     validation_steps = args.validation_steps or args.validation_epochs * steps_per_epoch
     run = run_settings(args, len(examples), num_processes)
     checkpoint = checkpoint_to_resume(args.output_dir, args.resume_from_checkpoint)
-    problems += check_run(accelerator, args, max_train_steps) + checkpoint_conflicts(checkpoint, run)
+    problems += check_run(accelerator, args, max_train_steps, checkpoint, run)
     if problems:
         fail(accelerator, problems)
     hub_repo = create_hub_repo(accelerator, args)
@@ -1387,12 +963,7 @@ def main(args):
             dropout=args.lora_dropout,
             target_modules=lora_targets(args),
         )
-    if args.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
-    if args.compile:
-        compile_blocks(transformer)
-    if args.fsdp:
-        shard(transformer, device, weight_dtype)
+    prepare_blocks(transformer, args, device, weight_dtype)
     params = {name: parameter for name, parameter in transformer.named_parameters() if parameter.requires_grad}
     teacher = Teacher(transformer, args.ema_decay_rate)
 
@@ -1420,7 +991,8 @@ def main(args):
     )
 
     # 7. Train
-    print_header(accelerator, args, dataset, params, max_train_steps, steps_per_epoch)
+    about, size = about_run(args, dataset), sum(parameter.numel() for parameter in bare.parameters())
+    print_header(accelerator, args, about, params.values(), size, max_train_steps, steps_per_epoch)
     start_logging(accelerator, args, "twinflow")
     predict = functools.partial(
         predict_velocity,
@@ -1471,14 +1043,7 @@ def main(args):
 
         global_step += 1
         skipped = 0 if finite else count_skipped(skipped, global_step)
-        group = optimizer.param_groups[0]
-        logs = {
-            **means,
-            "lr": group["lr"] * group.get("d", 1.0),  # Prodigy's step size is lr * d
-            "grad_norm": float(grad_norm),
-            "images_per_second": total_batch_size / (time.perf_counter() - started),
-            "peak_memory_gb": peak_memory(device),
-        }
+        logs = {**means, **step_logs(optimizer, grad_norm, total_batch_size, started, device)}
         log_step(accelerator, progress_bar, metrics, global_step, logs)
         done = global_step == max_train_steps
         if interrupted or global_step % args.checkpointing_steps == 0:
@@ -1510,9 +1075,7 @@ def main(args):
     accelerator.end_training()
     result = "transformer" if full else "pytorch_lora_weights.safetensors"
     results = {"result": result, "usage": "README.md", "loss": "loss.png", "pictures": "validation"}
-    print_results(accelerator, args, global_step, results)
-    if hub_repo:
-        push_to_hub(args, hub_repo, ["encoded/**"])
+    finish(accelerator, args, global_step, results, hub_repo, ["encoded/**"])
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from common import names_in
+
 
 FLUX_TARGET_MODULES = (
     "attn.to_k",
@@ -128,6 +130,20 @@ def load_model(model_class, subfolder, args, dtype):
     return model.requires_grad_(False)
 
 
+def load_text_pipeline(pipeline_class, args, dtype, **parts):
+    """The pipeline of --pretrained_model_name_or_path without transformer and VAE."""
+    return pipeline_class.from_pretrained(
+        args.pretrained_model_name_or_path,
+        transformer=None,
+        vae=None,
+        revision=args.revision,
+        variant=args.variant,
+        cache_dir=args.cache_dir,
+        dtype=dtype,
+        **parts,
+    )
+
+
 def add_lora(model, *, rank, alpha, dropout, target_modules, modules_to_save=None, adapter_name="default"):
     """Adds a LoRA adapter to a frozen model and returns its parameters, in float32 whatever the model's dtype.
 
@@ -189,6 +205,16 @@ def compile_blocks(model):
         block.compile()
 
 
+def prepare_blocks(transformer, args, device, dtype):
+    """Gradient checkpointing, torch.compile and FSDP2, as far as the flags ask for them."""
+    if args.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    if args.compile:
+        compile_blocks(transformer)
+    if args.fsdp:
+        shard(transformer, device, dtype)
+
+
 def create_optimizer(args, params, scale=1, text_params=()):
     """The optimizer that --optimizer names, over the parameters of the adapter (or model) and of text encoders.
 
@@ -215,6 +241,15 @@ def create_optimizer(args, params, scale=1, text_params=()):
     return torch.optim.AdamW(groups, **shared)
 
 
+def reduce_gradients(accelerator, parameters):
+    """The mean over the processes, in one message, of gradients that `DistributedDataParallel` does not see."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if accelerator.num_processes > 1 and gradients:
+        mean = accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), reduction="mean")
+        for gradient, part in zip(gradients, mean.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+
 def create_lr_scheduler(args, optimizer, max_train_steps):
     """The course of the learning rate that --lr_scheduler names, over the steps of the run."""
     return get_scheduler(
@@ -233,13 +268,6 @@ def check_disk(args, needed):
     if shutil.disk_usage(parent).free >= needed:
         return []
     return [f"--output_dir {args.output_dir}: less than {needed / 2**20:.0f} MiB free, which one checkpoint takes"]
-
-
-def check_warmup(args, max_train_steps):
-    """Problems of --lr_warmup_steps in a run of so many steps."""
-    if args.lr_scheduler == "constant" or not args.lr_warmup_steps >= max_train_steps > 0:
-        return []
-    return [f"--lr_warmup_steps {args.lr_warmup_steps} must be less than the {max_train_steps} steps of the run"]
 
 
 def save_lora(
@@ -354,8 +382,17 @@ def is_sharded(model):
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
-def check_processes(accelerator, args, deepspeed=False):
-    """Problems of the kind and number of processes; `deepspeed` tells whether the trainer works with it."""
+def check_run(accelerator, args, max_train_steps, checkpoint, run, deepspeed=False):
+    """Problems that show once the data and the processes are known; `deepspeed`: whether the trainer works with it."""
+    problems = check_processes(accelerator, args, deepspeed)
+    if args.lr_scheduler != "constant" and args.lr_warmup_steps >= max_train_steps > 0:
+        warmup = args.lr_warmup_steps
+        problems.append(f"--lr_warmup_steps {warmup} must be less than the {max_train_steps} steps of the run")
+    return problems + checkpoint_conflicts(checkpoint, run)
+
+
+def check_processes(accelerator, args, deepspeed):
+    """Problems of the kind and number of processes."""
     supported = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
     problems, kind = [], accelerator.distributed_type
     if kind == DistributedType.DEEPSPEED and deepspeed:
@@ -570,6 +607,35 @@ def write_lora(path, layers, form="comfyui", header=None, dtype=None):
             file.write(start.replace(placeholder.encode(), digest.encode()))
         flush_to_disk(partial)
         partial.replace(path)
+
+
+def lora_file(args, epoch=None):
+    """Where the LoRA goes, or with --save_every_n_epochs that of an epoch."""
+    if not args.output_name:
+        return args.output_dir / "pytorch_lora_weights.safetensors"
+    return args.output_dir.with_name(f"{args.output_name}{f'-{epoch:06d}' if epoch else ''}.safetensors")
+
+
+def save_named_lora(args, adapted, examples, guided, dtype, epoch=None):
+    """NAME.safetensors for ComfyUI, Forge and diffusers; its header says what it is and which words call it."""
+    layers, captions = lora_layers(adapted), {}
+    own = [example for example in examples if not example.options["is_reg"]]
+    for example in own:
+        folder = captions.setdefault(Path(example.name).parent.name, {})
+        for tag in names_in(example.prompt().lower()):
+            folder[tag] = folder.get(tag, 0) + example.repeats
+    path = lora_file(args, epoch)
+    if torch.distributed.is_initialized() and torch.distributed.get_rank():
+        return
+    header = lora_header(
+        layers,
+        name=path.stem,
+        base_model="flux-1-dev" if guided else "flux-1-schnell",
+        resolution=own[0].sides(),
+        trigger_words=dict.fromkeys(filter(None, (example.options["class_tokens"] for example in own))),
+        captions=captions,
+    )
+    write_lora(path, layers, args.save_format, header, dtype)
 
 
 def read_lora(path):

@@ -177,8 +177,8 @@ def no_models(monkeypatch):
     def load(*args, **kwargs):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(dreambooth, "load_model", load)
-    monkeypatch.setattr(dreambooth, "PromptEncoder", load)
+    monkeypatch.setattr(dreambooth, "load_part", load)
+    monkeypatch.setattr(dreambooth, "TokenEncoder", load)
 
 
 @pytest.mark.parametrize(("flags", "message"), BAD, ids=[flags for flags, _ in BAD])

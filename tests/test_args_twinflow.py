@@ -9,6 +9,8 @@ from conftest import ROOT
 from PIL import Image
 
 import train_twinflow as twinflow
+from common import flow_matching
+from common.flow_matching import Backbone, OpenUni
 from common.lora import CHECKSUMS, checksums
 
 
@@ -110,8 +112,8 @@ def test_bad_input_is_one_clear_error(train, world, monkeypatch, capsys, flags, 
     def load(*args, **kwargs):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(twinflow, "load_model", load)
-    monkeypatch.setattr(twinflow.Backbone, "load_text", load)
+    monkeypatch.setattr(flow_matching, "load_model", load)
+    monkeypatch.setattr(Backbone, "load_text", load)
     source = "" if PROMPTS in flags else PICTURES
     command = f"--pretrained_model_name_or_path {{model}} {source} --output_dir {{out}} --report_to none {flags}"
     before = sorted(world["out"].parent.rglob("*"))
@@ -130,7 +132,7 @@ def test_the_examples_commands_are_understood(world, monkeypatch):
     rows = [line.split("`")[1] for line in text.splitlines() if line.startswith("| ") and "`$run" in line]
     definitions = text.split("```bash\nopenuni=")[1].split("```")[0]
     names = dict(re.findall(r'(\w+)="([^"]*)"', f"openuni={definitions}"))
-    torch.save(dict.fromkeys(twinflow.OPENUNI_PARTS, torch.zeros(1)), world["out"].parent / "openuni.pth")
+    torch.save(dict.fromkeys(OpenUni.parts, torch.zeros(1)), world["out"].parent / "openuni.pth")
     assert len(rows) == 10
     for row in rows:
         words = re.sub(r"\$(\w+)", lambda name: names.get(name[1], ""), row)

@@ -11,7 +11,14 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import train_dreambooth_flux_advanced as dreambooth
-from train_dreambooth_flux_advanced import Example, bucket_sizes, dataset_bucket, default_options
+from common.latents import (
+    DATASET_OPTIONS,
+    REFUSED_OPTIONS,
+    ConfiguredExample,
+    bucket_sizes,
+    dataset_bucket,
+    default_options,
+)
 
 
 SCRIPT = "train_dreambooth_flux_advanced"
@@ -144,7 +151,7 @@ CAPTIONS = [
 @pytest.mark.parametrize(("caption", "options", "expected"), CAPTIONS)
 def test_captions_become_what_the_options_say(read, caption, options, expected):
     args, *_ = read(toml())
-    example = Example("x", None, caption, default_options(args) | options)
+    example = ConfiguredExample("x", None, caption, default_options(args) | options)
     drawn = {example.prompt(np.random.default_rng(seed)) for seed in range(60)}
     assert drawn == expected
     assert example.varies() or drawn == {example.prompt()}
@@ -245,7 +252,9 @@ def test_a_json_file_is_read_and_one_without_tables_is_one_error(read, data):
 
 def test_batches_keep_to_a_dataset_and_its_size():
     groups = [(0, "a")] * 5 + [(1, "a")] * 4 + [(1, "b")] * 3
-    sampler = dreambooth.DatasetSampler(groups, {0: 1, 1: 3}, seed=0, process_index=0, num_processes=1)
+    sampler = dreambooth.StepSampler(
+        groups, {group: (1, 3)[group[0]] for group in groups}, seed=0, process_index=0, num_processes=1
+    )
     for epoch in range(3):
         batches = sampler.batches(epoch)
         assert sorted(index for batch in batches for index in batch) == list(range(12))
@@ -369,7 +378,7 @@ BAD = [
 @pytest.mark.parametrize(("text", "message"), BAD, ids=range(len(BAD)))
 def test_a_bad_file_is_one_readable_message(train, data, tiny_model, monkeypatch, capsys, text, message):
     (data / "data.toml").write_text(text.replace("{s}", SUBSET))
-    monkeypatch.setattr(dreambooth, "PromptEncoder", None)
+    monkeypatch.setattr(dreambooth, "TokenEncoder", None)
     with pytest.raises(SystemExit) as stop:
         train(SCRIPT, "--pretrained_model_name_or_path", tiny_model, "--dataset_config", "data.toml")
     error = capsys.readouterr().err
@@ -388,11 +397,11 @@ def test_every_option_is_honoured_or_refused_by_name():
         caption_suffix caption_dropout_rate caption_dropout_every_n_epochs caption_tag_dropout_rate token_warmup_min
         token_warmup_step flip_aug color_aug random_crop face_crop_aug_range caption_extension class_tokens cache_info
         custom_attributes image_dir is_reg alpha_mask metadata_file conditioning_data_dir"""
-    ours = dreambooth.DATASET_OPTIONS.keys() | dreambooth.REFUSED_OPTIONS.keys()
+    ours = DATASET_OPTIONS.keys() | REFUSED_OPTIONS.keys()
     assert not set(known.split()) - ours
-    assert not dreambooth.DATASET_OPTIONS.keys() & dreambooth.REFUSED_OPTIONS.keys()
+    assert not DATASET_OPTIONS.keys() & REFUSED_OPTIONS.keys()
     source = (ROOT / f"{SCRIPT}.py").read_text()
-    assert all(source.count(f'"{name}"') >= 2 for name in dreambooth.DATASET_OPTIONS)
+    assert all(source.count(f'"{name}"') >= 2 for name in DATASET_OPTIONS)
 
 
 def test_flags_that_the_file_replaces_are_refused(tiny_model, data, capsys):

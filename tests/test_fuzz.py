@@ -26,7 +26,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_family import SCRIPTS
 
-from common.latents import TensorCache, disk_cached
+from common.latents import DATASET_OPTIONS, OPTION_KINDS, REFUSED_OPTIONS, TensorCache, disk_cached
 from common.lora import (
     CHECKSUMS,
     LORA_FORMS,
@@ -424,7 +424,6 @@ LISTS = [[32, 64], [32], [16, 16 * 10**9], [16, 4096]]
 @st.composite
 def dataset_config(draw):
     """A file for --dataset_config, (ending, content): a good one in which up to three things are odd."""
-    import train_dreambooth_flux_advanced as dreambooth
 
     subset = {"image_dir": "data", "class_tokens": "a circle", "caption_extension": ".txt"}
     dataset = {"resolution": 32, "enable_bucket": True, "subsets": [subset]}
@@ -432,20 +431,20 @@ def dataset_config(draw):
     places = [subset, dataset, config["general"], config]
     for _ in range(draw(st.integers(0, 3))):
         place = draw(st.sampled_from(places))
-        options = [name for name, (levels, *_) in dreambooth.DATASET_OPTIONS.items() if "general" in levels]
-        options = [*dreambooth.DATASET_OPTIONS] if place is subset else options
+        options = [name for name, (levels, *_) in DATASET_OPTIONS.items() if "general" in levels]
+        options = [*DATASET_OPTIONS] if place is subset else options
         others = [
-            *dreambooth.DATASET_OPTIONS,
-            *dreambooth.REFUSED_OPTIONS,
+            *DATASET_OPTIONS,
+            *REFUSED_OPTIONS,
             "unknown",
             "subsets",
             "datasets",
             "general",
         ]
         name = draw(st.sampled_from(options * 4 + others))
-        _, kind, _ = dreambooth.DATASET_OPTIONS.get(name, (0, None, 0))
+        _, kind, _ = DATASET_OPTIONS.get(name, (0, None, 0))
         values = [True, False, *TEXTS, *NUMBERS, *LISTS]
-        values = [value for value in values if kind and dreambooth.OPTION_KINDS[kind](value)]
+        values = [value for value in values if kind and OPTION_KINDS[kind](value)]
         place[name] = draw(st.sampled_from(values) if values and draw(st.integers(0, 5)) else ODD_VALUES)
     return ".json", draw(st.one_of(st.just(json.dumps(config).encode()), damaged([json.dumps(config).encode()])))
 

@@ -11,6 +11,7 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 
 import train_omini as omini
+from common.flow_matching import Condition, Tokens, compiled, condition_ids
 from common.latents import image_ids
 
 
@@ -67,9 +68,9 @@ def condition_tokens(sizes, adapters, batch=2):
     generator = torch.Generator().manual_seed(1)
     places = itertools.cycle([((0, 0), 1.0), ((0, -4), 1.0), ((1, 2), 2.0)])
     return [
-        omini.Tokens(
+        Tokens(
             torch.randn(batch, height * width // 4, 64, generator=generator),
-            omini.condition_ids(height, width, *place),
+            condition_ids(height, width, *place),
             (adapter,),
         )
         for (height, width), adapter, place in zip(sizes, adapters, places, strict=False)
@@ -315,8 +316,8 @@ def test_a_batch_of_different_holes_is_its_samples_one_by_one(independent):
     hole = torch.zeros(4, height // 2, width // 2, dtype=torch.bool)
     hole[0, 0, 0] = hole[1, :, 1:] = hole[2, 1:, 2] = hole[3, 0, :] = hole[3, 2, 3] = True
     conditions = [
-        omini.Condition("token_integration", (48, 64), adapter="a"),
-        omini.Condition("canny", (48, 64), adapter="b"),
+        Condition("token_integration", (48, 64), adapter="a"),
+        Condition("canny", (48, 64), adapter="b"),
     ]
 
     def run(rows):
@@ -353,7 +354,7 @@ def test_integrated_tokens_are_exactly_one_images():
     hole = torch.zeros(1, 3, 4, dtype=torch.bool)
     hole[0, 1, 1:3] = True
     latents = torch.arange(1 * 16 * 6 * 8.0).view(1, 16, 6, 8)
-    (outside,) = omini.condition_tokens([latents], [omini.Condition("token_integration", (48, 64))], hole)
+    (outside,) = omini.condition_tokens([latents], [Condition("token_integration", (48, 64))], hole)
     _, inside, _ = omini.select_tokens(omini.pack_latents(latents), image_ids(6, 8), hole.flatten(1))
     assert outside.hidden_states.shape[1] + inside.shape[1] == 12
     together = torch.cat([outside.ids[0], inside[0]])
@@ -361,10 +362,10 @@ def test_integrated_tokens_are_exactly_one_images():
 
 
 def test_positions_scale_first_then_move():
-    ids = omini.condition_ids(4, 6, (1, -3), 2.0)
+    ids = condition_ids(4, 6, (1, -3), 2.0)
     rows, columns = [1.5, 3.5], [-2.5, -0.5, 1.5]
     assert ids.tolist() == [[0.0, row, column] for row in rows for column in columns]
-    assert torch.equal(omini.condition_ids(4, 6), image_ids(4, 6))
+    assert torch.equal(condition_ids(4, 6), image_ids(4, 6))
 
 
 def test_a_style_on_text_and_image_is_the_stock_model_with_it():
@@ -390,9 +391,9 @@ def test_checkpointing_and_compiling_change_neither_result_nor_gradient():
     conditions = condition_tokens([(6, 8), (4, 4)], ["a", "a"])
     parameters = [p for p in transformer.parameters() if p.requires_grad]
     results = []
-    for checkpointed, compiled in ((False, False), (True, False), (False, True)):
+    for checkpointed, compile_blocks in ((False, False), (True, False), (False, True)):
         transformer.enable_gradient_checkpointing() if checkpointed else transformer.disable_gradient_checkpointing()
-        out = omini.omini_forward(transformer, **inputs(), conditions=conditions, compile_blocks=compiled)
+        out = omini.omini_forward(transformer, **inputs(), conditions=conditions, compile_blocks=compile_blocks)
         gradients = torch.autograd.grad(out.square().mean(), parameters, allow_unused=True)
         results.append([out, *(g for g in gradients if g is not None)])
     for other in results[1:]:
@@ -428,7 +429,7 @@ def test_compiling_covers_every_block():
     from torch._dynamo.utils import counters
 
     torch._dynamo.reset()
-    omini.compiled.cache_clear()
+    compiled.cache_clear()
     counters.clear()
     transformer = add_adapters(new_transformer(layers=4, single_layers=12), "a")
     conditions = condition_tokens([(6, 8)], ["a"])

@@ -10,6 +10,8 @@ from PIL import Image
 from safetensors import safe_open
 
 import train_omini as omini
+from common.flow_matching import Condition
+from common.latents import mean_latents
 from common.lora import add_lora, save_lora
 from examples.omini import generate
 
@@ -154,7 +156,7 @@ def test_training_validation_and_generation_put_conditions_in_the_same_place(
 def test_token_integration_with_masks_of_any_shape(tiny_model, adapter, tmp_path):
     """Not square; what is outside the hole stays, what is inside depends on the seed; a batch is its samples."""
     pipeline, about = load(tiny_model, adapter("token_integration"))
-    conditions = [omini.Condition("token_integration", (48, 64), adapter="token_integration")]
+    conditions = [Condition("token_integration", (48, 64), adapter="token_integration")]
     holes = np.zeros((4, 48, 64), dtype=bool)
     holes[0, 3:9, 3:40] = holes[1, :, 20:25] = holes[2, 40, 60] = True
     holes[3] = np.hypot(*np.mgrid[-24:24, -32:32]) < 15
@@ -175,8 +177,8 @@ def test_token_integration_with_masks_of_any_shape(tiny_model, adapter, tmp_path
 
     together = draw([0, 1, 2, 3], [0, 1, 2, 3])
     again = draw([0, 1, 2, 3], [4, 5, 6, 7])
-    clean = omini.encode_moments(pipeline.vae, torch.stack([omini.pixels(image) for image in images]))
-    clean = omini.mean_latents(clean, pipeline.vae.config)
+    clean = omini.encode_moments(pipeline.vae, torch.stack([omini.to_tensor(image) for image in images]))
+    clean = mean_latents(clean, pipeline.vae.config)
     for i in range(4):
         assert (together[i] - draw([i], [i])[0]).abs().max() <= 1e-4
         inside = torch.from_numpy(omini.token_hole(holes[i])).repeat_interleave(2, 0).repeat_interleave(2, 1)

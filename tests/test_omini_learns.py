@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors import safe_open
 
 import train_omini as omini
+from common.flow_matching import Condition
 from common.lora import add_lora
 from common.validation import image_grid
 from examples.toy.world import (
@@ -70,7 +71,7 @@ def load(files):
         with safe_open(path, "pt") as file:
             about = json.loads(file.metadata()["omini"])
         conditions += [
-            omini.Condition(**{k: tuple(v) if isinstance(v, list) else v for k, v in each.items()})
+            Condition(**{k: tuple(v) if isinstance(v, list) else v for k, v in each.items()})
             for each in about["conditions"]
         ]
         pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=conditions[-1].adapter)

@@ -107,9 +107,9 @@ def test_what_is_trained_and_saved(train, flags, tmp_path, mode):
 
 def test_frozen_encoders_never_run_in_a_step(train, flags, tmp_path, monkeypatch):
     calls = []
-    honest = dreambooth.PromptEncoder.embed
+    honest = dreambooth.TokenEncoder.embed
     monkeypatch.setattr(
-        dreambooth.PromptEncoder,
+        dreambooth.TokenEncoder,
         "embed",
         lambda self, kind, prompts: calls.append(kind) or honest(self, kind, prompts),
     )
@@ -122,7 +122,7 @@ def test_frozen_encoders_never_run_in_a_step(train, flags, tmp_path, monkeypatch
 def test_the_pivot_comes_within_one_epoch_and_ends_all_training_of_the_rows(train, flags, tmp_path, monkeypatch):
     rows, clipped, reduced, unsynced = [], [], [], []
     pull, clip = dreambooth.NewTokens.pull, Accelerator.clip_grad_norm_
-    reduce, no_sync = dreambooth.PromptEncoder.reduce_gradients, Accelerator.no_sync
+    reduce, no_sync = dreambooth.reduce_gradients, Accelerator.no_sync
     monkeypatch.setattr(dreambooth.NewTokens, "pull", lambda new: pull(new) or rows.append(new.rows.detach().clone()))
     monkeypatch.setattr(
         Accelerator,
@@ -131,9 +131,7 @@ def test_the_pivot_comes_within_one_epoch_and_ends_all_training_of_the_rows(trai
             clipped.append(sum(p.grad is not None for p in params)) or clip(self, params, limit)
         ),
     )
-    monkeypatch.setattr(
-        dreambooth.PromptEncoder, "reduce_gradients", lambda text: reduced.append(len(rows)) or reduce(text)
-    )
+    monkeypatch.setattr(dreambooth, "reduce_gradients", lambda *args: reduced.append(len(rows)) or reduce(*args))
     monkeypatch.setattr(Accelerator, "no_sync", lambda self, model: unsynced.append(model) or no_sync(self, model))
     steps = ("--repeats", 4, "--train_batch_size", 1, "--gradient_accumulation_steps", 2, "--max_train_steps", 6)
     run = tmp_path / "run"
@@ -154,7 +152,7 @@ def test_prompts_keep_their_marks_and_the_encoders_have_no_dropout(tiny_model, t
             *("--train_text_encoder_ti", "--enable_t5_ti", "--token_abstraction", "circle"),
         ]
     )
-    text, seen = dreambooth.PromptEncoder(Accelerator(cpu=True), args, torch.float32), {}
+    text, seen = dreambooth.TokenEncoder(Accelerator(cpu=True), args, torch.float32), {}
     for kind, encoder in text.encoders.items():
         encoder.register_forward_pre_hook(lambda _, inputs, kind=kind: seen.update({kind: inputs[0][0].tolist()}))
     text(["a red circle"])
@@ -168,9 +166,9 @@ def test_prompts_keep_their_marks_and_the_encoders_have_no_dropout(tiny_model, t
 
 def test_only_new_rows_change(train, flags, tmp_path, monkeypatch, tiny_pipeline):
     encoders = []
-    honest = dreambooth.PromptEncoder.freeze
+    honest = dreambooth.TokenEncoder.freeze
     monkeypatch.setattr(
-        dreambooth.PromptEncoder,
+        dreambooth.TokenEncoder,
         "freeze",
         lambda self, prompts: (
             encoders.append({k: (n.table.weight.clone(), n.rows.clone()) for k, n in self.new_tokens.items()})
@@ -221,7 +219,7 @@ def test_clip_pools_in_the_cards_snippet_as_in_training(tiny_model, tmp_path, pi
     flags = ["--pretrained_model_name_or_path", tiny_model, "--instance_data_dir", pictures, "--output_dir", tmp_path]
     flags += ["--train_text_encoder_ti", "--token_abstraction", "circle"]
     args = dreambooth.parse_args([str(flag) for flag in flags])
-    text, pooled = dreambooth.PromptEncoder(Accelerator(), args, torch.float32), {}
+    text, pooled = dreambooth.TokenEncoder(Accelerator(), args, torch.float32), {}
     clip, line = text.encoders["clip_l"], "pipeline.text_encoder.eos_token_id = pipeline.tokenizer.eos_token_id"
     for model, eos_token_id in ((str(tiny_model), 2), ("flux1-dev.safetensors", text.pipeline.tokenizer.eos_token_id)):
         args.pretrained_model_name_or_path, clip.eos_token_id = model, eos_token_id
@@ -239,7 +237,7 @@ def test_two_abstractions_start_as_they_are_told(tiny_model, tmp_path, pictures)
     flags = ["--pretrained_model_name_or_path", tiny_model, "--instance_data_dir", pictures, "--enable_t5_ti"]
     flags += ["--train_text_encoder_ti", "--token_abstraction", "AA,BB", "--initializer_concept", "red circle,blue"]
     args = dreambooth.parse_args([str(flag) for flag in flags])
-    text = dreambooth.PromptEncoder(Accelerator(), args, torch.float32)
+    text = dreambooth.TokenEncoder(Accelerator(), args, torch.float32)
     assert text.replace("an AA beside a BB") == "an <s0><s1> beside a <s2>"
     for kind, tokenizer in (("clip_l", text.pipeline.tokenizer), ("t5", text.pipeline.tokenizer_2)):
         new = text.new_tokens[kind]
@@ -252,7 +250,7 @@ def test_a_word_within_another_keeps_its_own_tokens(tiny_model, tmp_path, pictur
     flags = ["--pretrained_model_name_or_path", tiny_model, "--instance_data_dir", pictures]
     flags += ["--train_text_encoder_ti", "--token_abstraction", "TOK,TOK2", "--num_new_tokens_per_abstraction", 1]
     args = dreambooth.parse_args([str(flag) for flag in flags])
-    text = dreambooth.PromptEncoder(Accelerator(), args, torch.float32)
+    text = dreambooth.TokenEncoder(Accelerator(), args, torch.float32)
     assert text.replace("TOK2 and TOK") == "<s1> and <s0>"
 
 
@@ -437,7 +435,7 @@ def test_a_refused_token_ends_the_run_before_a_model_is_loaded(train, flags, tmp
             raise OSError("Invalid user token")
 
     monkeypatch.setattr(validation, "HfApi", HubApi)
-    monkeypatch.setattr(dreambooth, "PromptEncoder", None)
+    monkeypatch.setattr(dreambooth, "TokenEncoder", None)
     with pytest.raises(SystemExit) as stop:
         train(SCRIPT, *flags, "--push_to_hub", "--output_dir", tmp_path / "run")
     assert stop.value.code == 2

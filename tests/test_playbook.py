@@ -190,10 +190,10 @@ def test_names_of_kohyas_flags_mean_ours(tiny_model, pictures, tmp_path, capsys)
 def encodings(monkeypatch):
     """What was encoded since it was last cleared: "image", or the name of a text encoder with the prompt."""
     seen = []
-    image, text = common.latents.encode_moments, dreambooth.PromptEncoder.embed
+    image, text = common.latents.encode_moments, dreambooth.TokenEncoder.embed
     monkeypatch.setattr(common.latents, "encode_moments", lambda *args: seen.append("image") or image(*args))
     monkeypatch.setattr(
-        dreambooth.PromptEncoder,
+        dreambooth.TokenEncoder,
         "embed",
         lambda self, kind, prompts: seen.append(f"{kind}: {prompts[0]}") or text(self, kind, prompts),
     )

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from test_family import SCRIPTS
 from test_fuzz import adapter, encoded, run_flags, saved  # noqa: F401  fixtures among them
 
+from common.latents import Example
 from common.lora import CHECKSUMS, checksums, load_checkpoint
 
 
@@ -230,7 +231,6 @@ def test_a_dataset_s_script_is_not_run(train, run_flags, marker, script, tmp_pat
 
 def test_no_program_draws_a_picture(marker, tmp_path, monkeypatch):
     """PostScript under the name of a picture, which PIL hands to Ghostscript."""
-    import train_dreambooth_flux_advanced as dreambooth
 
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "gs").write_text(f"#!/bin/sh\nmkdir {marker}\n")
@@ -239,11 +239,11 @@ def test_no_program_draws_a_picture(marker, tmp_path, monkeypatch):
     path = tmp_path / "picture.png"
     path.write_bytes(encoded(format="EPS"))
     with pytest.raises(OSError, match="Ghostscript"):
-        dreambooth.Example("picture", lambda: Image.open(path), None).image()
+        Example("picture", lambda: Image.open(path), None).image()
     assert not marker.exists()
     monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # as PIL has it
     with pytest.raises(subprocess.CalledProcessError):  # it drew nothing
-        dreambooth.Example("picture", lambda: Image.open(path), None).image()
+        Example("picture", lambda: Image.open(path), None).image()
     assert marker.exists()
 
 

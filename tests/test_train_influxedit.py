@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from diffusers import FluxFillPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxFillPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -153,7 +153,7 @@ def test_in_edit_mode_validation_reads_what_training_reads(train, tiny_fill, pai
 
 def test_the_loss_is_that_of_flow_matching_and_counts_tokens_under_the_mask(tiny_fill, modes):
     args = influxedit.parse_args([str(flag) for flag in modes["mask"]])
-    scheduler = influxedit.FlowMatchEulerDiscreteScheduler.from_pretrained(tiny_fill, subfolder="scheduler")
+    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(tiny_fill, subfolder="scheduler")
     latents, mask = torch.randn(2, 16, 4, 6), torch.zeros(2, 1, 32, 48)
     mask[:, :, :, 24:] = 1  # of 3 columns of tokens, half of the second and all of the third
     condition = pack_fill_condition(torch.randn(2, 16, 4, 6), mask)

@@ -22,6 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import train_omini as omini
+from common.latents import open_dataset
 from examples.toy.world import caption, draw, random_scene
 
 
@@ -325,7 +326,7 @@ def test_a_stream_gives_every_sample_once_per_epoch_to_one_process(flags, tars):
             return {"id": (epoch, example.caption)}
 
     for rank in range(2):
-        stream = omini.open_dataset(args)[0]
+        stream = open_dataset(args)[0]
         batches = omini.StreamedBatches(stream, Samples(), args, process_index=rank, num_processes=2)
         batches.stop = 5
         seen += [(int(batch["id"][0][0]), batch["id"][1][0]) for batch in batches]

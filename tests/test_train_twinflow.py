@@ -20,6 +20,7 @@ from test_train_dreambooth import assert_equal, wait_for
 from transformers import Qwen2VLImageProcessor
 
 import train_twinflow as twinflow
+from common.flow_matching import Flux
 from common.latents import TensorCache
 from examples.twinflow import compare
 from examples.twinflow.generate import draw, load_velocity, trained_args
@@ -240,7 +241,7 @@ def test_lora_has_no_second_network_and_full_training_no_second_module(backbone_
     for training in ("full", "lora"):
         flags = [*backbone_flags["flux"], "--train_data_dir", "x", "--training", training]
         args = twinflow.parse_args([str(flag) for flag in flags])
-        transformer = twinflow.Flux(args).load_transformer(torch.float32)
+        transformer = Flux(args).load_transformer(torch.float32)
         if training == "lora":
             twinflow.add_lora(transformer, rank=2, alpha=2, dropout=0.0, target_modules=twinflow.lora_targets(args))
         else:

@@ -21,15 +21,10 @@ from safetensors import safe_open
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from train_omini import (
-    PATCH,
-    Condition,
-    Example,
-    OminiPipeline,
-    make_condition,
-    token_hole,
-    widen,
-)
+from common.flow_matching import Condition
+from common.latents import PATCH, Example, token_hole
+from common.validation import OminiPipeline
+from train_omini import make_condition, widen
 
 
 def parse_args(argv=None):

@@ -19,9 +19,9 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from common.flow_matching import STYLES, sample_flow
+from common.flow_matching import BACKBONES, STYLES, load_two_times, sample_flow
 from common.latents import decode_images, encode_images, to_image, upright
-from train_twinflow import BACKBONES, load_two_times, predict_velocity, stack_conditions, to_pixels
+from train_twinflow import predict_velocity, stack_conditions, to_pixels
 
 
 def trained_args(folder):
