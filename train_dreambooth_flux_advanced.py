@@ -22,19 +22,9 @@ import hashlib
 import math
 import os
 import re
+import shlex
 import time
 from pathlib import Path
-
-import numpy as np
-import torch
-from accelerate.utils import set_seed
-from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
-from diffusers.training_utils import offload_models, parse_buckets_string
-from PIL import Image, ImageOps
-from safetensors.torch import load_file
-from safetensors.torch import save_file as save_tensors
-from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
 
 from common import (
     LR_SCHEDULERS,
@@ -52,6 +42,21 @@ from common import (
     start,
     stop_interrupted,
 )
+
+
+# below: the libraries that `common` quiets
+# isort: split
+import numpy as np
+import torch
+from accelerate.utils import set_seed
+from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
+from diffusers.training_utils import offload_models, parse_buckets_string
+from PIL import Image, ImageOps
+from safetensors.torch import load_file
+from safetensors.torch import save_file as save_tensors
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
 from common.flow_matching import (
     TIMESTEP_SAMPLING,
     add_noise,
@@ -308,6 +313,7 @@ def parse_args(argv=None):
     arg("--logging_dir", type=Path, default=Path("logs"), help="folder of the trackers' files in output_dir")
     arg("--report_to", choices=TRACKERS, default="tensorboard", help="where curves and pictures are sent")
     arg("--upcast_before_saving", action="store_true", help="save the adapter in float32, not in mixed_precision")
+    arg("--verbose", action="store_true", help="show what the libraries remark and their progress bars")
     arg("--push_to_hub", action="store_true", help="upload the results, without checkpoints and logs")
     arg("--hub_token", help="token for it (default: that of `hf auth login`); it is written nowhere")
     arg("--hub_model_id", help="repository for it (default: the name of output_dir)")
@@ -1032,13 +1038,13 @@ def main(args):
         save_named_lora(args, adapted, examples, guided, save_dtype)
     else:
         save_lora(args.output_dir, FluxPipeline, adapted, save_dtype)
+    shown_prompt = final_prompt or args.instance_prompt or examples[0].prompt()
     if accelerator.is_main_process:
         embeddings_name = f"{args.output_dir.resolve().name}_emb.safetensors"
         text.save_embeddings(args.output_dir / embeddings_name)
         text.export_embeddings(args.output_dir / "embeddings")
         metrics.close()
         plot_metrics(args.output_dir / "metrics.jsonl", args.output_dir / "loss.png", title=args.output_dir.name)
-        shown_prompt = final_prompt or args.instance_prompt or examples[0].prompt()
         describe(args, weight_dtype, text, shown_prompt, embeddings_name, hub_repo)
     if final_prompt:
         draw(prompt=final_prompt, step=global_step)
@@ -1054,9 +1060,9 @@ def main(args):
         "loss": "loss.png",
         "pictures": "validation",
     }
-    finish(
-        accelerator, args, global_step, results, hub_repo, beside=lora if args.output_name and lora.exists() else None
-    )
+    command = f"dreambooth/generate.py {shlex.quote(str(args.output_dir))} --prompt {shlex.quote(shown_prompt)}"
+    beside = lora if args.output_name and lora.exists() else None
+    finish(accelerator, args, global_step, results, command, hub_repo, beside=beside)
 
 
 if __name__ == "__main__":

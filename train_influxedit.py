@@ -25,22 +25,10 @@ import functools
 import itertools
 import math
 import secrets
+import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
-import torch
-from accelerate.utils import broadcast_object_list, set_seed
-from diffusers import (
-    AutoencoderKL,
-    FluxFillPipeline,
-    FluxTransformer2DModel,
-)
-from diffusers.training_utils import offload_models
-from PIL import Image, ImageOps
-from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
 
 from common import (
     LR_SCHEDULERS,
@@ -58,6 +46,23 @@ from common import (
     start,
     stop_interrupted,
 )
+
+
+# below: the libraries that `common` quiets
+# isort: split
+import numpy as np
+import torch
+from accelerate.utils import broadcast_object_list, set_seed
+from diffusers import (
+    AutoencoderKL,
+    FluxFillPipeline,
+    FluxTransformer2DModel,
+)
+from diffusers.training_utils import offload_models
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
 from common.flow_matching import (
     TIMESTEP_SAMPLING,
     add_noise,
@@ -296,6 +301,7 @@ def parse_args(argv=None):
     arg("--logging_dir", type=Path, default=Path("logs"), help="folder of the trackers' files in output_dir")
     arg("--report_to", choices=TRACKERS, default="tensorboard", help="where curves and pictures are sent")
     arg("--upcast_before_saving", action="store_true", help="save the adapter in float32, not in mixed_precision")
+    arg("--verbose", action="store_true", help="show what the libraries remark and their progress bars")
     arg("--push_to_hub", action="store_true", help="upload the results, without checkpoints and logs")
     arg("--hub_token", help="token for it (default: that of `hf auth login`); it is written nowhere")
     arg("--hub_model_id", help="repository for it (default: the name of output_dir)")
@@ -1033,10 +1039,11 @@ def main(args):
     # 8. Save and final validation
     save_dtype = torch.float32 if args.upcast_before_saving else weight_dtype
     save_lora(args.output_dir, FluxFillPipeline, adapted, save_dtype)
+    shown_prompt = cases[0][0] if cases else examples[0].caption
     if accelerator.is_main_process:
         metrics.close()
         plot_metrics(args.output_dir / "metrics.jsonl", args.output_dir / "loss.png", title=args.output_dir.name)
-        describe(args, weight_dtype, cases[0][0] if cases else examples[0].caption)
+        describe(args, weight_dtype, shown_prompt)
     if cases:
         draw(step=global_step)
     transformer = draw = None  # what DistributedDataParallel frees after the process group can hang in gloo
@@ -1048,7 +1055,8 @@ def main(args):
         "loss": "loss.png",
         "pictures": "validation",
     }
-    finish(accelerator, args, global_step, results, hub_repo)
+    command = f"influxedit/generate.py {shlex.quote(str(args.output_dir))} --prompt {shlex.quote(shown_prompt)}"
+    finish(accelerator, args, global_step, results, f"{command} --image PICTURE", hub_repo)
 
 
 if __name__ == "__main__":

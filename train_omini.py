@@ -28,19 +28,6 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-import cv2
-import numpy as np
-import psutil
-import torch
-from accelerate.utils import set_seed
-from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
-from diffusers.training_utils import offload_models
-from PIL import Image, ImageFilter, ImageOps
-from safetensors import safe_open
-from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
-from transformers import MODEL_FOR_DEPTH_ESTIMATION_MAPPING, AutoConfig, T5Config
-
 from common import (
     LR_SCHEDULERS,
     TRACKERS,
@@ -56,6 +43,23 @@ from common import (
     start,
     stop_interrupted,
 )
+
+
+# below: the libraries that `common` quiets
+# isort: split
+import cv2
+import numpy as np
+import psutil
+import torch
+from accelerate.utils import set_seed
+from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
+from diffusers.training_utils import offload_models
+from PIL import Image, ImageFilter, ImageOps
+from safetensors import safe_open
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+from transformers import MODEL_FOR_DEPTH_ESTIMATION_MAPPING, AutoConfig, T5Config
+
 from common.flow_matching import (
     TIMESTEP_SAMPLING,
     adapter_names,
@@ -334,6 +338,7 @@ def parse_args(argv=None):
     arg("--logging_dir", type=Path, default=Path("logs"), help="folder of the trackers' files in output_dir")
     arg("--report_to", choices=TRACKERS, default="tensorboard", help="where curves and pictures are sent")
     arg("--upcast_before_saving", action="store_true", help="save the adapter in float32, not in mixed_precision")
+    arg("--verbose", action="store_true", help="show what the libraries remark and their progress bars")
     arg("--push_to_hub", action="store_true", help="upload the results, without checkpoints and logs")
     arg("--hub_token", help="token for it (default: that of `hf auth login`); it is written nowhere")
     arg("--hub_model_id", help="repository for it (default: the name of output_dir)")
@@ -848,13 +853,19 @@ def adapter_metadata(args, conditions, adapter):
     return {"omini": json.dumps(about)}
 
 
-def describe(args, conditions, prompt):
-    """README.md in the output folder: what was trained, and how to draw `prompt` with it."""
-    folder, kinds = args.output_dir.resolve(), ", ".join(args.condition_type)
+def drawing_command(args, conditions, prompt):
+    """The command in examples/ that draws `prompt` with the adapters."""
+    folder = args.output_dir.resolve()
     files = " ".join(shlex.quote(str(folder / f"{name}.safetensors")) for name in adapter_names(conditions))
+    mask = ' --mask "$MASK"' if {"fill", "token_integration"} & set(args.condition_type) else ""
+    return f'omini/generate.py {files} --prompt {shlex.quote(prompt)} --image "$IMAGE"{mask} --output image.png'
+
+
+def describe(args, command):
+    """README.md in the output folder: what was trained, and the command that draws with it."""
+    folder, kinds = args.output_dir.resolve(), ", ".join(args.condition_type)
     height, width = args.target_size
-    holed = {"fill", "token_integration"} & set(args.condition_type)
-    mask, about_mask = (' --mask "$MASK"', ", `MASK` is white where it is to be drawn anew") if holed else ("", "")
+    about_mask = ", `MASK` is white where it is to be drawn anew" if "$MASK" in command else ""
     description = f"""
 # {folder.name}
 
@@ -864,8 +875,7 @@ For {args.pretrained_model_name_or_path}: LoRA of rank {args.rank} that makes it
 trainer's folder:
 
 ```bash
-python examples/omini/generate.py {files} \\
-  --prompt {shlex.quote(prompt)} --image "$IMAGE"{mask} --output image.png
+python examples/{command}
 ```
 """
     tags = ["image-to-image", "flux", "lora", "ominicontrol", "diffusers"]
@@ -1070,10 +1080,12 @@ def main(args):
             weight_name=file,
             metadata=metadata,
         )
+    shown_prompt = final_prompt or (examples[0].caption if examples else "a picture")
+    command = drawing_command(args, conditions, shown_prompt)
     if accelerator.is_main_process:
         metrics.close()
         plot_metrics(args.output_dir / "metrics.jsonl", args.output_dir / "loss.png", title=args.output_dir.name)
-        describe(args, conditions, final_prompt or (examples[0].caption if examples else "a picture"))
+        describe(args, command)
     if final_prompt:
         draw(prompt=final_prompt, step=global_step)
     transformer = draw = None  # what DistributedDataParallel frees after the process group can hang in gloo
@@ -1081,7 +1093,8 @@ def main(args):
     accelerator.end_training()
     results = {f"{name} LoRA": file for name, file in files.items()}
     results |= {"usage": "README.md", "loss": "loss.png", "pictures": "validation"}
-    finish(accelerator, args, global_step, results, hub_repo, ["depth/**"])
+    command = command.replace("$IMAGE", "PICTURE").replace("$MASK", "MASK")
+    finish(accelerator, args, global_step, results, command, hub_repo, ["depth/**"])
 
 
 if __name__ == "__main__":

@@ -26,18 +26,6 @@ import time
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-import diffusers
-import numpy as np
-import torch
-from accelerate import DistributedDataParallelKwargs
-from accelerate.utils import set_seed
-from diffusers.training_utils import free_memory, offload_models
-from PIL import Image, ImageOps
-from torch.distributed.fsdp import FSDPModule
-from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
-
 from common import (
     LR_SCHEDULERS,
     TRACKERS,
@@ -52,6 +40,22 @@ from common import (
     start,
     stop_interrupted,
 )
+
+
+# below: the libraries that `common` quiets
+# isort: split
+import diffusers
+import numpy as np
+import torch
+from accelerate import DistributedDataParallelKwargs
+from accelerate.utils import set_seed
+from diffusers.training_utils import free_memory, offload_models
+from PIL import Image, ImageOps
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
 from common.flow_matching import BACKBONES, STYLES, OpenUni, add_target_time, sample_flow, step_generator
 from common.latents import (
     INTERPOLATION,
@@ -277,6 +281,7 @@ def parse_args(argv=None):
     arg("--logging_dir", type=Path, default=Path("logs"), help="folder of the trackers' files in output_dir")
     arg("--report_to", choices=TRACKERS, default="tensorboard", help="where curves and pictures are sent")
     arg("--upcast_before_saving", action="store_true", help="save the adapter in float32, not in mixed_precision")
+    arg("--verbose", action="store_true", help="show what the libraries remark and their progress bars")
     arg("--push_to_hub", action="store_true", help="upload the results, without checkpoints and logs")
     arg("--hub_token", help="token for it (default: that of `hf auth login`); it is written nowhere")
     arg("--hub_model_id", help="repository for it (default: the name of output_dir)")
@@ -870,13 +875,17 @@ def validate(accelerator, predict, teacher, transformer, backbone, vae, encoded,
     save_images(accelerator, args, images, captions, step=step, grid=image_grid(images, captions, columns=count))
 
 
-def describe(args, prompt):
-    """README.md in the output folder: what was trained on what, and how to draw `prompt` with it."""
+def drawing_command(args, prompt):
+    """The command in examples/ that draws `prompt` with the result."""
+    folder = shlex.quote(str(args.output_dir.resolve()))
+    image = " --image picture.png" if args.model_type == "qwenimage-edit" else ""
+    return f"twinflow/generate.py {folder} --prompt {shlex.quote(prompt)}{image} --steps 2"
+
+
+def describe(args, command):
+    """README.md in the output folder: what was trained on what, and the command that draws with it."""
     folder = args.output_dir.resolve()
     kind = f"LoRA of rank {args.rank} and alpha {args.lora_alpha:g}" if args.training == "lora" else "all weights"
-    command = f"python examples/twinflow/generate.py {shlex.quote(str(folder))} --prompt {shlex.quote(prompt)}"
-    if args.model_type == "qwenimage-edit":
-        command += " --image picture.png"
     description = f"""
 # {folder.name}
 
@@ -884,7 +893,7 @@ For {args.pretrained_model_name_or_path} ({args.model_type}): {kind}, by TwinFlo
 2, 4 or more steps, without guidance. From the folder of the trainer:
 
 ```bash
-{command} --steps 2
+python examples/{command}
 ```
 """
     tags = ["text-to-image", "twinflow", args.training, "diffusers"]
@@ -1064,10 +1073,11 @@ def main(args):
             save_model(accelerator, args.output_dir / "transformer", bare, transformer_class, save_dtype)
         else:
             save_lora(args.output_dir, pipeline_class, {"transformer": bare}, save_dtype)
+    command = drawing_command(args, args.validation_prompt or examples[0].captions[0])
     if accelerator.is_main_process:
         metrics.close()
         plot_metrics(args.output_dir / "metrics.jsonl", args.output_dir / "loss.png", title=args.output_dir.name)
-        describe(args, args.validation_prompt or examples[0].captions[0])
+        describe(args, command)
     if args.validation_prompt:
         draw(step=global_step)
     transformer = predict = draw = None  # what DistributedDataParallel frees after the process group can hang in gloo
@@ -1075,7 +1085,7 @@ def main(args):
     accelerator.end_training()
     result = "transformer" if full else "pytorch_lora_weights.safetensors"
     results = {"result": result, "usage": "README.md", "loss": "loss.png", "pictures": "validation"}
-    finish(accelerator, args, global_step, results, hub_repo, ["encoded/**"])
+    finish(accelerator, args, global_step, results, command, hub_repo, ["encoded/**"])
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ Here: how a command line is read and refused, how a process starts, is interrupt
 """
 
 import argparse
+import logging
 import math
 import os
 import shlex
@@ -12,10 +13,18 @@ import sys
 import time
 from pathlib import Path
 
+
+if "--verbose" not in sys.argv:  # before the libraries are imported, which some of them remark upon
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from diffusers.optimization import SchedulerType
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
 
 
 WEIGHTING_SCHEMES = ("none", "sigma_sqrt", "logit_normal", "mode", "cosmap")
@@ -31,7 +40,7 @@ CHANGEABLE = {
     *("validation_prompt", "validation_image", "validation_mask", "validation_steps", "validation_epochs"),
     *("num_validation_images", "validation_width", "validation_height", "validation_samplers"),
     *("final_validation_prompt", "skip_final_inference", "resume_from_checkpoint"),
-    *("output_dir", "output_name", "save_format", "save_every_n_epochs", "logging_dir", "report_to"),
+    *("output_dir", "output_name", "save_format", "save_every_n_epochs", "logging_dir", "report_to", "verbose"),
     *("upcast_before_saving", "push_to_hub", "hub_token", "hub_model_id"),
 }
 
@@ -172,6 +181,8 @@ def start(args, handlers=()):
     if args.local_rank != -1:
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    for library in (diffusers_logging, transformers_logging):
+        library.set_verbosity_info() if args.verbose else library.disable_progress_bar()
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),  # else torchrun's processes would not know of each other there
         gradient_accumulation_steps=args.gradient_accumulation_steps,

@@ -53,6 +53,7 @@ from common.lora import (
 )
 
 
+FIRST_STEPS = 5  # whose time tells how long a run takes
 CLIP_TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "out_proj")
 TOKENIZERS = ("tokenizer", "tokenizer_2")
 CHECKPOINT_PREFIX, FLUX_ROOTS = "model.diffusion_model.", {name.split(".")[0] for name in FLUX_LAYERS}
@@ -624,6 +625,10 @@ def step_logs(optimizer, grad_norm, num_images, started, device):
 def log_step(accelerator, progress_bar, metrics, step, logs):
     """Sends one step's numbers to the progress bar, the trackers and, on the main process, `open_metrics`' file."""
     progress_bar.update()
+    if progress_bar.n - progress_bar.initial == FIRST_STEPS and not progress_bar.disable:
+        left = (progress_bar.total - progress_bar.n) * progress_bar.format_dict["elapsed"] / FIRST_STEPS
+        memory = f"{logs['peak_memory_gb']:.1f} GiB of memory"
+        progress_bar.write(f"  expected {progress_bar.format_interval(left)} more, {memory}, by the first steps")
     progress_bar.set_postfix({name: f"{logs[name]:.3g}" for name in ("loss", "lr", "images_per_second")})
     with writing(accelerator.logging_dir or "."):
         accelerator.log(logs, step=step)
@@ -740,11 +745,13 @@ def about_text(args, text, stop=None):
     return lines
 
 
-def finish(accelerator, args, step, results, hub_repo=None, unwanted=(), beside=None):
-    """Says what lies where, results {what: path in the output folder}, as far as they are there; and uploads it."""
+def finish(accelerator, args, step, results, command, hub_repo=None, unwanted=(), beside=None):
+    """Says what lies where, results {what: path in the output folder}, as far as they are there, and which `command`
+    in examples/ draws with it; and uploads it."""
     files = {what: args.output_dir / name for what, name in results.items() if (args.output_dir / name).exists()}
     accelerator.print(f"Trained {step} steps. In {args.output_dir}:")
     width = max([7, *map(len, files)]) + 2
     accelerator.print("\n".join(f"  {what:{width}}{path}" for what, path in files.items()))
+    accelerator.print(f"Draw with it:\n  python {Path(sys.argv[0]).parent / 'examples' / command}")
     if hub_repo:
         push_to_hub(args, hub_repo, unwanted, beside)
