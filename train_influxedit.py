@@ -53,11 +53,7 @@ from common import (
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list, set_seed
-from diffusers import (
-    AutoencoderKL,
-    FluxFillPipeline,
-    FluxTransformer2DModel,
-)
+from diffusers import AutoencoderKL, FluxFillPipeline, FluxTransformer2DModel
 from diffusers.training_utils import offload_models
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
@@ -176,12 +172,7 @@ def parse_args(argv=None):
     arg("--mixed_precision", choices=("no", "fp16", "bf16"), help="of the frozen models; the adapter stays in float32")
     arg("--allow_tf32", action="store_true", help="faster float32 matrix products on Ampere and later GPUs")
     arg("--gradient_checkpointing", action="store_true", help="less memory, a third more time per step")
-    arg(
-        "--quantize_base",
-        choices=QUANTIZATIONS,
-        default="none",
-        help="frozen blocks in 4 or 8 bits (bitsandbytes)",
-    )
+    arg("--quantize_base", choices=QUANTIZATIONS, default="none", help="frozen blocks in 4 or 8 bits (bitsandbytes)")
     arg("--compile", action="store_true", help="torch.compile the transformer's repeated blocks")
     arg("--offload", action="store_true", help="what is frozen waits in main memory: text encoders by layers, the VAE")
     arg("--fsdp", action="store_true", help="split weights and optimizer over the processes (FSDP2)")
@@ -856,7 +847,7 @@ image = pipeline(
     mask_image=mask,
     {size},
     guidance_scale={args.guidance_scale},
-    max_sequence_length={args.max_sequence_length},
+    max_sequence_length={args.max_sequence_length}
 ).images[0]
 image.save("image.png")
 ```

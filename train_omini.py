@@ -19,7 +19,6 @@ model card, the arguments (args.json), the loss (metrics.jsonl, loss.png), pictu
 
 import argparse
 import functools
-import hashlib
 import json
 import math
 import re
@@ -58,7 +57,7 @@ from PIL import Image, ImageFilter, ImageOps
 from safetensors import safe_open
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
-from transformers import MODEL_FOR_DEPTH_ESTIMATION_MAPPING, AutoConfig, T5Config
+from transformers import T5Config
 
 from common.flow_matching import (
     TIMESTEP_SAMPLING,
@@ -87,6 +86,7 @@ from common.latents import (
     condition_keys,
     encode_moments,
     examples_of,
+    fit,
     image_ids,
     open_rows,
     pack_latents,
@@ -118,13 +118,15 @@ from common.lora import (
     save_lora,
     target_layers,
     unknown_layers,
-    writing,
 )
 from common.validation import (
     OminiPipeline,
     PromptEncoder,
+    check_depth_model,
     check_hub,
     create_hub_repo,
+    depth_file,
+    estimate_depth,
     finish,
     generate_images,
     load_scheduler,
@@ -193,12 +195,7 @@ def parse_args(argv=None):
     arg("--mixed_precision", choices=("no", "fp16", "bf16"), help="of the frozen models; the adapter stays in float32")
     arg("--allow_tf32", action="store_true", help="faster float32 matrix products on Ampere and later GPUs")
     arg("--gradient_checkpointing", action="store_true", help="less memory, a third more time per step")
-    arg(
-        "--quantize_base",
-        choices=QUANTIZATIONS,
-        default="none",
-        help="frozen blocks in 4 or 8 bits (bitsandbytes)",
-    )
+    arg("--quantize_base", choices=QUANTIZATIONS, default="none", help="frozen blocks in 4 or 8 bits (bitsandbytes)")
     arg("--compile", action="store_true", help="torch.compile the transformer's repeated blocks")
     arg("--offload", action="store_true", help="what is frozen waits in main memory: text encoders by layers, the VAE")
     arg("--fsdp", action="store_true", help="split weights and optimizer over the processes (FSDP2)")
@@ -432,19 +429,6 @@ def check_conditions(args):
     return problems + check_depth_model(args)
 
 
-def check_depth_model(args):
-    """Problems of --depth_model."""
-    if not {"depth", "depth_pred"} & set(args.condition_type):
-        return []
-    try:
-        config = AutoConfig.from_pretrained(args.depth_model, cache_dir=args.cache_dir, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        return [f"--depth_model {args.depth_model}: cannot be loaded ({str(error).splitlines()[0]})"]
-    if type(config) not in MODEL_FOR_DEPTH_ESTIMATION_MAPPING:
-        return [f"--depth_model {args.depth_model}: is a {config.model_type}, which estimates no depth"]
-    return []
-
-
 def check_lora_path(args, layers):
     """Problems of --lora_path, whose files must hold adapters of the (name, module) in `layers`."""
     adapters, problems = adapter_names(conditions_of(args)), []
@@ -597,42 +581,6 @@ def hole_of(mask, args):
 def widen(tokens):
     """Boolean tokens [h, w] as pixels [16 h, 16 w]."""
     return tokens.repeat(PATCH, axis=0).repeat(PATCH, axis=1)
-
-
-def fit(image, size, args):
-    """A picture resized to cover (height, width), its middle cropped."""
-    return ImageOps.fit(image, size[::-1], Image.Resampling[args.image_interpolation_mode.upper()])
-
-
-def depth_file(image, args):
-    """Where the depth map of a picture of --target_size is kept."""
-    digest = hashlib.sha256(image.tobytes() + str((image.size, args.depth_model)).encode()).hexdigest()
-    return args.output_dir / "depth" / f"{digest[:32]}.png"
-
-
-def estimate_depth(accelerator, examples, args):
-    """Depth maps of all pictures into output_dir/depth, by the processes together; what is there stays."""
-    from transformers import pipeline
-
-    folder = args.output_dir / "depth"
-    folder.mkdir(parents=True, exist_ok=True)
-    where = {"device": accelerator.device, "model_kwargs": {"cache_dir": args.cache_dir}}
-    estimator = pipeline("depth-estimation", model=args.depth_model, trust_remote_code=False, **where)
-    starts = list(range(0, len(examples), args.depth_batch_size))
-    with accelerator.split_between_processes(starts) as share:
-        for start in tqdm(share, desc="Estimating depth", unit="batch", disable=not accelerator.is_main_process):
-            batch = examples[start : start + args.depth_batch_size]
-            images = [fit(example.image(), args.target_size, args) for example in batch]
-            images = [image for image in images if not depth_file(image, args).exists()]
-            for image, found in zip(
-                images, estimator(images, batch_size=args.depth_batch_size) if images else (), strict=True
-            ):
-                path = depth_file(image, args)
-                partial = path.with_suffix(f".{accelerator.process_index}")
-                with writing(path, partial):
-                    found["depth"].convert("L").resize(image.size).save(partial, format="PNG")
-                    partial.replace(path)
-    accelerator.wait_for_everyone()
 
 
 class ControlDataset(Dataset):
@@ -1072,13 +1020,7 @@ def main(args):
     for name, file in files.items():
         metadata = adapter_metadata(args, conditions, name)
         save_lora(
-            args.output_dir,
-            FluxPipeline,
-            modules,
-            save_dtype,
-            adapter_name=name,
-            weight_name=file,
-            metadata=metadata,
+            args.output_dir, FluxPipeline, modules, save_dtype, adapter_name=name, weight_name=file, metadata=metadata
         )
     shown_prompt = final_prompt or (examples[0].caption if examples else "a picture")
     command = drawing_command(args, conditions, shown_prompt)

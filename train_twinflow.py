@@ -56,7 +56,15 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from common.flow_matching import BACKBONES, STYLES, OpenUni, add_target_time, sample_flow, step_generator
+from common.flow_matching import (
+    BACKBONES,
+    STYLES,
+    OpenUni,
+    add_target_time,
+    predict_velocity,
+    sample_flow,
+    step_generator,
+)
 from common.latents import (
     INTERPOLATION,
     StepSampler,
@@ -179,12 +187,7 @@ def parse_args(argv=None):
     arg("--mixed_precision", choices=("no", "fp16", "bf16"), help="of the frozen models; the adapter stays in float32")
     arg("--allow_tf32", action="store_true", help="faster float32 matrix products on Ampere and later GPUs")
     arg("--gradient_checkpointing", action="store_true", help="less memory, a third more time per step")
-    arg(
-        "--quantize_base",
-        choices=QUANTIZATIONS,
-        default="none",
-        help="frozen blocks in 4 or 8 bits (bitsandbytes)",
-    )
+    arg("--quantize_base", choices=QUANTIZATIONS, default="none", help="frozen blocks in 4 or 8 bits (bitsandbytes)")
     arg("--compile", action="store_true", help="torch.compile the transformer's repeated blocks")
     arg("--offload", action="store_true", help="what is frozen waits in main memory: text encoders by layers, the VAE")
     arg("--fsdp", action="store_true", help="split weights and optimizer over the processes (FSDP2)")
@@ -777,19 +780,6 @@ def ramp_decay(decay, goal):
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def predict_velocity(x, t, target, cond, *, transformer, backbone, dtype, two_times, autocast=nullcontext, seed=None):
-    """The model's velocity [B, C, h, w], float32, at x [B, C, h, w] on the way from t to t' [B].
-
-    With one time embedding only, the time it is told is t - t' / 2. Calls with one `seed` drop the same (dropout).
-    """
-    if seed is not None:
-        torch.manual_seed(seed)
-    time = torch.stack([t, target], dim=-1) if two_times else t - target / 2
-    cond = {name: value.to(dtype) if value.is_floating_point() else value for name, value in cond.items()}
-    with autocast():
-        return backbone.predict(transformer, x.to(dtype), time, cond).float()
 
 
 def encode_prompts(accelerator, backbone, dataset, encoded, args, dtype):

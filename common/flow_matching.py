@@ -7,6 +7,7 @@ import copy
 import functools
 import inspect
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -440,6 +441,19 @@ BACKBONES = {
     "qwenimage": QwenImage,
     "qwenimage-edit": QwenImageEdit,
 }
+
+
+def predict_velocity(x, t, target, cond, *, transformer, backbone, dtype, two_times, autocast=nullcontext, seed=None):
+    """The model's velocity [B, C, h, w], float32, at x [B, C, h, w] on the way from t to t' [B].
+
+    With one time embedding only, the time it is told is t - t' / 2. Calls with one `seed` drop the same (dropout).
+    """
+    if seed is not None:
+        torch.manual_seed(seed)
+    time = torch.stack([t, target], dim=-1) if two_times else t - target / 2
+    cond = {name: value.to(dtype) if value.is_floating_point() else value for name, value in cond.items()}
+    with autocast():
+        return backbone.predict(transformer, x.to(dtype), time, cond).float()
 
 
 class TwoTimes:

@@ -138,6 +138,11 @@ def upright(image):
     return image.convert("RGB")
 
 
+def fit(image, size, args):
+    """A picture resized to cover (height, width), its middle cropped."""
+    return ImageOps.fit(image, size[::-1], Image.Resampling[args.image_interpolation_mode.upper()])
+
+
 def picture_files(folder):
     """(the pictures in a folder, sorted paths; problems of those of a kind that is not read)."""
     paths = sorted(folder.iterdir())

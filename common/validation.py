@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import hashlib
 import importlib.metadata
 import json
 import math
@@ -27,7 +28,15 @@ from PIL import Image, ImageDraw, ImageFont
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+from transformers import (
+    MODEL_FOR_DEPTH_ESTIMATION_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    CLIPTextConfig,
+    CLIPTextModel,
+    T5Config,
+    T5EncoderModel,
+)
 
 from common import fail
 from common.flow_matching import bound, condition_tokens, omini_forward, step_generator
@@ -35,6 +44,7 @@ from common.latents import (
     PATCH,
     decode_latents,
     encode_moments,
+    fit,
     mean_latents,
     pack_latents,
     select_tokens,
@@ -511,6 +521,50 @@ def draw_class_images(accelerator, pipeline, call, args, present):
                     with writing(path, partial):
                         image.save(partial, format="PNG")
                         partial.replace(path)
+    accelerator.wait_for_everyone()
+
+
+def check_depth_model(args):
+    """Problems of --depth_model."""
+    if not {"depth", "depth_pred"} & set(args.condition_type):
+        return []
+    try:
+        config = AutoConfig.from_pretrained(args.depth_model, cache_dir=args.cache_dir, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        return [f"--depth_model {args.depth_model}: cannot be loaded ({str(error).splitlines()[0]})"]
+    if type(config) not in MODEL_FOR_DEPTH_ESTIMATION_MAPPING:
+        return [f"--depth_model {args.depth_model}: is a {config.model_type}, which estimates no depth"]
+    return []
+
+
+def depth_file(image, args):
+    """Where the depth map of a picture of --target_size is kept."""
+    digest = hashlib.sha256(image.tobytes() + str((image.size, args.depth_model)).encode()).hexdigest()
+    return args.output_dir / "depth" / f"{digest[:32]}.png"
+
+
+def estimate_depth(accelerator, examples, args):
+    """Depth maps of all pictures into output_dir/depth, by the processes together; what is there stays."""
+    from transformers import pipeline
+
+    folder = args.output_dir / "depth"
+    folder.mkdir(parents=True, exist_ok=True)
+    where = {"device": accelerator.device, "model_kwargs": {"cache_dir": args.cache_dir}}
+    estimator = pipeline("depth-estimation", model=args.depth_model, trust_remote_code=False, **where)
+    starts = list(range(0, len(examples), args.depth_batch_size))
+    with accelerator.split_between_processes(starts) as share:
+        for start in tqdm(share, desc="Estimating depth", unit="batch", disable=not accelerator.is_main_process):
+            batch = examples[start : start + args.depth_batch_size]
+            images = [fit(example.image(), args.target_size, args) for example in batch]
+            images = [image for image in images if not depth_file(image, args).exists()]
+            for image, found in zip(
+                images, estimator(images, batch_size=args.depth_batch_size) if images else (), strict=True
+            ):
+                path = depth_file(image, args)
+                partial = path.with_suffix(f".{accelerator.process_index}")
+                with writing(path, partial):
+                    found["depth"].convert("L").resize(image.size).save(partial, format="PNG")
+                    partial.replace(path)
     accelerator.wait_for_everyone()
 
 
