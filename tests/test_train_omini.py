@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import train_omini as omini
-from common.latents import open_dataset
+from common.latents import open_rows
 from examples.toy.world import caption, draw, random_scene
 
 
@@ -321,13 +321,12 @@ def test_a_stream_gives_every_sample_once_per_epoch_to_one_process(flags, tars):
     args = omini.parse_args([str(flag) for flag in [*flags, "--streaming", "--train_batch_size", 1]])
     seen = []
 
-    class Samples:
-        def sample(self, example, epoch, index):
-            return {"id": (epoch, example.caption)}
+    def sample(example, epoch, index):
+        return {"id": (epoch, example.caption)}
 
     for rank in range(2):
-        stream = open_dataset(args)[0]
-        batches = omini.StreamedBatches(stream, Samples(), args, process_index=rank, num_processes=2)
+        stream = open_rows(args)[0]
+        batches = omini.StreamedBatches(stream, sample, args, process_index=rank, num_processes=2)
         batches.stop = 5
         seen += [(int(batch["id"][0][0]), batch["id"][1][0]) for batch in batches]
     assert len(seen) == 10

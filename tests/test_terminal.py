@@ -1,0 +1,56 @@
+"""What a run prints: what is trained and what it costs, progress, where the results are and how to use them."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+
+SCRIPTS = sorted(path.stem for path in ROOT.glob("train_*.py"))
+
+
+def run(command, **environment):
+    quiet = {name: value for name, value in os.environ.items() if not name.endswith("_VERBOSITY")}
+    quiet |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
+    return subprocess.run(
+        [sys.executable, *map(str, command)], cwd=ROOT, env=quiet, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_run_says_what_matters_and_nothing_else(script, short_runs, pictures, tmp_path):
+    flags = [*short_runs[script], "--validation_prompt", "a circle", "--num_validation_images", 1]
+    if script in ("train_omini", "train_influxedit"):
+        flags += ["--validation_image", pictures / "0.png"]
+    if script == "train_influxedit":
+        flags += ["--validation_width", 32, "--validation_height", 32]
+    done = run([f"{script}.py", *flags, "--max_train_steps", 7, "--output_dir", tmp_path / "run"])
+    assert done.returncode == 0, done.stderr
+    header, closing = done.stdout.split("Trained 7 steps.")
+    labels = [line[2:11].strip() for line in header.splitlines()]
+    assert labels[:2] == ["model", "trained"] and {"data", "steps", "numbers", "output"} <= {*labels}
+    expected = re.search(r"expected (\d\d:\d\d) more, (\d+\.\d) GiB of memory", done.stdout)
+    assert expected and float(expected[2]) > 0.1
+    files, command = closing.split("Draw with it:")
+    listed = re.findall(r"^  \S.*?  +(/.*)$", files, re.MULTILINE)
+    assert len(listed) >= 4 and all((tmp_path / "run" / path).exists() for path in listed)
+    bars = re.split(r"[\r\n]+", done.stderr)
+    assert not [line for line in bars if line.strip() and not re.search(r"\d+%\||\d+it |it/s\]", line)]
+
+    command = command.replace("PICTURE", shlex.quote(str(pictures / "0.png")))
+    output = tmp_path / "drawn.png" if script == "train_omini" else tmp_path
+    drawn = run([*shlex.split(command)[1:], "--num_inference_steps" if "twinflow" not in script else "--steps", 1,
+                 "--output", output, *(["--size", 32, 32] if script == "train_influxedit" else [])])  # fmt: skip
+    assert drawn.returncode == 0, drawn.stderr
+    assert [*tmp_path.glob("*.png")]
+
+
+def test_verbose_lets_the_libraries_speak(short_runs, tmp_path):
+    flags = [*short_runs["train_dreambooth_flux_advanced"], "--verbose", "--output_dir", tmp_path / "run"]
+    done = run(["train_dreambooth_flux_advanced.py", *flags])
+    assert done.returncode == 0, done.stderr
+    assert "[transformers]" in done.stderr or "transformers" in done.stderr
