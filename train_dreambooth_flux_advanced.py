@@ -85,8 +85,10 @@ from common.lora import (
     checkpoint_to_resume,
     compile_blocks,
     configure_deepspeed,
+    count_weights,
     create_optimizer,
     diffusers_state_dict,
+    first_device,
     load_checkpoint,
     load_model,
     lora_header,
@@ -96,6 +98,7 @@ from common.lora import (
     save_checkpoint,
     save_lora,
     shard,
+    split_weights,
     target_layers,
     unknown_layers,
     write_lora,
@@ -1583,13 +1586,13 @@ def register_embedding_checkpointing(accelerator, text):
 
 def check_run(accelerator, args, max_train_steps):
     """Problems that show once the data and the processes are known."""
-    return check_processes(accelerator, args, deepspeed=True) + check_warmup(args, max_train_steps)
+    return check_processes(accelerator, args) + check_warmup(args, max_train_steps)
 
 
 def print_header(accelerator, args, examples, lora_params, base_size, text, steps):
     """What is about to be trained on what."""
     max_train_steps, steps_per_epoch, text_stop = steps
-    trainable = sum(p.numel() for p in lora_params)
+    trainable = count_weights(lora_params)
     own_captions = sum(example.caption != example.options["class_tokens"] for example in examples)
     sizes = ", ".join(sorted({"{} x {}".format(*sides(example.options["resolution"])) for example in examples}))
     batch = ", ".join(map(str, sorted({example.options["batch_size"] for example in examples})))
@@ -1637,6 +1640,7 @@ def main(args):
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     set_seed(args.seed)
+    configure_deepspeed(accelerator, args)
 
     # 2. Data
     examples, problems = find_examples(args)
@@ -1698,7 +1702,7 @@ def main(args):
             dataset.moments = cache_moments(accelerator, vae, dataset.picture_keys(), dataset.pixel_values, folder)
     transformer = transformer or load_part(FluxTransformer2DModel, "transformer", args, weight_dtype)
     base_size = sum(parameter.numel() for parameter in transformer.parameters())
-    quantize_base(transformer, weight_dtype, args.quantize_base).to("cpu" if args.fsdp else device)
+    quantize_base(transformer, weight_dtype, args.quantize_base).to(first_device(accelerator, args))
     if args.train_transformer_frac > 0:
         add_lora(
             transformer,
@@ -1733,7 +1737,7 @@ def main(args):
     )
 
     # 6. Prepare and resume
-    configure_deepspeed(accelerator, args)
+    split_weights(accelerator, transformer)
     if args.fsdp or not lora_params:
         lr_scheduler = accelerator.prepare(lr_scheduler)
         optimizer = optimizer if args.fsdp else accelerator.prepare(optimizer)

@@ -82,7 +82,9 @@ from common.lora import (
     checkpoint_to_resume,
     compile_blocks,
     configure_deepspeed,
+    count_weights,
     create_optimizer,
+    first_device,
     load_checkpoint,
     load_model,
     quantize_base,
@@ -90,6 +92,7 @@ from common.lora import (
     save_checkpoint,
     save_lora,
     shard,
+    split_weights,
     target_layers,
     unknown_layers,
 )
@@ -1122,13 +1125,13 @@ def choose_seed(seed, checkpoint):
 
 def check_run(accelerator, args, max_train_steps):
     """Problems that show once the data and the processes are known."""
-    return check_processes(accelerator, args, deepspeed=True) + check_warmup(args, max_train_steps)
+    return check_processes(accelerator, args) + check_warmup(args, max_train_steps)
 
 
 def print_header(accelerator, args, examples, lora_params, base_size, text, steps):
     """What is about to be trained on what."""
     max_train_steps, steps_per_epoch = steps
-    trainable = sum(p.numel() for p in lora_params)
+    trainable = count_weights(lora_params)
     own_captions = sum(example.caption != args.instance_prompt for example in examples)
     edges = ", ".join(map(str, args.resolution))
     partners = "with targets" if args.mode == "edit" else "with split masks" if args.use_split_mask else "with masks"
@@ -1174,6 +1177,7 @@ def main(args):
     checkpoint = checkpoint_to_resume(args.output_dir, args.resume_from_checkpoint)
     args.seed = choose_seed(args.seed, checkpoint)
     set_seed(args.seed)
+    configure_deepspeed(accelerator, args)
 
     # 2. Data
     examples, problems = find_examples(args)
@@ -1230,7 +1234,7 @@ def main(args):
     if transformer is None:
         transformer = load_model(FluxTransformer2DModel, "transformer", args, weight_dtype)
     base_size = sum(parameter.numel() for parameter in transformer.parameters())
-    quantize_base(transformer, weight_dtype, args.quantize_base).to("cpu" if args.fsdp else device)
+    quantize_base(transformer, weight_dtype, args.quantize_base).to(first_device(accelerator, args))
     add_lora(
         transformer,
         rank=args.rank,
@@ -1263,7 +1267,7 @@ def main(args):
     )
 
     # 6. Prepare and resume
-    configure_deepspeed(accelerator, args)
+    split_weights(accelerator, transformer)
     if args.fsdp:
         lr_scheduler = accelerator.prepare(lr_scheduler)
     else:
