@@ -41,7 +41,7 @@ import psutil
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, gather_object, set_seed
+from accelerate.utils import DistributedType, ProjectConfiguration, gather_object, set_seed
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.optimization import SchedulerType, get_scheduler
@@ -81,7 +81,10 @@ from common.lora import (
     check_warmup,
     checkpoint_conflicts,
     checkpoint_to_resume,
+    configure_deepspeed,
+    count_weights,
     create_optimizer,
+    first_device,
     load_checkpoint,
     load_lora,
     load_model,
@@ -90,6 +93,7 @@ from common.lora import (
     save_checkpoint,
     save_lora,
     shard,
+    split_weights,
     target_layers,
     unknown_layers,
     writing,
@@ -1713,7 +1717,7 @@ def check_run(accelerator, args, prompts, max_train_steps):
 
 def print_header(accelerator, args, dataset, lora_params, base_size, max_train_steps, steps_per_epoch):
     """What is about to be trained on what."""
-    trainable, size = sum(p.numel() for p in lora_params), "x".join(map(str, args.target_size))
+    trainable, size = count_weights(lora_params), "x".join(map(str, args.target_size))
     amount = "a stream" if args.streaming else f"{len(dataset)} samples"
     lines = [
         f"model    {args.pretrained_model_name_or_path}",
@@ -1754,6 +1758,7 @@ def main(args):
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     set_seed(args.seed)
+    configure_deepspeed(accelerator, args)
 
     # 2. Data
     examples, problems = find_stream(args) if args.streaming else find_examples(args)
@@ -1806,7 +1811,7 @@ def main(args):
     )
     transformer = load_model(FluxTransformer2DModel, "transformer", args, weight_dtype)
     base_size = sum(parameter.numel() for parameter in transformer.parameters())
-    quantize_base(transformer, weight_dtype, args.quantize_base).to("cpu" if args.fsdp else device)
+    quantize_base(transformer, weight_dtype, args.quantize_base).to(first_device(accelerator, args))
     files = {name: f"{name}.safetensors" for name in adapter_names(conditions)}
     modules = {"transformer": transformer}
     for name in files:
@@ -1839,9 +1844,16 @@ def main(args):
     )
 
     # 6. Prepare and resume
+    deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    if deepspeed:
+        split_weights(accelerator, transformer)
+        transformer.forward = functools.partial(omini_forward, transformer)
+        engine, optimizer, lr_scheduler = accelerator.prepare(transformer, optimizer, lr_scheduler)
+        transformer.omini_forward = engine.forward
+    else:
+        lr_scheduler = accelerator.prepare(lr_scheduler)
+        optimizer = optimizer if args.fsdp else accelerator.prepare(optimizer)
     register_lora_checkpointing(accelerator, FluxPipeline, modules, optimizer, files)
-    lr_scheduler = accelerator.prepare(lr_scheduler)
-    optimizer = optimizer if args.fsdp else accelerator.prepare(optimizer)
     global_step = load_checkpoint(accelerator, checkpoint, lr_scheduler)
     sampler.start, sampler.stop = global_step * accumulation, max_train_steps * accumulation
     if args.streaming:
@@ -1889,7 +1901,7 @@ def main(args):
             loss_sum = loss_sum + loss.detach() / accumulation
             if not accelerator.sync_gradients:
                 continue
-            if not args.fsdp:
+            if not args.fsdp and not deepspeed:
                 reduce_gradients(accelerator, lora_params)
             grad_norm = accelerator.clip_grad_norm_(lora_params, args.max_grad_norm)
             totals = torch.stack([loss_sum, torch.tensor(float(len(signals)), device=device)])

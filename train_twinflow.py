@@ -38,13 +38,12 @@ import diffusers
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import free_memory, offload_models
 from huggingface_hub.errors import HTTPError
 from PIL import Image, ImageOps
 from safetensors import safe_open
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
@@ -74,19 +73,25 @@ from common.lora import (
     checkpoint_conflicts,
     checkpoint_to_resume,
     compile_blocks,
+    configure_deepspeed,
+    count_weights,
     create_optimizer,
+    first_device,
     load_checkpoint,
     load_model,
     local,
     quantize_base,
     register_lora_checkpointing,
     register_tensor_checkpointing,
+    renew_weights,
     save_checkpoint,
     save_lora,
     save_model,
     shard,
+    split_weights,
     target_layers,
     unknown_layers,
+    zero_parts,
 )
 from common.validation import (
     check_hub,
@@ -1024,9 +1029,8 @@ class Teacher:
     Within the context `teacher()` the model computes with it. Decay 0 is the model itself: no second set.
     """
 
-    def __init__(self, model, decay):
-        self.model, self.goal, self.decay = model, decay, 0.0
-        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    def __init__(self, parameters, decay, renew=lambda: None):
+        self.parameters, self.renew, self.goal, self.decay = list(parameters), renew, decay, 0.0
         self.tensors = [tensor.clone() for tensor in self.live] if decay else []
 
     @property
@@ -1040,9 +1044,7 @@ class Teacher:
             kept = ours.clone()
             ours.copy_(theirs)
             theirs.copy_(kept)
-        for module in self.model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()  # what was gathered before is of the other set
+        self.renew()
 
     @contextmanager
     def __call__(self):
@@ -1394,7 +1396,7 @@ def print_header(accelerator, args, dataset, params, max_train_steps, steps_per_
     teacher = {0: "the model itself", 1: "the model before training"}
     lines = [
         f"model    {args.pretrained_model_name_or_path} ({args.model_type})",
-        f"trained  {sum(p.numel() for p in params.values()):,} parameters ({args.training})",
+        f"trained  {count_weights(params.values()):,} parameters ({args.training})",
         f"recipe   {args.recipe}: a batch is {kinds}; order {args.estimate_order}, guidance {args.enhanced_ratio:g}, "
         f"teacher: {teacher.get(args.ema_decay_rate, f'moving average, decay {args.ema_decay_rate:g}')}",
         f"data     {len(dataset.examples)} {'prompts' if args.image_free else 'pictures'} at {args.resolution} px",
@@ -1431,6 +1433,7 @@ def main(args):
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     set_seed(args.seed)
+    configure_deepspeed(accelerator, args)
 
     # 2. Data
     examples, problems = find_examples(args)
@@ -1473,9 +1476,11 @@ def main(args):
 
     # 4. Transformer, teacher
     full = args.training == "full"
-    dtype = torch.float32 if full else weight_dtype  # of the weights; what is trained is always float32
+    deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    # of the weights; what is trained is always float32, with DeepSpeed a copy of its own
+    dtype = torch.float32 if full and not deepspeed else weight_dtype
     transformer = quantize_base(backbone.load_transformer(dtype), dtype, args.quantize_base)
-    transformer.to("cpu" if args.fsdp else device)
+    transformer.to(first_device(accelerator, args))
     set_seed(args.seed)  # whatever was encoded, or found encoded, before
     if full:
         add_target_time(transformer, backbone.time_module, args.target_time_init)
@@ -1495,7 +1500,6 @@ def main(args):
     if args.fsdp:
         shard(transformer, device, weight_dtype)
     params = {name: parameter for name, parameter in transformer.named_parameters() if parameter.requires_grad}
-    teacher = Teacher(transformer, args.ema_decay_rate)
 
     # 5. Optimizer and schedule
     optimizer = create_optimizer(args, list(params.values()), total_batch_size if args.scale_lr else 1)
@@ -1510,16 +1514,21 @@ def main(args):
 
     # 6. Prepare and resume
     bare = transformer
-    if not args.fsdp:
-        optimizer, transformer = accelerator.prepare(optimizer, transformer)
-    lr_scheduler = accelerator.prepare(lr_scheduler)
+    split_weights(accelerator, transformer)
+    if args.fsdp:
+        lr_scheduler = accelerator.prepare(lr_scheduler)
+    else:
+        transformer, optimizer, lr_scheduler = accelerator.prepare(transformer, optimizer, lr_scheduler)
+    trained = zero_parts(accelerator) if deepspeed else params
+    renew = functools.partial(renew_weights, accelerator, bare)
+    teacher = Teacher(trained.values(), args.ema_decay_rate, renew)
     pipeline_class = getattr(diffusers, backbone.pipeline)
-    by_tensor = full or args.fsdp
+    by_tensor = full or args.fsdp or deepspeed
     if not by_tensor:
         register_lora_checkpointing(accelerator, pipeline_class, {"transformer": bare}, optimizer)
     sets = {"model": lambda: teacher.live} if by_tensor else {}
     sets |= {"teacher": lambda: teacher.tensors} if 0 < args.ema_decay_rate < 1 else {}
-    register_tensor_checkpointing(accelerator, sets, params, optimizer)
+    register_tensor_checkpointing(accelerator, sets, trained, optimizer)
     global_step = load_checkpoint(accelerator, checkpoint, lr_scheduler)
     teacher.catch_up(global_step)
     sampler.start, sampler.stop = global_step * accumulation, max_train_steps * accumulation

@@ -23,7 +23,7 @@ from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dic
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers.integrations import unset_hf_deepspeed_config
 
@@ -438,20 +438,25 @@ def zero_parts(accelerator):
     """{number: tensor}: what this process has of DeepSpeed's flat float32 copies of the trained weights, which its
     optimizer updates. `renew_weights` follows a change of them."""
     zero = accelerator.deepspeed_engine_wrapped.engine.optimizer
-    stage_3 = hasattr(zero, "fp32_partitioned_groups_flat")
-    parts = zero.fp32_partitioned_groups_flat if stage_3 else zero.single_partition_of_fp32_groups
+    of_stage_2 = getattr(zero, "single_partition_of_fp32_groups", None)
+    parts = of_stage_2 or zero.fp32_partitioned_groups_flat
     return {str(i): part for i, part in enumerate(parts)}
 
 
-def renew_weights(accelerator):
-    """Makes a model's weights what DeepSpeed's `zero_parts` are."""
-    zero = accelerator.deepspeed_engine_wrapped.engine.optimizer
-    if not hasattr(zero, "fp32_partitioned_groups_flat"):
-        zero.update_lp_params()
-        return
-    zero._partition_all_parameters()  # what is gathered is of before
-    for i in range(len(zero.fp16_groups)):
-        zero._reassign_or_swap_out_partitioned_parameters(i)
+def renew_weights(accelerator, model):
+    """Lets a model compute with its sharded weights or DeepSpeed's `zero_parts` as they are, after they were changed
+    in place: what was gathered or copied of them is of before."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        zero = accelerator.deepspeed_engine_wrapped.engine.optimizer
+        if hasattr(zero, "update_lp_params"):  # ZeRO-2
+            zero.update_lp_params()
+        else:
+            zero._partition_all_parameters()
+            for i in range(len(zero.fp16_groups)):
+                zero._reassign_or_swap_out_partitioned_parameters(i)
 
 
 def whole(value):
@@ -507,7 +512,7 @@ def register_tensor_checkpointing(accelerator, sets, parameters, optimizer=None)
             value = value if entry == "step" else like_parameter(value, parameters[name])
             optimizer.state[parameters[name]][entry] = value
         if zero:
-            renew_weights(accelerator)
+            renew_weights(accelerator, engine)
         models.clear()
 
     accelerator.register_save_state_pre_hook(save)
