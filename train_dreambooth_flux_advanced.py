@@ -106,6 +106,7 @@ from common.lora import (
     configure_deepspeed,
     create_lr_scheduler,
     create_optimizer,
+    first_device,
     load_checkpoint,
     lora_file,
     prepare_blocks,
@@ -115,6 +116,7 @@ from common.lora import (
     save_checkpoint,
     save_lora,
     save_named_lora,
+    split_weights,
     target_layers,
     unknown_layers,
     writing,
@@ -854,6 +856,7 @@ def main(args):
     accelerator, weight_dtype = start(args)
     device, quiet = accelerator.device, not accelerator.is_main_process
     set_seed(args.seed)
+    configure_deepspeed(accelerator, args)
 
     # 2. Data
     examples, problems = find_examples(args)
@@ -876,7 +879,7 @@ def main(args):
     run = run_settings(args, len(dataset), num_processes)
     if args.dataset_config and not problems:
         run["the hash of --dataset_config"] = hashlib.sha256(args.dataset_config.read_bytes()).hexdigest()[:16]
-    problems += check_run(accelerator, args, max_train_steps, checkpoint, run, deepspeed=True)
+    problems += check_run(accelerator, args, max_train_steps, checkpoint, run)
     if problems:
         fail(accelerator, problems)
     hub_repo = create_hub_repo(accelerator, args)
@@ -909,7 +912,7 @@ def main(args):
             dataset.moments = cache_moments(accelerator, vae, dataset.picture_keys(), dataset.pixel_values, folder)
     transformer = transformer or load_part(FluxTransformer2DModel, "transformer", args, weight_dtype)
     base_size = sum(parameter.numel() for parameter in transformer.parameters())
-    quantize_base(transformer, weight_dtype, args.quantize_base).to("cpu" if args.fsdp else device)
+    quantize_base(transformer, weight_dtype, args.quantize_base).to(first_device(accelerator, args))
     if args.train_transformer_frac > 0:
         add_lora(
             transformer,
@@ -932,7 +935,7 @@ def main(args):
     lr_scheduler = create_lr_scheduler(args, optimizer, max_train_steps)
 
     # 6. Prepare and resume
-    configure_deepspeed(accelerator, args)
+    split_weights(accelerator, transformer)
     if args.fsdp or not lora_params:
         lr_scheduler = accelerator.prepare(lr_scheduler)
         optimizer = optimizer if args.fsdp else accelerator.prepare(optimizer)

@@ -103,6 +103,7 @@ from common.lora import (
     configure_deepspeed,
     create_lr_scheduler,
     create_optimizer,
+    first_device,
     load_checkpoint,
     load_model,
     prepare_blocks,
@@ -111,6 +112,7 @@ from common.lora import (
     register_lora_checkpointing,
     save_checkpoint,
     save_lora,
+    split_weights,
     target_layers,
     unknown_layers,
 )
@@ -878,6 +880,7 @@ def main(args):
     checkpoint = checkpoint_to_resume(args.output_dir, args.resume_from_checkpoint)
     args.seed = choose_seed(args.seed, checkpoint)
     set_seed(args.seed)
+    configure_deepspeed(accelerator, args)
 
     # 2. Data
     examples, problems = find_examples(args)
@@ -896,7 +899,7 @@ def main(args):
     steps_per_epoch = math.ceil(sampler.steps_per_epoch / accumulation)
     max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
     run = run_settings(args, len(dataset), num_processes)
-    problems = check_run(accelerator, args, max_train_steps, checkpoint, run, deepspeed=True)
+    problems = check_run(accelerator, args, max_train_steps, checkpoint, run)
     if problems:
         fail(accelerator, problems)
     hub_repo = create_hub_repo(accelerator, args)
@@ -926,7 +929,7 @@ def main(args):
     if transformer is None:
         transformer = load_model(FluxTransformer2DModel, "transformer", args, weight_dtype)
     base_size = sum(parameter.numel() for parameter in transformer.parameters())
-    quantize_base(transformer, weight_dtype, args.quantize_base).to("cpu" if args.fsdp else device)
+    quantize_base(transformer, weight_dtype, args.quantize_base).to(first_device(accelerator, args))
     add_lora(
         transformer,
         rank=args.rank,
@@ -947,7 +950,7 @@ def main(args):
     lr_scheduler = create_lr_scheduler(args, optimizer, max_train_steps)
 
     # 6. Prepare and resume
-    configure_deepspeed(accelerator, args)
+    split_weights(accelerator, transformer)
     if args.fsdp:
         lr_scheduler = accelerator.prepare(lr_scheduler)
     else:

@@ -50,7 +50,7 @@ import cv2
 import numpy as np
 import psutil
 import torch
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from diffusers.training_utils import offload_models
 from PIL import Image, ImageFilter, ImageOps
@@ -106,8 +106,10 @@ from common.lora import (
     check_output_dir,
     check_run,
     checkpoint_to_resume,
+    configure_deepspeed,
     create_lr_scheduler,
     create_optimizer,
+    first_device,
     load_checkpoint,
     load_lora,
     load_model,
@@ -116,6 +118,7 @@ from common.lora import (
     register_lora_checkpointing,
     save_checkpoint,
     save_lora,
+    split_weights,
     target_layers,
     unknown_layers,
 )
@@ -865,6 +868,7 @@ def main(args):
     accelerator, weight_dtype = start(args)
     device, quiet = accelerator.device, not accelerator.is_main_process
     set_seed(args.seed)
+    configure_deepspeed(accelerator, args)
 
     # 2. Data
     examples, problems = find_stream(args) if args.streaming else find_examples(args)
@@ -910,7 +914,7 @@ def main(args):
     noise_scheduler = load_scheduler(args)
     transformer = load_model(FluxTransformer2DModel, "transformer", args, weight_dtype)
     base_size = sum(parameter.numel() for parameter in transformer.parameters())
-    quantize_base(transformer, weight_dtype, args.quantize_base).to("cpu" if args.fsdp else device)
+    quantize_base(transformer, weight_dtype, args.quantize_base).to(first_device(accelerator, args))
     files = {name: f"{name}.safetensors" for name in adapter_names(conditions)}
     modules = {"transformer": transformer}
     for name in files:
@@ -936,9 +940,16 @@ def main(args):
     lr_scheduler = create_lr_scheduler(args, optimizer, max_train_steps)
 
     # 6. Prepare and resume
+    deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    if deepspeed:
+        split_weights(accelerator, transformer)
+        transformer.forward = functools.partial(omini_forward, transformer)
+        engine, optimizer, lr_scheduler = accelerator.prepare(transformer, optimizer, lr_scheduler)
+        transformer.omini_forward = engine.forward
+    else:
+        lr_scheduler = accelerator.prepare(lr_scheduler)
+        optimizer = optimizer if args.fsdp else accelerator.prepare(optimizer)
     register_lora_checkpointing(accelerator, FluxPipeline, modules, optimizer, files)
-    lr_scheduler = accelerator.prepare(lr_scheduler)
-    optimizer = optimizer if args.fsdp else accelerator.prepare(optimizer)
     global_step = load_checkpoint(accelerator, checkpoint, lr_scheduler)
     sampler.start, sampler.stop = global_step * accumulation, max_train_steps * accumulation
     if args.streaming:
@@ -988,7 +999,7 @@ def main(args):
             loss_sum = loss_sum + loss.detach() / accumulation
             if not accelerator.sync_gradients:
                 continue
-            if not args.fsdp:
+            if not args.fsdp and not deepspeed:
                 reduce_gradients(accelerator, lora_params)
             grad_norm = accelerator.clip_grad_norm_(lora_params, args.max_grad_norm)
             totals = torch.stack([loss_sum, torch.tensor(float(len(signals)), device=device)])

@@ -48,10 +48,9 @@ import diffusers
 import numpy as np
 import torch
 from accelerate import DistributedDataParallelKwargs
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 from diffusers.training_utils import free_memory, offload_models
 from PIL import Image, ImageOps
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
@@ -88,19 +87,25 @@ from common.lora import (
     check_output_dir,
     check_run,
     checkpoint_to_resume,
+    configure_deepspeed,
+    count_weights,
     create_lr_scheduler,
     create_optimizer,
+    first_device,
     load_checkpoint,
     local,
     prepare_blocks,
     quantize_base,
     register_lora_checkpointing,
     register_tensor_checkpointing,
+    renew_weights,
     save_checkpoint,
     save_lora,
     save_model,
+    split_weights,
     target_layers,
     unknown_layers,
+    zero_parts,
 )
 from common.validation import (
     check_hub,
@@ -540,9 +545,8 @@ class Teacher:
     Within the context `teacher()` the model computes with it. Decay 0 is the model itself: no second set.
     """
 
-    def __init__(self, model, decay):
-        self.model, self.goal, self.decay = model, decay, 0.0
-        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    def __init__(self, parameters, decay, renew=lambda: None):
+        self.parameters, self.renew, self.goal, self.decay = list(parameters), renew, decay, 0.0
         self.tensors = [tensor.clone() for tensor in self.live] if decay else []
 
     @property
@@ -556,9 +560,7 @@ class Teacher:
             kept = ours.clone()
             ours.copy_(theirs)
             theirs.copy_(kept)
-        for module in self.model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()  # what was gathered before is of the other set
+        self.renew()
 
     @contextmanager
     def __call__(self):
@@ -911,6 +913,7 @@ def main(args):
     accelerator, weight_dtype = start(args, [unused])
     device, quiet = accelerator.device, not accelerator.is_main_process
     set_seed(args.seed)
+    configure_deepspeed(accelerator, args)
 
     # 2. Data
     examples, problems = find_examples(args)
@@ -947,9 +950,11 @@ def main(args):
 
     # 4. Transformer, teacher
     full = args.training == "full"
-    dtype = torch.float32 if full else weight_dtype  # of the weights; what is trained is always float32
+    deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    # of the weights; what is trained is always float32, with DeepSpeed a copy of its own
+    dtype = torch.float32 if full and not deepspeed else weight_dtype
     transformer = quantize_base(backbone.load_transformer(dtype), dtype, args.quantize_base)
-    transformer.to("cpu" if args.fsdp else device)
+    transformer.to(first_device(accelerator, args))
     set_seed(args.seed)  # whatever was encoded, or found encoded, before
     if full:
         add_target_time(transformer, backbone.time_module, args.target_time_init)
@@ -964,7 +969,6 @@ def main(args):
         )
     prepare_blocks(transformer, args, device, weight_dtype)
     params = {name: parameter for name, parameter in transformer.named_parameters() if parameter.requires_grad}
-    teacher = Teacher(transformer, args.ema_decay_rate)
 
     # 5. Optimizer and schedule
     optimizer = create_optimizer(args, list(params.values()), total_batch_size if args.scale_lr else 1)
@@ -972,16 +976,21 @@ def main(args):
 
     # 6. Prepare and resume
     bare = transformer
-    if not args.fsdp:
-        optimizer, transformer = accelerator.prepare(optimizer, transformer)
-    lr_scheduler = accelerator.prepare(lr_scheduler)
+    split_weights(accelerator, transformer)
+    if args.fsdp:
+        lr_scheduler = accelerator.prepare(lr_scheduler)
+    else:
+        transformer, optimizer, lr_scheduler = accelerator.prepare(transformer, optimizer, lr_scheduler)
+    trained = zero_parts(accelerator) if deepspeed else params
+    renew = functools.partial(renew_weights, accelerator, bare)
+    teacher = Teacher(trained.values(), args.ema_decay_rate, renew)
     pipeline_class = getattr(diffusers, backbone.pipeline)
-    by_tensor = full or args.fsdp
+    by_tensor = full or args.fsdp or deepspeed
     if not by_tensor:
         register_lora_checkpointing(accelerator, pipeline_class, {"transformer": bare}, optimizer)
     sets = {"model": lambda: teacher.live} if by_tensor else {}
     sets |= {"teacher": lambda: teacher.tensors} if 0 < args.ema_decay_rate < 1 else {}
-    register_tensor_checkpointing(accelerator, sets, params, optimizer)
+    register_tensor_checkpointing(accelerator, sets, trained, optimizer)
     global_step = load_checkpoint(accelerator, checkpoint, lr_scheduler)
     teacher.catch_up(global_step)
     sampler.start, sampler.stop = global_step * accumulation, max_train_steps * accumulation
@@ -990,7 +999,7 @@ def main(args):
     )
 
     # 7. Train
-    about, size = about_run(args, dataset), sum(parameter.numel() for parameter in bare.parameters())
+    about, size = about_run(args, dataset), count_weights(bare.parameters())
     print_header(accelerator, args, about, params.values(), size, max_train_steps, steps_per_epoch)
     start_logging(accelerator, args, "twinflow")
     predict = functools.partial(

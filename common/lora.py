@@ -22,8 +22,9 @@ from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dic
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from transformers.integrations import unset_hf_deepspeed_config
 
 from common import names_in
 
@@ -288,8 +289,8 @@ def save_lora(
         return
     layers = {}
     for name, model in modules.items():
-        state_dict = get_peft_model_state_dict(model, adapter_name=adapter_name)
-        layers[f"{name}_lora_layers"] = {key: whole(value).to("cpu", dtype) for key, value in state_dict.items()}
+        weights = adapter_weights(model, adapter_name)
+        layers[f"{name}_lora_layers"] = {key: value.to("cpu", dtype) for key, value in weights.items()}
         config = model.peft_config[adapter_name].to_dict()
         if not isinstance(config["target_modules"], str):
             config["target_modules"] = sorted(config["target_modules"])  # a set, in no fixed order
@@ -309,6 +310,13 @@ def save_lora(
         shutil.copyfile(written, partial)  # a copy others may read, by the user's umask
         flush_to_disk(partial)
         partial.replace(directory / weight_name)
+
+
+def adapter_weights(model, adapter_name="default"):
+    """An adapter's weights {name: tensor}, in full; with a sharded model all processes must ask for them."""
+    named = model.state_dict(keep_vars=True).items()
+    state_dict = {name: whole(value) if value.requires_grad else value.detach() for name, value in named}
+    return get_peft_model_state_dict(model, state_dict, adapter_name)
 
 
 def load_lora(directory, modules, *, adapter_name="default", weight_name=LORA_WEIGHT_NAME_SAFE):
@@ -335,7 +343,8 @@ def register_lora_checkpointing(accelerator, pipeline_class, modules, optimizer,
     each process handles its part of the adapter and of the optimizer's state.
     """
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        register_deepspeed_checkpointing(accelerator)
+        parts = zero_parts(accelerator)
+        register_tensor_checkpointing(accelerator, {"weights": parts.values}, parts, optimizer)
         return
     if any(map(is_sharded, modules.values())):
         named = [pair for model in modules.values() for pair in model.named_parameters()]
@@ -378,24 +387,29 @@ def shard(transformer, device, dtype):
 
 
 def is_sharded(model):
-    """Whether `shard` has split a model."""
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    """Whether a model's weights are split over the processes, by `shard` or by DeepSpeed's ZeRO-3."""
+    return any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
-def check_run(accelerator, args, max_train_steps, checkpoint, run, deepspeed=False):
-    """Problems that show once the data and the processes are known; `deepspeed`: whether the trainer works with it."""
-    problems = check_processes(accelerator, args, deepspeed)
+def count_weights(parameters):
+    """The number of weights, sharded or not."""
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)
+
+
+def check_run(accelerator, args, max_train_steps, checkpoint, run):
+    """Problems that show once the data and the processes are known."""
+    problems = check_processes(accelerator, args)
     if args.lr_scheduler != "constant" and args.lr_warmup_steps >= max_train_steps > 0:
         warmup = args.lr_warmup_steps
         problems.append(f"--lr_warmup_steps {warmup} must be less than the {max_train_steps} steps of the run")
     return problems + checkpoint_conflicts(checkpoint, run)
 
 
-def check_processes(accelerator, args, deepspeed):
+def check_processes(accelerator, args):
     """Problems of the kind and number of processes."""
     supported = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
     problems, kind = [], accelerator.distributed_type
-    if kind == DistributedType.DEEPSPEED and deepspeed:
+    if kind == DistributedType.DEEPSPEED:
         return check_deepspeed(accelerator, args)
     if kind not in supported:
         problems.append(
@@ -421,12 +435,13 @@ def check_processes(accelerator, args, deepspeed):
 
 def check_deepspeed(accelerator, args):
     """Problems of a run with DeepSpeed."""
-    stage, problems = accelerator.state.deepspeed_plugin.zero_stage, []
-    if stage != 2:
-        problems.append(
-            f"DeepSpeed: zero_stage is {stage} in accelerate config, choose 2; or multi-GPU without DeepSpeed and "
-            f"--fsdp, {FSDP_MEANS}"
-        )
+    plugin, problems = accelerator.state.deepspeed_plugin, []
+    if plugin.zero_stage not in (2, 3):
+        problems.append(f"DeepSpeed: zero_stage is {plugin.zero_stage} in accelerate config, choose 2 or 3")
+    if plugin.hf_ds_config.is_offload():
+        problems.append("DeepSpeed: an offload device is set in accelerate config, choose none")
+    if plugin.zero_stage == 3 and args.compile:
+        problems.append("--compile does not work with DeepSpeed ZeRO-3: leave one out")
     if accelerator.mixed_precision == "fp16":
         problems.append("--mixed_precision fp16 does not work with DeepSpeed: use bf16")
     if args.optimizer == "prodigy":
@@ -443,8 +458,10 @@ def check_deepspeed(accelerator, args):
 
 def configure_deepspeed(accelerator, args):
     """Tells DeepSpeed, if it runs, of the flags that it acts on: it accumulates, clips and steps the optimizer within
-    `accelerator.backward`, and leaves out steps whose gradients are not finite."""
+    `accelerator.backward`, and leaves out steps whose gradients are not finite. To be called before a model is loaded.
+    """
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        unset_hf_deepspeed_config()  # else transformers splits the frozen text encoders, which nothing gathers
         accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps
         accelerator.state.deepspeed_plugin.deepspeed_config |= {
             "train_micro_batch_size_per_gpu": args.train_batch_size,
@@ -453,36 +470,59 @@ def configure_deepspeed(accelerator, args):
         }
 
 
-def register_deepspeed_checkpointing(accelerator):
-    """Makes checkpoints hold what each process has of DeepSpeed's float32 weights and optimizer state (ZeRO-2), as
-    state-N.safetensors. DeepSpeed's own are pickles, and loading one runs what it says."""
-    engine = accelerator.deepspeed_engine_wrapped.engine
-    engine.save_checkpoint = engine.load_checkpoint = lambda folder, name: None
-    zero, file_name = engine.optimizer, f"state-{accelerator.process_index}.safetensors"
-    parts, states = zero.single_partition_of_fp32_groups, zero.optimizer.state  # one flat tensor per parameter group
+def first_device(accelerator, args):
+    """Where a transformer waits before training: on the CPU if its weights are to be split, for they may not fit."""
+    plugin = accelerator.state.deepspeed_plugin
+    return torch.device("cpu") if args.fsdp or plugin and plugin.zero_stage == 3 else accelerator.device
 
-    def save(models, weights, output_dir):
-        tensors = {f"weights/{i}": part for i, part in enumerate(parts)}
-        for i, part in enumerate(parts):
-            tensors |= {f"{key}/{i}": value for key, value in states[part].items()}
-        save_file({name: value.detach().cpu() for name, value in tensors.items()}, Path(output_dir) / file_name)
 
-    def load(models, input_dir):
-        for name, value in load_file(Path(input_dir) / file_name).items():
-            key, i = name.split("/")
-            part = parts[int(i)]
-            if key == "weights":
-                part.data.copy_(value)
-            else:
-                states[part][key] = value if key == "step" else value.to(part.device)
-        zero.update_lp_params()  # the model's weights, of another dtype, are copies of these
+def split_weights(accelerator, transformer):
+    """Splits the weights over the processes where DeepSpeed's ZeRO-3 is to, one after the other: `accelerator.prepare`
+    would move all of them to the device before. Trained ones get the others' dtype, as it would give them."""
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin and plugin.zero_stage == 3:
+        from deepspeed.runtime.zero import Init
 
-    accelerator.register_save_state_pre_hook(save)
-    accelerator.register_load_state_pre_hook(load)
+        config = {key: value for key, value in plugin.deepspeed_config.items() if key != "train_batch_size"}
+        for parameter in transformer.parameters() if accelerator.mixed_precision == "bf16" else ():
+            parameter.data = parameter.data.to(torch.bfloat16)
+        Init(module=transformer, config_dict_or_path=config)
+        transformer.to(accelerator.device)  # the buffers
+
+
+def zero_parts(accelerator):
+    """{number: tensor}: what this process has of DeepSpeed's flat float32 copies of the trained weights, which its
+    optimizer updates. `renew_weights` follows a change of them."""
+    zero = accelerator.deepspeed_engine_wrapped.engine.optimizer
+    of_stage_2 = getattr(zero, "single_partition_of_fp32_groups", None)
+    parts = of_stage_2 or zero.fp32_partitioned_groups_flat
+    return {str(i): part for i, part in enumerate(parts)}
+
+
+def renew_weights(accelerator, model):
+    """Lets a model compute with its sharded weights or DeepSpeed's `zero_parts` as they are, after they were changed
+    in place: what was gathered or copied of them is of before."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        zero = accelerator.deepspeed_engine_wrapped.engine.optimizer
+        if hasattr(zero, "update_lp_params"):  # ZeRO-2
+            zero.update_lp_params()
+        else:
+            zero._partition_all_parameters()
+            for i in range(len(zero.fp16_groups)):
+                zero._reassign_or_swap_out_partitioned_parameters(i)
 
 
 def whole(value):
-    """A sharded tensor in full, which all processes must ask for; others as they are."""
+    """A sharded parameter in full, which all processes must ask for; others as they are."""
+    if hasattr(value, "ds_id"):
+        from deepspeed.runtime.zero import GatheredParameters
+
+        with GatheredParameters([value]):
+            return value.detach().clone()
+    value = value.detach()
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
@@ -496,10 +536,15 @@ def register_tensor_checkpointing(accelerator, sets, parameters, optimizer=None)
     """Makes checkpoints hold tensors of a run, not the models that were prepared: state.safetensors.
 
     sets {kind: function} return one tensor for each of `parameters` {name: parameter}, to be restored in place. With
-    sharded parameters each process writes its part, and that of the optimizer's state, to state-N.safetensors.
+    sharded parameters, or DeepSpeed's `zero_parts`, each process writes its part, and that of the optimizer's state,
+    to state-N.safetensors.
     """
-    sharded = any(isinstance(parameter, DTensor) for parameter in parameters.values())
+    zero = accelerator.distributed_type == DistributedType.DEEPSPEED
+    sharded = zero or any(isinstance(parameter, DTensor) for parameter in parameters.values())
     file_name = f"state-{accelerator.process_index}.safetensors" if sharded else "state.safetensors"
+    if zero:  # its own files are pickles, and loading one runs what it says
+        engine = accelerator.deepspeed_engine_wrapped.engine
+        engine.save_checkpoint = engine.load_checkpoint = lambda folder, name: None
 
     def save(models, weights, output_dir):
         tensors = {
@@ -512,6 +557,7 @@ def register_tensor_checkpointing(accelerator, sets, parameters, optimizer=None)
             save_file(tensors, Path(output_dir) / file_name)
         weights.clear()
 
+    @torch.no_grad()
     def load(models, input_dir):
         tensors = load_file(Path(input_dir) / file_name) if sets else {}
         for kind in sets:
@@ -521,6 +567,8 @@ def register_tensor_checkpointing(accelerator, sets, parameters, optimizer=None)
             _, name, entry = key.split("/")
             value = value if entry == "step" else like_parameter(value, parameters[name])
             optimizer.state[parameters[name]][entry] = value
+        if zero:
+            renew_weights(accelerator, engine)
         models.clear()
 
     accelerator.register_save_state_pre_hook(save)
@@ -528,7 +576,9 @@ def register_tensor_checkpointing(accelerator, sets, parameters, optimizer=None)
 
 
 def like_parameter(value, parameter):
-    """This process' part of a tensor that is sharded as `parameter` is."""
+    """This process' part of a tensor that is sharded as `parameter` is, or one of `zero_parts`."""
+    if not isinstance(parameter, DTensor):
+        return value.to(parameter.device)
     shape = {"shape": parameter.shape, "stride": parameter.stride()}
     return DTensor.from_local(value.to(local(parameter).device), parameter.device_mesh, parameter.placements, **shape)
 
@@ -536,7 +586,7 @@ def like_parameter(value, parameter):
 def save_model(accelerator, folder, model, config_class, dtype):
     """Writes all weights of a model, sharded or not, so that `config_class.from_pretrained` loads them."""
     state_dict = {}
-    for name, value in model.state_dict().items():
+    for name, value in model.state_dict(keep_vars=True).items():
         value = whole(value)
         if accelerator.is_main_process:
             state_dict[name] = value.to("cpu", dtype)
@@ -563,9 +613,9 @@ def lora_layers(modules):
     """
     layers = {}
     for name, model in modules.items():
-        weights, alpha = get_peft_model_state_dict(model), float(model.peft_config["default"].lora_alpha)
+        weights, alpha = adapter_weights(model), float(model.peft_config["default"].lora_alpha)
         for key in [key for key in weights if key.endswith(".lora_A.weight")]:
-            pair = whole(weights[key]).cpu(), whole(weights[key.replace("lora_A", "lora_B")]).cpu()
+            pair = weights[key].cpu(), weights[key.replace("lora_A", "lora_B")].cpu()
             layers[full_name(f"{name}.{key.removesuffix('.lora_A.weight')}")] = (*pair, alpha)
     return layers
 

@@ -55,6 +55,7 @@ from common.latents import (
 from common.lora import (
     FLUX_LAYERS,
     add_lora,
+    count_weights,
     diffusers_state_dict,
     is_sharded,
     load_model,
@@ -775,7 +776,7 @@ def push_to_hub(args, repo_id, unwanted=(), beside=None):
 
 def print_header(accelerator, args, about, params, base_size, max_train_steps, steps_per_epoch):
     """What is about to be trained on what: `params` of `base_size` parameters, and {what: text} `about` the rest."""
-    trainable = sum(parameter.numel() for parameter in params)
+    trainable = count_weights(params)
     steps = f"{max_train_steps}, {steps_per_epoch or 'unknown'} per epoch; a step is batch {args.train_batch_size} x "
     steps += f"accumulation {args.gradient_accumulation_steps} x {accelerator.num_processes} {accelerator.device.type}"
     lines = {
@@ -792,7 +793,7 @@ def print_header(accelerator, args, about, params, base_size, max_train_steps, s
 def about_text(args, text, stop=None):
     """{what: text} for `print_header` of what a PromptEncoder trains, until step `stop`."""
     until = "" if stop is None else f", trained until step {stop}"
-    size = sum(parameter.numel() for parameter in text.parameters())
+    size = count_weights(text.parameters())
     lines = {"text": f"{size:,} parameters in text encoders{until}" if size else ""}
     if text.parameters() and args.optimizer == "prodigy" and args.text_encoder_lr != args.learning_rate:
         lines["Prodigy"] = f"has one learning rate for all, {args.learning_rate:g}: --text_encoder_lr is not used"

@@ -248,7 +248,7 @@ def test_lora_has_no_second_network_and_full_training_no_second_module(backbone_
             transformer.requires_grad_(True)
         modules = len(list(transformer.modules()))
         trained = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
-        teacher = twinflow.Teacher(transformer, 0.99)
+        teacher = twinflow.Teacher([p for p in transformer.parameters() if p.requires_grad], 0.99)
         assert sum(tensor.numel() for tensor in teacher.tensors) == trained
         assert len(list(transformer.modules())) == modules
         before = [p.clone() for p in transformer.parameters()]
