@@ -180,8 +180,8 @@ def repeated_blocks(model):
 
 def quantize_base(model, dtype, kind="nf4"):
     """Replaces the linear layers of a frozen model's blocks by bitsandbytes' 4-bit NormalFloat (nf4, arXiv 2305.14314)
-    or 8-bit (int8, arXiv 2208.07339) ones that compute in `dtype`. The weights shrink once the model is moved to its
-    device. Of "none", the model stays as it is."""
+    or 8-bit (int8, arXiv 2208.07339) ones that compute in `dtype`, as plain ones do under autocast. The weights shrink
+    once the model is moved to its device. Of "none", the model stays as it is."""
     from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 
     layers = [pair for pair in model.named_modules() if isinstance(pair[1], torch.nn.Linear) and "blocks." in pair[0]]
@@ -194,10 +194,22 @@ def quantize_base(model, dtype, kind="nf4"):
         else:
             new = Linear8bitLt(**shape, has_fp16_weights=False)
             new.weight = Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
+            new.register_forward_hook(forget_input)
+        new.register_forward_pre_hook(lambda layer, args: args[0].to(dtype))  # which the output is of, too
         new.bias = layer.bias
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, new)
     return model
+
+
+def forget_input(layer, args, output):
+    """Lets go of the input that bitsandbytes keeps of an int8 layer until the backward pass, checkpointed or not.
+
+    Only a gradient of the weight would need it. What is compiled keeps what it needs.
+    """
+    if not torch.compiler.is_compiling() and output.grad_fn is not None:
+        output.grad_fn.A = None  # on a CPU
+        output.grad_fn.tensors = (None, None, None)
 
 
 def compile_blocks(model):

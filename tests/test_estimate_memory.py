@@ -103,7 +103,7 @@ CASES = {
     "full": ("FLUX.1-dev", 4, "--resolution 256 --mixed_precision no --training full --ema_decay_rate 0"),
     "bf16": ("FLUX.1-dev", 4, "--resolution 512"),
     "nf4": ("FLUX.1-dev", 4, "--resolution 512 --quantize_base nf4"),
-    "int8": ("FLUX.1-dev", 4, "--resolution 512 --quantize_base int8 --gradient_checkpointing"),
+    "int8": ("FLUX.1-dev", 4, "--resolution 512 --quantize_base int8 --gradient_checkpointing --train_batch_size 4"),
     "sd3": ("SD3.5-medium", 4, "--resolution 512"),
     "sana": ("Sana-1.6B", 4, "--resolution 1024 --training full --ema_decay_rate 0"),
 }
@@ -147,6 +147,9 @@ def test_flags_have_the_effects_they_are_for():
     assert of("--optimizer", "prodigy")[0]["optimizer"] == pytest.approx(2 * rows["optimizer"], rel=0.01)
     assert of("--quantize_base", "nf4")[0]["weights"] < 0.4 * rows["weights"]
     assert of("--quantize_base", "int8")[0]["weights"] < 0.6 * rows["weights"]
+    for kind in ("nf4", "int8"):
+        small = of("--gradient_checkpointing", "--quantize_base", kind)[0]
+        assert small["activations"] == pytest.approx(of("--gradient_checkpointing")[0]["activations"], rel=0.02), kind
     assert of("--mixed_precision", "no")[0]["weights"] == pytest.approx(2 * rows["weights"], rel=0.01)
     assert of("--num_processes", "2")[0]["reducer"] == rows["LoRA"]
     with_vae, pictures = estimate(model_like("FLUX.1-dev", 2), parse_args([]))

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -17,12 +19,14 @@ from common.lora import (
     quantize_base,
     register_lora_checkpointing,
     register_tensor_checkpointing,
+    repeated_blocks,
     save_checkpoint,
     save_lora,
     save_model,
     target_layers,
     unknown_layers,
 )
+from examples.estimate_memory import as_on_gpu
 
 
 def with_random_lora(model, rank=4, alpha=4.0, target_modules=FLUX_TARGET_MODULES, seed=0):
@@ -147,6 +151,37 @@ def test_a_quantized_base_is_small_and_near(tiny, kind, bar):
     print(f"relative error of a quantized layer {error:.3f}")
     assert 0 < error < bar
     assert torch.isfinite(run(quantized)).all()
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("way", ["CPU", "GPU"])  # that have int8 products of their own
+def test_a_quantized_layer_keeps_no_input_and_computes_what_bitsandbytes_does(tiny, kind, way):
+    quantized = quantize_base(copy.deepcopy(tiny.transformer).requires_grad_(False), torch.float32, kind).to("cpu")
+    layer = quantized.transformer_blocks[0].ff.net[0].proj
+    with as_on_gpu() if way == "GPU" else nullcontext():
+        inputs, direction = torch.randn(2, 6, layer.in_features, requires_grad=True), torch.randn(1)
+        copied = inputs * direction
+        output = layer(copied)
+        kept = weakref.ref(copied.untyped_storage())
+        del copied
+        assert kept() is None
+        (gradient,) = torch.autograd.grad(output.square().sum(), inputs)
+        same = layer.forward(inputs * direction)  # without hooks
+        assert torch.equal(output, same)
+        assert torch.equal(gradient, torch.autograd.grad(same.square().sum(), inputs)[0])
+        assert gradient.abs().max() > 0
+
+
+@pytest.mark.parametrize("kind", ["none", "nf4", "int8"])
+def test_hidden_states_between_blocks_are_of_the_dtype_of_autocast(tiny, kind):
+    model = copy.deepcopy(tiny.transformer).requires_grad_(False).to(torch.bfloat16)
+    model = with_random_lora(quantize_base(model, torch.bfloat16, kind).to("cpu"))
+    found = []
+    for block in repeated_blocks(model):
+        block.register_forward_hook(lambda block, args, outputs: found.extend(output.dtype for output in outputs))
+    with as_on_gpu(), torch.autocast("cpu", torch.bfloat16):
+        run(model)
+    assert len(found) >= 4 and set(found) == {torch.bfloat16}
 
 
 def test_unknown_layers_are_named(tiny):

@@ -50,6 +50,14 @@ def test_compiled_blocks_compute_the_same(train, short_runs, script, tmp_path):
     np.testing.assert_allclose(losses(tmp_path / "compiled"), losses(tmp_path / "plain"), atol=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_compiled_checkpointed_int8_base_computes_the_same(train, short_runs, script, tmp_path):
+    for name, extra in (("plain", ()), ("all", ("--compile", "--gradient_checkpointing", "--offload"))):
+        train(script, *short_runs[script], "--quantize_base", "int8", *extra, "--output_dir", tmp_path / name)
+    np.testing.assert_allclose(losses(tmp_path / "all"), losses(tmp_path / "plain"), atol=1e-4)
+
+
 @pytest.mark.parametrize("script", [SCRIPTS[0], SCRIPTS[2]])
 def test_offload_leaves_a_trained_text_encoder_where_it_is(train, short_runs, script, tmp_path):
     for name, extra in (("plain", ()), ("offload", ("--offload",))):
