@@ -106,6 +106,7 @@ from common.validation import (
     create_hub_repo,
     draw_class_images,
     generate_images,
+    learning_rates,
     log_step,
     open_metrics,
     peak_memory,
@@ -1472,8 +1473,8 @@ def validate(accelerator, transformer, vae, noise_scheduler, text, args, *, prom
     ):
         call = pipeline_call(text, prompt, args)
         images = generate_images(accelerator, pipeline, [call] * args.num_validation_images, seed=args.seed)
-    captions = [f"{prompt} | step {step}, seed {args.seed + i}" for i in range(len(images))]
-    save_images(accelerator, args, images, captions, step=step)
+    captions = [f"seed {args.seed + i}" for i in range(len(images))]
+    save_images(accelerator, args, images, captions, prompt=prompt, step=step)
 
 
 def lora_file(args, epoch=None):
@@ -1750,7 +1751,8 @@ def main(args):
     # 7. Train
     steps = max_train_steps, steps_per_epoch, text_stop
     print_header(accelerator, args, examples, lora_params, base_size, text, steps)
-    start_logging(accelerator, args, "dreambooth-flux")
+    marks = {"pivot: text encoders frozen": text_stop, "transformer frozen": transformer_stop}
+    start_logging(accelerator, args, "dreambooth-flux", global_step, marks)
     draw = functools.partial(validate, accelerator, transformer, vae, noise_scheduler, text, args)
     if text.trained and global_step >= text_stop:
         text.freeze(prompts)
@@ -1812,10 +1814,9 @@ def main(args):
             raise SystemExit(
                 f"\nStopped at step {global_step}: the last {skipped} losses were not finite. Checkpoints are intact."
             )
-        group = optimizer.param_groups[0]
         logs = {
             "loss": mean_loss,
-            "lr": group["lr"] * group.get("d", 1.0),  # Prodigy's step size is lr * d
+            **learning_rates(optimizer),
             "grad_norm": float(grad_norm),
             "images_per_second": pictures / (time.perf_counter() - started),
             "peak_memory_gb": peak_memory(device),
@@ -1855,7 +1856,7 @@ def main(args):
         text.save_embeddings(args.output_dir / embeddings_name)
         text.export_embeddings(args.output_dir / "embeddings")
         metrics.close()
-        plot_metrics(args.output_dir / "metrics.jsonl", args.output_dir / "loss.png", title=args.output_dir.name)
+        plot_metrics(args.output_dir)
         shown_prompt = final_prompt or args.instance_prompt or examples[0].prompt()
         describe(args, weight_dtype, text, shown_prompt, embeddings_name, hub_repo)
     if final_prompt:

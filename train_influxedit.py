@@ -99,6 +99,7 @@ from common.validation import (
     draw_class_images,
     generate_images,
     image_grid,
+    learning_rates,
     log_step,
     open_metrics,
     peak_memory,
@@ -1059,12 +1060,12 @@ def validate(accelerator, transformer, vae, noise_scheduler, text, args, *, case
         calls = [call for call in calls for _ in range(args.num_validation_images)]
         images = generate_images(accelerator, pipeline, calls, seed=args.seed)
     prompts = [prompt for prompt, _, _ in cases for _ in range(args.num_validation_images)]
-    captions = [f"{prompt} | step {step}, seed {args.seed + i}" for i, prompt in enumerate(prompts)]
+    captions = [f"{prompt} | seed {args.seed + i}" for i, prompt in enumerate(prompts)]
     rows, drawn = [], zip(images, captions, strict=True)
     for _, image, mask in cases:
         shown = Image.composite(Image.new("RGB", image.size, "gray"), image, mask)
         rows += [(shown, "shown"), *itertools.islice(drawn, args.num_validation_images)]
-    grid = image_grid(*zip(*rows, strict=True), columns=1 + args.num_validation_images)
+    grid = image_grid(*zip(*rows, strict=True), columns=1 + args.num_validation_images, title=f"step {step}")
     save_images(accelerator, args, images, captions, step=step, grid=grid)
 
 
@@ -1278,7 +1279,7 @@ def main(args):
     # 7. Train
     steps = max_train_steps, steps_per_epoch
     print_header(accelerator, args, examples, lora_params, base_size, text, steps)
-    start_logging(accelerator, args, "influxedit")
+    start_logging(accelerator, args, "influxedit", global_step)
     draw = functools.partial(validate, accelerator, transformer, vae, noise_scheduler, text, args, cases=cases)
     if cases and global_step == 0:
         draw(step=0)
@@ -1334,10 +1335,9 @@ def main(args):
             raise SystemExit(
                 f"\nStopped at step {global_step}: the last {skipped} losses were not finite. Checkpoints are intact."
             )
-        group = optimizer.param_groups[0]
         logs = {
             "loss": mean_loss,
-            "lr": group["lr"] * group.get("d", 1.0),  # Prodigy's step size is lr * d
+            **learning_rates(optimizer),
             "grad_norm": float(grad_norm),
             "images_per_second": total_batch_size / (time.perf_counter() - started),
             "peak_memory_gb": peak_memory(device),
@@ -1364,7 +1364,7 @@ def main(args):
     save_lora(args.output_dir, FluxFillPipeline, adapted, save_dtype)
     if accelerator.is_main_process:
         metrics.close()
-        plot_metrics(args.output_dir / "metrics.jsonl", args.output_dir / "loss.png", title=args.output_dir.name)
+        plot_metrics(args.output_dir)
         describe(args, weight_dtype, cases[0][0] if cases else examples[0].caption)
     if cases:
         draw(step=global_step)

@@ -98,6 +98,7 @@ from common.validation import (
     check_hub,
     create_hub_repo,
     generate_images,
+    learning_rates,
     log_step,
     open_metrics,
     peak_memory,
@@ -1644,9 +1645,9 @@ def validate(accelerator, transformer, vae, noise_scheduler, text, dataset, args
         }
         images = generate_images(accelerator, pipeline, [call] * args.num_validation_images, seed=args.seed)
     captions = [f"condition: {condition.type}" for condition in dataset.conditions]
-    captions += [f"{prompt} | step {step}, seed {args.seed + i}" for i in range(len(images))]
+    captions += [f"seed {args.seed + i}" for i in range(len(images))]
     images = [image.resize(args.target_size[::-1]) for image in shown] + images
-    save_images(accelerator, args, images, captions, step=step)
+    save_images(accelerator, args, images, captions, prompt=prompt, step=step)
 
 
 def offloaded(args):
@@ -1851,7 +1852,7 @@ def main(args):
 
     # 7. Train
     print_header(accelerator, args, dataset, lora_params, base_size, max_train_steps, steps_per_epoch)
-    start_logging(accelerator, args, "omini")
+    start_logging(accelerator, args, "omini", global_step)
     draw = functools.partial(validate, accelerator, transformer, vae, noise_scheduler, text, dataset, args)
     if args.validation_prompt and global_step == 0:
         draw(prompt=args.validation_prompt, step=0)
@@ -1907,10 +1908,9 @@ def main(args):
             raise SystemExit(
                 f"\nStopped at step {global_step}: the last {skipped} losses were not finite. Checkpoints are intact."
             )
-        group = optimizer.param_groups[0]
         logs = {
             "loss": mean_loss,
-            "lr": group["lr"] * group.get("d", 1.0),  # Prodigy's step size is lr * d
+            **learning_rates(optimizer),
             "grad_norm": float(grad_norm),
             "images_per_second": total_batch_size / (time.perf_counter() - started),
             "peak_memory_gb": peak_memory(device),
@@ -1947,7 +1947,7 @@ def main(args):
         )
     if accelerator.is_main_process:
         metrics.close()
-        plot_metrics(args.output_dir / "metrics.jsonl", args.output_dir / "loss.png", title=args.output_dir.name)
+        plot_metrics(args.output_dir)
         describe(args, conditions, final_prompt or (examples[0].caption if examples else "a picture"))
     if final_prompt:
         draw(prompt=final_prompt, step=global_step)

@@ -91,7 +91,7 @@ from common.lora import (
 from common.validation import (
     check_hub,
     create_hub_repo,
-    image_grid,
+    learning_rates,
     log_step,
     open_metrics,
     peak_memory,
@@ -1356,10 +1356,8 @@ def validate(accelerator, predict, teacher, transformer, backbone, vae, encoded,
             noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
             latents = sample_flow(predict, noise, cond, steps=int(steps), style=style, generators=generators)
             images += [to_image(decode_images(vae, part)) for part in latents.split(1)]
-            captions += [
-                f"{args.validation_prompt} | {sampler}, step {step}, seed {args.seed + i}" for i in range(count)
-            ]
-    save_images(accelerator, args, images, captions, step=step, grid=image_grid(images, captions, columns=count))
+            captions += [f"{sampler}, seed {args.seed + i}" for i in range(count)]
+    save_images(accelerator, args, images, captions, prompt=args.validation_prompt, step=step, columns=count)
 
 
 def describe(args, prompt):
@@ -1529,7 +1527,7 @@ def main(args):
 
     # 7. Train
     print_header(accelerator, args, dataset, params, max_train_steps, steps_per_epoch)
-    start_logging(accelerator, args, "twinflow")
+    start_logging(accelerator, args, "twinflow", global_step)
     predict = functools.partial(
         predict_velocity,
         transformer=transformer,
@@ -1583,10 +1581,9 @@ def main(args):
             raise SystemExit(
                 f"\nStopped at step {global_step}: the last {skipped} losses were not finite. Checkpoints are intact."
             )
-        group = optimizer.param_groups[0]
         logs = {
             **means,
-            "lr": group["lr"] * group.get("d", 1.0),  # Prodigy's step size is lr * d
+            **learning_rates(optimizer),
             "grad_norm": float(grad_norm),
             "images_per_second": total_batch_size / (time.perf_counter() - started),
             "peak_memory_gb": peak_memory(device),
@@ -1618,7 +1615,7 @@ def main(args):
             save_lora(args.output_dir, pipeline_class, {"transformer": bare}, save_dtype)
     if accelerator.is_main_process:
         metrics.close()
-        plot_metrics(args.output_dir / "metrics.jsonl", args.output_dir / "loss.png", title=args.output_dir.name)
+        plot_metrics(args.output_dir)
         describe(args, args.validation_prompt or examples[0].captions[0])
     if args.validation_prompt:
         draw(step=global_step)
