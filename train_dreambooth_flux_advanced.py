@@ -757,8 +757,8 @@ def validate(accelerator, transformer, vae, noise_scheduler, text, args, *, prom
     ):
         call = pipeline_call(text, prompt, args)
         images = generate_images(accelerator, pipeline, [call] * args.num_validation_images, seed=args.seed)
-    captions = [f"{prompt} | step {step}, seed {args.seed + i}" for i in range(len(images))]
-    save_images(accelerator, args, images, captions, step=step)
+    captions = [f"seed {args.seed + i}" for i in range(len(images))]
+    save_images(accelerator, args, images, captions, prompt=prompt, step=step)
 
 
 def describe(args, dtype, text, prompt, embeddings_name, hub_repo=None):
@@ -952,7 +952,8 @@ def main(args):
     # 7. Train
     about = about_data(examples, text) | about_text(args, text, text_stop)
     print_header(accelerator, args, about, lora_params, base_size, max_train_steps, steps_per_epoch)
-    start_logging(accelerator, args, "dreambooth-flux")
+    marks = {"pivot: text encoders frozen": text_stop, "transformer frozen": transformer_stop}
+    start_logging(accelerator, args, "dreambooth-flux", global_step, marks)
     draw = functools.partial(validate, accelerator, transformer, vae, noise_scheduler, text, args)
     if text.trained and global_step >= text_stop:
         text.freeze(prompts)
@@ -1042,7 +1043,7 @@ def main(args):
         text.save_embeddings(args.output_dir / embeddings_name)
         text.export_embeddings(args.output_dir / "embeddings")
         metrics.close()
-        plot_metrics(args.output_dir / "metrics.jsonl", args.output_dir / "loss.png", title=args.output_dir.name)
+        plot_metrics(args.output_dir)
         describe(args, weight_dtype, text, shown_prompt, embeddings_name, hub_repo)
     if final_prompt:
         draw(prompt=final_prompt, step=global_step)

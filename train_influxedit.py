@@ -804,12 +804,12 @@ def validate(accelerator, transformer, vae, noise_scheduler, text, args, *, case
         calls = [call for call in calls for _ in range(args.num_validation_images)]
         images = generate_images(accelerator, pipeline, calls, seed=args.seed)
     prompts = [prompt for prompt, _, _ in cases for _ in range(args.num_validation_images)]
-    captions = [f"{prompt} | step {step}, seed {args.seed + i}" for i, prompt in enumerate(prompts)]
+    captions = [f"{prompt} | seed {args.seed + i}" for i, prompt in enumerate(prompts)]
     rows, drawn = [], zip(images, captions, strict=True)
     for _, image, mask in cases:
         shown = Image.composite(Image.new("RGB", image.size, "gray"), image, mask)
         rows += [(shown, "shown"), *itertools.islice(drawn, args.num_validation_images)]
-    grid = image_grid(*zip(*rows, strict=True), columns=1 + args.num_validation_images)
+    grid = image_grid(*zip(*rows, strict=True), columns=1 + args.num_validation_images, title=f"step {step}")
     save_images(accelerator, args, images, captions, step=step, grid=grid)
 
 
@@ -965,7 +965,7 @@ def main(args):
     # 7. Train
     about = about_data(args, examples) | about_text(args, text)
     print_header(accelerator, args, about, lora_params, base_size, max_train_steps, steps_per_epoch)
-    start_logging(accelerator, args, "influxedit")
+    start_logging(accelerator, args, "influxedit", global_step)
     draw = functools.partial(validate, accelerator, transformer, vae, noise_scheduler, text, args, cases=cases)
     if cases and global_step == 0:
         draw(step=0)
@@ -1036,7 +1036,7 @@ def main(args):
     shown_prompt = cases[0][0] if cases else examples[0].caption
     if accelerator.is_main_process:
         metrics.close()
-        plot_metrics(args.output_dir / "metrics.jsonl", args.output_dir / "loss.png", title=args.output_dir.name)
+        plot_metrics(args.output_dir)
         describe(args, weight_dtype, shown_prompt)
     if cases:
         draw(step=global_step)

@@ -780,9 +780,9 @@ def validate(accelerator, transformer, vae, noise_scheduler, text, dataset, args
         }
         images = generate_images(accelerator, pipeline, [call] * args.num_validation_images, seed=args.seed)
     captions = [f"condition: {condition.type}" for condition in dataset.conditions]
-    captions += [f"{prompt} | step {step}, seed {args.seed + i}" for i in range(len(images))]
+    captions += [f"seed {args.seed + i}" for i in range(len(images))]
     images = [image.resize(args.target_size[::-1]) for image in shown] + images
-    save_images(accelerator, args, images, captions, step=step)
+    save_images(accelerator, args, images, captions, prompt=prompt, step=step)
 
 
 def offloaded(args):
@@ -961,7 +961,7 @@ def main(args):
     print_header(
         accelerator, args, about_data(args, dataset), lora_params, base_size, max_train_steps, steps_per_epoch
     )
-    start_logging(accelerator, args, "omini")
+    start_logging(accelerator, args, "omini", global_step)
     draw = functools.partial(validate, accelerator, transformer, vae, noise_scheduler, text, dataset, args)
     if args.validation_prompt and global_step == 0:
         draw(prompt=args.validation_prompt, step=0)
@@ -1037,7 +1037,7 @@ def main(args):
     command = drawing_command(args, conditions, shown_prompt)
     if accelerator.is_main_process:
         metrics.close()
-        plot_metrics(args.output_dir / "metrics.jsonl", args.output_dir / "loss.png", title=args.output_dir.name)
+        plot_metrics(args.output_dir)
         describe(args, command)
     if final_prompt:
         draw(prompt=final_prompt, step=global_step)

@@ -111,7 +111,6 @@ from common.validation import (
     check_hub,
     create_hub_repo,
     finish,
-    image_grid,
     log_step,
     open_metrics,
     plot_metrics,
@@ -861,10 +860,8 @@ def validate(accelerator, predict, teacher, transformer, backbone, vae, encoded,
             noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
             latents = sample_flow(predict, noise, cond, steps=int(steps), style=style, generators=generators)
             images += [to_image(decode_images(vae, part)) for part in latents.split(1)]
-            captions += [
-                f"{args.validation_prompt} | {sampler}, step {step}, seed {args.seed + i}" for i in range(count)
-            ]
-    save_images(accelerator, args, images, captions, step=step, grid=image_grid(images, captions, columns=count))
+            captions += [f"{sampler}, seed {args.seed + i}" for i in range(count)]
+    save_images(accelerator, args, images, captions, prompt=args.validation_prompt, step=step, columns=count)
 
 
 def drawing_command(args, prompt):
@@ -1001,7 +998,7 @@ def main(args):
     # 7. Train
     about, size = about_run(args, dataset), count_weights(bare.parameters())
     print_header(accelerator, args, about, params.values(), size, max_train_steps, steps_per_epoch)
-    start_logging(accelerator, args, "twinflow")
+    start_logging(accelerator, args, "twinflow", global_step)
     predict = functools.partial(
         predict_velocity,
         transformer=transformer,
@@ -1075,7 +1072,7 @@ def main(args):
     command = drawing_command(args, args.validation_prompt or examples[0].captions[0])
     if accelerator.is_main_process:
         metrics.close()
-        plot_metrics(args.output_dir / "metrics.jsonl", args.output_dir / "loss.png", title=args.output_dir.name)
+        plot_metrics(args.output_dir)
         describe(args, command)
     if args.validation_prompt:
         draw(step=global_step)

@@ -10,7 +10,6 @@ import os
 import random
 import resource
 import sys
-import textwrap
 import time
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -57,6 +56,7 @@ from common.lora import (
     add_lora,
     count_weights,
     diffusers_state_dict,
+    find_checkpoints,
     is_sharded,
     load_model,
     load_text_pipeline,
@@ -569,33 +569,58 @@ def estimate_depth(accelerator, examples, args):
     accelerator.wait_for_everyone()
 
 
-def image_grid(images, captions, columns=4, min_width=192):
-    """PIL images in rows of `columns`, each with its caption below; small ones are enlarged to `min_width` pixels."""
+def wrap(text, font, width):
+    """The text in lines of at most `width` pixels, broken at spaces or within words that are wider."""
+    lines = []
+    for paragraph in text.splitlines() or [""]:
+        line = ""
+        for word in paragraph.split():
+            if line and font.getlength(f"{line} {word}") > width:
+                lines.append(line)
+                line = ""
+            line = f"{line} {word}" if line else word
+            while len(line) > 1 and font.getlength(line) > width:
+                fits = next(n for n in range(len(line) - 1, 0, -1) if n == 1 or font.getlength(line[:n]) <= width)
+                lines.append(line[:fits])
+                line = line[fits:]
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def image_grid(images, captions, columns=4, min_width=192, title=""):
+    """PIL images in rows of `columns`, each with its caption below, under a title; small ones are enlarged to
+    `min_width` pixels."""
+    import matplotlib
+
     scale = max(1, math.ceil(min_width / max(image.width for image in images)))
     images = [image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST) for image in images]
     width, height = max(image.width for image in images), max(image.height for image in images)
-    font_size = max(12, width // 24)
-    captions = [textwrap.fill(caption, width=2 * width // font_size) for caption in captions]
-    lines = max(caption.count("\n") + 1 for caption in captions)
-    gap = font_size // 2
-    cell_width, cell_height = width + gap, height + int(lines * font_size * 1.3) + gap
-    columns = min(columns, len(images))
-    grid = Image.new("RGB", (columns * cell_width + gap, -(-len(images) // columns) * cell_height + gap), "white")
-    draw, font = ImageDraw.Draw(grid), ImageFont.load_default(font_size)
+    font_size = max(13, width // 28)
+    gap, columns = font_size // 2, min(columns, len(images))
+    font = ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", font_size)
+    draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    style = {"font": font, "spacing": font_size // 4}
+    tall = lambda text: math.ceil(draw.multiline_textbbox((0, 0), text, **style)[3]) + gap if text else 0  # noqa: E731
+    captions = [wrap(caption, font, width) for caption in captions]
+    cell_width, cell_height = width + gap, height + max(map(tall, captions)) + gap
+    title = wrap(title, font, columns * cell_width - gap)
+    top = tall(title) + gap
+    grid = Image.new("RGB", (columns * cell_width + gap, -(-len(images) // columns) * cell_height + top), "white")
+    draw = ImageDraw.Draw(grid)
+    draw.multiline_text((gap, gap // 2), title, fill="black", **style)
     for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
-        x, y = gap + i % columns * cell_width, gap + i // columns * cell_height
+        x, y = gap + i % columns * cell_width, top + i // columns * cell_height
         grid.paste(image, (x, y))
-        draw.multiline_text((x, y + height + gap // 2), caption, fill="black", font=font)
+        draw.multiline_text((x, y + height + gap // 2), caption, fill="#444444", **style)
     return grid
 
 
-def log_images(accelerator, images, captions, *, name, step):
-    """Sends images with their captions to every tracker of the run."""
+def log_images(accelerator, images, captions, *, name, step, grid):
+    """Sends images with their captions to every tracker of the run; TensorBoard, which has none, gets the grid."""
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
-            tracker.log_images(
-                {name: np.stack([np.asarray(image) for image in images])}, step=step, dataformats="NHWC"
-            )
+            tracker.log_images({name: np.asarray(grid)[None]}, step=step, dataformats="NHWC")
+            tracker.log({name: "\n".join(f"1. {caption}" for caption in captions)}, step=step)
         elif tracker.name == "wandb":
             import wandb
 
@@ -603,15 +628,20 @@ def log_images(accelerator, images, captions, *, name, step):
             tracker.log({name: pictures}, step=step)
 
 
-def save_images(accelerator, args, images, captions, *, step, grid=None):
-    """Sends pictures with their captions to validation/step-N.png, there as `grid` if given, and to the trackers."""
+def save_images(accelerator, args, images, captions, *, step, prompt="", columns=4, grid=None):
+    """Sends pictures to validation/step-N.png, there as `grid` if given, and to the trackers.
+
+    `prompt` is that of all of them, `captions` say what differs.
+    """
     if accelerator.is_main_process:
         path = args.output_dir / "validation" / f"step-{step:06d}.png"
+        grid = grid or image_grid(images, captions, columns, title=f"{prompt}\nstep {step}")
         with writing(path):
             path.parent.mkdir(exist_ok=True)
-            (grid or image_grid(images, captions)).save(path)
+            grid.save(path)
+        captions = [f"{prompt} | {caption}, step {step}".removeprefix(" | ") for caption in captions]
         with writing(args.output_dir / args.logging_dir):
-            log_images(accelerator, images, captions, name="validation", step=step)
+            log_images(accelerator, images, captions, name="validation", step=step, grid=grid)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -619,14 +649,19 @@ def save_images(accelerator, args, images, captions, *, step, grid=None):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def start_logging(accelerator, args, project):
-    """Writes args.json with the versions of the libraries, and starts the trackers under the name of `project`."""
+def start_logging(accelerator, args, project, last_step, marks=None):
+    """Writes args.json with the versions of the libraries, and starts the trackers under the name of `project`.
+
+    What TensorBoard has of steps after `last_step`, from which the run goes on, is dropped as by `open_metrics`.
+    `marks` are {what happens: the step after which it does}, 0 for never, for plots.
+    """
     values = {name: value for name, value in vars(args).items() if name != "hub_token"}
     values = {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
     if accelerator.is_main_process:
         libraries = ("torch", "diffusers", "transformers", "peft", "accelerate")
         versions = {name: importlib.metadata.version(name) for name in libraries}
-        text = json.dumps({"args": values, "versions": versions}, indent=2, default=str)
+        marks = {what: step for what, step in (marks or {}).items() if step}
+        text = json.dumps({"args": values, "versions": versions, "marks": marks}, indent=2, default=str)
         with writing(args.output_dir / "args.json"):
             (args.output_dir / "args.json").write_text(text + "\n")
     if accelerator.log_with:
@@ -635,7 +670,9 @@ def start_logging(accelerator, args, project):
         values = {name: "" if value is None else value for name, value in values.items()}
         plain = (bool, int, float, str)  # all that TensorBoard takes
         with writing(args.output_dir / args.logging_dir):
-            accelerator.init_trackers(project, {n: v if isinstance(v, plain) else str(v) for n, v in values.items()})
+            config = {n: v if isinstance(v, plain) else str(v) for n, v in values.items()}
+            purge = {"tensorboard": {"purge_step": last_step + 1}} if last_step else {}
+            accelerator.init_trackers(project, config, init_kwargs=purge)
 
 
 def peak_memory(device):
@@ -668,9 +705,8 @@ def read_metrics(path):
 
 def step_logs(optimizer, grad_norm, num_images, started, device):
     """What is logged of every step that drew `num_images` pictures since `started`, beside its loss."""
-    group = optimizer.param_groups[0]
     return {
-        "lr": group["lr"] * group.get("d", 1.0),  # Prodigy's step size is lr * d
+        **learning_rates(optimizer),
         "grad_norm": float(grad_norm),
         "images_per_second": num_images / (time.perf_counter() - started),
         "peak_memory_gb": peak_memory(device),
@@ -694,32 +730,71 @@ def log_step(accelerator, progress_bar, metrics, step, logs):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def plot_metrics(metrics_path, picture_path, title):
-    """Draws loss (faint) and its running mean, with the learning rate below, over the steps of `metrics_path`."""
+def learning_rates(optimizer):
+    """lr, what a step is multiplied with; of Prodigy, whose lr is a factor of its estimate d, also that d."""
+    group = optimizer.param_groups[0]
+    return {"lr": group["lr"] * group["d"], "prodigy_d": group["d"]} if "d" in group else {"lr": group["lr"]}
+
+
+def running_mean(values, window):
+    """The exponential mean of about `window` values before each; those that are not finite are passed over."""
+    decay, mean, weight, means = 1 - 1 / window, 0.0, 0.0, []
+    for value in values:
+        if math.isfinite(value):
+            mean, weight = decay * mean + (1 - decay) * value, decay * weight + 1 - decay
+        means.append(mean / weight if weight else math.nan)
+    return means
+
+
+def plot_metrics(output_dir):
+    """Draws loss.png from metrics.jsonl: the loss (faint) and its running mean over the learning rate, and with lines
+    the checkpoints that are there and what args.json marks."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    rows = read_metrics(metrics_path)
+    rows, marks = read_metrics(output_dir / "metrics.jsonl"), {}
     if not rows:
         return
-    steps, losses = [row["step"] for row in rows], np.array([row["loss"] for row in rows])
-    decay = 1 - 1 / max(1, min(50, len(rows) // 10))
-    smooth = [losses[0]]
-    for loss in losses[1:]:
-        smooth.append(decay * smooth[-1] + (1 - decay) * loss if math.isfinite(loss) else smooth[-1])
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        marks = json.loads((output_dir / "args.json").read_text())["marks"]
+    steps, losses = [row["step"] for row in rows], np.array([row["loss"] for row in rows], float)
     figure, (upper, lower) = plt.subplots(
         2, 1, figsize=(8, 6), sharex=True, height_ratios=(3, 1), layout="constrained"
     )
-    upper.plot(steps, losses, alpha=0.25)
-    upper.plot(steps, smooth, color="C0", label="loss, running mean")
-    upper.set(title=title, ylabel="loss")
-    upper.legend()
-    lower.plot(steps, [row["lr"] for row in rows], color="C1")
-    lower.set(xlabel="step", ylabel="learning rate")
-    with writing(picture_path):
-        figure.savefig(picture_path, dpi=100)
+    window = max(1, min(50, len(rows) // 10))
+    mean = running_mean(losses, window)
+    upper.plot(steps, losses, color="C0", alpha=0.25, linewidth=0.8 if len(rows) > 500 else 1.5, label="loss")
+    upper.plot(steps, mean, color="C0", linewidth=2, label=f"running mean of {window} steps")
+    shown = losses[np.isfinite(losses)]
+    if len(shown) > 200:  # a few outliers would flatten the rest
+        low, high = np.percentile(shown, (0, 99.5))
+        upper.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+    upper.set(title=output_dir.resolve().name, ylabel="loss")
+    checkpoints = [int(folder.name[11:]) for folder in find_checkpoints(output_dir)]
+    checkpoints = [step for step in checkpoints if steps[0] <= step <= steps[-1]]
+    if checkpoints:
+        named = checkpoints[:: -max(1, len(checkpoints) // 8)]  # from the last one
+        ticks = upper.secondary_xaxis("top")
+        ticks.set_xticks(checkpoints, [step if step in named else "" for step in checkpoints], color="0.4")
+        ticks.set_xlabel("checkpoints", color="0.4")
+        for step in checkpoints:
+            upper.axvline(step, color="0.85", linewidth=0.8, zorder=0)
+    for i, (what, step) in enumerate(marks.items()):
+        if steps[0] <= step < steps[-1]:
+            lower.axvline(step, color=f"C{3 + i}", linestyle="--")
+            upper.axvline(step, color=f"C{3 + i}", linestyle="--", label=f"{what}, step {step}")
+    prodigy = "prodigy_d" in rows[-1]
+    name, width = ("learning rate x d", 3) if prodigy else ("learning rate", 1.5)
+    lower.plot(steps, [row["lr"] for row in rows], color="C1", linewidth=width, label=name)
+    if prodigy:
+        lower.plot(steps, [row.get("prodigy_d", math.nan) for row in rows], color="black", label="Prodigy's d")
+    lower.set(xlabel="step", ylabel="learning rate", yscale="log" if prodigy else "linear")
+    lower.xaxis.get_major_locator().set_params(integer=True)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    with writing(output_dir / "loss.png"):
+        figure.savefig(output_dir / "loss.png", dpi=100)
     plt.close(figure)
 
 

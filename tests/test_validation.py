@@ -5,12 +5,21 @@ import math
 import random
 
 import numpy as np
+import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import FluxPipeline
-from PIL import Image
+from PIL import Image, ImageFont
 
-from common.validation import generate_images, image_grid, open_metrics, plot_metrics, undisturbed
+from common.validation import (
+    generate_images,
+    image_grid,
+    open_metrics,
+    plot_metrics,
+    running_mean,
+    undisturbed,
+    wrap,
+)
 
 
 def states():
@@ -54,6 +63,19 @@ def test_grid_shows_every_image_above_its_caption():
         assert (grid == color).all(-1).sum() == 4 * 100 * 60  # doubled to fit the caption
     assert grid.shape[1] > 2 * 200
     assert grid.shape[0] > 3 * 120 + 3 * 2 * 12
+    titled = np.array(image_grid(images, [""] * 5, columns=2, title="a red circle\nstep 20"))
+    assert (titled[:40] < 100).any()
+    assert not (titled[-10:] < 100).any()
+
+
+@pytest.mark.parametrize("text", ["a word " * 60, "W" * 300, "one\ntwo\n\nthree", "", "ein Wort " + "ä" * 99 + " b"])
+def test_lines_are_as_wide_as_the_picture_and_lose_nothing(text):
+    font = ImageFont.load_default(16)
+    lines = wrap(text, font, 192).split("\n")
+    assert max(map(font.getlength, lines)) <= 192
+    assert "".join("".join(lines).split()) == "".join(text.split())
+    assert len(lines) >= len(text.splitlines())
+    assert [wrap(letter, font, 1) for letter in ("W", "WW")] == ["W", "W\nW"]  # a letter per line at the least
 
 
 def test_metrics_continue_after_a_resume_and_are_drawn(tmp_path):
@@ -66,5 +88,53 @@ def test_metrics_continue_after_a_resume_and_are_drawn(tmp_path):
     with open_metrics(path, 20) as metrics:
         metrics.write(json.dumps({"step": 21, "loss": 0.5, "lr": 1e-4}).encode() + b"\n")
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == list(range(1, 22))
-    plot_metrics(path, tmp_path / "loss.png", "title")
+    plot_metrics(tmp_path)
     assert Image.open(tmp_path / "loss.png").size == (800, 600)
+
+
+def colors_in(path):
+    """How many pixels of each color of matplotlib's cycle (C0, C1, ...) and of black a picture has."""
+    from matplotlib.colors import to_rgb
+
+    pixels = np.asarray(Image.open(path).convert("RGB"), int)
+    names = ["black", *(f"C{i}" for i in range(6))]
+    return {name: (abs(pixels - 255 * np.array(to_rgb(name))).max(-1) < 3).sum() for name in names}
+
+
+def test_the_plot_marks_checkpoints_the_pivot_and_prodigys_d(tmp_path):
+    """Each is drawn when it is there and not when it is not, with losses that are no numbers and outliers."""
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(
+            json.dumps({"step": step, "loss": {1: math.nan, 9: 1e6}.get(step, 1 / step), "lr": 1e-4}) + "\n"
+            for step in range(1, 301)
+        )
+    )
+    plot_metrics(tmp_path)
+    plain, before = colors_in(tmp_path / "loss.png"), np.asarray(Image.open(tmp_path / "loss.png"))
+    assert plain["C0"] > 500  # the running mean, which neither nan nor the outlier has flattened or broken
+    assert plain["C1"] > 500  # the learning rate
+    assert plain["C3"] == plain["C4"] == 0
+    for step in (100, 200, 400):  # the last one is of no step in the plot
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    plot_metrics(tmp_path)
+    assert (np.asarray(Image.open(tmp_path / "loss.png")) != before).any()
+    (tmp_path / "args.json").write_text(json.dumps({"marks": {"pivot": 150, "transformer frozen": 300}}))
+    plot_metrics(tmp_path)
+    marked = colors_in(tmp_path / "loss.png")
+    assert marked["C3"] > 100
+    assert marked["C4"] == 0  # at the end of the run nothing ends that goes on otherwise
+    rows = [json.loads(line) | {"prodigy_d": 1e-6} for line in (tmp_path / "metrics.jsonl").open()]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plot_metrics(tmp_path)
+    assert colors_in(tmp_path / "loss.png")["black"] > marked["black"] + 500
+
+
+@pytest.mark.parametrize("window", [1, 2, 50])
+def test_the_running_mean(window):
+    values = np.random.default_rng(0).normal(3, 1, 2000)
+    mean = np.array(running_mean([math.nan, *values[:5], math.inf, *values[5:]], window))
+    assert np.isnan(mean[0])
+    assert mean[1] == pytest.approx(values[0])
+    assert mean[6] == mean[5]
+    assert mean[500:].mean() == pytest.approx(3, abs=0.1)
+    assert mean[500:].std() == pytest.approx((2 * window - 1) ** -0.5, rel=0.25)  # of independent values
