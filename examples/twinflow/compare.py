@@ -86,17 +86,17 @@ def place(shape):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folders", type=Path, nargs="*", help="output folders of train_twinflow.py")
-    parser.add_argument("--make_data", type=Path, metavar="FOLDER", help="only draw 1500 scenes into this folder")
-    parser.add_argument("--count", type=int, default=256, help="pictures per cell")
+    parser.add_argument("--make_data", type=Path, metavar="FOLDER", help="only draw scenes into this folder")
+    parser.add_argument("--count", type=int, help="pictures per cell (default: 256), or scenes (default: 1500)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, nargs="+", default=list(STYLES), choices=list(STYLES))
     parser.add_argument("--output", type=Path, help="picture of some of them")
     args = parser.parse_args()
     if args.make_data:
-        make_data(args.make_data)
+        make_data(args.make_data, args.count or 1500)
         return
     vae = FluxPipeline.from_pretrained(TOY).vae.float()
-    scenes, prompts = scenes_and_prompts(args.count, args.seed)
+    scenes, prompts = scenes_and_prompts(args.count or 256, args.seed)
     print("| model | " + " | ".join(f"{n} step{'s' * (n > 1)}" for n in args.steps) + " |")
     print("| --- |" + " --- |" * len(args.steps))
     shown = []

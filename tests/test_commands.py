@@ -1,0 +1,415 @@
+"""What the pages say works: every code block of README.md, CONTRIBUTING.md and examples/**/README.md is run.
+
+bash itself reads a page's blocks, from top to bottom, so quotes, variables and line ends mean what they mean to a user.
+The programs are functions that write down their words; an unknown one fails. Then each command runs in this process,
+in a folder where the names that pages use are small things: STAND_INS. A hub id is a folder with a tiny model of the
+same classes there. `accelerate launch` is left out, its own flags are checked; SMALL flags follow a command's own.
+What cannot run here is in NOT_RUN with its reason, and checked as far as it can be. Python blocks draw in two steps.
+"""
+
+import argparse
+import ast
+import functools
+import importlib
+import io
+import json
+import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import tiny_backbones
+import torch
+from _pytest.mark.expression import Expression
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+from conftest import ROOT
+from PIL import Image
+
+from examples.influxedit.toy_circles import write_archive
+
+
+QUICKSTART, PLAYBOOK = "examples/quickstart.sh", "examples/dgx_spark/train.args"
+PAGES = sorted(str(path.relative_to(ROOT)) for path in [*ROOT.glob("*.md"), *ROOT.glob("examples/**/README.md")])
+PAGES.append(QUICKSTART)
+TRAINERS = sorted(path.name for path in ROOT.glob("train_*.py"))
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
+LANGUAGES = {"bash", "python", ""}  # "": a tree of files, or what a command prints
+INLINE = re.compile(r"`((?:python|pytest|tests/run\.sh|examples/[\w/]+\.sh|accelerate launch)(?: [^`]*)?)`")
+
+NOT_RUN = {
+    "accelerate config": "asks its user questions",
+    "docker": "needs a daemon and the network",
+    "git": "needs the network",
+    "hf": "needs the network",
+    "pip": "installs; what it would install runs this test",
+    "pytest": "these tests themselves",
+    "ruff": "tests/run.sh runs it",
+    "tests/run.sh": "these tests themselves",
+    "examples/quickstart.sh": "installs; the commands in it are run as a page of their own",
+    "examples/dgx_spark/download.sh": "34 GB; tests/test_dgx_spark.py runs it against a server of its own",
+    "examples/dgx_spark/launch_train.sh": "needs docker; tests/test_dgx_spark.py runs it with a false one",
+    "examples/dgx_spark/launch_comfyui.sh": "needs docker; tests/test_dgx_spark.py runs it with a false one",
+    "examples/omini/download_subjects.sh": "needs the network",
+    "examples/omini/download_text_to_image.sh": "needs the network",
+    "python tests/benchmarks/": "minutes; tests/run.sh --all runs them",
+    "python examples/toy/pretrain.py": "more than an hour",
+    "python examples/estimate_memory.py --table": "a minute of real configurations; tests/test_estimate_memory.py has parts",
+}
+PROGRAMS = {"python", *(name for name in NOT_RUN if " " not in name), "accelerate"}
+
+# Flags after a command's own, which override them. Each key is a script of the pages.
+SMALL_RUN = ["--max_train_steps", "2", "--max_sequence_length", "8", "--lr_warmup_steps", "0", "--report_to", "none"]
+SMALL = {
+    "train_dreambooth_flux_advanced.py": [
+        *SMALL_RUN,
+        *("--resolution", "32", "--num_class_images", "2", "--num_validation_images", "1", "--train_batch_size", "2"),
+    ],
+    "train_omini.py": [*SMALL_RUN, "--target_size", "32", "--num_validation_images", "1", "--train_batch_size", "2"],
+    "train_influxedit.py": [
+        *SMALL_RUN,
+        *("--resolution", "32", "--validation_width", "32", "--validation_height", "32", "--train_batch_size", "2"),
+    ],
+    "train_twinflow.py": [
+        *SMALL_RUN,
+        *("--resolution", "32", "--num_validation_images", "1", "--train_batch_size", "4"),
+        *("--gradient_accumulation_steps", "1"),
+    ],
+    "examples/dreambooth/generate.py": ["--num_inference_steps", "2"],
+    "examples/omini/generate.py": ["--num_inference_steps", "2"],
+    "examples/influxedit/generate.py": ["--num_inference_steps", "2", "--size", "32", "32"],
+    "examples/influxedit/toy_circles.py": ["--count", "4"],
+    "examples/influxedit/prepare_fill_circles.py": ["--zip", "fill50k.zip"],
+    "examples/toy/world.py": ["--count", "4"],
+    "examples/twinflow/compare.py": ["--count", "2", "--steps", "1"],
+}
+# Flags that are left out: --fsdp needs several processes, which tests/test_scale.py has.
+LEFT_OUT = {"--fsdp"}
+RECORDER = """
+record() { printf '%s\\0' "$line" "$PWD" "$@" $'\\1' >> "$RECORD"; }
+for name in $PROGRAMS; do eval "function $name { record $name \\"\\$@\\"; }"; done
+"""
+
+
+def line_of(text, match):
+    return text.count("\n", 0, match.start()) + 1
+
+
+def read_by_bash(snippets, tmp_path):
+    """(line, folder, words) of each command that bash finds in the (line, code) `snippets`."""
+    record = tmp_path / "record"
+    record.touch()
+    script = RECORDER + "".join(f"line={line}\n{code}\n" for line, code in snippets)
+    environment = {"PATH": "", "RECORD": str(record), "HOME": str(tmp_path), "PROGRAMS": " ".join(PROGRAMS)}
+    done = subprocess.run(
+        ["/bin/bash", "--norc", "-eu"], input=script, env=environment, cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, f"{done.stderr}\nIs the program in PROGRAMS?"
+    commands = [part.split("\0") for part in record.read_text().split("\0\1\0")[:-1]]
+    return [(int(line), Path(folder).relative_to(ROOT), words) for line, folder, *words in commands]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stand-ins for what pages name
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def write_pipeline(build, path):
+    torch.manual_seed(0)
+    build().save_pretrained(path)
+
+
+def write_edit_pipeline(path):
+    from transformers import Qwen2VLImageProcessor
+
+    write_pipeline(functools.partial(tiny_backbones.qwenimage, edit=True), path)
+    Qwen2VLImageProcessor().save_pretrained(path / "processor")
+
+
+def write_openuni(path):
+    """The checkpoint `path`, and its language model under the name that it has on the hub."""
+    torch.manual_seed(0)
+    checkpoint, llm = tiny_backbones.openuni(path.parent)
+    checkpoint.rename(path)
+    target = path.parent / "OpenGVLab" / "InternVL3-2B-hf"
+    target.parent.mkdir()
+    llm.rename(target)
+
+
+def write_depth_model(path):
+    from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation, DPTImageProcessorPil
+
+    backbone = {"model_type": "dinov2", "image_size": 32, "patch_size": 8, "hidden_size": 16, "num_hidden_layers": 4}
+    backbone |= {"num_attention_heads": 2, "out_indices": [1, 2, 3, 4], "reshape_hidden_states": False}
+    sizes = {"reassemble_hidden_size": 16, "neck_hidden_sizes": [8] * 4, "fusion_hidden_size": 8}
+    config = DepthAnythingConfig(backbone_config=backbone, patch_size=8, head_hidden_size=4, **sizes)
+    DepthAnythingForDepthEstimation(config).save_pretrained(path)
+    DPTImageProcessorPil(size={"height": 32, "width": 32}, keep_aspect_ratio=False).save_pretrained(path)
+
+
+def write_rows(pictures, path, column):
+    """A folder of pictures whose captions are in a column of metadata.jsonl."""
+    path.mkdir(parents=True)
+    with (path / "metadata.jsonl").open("w") as rows:
+        for picture in sorted(pictures.glob("*.png")):
+            shutil.copy(picture, path)
+            rows.write(json.dumps({"file_name": picture.name, column: "a TOK icon of a shape"}) + "\n")
+
+
+def write_parquet(path, rows):
+    import pandas
+
+    path.mkdir(parents=True)
+    pandas.DataFrame(rows).to_parquet(path / "train-00000.parquet")
+
+
+def encoded(image):
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, format="JPEG")
+    return buffer.getvalue()
+
+
+def write_tar(pictures, path):
+    with tarfile.open(path, "w") as tar:
+        for i, picture in enumerate(sorted(pictures.glob("*.png"))):
+            record = json.dumps({"prompt": picture.with_suffix(".txt").read_text()}).encode()
+            for suffix, data in (("jpg", encoded(Image.open(picture))), ("json", record)):
+                info = tarfile.TarInfo(f"{i:04d}.{suffix}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+
+
+def write_subjects(path):
+    """Pairs of pictures of 32 pixels side by side, with 2 pixels around and between."""
+    pair = {"description_0": "a red circle", "description_1": "a red circle, again"}
+    image = {"bytes": encoded(Image.new("RGB", (70, 36), "red")), "path": None}
+    write_parquet(path, [{"image": image, "description": pair}] * 4)
+
+
+def mask(path):
+    image = Image.new("L", (32, 32))
+    image.paste(255, (8, 8, 24, 24))
+    image.save(path)
+
+
+def stand_ins(pictures, pairs, tiny_model, tiny_fill):
+    """{name in a page: what makes it at a path}"""
+    link = lambda target: lambda path: path.symlink_to(target)  # noqa: E731
+    picture = link(pictures / "1.png")
+    shards = [
+        {"text": p.with_suffix(".txt").read_text(), "image_bytes": encoded(Image.open(p))} for p in pictures.glob("*.png")
+    ]
+    return {
+        "black-forest-labs/FLUX.1-dev": link(tiny_model),
+        "black-forest-labs/FLUX.1-Fill-dev": link(tiny_fill),
+        "stabilityai/stable-diffusion-3.5-medium": functools.partial(write_pipeline, tiny_backbones.sd3),
+        "Efficient-Large-Model/Sana_1600M_512px_diffusers": functools.partial(write_pipeline, tiny_backbones.sana),
+        "openuni_l_internvl3_2b_sana_1_6b_512_hf_blip3o60k.pth": write_openuni,
+        "Qwen/Qwen-Image": functools.partial(write_pipeline, tiny_backbones.qwenimage),
+        "Qwen/Qwen-Image-Edit-2509": write_edit_pipeline,
+        "LiheYoung/depth-anything-small-hf": write_depth_model,
+        "photos": link(pictures),
+        "before": link(pictures),
+        "after": link(pictures),
+        "3d_icon": lambda path: write_rows(pictures, path, "prompt"),
+        "shards": lambda path: write_parquet(path, shards),
+        "prompts.txt": lambda path: path.write_text("a red circle\na blue square\n"),
+        "data/Subjects200K": write_subjects,
+        "data/text-to-image-2M/data_512_2M/data_000000.tar": lambda path: write_tar(pictures, path),
+        "train_A": link(pairs / "images"),
+        "train_B": link(pairs / "targets"),
+        "prompts": link(pairs / "captions"),
+        "masks": link(pairs / "masks"),
+        **{name: picture for name in ("cat.png", "photo.png", "outline.png", "edges.png")},
+        "mask.png": mask,
+        "fill50k": lambda path: write_archive(path.with_suffix(".zip"), count=4),
+        "hole.png": mask,
+    }
+
+
+@pytest.fixture
+def workplace(stand_in_makers, tmp_path, monkeypatch):
+    """A working folder in which a page's commands find what the page names."""
+
+    def prepare(text):
+        place = tmp_path / "place"
+        shutil.copytree(ROOT / "examples" / "dgx_spark", place / "examples" / "dgx_spark")
+        for path in [*ROOT.glob("examples/*"), *ROOT.glob("*")]:
+            if path.name not in ("dgx_spark", "examples", ".git", "quickstart"):
+                (place / path.relative_to(ROOT)).symlink_to(path)
+        for name, make in stand_in_makers.items():
+            if re.search(rf"(?<![\w.-]){re.escape(name.split('/data_')[0])}(?![\w-])", text):
+                (place / name).parent.mkdir(parents=True, exist_ok=True)
+                make(place / name)
+        return place
+
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    return prepare
+
+
+@pytest.fixture(scope="session")
+def stand_in_makers(pictures, pairs, tiny_model, tiny_fill):
+    return stand_ins(pictures, pairs, tiny_model, tiny_fill)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Commands
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def reason_not_to_run(words):
+    command = " ".join(words) + " "
+    return next((name for name in NOT_RUN if command.startswith((name + " ", name) if name[-1] == "/" else name + " ")), None)
+
+
+def check_without_running(words):
+    """What can be said of a command of NOT_RUN: files are there, tests are selected, flags are known."""
+    files = [word for word in words if word.endswith((".sh", ".py")) or "Dockerfile" in word]
+    if "-r" in words or "--requirement" in words:
+        files.append(words[words.index("-r") + 1])
+    for file in files:
+        assert (ROOT / file).is_file(), f"{file}: no such file"
+        if file.endswith(".sh"):
+            assert os.access(ROOT / file, os.X_OK), f"{file}: not executable"
+            subprocess.run(["/bin/bash", "-n", ROOT / file], check=True)
+    if words[0] in ("pytest", "tests/run.sh"):
+        assert selected_tests(words[1:]), "selects no test"
+    if files and "estimate_memory" in files[0]:
+        importlib.import_module("examples.estimate_memory").parse_args(words[2:])
+
+
+def selected_tests(words):
+    """Names of the test functions that pytest's words select, as far as names tell."""
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("files", nargs="*", type=Path)
+    parser.add_argument("-k", type=Expression.compile)
+    parser.add_argument("-m", type=Expression.compile)
+    for flag in ("--all", "-s", "-x", "-q"):
+        parser.add_argument(flag, action="store_true")
+    args = parser.parse_args(words)
+    found = []
+    for file in args.files or ROOT.glob("tests/test_*.py"):
+        names = [node.name for node in ast.parse((ROOT / file).read_text()).body if isinstance(node, ast.FunctionDef)]
+        tests = [f"{file.name}::{name}" for name in names if name.startswith("test_")]
+        found += [test for test in tests if not args.k or args.k.evaluate(lambda word, test=test: word in test)]
+    return found
+
+
+def without_launcher(words):
+    """A command with `accelerate launch` and its flags replaced by python; these must be accelerate's."""
+    if words[:2] != ["accelerate", "launch"]:
+        return words
+    args = launch_command_parser().parse_args(words[2:])
+    if args.config_file:
+        load_config_from_file(str(ROOT / args.config_file))
+    return ["python", args.training_script, *args.training_script_args]
+
+
+def expanded(words):
+    """Words in which @files are replaced by what they hold, for LEFT_OUT to apply to it."""
+    for word in words:
+        if word.startswith("@"):
+            yield from expanded(shlex.split(Path(word[1:]).read_text(), comments=True))
+        else:
+            yield word
+
+
+def run(words, train, short_runs, monkeypatch):
+    """Runs a command in this process, in small."""
+    script = Path(words[1])
+    if script.name in TRAINERS:
+        flags = [word for word in expanded(words[2:]) if word not in LEFT_OUT]
+        if flags[-1:] == ["..."]:
+            flags[-1:] = map(str, short_runs[script.stem])
+        torch.compiler.set_stance("force_eager")  # compiling takes a minute on a CPU; tests/test_speed.py does it
+        try:
+            train(script.stem, *flags, *small_run(script.name, flags))
+        finally:
+            torch.compiler.set_stance("default")
+        return
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", [str(script), *words[2:], *SMALL.get(str(script), [])])
+        patch.setattr(sys, "path", [*sys.path])
+        runpy.run_path(str(script), run_name="__main__")
+
+
+def small_run(script, flags):
+    """The flags that make a training small; the toy world's pictures keep their size, for what is drawn from them."""
+    small, toy = SMALL[script], any("examples/toy" in flag for flag in flags)
+    drop = {small.index(name) + i for name in ("--resolution", "--target_size") if name in small for i in (0, 1)}
+    return [word for i, word in enumerate(small) if not toy or i not in drop]
+
+
+def small_pictures(pipeline_class, patch):
+    call = pipeline_class.__call__
+
+    def small(self, *args, **kwargs):
+        return call(self, *args, **kwargs | {"width": 32, "height": 32, "num_inference_steps": 2})
+
+    patch.setattr(pipeline_class, "__call__", small)
+
+
+def run_python(page, line, code, monkeypatch):
+    """Runs a block; one that begins with the name of a file is also written to it."""
+    import diffusers
+
+    if name := re.match(r"# (\w+\.py)\n", code):
+        Path(name[1]).write_text(code)
+    with monkeypatch.context() as patch:
+        for pipeline_class in (diffusers.FluxPipeline, diffusers.FluxFillPipeline):
+            small_pictures(pipeline_class, patch)
+        exec(compile("\n" * line + code, page, "exec"), {"__name__": "page"})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tests
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def steps_of(page, tmp_path):
+    """(line, folder, command or Python code) of a page, from top to bottom."""
+    text = (ROOT / page).read_text()
+    if page == QUICKSTART:
+        commands = text.split("TRANSFORMERS_VERBOSITY=error\n")[1].replace(".venv/bin/python", "python")
+        return read_by_bash([(text.count("\n", 0, text.index("VERBOSITY")) + 1, f"out=quickstart\n{commands}")], tmp_path)
+    assert {match[1] for match in FENCE.finditer(text)} <= LANGUAGES
+    shell = [(line_of(text, match), match[2]) for match in FENCE.finditer(text) if match[1] == "bash"]
+    prose = FENCE.sub(lambda match: "\n" * match[0].count("\n"), text)
+    shell += [(line_of(prose, match), match[1]) for match in INLINE.finditer(prose) if "..." not in match[1]]
+    steps = read_by_bash(sorted(shell), tmp_path)
+    steps += [(line_of(text, match), Path(), match[2]) for match in FENCE.finditer(text) if match[1] == "python"]
+    return sorted(steps, key=lambda step: step[0])
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_what_a_page_says_runs(page, train, short_runs, workplace, tmp_path, monkeypatch):
+    place = workplace((ROOT / page).read_text())
+    for line, folder, step in steps_of(page, tmp_path):
+        monkeypatch.chdir(place / folder)
+        print(f"{page}:{line}: {step if isinstance(step, str) else shlex.join(step)}")
+        t = __import__("time").time()
+        if isinstance(step, str):
+            run_python(page, line, step, monkeypatch)
+        elif reason_not_to_run(step):
+            check_without_running(step)
+        else:
+            run(without_launcher(step), train, short_runs, monkeypatch)
+        print(f"TIME {__import__('time').time() - t:.1f}")
+
+
+def test_the_pages_name_every_script_and_every_preset(tmp_path):
+    """And nothing that this file excuses is gone from them."""
+    commands = [without_launcher(step) for page in PAGES for _, _, step in steps_of(page, tmp_path) if isinstance(step, list)]
+    words = {word.removeprefix("@").removeprefix("../../") for command in commands for word in command}
+    scripts = {path for path in ROOT.glob("examples/**/*.py") if "__main__" in path.read_text()}
+    scripts |= {ROOT / name for name in TRAINERS} | {*ROOT.glob("examples/**/*.sh")}
+    assert {str(path.relative_to(ROOT)) for path in scripts} | set(SMALL) <= words
+    assert {str(path.relative_to(ROOT)) for path in ROOT.glob("examples/**/*.args")} - {PLAYBOOK} <= words
+    assert {reason_not_to_run(command) for command in commands} - {None} == set(NOT_RUN)
