@@ -841,10 +841,7 @@ def about_data(examples, text):
     """What of the data and the new tokens is told before training."""
     own_captions = sum(example.caption != example.options["class_tokens"] for example in examples)
     sizes = ", ".join(sorted({"{} x {}".format(*example.sides()) for example in examples}))
-    batches = sorted({example.options["batch_size"] for example in examples})
     about = {"data": f"{len(examples)} pictures at {sizes} px, {own_captions} with captions of their own"}
-    if len(batches) > 1:
-        about["batches"] = f"of {' and '.join(map(str, batches))}, by dataset"
     if text.new_tokens:
         tokens = ", ".join(f"{tokens} for {name}" for name, tokens in text.abstractions.items())
         about["tokens"] = f"{tokens} in {' and '.join(text.new_tokens)}"
@@ -951,7 +948,8 @@ def main(args):
 
     # 7. Train
     about = about_data(examples, text) | about_text(args, text, text_stop)
-    print_header(accelerator, args, about, lora_params, base_size, max_train_steps, steps_per_epoch)
+    batch = " or ".join(map(str, sorted({example.options["batch_size"] for example in examples})))
+    print_header(accelerator, args, about, lora_params, base_size, max_train_steps, steps_per_epoch, batch)
     marks = {"pivot: text encoders frozen": text_stop, "transformer frozen": transformer_stop}
     start_logging(accelerator, args, "dreambooth-flux", global_step, marks)
     draw = functools.partial(validate, accelerator, transformer, vae, noise_scheduler, text, args)

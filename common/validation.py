@@ -849,10 +849,13 @@ def push_to_hub(args, repo_id, unwanted=(), beside=None):
         ) from None
 
 
-def print_header(accelerator, args, about, params, base_size, max_train_steps, steps_per_epoch):
-    """What is about to be trained on what: `params` of `base_size` parameters, and {what: text} `about` the rest."""
+def print_header(accelerator, args, about, params, base_size, max_train_steps, steps_per_epoch, batch=None):
+    """What is about to be trained on what: `params` of `base_size` parameters, and {what: text} `about` the rest.
+
+    `batch` is the number of pictures if it is not --train_batch_size.
+    """
     trainable = count_weights(params)
-    steps = f"{max_train_steps}, {steps_per_epoch or 'unknown'} per epoch; a step is batch {args.train_batch_size} x "
+    steps = f"{max_train_steps}, {steps_per_epoch or 'unknown'} per epoch; a step is batch {batch or args.train_batch_size} x "
     steps += f"accumulation {args.gradient_accumulation_steps} x {accelerator.num_processes} {accelerator.device.type}"
     lines = {
         "model": args.pretrained_model_name_or_path,

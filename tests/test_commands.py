@@ -226,7 +226,7 @@ def stand_ins(pictures, pairs, tiny_model, tiny_fill):
         "train_B": link(pairs / "targets"),
         "prompts": link(pairs / "captions"),
         "masks": link(pairs / "masks"),
-        **{name: picture for name in ("cat.png", "photo.png", "outline.png", "edges.png")},
+        **dict.fromkeys(("cat.png", "photo.png", "outline.png", "edges.png"), picture),
         "mask.png": mask,
         "fill50k": lambda path: write_archive(path.with_suffix(".zip"), count=4),
         "hole.png": mask,

@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors import safe_open
 
 import train_omini as omini
+from common import validation
 from common.flow_matching import Condition
 from common.latents import mean_latents
 from common.lora import add_lora, save_lora
@@ -118,7 +119,7 @@ def test_kv_cache_draws_the_same_and_is_refused_for_dependent_adapters(tiny_mode
 def test_both_passes_of_image_guidance_obey_the_same_rule(tiny_model, adapter, monkeypatch):
     pipeline, about = load(tiny_model, adapter("canny", independent_condition=True))
     seen, honest = [], omini.omini_forward
-    monkeypatch.setattr(omini, "omini_forward", lambda *a, **k: seen.append(k) or honest(*a, **k))
+    monkeypatch.setattr(validation, "omini_forward", lambda *a, **k: seen.append(k) or honest(*a, **k))
     call = {**SETTINGS, "prompt": ["a circle"], "conditions": about["conditions"], "condition_images": [picture()]}
     pipeline(**{**call, "num_inference_steps": 1}, independent_condition=True, image_guidance_scale=2.0)
     first, second = seen
@@ -133,7 +134,10 @@ def test_training_validation_and_generation_put_conditions_in_the_same_place(
 ):
     """Scale and delta at once, a condition that is not square: the ids that reach the transformer."""
     seen, honest = [], omini.omini_forward
-    monkeypatch.setattr(omini, "omini_forward", lambda *a, **k: seen.append(k["conditions"][0].ids) or honest(*a, **k))
+    for module in (omini, validation):
+        monkeypatch.setattr(
+            module, "omini_forward", lambda *a, **k: seen.append(k["conditions"][0].ids) or honest(*a, **k)
+        )
     train(
         "train_omini",
         *("--pretrained_model_name_or_path", tiny_model, "--instance_data_dir", pictures, "--target_size", "64,96"),
