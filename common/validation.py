@@ -854,8 +854,8 @@ def print_header(accelerator, args, about, params, base_size, max_train_steps, s
 
     `batch` is the number of pictures if it is not --train_batch_size.
     """
-    trainable = count_weights(params)
-    steps = f"{max_train_steps}, {steps_per_epoch or 'unknown'} per epoch; a step is batch {batch or args.train_batch_size} x "
+    trainable, batch = count_weights(params), batch or args.train_batch_size
+    steps = f"{max_train_steps}, {steps_per_epoch or 'unknown'} per epoch; a step is batch {batch} x "
     steps += f"accumulation {args.gradient_accumulation_steps} x {accelerator.num_processes} {accelerator.device.type}"
     lines = {
         "model": args.pretrained_model_name_or_path,
