@@ -9,8 +9,16 @@ picture of the validation prompt is the one that training drew last.
 import argparse
 import json
 import re
+import sys
 from pathlib import Path
 
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import common  # noqa: F401  first, for it quiets the libraries below
+
+
+# isort: split
 import torch
 from diffusers import FluxPipeline
 from safetensors import safe_open

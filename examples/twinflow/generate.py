@@ -11,13 +11,17 @@ import json
 import sys
 from pathlib import Path
 
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import common  # noqa: F401  first, for it quiets the libraries below
+
+
+# isort: split
 import diffusers
 import torch
 from diffusers.training_utils import free_memory
 from PIL import Image
-
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from common.flow_matching import BACKBONES, STYLES, load_two_times, sample_flow
 from common.latents import decode_images, encode_images, to_image, upright
