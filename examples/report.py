@@ -85,9 +85,10 @@ def curves_of(rows):
         values = np.array([row.get(name, math.nan) for row in rows])
         if name == "step" or not np.isfinite(values).any():
             continue
-        lines = {NAMES.get(name, name): thinned(values)}
+        lines = {"": thinned(values)}
         if name not in ("lr", "prodigy_d", "peak_memory_gb"):
-            lines[f"mean of {window} steps"] = thinned(running_mean(values, window))
+            means = thinned(running_mean(values, window))
+            lines = {f"each {every} steps" if every > 1 else "each step": lines[""], f"mean of {window}": means}
         log = name in ("lr", "prodigy_d") and 0 < 100 * values.min() < values.max()
         charts.append({"name": NAMES.get(name, name), "lines": lines, "log": bool(log)})
     return {"steps": [int(row["step"]) for row in rows[::every]], "last": int(rows[-1]["step"]), "charts": charts}
@@ -120,8 +121,8 @@ def size_of(path):
 def table(rows):
     """Two columns, escaped."""
     words = lambda value: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)  # noqa: E731
-    cells = (f"<tr><th>{html.escape(str(name))}</th><td>{html.escape(words(value))}</td></tr>" for name, value in rows)
-    return f"<table>{''.join(cells)}</table>"
+    rows = [(html.escape(str(name)).replace("_", "_<wbr>"), html.escape(words(value))) for name, value in rows]
+    return f"<table>{''.join(f'<tr><th>{name}</th><td>{value}</td></tr>' for name, value in rows)}</table>"
 
 
 def page(folder):
@@ -134,10 +135,10 @@ def page(folder):
     values, changed = record.get("args", {}), record.get("changed", [])
     paths = {path.stem[5:]: path for path in sorted(folder.glob("validation/step-*.png")) if path.stem[5:].isdecimal()}
     shown = [{"step": int(step), "src": src} for step, path in paths.items() if (src := picture(path))]
-    checkpoints = [path.name[11:] for path in folder.glob("checkpoint-*") if path.name[11:].isdecimal()]
-    marks = [{"name": "checkpoint", "step": step} for step in sorted(map(int, checkpoints))]
-    marks += [{"name": name, "step": step} for name, step in record.get("marks", {}).items()]
-    data = json.dumps({**curves_of(rows), "marks": marks, "pictures": shown})
+    names = [path.name[11:] for path in folder.glob("checkpoint-*")]
+    checkpoints = sorted(int(name) for name in names if name.isdecimal() and int(name) <= rows[-1]["step"])
+    marks = [(name, step) for name, step in record.get("marks", {}).items() if step < rows[-1]["step"]]
+    data = json.dumps({**curves_of(rows), "checkpoints": checkpoints, "marks": marks, "pictures": shown})
     speed, losses = [row.get("images_per_second", math.nan) for row in rows], [row["loss"] for row in rows]
     facts = {
         "steps": f"{int(rows[-1]['step'])}",
@@ -146,7 +147,8 @@ def page(folder):
         "peak memory": f"{max(row.get('peak_memory_gb', 0) for row in rows):.2f} GiB",
         "checkpoints": f"{len(checkpoints)}",
     }
-    files = [path for path in sorted(folder.iterdir()) if path.name[0] != "." and path.name != "report.html"]
+    files = [path for path in folder.iterdir() if path.name[0] != "." and path.name != "report.html"]
+    files.sort(key=lambda path: [part.zfill(9) for part in re.split(r"(\d+)", path.name)])  # 200 before 1000
     links = "".join(
         f'<tr><th><a href="{quote(path.name)}">{html.escape(path.name)}</a></th><td>{size_of(path)}</td></tr>'
         for path in files

@@ -171,7 +171,7 @@ def test_the_page_fits_and_shows_values_under_the_pointer(browser, run, tmp_path
     assert image.shape[1] == width
     assert browser.run("document.documentElement.scrollWidth") == width  # nothing to scroll sideways
     assert (image[5, 5].mean() < 60) == (scheme == "dark")
-    names = browser.run("[...document.querySelectorAll('h2')].map(node => node.textContent)")
+    names = browser.run("[...document.querySelectorAll('h2')].map(node => node.firstChild.textContent)")
     curves = ["loss", "learning rate", "gradient norm", "images per second", "peak memory, GiB"]
     assert names == ["Validation", *curves, "Settings", "Files", "Versions"]
     assert browser.run("document.querySelector('#loss').textContent.includes('pivot, step 150')")
