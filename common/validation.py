@@ -9,6 +9,7 @@ import math
 import os
 import random
 import resource
+import shlex
 import sys
 import time
 from contextlib import contextmanager, nullcontext, suppress
@@ -885,6 +886,8 @@ def finish(accelerator, args, step, results, command, hub_repo=None, unwanted=()
     accelerator.print(f"Trained {step} steps. In {args.output_dir}:")
     width = max([7, *map(len, files)]) + 2
     accelerator.print("\n".join(f"  {what:{width}}{path}" for what, path in files.items()))
-    accelerator.print(f"Draw with it:\n  python {Path(sys.argv[0]).parent / 'examples' / command}")
+    examples = Path(sys.argv[0]).parent / "examples"
+    accelerator.print(f"See how it went:\n  python {examples}/report.py {shlex.quote(str(args.output_dir))}")
+    accelerator.print(f"Draw with it:\n  python {examples}/{command}")
     if hub_repo:
         push_to_hub(args, hub_repo, unwanted, beside)

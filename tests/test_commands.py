@@ -203,7 +203,8 @@ def stand_ins(pictures, pairs, tiny_model, tiny_fill):
     link = lambda target: lambda path: path.symlink_to(target)  # noqa: E731
     picture = link(pictures / "1.png")
     shards = [
-        {"text": p.with_suffix(".txt").read_text(), "image_bytes": encoded(Image.open(p))} for p in pictures.glob("*.png")
+        {"text": p.with_suffix(".txt").read_text(), "image_bytes": encoded(Image.open(p))}
+        for p in pictures.glob("*.png")
     ]
     return {
         "black-forest-labs/FLUX.1-dev": link(tiny_model),
@@ -266,7 +267,9 @@ def stand_in_makers(pictures, pairs, tiny_model, tiny_fill):
 
 def reason_not_to_run(words):
     command = " ".join(words) + " "
-    return next((name for name in NOT_RUN if command.startswith((name + " ", name) if name[-1] == "/" else name + " ")), None)
+    return next(
+        (name for name in NOT_RUN if command.startswith((name + " ", name) if name[-1] == "/" else name + " ")), None
+    )
 
 
 def check_without_running(words):
@@ -378,7 +381,9 @@ def steps_of(page, tmp_path):
     text = (ROOT / page).read_text()
     if page == QUICKSTART:
         commands = text.split("TRANSFORMERS_VERBOSITY=error\n")[1].replace(".venv/bin/python", "python")
-        return read_by_bash([(text.count("\n", 0, text.index("VERBOSITY")) + 1, f"out=quickstart\n{commands}")], tmp_path)
+        return read_by_bash(
+            [(text.count("\n", 0, text.index("VERBOSITY")) + 1, f"out=quickstart\n{commands}")], tmp_path
+        )
     assert {match[1] for match in FENCE.finditer(text)} <= LANGUAGES
     shell = [(line_of(text, match), match[2]) for match in FENCE.finditer(text) if match[1] == "bash"]
     prose = FENCE.sub(lambda match: "\n" * match[0].count("\n"), text)
@@ -406,7 +411,9 @@ def test_what_a_page_says_runs(page, train, short_runs, workplace, tmp_path, mon
 
 def test_the_pages_name_every_script_and_every_preset(tmp_path):
     """And nothing that this file excuses is gone from them."""
-    commands = [without_launcher(step) for page in PAGES for _, _, step in steps_of(page, tmp_path) if isinstance(step, list)]
+    commands = [
+        without_launcher(step) for page in PAGES for _, _, step in steps_of(page, tmp_path) if isinstance(step, list)
+    ]
     words = {word.removeprefix("@").removeprefix("../../") for command in commands for word in command}
     scripts = {path for path in ROOT.glob("examples/**/*.py") if "__main__" in path.read_text()}
     scripts |= {ROOT / name for name in TRAINERS} | {*ROOT.glob("examples/**/*.sh")}
