@@ -809,7 +809,8 @@ image.save("image.png")
 ```
 """
     tags = ["text-to-image", "flux", "lora", "dreambooth", "diffusers"]
-    save_model_card(args, description, tags, base_model=base, instance_prompt=args.instance_prompt)
+    words = list(text.abstractions) or list(filter(None, [args.instance_prompt]))
+    save_model_card(args, description, tags, base, words, instance_prompt=args.instance_prompt)
 
 
 def trained_until(args, max_train_steps, checkpoint):
@@ -1042,9 +1043,10 @@ def main(args):
         text.export_embeddings(args.output_dir / "embeddings")
         metrics.close()
         plot_metrics(args.output_dir)
-        describe(args, weight_dtype, text, shown_prompt, embeddings_name, hub_repo)
     if final_prompt:
         draw(prompt=final_prompt, step=global_step)
+    if accelerator.is_main_process:
+        describe(args, weight_dtype, text, shown_prompt, embeddings_name, hub_repo)
     transformer = draw = None  # what DistributedDataParallel frees after the process group can hang in gloo
     accelerator.free_memory()
     accelerator.end_training()

@@ -855,7 +855,8 @@ image.save("image.png")
 ```
 """
     base, tags = args.pretrained_model_name_or_path, ["image-to-image", "flux", "lora", "flux-fill", "diffusers"]
-    save_model_card(args, description, tags, base_model=base, instance_prompt=args.instance_prompt)
+    words = list(filter(None, [args.instance_prompt]))
+    save_model_card(args, description, tags, base, words, instance_prompt=args.instance_prompt)
 
 
 def choose_seed(seed, checkpoint):
@@ -1037,9 +1038,10 @@ def main(args):
     if accelerator.is_main_process:
         metrics.close()
         plot_metrics(args.output_dir)
-        describe(args, weight_dtype, shown_prompt)
     if cases:
         draw(step=global_step)
+    if accelerator.is_main_process:
+        describe(args, weight_dtype, shown_prompt)
     transformer = draw = None  # what DistributedDataParallel frees after the process group can hang in gloo
     accelerator.free_memory()
     accelerator.end_training()

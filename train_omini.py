@@ -830,7 +830,7 @@ python examples/{command}
 ```
 """
     tags = ["image-to-image", "flux", "lora", "ominicontrol", "diffusers"]
-    save_model_card(args, description, tags, base_model=args.pretrained_model_name_or_path)
+    save_model_card(args, description, tags, args.pretrained_model_name_or_path)
 
 
 def check_prompts(args, prompts):
@@ -1038,9 +1038,10 @@ def main(args):
     if accelerator.is_main_process:
         metrics.close()
         plot_metrics(args.output_dir)
-        describe(args, command)
     if final_prompt:
         draw(prompt=final_prompt, step=global_step)
+    if accelerator.is_main_process:
+        describe(args, command)
     transformer = draw = None  # what DistributedDataParallel frees after the process group can hang in gloo
     accelerator.free_memory()
     accelerator.end_training()

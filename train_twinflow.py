@@ -886,7 +886,7 @@ python examples/{command}
 ```
 """
     tags = ["text-to-image", "twinflow", args.training, "diffusers"]
-    save_model_card(args, description, tags, base_model=args.pretrained_model_name_or_path)
+    save_model_card(args, description, tags, args.pretrained_model_name_or_path)
 
 
 def about_run(args, dataset):
@@ -1073,9 +1073,10 @@ def main(args):
     if accelerator.is_main_process:
         metrics.close()
         plot_metrics(args.output_dir)
-        describe(args, command)
     if args.validation_prompt:
         draw(step=global_step)
+    if accelerator.is_main_process:
+        describe(args, command)
     transformer = predict = draw = None  # what DistributedDataParallel frees after the process group can hang in gloo
     accelerator.free_memory()
     accelerator.end_training()

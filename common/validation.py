@@ -65,6 +65,11 @@ from common.lora import (
 )
 
 
+SETTINGS = (  # that a model card shows
+    *("recipe", "condition_type", "mode", "resolution", "target_size", "rank", "lora_alpha", "quantize_base"),
+    *("mixed_precision", "optimizer", "learning_rate", "lr_scheduler", "train_batch_size"),
+    *("gradient_accumulation_steps", "max_train_steps", "num_train_epochs", "guidance_scale", "seed"),
+)
 FIRST_STEPS = 5  # whose time tells how long a run takes
 CLIP_TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "out_proj")
 TOKENIZERS = ("tokenizer", "tokenizer_2")
@@ -804,13 +809,24 @@ def plot_metrics(output_dir):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def save_model_card(args, text, tags, base_model, **data):
-    """README.md in the output folder: `text`, under the header that the hub reads."""
+def save_model_card(args, text, tags, base_model, trigger_words=(), **data):
+    """README.md in the output folder: the header that the hub reads, `text`, trigger words, pictures and settings."""
     base_model = None if Path(base_model).exists() else base_model  # the hub refuses cards with a folder here
-    tags = [*tags, "diffusers-training"]
-    metadata = ModelCardData(library_name="diffusers", tags=tags, base_model=base_model, **data)
-    with writing(args.output_dir / "README.md"):
-        ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{text.strip()}\n").save(args.output_dir / "README.md")
+    parts, folder = [text.strip()], args.output_dir
+    if trigger_words:
+        parts.append("## Trigger words\n\n" + "\n".join(f"- `{word}`" for word in trigger_words))
+    if pictures := sorted((folder / "validation").glob("step-*.png")):
+        first, last = (path.relative_to(folder).as_posix() for path in (pictures[0], pictures[-1]))
+        data["widget"] = [{"text": args.validation_prompt or folder.name, "output": {"url": last}}]
+        shown = {"Before training": first, "After": last} if first != last else {"After training": last}
+        parts.append("## Pictures\n\n" + "\n\n".join(f"{when}:\n\n![{when}]({path})" for when, path in shown.items()))
+    rows = [f"| {name} | {vars(args)[name]} |" for name in SETTINGS if vars(args).get(name) is not None]
+    parts.append("## Settings\n\nAll are in `args.json`.\n\n| flag | value |\n| --- | --- |\n" + "\n".join(rows))
+    metadata = ModelCardData(
+        library_name="diffusers", tags=[*tags, "diffusers-training"], base_model=base_model, **data
+    )
+    with writing(folder / "README.md"):
+        ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n").save(folder / "README.md")
 
 
 def check_hub(args):

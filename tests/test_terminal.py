@@ -35,11 +35,19 @@ def test_a_run_says_what_matters_and_nothing_else(script, short_runs, pictures, 
     assert labels[:2] == ["model", "trained"] and {"data", "steps", "numbers", "output"} <= {*labels}
     expected = re.search(r"expected (\d\d:\d\d) more, (\d+\.\d) GiB of memory", done.stdout)
     assert expected and float(expected[2]) > 0.1
-    files, command = closing.split("Draw with it:")
+    files, report, command = re.split("See how it went:|Draw with it:", closing)
+    assert run(shlex.split(report)[1:]).returncode == 0
+    assert (tmp_path / "run" / "report.html").exists()
     listed = re.findall(r"^  \S.*?  +(/.*)$", files, re.MULTILINE)
     assert len(listed) >= 4 and all((tmp_path / "run" / path).exists() for path in listed)
     bars = re.split(r"[\r\n]+", done.stderr)
     assert not [line for line in bars if line.strip() and not re.search(r"\d+%\||\d+it |it/s\]", line)]
+
+    card = (tmp_path / "run" / "README.md").read_text()
+    pictures_shown = re.findall(r"!\[.*\]\((.+)\)", card)
+    assert pictures_shown == ["validation/step-000000.png", "validation/step-000007.png"]
+    assert all((tmp_path / "run" / path).exists() for path in pictures_shown)
+    assert "## Settings" in card and "| rank | 2 |" in card and "url: validation/step-000007.png" in card
 
     command = command.replace("PICTURE", shlex.quote(str(pictures / "0.png")))
     output = tmp_path / "drawn.png" if script == "train_omini" else tmp_path
