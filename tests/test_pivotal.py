@@ -314,13 +314,14 @@ def test_two_processes_are_one_with_two_batches_a_step(train, flags, tmp_path, m
         f"""import gc, sys
 sys.path.insert(0, {str(ROOT)!r})
 import {SCRIPT} as trainer
-honest, end_training = trainer.step_generator, trainer.Accelerator.end_training
+from accelerate import Accelerator
+honest, end_training = trainer.step_generator, Accelerator.end_training
 trainer.step_generator = lambda seed, step, batch=0, rank=0: honest(seed, step, batch + rank)
 def end(accelerator):
     kinds = {{type(thing).__name__ for thing in gc.get_objects()}}
     assert "DistributedDataParallel" not in kinds, "gloo hangs if the process group is freed with it"
     end_training(accelerator)
-trainer.Accelerator.end_training = end
+Accelerator.end_training = end
 trainer.main(trainer.parse_args())
 """
     )
