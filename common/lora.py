@@ -88,7 +88,6 @@ FLUX_LAYERS = {
 # of a file that is written again
 STALE_HEADER = ("format", "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 LORA_FORMS = ("comfyui", "kohya", "diffusers")
-FSDP_MEANS = "which splits weights, gradients and optimizer over the processes (FSDP2), as ZeRO-3 does"
 QUANTIZATIONS = ("none", "nf4", "int8")
 CHECKSUMS = "checksums.json"  # of a checkpoint's files
 
@@ -426,7 +425,7 @@ def check_processes(accelerator, args):
     if kind not in supported:
         problems.append(
             f"{kind.value}: not supported, choose multi-GPU without it in accelerate config and --fsdp for memory, "
-            f"{FSDP_MEANS}"
+            "which splits weights, gradients and optimizer over the processes (FSDP2)"
         )
     if not args.fsdp:
         return problems
@@ -601,7 +600,7 @@ def save_model(accelerator, folder, model, config_class, dtype):
     for name, value in model.state_dict(keep_vars=True).items():
         value = whole(value)
         if accelerator.is_main_process:
-            state_dict[name] = value.to("cpu", dtype)
+            state_dict[name] = value.to("cpu", dtype, copy=True)  # DeepSpeed's may be views of one tensor
     if accelerator.is_main_process:
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
