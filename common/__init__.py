@@ -4,6 +4,7 @@ Here: how a command line is read and refused, how a process starts, is interrupt
 """
 
 import argparse
+import json
 import logging
 import math
 import os
@@ -11,6 +12,7 @@ import shlex
 import signal
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -24,6 +26,7 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from diffusers.optimization import SchedulerType
 from diffusers.utils import logging as diffusers_logging
+from safetensors import safe_open
 from transformers.utils import logging as transformers_logging
 
 
@@ -127,7 +130,7 @@ def names_in(text):
 
 
 def check_shared_flags(args):
-    """Contradictions between flags that all or most trainers have, and flags without effect."""
+    """Contradictions between flags that all or most trainers have, flags without effect, unreadable weights."""
     problems = []
     if args.dataset_config_name and not args.dataset_name:
         problems.append(f"--dataset_config_name {args.dataset_config_name} needs --dataset_name")
@@ -146,7 +149,8 @@ def check_shared_flags(args):
         problems.append(f"--validation_steps {args.validation_steps} needs --validation_prompt")
     if "final_validation_prompt" in args and args.final_validation_prompt and args.skip_final_inference:
         problems.append("--final_validation_prompt has no effect with --skip_final_inference: leave one out")
-    return problems + (check_prior_flags(args) if "with_prior_preservation" in args else [])
+    problems += check_prior_flags(args) if "with_prior_preservation" in args else []
+    return problems + check_weights(args)
 
 
 def check_prior_flags(args):
@@ -164,6 +168,29 @@ def check_prior_flags(args):
     return problems
 
 
+def check_weights(args):
+    """Problems of the weights in a local folder of a pipeline, of whose files the headers alone are read."""
+    folder, problems = Path(args.pretrained_model_name_or_path), []
+    flag = f"--pretrained_model_name_or_path {folder}"
+    parts = [folder / "transformer", folder / "vae", *sorted(folder.glob("text_encoder*"))]
+    for part in parts if (parts[0] / "config.json").is_file() else ():  # else it is no pipeline
+        files = [*part.glob("*.safetensors.index*.json"), *part.glob("*.safetensors")]
+        if not files:
+            problems.append(f"{flag}: {part} holds no .safetensors; other weights are not read, save it anew as these")
+        for file in files:
+            try:
+                if file.suffix == ".json":
+                    shards = {part / name for name in json.loads(file.read_text())["weight_map"].values()}
+                    files += sorted(shards.difference(files))
+                else:
+                    with safe_open(file, "pt"):
+                        pass
+            except Exception as error:  # each kind of file raises its own
+                reason = (str(error) or repr(error)).splitlines()[0]
+                problems.append(f"{flag}: {file} cannot be read ({reason}): copy or download it again")
+    return problems
+
+
 def join_problems(problems):
     """One problem as it is, several as a list."""
     return problems[0] if len(problems) == 1 else "\n  ".join(["", *problems])
@@ -174,6 +201,17 @@ def fail(accelerator, problems):
     if accelerator.is_main_process:
         print(f"{Path(sys.argv[0]).name}: error: {join_problems(problems)}", file=sys.stderr)
     raise SystemExit(2)
+
+
+@contextmanager
+def reading(source):
+    """Ends the run with one message and exit code 2 if what `source` names cannot be loaded within it."""
+    try:
+        yield
+    except Exception as error:  # each kind of file raises its own
+        reason = (str(error) or repr(error)).splitlines()[0]
+        print(f"{Path(sys.argv[0]).name}: error: {source} cannot be loaded: {reason}", file=sys.stderr)
+        raise SystemExit(2) from error
 
 
 def start(args, handlers=()):

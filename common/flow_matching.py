@@ -22,6 +22,7 @@ from safetensors import safe_open
 from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint as checkpoint_function
 
+from common import reading
 from common.latents import PATCH, image_ids, pack_latents, select_tokens, unpack_latents
 from common.lora import FLUX_TARGET_MODULES, load_model, load_text_pipeline, shard
 
@@ -324,9 +325,10 @@ class OpenUni(Sana):
         from transformers import AutoTokenizer, InternVLForConditionalGeneration, SiglipVisionConfig
         from transformers.models.siglip.modeling_siglip import SiglipEncoder
 
-        llm = InternVLForConditionalGeneration.from_pretrained(
-            self.args.openuni_llm, cache_dir=self.args.cache_dir, dtype=dtype
-        )
+        with reading(f"--openuni_llm {self.args.openuni_llm}"):
+            llm = InternVLForConditionalGeneration.from_pretrained(
+                self.args.openuni_llm, cache_dir=self.args.cache_dir, dtype=dtype, use_safetensors=True
+            )
         weights = self.state_dict("connector.")
         intermediate, hidden = weights["layers.0.mlp.fc1.weight"].shape
         config = SiglipVisionConfig(

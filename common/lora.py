@@ -26,7 +26,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers.integrations import unset_hf_deepspeed_config
 
-from common import names_in
+from common import names_in, reading
 
 
 FLUX_TARGET_MODULES = (
@@ -119,29 +119,36 @@ def unknown_layers(model, target_modules):
 
 def load_model(model_class, subfolder, args, dtype):
     """A frozen part of the pipeline, on the CPU."""
-    model = model_class.from_pretrained(
-        args.pretrained_model_name_or_path,
-        subfolder=subfolder,
-        revision=args.revision,
-        variant=args.variant,
-        cache_dir=args.cache_dir,
-        dtype=dtype,
-    )
+    with reading(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}: its {subfolder}"):
+        model, found = model_class.from_pretrained(
+            args.pretrained_model_name_or_path,
+            subfolder=subfolder,
+            revision=args.revision,
+            variant=args.variant,
+            cache_dir=args.cache_dir,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+        if missing := sorted(found["missing_keys"]):  # which would be random
+            raise ValueError(f"its file lacks {missing[0]}" + f" and {len(missing) - 1} more" * (len(missing) > 1))
     return model.requires_grad_(False)
 
 
 def load_text_pipeline(pipeline_class, args, dtype, **parts):
     """The pipeline of --pretrained_model_name_or_path without transformer and VAE."""
-    return pipeline_class.from_pretrained(
-        args.pretrained_model_name_or_path,
-        transformer=None,
-        vae=None,
-        revision=args.revision,
-        variant=args.variant,
-        cache_dir=args.cache_dir,
-        dtype=dtype,
-        **parts,
-    )
+    with reading(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}: its text encoders"):
+        return pipeline_class.from_pretrained(
+            args.pretrained_model_name_or_path,
+            transformer=None,
+            vae=None,
+            revision=args.revision,
+            variant=args.variant,
+            cache_dir=args.cache_dir,
+            dtype=dtype,
+            use_safetensors=True,
+            **parts,
+        )
 
 
 def add_lora(model, *, rank, alpha, dropout, target_modules, modules_to_save=None, adapter_name="default"):
@@ -1004,12 +1011,8 @@ def load_checkpoint(accelerator, checkpoint, lr_scheduler):
     """
     if checkpoint is None:
         return 0
-    try:
+    with reading(checkpoint):
         accelerator.load_state(checkpoint)
-    except Exception as error:  # each kind of file raises its own
-        reason = (str(error) or repr(error)).splitlines()[0]
-        print(f"{Path(sys.argv[0]).name}: error: {checkpoint} cannot be restored: {reason}", file=sys.stderr)
-        raise SystemExit(2) from error
     optimizer = lr_scheduler.scheduler.optimizer
     for group, rate in zip(optimizer.param_groups, lr_scheduler.get_last_lr(), strict=True):
         group["lr"] = rate  # a sharded optimizer is restored without it

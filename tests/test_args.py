@@ -1,6 +1,7 @@
 """Bad input: one clear message, exit code 2, before any model is loaded, and nothing written."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -31,7 +32,7 @@ def world(tiny_model, pictures, tmp_path):
     state = {"global_step": 5, "seed": "1", "train_batch_size": "4", "rank": "4", "the number of processes": 1}
     (checkpoint / "trainer_state.json").write_text(json.dumps(state))
     (checkpoint / CHECKSUMS).write_text(json.dumps(checksums(checkpoint)))
-    (tmp_path / "fill" / "transformer").mkdir(parents=True)
+    shutil.copytree(tiny_model, tmp_path / "fill")
     config = {"_class_name": "FluxTransformer2DModel", "in_channels": 384}
     (tmp_path / "fill" / "transformer" / "config.json").write_text(json.dumps(config))
     (folders["strange"] / "metadata.jsonl").write_text(json.dumps({"file_name": "b.png", "text": "x"}) + "\n")

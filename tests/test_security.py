@@ -18,7 +18,7 @@ import torch
 from conftest import ROOT
 from huggingface_hub import constants
 from PIL import EpsImagePlugin, Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_family import SCRIPTS
 from test_fuzz import adapter, encoded, run_flags, saved  # noqa: F401  fixtures among them
 
@@ -37,6 +37,14 @@ class Bomb:
 
     def __reduce__(self):
         return os.mkdir, (str(self.marker),)
+
+
+def refused(train, capsys, script, *flags):
+    """What a run says that ends with exit code 2."""
+    with pytest.raises(SystemExit) as stop:
+        train(script, *flags)
+    assert stop.value.code == 2
+    return capsys.readouterr().err
 
 
 @pytest.fixture
@@ -161,7 +169,7 @@ PARTS = {
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_bomb_as_weights_of_the_model(train, run_flags, plant, marker, script, tmp_path):  # noqa: F811
+def test_a_bomb_as_weights_of_the_model(train, run_flags, plant, marker, script, tmp_path, capsys):  # noqa: F811
     flags = run_flags[script]
     for part, name in PARTS.items():
         model = shutil.copytree(flags[1], tmp_path / part)
@@ -169,9 +177,47 @@ def test_a_bomb_as_weights_of_the_model(train, run_flags, plant, marker, script,
             path.unlink()
         for suffix in (".bin", ".pt", ".pth", ".ckpt"):
             plant(model / part / f"{name}{suffix}")
-        with pytest.raises(Exception):  # noqa: B017  what the library raises is its own
-            train(script, flags[0], model, *flags[2:], "--output_dir", tmp_path / "run")
-        assert not marker.exists(), part
+        error = refused(train, capsys, script, flags[0], model, *flags[2:], "--output_dir", tmp_path / "run")
+        assert f"--pretrained_model_name_or_path {model}: {model / part} holds no .safetensors" in error
+        assert not marker.exists() and not (tmp_path / "run").exists(), part
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_weights_that_are_none_are_named_before_anything_is_written(train, run_flags, plant, script, tmp_path, capsys):  # noqa: F811
+    """All in one message: what is no such file, what was cut off, a shard that is not there."""
+    flags, model, run = run_flags[script], tmp_path / "model", tmp_path / "run"
+    shutil.copytree(flags[1], model)
+    plant(next((model / "vae").glob("*.safetensors")), "pickle")
+    file = next((model / "text_encoder").glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-100])
+    index = model / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"x_embedder.weight": "part-2.safetensors"}}))
+    (model / "text_encoder_2" / "model.safetensors.index.json").write_text("[")
+    error = refused(train, capsys, script, flags[0], model, *flags[2:], "--output_dir", run)
+    assert error.count(f"--pretrained_model_name_or_path {model}: ") == error.count("copy or download it again") == 4
+    for name in ("vae/diff", "text_encoder/model", "text_encoder_2/model", "transformer/part-2.safetensors"):
+        assert f"{model / name}" in error, name
+    assert not run.exists()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder"])
+def test_weights_of_another_model_are_refused(train, run_flags, script, part, tmp_path, capsys):  # noqa: F811
+    flags, model = run_flags[script], tmp_path / "model"
+    shutil.copytree(flags[1], model)
+    file = next((model / part).glob("*.safetensors"))
+    weights = load_file(file)
+    name = max(weights, key=lambda name: weights[name].numel())
+    weights[name] = torch.zeros(3, 3)
+    if part != "text_encoder":
+        weights["another"] = weights.pop(name)  # libraries would put random numbers in its place
+    save_file(weights, file, {"format": "pt"})
+    error = refused(train, capsys, script, flags[0], model, *flags[2:], "--output_dir", tmp_path / "run")
+    assert (
+        f"--pretrained_model_name_or_path {model}: its {part.split('_')[0]}" in error and "cannot be loaded: " in error
+    )
+    if part != "text_encoder":
+        assert f"lacks {name}" in error
 
 
 CODE = "import os\nos.makedirs({marker!r}, exist_ok=True)\nclass Evil:\n    pass\n"
