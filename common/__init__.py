@@ -71,6 +71,12 @@ class Switch(argparse.BooleanOptionalAction):
         setattr(namespace, self.dest, on != option_string.startswith("--no-"))
 
 
+class Flags(argparse.Namespace):
+    """Flags by name; beside them, and none of vars(), `changed` names those that are not as by default."""
+
+    __slots__ = ("changed",)
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser for the flags of the script whose docstring is `doc`, which ends in an example command.
 
@@ -99,9 +105,17 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, argv=None):
         argv = sys.argv[1:] if argv is None else argv
         try:
-            return super().parse_args(self.own_names(argv))
+            args = super().parse_args(self.own_names(argv), Flags())
         except (ValueError, RecursionError) as error:
             self.error(f"{' '.join(word for word in argv if word[:1] == '@')}: no file of flags ({error})")
+        actions = [action for action in self._actions if action.dest in args]
+        args.changed = [action.dest for action in actions if getattr(args, action.dest) != self.default_of(action)]
+        return args
+
+    def default_of(self, action):
+        """What a flag is without being given: text goes through the flag's type."""
+        text = isinstance(action.default, str) and not action.required
+        return self._get_value(action, action.default) if text else action.default
 
     def refuse(self, problems):
         """Ends with all problems in one message, if there are any."""

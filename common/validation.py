@@ -656,7 +656,8 @@ def save_images(accelerator, args, images, captions, *, step, prompt="", columns
 
 
 def start_logging(accelerator, args, project, last_step, marks=None):
-    """Writes args.json with the versions of the libraries, and starts the trackers under the name of `project`.
+    """Writes args.json, with those that are not as by default and the versions of the libraries, and starts the
+    trackers under the name of `project`.
 
     What TensorBoard has of steps after `last_step`, from which the run goes on, is dropped as by `open_metrics`.
     `marks` are {what happens: the step after which it does}, 0 for never, for plots.
@@ -667,7 +668,8 @@ def start_logging(accelerator, args, project, last_step, marks=None):
         libraries = ("torch", "diffusers", "transformers", "peft", "accelerate")
         versions = {name: importlib.metadata.version(name) for name in libraries}
         marks = {what: step for what, step in (marks or {}).items() if step}
-        text = json.dumps({"args": values, "versions": versions, "marks": marks}, indent=2, default=str)
+        record = {"args": values, "changed": args.changed, "versions": versions, "marks": marks}
+        text = json.dumps(record, indent=2, default=str)
         with writing(args.output_dir / "args.json"):
             (args.output_dir / "args.json").write_text(text + "\n")
     if accelerator.log_with:

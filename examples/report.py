@@ -148,7 +148,8 @@ def page(folder):
         "checkpoints": f"{len(checkpoints)}",
     }
     files = [path for path in folder.iterdir() if path.name[0] != "." and path.name != "report.html"]
-    files.sort(key=lambda path: [part.zfill(9) for part in re.split(r"(\d+)", path.name)])  # 200 before 1000
+    natural = lambda path: [int(p) if p.isdecimal() else p.lower() for p in re.split(r"(\d+)", path.name)]  # noqa: E731
+    files.sort(key=natural)  # 200 before 1000
     links = "".join(
         f'<tr><th><a href="{quote(path.name)}">{html.escape(path.name)}</a></th><td>{size_of(path)}</td></tr>'
         for path in files

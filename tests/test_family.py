@@ -41,7 +41,8 @@ OWN = {
 def parser_of(script):
     """The ArgumentParser that a trainer's parse_args builds."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(argparse.ArgumentParser, "parse_args", lambda parser, argv: (_ for _ in ()).throw(Built(parser)))
+        built = lambda parser, *words: (_ for _ in ()).throw(Built(parser))  # noqa: E731
+        patch.setattr(argparse.ArgumentParser, "parse_args", built)
         with pytest.raises(Built) as built:
             importlib.import_module(script).parse_args([])
     return built.value.parser
@@ -54,6 +55,24 @@ class Built(Exception):  # noqa: N818
 
 def flags_of(script):
     return [action for action in parser_of(script)._actions if action.dest != "help"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_flags_that_were_changed_are_known(script, short_runs, tmp_path):
+    """Those that were typed, and of a required one any value, but not one that was typed as it is by default."""
+    words = [str(word) for word in short_runs[script]] + ["--output_dir", str(tmp_path), "--lora_dropout", "0"]
+    words += ["--lr_scheduler", flags_named(script)["lr_scheduler"].default]
+    args = importlib.import_module(script).parse_args(words)
+    typed = {word.removeprefix("--") for word in words if word.startswith("--")}
+    assert {"pretrained_model_name_or_path", "max_train_steps", "learning_rate"} <= set(args.changed) <= typed
+    for name in typed - set(args.changed):
+        assert str(vars(args)[name]).lower() == str(flags_named(script)[name].default).lower()
+    assert {"lr_scheduler", "lora_dropout"} <= typed - set(args.changed)
+    assert "changed" not in vars(args)
+
+
+def flags_named(script):
+    return {action.dest: action for action in flags_of(script)}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
