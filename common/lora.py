@@ -458,8 +458,6 @@ def check_deepspeed(accelerator, args):
         problems.append(f"DeepSpeed: zero_stage is {plugin.zero_stage} in accelerate config, choose 2 or 3")
     if plugin.hf_ds_config.is_offload():
         problems.append("DeepSpeed: an offload device is set in accelerate config, choose none")
-    if plugin.zero_stage == 3 and args.compile:
-        problems.append("--compile does not work with DeepSpeed ZeRO-3: leave one out")
     if accelerator.mixed_precision == "fp16":
         problems.append("--mixed_precision fp16 does not work with DeepSpeed: use bf16")
     if args.optimizer == "prodigy":

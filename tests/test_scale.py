@@ -266,11 +266,6 @@ def test_what_deepspeed_cannot_do_is_refused(short_runs, tmp_path, flags):
     assert "does not work with DeepSpeed" in said
 
 
-def test_compiling_is_refused_with_zero_3_alone(short_runs, tmp_path):
-    assert not refused_by_deepspeed(["--compile"], SCRIPTS[0], short_runs, tmp_path, 2)
-    assert "--compile does not work" in refused_by_deepspeed(["--compile"], SCRIPTS[0], short_runs, tmp_path, 3)
-
-
 if __name__ == "__main__":
     trainer = importlib.import_module(sys.argv[1])
     trainer.step_generator = one_stream(trainer)
