@@ -245,8 +245,7 @@ def refused_by_deepspeed(argv, script, short_runs, tmp_path, zero_stage=2, offlo
     plugin = SimpleNamespace(zero_stage=zero_stage, hf_ds_config=SimpleNamespace(is_offload=lambda: offload))
     about = {"state": SimpleNamespace(deepspeed_plugin=plugin), "mixed_precision": "no", "num_processes": 2}
     accelerator = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED, **about)
-    prompts = ([],) if script == "train_omini" else ()
-    return "; ".join(module.check_run(accelerator, args, *prompts, 2))
+    return "; ".join(module.check_run(accelerator, args, max_train_steps=2, checkpoint=None, run={}))
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
