@@ -1,10 +1,11 @@
 """What the pages say works: every code block of README.md, CONTRIBUTING.md and examples/**/README.md is run.
 
-bash itself reads a page's blocks, from top to bottom, so quotes, variables and line ends mean what they mean to a user.
-The programs are functions that write down their words; an unknown one fails. Then each command runs in this process,
-in a folder where the names that pages use are small things: STAND_INS. A hub id is a folder with a tiny model of the
-same classes there. `accelerate launch` is left out, its own flags are checked; SMALL flags follow a command's own.
-What cannot run here is in NOT_RUN with its reason, and checked as far as it can be. Python blocks draw in two steps.
+bash itself reads a page's blocks, from top to bottom, so quotes, variables and line ends mean what they mean to a
+user. The programs are functions that write down their words; an unknown one fails. Then each command runs in this
+process, in a folder where the names that pages use are small things: stand_ins. A hub id is a folder with a tiny model
+of the same classes there. `accelerate launch` is left out, its own flags are checked; SMALL flags follow a command's
+own. What cannot run here is in NOT_RUN with its reason, and checked as far as it can be. Python blocks draw 32 pixels
+in two steps. `...` at the end of a command stands for the flags of a short run, in the text it is not run.
 """
 
 import argparse
@@ -41,7 +42,7 @@ PAGES.append(QUICKSTART)
 TRAINERS = sorted(path.name for path in ROOT.glob("train_*.py"))
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 LANGUAGES = {"bash", "python", ""}  # "": a tree of files, or what a command prints
-INLINE = re.compile(r"`((?:python|pytest|tests/run\.sh|examples/[\w/]+\.sh|accelerate launch)(?: [^`]*)?)`")
+INLINE = re.compile(r"`((?:python|pytest|accelerate launch) [^`]*|(?:tests/run|examples/[\w/]+)\.sh(?: [^`]*)?)`")
 
 NOT_RUN = {
     "accelerate config": "asks its user questions",
@@ -60,7 +61,7 @@ NOT_RUN = {
     "examples/omini/download_text_to_image.sh": "needs the network",
     "python tests/benchmarks/": "minutes; tests/run.sh --all runs them",
     "python examples/toy/pretrain.py": "more than an hour",
-    "python examples/estimate_memory.py --table": "a minute of real configurations; tests/test_estimate_memory.py has parts",
+    "python examples/estimate_memory.py --table": "minutes; tests/test_estimate_memory.py has parts of it",
 }
 PROGRAMS = {"python", *(name for name in NOT_RUN if " " not in name), "accelerate"}
 
@@ -89,8 +90,9 @@ SMALL = {
     "examples/toy/world.py": ["--count", "4"],
     "examples/twinflow/compare.py": ["--count", "2", "--steps", "1"],
 }
-# Flags that are left out: --fsdp needs several processes, which tests/test_scale.py has; the files of a single-file
-# model are tried in tests/test_playbook.py, here it is a folder.
+# Flags that are left out: --fsdp needs several processes, which tests/test_scale.py has; a model of single files is
+# tried in tests/test_playbook.py, here it is a folder.
+FLUX = "black-forest-labs/FLUX.1-dev"
 LEFT_OUT = re.compile(r"--fsdp|--(clip_l|t5xxl|ae|tokenizer_dir)=.*")
 RECORDER = """
 record() { printf '%s\\0' "$line" "$PWD" "$@" $'\\1' >> "$RECORD"; }
@@ -187,9 +189,9 @@ def write_tar(pictures, path):
 
 
 def write_subjects(path):
-    """Pairs of pictures of 32 pixels side by side, with 2 pixels around and between."""
+    """Pairs of pictures of 512 pixels side by side, with 8 pixels around and between."""
     pair = {"description_0": "a red circle", "description_1": "a red circle, again"}
-    image = {"bytes": encoded(Image.new("RGB", (70, 36), "red")), "path": None}
+    image = {"bytes": encoded(Image.new("RGB", (2 * 512 + 3 * 8, 512 + 2 * 8), "red")), "path": None}
     write_parquet(path, [{"image": image, "description": pair}] * 4)
 
 
@@ -208,8 +210,7 @@ def stand_ins(pictures, pairs, tiny_model, tiny_fill):
         for p in pictures.glob("*.png")
     ]
     return {
-        "black-forest-labs/FLUX.1-dev": link(tiny_model),
-        "examples/dgx_spark/models/checkpoints/flux1-dev.safetensors": link(tiny_model),
+        FLUX: link(tiny_model),
         "black-forest-labs/FLUX.1-Fill-dev": link(tiny_fill),
         "stabilityai/stable-diffusion-3.5-medium": functools.partial(write_pipeline, tiny_backbones.sd3),
         "Efficient-Large-Model/Sana_1600M_512px_diffusers": functools.partial(write_pipeline, tiny_backbones.sana),
@@ -218,6 +219,7 @@ def stand_ins(pictures, pairs, tiny_model, tiny_fill):
         "Qwen/Qwen-Image-Edit-2509": write_edit_pipeline,
         "LiheYoung/depth-anything-small-hf": write_depth_model,
         "photos": link(pictures),
+        "dog": lambda path: shutil.copytree(pictures, path, ignore=shutil.ignore_patterns("*.txt")),
         "before": link(pictures),
         "after": link(pictures),
         "3d_icon": lambda path: write_rows(pictures, path, "prompt"),
@@ -251,7 +253,7 @@ def workplace(stand_in_makers, pictures, tmp_path, monkeypatch):
         for path in [*ROOT.glob("examples/*"), *ROOT.glob("*")]:
             if path.name not in ("dgx_spark", "examples", ".git", "quickstart"):
                 (place / path.relative_to(ROOT)).symlink_to(path)
-        text += "".join(path.read_text() for path in ROOT.glob("examples/**/*.args"))
+        text += FLUX + "".join(path.read_text() for path in ROOT.glob("examples/**/*.args"))
         for name, make in stand_in_makers.items():
             if re.search(rf"(?<![\w.-]){re.escape(name.split('/data_')[0])}(?![\w-])", text):
                 (place / name).parent.mkdir(parents=True, exist_ok=True)
@@ -337,6 +339,7 @@ def run(words, train, short_runs, monkeypatch):
     script = Path(words[1])
     if script.name in TRAINERS:
         flags = [word for word in expanded(words[2:]) if not LEFT_OUT.fullmatch(word)]
+        flags = [word.replace("models/checkpoints/flux1-dev.safetensors", f"../../{FLUX}") for word in flags]
         if flags[-1:] == ["..."]:
             flags[-1:] = map(str, short_runs[script.stem])
         torch.compiler.set_stance("force_eager")  # compiling takes a minute on a CPU; tests/test_speed.py does it
