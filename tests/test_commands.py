@@ -105,7 +105,7 @@ def line_of(text, match):
 def read_by_bash(snippets, tmp_path):
     """(line, folder, words) of each command that bash finds in the (line, code) `snippets`."""
     record = tmp_path / "record"
-    record.touch()
+    record.write_text("")
     script = RECORDER + "".join(f"line={line}\n{code}\n" for line, code in snippets)
     environment = {"PATH": "", "RECORD": str(record), "HOME": str(tmp_path), "PROGRAMS": " ".join(PROGRAMS)}
     done = subprocess.run(
@@ -230,9 +230,8 @@ def stand_ins(pictures, pairs, tiny_model, tiny_fill):
         "prompts": link(pairs / "captions"),
         "masks": link(pairs / "masks"),
         **dict.fromkeys(("cat.png", "photo.png", "outline.png", "edges.png"), picture),
-        "mask.png": mask,
+        **dict.fromkeys(("mask.png", "hole.png"), mask),
         "fill50k": lambda path: write_archive(path.with_suffix(".zip"), count=4),
-        "hole.png": mask,
     }
 
 
@@ -248,9 +247,9 @@ def workplace(stand_in_makers, pictures, tmp_path, monkeypatch):
         (playbook / "flux_data" / "data.toml").write_text(toml.replace("resolution = 1024", "resolution = 32"))
         for concept in ("tjtoy", "sparkgpu"):
             shutil.copytree(pictures, playbook / "flux_data" / concept, ignore=shutil.ignore_patterns("*.txt"))
-        for path in [*ROOT.glob("examples/*"), *ROOT.glob("*")]:
-            if path.name not in ("dgx_spark", "examples", ".git", "quickstart"):
-                (place / path.relative_to(ROOT)).symlink_to(path)
+        parts = [ROOT / name for name in ("common", "tests", "requirements.txt", *TRAINERS)]
+        for path in parts + [path for path in ROOT.glob("examples/*") if path.name != playbook.name]:
+            (place / path.relative_to(ROOT)).symlink_to(path)
         text += FLUX + "".join(path.read_text() for path in ROOT.glob("examples/**/*.args"))
         for name, make in stand_in_makers.items():
             if re.search(rf"(?<![\w.-]){re.escape(name.split('/data_')[0])}(?![\w-])", text):
@@ -275,9 +274,7 @@ def stand_in_makers(pictures, pairs, tiny_model, tiny_fill):
 
 def reason_not_to_run(words):
     command = " ".join(words) + " "
-    return next(
-        (name for name in NOT_RUN if command.startswith((name + " ", name) if name[-1] == "/" else name + " ")), None
-    )
+    return next((name for name in NOT_RUN if command.startswith(name if name[-1] == "/" else f"{name} ")), None)
 
 
 def check_without_running(words):
@@ -394,10 +391,9 @@ def steps_of(page, tmp_path):
     """(line, folder, command or Python code) of a page, from top to bottom."""
     text = (ROOT / page).read_text()
     if page == QUICKSTART:
-        commands = text.split("TRANSFORMERS_VERBOSITY=error\n")[1].replace(".venv/bin/python", "python")
-        return read_by_bash(
-            [(text.count("\n", 0, text.index("VERBOSITY")) + 1, f"out=quickstart\n{commands}")], tmp_path
-        )
+        start = text.index(".venv/bin/python examples/")
+        commands = f"out=quickstart\n{text[start:]}".replace(".venv/bin/python", "python")
+        return read_by_bash([(text.count("\n", 0, start) + 1, commands)], tmp_path)
     assert {match[1] for match in FENCE.finditer(text)} <= LANGUAGES
     shell = [(line_of(text, match), match[2]) for match in FENCE.finditer(text) if match[1] == "bash"]
     prose = FENCE.sub(lambda match: "\n" * match[0].count("\n"), text)
@@ -425,9 +421,8 @@ def test_what_a_page_says_runs(page, train, short_runs, workplace, tmp_path, mon
 
 def test_the_pages_name_every_script_and_every_preset(tmp_path):
     """And nothing that this file excuses is gone from them."""
-    commands = [
-        without_launcher(step) for page in PAGES for _, _, step in steps_of(page, tmp_path) if isinstance(step, list)
-    ]
+    steps = [step for page in PAGES for _, _, step in steps_of(page, tmp_path)]
+    commands = [without_launcher(step) for step in steps if isinstance(step, list)]
     words = {word.removeprefix("@").removeprefix("../../") for command in commands for word in command}
     scripts = {path for path in ROOT.glob("examples/**/*.py") if "__main__" in path.read_text()}
     scripts |= {ROOT / name for name in TRAINERS} | {*ROOT.glob("examples/**/*.sh")}
@@ -447,3 +442,14 @@ def test_the_messages_that_a_page_explains_are_those_of_the_code(page):
     for message in {*messages} - {"CUDA out of memory"}:  # that one is torch's
         for part in message.split("..."):
             assert any(part in text for text in texts), f"{page}: {message!r}: nothing says {part!r}"
+
+
+@pytest.mark.parametrize("page", PAGES[:-1])
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)#\s]*)#?([^)\s]*)\)", (ROOT / page).read_text())
+    for target, anchor in [link for link in links if "://" not in link[0]]:
+        path = (ROOT / page).parent / target if target else ROOT / page
+        assert path.exists(), f"{page}: {target}"
+        headings = re.findall(r"^#+ (.*)$", path.read_text(), re.M) if anchor else []
+        slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+        assert not anchor or anchor in slugs, f"{page}: {target}#{anchor}"
