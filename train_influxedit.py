@@ -171,11 +171,11 @@ def parse_args(argv=None):
     arg("--variant", help="variant of the model's files, such as fp16")
     arg("--cache_dir", help="where downloaded models and datasets are kept")
     arg("--max_sequence_length", type=number(int, 1, 512), default=512, help="T5 tokens per prompt, schnell: to 256")
-    arg("--mixed_precision", choices=("no", "fp16", "bf16"), help="of the frozen models; the adapter stays in float32")
-    arg("--allow_tf32", action="store_true", help="faster float32 matrix products on Ampere and later GPUs")
-    arg("--gradient_checkpointing", action="store_true", help="less memory, a third more time per step")
-    arg("--quantize_base", choices=QUANTIZATIONS, default="none", help="frozen blocks in 4 or 8 bits (bitsandbytes)")
-    arg("--compile", action="store_true", help="torch.compile the transformer's repeated blocks")
+    arg("--mixed_precision", choices=("no", "fp16", "bf16"), help="of frozen models; bf16 halves them on recent GPUs")
+    arg("--allow_tf32", action="store_true", help="faster, less exact float32 products on Ampere and later GPUs")
+    arg("--gradient_checkpointing", action="store_true", help="to fit memory: about half, a third more time per step")
+    arg("--quantize_base", choices=QUANTIZATIONS, default="none", help="frozen blocks in 4 or 8 bits, to fit memory")
+    arg("--compile", action="store_true", help="compile the blocks: minutes at first, then faster steps")
     arg("--offload", action="store_true", help="what is frozen waits in main memory: text encoders by layers, the VAE")
     arg("--fsdp", action="store_true", help="split weights and optimizer over the processes (FSDP2)")
 
@@ -191,7 +191,7 @@ def parse_args(argv=None):
     arg("--mask_column", help="column of the dataset that holds their masks, in mask mode")
     arg("--caption_column", help="column of the dataset or of metadata.jsonl that holds captions")
     arg("--instance_prompt", help="prompt of every picture without a caption: a photo of sks dog")
-    arg("--caption_dropout", type=share, default=0.0, help="share of captions left out")
+    arg("--caption_dropout", type=share, default=0.0, help="share of captions left out, 0 to 1")
     arg("--repeats", type=count, default=1, help="times each picture counts in an epoch, each with its own crop")
     arg(
         "--resolution",
@@ -206,14 +206,14 @@ def parse_args(argv=None):
     arg("--image_interpolation_mode", choices=INTERPOLATION, default="lanczos", help="how pictures are resized")
     arg("--train_batch_size", type=count, default=4, help="pictures per device and forward pass")
     arg("--dataloader_num_workers", type=number(int, 0), default=0, help="processes that read pictures; 0: none extra")
-    arg("--cache_latents", action="store_true", help="encode every picture once, before training")
+    arg("--cache_latents", action="store_true", help="encode every picture once, before training: faster, smaller")
 
     arg = parser.add_argument_group("prior preservation", "keeps the class of the subject as it was").add_argument
     arg("--with_prior_preservation", action="store_true", help="train on pictures of the class beside the subject's")
     arg("--class_data_dir", type=Path, help="folder of class pictures; missing ones are drawn by the untrained model")
     arg("--class_prompt", help="prompt of the class: a photo of a dog")
-    arg("--num_class_images", type=count, default=100, help="class pictures to have")
-    arg("--prior_loss_weight", type=not_negative, default=1.0, help="weight of their loss")
+    arg("--num_class_images", type=count, default=100, help="number of class pictures to have")
+    arg("--prior_loss_weight", type=not_negative, default=1.0, help="weight of their loss; more if the class changes")
     arg("--sample_batch_size", type=count, default=4, help="class pictures drawn at a time")
     arg("--prior_generation_precision", choices=("no", "fp32", "fp16", "bf16"), help="in which they are drawn")
 
@@ -226,9 +226,9 @@ def parse_args(argv=None):
     arg("--train_text_encoder", action="store_true", help="train a LoRA for CLIP too")
 
     arg = parser.add_argument_group("lora", "the adapter").add_argument
-    arg("--rank", type=count, default=4, help="rank of the adapter: its size and what it can hold")
-    arg("--lora_alpha", type=positive, default=4, help="the adapter counts lora_alpha / rank")
-    arg("--lora_dropout", type=number(float, 0, 0.99), default=0.0, help="dropout before the adapter")
+    arg("--rank", type=count, default=4, help="size of the adapter and what it can hold; 16 to 64 for detail")
+    arg("--lora_alpha", type=positive, default=4, help="the adapter counts lora_alpha / rank; usually the rank")
+    arg("--lora_dropout", type=number(float, 0, 0.99), default=0.0, help="share of its inputs dropped, 0 to 1")
     arg(
         "--lora_layers",
         "--lora_blocks",
@@ -239,22 +239,22 @@ def parse_args(argv=None):
     arg("--guidance_scale", type=not_negative, default=3.5, help="guidance that a guidance-distilled model is told")
     arg("--timestep_sampling", choices=TIMESTEP_SAMPLING, default="sigma", help="sigma draws as weighting_scheme says")
     arg("--weighting_scheme", choices=WEIGHTING_SCHEMES, default="none", help="density of noise levels or loss weight")
-    arg("--logit_mean", type=number(float, -100, 100), default=0.0, help="mean of logit_normal")
+    arg("--logit_mean", type=number(float, -100, 100), default=0.0, help="mean of logit_normal; below 0: more noise")
     arg("--logit_std", type=positive, default=1.0, help="standard deviation of logit_normal")
-    arg("--mode_scale", type=number(float, -1, 1.75), default=1.29, help="scale of mode")
-    arg("--sigmoid_scale", type=positive, default=1.0, help="steepness of sigmoid, shift and flux_shift")
-    arg("--discrete_flow_shift", type=positive, default=3.0, help="shift of shift")
+    arg("--mode_scale", type=number(float, -1, 1.75), default=1.29, help="scale of mode; 0: all levels equally")
+    arg("--sigmoid_scale", type=positive, default=1.0, help="spread of sigmoid, shift and flux_shift")
+    arg("--discrete_flow_shift", type=positive, default=3.0, help="s of shift; above 1: more noise")
 
     arg = parser.add_argument_group("optimizer", "how the adapter is updated").add_argument
     arg("--optimizer", type=str.lower, choices=("adamw", "prodigy"), default="AdamW", help="prodigy wants rate 1")
-    arg("--learning_rate", type=positive, default=1e-4, help="step size")
+    arg("--learning_rate", type=positive, default=1e-4, help="step size; less if the loss jumps; 1 for prodigy")
     arg("--text_encoder_lr", type=positive, default=5e-6, help="step size for text encoders; Prodigy has one for all")
     arg("--scale_lr", action="store_true", help="multiply it by batch size, accumulation and number of devices")
-    arg("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="course of the learning rate")
-    arg("--lr_warmup_steps", type=number(int, 0), default=500, help="steps of warm-up; none for constant")
+    arg("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="course of the learning rate over the steps")
+    arg("--lr_warmup_steps", type=number(int, 0), default=500, help="steps until it is reached; none for constant")
     arg("--lr_num_cycles", type=count, default=1, help="cycles of cosine_with_restarts")
-    arg("--lr_power", type=positive, default=1.0, help="power of polynomial")
-    arg("--use_8bit_adam", action="store_true", help="AdamW with 8-bit states (bitsandbytes)")
+    arg("--lr_power", type=positive, default=1.0, help="power of polynomial; 1: a straight line")
+    arg("--use_8bit_adam", action="store_true", help="AdamW with 8-bit states (bitsandbytes), to fit memory")
     arg("--adam_beta1", type=decay, default=0.9, help="decay of the gradient's mean, in Prodigy too")
     arg("--adam_beta2", type=decay, default=0.999, help="decay of the gradient's square, in Prodigy too")
     arg("--adam_weight_decay", type=not_negative, default=1e-4, help="weight decay, in Prodigy too")
@@ -265,7 +265,7 @@ def parse_args(argv=None):
     arg("--prodigy_use_bias_correction", action=Switch, default=True, help="Adam's bias correction")
     arg("--prodigy_safeguard_warmup", action=Switch, default=True, help="keep warm-up out of Prodigy's estimate")
     arg("--max_grad_norm", type=positive, default=1.0, help="longer gradients are scaled down to this norm")
-    arg("--gradient_accumulation_steps", type=count, default=1, help="batches per step")
+    arg("--gradient_accumulation_steps", type=count, default=1, help="batches per step: more of them, no more memory")
 
     arg = parser.add_argument_group("schedule and checkpoints", "how long, and what can be resumed").add_argument
     arg(
@@ -274,8 +274,8 @@ def parse_args(argv=None):
         help="of data order, crops, noise, adapter and validation (default: drawn)",
     )
     arg("--num_train_epochs", type=count, default=1, help="passes over the data")
-    arg("--max_train_steps", type=count, help="steps, instead of epochs")
-    arg("--checkpointing_steps", type=count, default=500, help="steps between checkpoints")
+    arg("--max_train_steps", type=count, help="updates of what is trained, instead of epochs")
+    arg("--checkpointing_steps", type=count, default=500, help="steps between checkpoints to resume from")
     arg("--checkpoints_total_limit", type=count, help="checkpoints to keep, the newest (default: all)")
     arg("--resume_from_checkpoint", metavar="CHECKPOINT", help="a checkpoint-N folder, or latest (if there is one)")
     arg("--local_rank", type=int, default=-1, help="set by old launchers; LOCAL_RANK in the environment wins")

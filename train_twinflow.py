@@ -188,11 +188,11 @@ def parse_args(argv=None):
     arg("--variant", help="variant of the model's files, such as fp16")
     arg("--cache_dir", help="where downloaded models and datasets are kept")
     arg("--max_sequence_length", type=number(int, 1, 512), default=512, help="T5 tokens per prompt, schnell: to 256")
-    arg("--mixed_precision", choices=("no", "fp16", "bf16"), help="of the frozen models; the adapter stays in float32")
-    arg("--allow_tf32", action="store_true", help="faster float32 matrix products on Ampere and later GPUs")
-    arg("--gradient_checkpointing", action="store_true", help="less memory, a third more time per step")
-    arg("--quantize_base", choices=QUANTIZATIONS, default="none", help="frozen blocks in 4 or 8 bits (bitsandbytes)")
-    arg("--compile", action="store_true", help="torch.compile the transformer's repeated blocks")
+    arg("--mixed_precision", choices=("no", "fp16", "bf16"), help="of frozen models; bf16 halves them on recent GPUs")
+    arg("--allow_tf32", action="store_true", help="faster, less exact float32 products on Ampere and later GPUs")
+    arg("--gradient_checkpointing", action="store_true", help="to fit memory: about half, a third more time per step")
+    arg("--quantize_base", choices=QUANTIZATIONS, default="none", help="frozen blocks in 4 or 8 bits, to fit memory")
+    arg("--compile", action="store_true", help="compile the blocks: minutes at first, then faster steps")
     arg("--offload", action="store_true", help="what is frozen waits in main memory: text encoders by layers, the VAE")
     arg("--fsdp", action="store_true", help="split weights and optimizer over the processes (FSDP2)")
 
@@ -213,7 +213,7 @@ def parse_args(argv=None):
     arg("--image_interpolation_mode", choices=INTERPOLATION, default="lanczos", help="how pictures are resized")
     arg("--train_batch_size", type=count, default=4, help="pictures per device and forward pass")
     arg("--dataloader_num_workers", type=number(int, 0), default=0, help="processes that read pictures; 0: none extra")
-    arg("--cache_latents", action="store_true", help="encode every picture once, before training")
+    arg("--cache_latents", action="store_true", help="encode every picture once, before training: faster, smaller")
 
     arg = parser.add_argument_group("twinflow", "the method; --recipe sets these, what is typed wins").add_argument
     arg("--recipe", choices=tuple(RECIPES), default="twinflow", help="a name for a set of the values below")
@@ -232,9 +232,9 @@ def parse_args(argv=None):
     )
 
     arg = parser.add_argument_group("lora", "the adapter").add_argument
-    arg("--rank", type=count, default=4, help="rank of the adapter: its size and what it can hold")
-    arg("--lora_alpha", type=positive, default=4, help="the adapter counts lora_alpha / rank")
-    arg("--lora_dropout", type=number(float, 0, 0.99), default=0.0, help="dropout before the adapter")
+    arg("--rank", type=count, default=4, help="size of the adapter and what it can hold; 16 to 64 for detail")
+    arg("--lora_alpha", type=positive, default=4, help="the adapter counts lora_alpha / rank; usually the rank")
+    arg("--lora_dropout", type=number(float, 0, 0.99), default=0.0, help="share of its inputs dropped, 0 to 1")
     arg(
         "--lora_layers",
         "--lora_blocks",
@@ -247,13 +247,13 @@ def parse_args(argv=None):
 
     arg = parser.add_argument_group("optimizer", "how the adapter is updated").add_argument
     arg("--optimizer", type=str.lower, choices=("adamw", "prodigy"), default="AdamW", help="prodigy wants rate 1")
-    arg("--learning_rate", type=positive, default=1e-4, help="step size")
+    arg("--learning_rate", type=positive, default=1e-4, help="step size; less if the loss jumps; 1 for prodigy")
     arg("--scale_lr", action="store_true", help="multiply it by batch size, accumulation and number of devices")
-    arg("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="course of the learning rate")
-    arg("--lr_warmup_steps", type=number(int, 0), default=500, help="steps of warm-up; none for constant")
+    arg("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="course of the learning rate over the steps")
+    arg("--lr_warmup_steps", type=number(int, 0), default=500, help="steps until it is reached; none for constant")
     arg("--lr_num_cycles", type=count, default=1, help="cycles of cosine_with_restarts")
-    arg("--lr_power", type=positive, default=1.0, help="power of polynomial")
-    arg("--use_8bit_adam", action="store_true", help="AdamW with 8-bit states (bitsandbytes)")
+    arg("--lr_power", type=positive, default=1.0, help="power of polynomial; 1: a straight line")
+    arg("--use_8bit_adam", action="store_true", help="AdamW with 8-bit states (bitsandbytes), to fit memory")
     arg("--adam_beta1", type=decay, default=0.9, help="decay of the gradient's mean, in Prodigy too")
     arg("--adam_beta2", type=decay, default=0.999, help="decay of the gradient's square, in Prodigy too")
     arg("--adam_weight_decay", type=not_negative, default=1e-4, help="weight decay, in Prodigy too")
@@ -263,13 +263,13 @@ def parse_args(argv=None):
     arg("--prodigy_use_bias_correction", action=Switch, default=True, help="Adam's bias correction")
     arg("--prodigy_safeguard_warmup", action=Switch, default=True, help="keep warm-up out of Prodigy's estimate")
     arg("--max_grad_norm", type=positive, default=1.0, help="longer gradients are scaled down to this norm")
-    arg("--gradient_accumulation_steps", type=count, default=1, help="batches per step")
+    arg("--gradient_accumulation_steps", type=count, default=1, help="batches per step: more of them, no more memory")
 
     arg = parser.add_argument_group("schedule and checkpoints", "how long, and what can be resumed").add_argument
     arg("--seed", type=number(int, 0), default=0, help="of data order, crops, noise, adapter and validation")
     arg("--num_train_epochs", type=count, default=1, help="passes over the data")
-    arg("--max_train_steps", type=count, help="steps, instead of epochs")
-    arg("--checkpointing_steps", type=count, default=500, help="steps between checkpoints")
+    arg("--max_train_steps", type=count, help="updates of what is trained, instead of epochs")
+    arg("--checkpointing_steps", type=count, default=500, help="steps between checkpoints to resume from")
     arg("--checkpoints_total_limit", type=count, help="checkpoints to keep, the newest (default: all)")
     arg("--resume_from_checkpoint", metavar="CHECKPOINT", help="a checkpoint-N folder, or latest (if there is one)")
     arg("--local_rank", type=int, default=-1, help="set by old launchers; LOCAL_RANK in the environment wins")

@@ -55,6 +55,15 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         silent = action.default is None or action.default is False  # 0 is worth telling
         return action.help if silent else super()._get_help_string(action)
 
+    def _get_default_metavar_for_optional(self, action):
+        """What kind of value a flag takes, where the flag's own name would only be repeated."""
+        kinds = {Path: "PATH", int: "N", "whole number": "N", "number": "X"}
+        return kinds.get(action.type) or kinds.get(getattr(action.type, "__name__", ""), "TEXT")
+
+    def _format_action_invocation(self, action):
+        switch = isinstance(action, argparse.BooleanOptionalAction)
+        return ", ".join(action.option_strings) if switch else super()._format_action_invocation(action)
+
 
 class Switch(argparse.BooleanOptionalAction):
     """--x and --no-x, and `--x True` or `--x False` as older commands spell it."""

@@ -197,6 +197,7 @@ def quantize_base(model, dtype, kind="nf4"):
         if kind == "nf4":
             new = Linear4bit(**shape, compute_dtype=dtype, quant_type="nf4")
             new.weight = Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
+            new.support_avx512bf16_for_cpu = False  # validation would leave weights in a form that gives no gradients
         else:
             new = Linear8bitLt(**shape, has_fp16_weights=False)
             new.weight = Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)

@@ -1,16 +1,12 @@
 """Bad input to train_twinflow.py: one clear message, exit code 2, before any model is loaded, and nothing written."""
 
 import json
-import re
 
 import pytest
-import torch
-from conftest import ROOT
 from PIL import Image
 
-import train_twinflow as twinflow
 from common import flow_matching
-from common.flow_matching import Backbone, OpenUni
+from common.flow_matching import Backbone
 from common.lora import CHECKSUMS, checksums
 
 
@@ -123,21 +119,3 @@ def test_bad_input_is_one_clear_error(train, world, monkeypatch, capsys, flags, 
     assert stop.value.code == 2
     assert message.format(**world) in error
     assert sorted(world["out"].parent.rglob("*")) == before
-
-
-def test_the_examples_commands_are_understood(world, monkeypatch):
-    """Every command of the table: its flags go together; the models themselves are not here."""
-    monkeypatch.setattr(twinflow, "check_model", lambda args: [])
-    text = (ROOT / "examples" / "twinflow" / "README.md").read_text()
-    rows = [line.split("`")[1] for line in text.splitlines() if line.startswith("| ") and "`$run" in line]
-    definitions = text.split("```bash\nopenuni=")[1].split("```")[0]
-    names = dict(re.findall(r'(\w+)="([^"]*)"', f"openuni={definitions}"))
-    torch.save(dict.fromkeys(OpenUni.parts, torch.zeros(1)), world["out"].parent / "openuni.pth")
-    assert len(rows) == 10
-    for row in rows:
-        words = re.sub(r"\$(\w+)", lambda name: names.get(name[1], ""), row)
-        words = re.sub(
-            r"--openuni_checkpoint=\S+", f"--openuni_checkpoint={world['out'].parent / 'openuni.pth'}", words
-        )
-        args = twinflow.parse_args([*words.split(), "--output_dir", str(world["out"])])
-        assert args.train_batch_size >= 4

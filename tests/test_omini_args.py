@@ -1,12 +1,9 @@
 """train_omini.py: bad input is one clear message, exit code 2, before any model is loaded, and nothing written."""
 
 import json
-import re
-import shlex
 
 import numpy as np
 import pytest
-from conftest import ROOT
 from PIL import Image
 
 import train_omini as omini
@@ -254,19 +251,3 @@ def test_the_reference_regex_and_adapters_of_another_rank(world, tmp_path):
     transformer = FluxTransformer2DModel.from_pretrained(world["model"], subfolder="transformer")
     names = lambda pattern: [name for name, _ in omini.target_layers(transformer, pattern)]  # noqa: E731
     assert names(f"({'|'.join(parts)})") == names(omini.TARGET_MODULES)
-
-
-def test_the_recipes_are_understood(monkeypatch):
-    """Every command of the examples' page, as far as that can be told without FLUX itself."""
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(omini, "check_model", lambda args: [])
-    monkeypatch.setattr(omini, "check_depth_model", lambda args: [])
-    page = (ROOT / "examples" / "omini" / "README.md").read_text().replace("\\\n", " ")
-    commands = re.findall(r"^(?:accelerate launch|python) train_omini.py (.*)$", page, flags=re.MULTILINE)
-    runs = [omini.parse_args(shlex.split(command)) for command in commands]
-    assert runs[2].condition_type == ["subject"]
-    assert runs[4].condition_type == ["canny", "deblurring", "depth", "fill"]
-    assert runs[7].condition_type == ["token_integration"]
-    assert (runs[2].optimizer, runs[2].rank, runs[2].lora_alpha or runs[2].rank) == ("prodigy", 16, 16)
-    assert runs[5].independent_condition
-    assert [c.position_scale for c in omini.conditions_of(runs[6])] == [2]

@@ -527,19 +527,6 @@ def test_the_published_commands_run(train, tiny_model, pictures, tmp_path, monke
     assert (run / LORA).exists() == ("frac=0" not in extra)
 
 
-def test_the_commands_of_the_examples_are_understood(tiny_model, pictures):
-    readme = (ROOT / "examples" / "dreambooth" / "README.md").read_text()
-    values = {"$MODEL_NAME": tiny_model, "$DATASET_NAME": pictures, "$OUTPUT_DIR": "3d-icon"}
-    modes = []
-    for block in readme.split(f"accelerate launch {SCRIPT}.py")[1:]:
-        command = block.split("```")[0].replace("\\\n", " ")
-        for name, value in values.items():
-            command = command.replace(name, str(value))
-        args = dreambooth.parse_args(shlex.split(command))
-        modes.append((args.train_text_encoder_ti, args.enable_t5_ti, args.train_transformer_frac))
-    assert modes == [(True, False, 1), (True, True, 1), (True, True, 0), (False, False, 1)]
-
-
 def test_the_optimizer_holds_rows_not_tables(train, flags, tmp_path, monkeypatch):
     optimizers = []
     honest = dreambooth.create_optimizer

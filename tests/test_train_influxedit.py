@@ -402,25 +402,6 @@ def test_two_processes_resume_bit_for_bit(modes, tmp_path):
     assert_equal(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
 
 
-def published_commands():
-    """The two published commands, as the example's page has them."""
-    return re.findall(r"```bash\n(accelerate launch .*?)```", README, re.S)
-
-
-@pytest.mark.parametrize("number", [0, 1], ids=["spatial", "edit"])
-def test_the_published_commands_run(train, tiny_fill, pairs, tmp_path, wandb_dir, number):
-    assert len(published_commands()) == 2
-    variables = {"MODEL_NAME": tiny_fill, "OUTPUT_DIR": tmp_path / "run", "PROMPT_DIR": pairs / "captions"}
-    variables |= {"INSTANCE_DIR": pairs / ("images" if number else "combined"), "TARGET_DIR": pairs / "targets"}
-    command = published_commands()[number].replace("\\\n", " ")
-    for name, value in variables.items():
-        command = command.replace(f"${name}", str(value))
-    flags = shlex.split(command)[3:]
-    small = ("--max_train_steps", 2, "--resolution", "32,48", "--validation_width", 32, "--validation_height", 32)
-    train(SCRIPT, *flags, *small, "--max_sequence_length", 8)
-    assert weights(tmp_path / "run")
-
-
 @pytest.mark.parametrize(
     "extra",
     [
