@@ -714,6 +714,8 @@ def compute_loss(predict, teacher, latents, cond, uncond, *, args, generator):
     """
     device, batch_size = latents.device, len(latents)
     kinds, t, target = sample_times(batch_size, args=args, generator=generator)
+    low, high = args.enhanced_range
+    enhanced_times = ((low <= t) & (t <= high)).tolist()
     t, target = t.to(device), target.to(device)
     of_kind = {kind: [i for i in range(batch_size) if kinds[i] == kind] for kind in KINDS}
     frozen = args.ema_decay_rate == 1
@@ -731,9 +733,8 @@ def compute_loss(predict, teacher, latents, cond, uncond, *, args, generator):
     adversarial = torch.tensor([kind == "adv" for kind in kinds], device=device)
     t, target = torch.where(adversarial, -t, t), torch.where(adversarial, -t, target)
 
-    low, high = args.enhanced_range
     real = [i for i in range(batch_size) if kinds[i] != "adv"]
-    guided = [i for i in real if low <= t[i] <= high] or real[:1]  # never none: processes would wait for each other
+    guided = [i for i in real if enhanced_times[i]] or real[:1]  # never none: processes would wait for each other
     if args.enhanced_ratio and guided:
         with torch.no_grad(), teacher():
             enhanced = enhance_target(
@@ -1019,9 +1020,10 @@ def main(args):
     for micro_step, batch in enumerate(read_batches(train_dataloader), start=sampler.start):
         with accelerator.accumulate(transformer):
             generator = step_generator(args.seed, *divmod(micro_step, accumulation), accelerator.process_index)
+            torch.manual_seed(generator.initial_seed())
             latents, cond, uncond = prepare_batch(batch, backbone, vae, args, device, offload)
             loss, losses = compute_loss(
-                functools.partial(predict, seed=generator.initial_seed()),
+                functools.partial(predict, seed=generator.initial_seed() if args.lora_dropout else None),
                 teacher,
                 latents,
                 cond,

@@ -519,7 +519,7 @@ def zero_parts(accelerator):
 def renew_weights(accelerator, model):
     """Lets a model compute with its sharded weights or DeepSpeed's `zero_parts` as they are, after they were changed
     in place: what was gathered or copied of them is of before."""
-    for module in model.modules():
+    for module in model.modules() if isinstance(model, FSDPModule) else ():
         if isinstance(module, FSDPModule):
             module.reshard()
     if accelerator.distributed_type == DistributedType.DEEPSPEED:

@@ -723,12 +723,13 @@ def step_logs(optimizer, grad_norm, num_images, started, device):
 
 def log_step(accelerator, progress_bar, metrics, step, logs):
     """Sends one step's numbers to the progress bar, the trackers and, on the main process, `open_metrics`' file."""
-    progress_bar.update()
+    shown = {name: f"{logs[name]:.3g}" for name in ("loss", "lr", "images_per_second")}
+    progress_bar.set_postfix(shown, refresh=False)
+    progress_bar.update()  # which draws it ten times a second at most
     if not progress_bar.disable and progress_bar.n - progress_bar.initial == FIRST_STEPS:
         left = (progress_bar.total - progress_bar.n) * progress_bar.format_dict["elapsed"] / FIRST_STEPS
         memory = f"{logs['peak_memory_gb']:.1f} GiB of memory"
         progress_bar.write(f"  expected {progress_bar.format_interval(left)} more, {memory}, by the first steps")
-    progress_bar.set_postfix({name: f"{logs[name]:.3g}" for name in ("loss", "lr", "images_per_second")})
     with writing(accelerator.logging_dir or "."):
         accelerator.log(logs, step=step)
     if metrics:
