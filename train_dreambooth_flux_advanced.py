@@ -209,7 +209,7 @@ def parse_args(argv=None):
     arg("--image_interpolation_mode", choices=INTERPOLATION, default="lanczos", help="how pictures are resized")
     arg("--train_batch_size", type=count, default=4, help="pictures per device and forward pass")
     arg("--dataloader_num_workers", type=number(int, 0), default=0, help="processes that read pictures; 0: none extra")
-    arg("--cache_latents", action="store_true", help="encode every picture once, before training: faster, smaller")
+    arg("--cache_latents", action="store_true", help="encode pictures once, before training: saves time and memory")
     arg("--cache_latents_to_disk", action="store_true", help="and keep them for later runs, by content: never stale")
     arg("--cache_text_encoder_outputs_to_disk", action="store_true", help="keep the embeddings of prompts so too")
     arg("--disk_cache_dir", type=Path, default="~/.cache/flux-trainers", help="folder where they are kept")
@@ -221,7 +221,7 @@ def parse_args(argv=None):
     arg("--num_class_images", type=count, default=100, help="number of class pictures to have")
     arg("--prior_loss_weight", type=not_negative, default=1.0, help="weight of their loss; more if the class changes")
     arg("--sample_batch_size", type=count, default=4, help="class pictures drawn at a time")
-    arg("--prior_generation_precision", choices=("no", "fp32", "fp16", "bf16"), help="in which they are drawn")
+    arg("--prior_generation_precision", choices=("no", "fp32", "fp16", "bf16"), help="precision they are drawn in")
 
     arg = parser.add_argument_group("pivotal tuning", "what is trained in the text encoders").add_argument
     arg("--train_text_encoder", action="store_true", help="train a LoRA for CLIP too")
@@ -245,7 +245,7 @@ def parse_args(argv=None):
     arg(
         "--lora_layers",
         "--lora_blocks",
-        help="such as attn.to_k,transformer_blocks.7.ff.net.2 (default: all of these two)",
+        help="names of layers that get an adapter, such as attn.to_k,ff.net.2 (default: the usual ones)",
     )
 
     arg = parser.add_argument_group("noise", "which noise levels are trained, and how much each counts").add_argument
@@ -278,7 +278,7 @@ def parse_args(argv=None):
     arg("--prodigy_use_bias_correction", action=Switch, default=True, help="Adam's bias correction")
     arg("--prodigy_safeguard_warmup", action=Switch, default=True, help="keep warm-up out of Prodigy's estimate")
     arg("--max_grad_norm", type=positive, default=1.0, help="longer gradients are scaled down to this norm")
-    arg("--gradient_accumulation_steps", type=count, default=1, help="batches per step: more of them, no more memory")
+    arg("--gradient_accumulation_steps", type=count, default=1, help="batches per step; in no more memory than one")
 
     arg = parser.add_argument_group("schedule and checkpoints", "how long, and what can be resumed").add_argument
     arg("--seed", type=number(int, 0), default=0, help="of data order, crops, noise, adapter and validation")

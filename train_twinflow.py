@@ -213,7 +213,7 @@ def parse_args(argv=None):
     arg("--image_interpolation_mode", choices=INTERPOLATION, default="lanczos", help="how pictures are resized")
     arg("--train_batch_size", type=count, default=4, help="pictures per device and forward pass")
     arg("--dataloader_num_workers", type=number(int, 0), default=0, help="processes that read pictures; 0: none extra")
-    arg("--cache_latents", action="store_true", help="encode every picture once, before training: faster, smaller")
+    arg("--cache_latents", action="store_true", help="encode pictures once, before training: saves time and memory")
 
     arg = parser.add_argument_group("twinflow", "the method; --recipe sets these, what is typed wins").add_argument
     arg("--recipe", choices=tuple(RECIPES), default="twinflow", help="a name for a set of the values below")
@@ -238,7 +238,7 @@ def parse_args(argv=None):
     arg(
         "--lora_layers",
         "--lora_blocks",
-        help="such as attn.to_k,transformer_blocks.7.ff.net.2 (default: all of these two)",
+        help="names of layers that get an adapter, such as attn.to_k,ff.net.2 (default: the usual ones)",
     )
 
     arg = parser.add_argument_group("noise", "which noise levels are trained, and how much each counts").add_argument
@@ -263,7 +263,7 @@ def parse_args(argv=None):
     arg("--prodigy_use_bias_correction", action=Switch, default=True, help="Adam's bias correction")
     arg("--prodigy_safeguard_warmup", action=Switch, default=True, help="keep warm-up out of Prodigy's estimate")
     arg("--max_grad_norm", type=positive, default=1.0, help="longer gradients are scaled down to this norm")
-    arg("--gradient_accumulation_steps", type=count, default=1, help="batches per step: more of them, no more memory")
+    arg("--gradient_accumulation_steps", type=count, default=1, help="batches per step; in no more memory than one")
 
     arg = parser.add_argument_group("schedule and checkpoints", "how long, and what can be resumed").add_argument
     arg("--seed", type=number(int, 0), default=0, help="of data order, crops, noise, adapter and validation")

@@ -60,6 +60,15 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         kinds = {Path: "PATH", int: "N", "whole number": "N", "number": "X"}
         return kinds.get(action.type) or kinds.get(getattr(action.type, "__name__", ""), "TEXT")
 
+    def _format_args(self, action, default_metavar):
+        """`A ...` of several values, not `A [A ...]`, which long choices make unreadable."""
+        several = action.nargs == argparse.ONE_OR_MORE
+        return (
+            f"{self._metavar_formatter(action, default_metavar)(1)[0]} ..."
+            if several
+            else (super()._format_args(action, default_metavar))
+        )
+
     def _format_action_invocation(self, action):
         switch = isinstance(action, argparse.BooleanOptionalAction)
         return ", ".join(action.option_strings) if switch else super()._format_action_invocation(action)
