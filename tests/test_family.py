@@ -92,18 +92,29 @@ def test_every_flag_has_a_group_and_a_help_text(script):
     assert help_text.count("(default:") >= len(told)
 
 
-def only_checks(part):
-    """Whether a part of a module reads flags without using them."""
-    changeable = isinstance(part, ast.Assign) and ast.unparse(part.targets[0]) == "CHANGEABLE"
-    return changeable or getattr(part, "name", "").startswith(("parse_args", "check_"))
+def parts_used(script):
+    """The parts of a trainer, and those of the rooms that it names, but for what only lists or checks flags."""
+    rooms = [part for path in ROOT.glob("common/*.py") for part in ast.parse(path.read_text()).body]
+    parts, names = [], set()
+    waiting = ast.parse((ROOT / f"{script}.py").read_text()).body
+    while waiting:
+        waiting = [part for part in waiting if not names_of(part)[0].startswith(("parse_args", "check_"))]
+        parts += [part for part in waiting if names_of(part)[0] not in ("CHANGEABLE", "SETTINGS")]
+        new = {n.id for part in waiting for n in ast.walk(part) if isinstance(n, ast.Name)} - names
+        names |= new
+        waiting = [part for part in rooms if new & {*names_of(part)}]
+    return parts
+
+
+def names_of(part):
+    """What a part of a module defines."""
+    nodes = [node for target in getattr(part, "targets", ()) for node in ast.walk(target)]
+    return [part.name] if hasattr(part, "name") else [n.id for n in nodes if isinstance(n, ast.Name)] or [""]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_flag_is_read_outside_the_parser(script):
-    tree = ast.parse((ROOT / f"{script}.py").read_text())
-    bodies = [tree, *(ast.parse(path.read_text()) for path in ROOT.glob("common/*.py"))]
-    inside = {id(node) for body in bodies for part in body.body if only_checks(part) for node in ast.walk(part)}
-    nodes = [node for body in bodies for node in ast.walk(body) if id(node) not in inside]
+    nodes = [node for part in parts_used(script) for node in ast.walk(part)]
     read = {n.attr for n in nodes if isinstance(n, ast.Attribute) and ast.unparse(n.value) in ("args", "self.args")}
     read |= {n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)}  # getattr(args, name)
     read |= {f"prodigy_{name}" for name in read}  # create_optimizer
