@@ -686,6 +686,23 @@ def find_stream(args):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def add_adapters(transformer, conditions, args):
+    """A LoRA for each adapter of the conditions, as in --lora_path if given: {its name: that of its file}."""
+    files = {name: f"{name}.safetensors" for name in adapter_names(conditions)}
+    for name in files:
+        add_lora(
+            transformer,
+            rank=args.rank,
+            alpha=args.lora_alpha or args.rank,
+            dropout=args.lora_dropout,
+            target_modules=args.target_modules or TARGET_MODULES,
+            adapter_name=name,
+        )
+    for name, path in zip(files, args.lora_path or (), strict=False):
+        load_lora(path.parent, {"transformer": transformer}, adapter_name=name, weight_name=path.name)
+    return files
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Objective
 # ---------------------------------------------------------------------------------------------------------------------
@@ -915,19 +932,7 @@ def main(args):
     transformer = load_model(FluxTransformer2DModel, "transformer", args, weight_dtype)
     base_size = sum(parameter.numel() for parameter in transformer.parameters())
     quantize_base(transformer, weight_dtype, args.quantize_base).to(first_device(accelerator, args))
-    files = {name: f"{name}.safetensors" for name in adapter_names(conditions)}
-    modules = {"transformer": transformer}
-    for name in files:
-        add_lora(
-            transformer,
-            rank=args.rank,
-            alpha=args.lora_alpha or args.rank,
-            dropout=args.lora_dropout,
-            target_modules=args.target_modules or TARGET_MODULES,
-            adapter_name=name,
-        )
-    for name, path in zip(files, args.lora_path or (), strict=False):
-        load_lora(path.parent, modules, adapter_name=name, weight_name=path.name)
+    files, modules = add_adapters(transformer, conditions, args), {"transformer": transformer}
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     if args.fsdp:

@@ -35,6 +35,7 @@ from common import (
     check_shared_flags,
     count_skipped,
     fail,
+    names_in,
     number,
     run_settings,
     start,
@@ -418,8 +419,7 @@ def check_model(args):
 
 def lora_targets(args):
     """The layers that --lora_layers names."""
-    names = [name.strip() for name in (args.lora_layers or "").split(",") if name.strip()]
-    return names or list(BACKBONES[args.model_type].targets)
+    return names_in(args.lora_layers) or list(BACKBONES[args.model_type].targets)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -492,9 +492,8 @@ class TwinFlowDataset(Dataset):
         rng, example = np.random.default_rng((args.seed, epoch, index)), self.examples[index]
         caption = example.captions[rng.integers(len(example.captions))]
         key = index, bool(args.random_flip and rng.random() < 0.5)
-        about = (
-            (index, example.stamp) if example.read_reference else ()
-        )  # the text encoder of an edit sees the picture too
+        # the text encoder of an edit sees the picture too
+        about = (index, example.stamp) if example.read_reference else ()
         prompts = {"cond": (caption, *about), "uncond": (args.uncond_prompt, *about)}
         sample = {name: self.encoded.load("prompt", *prompt) for name, prompt in prompts.items()}
         if args.cache_latents and not args.image_free:
@@ -806,7 +805,7 @@ def encode_prompts(accelerator, backbone, dataset, encoded, args, dtype):
     encoded.fill(accelerator, items, encode, "Encoding prompts")
 
 
-def cache_latents(accelerator, backbone, vae, dataset, encoded):
+def cache_latents(accelerator, vae, dataset, encoded):
     """Latents of every picture, as training can ask for it."""
 
     @torch.no_grad()
@@ -944,15 +943,16 @@ def main(args):
     vae = backbone.load_vae(weight_dtype).to("cpu" if offload else device)
     if args.cache_latents and not args.image_free:
         with offload_models(vae, device=device, offload=offload):
-            cache_latents(accelerator, backbone, vae, dataset, encoded)
+            cache_latents(accelerator, vae, dataset, encoded)
 
     # 4. Transformer, teacher
     full = args.training == "full"
     deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
     # of the weights; what is trained is always float32, with DeepSpeed a copy of its own
     dtype = torch.float32 if full and not deepspeed else weight_dtype
-    transformer = quantize_base(backbone.load_transformer(dtype), dtype, args.quantize_base)
-    transformer.to(first_device(accelerator, args))
+    transformer = backbone.load_transformer(dtype)
+    base_size = count_weights(transformer.parameters())
+    quantize_base(transformer, dtype, args.quantize_base).to(first_device(accelerator, args))
     set_seed(args.seed)  # whatever was encoded, or found encoded, before
     if full:
         add_target_time(transformer, backbone.time_module, args.target_time_init)
@@ -997,8 +997,8 @@ def main(args):
     )
 
     # 7. Train
-    about, size = about_run(args, dataset), count_weights(bare.parameters())
-    print_header(accelerator, args, about, params.values(), size, max_train_steps, steps_per_epoch)
+    about = about_run(args, dataset)
+    print_header(accelerator, args, about, params.values(), base_size, max_train_steps, steps_per_epoch)
     start_logging(accelerator, args, "twinflow", global_step)
     predict = functools.partial(
         predict_velocity,

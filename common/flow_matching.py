@@ -1,4 +1,4 @@
-"""Flow matching: which noise levels are trained, the noisy sample, its velocity, and the weight of its loss.
+"""Flow matching: noise levels, the noisy sample, the weight of its loss, sampling in few steps, models' velocities.
 
 x_σ = (1 - σ) x_0 + σ ε,   the model predicts v = ε - x_0,   σ in [0, 1], timestep t = 1000 σ
 """

@@ -1,4 +1,4 @@
-"""LoRA adapters in, LoRA files out, and checkpoints that are whole or absent."""
+"""LoRA adapters in, LoRA files out, models over several processes, and checkpoints that are whole or absent."""
 
 import datetime
 import hashlib
@@ -93,7 +93,7 @@ CHECKSUMS = "checksums.json"  # of a checkpoint's files
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Adapters and LoRA files
+# Models, adapters and their files, optimizers
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -388,7 +388,7 @@ def register_lora_checkpointing(accelerator, pipeline_class, modules, optimizer,
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Full training, sharded or not
+# Several processes: FSDP2, DeepSpeed; full training
 # ---------------------------------------------------------------------------------------------------------------------
 
 

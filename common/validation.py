@@ -1,4 +1,5 @@
-"""Sampling while training, without a trace in the training: images, grids, metrics, trackers."""
+"""Prompts and pictures: text encoders, single files, sampling while training, without a trace in the training; and
+what a run tells: grids, metrics, trackers, model cards."""
 
 import errno
 import functools
@@ -368,7 +369,7 @@ def sampling_pipeline(pipeline_class, transformer, vae, noise_scheduler):
     )
 
 
-def generate_images(accelerator, pipeline, calls, *, seed, desc="Validation"):
+def generate_images(accelerator, pipeline, calls, *, seed):
     """One image per dictionary of pipeline arguments in `calls`, image i from a generator seeded with `seed` + i.
 
     The processes share the work, but for a sharded model, which needs all of them for each image; each process
@@ -380,7 +381,8 @@ def generate_images(accelerator, pipeline, calls, *, seed, desc="Validation"):
     numbered = list(enumerate(calls))
     sharing = nullcontext(numbered) if sharded else accelerator.split_between_processes(numbered)
     with sharing as share, accelerator.autocast():
-        for i, call in tqdm(share, desc=desc, unit="image", leave=False, disable=not accelerator.is_main_process):
+        quiet = not accelerator.is_main_process
+        for i, call in tqdm(share, desc="Validation", unit="image", leave=False, disable=quiet):
             generator = torch.Generator().manual_seed(seed + i)  # on the CPU: the same image on every device
             images += pipeline(**call, generator=generator).images
     return images if sharded else gather_object(images)
@@ -875,11 +877,12 @@ def print_header(accelerator, args, about, params, base_size, max_train_steps, s
     `batch` is the number of pictures if it is not --train_batch_size.
     """
     trainable, batch = count_weights(params), batch or args.train_batch_size
+    share = min(1, trainable / base_size)  # a second time embedding is trained beside all there is
     steps = f"{max_train_steps}, {steps_per_epoch or 'unknown'} per epoch; a step is batch {batch} x "
     steps += f"accumulation {args.gradient_accumulation_steps} x {accelerator.num_processes} {accelerator.device.type}"
     lines = {
         "model": args.pretrained_model_name_or_path,
-        "trained": f"{trainable:,} parameters, {trainable / base_size:.2%} of all",
+        "trained": f"{trainable:,} parameters, {share:.2%} of all",
         **about,
         "steps": steps,
         "numbers": f"mixed precision {accelerator.mixed_precision}, seed {args.seed}",

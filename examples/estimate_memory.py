@@ -35,6 +35,7 @@ from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from common.flow_matching import BACKBONES, add_target_time
 from common.latents import encode_images
 from common.lora import (
     FLUX_TARGET_MODULES,
@@ -46,7 +47,6 @@ from common.lora import (
     quantize_base,
     shard,
 )
-from train_twinflow import BACKBONES, add_target_time
 
 
 GIB = 2**30
@@ -76,7 +76,7 @@ OPTIMIZER = {
 class Model:
     """The parts of a pipeline; parts are functions that build them."""
 
-    backbone: str  # of train_twinflow: how the transformer is called
+    backbone: str  # of common.flow_matching: how the transformer is called
     transformer: type
     config: dict
     conditions: dict  # shapes without the batch dimension

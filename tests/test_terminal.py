@@ -57,6 +57,15 @@ def test_a_run_says_what_matters_and_nothing_else(script, short_runs, pictures, 
     assert [*tmp_path.glob("*.png")]
 
 
+def test_packed_weights_count_as_what_they_stand_for(train, short_runs, tmp_path, capsys):
+    trained = set()
+    for kind in ("none", "nf4"):
+        flags = [*short_runs["train_twinflow"], "--quantize_base", kind, "--max_train_steps", 1]
+        train("train_twinflow", *flags, "--output_dir", tmp_path / kind)
+        trained |= set(re.findall("^  trained  (.* of all)$", capsys.readouterr().out, re.MULTILINE))
+    assert len(trained) == 1
+
+
 def test_verbose_lets_the_libraries_speak(short_runs, tmp_path):
     flags = [*short_runs["train_dreambooth_flux_advanced"], "--verbose", "--output_dir", tmp_path / "run"]
     done = run(["train_dreambooth_flux_advanced.py", *flags])

@@ -23,9 +23,9 @@ import torch
 from diffusers.training_utils import free_memory
 from PIL import Image
 
-from common.flow_matching import BACKBONES, STYLES, load_two_times, sample_flow
+from common.flow_matching import BACKBONES, STYLES, load_two_times, predict_velocity, sample_flow
 from common.latents import decode_images, encode_images, to_image, upright
-from train_twinflow import predict_velocity, stack_conditions, to_pixels
+from train_twinflow import stack_conditions, to_pixels
 
 
 def trained_args(folder):
