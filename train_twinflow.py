@@ -918,13 +918,8 @@ def main(args):
     dataset = TwinFlowDataset(examples, encoded, args)
     num_processes, accumulation = accelerator.num_processes, args.gradient_accumulation_steps
     total_batch_size = args.train_batch_size * accumulation * num_processes
-    sampler = StepSampler(
-        [0] * len(dataset),
-        args.train_batch_size,
-        seed=args.seed,
-        process_index=accelerator.process_index,
-        num_processes=num_processes,
-    )
+    processes = {"process_index": accelerator.process_index, "num_processes": num_processes}
+    sampler = StepSampler([0] * len(dataset), args.train_batch_size, seed=args.seed, **processes)
     steps_per_epoch = math.ceil(sampler.steps_per_epoch / accumulation)
     max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
     validation_steps = args.validation_steps or args.validation_epochs * steps_per_epoch
