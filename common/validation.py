@@ -821,10 +821,9 @@ def save_model_card(args, text, tags, base_model, trigger_words=(), **data):
     if trigger_words:
         parts.append("## Trigger words\n\n" + "\n".join(f"- `{word}`" for word in trigger_words))
     if pictures := sorted((folder / "validation").glob("step-*.png")):
-        first, last = (path.relative_to(folder).as_posix() for path in (pictures[0], pictures[-1]))
-        data["widget"] = [{"text": args.validation_prompt or folder.name, "output": {"url": last}}]
-        shown = {"Before training": first, "After": last} if first != last else {"After training": last}
-        parts.append("## Pictures\n\n" + "\n\n".join(f"{when}:\n\n![{when}]({path})" for when, path in shown.items()))
+        shown = {int(path.stem[5:]): path.relative_to(folder).as_posix() for path in (pictures[0], pictures[-1])}
+        data["widget"] = [{"text": args.validation_prompt or folder.name, "output": {"url": [*shown.values()][-1]}}]
+        parts += ["## Pictures", *(f"Step {step}:\n\n![step {step}]({path})" for step, path in shown.items())]
     rows = [f"| {name} | {vars(args)[name]} |" for name in SETTINGS if vars(args).get(name) is not None]
     parts.append("## Settings\n\nAll are in `args.json`.\n\n| flag | value |\n| --- | --- |\n" + "\n".join(rows))
     metadata = ModelCardData(
@@ -908,7 +907,7 @@ def finish(accelerator, args, step, results, command, hub_repo=None, unwanted=()
     accelerator.print(f"Trained {step} steps. In {args.output_dir}:")
     width = max([7, *map(len, files)]) + 2
     accelerator.print("\n".join(f"  {what:{width}}{path}" for what, path in files.items()))
-    examples = Path(sys.argv[0]).parent / "examples"
+    examples = shlex.quote(str(Path(sys.argv[0]).parent / "examples"))
     accelerator.print(f"See how it went:\n  python {examples}/report.py {shlex.quote(str(args.output_dir))}")
     accelerator.print(f"Draw with it:\n  python {examples}/{command}")
     if hub_repo:
