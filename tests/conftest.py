@@ -136,12 +136,16 @@ def train():
     def run(script, *flags):
         from accelerate.state import AcceleratorState, GradientState, PartialState
 
+        def forget():
+            for state in (AcceleratorState, GradientState, PartialState):
+                state._reset_state()
+
         module = importlib.import_module(script)
+        forget()  # an Accelerator of another test
         try:
             module.main(module.parse_args([str(flag) for flag in flags]))
         finally:
-            for state in (AcceleratorState, GradientState, PartialState):
-                state._reset_state()
+            forget()
 
     return run
 
