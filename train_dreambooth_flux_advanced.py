@@ -776,6 +776,7 @@ def describe(args, dtype, text, prompt, embeddings_name, hub_repo=None):
         load.append(f"pipeline.load_lora_weights({(hub_repo or str(lora.parent))!r}, weight_name={lora.name!r})")
     if text.new_tokens:
         imports = "\nfrom huggingface_hub import hf_hub_download" if hub_repo else ""
+        imports += "\nfrom safetensors.torch import load_file"
         embeddings = f"hf_hub_download({hub_repo!r}, {embeddings_name!r})" if hub_repo else ""
         load.append(f"rows = load_file({embeddings or repr(str(folder / embeddings_name))})")
         if single_file(args):  # trained so, as ComfyUI draws; FLUX.1-dev's folder says 2: pool at the last new token
@@ -799,7 +800,6 @@ For {args.pretrained_model_name_or_path}: {", ".join(adapter + words)}, by Dream
 ```python
 import torch
 from diffusers import FluxPipeline{imports}
-from safetensors.torch import load_file
 
 pipeline = FluxPipeline.from_pretrained({", ".join(model)})
 {load}

@@ -178,9 +178,7 @@ def parse_args(argv=None):
     share, decay = number(float, 0, 1), number(float, 0, 0.9999999)
 
     arg = parser.add_argument_group("model", "what is trained, in which precision").add_argument
-    arg(
-        "--pretrained_model_name_or_path", required=True, metavar="MODEL", help="folder or hub id of a FLUX.1 pipeline"
-    )
+    arg("--pretrained_model_name_or_path", required=True, metavar="MODEL", help="folder or hub id of a pipeline")
     arg("--model_type", choices=tuple(BACKBONES), default="flux", help="which kind of pipeline that is")
     arg("--training", choices=TRAINING, default="full", help="all weights, or an adapter; recipes lora-* set lora")
     arg("--openuni_checkpoint", type=Path, metavar="FILE", help="for openuni: its .pth; MODEL is the Sana below it")
@@ -278,8 +276,8 @@ def parse_args(argv=None):
     arg = parser.add_argument_group("validation", "pictures while training, which they never change").add_argument
     arg("--validation_prompt", help="prompt to draw, first before training and last after it")
     arg("--validation_image", type=Path, help="for qwenimage-edit: picture to edit by it")
-    samplers = ["few:1", "few:2", "any:4"]
-    arg("--validation_samplers", type=sampler_name, nargs="+", default=samplers, help="few, any or mul : steps")
+    samplers, name = ["few:1", "few:2", "any:4"], "STYLE:STEPS"
+    arg("--validation_samplers", type=sampler_name, nargs="+", default=samplers, metavar=name, help="few, any or mul")
     arg("--num_validation_images", type=count, default=4, help="pictures each time")
     arg("--validation_epochs", type=count, default=50, help="epochs between validations")
     arg("--validation_steps", type=count, help="steps between validations, instead of epochs")
@@ -897,7 +895,8 @@ def about_run(args, dataset):
     what = "prompts" if args.image_free else "pictures"
     return {
         "kind": f"{args.model_type}, {'all weights' if args.training == 'full' else 'LoRA'}",
-        "recipe": f"{args.recipe}: a batch is {kinds}; order {args.estimate_order}, guidance {args.enhanced_ratio:g}",
+        "recipe": f"{args.recipe}, order {args.estimate_order}, guidance {args.enhanced_ratio:g}",
+        "batch": kinds,
         "teacher": teacher,
         "data": f"{len(dataset.examples)} {what} at {args.resolution} px",
     }

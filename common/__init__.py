@@ -52,8 +52,11 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """The default in the help of every argument that has one, the example command as it stands."""
 
     def _get_help_string(self, action):
-        silent = action.default is None or action.default is False  # 0 is worth telling
-        return action.help if silent else super()._get_help_string(action)
+        if action.default is None or action.default is False:  # 0 is worth telling
+            return action.help
+        if isinstance(action.default, (list, tuple)):  # as it would be typed
+            return f"{action.help} (default: {' '.join(map(str, action.default))})"
+        return super()._get_help_string(action)
 
     def _get_default_metavar_for_optional(self, action):
         """What kind of value a flag takes, where the flag's own name would only be repeated."""
@@ -103,7 +106,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, doc, aliases=()):
         super().__init__(
-            usage="%(prog)s [options]; --help explains them",
+            usage="%(prog)s [options] [@file of options]; --help explains them",
             description=doc.split("\n\n")[0],
             epilog="example:" + doc.split("`accelerate config`:\n")[1].split("\n\n`output_dir`")[0],
             formatter_class=HelpFormatter,

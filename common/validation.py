@@ -11,6 +11,7 @@ import os
 import random
 import resource
 import shlex
+import shutil
 import sys
 import time
 from contextlib import contextmanager, nullcontext, suppress
@@ -71,7 +72,7 @@ SETTINGS = (  # that a model card shows
     *("mixed_precision", "optimizer", "learning_rate", "lr_scheduler", "train_batch_size"),
     *("gradient_accumulation_steps", "max_train_steps", "num_train_epochs", "guidance_scale", "seed"),
 )
-FIRST_STEPS = 5  # whose time tells how long a run takes
+FIRST_STEPS = 5  # whose time tells how long a run takes, but for the first, which may compile
 CLIP_TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "out_proj")
 TOKENIZERS = ("tokenizer", "tokenizer_2")
 CHECKPOINT_PREFIX, FLUX_ROOTS = "model.diffusion_model.", {name.split(".")[0] for name in FLUX_LAYERS}
@@ -725,11 +726,13 @@ def step_logs(optimizer, grad_norm, num_images, started, device):
 
 def log_step(accelerator, progress_bar, metrics, step, logs):
     """Sends one step's numbers to the progress bar, the trackers and, on the main process, `open_metrics`' file."""
-    shown = {name: f"{logs[name]:.3g}" for name in ("loss", "lr", "images_per_second")}
-    progress_bar.set_postfix(shown, refresh=False)
+    progress_bar.set_postfix({name: f"{logs[name]:.3g}" for name in ("loss", "lr")}, refresh=False)
     progress_bar.update()  # which draws it ten times a second at most
-    if not progress_bar.disable and progress_bar.n - progress_bar.initial == FIRST_STEPS:
-        left = (progress_bar.total - progress_bar.n) * progress_bar.format_dict["elapsed"] / FIRST_STEPS
+    elapsed, done = progress_bar.format_dict["elapsed"], 0 if progress_bar.disable else step - progress_bar.initial
+    if done == 1:
+        progress_bar.first = elapsed
+    if done == FIRST_STEPS:
+        left = (progress_bar.total - step) * (elapsed - progress_bar.first) / (FIRST_STEPS - 1)
         memory = f"{logs['peak_memory_gb']:.1f} GiB of memory"
         progress_bar.write(f"  expected {progress_bar.format_interval(left)} more, {memory}, by the first steps")
     with writing(accelerator.logging_dir or "."):
@@ -824,7 +827,9 @@ def save_model_card(args, text, tags, base_model, trigger_words=(), **data):
         shown = {int(path.stem[5:]): path.relative_to(folder).as_posix() for path in (pictures[0], pictures[-1])}
         data["widget"] = [{"text": args.validation_prompt or folder.name, "output": {"url": [*shown.values()][-1]}}]
         parts += ["## Pictures", *(f"Step {step}:\n\n![step {step}]({path})" for step, path in shown.items())]
-    rows = [f"| {name} | {vars(args)[name]} |" for name in SETTINGS if vars(args).get(name) is not None]
+    values = {name: vars(args).get(name) for name in SETTINGS}
+    values["num_train_epochs"] = None if args.max_train_steps else args.num_train_epochs  # the steps win
+    rows = [f"| {name} | {value} |" for name, value in values.items() if value is not None]
     parts.append("## Settings\n\nAll are in `args.json`.\n\n| flag | value |\n| --- | --- |\n" + "\n".join(rows))
     metadata = ModelCardData(
         library_name="diffusers", tags=[*tags, "diffusers-training"], base_model=base_model, **data
@@ -908,7 +913,11 @@ def finish(accelerator, args, step, results, command, hub_repo=None, unwanted=()
     width = max([7, *map(len, files)]) + 2
     accelerator.print("\n".join(f"  {what:{width}}{path}" for what, path in files.items()))
     examples = shlex.quote(str(Path(sys.argv[0]).parent / "examples"))
-    accelerator.print(f"See how it went:\n  python {examples}/report.py {shlex.quote(str(args.output_dir))}")
-    accelerator.print(f"Draw with it:\n  python {examples}/{command}")
+    known = (
+        Path(shutil.which("python") or "").parent == Path(sys.executable).parent
+    )  # else its environment is not activated
+    program = f"{'python' if known else shlex.quote(sys.executable)} {examples}"
+    accelerator.print(f"See how it went:\n  {program}/report.py {shlex.quote(str(args.output_dir))}")
+    accelerator.print(f"Draw with it:\n  {program}/{command}")
     if hub_repo:
         push_to_hub(args, hub_repo, unwanted, beside)

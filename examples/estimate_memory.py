@@ -19,6 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
 
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import common  # noqa: F401  first, for it quiets the libraries below
+
+
+# isort: split
 import bitsandbytes
 import diffusers
 import torch
@@ -31,9 +38,6 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from common.flow_matching import BACKBONES, add_target_time
 from common.latents import encode_images

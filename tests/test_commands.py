@@ -50,6 +50,7 @@ NOT_RUN = {
     "hf": "needs the network",
     "pip": "installs; what it would install runs this test",
     "pytest": "these tests themselves",
+    "source": "a virtual environment, which these tests run in",
     "tests/run.sh": "these tests themselves",
     "examples/quickstart.sh": "installs; the commands in it are run as a page of their own",
     "examples/dgx_spark/download.sh": "34 GB; tests/test_dgx_spark.py runs it against a server of its own",

@@ -3,6 +3,7 @@
 import argparse
 import ast
 import importlib
+import re
 
 import pytest
 from conftest import ROOT
@@ -20,6 +21,24 @@ GROUPS = [
     "validation",
     "output and logging",
 ]
+FUNCTIONS = [
+    "parse_args",
+    "check_flags",
+    "check_model",
+    "find_examples",
+    "compute_loss",
+    "validate",
+    "describe",
+    "main",
+]
+STEPS = {  # of main, whose third and fourth say what is loaded when
+    "1": "Accelerator, logging, seed",
+    "2": "Data",
+    "5": "Optimizer and schedule",
+    "6": "Prepare and resume",
+    "7": "Train",
+    "8": "Save and final validation",
+}
 # Flags that a trainer's paper or published command sets otherwise than the others.
 OWN = {
     "train_influxedit": {
@@ -30,6 +49,7 @@ OWN = {
         "num_validation_images",  # 1, of each prompt
         "validation_steps",  # 50
     },
+    "train_twinflow": {"pretrained_model_name_or_path"},  # of several kinds
     "train_omini": {
         *("optimizer", "learning_rate", "adam_weight_decay", "max_grad_norm", "guidance_scale"),
         *("timestep_sampling", "lora_alpha", "output_dir"),
@@ -87,7 +107,8 @@ def test_every_flag_has_a_group_and_a_help_text(script):
     assert [title for title in titles if title in GROUPS] == GROUPS
     help_text = parser.format_help()
     assert all(f"--{action.dest}" in help_text for action in flags_of(script))
-    assert "accelerate launch" in help_text
+    assert "accelerate launch" in help_text and "[@file of options]" in help_text
+    assert "(default: [" not in help_text and "(default: (" not in help_text  # which nobody could type
     told = [action for action in flags_of(script) if action.default is not None and action.default is not False]
     assert help_text.count("(default:") >= len(told)
 
@@ -127,6 +148,16 @@ def test_banners_stand_in_the_same_order(script):
     rule = "# " + "-" * 117
     banners = [lines[i][2:] for i in range(1, len(lines) - 1) if lines[i - 1] == lines[i + 1] == rule]
     assert banners == BANNERS
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_functions_and_steps_stand_in_the_same_order(script):
+    text = (ROOT / f"{script}.py").read_text()
+    names = [node.name for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)]
+    assert [name for name in names if name in FUNCTIONS] == FUNCTIONS
+    steps = dict(re.findall(r"^    # (\d)\. (.*)$", text.split("\ndef main(args):\n")[1], re.M))
+    assert "".join(steps) == "12345678"
+    assert STEPS.items() <= steps.items()
 
 
 def test_a_flag_means_the_same_in_every_trainer():

@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -28,14 +29,19 @@ def test_a_run_says_what_matters_and_nothing_else(script, short_runs, pictures, 
         flags += ["--validation_image", pictures / "0.png"]
     if script == "train_influxedit":
         flags += ["--validation_width", 32, "--validation_height", 32]
-    done = run([f"{script}.py", *flags, "--max_train_steps", 7, "--output_dir", tmp_path / "run"])
+    activated = script != SCRIPTS[0]  # the environment that Python is of
+    path = str(Path(sys.executable).parent if activated else tmp_path)
+    done = run([f"{script}.py", *flags, "--max_train_steps", 7, "--output_dir", tmp_path / "run"], PATH=path)
     assert done.returncode == 0, done.stderr
     header, closing = done.stdout.split("Trained 7 steps.")
     labels = [line[2:11].strip() for line in header.splitlines()]
+    assert all(len(line) <= 80 for line in header.splitlines() if not re.match("  (model|output) ", line))
     assert labels[:2] == ["model", "trained"] and {"data", "steps", "numbers", "output"} <= {*labels}
     expected = re.search(r"expected (\d\d:\d\d) more, (\d+\.\d) GiB of memory", done.stdout)
     assert expected and float(expected[2]) > 0.1
     files, report, command = re.split("See how it went:|Draw with it:", closing)
+    program = "python" if activated else sys.executable
+    assert [shlex.split(report)[0], shlex.split(command)[0]] == [program] * 2
     assert run(shlex.split(report)[1:]).returncode == 0
     assert (tmp_path / "run" / "report.html").exists()
     listed = re.findall(r"^  \S.*?  +(/.*)$", files, re.MULTILINE)
@@ -47,6 +53,7 @@ def test_a_run_says_what_matters_and_nothing_else(script, short_runs, pictures, 
     pictures_shown = re.findall(r"!\[.*\]\((.+)\)", card)
     assert pictures_shown == ["validation/step-000000.png", "validation/step-000007.png"]
     assert all((tmp_path / "run" / path).exists() for path in pictures_shown)
+    assert "num_train_epochs" not in card  # --max_train_steps wins
     assert "## Settings" in card and "| rank | 2 |" in card and "url: validation/step-000007.png" in card
 
     command = command.replace("PICTURE", shlex.quote(str(pictures / "0.png")))

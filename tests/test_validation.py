@@ -1,8 +1,11 @@
 """common/validation.py: sampling leaves no trace, grids and metrics are right."""
 
+import io
 import json
 import math
 import random
+import re
+import time
 
 import numpy as np
 import pytest
@@ -10,10 +13,12 @@ import torch
 from accelerate import Accelerator
 from diffusers import FluxPipeline
 from PIL import Image, ImageFont
+from tqdm.auto import tqdm
 
 from common.validation import (
     generate_images,
     image_grid,
+    log_step,
     open_metrics,
     plot_metrics,
     running_mean,
@@ -127,6 +132,19 @@ def test_the_plot_marks_checkpoints_the_pivot_and_prodigys_d(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     plot_metrics(tmp_path)
     assert colors_in(tmp_path / "loss.png")["black"] > marked["black"] + 500
+
+
+def test_the_time_that_is_left_is_that_of_steps_after_the_first(capsys):
+    """Which may compile; and at 80 columns the bar leaves room for all it says."""
+    terminal, logs = io.StringIO(), {"loss": 0.6824, "lr": 1e-4, "images_per_second": 100.0, "peak_memory_gb": 1.0}
+    bar = tqdm(total=1000, desc="Training", unit="step", file=terminal, ncols=80, mininterval=0)
+    for step in range(1, 6):
+        time.sleep(0.5 if step == 1 else 0.001)
+        log_step(Accelerator(), bar, None, step, logs)
+    bar.refresh()
+    minutes, seconds = re.search(r"expected (\d\d):(\d\d) more, 1.0 GiB", capsys.readouterr().out).groups()
+    assert 60 * int(minutes) + int(seconds) < 60  # with the first step at least 99
+    assert terminal.getvalue().split("\r")[-1].rstrip().endswith("step/s, loss=0.682, lr=0.0001]")
 
 
 @pytest.mark.parametrize("window", [1, 2, 50])

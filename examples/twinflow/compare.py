@@ -14,12 +14,16 @@ import random
 import sys
 from pathlib import Path
 
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import common  # noqa: F401  first, for it quiets the libraries below
+
+
+# isort: split
 import numpy as np
 import torch
 from diffusers import FluxPipeline
-
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from common.validation import image_grid
 from examples.toy.pretrain import encode, to_tensor
