@@ -105,10 +105,11 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, doc, aliases=()):
+        example = doc.split("`accelerate config`:\n")[1].split("\n\n`output_dir`")[0]
         super().__init__(
-            usage="%(prog)s [options] [@file of options]; --help explains them",
+            usage="%(prog)s [options] [@file]; --help explains them",
             description=doc.split("\n\n")[0],
-            epilog="example:" + doc.split("`accelerate config`:\n")[1].split("\n\n`output_dir`")[0],
+            epilog=f"example:{example}\n\n@file: a file of options with # comments, such as examples/*/*.args",
             formatter_class=HelpFormatter,
             fromfile_prefix_chars="@",
             allow_abbrev=False,

@@ -107,7 +107,7 @@ def test_every_flag_has_a_group_and_a_help_text(script):
     assert [title for title in titles if title in GROUPS] == GROUPS
     help_text = parser.format_help()
     assert all(f"--{action.dest}" in help_text for action in flags_of(script))
-    assert "accelerate launch" in help_text and "[@file of options]" in help_text
+    assert "accelerate launch" in help_text and "@file: a file of options" in help_text
     assert "(default: [" not in help_text and "(default: (" not in help_text  # which nobody could type
     told = [action for action in flags_of(script) if action.default is not None and action.default is not False]
     assert help_text.count("(default:") >= len(told)

@@ -201,7 +201,7 @@ def test_token_integration_with_masks_of_any_shape(tiny_model, adapter, tmp_path
     lying.save(tmp_path / "camera.png", exif=about)
     (path,) = adapter("token_integration").values()
     flags = [path, "--prompt", "x", "y", "--image", tmp_path / "a.png", "--mask", tmp_path / "mask.png"]
-    flags += ["--size", 48, 80, "--num_inference_steps", 2, "--output", tmp_path / "out.png"]
+    flags += ["--size", 80, 48, "--num_inference_steps", 2, "--output", tmp_path / "out.png"]
     generate.main([str(flag) for flag in flags])
     assert [Image.open(tmp_path / f"out-{i}.png").size for i in (0, 1)] == [(80, 48)] * 2
     flags[flags.index(tmp_path / "a.png")] = tmp_path / "camera.png"
@@ -257,7 +257,7 @@ def test_what_cannot_be_drawn_is_said(adapter, tmp_path, capsys):
         ([fill, "--image", image], "--mask is needed"),
         ([fill, "--image", image, "--mask", mask], "is (16, 16) pixels"),
         ([fill, "--image", image, "--mask", white], "is all white"),
-        ([canny, "--image", image, "--size", "40", "32"], "both must be multiples of 16"),
+        ([canny, "--image", image, "--size", "40", "32"], "--size 40 32: both must be multiples of 16"),
     ):
         with pytest.raises(SystemExit) as stop:
             generate.main([*flags, "--prompt", "x"])

@@ -39,7 +39,7 @@ def parse_args(argv=None):
     parser.add_argument("--condition", nargs="+", type=Path, help="the conditions themselves, one for each")
     parser.add_argument("--mask", type=Path, help="hole of fill or token_integration: white where to draw")
     parser.add_argument("--pretrained_model_name_or_path", help="base model (default: the one that was trained on)")
-    parser.add_argument("--size", nargs=2, type=int, metavar=("HEIGHT", "WIDTH"), help="default: as trained")
+    parser.add_argument("--size", nargs=2, type=int, metavar=("WIDTH", "HEIGHT"), help="default: as trained")
     parser.add_argument("--style_lora", type=Path, help="LoRA that text and image pass, beside the conditions' own")
     parser.add_argument("--depth_model", help="depth estimator (default: the one that was trained with)")
     parser.add_argument("--num_inference_steps", type=int, default=28, help="4 for schnell")
@@ -117,9 +117,9 @@ def check(args):
     for path in [*given, *([args.mask] if args.mask else []), *([args.style_lora] if args.style_lora else [])]:
         if not path.exists():
             raise ValueError(f"{path}: no such file")
-    args.height, args.width = args.size or args.about["target_size"]
+    args.height, args.width = args.size[::-1] if args.size else args.about["target_size"]
     if args.height % PATCH or args.width % PATCH:
-        raise ValueError(f"--size {args.height} {args.width}: both must be multiples of {PATCH}")
+        raise ValueError(f"--size {args.width} {args.height}: both must be multiples of {PATCH}")
     if args.mask:
         mask, size = upright(args.mask), upright(given[0]).size
         if mask.size != size:
