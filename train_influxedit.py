@@ -1052,7 +1052,10 @@ def main(args):
         "pictures": "validation",
     }
     command = f"influxedit/generate.py {shlex.quote(str(args.output_dir))} --prompt {shlex.quote(shown_prompt)}"
-    finish(accelerator, args, global_step, results, f"{command} --image PICTURE", hub_repo)
+    for name in ["image"] + ["mask"] * (args.mode == "mask" and not args.use_split_mask):
+        given = names_in_list(getattr(args, f"validation_{name}"))
+        command += f" --{name} {shlex.quote(given[0] if given else name.upper())}"
+    finish(accelerator, args, global_step, results, command, hub_repo)
 
 
 if __name__ == "__main__":

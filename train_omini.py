@@ -1052,7 +1052,8 @@ def main(args):
     accelerator.end_training()
     results = {f"{name} LoRA": file for name, file in files.items()}
     results |= {"usage": "README.md", "loss": "loss.png", "pictures": "validation"}
-    command = command.replace("$IMAGE", "PICTURE").replace("$MASK", "MASK")
+    shown = " ".join(shlex.quote(str(path)) for path in args.validation_image or ["IMAGE"])
+    command = command.replace('"$IMAGE"', shown).replace('"$MASK"', "MASK")
     finish(accelerator, args, global_step, results, command, hub_repo, ["depth/**"])
 
 

@@ -325,12 +325,12 @@ def test_the_files_alone_draw_the_last_validation_image(
         monkeypatch.chdir(tmp_path)
         exec(compile(snippet, "README.md", "exec"), {})
         assert Image.open("image.png").size == (48, 32)
-    flags = ["--prompt", "a circle", "--image", image, "--size", 48, 32, "--num_inference_steps", 50]
-    flags += ["--mask", mask] if mode == "mask" else []
-    monkeypatch.setattr("sys.argv", ["generate.py", *map(str, [run, *flags, "--output", tmp_path / "edited"])])
+    words = shlex.split(capsys.readouterr().out.split("Draw with it:\n")[1])[1:]
+    more = ["--num_inference_steps", "50", "--output", str(tmp_path / "edited")]
+    monkeypatch.setattr("sys.argv", [*words, *more])
     generate.main()
     result = Image.open(tmp_path / "edited" / "0-edited.png")
-    assert result.size == (48, 32)
+    assert result.size == ((48, 32) if mode != "split" else (24, 16))  # of two side by side
     if mode != "split":  # the example paints the right half of another picture there
         assert np.abs(np.asarray(result, int) - np.asarray(drawn[-1][0], int)).max() <= 2
 

@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from train_influxedit import FillPipeline, split_mask
+from train_influxedit import FillPipeline, sides, split_mask
 
 
 def load_pipeline(folder, dtype=None):
@@ -54,7 +54,7 @@ def main():
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--image", type=Path, required=True, nargs="+", help="pictures, each edited by itself")
     parser.add_argument("--mask", type=Path, help="mask for all of them, white where to paint")
-    parser.add_argument("--size", type=int, nargs=2, default=(1024, 1024), metavar=("WIDTH", "HEIGHT"))
+    parser.add_argument("--size", type=int, nargs=2, metavar=("WIDTH", "HEIGHT"), help="(default: as trained)")
     parser.add_argument("--num_inference_steps", type=int, default=28)
     parser.add_argument("--guidance_scale", type=float, help="(default: that of the training)")
     parser.add_argument("--max_sequence_length", type=int, help="(default: that of the training)")
@@ -69,9 +69,12 @@ def main():
     if torch.accelerator.is_available():
         pipeline.to(torch.accelerator.current_accelerator())
     args.output.mkdir(parents=True, exist_ok=True)
-    size = tuple(args.size)
+    beside = 2 if trained["mode"] == "mask" and not args.mask else 1  # pictures in what was trained
     for i, path in enumerate(args.image):
-        image = ImageOps.fit(ImageOps.exif_transpose(Image.open(path)).convert("RGB"), size)
+        image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+        height, width = sides((beside * image.width, image.height), max(trained["resolution"]))
+        size = tuple(args.size or (width // beside, height))
+        image = ImageOps.fit(image, size)
         options = {
             "num_inference_steps": args.num_inference_steps,
             "guidance_scale": trained["guidance_scale"] if args.guidance_scale is None else args.guidance_scale,
