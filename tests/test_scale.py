@@ -90,7 +90,9 @@ def flags_of(short_runs, tmp_path):
 def drawn(script, folder):
     """Flags for a picture before and after training."""
     flags = ["--validation_prompt", "a circle", "--num_validation_images", 1]
-    return [*flags, *(["--validation_image", folder / "data/images/0.png"] if script == "train_omini" else [])]
+    small = ["--validation_width", 32, "--validation_height", 32]  # else 1024
+    own = {"train_omini": ["--validation_image", folder / "data/images/0.png"], "train_influxedit": small}
+    return [*flags, *own.get(script, [])]
 
 
 WAYS = [pytest.param("DDP", marks=pytest.mark.slow), "FSDP2", pytest.param("FSDP2, all", marks=pytest.mark.slow)]

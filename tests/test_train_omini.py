@@ -507,6 +507,7 @@ def test_schnell_has_no_guidance(train, flags, tiny_pipeline, tmp_path):
     assert np.isfinite(losses(tmp_path / "o")).all()
 
 
+@pytest.mark.slow  # test_omini_forward.py compares outputs and gradients
 def test_compiling_and_checkpointing_do_not_change_the_loss(train, flags, tmp_path):
     runs = {"plain": [], "checkpointed": ["--gradient_checkpointing"], "compiled": ["--compile"]}
     for name, extra in runs.items():

@@ -456,7 +456,8 @@ def one_stream_for_processes_and_micro_steps():
     twinflow.step_generator = lambda seed, step, micro, rank=0: honest(seed, step, micro + rank, 0)
 
 
-@pytest.mark.parametrize("way", ["FSDP2", pytest.param("DDP", marks=pytest.mark.slow)])
+@pytest.mark.slow  # the adapter of this trainer is in test_scale.py
+@pytest.mark.parametrize("way", ["FSDP2", "DDP"])
 def test_two_processes_compute_what_one_does(train, flags, tmp_path, monkeypatch, way):
     flags = [*flags, "--max_train_steps", 4, "--cache_latents", "--output_dir"]
     honest = twinflow.step_generator
