@@ -913,10 +913,8 @@ def finish(accelerator, args, step, results, command, hub_repo=None, unwanted=()
     width = max([7, *map(len, files)]) + 2
     accelerator.print("\n".join(f"  {what:{width}}{path}" for what, path in files.items()))
     examples = shlex.quote(str(Path(sys.argv[0]).parent / "examples"))
-    known = (
-        Path(shutil.which("python") or "").parent == Path(sys.executable).parent
-    )  # else its environment is not activated
-    program = f"{'python' if known else shlex.quote(sys.executable)} {examples}"
+    activated = Path(shutil.which("python") or "").parent == Path(sys.executable).parent  # the environment of this run
+    program = f"{'python' if activated else shlex.quote(sys.executable)} {examples}"
     accelerator.print(f"See how it went:\n  {program}/report.py {shlex.quote(str(args.output_dir))}")
     accelerator.print(f"Draw with it:\n  {program}/{command}")
     if hub_repo:
