@@ -17,48 +17,56 @@ One GPU, or all of them after `accelerate config`:
 arguments (args.json), the loss (metrics.jsonl, loss.png), pictures (validation/) and checkpoints to resume from.
 """
 
+import contextlib
+import difflib
 import functools
 import hashlib
+import itertools
+import json
 import math
 import os
 import re
 import shlex
 import time
+import tomllib
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from common import (
-    LR_SCHEDULERS,
-    TRACKERS,
-    WEIGHTING_SCHEMES,
-    Parser,
-    Switch,
+from common.arguments import LR_SCHEDULERS, TRACKERS, Parser, Switch, fail, names_in, number
+from common.checkpoints import (
     catch_signals,
-    check_shared_flags,
+    check_disk,
+    check_output_dir,
+    check_run,
+    checkpoint_damage,
+    checkpoint_state,
+    checkpoint_to_resume,
     count_skipped,
-    fail,
-    names_in,
-    number,
+    load_checkpoint,
     run_settings,
-    start,
+    save_checkpoint,
     stop_interrupted,
+    writing,
 )
-
-
-# below: the libraries that `common` quiets
-# isort: split
-import numpy as np
-import torch
-from accelerate.utils import set_seed
-from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
-from diffusers.training_utils import offload_models, parse_buckets_string
-from PIL import Image, ImageOps
-from safetensors.torch import load_file
-from safetensors.torch import save_file as save_tensors
-from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
-
+from common.data import (
+    IMAGE_SUFFIXES,
+    INTERPOLATION,
+    Example,
+    StepSampler,
+    check_captions,
+    check_pictures,
+    collate,
+    open_dataset,
+    picture_files,
+    read_batches,
+    read_captions,
+    read_row,
+    read_text_file,
+)
 from common.flow_matching import (
     TIMESTEP_SAMPLING,
+    WEIGHTING_SCHEMES,
     add_noise,
     noise_options,
     sample_sigmas,
@@ -66,85 +74,66 @@ from common.flow_matching import (
     velocity_loss,
 )
 from common.latents import (
-    IMAGE_SUFFIXES,
-    INTERPOLATION,
-    KOHYA_INTERPOLATION,
-    ConfiguredExample,
-    StepSampler,
     cache_moments,
-    check_captions,
-    check_pictures,
-    collate,
-    dataset_bucket,
-    default_options,
     disk_cached,
     encode_moments,
     fingerprint,
     image_ids,
-    open_dataset,
     pack_latents,
-    picture_files,
-    read_batches,
-    read_captions,
-    read_dataset_config,
-    read_row,
-    read_text_file,
     sample_latents,
     to_tensor,
 )
 from common.lora import (
     FLUX_TARGET_MODULES,
-    LORA_FORMS,
-    QUANTIZATIONS,
     add_lora,
-    check_disk,
-    check_output_dir,
-    check_run,
-    checkpoint_damage,
-    checkpoint_state,
-    checkpoint_to_resume,
-    configure_deepspeed,
+    reduce_gradients,
+    register_lora_checkpointing,
+    save_lora,
+    target_layers,
+    unknown_layers,
+)
+from common.lora_formats import FLUX_LAYERS, LORA_FORMS, diffusers_state_dict, lora_header, lora_layers, write_lora
+from common.models import (
+    QUANTIZATIONS,
+    check_shared_flags,
     create_lr_scheduler,
     create_optimizer,
     first_device,
-    load_checkpoint,
-    lora_file,
+    load_model,
+    load_scheduler,
     prepare_blocks,
     quantize_base,
-    reduce_gradients,
-    register_lora_checkpointing,
-    save_checkpoint,
-    save_lora,
-    save_named_lora,
-    split_weights,
-    target_layers,
-    unknown_layers,
-    writing,
+    start,
 )
-from common.validation import (
-    PromptEncoder,
+from common.text_encoders import PromptEncoder, load_text_pipeline
+from common.tracking import (
     about_text,
     check_hub,
     create_hub_repo,
-    draw_class_images,
-    file_problems,
     finish,
-    generate_images,
-    load_part,
-    load_scheduler,
     log_step,
     open_metrics,
     plot_metrics,
     print_header,
-    sampling_pipeline,
-    save_images,
     save_model_card,
-    single_file,
     start_logging,
     step_logs,
-    transformer_config,
-    undisturbed,
 )
+from common.validation import draw_class_images, generate_images, sampling_pipeline, save_images, undisturbed
+
+import numpy as np
+import torch
+from accelerate.utils import set_seed
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+from diffusers.training_utils import offload_models, parse_buckets_string
+from PIL import Image, ImageOps
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from safetensors.torch import save_file as save_tensors
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 
 KOHYA_FLAGS = {
@@ -430,6 +419,310 @@ def lora_targets(args, transformer):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+KOHYA_INTERPOLATION = {name: name for name in INTERPOLATION} | {
+    "linear": "bilinear",
+    "cubic": "bicubic",
+    "area": "box",
+}
+
+
+# What a value in --dataset_config must be, and whether one is.
+OPTION_KINDS = {
+    "true or false": lambda value: isinstance(value, bool),
+    "text": lambda value: isinstance(value, str),
+    "text that is not empty": lambda value: isinstance(value, str) and value != "",
+    "an extension such as .txt": lambda value: isinstance(value, str) and re.fullmatch(r"\.?\w[\w.-]*", value),
+    "a whole number from 0 to 10,000": lambda value: type(value) is int and 0 <= value <= 10_000,
+    "a whole number from 1 to 10,000": lambda value: type(value) is int and 1 <= value <= 10_000,
+    "a number from 0 to 1": lambda value: type(value) in (int, float) and 0 <= value <= 1,
+    "a multiple of 16 to 8192": lambda value: type(value) is int and 16 <= value <= 8192 and value % 16 == 0,
+    "a side or [width, height], multiples of 16 to 8192": lambda value: (
+        all(OPTION_KINDS["a multiple of 16 to 8192"](side) for side in (value if isinstance(value, list) else [value]))
+        and (not isinstance(value, list) or len(value) == 2)
+    ),
+    "lanczos, nearest, bilinear, linear, bicubic, cubic, area or box": lambda value: value in [*KOHYA_INTERPOLATION],
+}
+
+
+SWITCH, TEXT, SOME_TEXT, EXTENSION, FROM_0, FROM_1, SHARE, SIDE, SIZE, METHOD = OPTION_KINDS
+
+
+TABLES = {"general": "[general]", "datasets": "[[datasets]]", "subsets": "[[datasets.subsets]]"}
+
+
+ABOVE, ANYWHERE = ("general", "datasets"), tuple(TABLES)
+
+
+DATASET_OPTIONS = {  # in which tables, what, default; None: the command line's or derived
+    "resolution": (ABOVE, SIZE, None),
+    "batch_size": (ABOVE, FROM_1, None),
+    "enable_bucket": (ABOVE, SWITCH, False),
+    "min_bucket_reso": (ABOVE, FROM_1, None),
+    "max_bucket_reso": (ABOVE, FROM_1, None),
+    "bucket_reso_steps": (ABOVE, SIDE, 64),
+    "bucket_no_upscale": (ABOVE, SWITCH, False),
+    "resize_interpolation": (ANYWHERE, METHOD, None),
+    "num_repeats": (ANYWHERE, FROM_0, None),
+    "flip_aug": (ANYWHERE, SWITCH, None),
+    "random_crop": (ANYWHERE, SWITCH, False),
+    "caption_extension": (ANYWHERE, EXTENSION, None),
+    "class_tokens": (ANYWHERE, TEXT, None),
+    "caption_prefix": (ANYWHERE, TEXT, ""),
+    "caption_suffix": (ANYWHERE, TEXT, ""),
+    "enable_wildcard": (ANYWHERE, SWITCH, False),
+    "caption_separator": (ANYWHERE, SOME_TEXT, ","),
+    "secondary_separator": (ANYWHERE, TEXT, ""),
+    "keep_tokens": (ANYWHERE, FROM_0, 0),
+    "keep_tokens_separator": (ANYWHERE, TEXT, ""),
+    "shuffle_caption": (ANYWHERE, SWITCH, False),
+    "caption_tag_dropout_rate": (ANYWHERE, SHARE, 0.0),
+    "caption_dropout_rate": (ANYWHERE, SHARE, None),
+    "caption_dropout_every_n_epochs": (ANYWHERE, FROM_0, 0),
+    "image_dir": (("subsets",), SOME_TEXT, None),
+    "is_reg": (("subsets",), SWITCH, False),
+}
+
+
+REFUSED_OPTIONS = {  # the value that says what happens anyway, and why no other is taken
+    "alpha_mask": (False, "transparent parts become white"),
+    "cache_info": (False, "captions and sizes are read from the files every time"),
+    "color_aug": (False, "colours are kept as they are"),
+    "conditioning_data_dir": (None, "loss masks are not supported"),
+    "custom_attributes": ({}, "keep the class as it was with an is_reg subset"),
+    "debug_dataset": (None, "it is a flag of another trainer"),
+    "face_crop_aug_range": (None, "use random_crop, or crop the pictures beforehand"),
+    "metadata_file": (None, "give image_dir, with a caption file beside each picture"),
+    "network_multiplier": (1.0, "the adapter counts the same for all data"),
+    "prior_loss_weight": (None, "it is a flag: --prior_loss_weight"),
+    "token_warmup_min": (1, "captions do not grow with the steps"),
+    "token_warmup_step": (0, "captions do not grow with the steps"),
+    "validation_seed": (None, "no pictures are held out: judge by --validation_prompt"),
+    "validation_split": (0.0, "no pictures are held out: judge by --validation_prompt"),
+}
+
+
+@dataclass
+class ConfiguredExample(Example):
+    """An example with what --dataset_config says of it."""
+
+    options: dict = field(default_factory=dict)  # DATASET_OPTIONS
+    repeats: int = 1  # times in an epoch
+    dataset: int = 0  # batches keep to one
+    bucket: tuple[int, int] | None = None  # (height, width)
+
+    def sides(self):
+        """(width, height) of the resolution."""
+        return sides(self.options["resolution"])
+
+    def varies(self):
+        """Whether `prompt` is drawn anew for each sample."""
+        return any(self.options[name] for name in ("shuffle_caption", "enable_wildcard", "caption_tag_dropout_rate"))
+
+    def prompt(self, rng=None):
+        """The caption as a sample has it; without `rng` the first of all choices, unshuffled and whole."""
+        options, separator = self.options, self.options["caption_separator"]
+        pick = (lambda choices: choices[rng.integers(len(choices))]) if rng else (lambda choices: choices[0])
+        lines = self.caption.split("\n") if options["enable_wildcard"] else [self.caption]
+        caption = " ".join(filter(None, (options["caption_prefix"], pick(lines), options["caption_suffix"])))
+        if options["enable_wildcard"]:  # {a|b} is one of the two, {{ and }} are braces
+            choose = lambda match: pick(match[1].split("|")) if match[1] else match[0][0]  # noqa: E731
+            caption = re.sub(r"\{\{|\}\}|\{([^{}]+)\}", choose, caption)
+        keep, mark = options["keep_tokens"], options["keep_tokens_separator"]
+        shuffled, dropped = options["shuffle_caption"], options["caption_tag_dropout_rate"]
+        if shuffled or dropped or mark and mark in caption:
+            pieces = caption.split(mark, 2) if mark and mark in caption else [caption]
+            fixed, *others = [[p.strip() for p in piece.split(separator) if p.strip()] for piece in pieces]
+            fixed, flexible, tail = (fixed, *others, [])[:3] if others else (fixed[:keep], fixed[keep:], [])
+            if rng and shuffled:
+                flexible = [flexible[i] for i in rng.permutation(len(flexible))]
+            if rng and dropped:
+                flexible = [part for part in flexible if rng.random() >= dropped]
+            caption = ", ".join([*fixed, *flexible, *tail])
+        second = options["secondary_separator"]
+        return caption.replace(second, separator) if second else caption
+
+
+def default_options(args):
+    """DATASET_OPTIONS where --dataset_config is silent."""
+    return {name: default for name, (_, _, default) in DATASET_OPTIONS.items()} | {
+        "resolution": args.resolution,
+        "batch_size": args.train_batch_size,
+        "resize_interpolation": args.image_interpolation_mode,
+        "num_repeats": args.repeats,
+        "flip_aug": args.random_flip,
+        "random_crop": not (args.center_crop or args.dataset_config),
+        "caption_dropout_rate": args.caption_dropout,
+        "class_tokens": args.instance_prompt,
+    }
+
+
+def read_dataset_config(args):
+    """Examples of --dataset_config; an option is the subset's, else its dataset's, [general]'s, the command line's."""
+    path = args.dataset_config
+    try:
+        config = (json.loads if path.suffix == ".json" else tomllib.loads)(path.read_text("utf-8-sig"))
+        if path.suffix == ".json":
+            json.dumps(config, ensure_ascii=False).encode()  # half of a surrogate pair is no text
+    except (OSError, ValueError, RecursionError) as error:
+        return [], [f"--dataset_config {path}: cannot be read ({error})"]
+    if not isinstance(config, dict):
+        return [], [f"--dataset_config {path}: must hold general and datasets, not a {type(config).__name__}"]
+    general, datasets = config.get("general", {}), tables_in(config.get("datasets"))
+    problems = [f"{path}: {key} is neither [general] nor [[datasets]]" for key in config if key not in ABOVE]
+    problems += option_problems(f"{path}, [general]", general, "general")
+    if not datasets:
+        problems.append(f"{path}: no [[datasets]] table in it")
+    blocks = []
+    for count, dataset in enumerate(datasets, 1):
+        where, subsets = f"{path}, [[datasets]] {count}", tables_in(dataset.pop("subsets", None))
+        problems += option_problems(where, dataset, "datasets")
+        if not subsets:
+            problems.append(f"{where}: no [[datasets.subsets]] table in it")
+        subsets = [(f"{where}, subset {place}", subset) for place, subset in enumerate(subsets, 1)]
+        problems += [problem for subset in subsets for problem in option_problems(*subset, "subsets")]
+        blocks.append((where, dataset, subsets))
+    examples = []
+    for count, (where, dataset, subsets) in enumerate(blocks if not problems else []):
+        shared = default_options(args) | general | dataset
+        names = [subset["image_dir"] for _, subset in subsets]
+        problems += [f"{where}: image_dir {name} twice: use num_repeats" for name in {*names} if names.count(name) > 1]
+        problems += bucket_problems(where, shared)
+        found = []
+        for table, subset in subsets:
+            if (shared | subset)["num_repeats"] == 0:
+                continue
+            read, wrong = read_subset(table, shared | subset, path.parent)
+            found, problems = found + read, problems + wrong
+        if found and all(example.options["is_reg"] for example in found):
+            problems.append(f"{where}: is_reg pictures need a subset of others in the same dataset")
+        for example in balance(found):
+            example.dataset = count
+            examples.append(example)
+    return ([] if problems else examples), problems
+
+
+def tables_in(value):
+    """The tables of a list of tables, [] for anything else."""
+    return value if isinstance(value, list) and all(isinstance(table, dict) for table in value) else []
+
+
+def option_problems(where, table, level):
+    """What is wrong with the names and values in a table of --dataset_config."""
+    if not isinstance(table, dict):
+        return [f"{where} must be a table, not {table!r}"]
+    problems, allowed = [], [name for name, (levels, *_) in DATASET_OPTIONS.items() if level in levels]
+    for name, value in table.items():
+        if name in REFUSED_OPTIONS:
+            harmless, reason = REFUSED_OPTIONS[name]
+            problems += [f"{where}: {name} = {value!r} is not supported: {reason}"] if value != harmless else []
+        elif name not in allowed:
+            near = difflib.get_close_matches(name, DATASET_OPTIONS, 1)
+            hint = f"did you mean {near[0]}?" if near else "no option has this name"
+            if name in DATASET_OPTIONS:
+                hint = f"it belongs in {' or '.join(TABLES[place] for place in DATASET_OPTIONS[name][0])}"
+            problems.append(f"{where}: {name}: {hint} (allowed here: {', '.join(allowed)})")
+        elif not OPTION_KINDS[DATASET_OPTIONS[name][1]](value):
+            problems.append(f"{where}: {name} = {value!r} must be {DATASET_OPTIONS[name][1]}")
+    if level == "subsets" and "image_dir" not in table:
+        problems.append(f"{where}: image_dir is missing")
+    return problems
+
+
+def read_subset(where, options, beside):
+    """Examples of one subset; image_dir is relative to the working folder, or else to the file's, `beside`."""
+    named = Path(options["image_dir"])
+    with contextlib.suppress(RuntimeError):  # no such user
+        named = named.expanduser()
+    folder = next((path for path in (named, beside / named) if path.is_dir()), None)
+    if folder is None:
+        return [], [f"{where}: image_dir {named}: no such folder here or in {beside}"]
+    paths, problems = picture_files(folder)
+    problems += [] if paths else [f"{where}: image_dir {named}: no pictures ({', '.join(IMAGE_SUFFIXES)}) in it"]
+    suffix = "." + (options["caption_extension"] or "caption").lstrip(".")
+    strays = [path.with_suffix(".txt") for path in paths if not path.with_suffix(suffix).exists()]
+    strays = [] if options["caption_extension"] else [path for path in strays if path.exists()]
+    problems += [f'{path}: is it a caption? Say caption_extension = ".txt" or "{suffix}"' for path in strays[:1]]
+    examples = []
+    for path in paths:
+        caption, text_file = options["class_tokens"], path.with_suffix(suffix)
+        if text_file.exists():
+            text = read_text_file(text_file, problems)
+            if text is None:
+                continue
+            lines = [line.strip() for line in text.splitlines() if line.strip()]
+            caption = "\n".join(lines if options["enable_wildcard"] else lines[:1])
+            problems += [] if lines else [f"{text_file}: empty; delete it to use class_tokens"]
+        elif not caption:
+            problems.append(f"{path}: no caption: write {text_file.name}, or give class_tokens")
+        read = functools.partial(Image.open, path)
+        examples.append(ConfiguredExample(str(path), read, caption, options, repeats=options["num_repeats"]))
+    return (examples if not problems else []), problems
+
+
+def balance(examples):
+    """Regularisation pictures as often as the others together: in order, with their repeats, then all round again."""
+    own, others = ([e for e in examples if e.options["is_reg"] == kind] for kind in (False, True))
+    order = itertools.chain((e for e in others for _ in range(e.repeats)), itertools.cycle(others))
+    taken = Counter(map(id, itertools.islice(order, sum(example.repeats for example in own))))
+    for example in others:
+        example.repeats = taken[id(example)]
+    return [example for example in examples if example.repeats]
+
+
+def sides(resolution):
+    """(width, height) of a resolution in --dataset_config."""
+    return tuple(resolution) if isinstance(resolution, list) else (resolution, resolution)
+
+
+def bucket_problems(where, options):
+    """Limits of buckets that contradict the resolution."""
+    width, height = sides(options["resolution"])
+    low, high, step = (options[name] for name in ("min_bucket_reso", "max_bucket_reso", "bucket_reso_steps"))
+    if not options["enable_bucket"]:
+        return []
+    problems = [f"bucket_reso_steps {step} is more than the resolution"] if step > math.isqrt(width * height) else []
+    if not options["bucket_no_upscale"]:
+        problems += [f"min_bucket_reso {low} is more than the resolution"] if low and low > min(width, height) else []
+        problems += (
+            [f"max_bucket_reso {high} is less than the resolution"] if high and high < max(width, height) else []
+        )
+    return [f"{where}: {problem} {options['resolution']}" for problem in problems]
+
+
+@functools.cache
+def bucket_sizes(width, height, low, high, step):
+    """Sorted (height, width) in steps of `step` with about the area of width x height and sides from `low` to `high`.
+
+    Without limits, sides start at 256 (half of a smaller resolution) and go as far as the area does.
+    """
+    area, side = width * height, math.isqrt(width * height)
+    low = max((low or min(256, side // 2)) // step, 1) * step
+    high = math.ceil((high or area / low) / step) * step
+    sizes = {(side // step * step, side // step * step)}
+    for across in range(low, high + 1, step):
+        down = min(high, area // across // step * step)
+        sizes |= {(down, across), (across, down)} if down >= low else set()
+    return sorted(sizes)
+
+
+def dataset_bucket(size, options):
+    """The (height, width) that a picture of (width, height) `size` is resized to cover and cropped to."""
+    (width, height), (across, down), step = size, sides(options["resolution"]), options["bucket_reso_steps"]
+    if not options["enable_bucket"]:
+        return down, across
+    if not options["bucket_no_upscale"]:
+        sizes = bucket_sizes(across, down, options["min_bucket_reso"], options["max_bucket_reso"], step)
+        return min(sizes, key=lambda b: (b != (height, width), abs(b[1] / b[0] - width / height)))
+    if width * height > across * down:  # one side becomes a multiple of the step: the one that distorts less
+        ratio = width / height
+        wide, high = (round(math.sqrt(across * down * r)) // step * step for r in (ratio, 1 / ratio))
+        fits = [(wide, int(wide / ratio + 0.5)), (int(high * ratio + 0.5), high)]
+        width, height = min(fits, key=lambda s: abs(max(s[0] // step, 0.1) / max(s[1] // step, 0.1) - ratio))
+    if min(width, height) < step:
+        raise ValueError(f"{width} x {height} pixels are less than bucket_reso_steps {step}")
+    return height // step * step, width // step * step
+
+
 def find_examples(args):
     """The training pictures with their captions, and what is wrong with them: (examples, problems)."""
     sources = {"dataset_config": read_dataset_config, "dataset_name": read_dataset, "instance_data_dir": read_folder}
@@ -579,6 +872,168 @@ class DreamBoothDataset(Dataset):
 # ---------------------------------------------------------------------------------------------------------------------
 # Model
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+TOKENIZERS = ("tokenizer", "tokenizer_2")
+
+
+CHECKPOINT_PREFIX, FLUX_ROOTS = "model.diffusion_model.", {name.split(".")[0] for name in FLUX_LAYERS}
+
+
+CHECKPOINT_SIZES = (
+    "double_blocks.0.img_attn.norm.query_norm.scale",
+    *("img_in.weight", "txt_in.weight", "vector_in.in_layer.weight"),
+)
+
+
+def single_file(args):
+    """Whether the model is the four files that FLUX.1's authors and ComfyUI publish, not a folder of diffusers'."""
+    return args.pretrained_model_name_or_path.endswith(".safetensors")
+
+
+def file_problems(args):
+    """What is wrong with the files of a model in single files, as far as their keys tell."""
+    problems = []
+    wanted = {  # tensors that the right file has
+        "pretrained_model_name_or_path": ("double_blocks.0.img_attn.qkv.weight", *CHECKPOINT_SIZES),
+        "ae": ("decoder.conv_in.weight",),
+        "clip_l": ("text_model.embeddings.token_embedding.weight",),
+        "t5xxl": ("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",),
+    }
+    for name, needed in wanted.items():
+        path = getattr(args, name)
+        try:
+            keys = file_shapes(path) if path else None
+        except (OSError, SafetensorError) as error:
+            problems.append(f"--{name} {path}: not a whole safetensors file ({error})")
+            continue
+        if keys is None:
+            problems.append(f"--{name} is needed with {Path(args.pretrained_model_name_or_path).name}")
+        elif absent := [key for key in needed if key not in keys]:
+            problems.append(f"--{name} {path}: holds no {absent[0]}, so it is another model or form than FLUX.1's own")
+        elif any(name.endswith(("scale_weight", "weight_scale", "scaled_fp8")) for name in keys):
+            problems.append(f"--{name} {path}: scaled fp8 is not read: take the 16-bit file")
+    folder = args.tokenizer_dir
+    if not folder or not all((folder / name / "tokenizer_config.json").is_file() for name in TOKENIZERS):
+        problems.append(
+            f"--tokenizer_dir {folder}: needed with folders {' and '.join(TOKENIZERS)} of FLUX.1-dev in it"
+        )
+    return problems
+
+
+def file_shapes(path):
+    """{key: shape} of a safetensors file, keys without the prefix of all-in-one checkpoints."""
+    with safe_open(path, "pt") as file:
+        return {key.removeprefix(CHECKPOINT_PREFIX): file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+
+
+def transformer_config(args):
+    """The config of the transformer; that of a single file follows from its shapes."""
+    if not single_file(args):
+        return FluxTransformer2DModel.load_config(
+            args.pretrained_model_name_or_path,
+            subfolder="transformer",
+            revision=args.revision,
+            cache_dir=args.cache_dir,
+        )
+    shapes = file_shapes(args.pretrained_model_name_or_path)
+    (width, channels), head = shapes["img_in.weight"], shapes["double_blocks.0.img_attn.norm.query_norm.scale"][0]
+    numbers = {kind: {key.split(".")[1] for key in shapes if key.startswith(kind)} for kind in ("double", "single")}
+    return {
+        "_class_name": "FluxTransformer2DModel",
+        "in_channels": channels,
+        "num_layers": len(numbers["double"]),
+        "num_single_layers": len(numbers["single"]),
+        "attention_head_dim": head,
+        "num_attention_heads": width // head,
+        "joint_attention_dim": shapes["txt_in.weight"][1],
+        "pooled_projection_dim": shapes["vector_in.in_layer.weight"][1],
+        "guidance_embeds": "guidance_in.in_layer.weight" in shapes,
+        "axes_dims_rope": [16, (head - 16) // 2, (head - 16) // 2],
+    }
+
+
+def load_part(model_class, subfolder, args, dtype):
+    """`load_model`, or the transformer or VAE out of a single file."""
+    if not single_file(args):
+        return load_model(model_class, subfolder, args, dtype)
+    state_dict = load_file(args.ae if subfolder == "vae" else args.pretrained_model_name_or_path)
+    if subfolder == "vae":
+        config = vae_config(state_dict)
+        state_dict = convert_ldm_vae_checkpoint(state_dict, config)
+    else:
+        config = transformer_config(args)
+        own = {key.removeprefix(CHECKPOINT_PREFIX): value for key, value in state_dict.items()}
+        own = {key: value for key, value in own.items() if key.split(".")[0] in FLUX_ROOTS}  # of all-in-one files
+        state_dict = diffusers_state_dict(own)
+    with torch.device("meta"):
+        model = model_class.from_config(config)
+    model.load_state_dict({key: value.to(dtype) for key, value in state_dict.items()}, assign=True)
+    return model.requires_grad_(False).eval()
+
+
+def vae_config(state_dict):
+    """The config of FLUX.1's VAE, whose file has the names of latent diffusion, from its shapes."""
+    levels = {key.split(".")[2] for key in state_dict if key.startswith("encoder.down.")}
+    blocks = {key.split(".")[4] for key in state_dict if key.startswith("encoder.down.0.block.")}
+    return {
+        "down_block_types": ["DownEncoderBlock2D"] * len(levels),
+        "up_block_types": ["UpDecoderBlock2D"] * len(levels),
+        "block_out_channels": [len(state_dict[f"encoder.down.{i}.block.0.conv1.weight"]) for i in range(len(levels))],
+        "layers_per_block": len(blocks),
+        "latent_channels": state_dict["decoder.conv_in.weight"].shape[1],
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+        "shift_factor": 0.1159,
+        "scaling_factor": 0.3611,
+    }
+
+
+def load_flux_scheduler(args):
+    """The scheduler that the model was made with; that of a single file follows from its kind."""
+    if single_file(args):
+        guided = transformer_config(args)["guidance_embeds"]  # FLUX.1-dev, not -schnell
+        return FlowMatchEulerDiscreteScheduler(shift=3.0 if guided else 1.0, use_dynamic_shifting=guided)
+    return load_scheduler(args)
+
+
+def load_file_pipeline(args, dtype):
+    """The pipeline with text encoders and tokenizers alone, of a model in single files."""
+    tokenizer, tokenizer_2 = (
+        AutoTokenizer.from_pretrained(args.tokenizer_dir / name, trust_remote_code=False) for name in TOKENIZERS
+    )
+    clip, t5 = load_file(args.clip_l), load_file(args.t5xxl)
+    clip = {key.removeprefix("text_model."): value for key, value in clip.items() if key.startswith("text_model.")}
+    vocabulary, width = clip["embeddings.token_embedding.weight"].shape
+    clip_config = CLIPTextConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=len(clip["encoder.layers.0.mlp.fc1.weight"]),
+        num_hidden_layers=len({key.split(".")[2] for key in clip if key.startswith("encoder.layers.")}),
+        num_attention_heads=width // 64,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    first = "encoder.block.0.layer.0.SelfAttention"
+    buckets, heads = t5[f"{first}.relative_attention_bias.weight"].shape
+    t5_config = T5Config(
+        vocab_size=len(t5["shared.weight"]),
+        d_model=t5["shared.weight"].shape[1],
+        d_kv=len(t5[f"{first}.q.weight"]) // heads,
+        d_ff=len(t5["encoder.block.0.layer.1.DenseReluDense.wi_0.weight"]),
+        num_layers=len({key.split(".")[2] for key in t5 if key.startswith("encoder.block.")}),
+        num_heads=heads,
+        relative_attention_num_buckets=buckets,
+        feed_forward_proj="gated-gelu",
+    )
+    return FluxPipeline(
+        scheduler=load_scheduler(args),
+        vae=None,
+        transformer=None,
+        text_encoder=CLIPTextModel.from_pretrained(None, config=clip_config, state_dict=clip, dtype=dtype),
+        tokenizer=tokenizer,
+        text_encoder_2=T5EncoderModel.from_pretrained(None, config=t5_config, state_dict=t5, dtype=dtype),
+        tokenizer_2=tokenizer_2,
+    )
 
 
 class NewTokens(torch.nn.Module):
@@ -737,6 +1192,35 @@ def compute_loss(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def lora_file(args, epoch=None):
+    """Where the LoRA goes, or with --save_every_n_epochs that of an epoch."""
+    if not args.output_name:
+        return args.output_dir / "pytorch_lora_weights.safetensors"
+    return args.output_dir.with_name(f"{args.output_name}{f'-{epoch:06d}' if epoch else ''}.safetensors")
+
+
+def save_named_lora(args, adapted, examples, guided, dtype, epoch=None):
+    """NAME.safetensors for ComfyUI, Forge and diffusers; its header says what it is and which words call it."""
+    layers, captions = lora_layers(adapted), {}
+    own = [example for example in examples if not example.options["is_reg"]]
+    for example in own:
+        folder = captions.setdefault(Path(example.name).parent.name, {})
+        for tag in names_in(example.prompt().lower()):
+            folder[tag] = folder.get(tag, 0) + example.repeats
+    path = lora_file(args, epoch)
+    if torch.distributed.is_initialized() and torch.distributed.get_rank():
+        return
+    header = lora_header(
+        layers,
+        name=path.stem,
+        base_model="flux-1-dev" if guided else "flux-1-schnell",
+        resolution=own[0].sides(),
+        trigger_words=dict.fromkeys(filter(None, (example.options["class_tokens"] for example in own))),
+        captions=captions,
+    )
+    write_lora(path, layers, args.save_format, header, dtype)
+
+
 def pipeline_call(text, prompt, args):
     """The pipeline's arguments for a picture of `prompt`."""
     prompt_embeds, pooled_prompt_embeds = text([prompt])
@@ -854,7 +1338,6 @@ def main(args):
     accelerator, weight_dtype = start(args)
     device, quiet = accelerator.device, not accelerator.is_main_process
     set_seed(args.seed)
-    configure_deepspeed(accelerator, args)
 
     # 2. Data
     examples, problems = find_examples(args)
@@ -890,11 +1373,16 @@ def main(args):
     prompts |= {"" for example in examples for name in dropout if example.options[name]}
     prompts |= {prompt for prompt in (args.validation_prompt, final_prompt, args.class_prompt) if prompt}
     prompts = sorted(prompts)
-    text = TokenEncoder(accelerator, args, weight_dtype, keep=any(example.varies() for example in examples))
+    pipeline = (
+        load_file_pipeline(args, weight_dtype)
+        if single_file(args)
+        else load_text_pipeline(FluxPipeline, args, weight_dtype)
+    )
+    text = TokenEncoder(accelerator, pipeline, args, weight_dtype, keep=any(example.varies() for example in examples))
     text.cache(prompts)
 
     # 4. VAE, transformer, class images, latents, LoRA
-    noise_scheduler = load_scheduler(args)
+    noise_scheduler = load_flux_scheduler(args)
     offload = args.offload or args.cache_latents
     vae = load_part(AutoencoderKL, "vae", args, weight_dtype).to("cpu" if offload else device)
     transformer = None
@@ -933,7 +1421,6 @@ def main(args):
     lr_scheduler = create_lr_scheduler(args, optimizer, max_train_steps)
 
     # 6. Prepare and resume
-    split_weights(accelerator, transformer)
     if args.fsdp or not lora_params:
         lr_scheduler = accelerator.prepare(lr_scheduler)
         optimizer = optimizer if args.fsdp else accelerator.prepare(optimizer)

@@ -30,113 +30,100 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import (
-    LR_SCHEDULERS,
-    TRACKERS,
-    WEIGHTING_SCHEMES,
-    Parser,
-    Switch,
+from common.arguments import LR_SCHEDULERS, TRACKERS, Parser, Switch, fail, names_in, number
+from common.checkpoints import (
     catch_signals,
-    check_shared_flags,
-    count_skipped,
-    fail,
-    names_in,
-    number,
-    run_settings,
-    start,
-    stop_interrupted,
-)
-
-
-# below: the libraries that `common` quiets
-# isort: split
-import numpy as np
-import torch
-from accelerate.utils import broadcast_object_list, set_seed
-from diffusers import AutoencoderKL, FluxFillPipeline, FluxTransformer2DModel
-from diffusers.training_utils import offload_models
-from PIL import Image, ImageOps
-from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
-
-from common.flow_matching import (
-    TIMESTEP_SAMPLING,
-    add_noise,
-    noise_options,
-    sample_sigmas,
-    step_generator,
-    velocity_loss,
-)
-from common.latents import (
-    IMAGE_SUFFIXES,
-    INTERPOLATION,
-    Example,
-    StepSampler,
-    cache_moments,
-    check_captions,
-    check_pictures,
-    collate,
-    encode_moments,
-    image_ids,
-    open_dataset,
-    pack_fill_condition,
-    pack_latents,
-    picture_files,
-    read_batches,
-    read_captions,
-    read_row,
-    read_text_file,
-    sample_latents,
-    to_tensor,
-    upright,
-)
-from common.lora import (
-    FLUX_TARGET_MODULES,
-    QUANTIZATIONS,
-    add_lora,
     check_disk,
     check_output_dir,
     check_run,
     checkpoint_damage,
     checkpoint_state,
     checkpoint_to_resume,
-    configure_deepspeed,
-    create_lr_scheduler,
-    create_optimizer,
-    first_device,
+    count_skipped,
     load_checkpoint,
-    load_model,
-    prepare_blocks,
-    quantize_base,
+    run_settings,
+    save_checkpoint,
+    stop_interrupted,
+)
+from common.data import (
+    IMAGE_SUFFIXES,
+    INTERPOLATION,
+    Example,
+    StepSampler,
+    check_captions,
+    check_pictures,
+    collate,
+    open_dataset,
+    picture_files,
+    read_batches,
+    read_captions,
+    read_row,
+    read_text_file,
+    upright,
+)
+from common.flow_matching import (
+    TIMESTEP_SAMPLING,
+    WEIGHTING_SCHEMES,
+    add_noise,
+    noise_options,
+    sample_sigmas,
+    step_generator,
+    velocity_loss,
+)
+from common.latents import cache_moments, encode_moments, image_ids, pack_latents, sample_latents, to_tensor
+from common.lora import (
+    FLUX_TARGET_MODULES,
+    add_lora,
     reduce_gradients,
     register_lora_checkpointing,
-    save_checkpoint,
     save_lora,
-    split_weights,
     target_layers,
     unknown_layers,
 )
-from common.validation import (
-    PromptEncoder,
+from common.models import (
+    QUANTIZATIONS,
+    check_shared_flags,
+    create_lr_scheduler,
+    create_optimizer,
+    first_device,
+    load_model,
+    load_scheduler,
+    prepare_blocks,
+    quantize_base,
+    start,
+)
+from common.text_encoders import PromptEncoder, load_text_pipeline
+from common.tracking import (
     about_text,
     check_hub,
     create_hub_repo,
-    draw_class_images,
     finish,
-    generate_images,
-    image_grid,
-    load_scheduler,
     log_step,
     open_metrics,
     plot_metrics,
     print_header,
-    sampling_pipeline,
-    save_images,
     save_model_card,
     start_logging,
     step_logs,
+)
+from common.validation import (
+    draw_class_images,
+    generate_images,
+    image_grid,
+    sampling_pipeline,
+    save_images,
     undisturbed,
 )
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate.utils import broadcast_object_list, set_seed
+from diffusers import AutoencoderKL, FluxFillPipeline, FluxPipeline, FluxTransformer2DModel
+from diffusers.training_utils import offload_models
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -672,6 +659,17 @@ class EditDataset(Dataset):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def pack_fill_condition(masked_image_latents, mask):
+    """The channels FLUX.1-Fill reads beside the noisy latents: tokens [B, h/2 * w/2, 4C + 4f²].
+
+    masked_image_latents [B, C, h, w] are normalised latents; mask [B, 1, H, W] is 1 where the image is to be
+    generated, f = H / h. The mask keeps its full resolution: each token carries its 2f x 2f pixels.
+    """
+    pixels_per_latent = mask.shape[-1] // masked_image_latents.shape[-1]
+    mask = F.pixel_unshuffle(mask.to(masked_image_latents), pixels_per_latent)
+    return torch.cat([pack_latents(masked_image_latents), pack_latents(mask)], dim=-1)
+
+
 class FillPipeline(FluxFillPipeline):
     """FluxFillPipeline with the conditions of the training: `fill_condition` builds them.
 
@@ -881,7 +879,6 @@ def main(args):
     checkpoint = checkpoint_to_resume(args.output_dir, args.resume_from_checkpoint)
     args.seed = choose_seed(args.seed, checkpoint)
     set_seed(args.seed)
-    configure_deepspeed(accelerator, args)
 
     # 2. Data
     examples, problems = find_examples(args)
@@ -910,7 +907,7 @@ def main(args):
     cases = validation_cases(args, examples)
     prompts = {example.caption for example in examples} | ({""} if args.caption_dropout else set())
     prompts |= {prompt for prompt, _, _ in cases} | ({args.class_prompt} if args.class_prompt else set())
-    text = PromptEncoder(accelerator, args, weight_dtype)
+    text = PromptEncoder(accelerator, load_text_pipeline(FluxPipeline, args, weight_dtype), args, weight_dtype)
     text.cache(sorted(prompts))
 
     # 4. VAE, class images, latents; then the transformer with its LoRA
@@ -951,7 +948,6 @@ def main(args):
     lr_scheduler = create_lr_scheduler(args, optimizer, max_train_steps)
 
     # 6. Prepare and resume
-    split_weights(accelerator, transformer)
     if args.fsdp:
         lr_scheduler = accelerator.prepare(lr_scheduler)
     else:

@@ -19,131 +19,119 @@ model card, the arguments (args.json), the loss (metrics.jsonl, loss.png), pictu
 
 import argparse
 import functools
+import hashlib
+import importlib.metadata
+import io
 import json
 import math
 import re
 import shlex
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from common import (
-    LR_SCHEDULERS,
-    TRACKERS,
-    WEIGHTING_SCHEMES,
-    Parser,
-    Switch,
+from common.arguments import LR_SCHEDULERS, TRACKERS, Parser, Switch, fail, number
+from common.checkpoints import (
     catch_signals,
-    check_shared_flags,
-    count_skipped,
-    fail,
-    number,
-    run_settings,
-    start,
-    stop_interrupted,
-)
-
-
-# below: the libraries that `common` quiets
-# isort: split
-import cv2
-import numpy as np
-import psutil
-import torch
-from accelerate.utils import DistributedType, set_seed
-from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
-from diffusers.training_utils import offload_models
-from PIL import Image, ImageFilter, ImageOps
-from safetensors import safe_open
-from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
-from transformers import T5Config
-
-from common.flow_matching import (
-    TIMESTEP_SAMPLING,
-    adapter_names,
-    add_noise,
-    bound,
-    condition_tokens,
-    conditions_of,
-    noise_options,
-    omini_forward,
-    sample_sigmas,
-    shard_omini,
-    step_generator,
-    velocity_loss,
-)
-from common.latents import (
-    IMAGE_SUFFIXES,
-    INTERPOLATION,
-    PATCH,
-    ControlExample,
-    Example,
-    StepSampler,
-    StreamedBatches,
-    cache_moments,
-    check_pictures,
-    condition_keys,
-    encode_moments,
-    examples_of,
-    fit,
-    image_ids,
-    open_rows,
-    pack_latents,
-    read_batches,
-    read_rows,
-    sample_latents,
-    select_tokens,
-    source_of,
-    streamed_examples,
-    to_tensor,
-    token_hole,
-)
-from common.lora import (
-    QUANTIZATIONS,
-    add_lora,
     check_disk,
     check_output_dir,
     check_run,
     checkpoint_to_resume,
-    configure_deepspeed,
-    create_lr_scheduler,
-    create_optimizer,
-    first_device,
+    count_skipped,
     load_checkpoint,
+    run_settings,
+    save_checkpoint,
+    stop_interrupted,
+    writing,
+)
+from common.data import (
+    IMAGE_SUFFIXES,
+    INTERPOLATION,
+    Example,
+    StepSampler,
+    StreamedBatches,
+    check_pictures,
+    fit,
+    open_dataset,
+    picture_files,
+    read_batches,
+    read_row,
+    read_text_file,
+)
+from common.flow_matching import (
+    TIMESTEP_SAMPLING,
+    WEIGHTING_SCHEMES,
+    add_noise,
+    noise_options,
+    sample_sigmas,
+    step_generator,
+    velocity_loss,
+)
+from common.latents import (
+    PATCH,
+    cache_moments,
+    decode_latents,
+    encode_moments,
+    image_ids,
+    mean_latents,
+    pack_latents,
+    sample_latents,
+    to_tensor,
+    unpack_latents,
+)
+from common.lora import (
+    add_lora,
     load_lora,
-    load_model,
-    quantize_base,
     reduce_gradients,
     register_lora_checkpointing,
-    save_checkpoint,
     save_lora,
-    split_weights,
     target_layers,
     unknown_layers,
 )
-from common.validation import (
-    OminiPipeline,
-    PromptEncoder,
-    check_depth_model,
+from common.models import (
+    QUANTIZATIONS,
+    check_shared_flags,
+    create_lr_scheduler,
+    create_optimizer,
+    first_device,
+    load_model,
+    load_scheduler,
+    quantize_base,
+    shard,
+    start,
+)
+from common.text_encoders import PromptEncoder, load_text_pipeline
+from common.tracking import (
     check_hub,
     create_hub_repo,
-    depth_file,
-    estimate_depth,
     finish,
-    generate_images,
-    load_scheduler,
     log_step,
     open_metrics,
     plot_metrics,
     print_header,
-    sampling_pipeline,
-    save_images,
     save_model_card,
     start_logging,
     step_logs,
-    undisturbed,
 )
+from common.validation import generate_images, sampling_pipeline, save_images, undisturbed
+
+import cv2
+import numpy as np
+import psutil
+import torch
+import torch.nn.functional as F
+from accelerate.utils import set_seed
+from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
+from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.pipelines.flux.pipeline_flux import FluxPipelineOutput, calculate_shift
+from diffusers.training_utils import offload_models
+from PIL import Image, ImageFilter, ImageOps
+from safetensors import safe_open
+from torch.distributed.fsdp import register_fsdp_forward_method
+from torch.utils.checkpoint import checkpoint as checkpoint_function
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+from transformers import MODEL_FOR_DEPTH_ESTIMATION_MAPPING, AutoConfig, T5Config
 
 
 CONDITION_TYPES = (
@@ -503,6 +491,242 @@ def check_model(args):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@dataclass
+class ControlExample(Example):
+    """An example with the pictures of its subject or custom conditions, and its mask.
+
+    `places` are (position_delta, position_scale) of the conditions, if the data says so.
+    """
+
+    conditions: list[Example] = field(default_factory=list)
+    mask: Example | None = None
+    places: tuple = ()
+
+
+def source_of(args):
+    """The flag that names the data, as it was given."""
+    sources = ("instance_data_dir", "dataset_name", "data_files", "dataset_class")
+    name, value = next((name, getattr(args, name)) for name in sources if getattr(args, name) is not None)
+    return f"--{name} {' '.join(value) if isinstance(value, list) else value}"
+
+
+def read_rows(args):
+    """[(name, row)] and problems; a row is {column: value}, in which pictures are functions that open them."""
+    if args.instance_data_dir:
+        return read_folder_rows(args)
+    return read_dataset_class(args) if args.dataset_class else read_dataset_rows(args)
+
+
+def read_folder_rows(args):
+    """Rows of --instance_data_dir: captions and more from metadata.jsonl, else captions from the .txt file beside."""
+    folder, rows, problems, listed = args.instance_data_dir, [], [], {}
+    if not folder.is_dir():
+        return [], [f"--instance_data_dir {folder}: no such folder"]
+    metadata = folder / "metadata.jsonl"
+    try:
+        lines = metadata.read_text("utf-8-sig").splitlines() if metadata.exists() else []
+        listed = {str(row.pop("file_name")): row for row in (json.loads(line) for line in lines if line.strip())}
+        json.dumps(listed, ensure_ascii=False).encode()  # half of a surrogate pair is no text
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        problems.append(f"{metadata}: each line must be JSON with file_name ({error!r})")
+    others = {str(row.get(column)) for row in listed.values() for column in picture_columns(args)[1:]}
+    paths, unread = picture_files(folder)
+    paths = [path for path in paths if path.name not in others]
+    problems += [f"{metadata}: no picture {n} in this folder" for n in sorted(listed.keys() - {p.name for p in paths})]
+    problems += unread
+    for path in paths:
+        row, text_file = dict(listed.get(path.name, {})), path.with_suffix(".txt")
+        for column in picture_columns(args)[1:]:
+            if not isinstance(row.get(column), str):
+                return [], [f"{metadata}: column {column} names no file for {path.name}"]
+            row[column] = functools.partial(Image.open, folder / row[column])
+        if path.name not in listed:
+            row["text"] = read_text_file(text_file, problems)
+        rows.append((str(path), {**row, "image": functools.partial(Image.open, path)}))
+    return rows, problems
+
+
+def read_dataset_rows(args):
+    """Rows of --dataset_name or --data_files."""
+    dataset, problems = open_rows(args)
+    if problems:
+        return [], problems
+    pictures = picture_columns(args, dataset.column_names)
+    texts = dataset.remove_columns([c for c, f in dataset.features.items() if type(f).__name__ == "Image"])
+    texts = texts.to_list() if texts.column_names else [{}] * len(dataset)
+    name = args.dataset_name or "--data_files"
+    return [
+        (f"{name}[{i}]", {**row, **{column: functools.partial(read_row, dataset, i, column) for column in pictures}})
+        for i, row in enumerate(texts)
+    ], []
+
+
+def open_rows(args):
+    """(dataset, problems) of --dataset_name or --data_files; with --streaming one of undecoded files."""
+
+    def columns(names):
+        return picture_columns(args, names), [name.split(".")[0] for name in [caption_column(args)] if name]
+
+    source = "webdataset" if args.data_files else args.dataset_name
+    return open_dataset(
+        args, columns, flag=source_of(args), source=source, data_files=args.data_files, streaming=args.streaming
+    )
+
+
+def read_dataset_class(args):
+    """Rows of the user's own dataset, whose items are dictionaries."""
+    path, _, name = args.dataset_class.partition(":")
+    try:
+        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        dataset = getattr(module, name)()
+        read = functools.lru_cache(maxsize=1)(dataset.__getitem__)  # image and conditions of one and the same call
+        rows, number_of = [], len(args.condition_type)
+        for i in range(len(dataset)):
+            item = read(i)
+            found = sum(re.fullmatch(r"condition_\d+", key) is not None for key in item)
+            if found != number_of:
+                return [], [
+                    f"--dataset_class {args.dataset_class}: item {i} has {found} conditions for {number_of} "
+                    "of --condition_type"
+                ]
+            row = {key: functools.partial(read_item, read, i, key) for key in ("image", *condition_keys(number_of))}
+            places = tuple(
+                (tuple(map(float, item[f"position_delta_{n}"])), float(item.get(f"position_scale_{n}", 1.0)))
+                for n in range(number_of)
+            )
+            rows.append((f"{args.dataset_class}[{i}]", {**row, "description": item["description"], "places": places}))
+    except Exception as error:  # whatever the user's file raises
+        return [], [f"--dataset_class {args.dataset_class}: cannot be read ({error!r})"]
+    return rows, []
+
+
+def read_item(read, i, key):
+    """A picture of the user's own dataset."""
+    return read(i)[key]
+
+
+def condition_keys(number_of):
+    return [f"condition_{i}" for i in range(number_of)]
+
+
+def open_bytes(file):
+    """A picture of a stream, {"bytes": ..., "path": ...}."""
+    return Image.open(io.BytesIO(file["bytes"]) if file["bytes"] else file["path"])
+
+
+def picture_columns(args, columns=()):
+    """The columns that hold pictures: image, conditions, mask. Tars have jpg, png or webp where there is no image."""
+    image = args.image_column
+    if args.data_files and image not in columns:
+        image = next((name for name in ("jpg", "jpeg", "png", "webp") if name in columns), image)
+    if args.instance_data_dir:
+        image = "image"
+    return [image, *(args.condition_column or ()), *([args.mask_column] if args.mask_column else ())]
+
+
+def caption_column(args):
+    return args.caption_column or ("json.prompt" if args.data_files else None)
+
+
+def lookup(row, column):
+    """The value of "a.b" in {"a": {"b": value}} or of a column of that whole name, None if there is none."""
+    if column in row:
+        return row[column]
+    for part in column.split("."):
+        row = row.get(part) if isinstance(row, dict) else None
+    return row
+
+
+def caption_of(row, columns, args):
+    """What the first of `columns` that there is says, else --instance_prompt."""
+    texts = (lookup(row, column) for column in columns)
+    return next((text for text in texts if text is not None), args.instance_prompt)
+
+
+def examples_of(name, row, args):
+    """The examples of a row: one, or for pairs of a subject side by side two, each picture once the condition."""
+    if args.dataset_class:
+        pictures = [Example(f"{name}, {key}", row[key]) for key in condition_keys(len(args.condition_type))]
+        return [ControlExample(name, row["image"], row["description"], pictures, places=row["places"])]
+    columns = picture_columns(args, row)
+    image = row[columns[0]]
+    mask = Example(f"{name}, {args.mask_column}", row[args.mask_column]) if args.mask_column else None
+    pictures = [Example(f"{name}, {column}", row[column]) for column in args.condition_column or ()]
+    needed = sum(kind in ("subject", "custom") for kind in args.condition_type)
+    if needed == len(pictures):
+        names = [caption_column(args)] if caption_column(args) else ["text", "prompt", "caption"]
+        return [ControlExample(name, image, caption_of(row, names, args), pictures, mask)]
+    examples, place = [], args.condition_type[: args.condition_type.index("subject")].count("custom")
+    for side in (0, 1):
+        names = (f"description.description_{side}", f"description_{side}", args.caption_column or "text")
+        halves = [functools.partial(half_of, image, half, args.image_size, args.padding) for half in (side, 1 - side)]
+        others = [*pictures[:place], Example(f"{name}, other side", halves[1]), *pictures[place:]]
+        examples.append(ControlExample(f"{name}, side {side}", halves[0], caption_of(row, names, args), others, mask))
+    return examples
+
+
+def half_of(read, side, image_size, padding):
+    """The left (0) or right (1) picture, `image_size` square, of a pair with `padding` around and between."""
+    image, left = read(), padding + side * (image_size + padding)
+    if image.width < left + image_size or image.height < padding + image_size:
+        raise ValueError(
+            f"{image.width} x {image.height} pixels hold no pair of --image_size {image_size} and --padding {padding}"
+        )
+    return image.crop((left, padding, left + image_size, padding + image_size))
+
+
+def streamed_examples(row, name, args):
+    """The examples of a row of a stream, whose pictures are files not yet decoded."""
+    pictures = picture_columns(args, row)
+    return examples_of(name, {**row, **{c: functools.partial(open_bytes, row[c]) for c in pictures}}, args)
+
+
+def check_depth_model(args):
+    """Problems of --depth_model."""
+    if not {"depth", "depth_pred"} & set(args.condition_type):
+        return []
+    try:
+        config = AutoConfig.from_pretrained(args.depth_model, cache_dir=args.cache_dir, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        return [f"--depth_model {args.depth_model}: cannot be loaded ({str(error).splitlines()[0]})"]
+    if type(config) not in MODEL_FOR_DEPTH_ESTIMATION_MAPPING:
+        return [f"--depth_model {args.depth_model}: is a {config.model_type}, which estimates no depth"]
+    return []
+
+
+def depth_file(image, args):
+    """Where the depth map of a picture of --target_size is kept."""
+    digest = hashlib.sha256(image.tobytes() + str((image.size, args.depth_model)).encode()).hexdigest()
+    return args.output_dir / "depth" / f"{digest[:32]}.png"
+
+
+def estimate_depth(accelerator, examples, args):
+    """Depth maps of all pictures into output_dir/depth, by the processes together; what is there stays."""
+    from transformers import pipeline
+
+    folder = args.output_dir / "depth"
+    folder.mkdir(parents=True, exist_ok=True)
+    where = {"device": accelerator.device, "model_kwargs": {"cache_dir": args.cache_dir}}
+    estimator = pipeline("depth-estimation", model=args.depth_model, trust_remote_code=False, **where)
+    starts = list(range(0, len(examples), args.depth_batch_size))
+    with accelerator.split_between_processes(starts) as share:
+        for start in tqdm(share, desc="Estimating depth", unit="batch", disable=not accelerator.is_main_process):
+            batch = examples[start : start + args.depth_batch_size]
+            images = [fit(example.image(), args.target_size, args) for example in batch]
+            images = [image for image in images if not depth_file(image, args).exists()]
+            for image, found in zip(
+                images, estimator(images, batch_size=args.depth_batch_size) if images else (), strict=True
+            ):
+                path = depth_file(image, args)
+                partial = path.with_suffix(f".{accelerator.process_index}")
+                with writing(path, partial):
+                    found["depth"].convert("L").resize(image.size).save(partial, format="PNG")
+                    partial.replace(path)
+    accelerator.wait_for_everyone()
+
+
 def find_examples(args):
     """The training pictures with captions and conditions, and what is wrong with them: (examples, problems)."""
     rows, problems = read_rows(args)
@@ -684,6 +908,447 @@ def find_stream(args):
 # ---------------------------------------------------------------------------------------------------------------------
 # Model
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+BESIDE = ("subject", "sr")  # conditions that stand to the left of the image, not upon it
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One condition: what it shows, its size in pixels, where its tokens stand, the adapter they pass."""
+
+    type: str
+    size: tuple[int, int]  # (height, width)
+    position_delta: tuple[float, float] = (0, 0)  # (down, right), in tokens of 16 pixels of the image
+    position_scale: float = 1.0  # image tokens per condition token in each direction
+    adapter: str = "default"
+
+
+def conditions_of(args, places=()):
+    """The conditions of a run in the order of --condition_type; `places` are (delta, scale) that the data brings."""
+    types, target, conditions = args.condition_type, args.target_size, []
+    each = lambda values, i: None if not values else values[0] if len(values) == 1 else values[i]  # noqa: E731
+    for i, kind in enumerate(types):
+        size = each(args.condition_size, i) or (tuple(side // 2 for side in target) if kind == "sr" else target)
+        delta = each(args.position_delta, i) or ((0, -size[1] // PATCH) if kind in BESIDE else (0, 0))
+        scale = each(args.position_scale, i) or (target[0] / size[0] if delta == (0, 0) else 1.0)
+        delta, scale = places[i] if places else (delta, scale)
+        adapter = (
+            (kind if types.count(kind) == 1 else f"{kind}_{i}") if args.adapter_per_condition else "_".join(types)
+        )
+        conditions.append(Condition(kind, size, delta, scale, adapter))
+    return conditions
+
+
+def adapter_names(conditions):
+    return list(dict.fromkeys(condition.adapter for condition in conditions))
+
+
+@dataclass
+class Tokens:
+    """Tokens of one condition: packed latents [B, N, 64], their ids [N, 3] or [B, N, 3], the LoRA they pass through.
+
+    `valid` [B, N] is False for padding, which nothing attends to; None if there is no padding.
+    """
+
+    hidden_states: torch.Tensor
+    ids: torch.Tensor
+    adapters: tuple[str, ...] = ("default",)
+    valid: torch.Tensor | None = None
+
+
+@dataclass
+class Branch:
+    """What all blocks need to know of the tokens of one kind: text, image, condition 1, condition 2, ..."""
+
+    temb: torch.Tensor  # [B, D], of its own noise level and guidance
+    rotary: tuple[torch.Tensor, torch.Tensor]  # cos and sin [N, d] or [B, N, d]
+    adapters: tuple[str, ...]
+    sees: tuple[int, ...]  # the branches whose keys its queries meet
+    valid: torch.Tensor | None
+
+
+def condition_ids(height, width, position_delta=(0, 0), position_scale=1.0, device=None):
+    """Position ids [h/2 * w/2, 3] of a condition's latents, h and w being `height` and `width`.
+
+    id = scale (row, column) + (scale - 1) / 2 + delta: a condition's patch covers `position_scale` patches of the
+    image in each direction and stands at their middle; `position_delta` (down, right) counts the image's patches of
+    16 pixels (arXiv 2503.08280, section 3.2).
+    """
+    ids = image_ids(height, width, device)
+    ids[:, 1:] = position_scale * ids[:, 1:] + (position_scale - 1) / 2 + torch.tensor(position_delta, device=device)
+    return ids
+
+
+def condition_tokens(condition_latents, conditions, hole=None):
+    """[Tokens] of the latents [B, C, h, w] of each condition.
+
+    Of token_integration only what lies outside the hole [B, h/2, w/2] becomes tokens (arXiv 2503.08280, section 3.3).
+    """
+    tokens = []
+    for latents, condition in zip(condition_latents, conditions, strict=True):
+        place = condition.position_delta, condition.position_scale
+        states, ids, valid = pack_latents(latents), condition_ids(*latents.shape[-2:], *place, latents.device), None
+        if condition.type == "token_integration":
+            states, ids, valid = select_tokens(states, ids, ~hole.flatten(1))
+        tokens.append(Tokens(states, ids, (condition.adapter,), valid))
+    return tokens
+
+
+def select_tokens(tokens, ids, keep):
+    """The tokens [B, N, C] where keep [B, N] is true, in order, with their ids [N, D]: [B, M, C] and [B, M, D].
+
+    M is the largest count in the batch. Samples with fewer are padded: `valid` [B, M] is False there, and None
+    if nothing is padded.
+    """
+    counts = keep.sum(dim=1)
+    length = int(counts.max())
+    order = torch.argsort(~keep, dim=1, stable=True)[:, :length]
+    chosen = tokens.gather(1, order[..., None].expand(-1, -1, tokens.shape[-1]))
+    valid = torch.arange(length, device=keep.device) < counts[:, None]
+    return chosen, ids[order], None if valid.all() else valid
+
+
+def token_hole(hole):
+    """The tokens of which any pixel is in the hole: boolean [H, W] to [H / 16, W / 16]."""
+    height, width = hole.shape
+    return hole.reshape(height // PATCH, PATCH, width // PATCH, PATCH).any(axis=(1, 3))
+
+
+def lora_linear(layer, hidden_states, adapters):
+    """A linear layer with the LoRAs named in `adapters`, and not a product of any other."""
+    if not hasattr(layer, "base_layer"):
+        return layer(hidden_states)
+    result = layer.base_layer(hidden_states)
+    for name in adapters:
+        if name in layer.lora_A:
+            inputs = layer.lora_dropout[name](hidden_states.to(layer.lora_A[name].weight.dtype))
+            update = layer.lora_B[name](layer.lora_A[name](inputs)) * layer.scaling[name]
+            result = result + update.to(result.dtype)
+    return result
+
+
+def modulation(norm, branch, parts):
+    """The `parts` vectors [B, 1, D] that an adaptive norm makes of a branch's time and guidance."""
+    return lora_linear(norm.linear, norm.silu(branch.temb), branch.adapters)[:, None].chunk(parts, dim=-1)
+
+
+def rotate(states, rotary):
+    """Rotary embedding of queries or keys [B, N, heads, d]; every sample has its own positions if cos is [B, N, d]."""
+    if rotary[0].ndim == 2:
+        return apply_rotary_emb(states, rotary, sequence_dim=1)
+    flat = apply_rotary_emb(states.flatten(0, 1)[None], [part.flatten(0, 1) for part in rotary], sequence_dim=1)
+    return flat.view_as(states)
+
+
+def project(attn, states, branch, *, query=True, context=False):
+    """Queries (None without `query`), keys and values [B, N, heads, d] of a branch."""
+    if context:
+        layers, norms = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj), (attn.norm_added_q, attn.norm_added_k)
+    else:
+        layers, norms = (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k)
+    q, k, v = (
+        lora_linear(layer, states, branch.adapters).unflatten(-1, (-1, attn.head_dim)) if query or i else None
+        for i, layer in enumerate(layers)
+    )
+    return rotate(norms[0](q), branch.rotary) if query else None, rotate(norms[1](k), branch.rotary), v
+
+
+def attend(queries, keys, values, branches):
+    """Attention of each branch to those it sees: [B, N, heads * d] per branch, None where there is no query.
+
+    Branches that see the same are one call of scaled_dot_product_attention on exactly the keys they see.
+    """
+    attended, groups = [None] * len(queries), {}
+    for i, query in enumerate(queries):
+        if query is not None:
+            groups.setdefault(branches[i].sees, []).append(i)
+    for sees, members in groups.items():
+        query = torch.cat([queries[i] for i in members], dim=1)
+        key = torch.cat([keys[i] for i in sees], dim=1)
+        value = torch.cat([values[i] for i in sees], dim=1)
+        mask = None
+        if any(branches[i].valid is not None for i in sees):
+            valid = [(keys[i].new_ones(keys[i].shape[:2], dtype=bool), branches[i].valid) for i in sees]
+            mask = torch.cat([every if some is None else some for every, some in valid], dim=1)[:, None, None]
+        out = F.scaled_dot_product_attention(
+            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=mask
+        )
+        out = out.transpose(1, 2).flatten(2).split([queries[i].shape[1] for i in members], dim=1)
+        for i, part in zip(members, out, strict=True):
+            attended[i] = part
+    return attended
+
+
+def double_block(block, states, branches, stored):
+    """One block with weights of its own for text. `states` [B, N, D] of each branch, None if `stored` has its keys."""
+    norms = [block.norm1_context, *[block.norm1] * (len(states) - 1)]
+    queries, keys, values, parts = ([None] * len(states) for _ in range(4))
+    for i, (x, branch, norm) in enumerate(zip(states, branches, norms, strict=True)):
+        if x is None:
+            keys[i], values[i] = stored[i]
+            continue
+        shift, scale, *parts[i] = modulation(norm, branch, 6)
+        normed = norm.norm(x) * (1 + scale) + shift
+        queries[i], keys[i], values[i] = project(block.attn, normed, branch, context=i == 0)
+    attended = attend(queries, keys, values, branches)
+    results = []
+    for i, (x, branch) in enumerate(zip(states, branches, strict=True)):
+        if x is not None:
+            gate, shift_mlp, scale_mlp, gate_mlp = parts[i]
+            out = block.attn.to_add_out if i == 0 else block.attn.to_out[0]
+            norm2, ff = (block.norm2_context, block.ff_context) if i == 0 else (block.norm2, block.ff)
+            x = x + gate * lora_linear(out, attended[i], branch.adapters)
+            inner = norm2(x) * (1 + scale_mlp) + shift_mlp
+            inner = F.gelu(lora_linear(ff.net[0].proj, inner, branch.adapters), approximate="tanh")
+            x = clip_half(x + gate_mlp * lora_linear(ff.net[2], inner, branch.adapters))
+        results.append(x)
+    return results, list(zip(keys, values, strict=True))
+
+
+def single_block(block, states, branches, stored, wanted):
+    """One block with the same weights for all. Only branches of `wanted` are continued, of the others only the keys
+    and values are computed."""
+    queries, keys, values, normed, gates = ([None] * len(states) for _ in range(5))
+    for i, (x, branch) in enumerate(zip(states, branches, strict=True)):
+        if x is None:
+            keys[i], values[i] = stored[i]
+            continue
+        shift, scale, gates[i] = modulation(block.norm, branch, 3)
+        normed[i] = block.norm.norm(x) * (1 + scale) + shift
+        queries[i], keys[i], values[i] = project(block.attn, normed[i], branch, query=i in wanted)
+    attended = attend(queries, keys, values, branches)
+    results = [None] * len(states)
+    for i in wanted:
+        x, adapters = states[i], branches[i].adapters
+        if x is not None:
+            inner = block.act_mlp(lora_linear(block.proj_mlp, normed[i], adapters))
+            inner = torch.cat([attended[i], inner], dim=-1)
+            results[i] = clip_half(x + gates[i] * lora_linear(block.proj_out, inner, adapters))
+    return results, list(zip(keys, values, strict=True))
+
+
+def clip_half(states):
+    """Keeps float16 finite, as diffusers' blocks do."""
+    return states.clip(-65504, 65504) if states.dtype == torch.float16 else states
+
+
+@functools.cache
+def compiled(block_function):
+    return torch.compile(block_function)
+
+
+def omini_forward(
+    transformer,
+    *,
+    hidden_states,
+    encoder_hidden_states,
+    pooled_projections,
+    timestep,
+    guidance,
+    txt_ids,
+    img_ids,
+    conditions=(),
+    independent_condition=False,
+    image_adapters=(),
+    image_valid=None,
+    cache=None,
+    compile_blocks=False,
+):
+    """A FluxTransformer2DModel's velocity [B, N, 64] of noisy image tokens beside conditions (arXiv 2411.15098).
+
+    Arguments are those of the model's own forward, which this equals without conditions. Besides:
+        conditions             list of Tokens; they pass the same weights and their own LoRA, at timestep 0, guidance 1
+        independent_condition  a condition's tokens see only themselves; else also text and image (arXiv 2503.08280).
+                               Two conditions never see each other.
+        image_adapters         LoRAs, such as a style, that text and image pass through; without them these tokens meet
+                               the base weights alone
+        image_valid            [B, N], False for padding of the image tokens
+        cache                  a list: if empty it is filled with the conditions' keys and values, else they are taken
+                               from it and the conditions are not computed
+    """
+    linear = functools.partial(lora_linear, adapters=image_adapters)
+    guided = guidance is not None
+    time_text = transformer.time_text_embed
+    text = linear(transformer.context_embedder, encoder_hidden_states)
+    image = linear(transformer.x_embedder, hidden_states)
+    scaled = [value.to(image.dtype) * 1000 for value in ((timestep, guidance) if guided else (timestep,))]
+    temb = time_text(*scaled, pooled_projections)
+    everything = tuple(range(2 + len(conditions)))
+    branches = [
+        Branch(temb, transformer.pos_embed(txt_ids), image_adapters, everything, None),
+        Branch(temb, rotary_embedding(transformer, img_ids), image_adapters, everything, image_valid),
+    ]
+    states = [text, image]
+    if conditions:
+        zero = torch.zeros_like(scaled[0])
+        condition_temb = time_text(*((zero, zero + 1000) if guided else (zero,)), pooled_projections)
+    for i, condition in enumerate(conditions, start=2):
+        sees = (i,) if independent_condition else (0, 1, i)
+        rotary = rotary_embedding(transformer, condition.ids)
+        branches.append(Branch(condition_temb, rotary, condition.adapters, sees, condition.valid))
+        states.append(
+            None if cache else lora_linear(transformer.x_embedder, condition.hidden_states, condition.adapters)
+        )
+
+    blocks = [(double_block, block, ()) for block in transformer.transformer_blocks]
+    blocks += [(single_block, block, (everything,)) for block in transformer.single_transformer_blocks]
+    if transformer.single_transformer_blocks:
+        blocks[-1] = (*blocks[-1][:2], ((1,),))  # only the image leaves the model
+    checkpointing = torch.is_grad_enabled() and transformer.gradient_checkpointing
+    reuse = bool(cache)
+    for i, (function, block, wanted) in enumerate(blocks):
+        if compile_blocks and i < len(blocks) - 1:  # the last is unlike all others
+            function = compiled(function)
+        function = bound(function, block)
+        inputs = (states, branches, cache[i] if reuse else None, *wanted)
+        if checkpointing:
+            states, stored = checkpoint_function(function, *inputs, use_reentrant=False)
+        else:
+            states, stored = function(*inputs)
+        if cache is not None and not reuse:
+            cache.append([None, None, *stored[2:]])
+    shift_scale = lora_linear(
+        transformer.norm_out.linear, transformer.norm_out.silu(temb).to(states[1].dtype), image_adapters
+    )
+    scale, shift = shift_scale[:, None].chunk(2, dim=-1)
+    return linear(transformer.proj_out, transformer.norm_out.norm(states[1]) * (1 + scale) + shift)
+
+
+def bound(function, module):
+    """A module's `function`; that of a sharded one is its method, see `shard_omini`."""
+    return getattr(module, "omini_forward", None) or functools.partial(function, module)
+
+
+def shard_omini(transformer, device, dtype, compile_blocks):
+    """`shard`, where `omini_forward` becomes a method of the model and of its blocks, whose calls FSDP2 sees."""
+    shard(transformer, device, dtype)
+    kinds = {double_block: transformer.transformer_blocks, single_block: transformer.single_transformer_blocks}
+    for function, blocks in kinds.items():
+        for block in blocks:
+            block.omini_forward = functools.partial(compiled(function) if compile_blocks else function, block)
+            register_fsdp_forward_method(block, "omini_forward")
+    transformer.omini_forward = functools.partial(omini_forward, transformer)
+    register_fsdp_forward_method(transformer, "omini_forward")
+
+
+def rotary_embedding(transformer, ids):
+    """cos and sin of ids [N, 3], or [B, N, d] each of ids [B, N, 3]."""
+    if ids.ndim == 2:
+        return transformer.pos_embed(ids)
+    return [part.unflatten(0, ids.shape[:2]) for part in transformer.pos_embed(ids.flatten(0, 1))]
+
+
+class OminiPipeline(FluxPipeline):
+    """FluxPipeline with conditions."""
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt=None,
+        *,
+        conditions=(),
+        condition_images=(),
+        hole=None,
+        prompt_embeds=None,
+        pooled_prompt_embeds=None,
+        height=512,
+        width=512,
+        num_inference_steps=28,
+        guidance_scale=3.5,
+        image_guidance_scale=1.0,
+        independent_condition=False,
+        image_adapters=(),
+        kv_cache=False,
+        compile_blocks=False,
+        max_sequence_length=512,
+        generator=None,
+        output_type="pil",
+    ):
+        """Draws a picture for each prompt (or each of prompt_embeds [B, T, D], pooled_prompt_embeds [B, P]).
+
+            conditions            list of Condition, as the adapter's metadata has them
+            condition_images      for each a PIL image of its size, or a list of B
+            hole                  for token_integration: boolean [H, W] or [B, H, W], true where the image is drawn
+            image_guidance_scale  above 1, the velocity is led away from the one with black conditions
+            independent_condition as the adapter was trained
+            image_adapters        names of LoRAs, such as a style, for text and image
+            kv_cache              compute the conditions at the first step only: exact with independent_condition
+
+        `output_type` "latent" returns normalised latents [B, C, height / 8, width / 8].
+        """
+        device, config = self.transformer.device, self.scheduler.config
+        if prompt_embeds is None:
+            prompt_embeds, pooled_prompt_embeds, _ = self.encode_prompt(
+                prompt, None, device=device, max_sequence_length=max_sequence_length
+            )
+        batch_size, dtype = len(prompt_embeds), prompt_embeds.dtype
+        if hole is not None:
+            hole = [token_hole(mask) for mask in np.broadcast_to(hole, (batch_size, height, width))]
+            hole = torch.from_numpy(np.stack(hole)).to(device)
+            if hole.flatten(1).all(dim=1).any() or not hole.flatten(1).any(dim=1).all():
+                raise ValueError("a hole must contain some and leave some of the image's tokens of 16 pixels")
+
+        def encode(images):
+            images = images if isinstance(images, list) else [images] * batch_size
+            moments = encode_moments(self.vae, torch.stack([to_tensor(image.convert("RGB")) for image in images]))
+            return mean_latents(moments, self.vae.config).to(device, dtype)
+
+        condition_latents = [encode(images) for images in condition_images]
+        passes = [condition_latents]
+        if image_guidance_scale != 1:
+            passes.append([encode(Image.new("RGB", condition.size[::-1])) for condition in conditions])
+        passes = [(condition_tokens(each, conditions, hole), [] if kv_cache else None) for each in passes]
+        latents, ids = self.prepare_latents(
+            batch_size, self.vae.config.latent_channels, height, width, dtype, device, generator
+        )
+        valid = None
+        if hole is not None:
+            latents, ids, valid = select_tokens(latents, ids, hole.flatten(1))
+        guidance = torch.full((batch_size,), guidance_scale, device=device)
+        mu = calculate_shift(
+            height * width // PATCH**2,
+            config.get("base_image_seq_len", 256),
+            config.get("max_image_seq_len", 4096),
+            config.get("base_shift", 0.5),
+            config.get("max_shift", 1.15),
+        )
+        sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
+        self.scheduler.set_timesteps(sigmas=sigmas, device=device, mu=mu)
+        self.scheduler.set_begin_index(0)
+        for t in self.progress_bar(self.scheduler.timesteps):
+            velocities = [
+                bound(omini_forward, self.transformer)(
+                    hidden_states=latents,
+                    encoder_hidden_states=prompt_embeds,
+                    pooled_projections=pooled_prompt_embeds,
+                    timestep=t.expand(batch_size).to(dtype) / 1000,
+                    guidance=guidance if self.transformer.config.guidance_embeds else None,
+                    txt_ids=torch.zeros(prompt_embeds.shape[1], 3, device=device),
+                    img_ids=ids,
+                    conditions=tokens,
+                    independent_condition=independent_condition,
+                    image_adapters=image_adapters,
+                    image_valid=valid,
+                    cache=cache,
+                    compile_blocks=compile_blocks,
+                )
+                for tokens, cache in passes
+            ]
+            velocity = velocities[0]
+            if len(passes) == 2:
+                velocity = velocities[1] + image_guidance_scale * (velocities[0] - velocities[1])
+            latents = self.scheduler.step(velocity, t, latents, return_dict=False)[0]
+        if hole is not None:
+            place = [condition.type for condition in conditions].index("token_integration")
+            whole, kept = pack_latents(condition_latents[place]), latents.new_ones(latents.shape[:2], dtype=bool)
+            whole[hole.flatten(1)] = latents[kept if valid is None else valid]
+            latents = whole
+        latents = unpack_latents(latents, height // 8, width // 8)
+        if output_type == "latent":
+            return FluxPipelineOutput(images=latents)
+        images = decode_latents(self.vae, latents.to(self.vae.device))
+        return FluxPipelineOutput(images=self.image_processor.postprocess(images, output_type=output_type))
 
 
 def add_adapters(transformer, conditions, args):
@@ -885,7 +1550,6 @@ def main(args):
     accelerator, weight_dtype = start(args)
     device, quiet = accelerator.device, not accelerator.is_main_process
     set_seed(args.seed)
-    configure_deepspeed(accelerator, args)
 
     # 2. Data
     examples, problems = find_stream(args) if args.streaming else find_examples(args)
@@ -895,7 +1559,11 @@ def main(args):
     total_batch_size = args.train_batch_size * accumulation * num_processes
     processes = {"process_index": accelerator.process_index, "num_processes": num_processes}
     if args.streaming:
-        sampler = None if problems else StreamedBatches(open_rows(args)[0], dataset.checked_sample, args, **processes)
+        sampler = (
+            None
+            if problems
+            else StreamedBatches(open_rows(args)[0], streamed_examples, dataset.checked_sample, args, **processes)
+        )
         steps_per_epoch = None
     else:
         sampler = StepSampler([0] * len(examples), args.train_batch_size, seed=args.seed, **processes)
@@ -916,7 +1584,8 @@ def main(args):
 
     # 3. Prompts, depth maps, latents: what makes them is gone before the transformer is loaded
     cached = args.cache_prompts and not args.streaming
-    text = PromptEncoder(accelerator, args, weight_dtype, keep=not cached)
+    pipeline = load_text_pipeline(FluxPipeline, args, weight_dtype)
+    text = PromptEncoder(accelerator, pipeline, args, weight_dtype, keep=not cached)
     if cached:
         text.cache(prompts)
     if {"depth", "depth_pred"} & set(args.condition_type):
@@ -945,15 +1614,8 @@ def main(args):
     lr_scheduler = create_lr_scheduler(args, optimizer, max_train_steps)
 
     # 6. Prepare and resume
-    deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
-    if deepspeed:
-        split_weights(accelerator, transformer)
-        transformer.forward = functools.partial(omini_forward, transformer)
-        engine, optimizer, lr_scheduler = accelerator.prepare(transformer, optimizer, lr_scheduler)
-        transformer.omini_forward = engine.forward
-    else:
-        lr_scheduler = accelerator.prepare(lr_scheduler)
-        optimizer = optimizer if args.fsdp else accelerator.prepare(optimizer)
+    lr_scheduler = accelerator.prepare(lr_scheduler)
+    optimizer = optimizer if args.fsdp else accelerator.prepare(optimizer)
     register_lora_checkpointing(accelerator, FluxPipeline, modules, optimizer, files)
     global_step = load_checkpoint(accelerator, checkpoint, lr_scheduler)
     sampler.start, sampler.stop = global_step * accumulation, max_train_steps * accumulation
@@ -1004,7 +1666,7 @@ def main(args):
             loss_sum = loss_sum + loss.detach() / accumulation
             if not accelerator.sync_gradients:
                 continue
-            if not args.fsdp and not deepspeed:
+            if not args.fsdp:
                 reduce_gradients(accelerator, lora_params)
             grad_norm = accelerator.clip_grad_norm_(lora_params, args.max_grad_norm)
             totals = torch.stack([loss_sum, torch.tensor(float(len(signals)), device=device)])

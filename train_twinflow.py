@@ -19,96 +19,87 @@ pictures (validation/) and checkpoints to resume from.
 """
 
 import argparse
+import copy
 import functools
+import inspect
 import math
 import shlex
 import time
+from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
-from common import (
+from common.arguments import (
     LR_SCHEDULERS,
     TRACKERS,
     Parser,
     Switch,
-    catch_signals,
-    check_shared_flags,
-    count_skipped,
     fail,
     names_in,
     number,
-    run_settings,
-    start,
-    stop_interrupted,
+    reading,
 )
-
-
-# below: the libraries that `common` quiets
-# isort: split
-import diffusers
-import numpy as np
-import torch
-from accelerate import DistributedDataParallelKwargs
-from accelerate.utils import DistributedType, set_seed
-from diffusers.training_utils import free_memory, offload_models
-from PIL import Image, ImageOps
-from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
-
-from common.flow_matching import (
-    BACKBONES,
-    STYLES,
-    OpenUni,
-    add_target_time,
-    predict_velocity,
-    sample_flow,
-    step_generator,
-)
-from common.latents import (
-    INTERPOLATION,
-    StepSampler,
-    TensorCache,
-    check_pictures,
-    decode_images,
-    encode_images,
-    has_parquet,
-    read_batches,
-    read_captioned_dataset,
-    read_captioned_folder,
-    read_prompts,
-    to_image,
-    to_tensor,
-    upright,
-)
-from common.lora import (
-    QUANTIZATIONS,
-    add_lora,
+from common.checkpoints import (
+    catch_signals,
     check_disk,
     check_output_dir,
     check_run,
     checkpoint_to_resume,
-    configure_deepspeed,
-    count_weights,
+    count_skipped,
+    load_checkpoint,
+    register_tensor_checkpointing,
+    run_settings,
+    save_checkpoint,
+    stop_interrupted,
+    writing,
+)
+from common.data import (
+    INTERPOLATION,
+    StepSampler,
+    check_pictures,
+    open_dataset,
+    picture_files,
+    read_batches,
+    read_row,
+    read_text_file,
+    upright,
+)
+from common.flow_matching import step_generator
+from common.latents import (
+    TensorCache,
+    decode_images,
+    encode_images,
+    image_ids,
+    pack_latents,
+    to_image,
+    to_tensor,
+    unpack_latents,
+)
+from common.lora import (
+    FLUX_TARGET_MODULES,
+    add_lora,
+    register_lora_checkpointing,
+    save_lora,
+    target_layers,
+    unknown_layers,
+)
+from common.models import (
+    QUANTIZATIONS,
+    check_shared_flags,
     create_lr_scheduler,
     create_optimizer,
     first_device,
-    load_checkpoint,
+    load_model,
     local,
     prepare_blocks,
     quantize_base,
-    register_lora_checkpointing,
-    register_tensor_checkpointing,
-    renew_weights,
-    save_checkpoint,
-    save_lora,
-    save_model,
-    split_weights,
-    target_layers,
-    unknown_layers,
-    zero_parts,
+    reshard,
+    start,
+    whole,
 )
-from common.validation import (
+from common.text_encoders import load_text_pipeline
+from common.tracking import (
     check_hub,
     create_hub_repo,
     finish,
@@ -116,12 +107,25 @@ from common.validation import (
     open_metrics,
     plot_metrics,
     print_header,
-    save_images,
     save_model_card,
     start_logging,
     step_logs,
-    undisturbed,
 )
+from common.validation import save_images, undisturbed
+
+import diffusers
+import numpy as np
+import torch
+from accelerate import DistributedDataParallelKwargs
+from accelerate.utils import set_seed
+from diffusers.training_utils import free_memory, offload_models
+from huggingface_hub import save_torch_state_dict
+from PIL import Image, ImageOps
+from safetensors import safe_open
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer
 
 
 TRAINING = ("full", "lora")
@@ -425,6 +429,89 @@ def lora_targets(args):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@dataclass
+class PromptExample:
+    """A picture and its captions; `read` and `read_reference` open the picture and the one it was edited from.
+
+    `stamp` changes when the files do: what was encoded of others is then not used.
+    """
+
+    name: str
+    captions: list[str]
+    read: Callable[[], Image.Image] | None = None
+    read_reference: Callable[[], Image.Image] | None = None
+    stamp: str = ""
+
+
+def read_prompts(path):
+    """Examples of --prompts_file."""
+    if not path.is_file():
+        return [], [f"--prompts_file {path}: no such file"]
+    try:
+        lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]
+    except (OSError, ValueError):
+        return [], [f"--prompts_file {path}: not UTF-8 text"]
+    return [PromptExample(f"{path}:{i + 1}", [line]) for i, line in enumerate(lines) if line], []
+
+
+def has_parquet(args):
+    """Whether --train_data_dir holds parquet files, not pictures."""
+    return args.train_data_dir is not None and any(args.train_data_dir.glob("*.parquet"))
+
+
+def read_captioned_folder(args):
+    """Examples of --train_data_dir, with captions from the .txt file beside each picture."""
+    folder, examples = args.train_data_dir, []
+    paths, problems = picture_files(folder)
+    for path in paths:
+        text_file, read_reference, files = path.with_suffix(".txt"), None, [path]
+        if not path.is_file():
+            problems.append(f"{path}: not a readable picture (no file)")
+            continue
+        text = read_text_file(text_file, problems)
+        if text is None and text_file.exists():
+            continue
+        if args.reference_data_dir:
+            reference = args.reference_data_dir / path.name
+            read_reference = functools.partial(Image.open, reference)
+            if not reference.is_file():
+                problems.append(f"--reference_data_dir: no {reference} for {path}")
+                continue
+            files.append(reference)
+        stamp = " ".join(f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)
+        captions = [line.strip() for line in (text or "").splitlines() if line.strip()]
+        examples.append(PromptExample(str(path), captions, functools.partial(Image.open, path), read_reference, stamp))
+    return examples, problems
+
+
+def read_captioned_dataset(args):
+    """Examples of --dataset_name, or of the parquet files in --train_data_dir."""
+    flag = f"--dataset_name {args.dataset_name}" if args.dataset_name else f"--train_data_dir {args.train_data_dir}"
+    if args.train_data_dir and not args.train_data_dir.is_dir():
+        return [], [f"{flag}: no such folder"]
+    caption_column = args.caption_column or "text"
+
+    def columns(names):
+        bytes_alone = args.image_column not in names and "image_bytes" in names
+        pictures = ["image_bytes" if bytes_alone else args.image_column, args.reference_column]
+        return [name for name in pictures if name], [caption_column]
+
+    source = {}
+    if not args.dataset_name:
+        source = {"source": "parquet", "data_files": sorted(map(str, args.train_data_dir.glob("*.parquet")))}
+    dataset, problems = open_dataset(args, columns, flag=flag, **source)
+    if problems:
+        return [], problems
+    pictures, _ = columns(dataset.column_names)
+    examples = []
+    for row, caption in enumerate(dataset[caption_column]):
+        readers = [functools.partial(read_row, dataset, row, column) for column in pictures]
+        name = f"{args.dataset_name or args.train_data_dir}[{row}]"
+        captions = caption if isinstance(caption, list) else [caption]
+        examples.append(PromptExample(name, captions, *readers, stamp=f"{dataset._fingerprint} {row}"))
+    return examples, []
+
+
 def find_examples(args):
     """The training pictures with their captions, and what is wrong with them: (examples, problems)."""
     if args.image_free:
@@ -535,6 +622,330 @@ def stack_conditions(conditions):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+TIME_MODULES = ("timestep_embedder.linear_1", "timestep_embedder.linear_2")
+
+
+class Backbone:
+    """What differs between kinds of pipelines. Conditions are named as the arguments of the transformer."""
+
+    defaults = {}  # of flags, {"full" or "lora" or "both": {name: value}}
+    uncond_prompt = ""
+    multiple, factor = 16, 8  # of the picture's side, pixels per latent
+    channels = 16  # of latents
+    time_module = "time_text_embed"
+    unused_parameters = False  # whether a training step leaves some without a gradient
+
+    def __init__(self, args):
+        self.args = args
+
+    def load_text(self, dtype, device, **parts):
+        """The pipeline without transformer and VAE."""
+        pipeline = load_text_pipeline(getattr(diffusers, self.pipeline), self.args, dtype, **parts)
+        for part in pipeline.components.values():
+            if isinstance(part, torch.nn.Module):
+                part.requires_grad_(False).eval()  # T5 has dropout
+        if self.args.offload:
+            pipeline.enable_group_offload(device, offload_type="leaf_level")
+            return pipeline
+        return pipeline.to(device)
+
+    def load_vae(self, dtype):
+        return load_model(getattr(diffusers, self.vae), "vae", self.args, dtype)
+
+    def load_transformer(self, dtype):
+        return load_model(getattr(diffusers, self.transformer), "transformer", self.args, dtype)
+
+    def predict(self, transformer, x, time, cond):
+        """Velocities [B, C, h, w] of noisy latents; time [B, 2] is (t, t'), or [B] what stands for both."""
+        return transformer(hidden_states=x, timestep=1000 * time, **cond, return_dict=False)[0]
+
+
+class Flux(Backbone):
+    pipeline, transformer, vae = "FluxPipeline", "FluxTransformer2DModel", "AutoencoderKL"
+    example = "black-forest-labs/FLUX.1-dev"
+    targets = (*FLUX_TARGET_MODULES, "proj_mlp", *TIME_MODULES)
+
+    def encode_prompt(self, pipeline, prompt, reference=None):
+        """Conditions {name: [T, D] or [D]} of a prompt, without a batch dimension."""
+        length = self.args.max_sequence_length
+        embeds, pooled, _ = pipeline.encode_prompt(prompt, prompt_2=None, max_sequence_length=length)
+        return {"encoder_hidden_states": embeds[0], "pooled_projections": pooled[0]}
+
+    def predict(self, transformer, x, time, cond):
+        height, width = x.shape[-2:]
+        velocity = transformer(
+            hidden_states=pack_latents(x),
+            timestep=time,
+            guidance=None if self.guidance is None else torch.full((len(x),), self.guidance, device=x.device),
+            txt_ids=torch.zeros(cond["encoder_hidden_states"].shape[1], 3, device=x.device),
+            img_ids=image_ids(height, width, x.device),
+            **cond,
+            return_dict=False,
+        )[0]
+        return unpack_latents(velocity, height, width)
+
+    def load_transformer(self, dtype):
+        transformer, args = super().load_transformer(dtype), self.args
+        self.guidance = args.guidance_scale if transformer.config.guidance_embeds else None
+        return transformer
+
+
+class StableDiffusion3(Backbone):
+    pipeline, transformer, vae = "StableDiffusion3Pipeline", "SD3Transformer2DModel", "AutoencoderKL"
+    example = "stabilityai/stable-diffusion-3.5-medium"
+    defaults = {"both": {"max_sequence_length": 256}, "full": {"target_time_init": "zero"}}
+    uncond_prompt = "Generate an image."
+    targets = (*FLUX_TARGET_MODULES, *TIME_MODULES)
+
+    def encode_prompt(self, pipeline, prompt, reference=None):
+        embeds, _, pooled, _ = pipeline.encode_prompt(
+            *(prompt, None, None), do_classifier_free_guidance=False, max_sequence_length=self.args.max_sequence_length
+        )
+        return {"encoder_hidden_states": embeds[0], "pooled_projections": pooled[0]}
+
+
+class Sana(Backbone):
+    pipeline, transformer, vae = "SanaPipeline", "SanaTransformer2DModel", "AutoencoderDC"
+    example = "Efficient-Large-Model/Sana_1600M_512px_diffusers"
+    defaults = {"both": {"max_sequence_length": 300}}
+    uncond_prompt = ""
+    multiple, factor, channels, time_module = 32, 32, 32, "time_embed.emb"
+    targets = ("to_q", "to_k", "to_v", "to_out.0", *TIME_MODULES)
+
+    def encode_prompt(self, pipeline, prompt, reference=None):
+        # the instruction that the pipeline itself puts before prompts
+        instruction = inspect.signature(pipeline.__call__).parameters["complex_human_instruction"].default
+        embeds, mask, _, _ = pipeline.encode_prompt(
+            prompt,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.args.max_sequence_length,
+            complex_human_instruction=None if prompt == self.args.uncond_prompt else instruction,
+        )
+        return {"encoder_hidden_states": embeds[0], "encoder_attention_mask": mask[0]}
+
+
+class OpenUni(Sana):
+    """InternVL3 reads the prompt and learned queries; what it makes of these, sent through a few layers (connector)
+    and one matrix (projector), is the condition. Only Sana is trained."""
+
+    example = Sana.example
+    parts = ("connector.", "projector.", "meta_queries", "transformer.")  # of the checkpoint
+    uncond_prompt = "Generate an image."
+    template = "<|im_start|>user\nGenerate an image: {}<|im_end|>\n<|im_start|>assistant\n<img>"
+    uncond_template = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<img>"
+
+    def problems(self):
+        """What is wrong with --openuni_checkpoint."""
+        flag = f"--openuni_checkpoint {self.args.openuni_checkpoint}"
+        if not self.args.openuni_checkpoint.is_file():
+            return [f"{flag}: no such file"]
+        try:
+            missing = [prefix for prefix in self.parts if not self.state_dict(prefix)]
+        except Exception as error:  # damaged files raise of all kinds
+            return [f"{flag}: not a file of weights ({(str(error) or repr(error)).splitlines()[0]})"]
+        return [f"{flag}: holds no {prefix}*" for prefix in missing]
+
+    def state_dict(self, prefix):
+        """The tensors of --openuni_checkpoint whose names begin with `prefix`."""
+        state_dict = torch.load(self.args.openuni_checkpoint, map_location="cpu", weights_only=True, mmap=True)
+        state_dict = state_dict.get("state_dict", state_dict)
+        return {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
+
+    def load_text(self, dtype, device):
+        from transformers import InternVLForConditionalGeneration, SiglipVisionConfig
+        from transformers.models.siglip.modeling_siglip import SiglipEncoder
+
+        with reading(f"--openuni_llm {self.args.openuni_llm}"):
+            llm = InternVLForConditionalGeneration.from_pretrained(
+                self.args.openuni_llm, cache_dir=self.args.cache_dir, dtype=dtype, use_safetensors=True
+            )
+        weights = self.state_dict("connector.")
+        intermediate, hidden = weights["layers.0.mlp.fc1.weight"].shape
+        config = SiglipVisionConfig(
+            hidden_size=hidden,
+            intermediate_size=intermediate,
+            num_hidden_layers=len({name.split(".")[1] for name in weights}),
+            num_attention_heads=hidden // 64,
+            hidden_act="gelu_pytorch_tanh",
+            layer_norm_eps=1e-6,
+            attn_implementation="sdpa",
+        )
+        text = torch.nn.Module()
+        text.tokenizer = AutoTokenizer.from_pretrained(
+            self.args.openuni_llm, cache_dir=self.args.cache_dir, trust_remote_code=False
+        )
+        text.language_model, text.connector = llm.model.language_model, SiglipEncoder(config)
+        text.connector.load_state_dict(weights)
+        weights = self.state_dict("projector.")
+        text.projector = torch.nn.Linear(*reversed(weights["weight"].shape))
+        text.projector.load_state_dict(weights)
+        text.register_buffer("meta_queries", self.state_dict("meta_queries")[""])
+        return text.to(device, dtype).requires_grad_(False).eval()
+
+    def encode_prompt(self, text, prompt, reference=None):
+        template = self.uncond_template if prompt == self.args.uncond_prompt else self.template
+        queries = text.meta_queries[None]
+        ids = text.tokenizer(template.format(prompt), return_tensors="pt").input_ids.to(queries.device)
+        embeds = torch.cat([text.language_model.get_input_embeddings()(ids), queries], dim=1)
+        states = text.language_model(inputs_embeds=embeds).last_hidden_state[:, -queries.shape[1] :]
+        embeds = text.projector(text.connector(inputs_embeds=states).last_hidden_state)[0]
+        return {"encoder_hidden_states": embeds, "encoder_attention_mask": torch.ones(len(embeds))}
+
+    def load_transformer(self, dtype):
+        transformer = super().load_transformer(dtype)
+        transformer.load_state_dict(self.state_dict("transformer."))
+        return transformer
+
+
+class QwenImage(Backbone):
+    pipeline, transformer, vae = "QwenImagePipeline", "QwenImageTransformer2DModel", "AutoencoderKLQwenImage"
+    example = "Qwen/Qwen-Image"
+    defaults = {"full": {"learning_rate": 1e-5}}
+    uncond_prompt = "Generate an image."
+    unused_parameters = True  # the text half of the last block
+    targets = (
+        *FLUX_TARGET_MODULES[:8],
+        *("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"),
+        *TIME_MODULES,
+    )
+
+    def encode_prompt(self, pipeline, prompt, reference=None):
+        embeds, _ = pipeline.encode_prompt(prompt, max_sequence_length=self.args.max_sequence_length)
+        mask = torch.ones(embeds.shape[1], dtype=torch.long)
+        return {"encoder_hidden_states": embeds[0], "encoder_hidden_states_mask": mask}
+
+    def predict(self, transformer, x, time, cond):
+        cond, (height, width) = dict(cond), x.shape[-2:]
+        tokens, shapes = pack_latents(x), [(1, height // 2, width // 2)]
+        count = tokens.shape[1]
+        if "reference" in cond:  # normalised latents of the picture to edit
+            reference = cond.pop("reference").to(x)
+            tokens = torch.cat([tokens, pack_latents(reference)], dim=1)
+            shapes.append((1, reference.shape[-2] // 2, reference.shape[-1] // 2))
+        velocity = transformer(
+            hidden_states=tokens, timestep=time, img_shapes=[shapes] * len(x), **cond, return_dict=False
+        )[0]
+        return unpack_latents(velocity[:, :count], height, width)
+
+
+class QwenImageEdit(QwenImage):
+    pipeline, example = "QwenImageEditPlusPipeline", "Qwen/Qwen-Image-Edit-2509"
+    uncond_prompt = "Edit this image."
+
+    def load_text(self, dtype, device):
+        from transformers import Qwen2VLImageProcessor
+
+        # the whole processor would need torchvision, for the sake of videos
+        self.image_processor = Qwen2VLImageProcessor.from_pretrained(
+            self.args.pretrained_model_name_or_path,
+            subfolder="processor",
+            revision=self.args.revision,
+            cache_dir=self.args.cache_dir,
+        )
+        pipeline = super().load_text(dtype, device, processor=None)
+        pipeline.processor = functools.partial(self.process, pipeline.tokenizer)
+        return pipeline
+
+    def process(self, tokenizer, text, images, **kwargs):
+        """What Qwen2VLProcessor makes of a text with a picture: as many places in it as the picture has patches."""
+        from transformers import BatchFeature
+
+        pixels = self.image_processor(images=images, return_tensors="pt")
+        count = pixels["image_grid_thw"].prod().item() // self.image_processor.merge_size**2
+        text = [text[0].replace("<|image_pad|>", "<|image_pad|>" * count)]
+        return BatchFeature({**tokenizer(text, return_tensors="pt"), **pixels})
+
+    def encode_prompt(self, pipeline, prompt, reference=None):
+        from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as stock
+
+        width, height = stock.calculate_dimensions(stock.CONDITION_IMAGE_SIZE, reference.width / reference.height)
+        embeds, _ = pipeline.encode_prompt(prompt, [pipeline.image_processor.resize(reference, height, width)])
+        embeds = embeds[0, : self.args.max_sequence_length]
+        mask = torch.ones(len(embeds), dtype=torch.long)
+        return {"encoder_hidden_states": embeds, "encoder_hidden_states_mask": mask}
+
+
+BACKBONES = {
+    "flux": Flux,
+    "sd3": StableDiffusion3,
+    "sana": Sana,
+    "openuni": OpenUni,
+    "qwenimage": QwenImage,
+    "qwenimage-edit": QwenImageEdit,
+}
+
+
+def predict_velocity(x, t, target, cond, *, transformer, backbone, dtype, two_times, autocast=nullcontext, seed=None):
+    """The model's velocity [B, C, h, w], float32, at x [B, C, h, w] on the way from t to t' [B].
+
+    With one time embedding only, the time it is told is t - t' / 2. Calls with one `seed` drop the same (dropout).
+    """
+    if seed is not None:
+        torch.manual_seed(seed)
+    time = torch.stack([t, target], dim=-1) if two_times else t - target / 2
+    cond = {name: value.to(dtype) if value.is_floating_point() else value for name, value in cond.items()}
+    with autocast():
+        return backbone.predict(transformer, x.to(dtype), time, cond).float()
+
+
+class TwoTimes:
+    """For a time embedding to derive from too: one that is also told the target time, emb(t) + (t - t') emb2(t').
+
+    Where t' = t the two agree, so that the model is as it was there; a model that is saved keeps its names for what
+    it had before, and a stock pipeline, which knows of one time only, draws with it as before.
+    """
+
+    def forward(self, timestep, *args, **kwargs):
+        if timestep.ndim == 1:
+            return super().forward(timestep, *args, **kwargs)
+        t, target = timestep.unbind(-1)
+        embedded = super().forward(t, *args, **kwargs)
+        second = self.target_timestep_embedder(self.time_proj(target).to(embedded.dtype))
+        gap = (t - target) * (self.time_proj.scale / 1000)  # times come in units of 1 or of 1/1000
+        return embedded + gap[:, None].to(embedded.dtype) * second
+
+
+def add_target_time(transformer, time_module, init):
+    """Gives the transformer a second time embedding: a copy of the first, one that says nothing yet (zero), or N(0,
+    0.02)."""
+    module = transformer.get_submodule(time_module)
+    second = module.target_timestep_embedder = copy.deepcopy(module.timestep_embedder)
+    if init == "zero":
+        torch.nn.init.zeros_(second.linear_2.weight)
+        torch.nn.init.zeros_(second.linear_2.bias)
+    elif init == "normal":
+        for parameter in second.parameters():
+            torch.nn.init.normal_(parameter, std=0.02)
+    module.__class__ = type(f"TwoTimes{type(module).__name__}", (TwoTimes, type(module)), {})
+
+
+def load_two_times(transformer, time_module, folder):
+    """Gives a transformer, saved in `folder` with a second time embedding and loaded without, that embedding."""
+    prefix = f"{time_module}.target_timestep_embedder."
+    saved = {}
+    for path in Path(folder).glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            saved |= {key.removeprefix(prefix): file.get_tensor(key) for key in file.keys() if key.startswith(prefix)}  # noqa: SIM118
+    add_target_time(transformer, time_module, "copy")
+    transformer.get_submodule(time_module).target_timestep_embedder.load_state_dict(saved)
+
+
+def save_model(accelerator, folder, model, config_class, dtype):
+    """Writes all weights of a model, sharded or not, so that `config_class.from_pretrained` loads them."""
+    state_dict = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        value = whole(value)
+        if accelerator.is_main_process:
+            state_dict[name] = value.to("cpu", dtype, copy=True)  # DeepSpeed's may be views of one tensor
+    if accelerator.is_main_process:
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            with torch.device("meta"):  # a sharded model's class has another name
+                config_class.from_config(model.config).save_config(folder)
+            pattern = "diffusion_pytorch_model{suffix}.safetensors"
+            save_torch_state_dict(state_dict, folder, filename_pattern=pattern, max_shard_size="10GB")
+
+
 class Teacher:
     """A second set of the trained tensors, not a second network: their moving average, or what they were at first.
 
@@ -586,6 +997,84 @@ class Teacher:
 # ---------------------------------------------------------------------------------------------------------------------
 # Objective
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+STYLES = {  # of `sample_flow`: where a prediction aims, and what goes with it
+    "few": {"stochast_ratio": 1.0, "gaps": (0.001, 0.7), "time_dist_ctrl": (1.0, 1.0, 1.0)},
+    "any": {"stochast_ratio": 0.0, "gaps": (0.001, 0.5), "time_dist_ctrl": (1.0, 1.0, 1.0)},
+    "mul": {"stochast_ratio": 0.0, "gaps": (0.001, 0.0), "time_dist_ctrl": (1.17, 0.8, 1.1)},
+}
+
+
+def time_grid(steps, gaps, time_dist_ctrl):
+    """Times [steps + 1], float64, from noise to 0: 1 - (1 - (1 - u^a)^b)^c for even u between the gaps at both ends, a
+    power of Kumaraswamy's distribution function, then 0."""
+    a, b, c = time_dist_ctrl
+    u = torch.linspace(gaps[0], 1 - gaps[1], steps + (gaps[1] == 0), dtype=torch.float64)[:steps]
+    return torch.cat([1 - (1 - (1 - u**a) ** b) ** c, torch.zeros(1, dtype=torch.float64)])
+
+
+@torch.no_grad()
+def sample_flow(
+    predict,
+    noise,
+    cond,
+    uncond=None,
+    *,
+    steps,
+    style="few",
+    generators=None,
+    cfg_scale=0.0,
+    stochast_ratio=None,
+    extrapol_ratio=0.0,
+    order=1,
+    gaps=None,
+    time_dist_ctrl=None,
+):
+    """Samples x [B, ...] from noise [B, ...] in `steps` forward passes (UCGM, arXiv 2505.07447).
+
+    `style` says where each prediction aims: few at 0, any at the next time, mul (multi-step) nowhere beyond the time
+    it stands at; unset arguments are STYLES'. A share s = stochast_ratio of the noise is renewed in each step, from
+    one generator per image; "SDE" sets s = min(1, 2 t (t - t₊) / t₊²). `extrapol_ratio` goes beyond each prediction
+    by its difference from the one before. Order 2 corrects each step by Heun's rule, for which velocities must be
+    those at a time: mul only. cfg_scale 0 is no guidance, else F(uncond) + cfg_scale (F(cond) - F(uncond)).
+    """
+    preset = STYLES[style]
+    if stochast_ratio is None:
+        stochast_ratio = 0.8 if style == "few" and steps == 1 else preset["stochast_ratio"]
+    if order == 2 and (style != "mul" or stochast_ratio):
+        raise ValueError("sampling order 2 needs style mul and stochast_ratio 0: only velocities at a time average")
+    times = time_grid(-(-steps // order), gaps or preset["gaps"], time_dist_ctrl or preset["time_dist_ctrl"]).tolist()
+
+    def velocity(x, t, target):
+        t, target = (torch.full((len(x),), value, device=x.device) for value in (t, target))
+        x = x.to(noise.dtype)
+        if not cfg_scale:
+            return predict(x, t, target, cond).double()
+        both = {name: torch.cat([cond[name], uncond[name]]) for name in cond}
+        twice = [torch.cat([value, value]) for value in (x, t, target)]
+        with_prompt, without = predict(*twice, both).double().chunk(2)
+        return without + cfg_scale * (with_prompt - without)
+
+    x, before = noise.double(), None
+    for t, after in zip(times[:-1], times[1:], strict=True):
+        F = velocity(x, t, {"few": 0.0, "any": after, "mul": t}[style])  # noqa: N806
+        x_hat, z_hat = x - t * F, x + (1 - t) * F
+        predicted = x_hat, z_hat
+        if extrapol_ratio and before is not None:
+            x_hat, z_hat = (now + extrapol_ratio * (now - old) for now, old in zip(predicted, before, strict=True))
+        before = predicted
+        s = stochast_ratio
+        if s == "SDE":
+            s = min(1.0, 2 * t * (t - after) / after**2) if after else 1.0
+        if s and after:
+            fresh = [torch.randn(noise.shape[1:], generator=generator) for generator in generators]
+            z_hat = (1 - s) ** 0.5 * z_hat + s**0.5 * torch.stack(fresh).to(z_hat)
+        ahead = (1 - after) * x_hat + after * z_hat
+        if order == 2 and after:
+            ahead = x - (t - after) * (F + velocity(ahead, after, after)) / 2
+        x = ahead
+    return x.to(noise.dtype)
 
 
 def partition(batch_size, probs):
@@ -909,7 +1398,6 @@ def main(args):
     accelerator, weight_dtype = start(args, [unused])
     device, quiet = accelerator.device, not accelerator.is_main_process
     set_seed(args.seed)
-    configure_deepspeed(accelerator, args)
 
     # 2. Data
     examples, problems = find_examples(args)
@@ -941,11 +1429,9 @@ def main(args):
 
     # 4. Transformer, teacher
     full = args.training == "full"
-    deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
-    # of the weights; what is trained is always float32, with DeepSpeed a copy of its own
-    dtype = torch.float32 if full and not deepspeed else weight_dtype
+    dtype = torch.float32 if full else weight_dtype  # of the weights; what is trained is always float32
     transformer = backbone.load_transformer(dtype)
-    base_size = count_weights(transformer.parameters())
+    base_size = transformer.num_parameters()
     quantize_base(transformer, dtype, args.quantize_base).to(first_device(accelerator, args))
     set_seed(args.seed)  # whatever was encoded, or found encoded, before
     if full:
@@ -968,21 +1454,18 @@ def main(args):
 
     # 6. Prepare and resume
     bare = transformer
-    split_weights(accelerator, transformer)
     if args.fsdp:
         lr_scheduler = accelerator.prepare(lr_scheduler)
     else:
         transformer, optimizer, lr_scheduler = accelerator.prepare(transformer, optimizer, lr_scheduler)
-    trained = zero_parts(accelerator) if deepspeed else params
-    renew = functools.partial(renew_weights, accelerator, bare)
-    teacher = Teacher(trained.values(), args.ema_decay_rate, renew)
+    teacher = Teacher(params.values(), args.ema_decay_rate, functools.partial(reshard, bare))
     pipeline_class = getattr(diffusers, backbone.pipeline)
-    by_tensor = full or args.fsdp or deepspeed
+    by_tensor = full or args.fsdp
     if not by_tensor:
         register_lora_checkpointing(accelerator, pipeline_class, {"transformer": bare}, optimizer)
     sets = {"model": lambda: teacher.live} if by_tensor else {}
     sets |= {"teacher": lambda: teacher.tensors} if 0 < args.ema_decay_rate < 1 else {}
-    register_tensor_checkpointing(accelerator, sets, trained, optimizer)
+    register_tensor_checkpointing(accelerator, sets, params, optimizer)
     global_step = load_checkpoint(accelerator, checkpoint, lr_scheduler)
     teacher.catch_up(global_step)
     sampler.start, sampler.stop = global_step * accumulation, max_train_steps * accumulation

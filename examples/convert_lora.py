@@ -18,7 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from common.lora import LORA_FORMS, read_lora, write_lora
+from common.lora_formats import LORA_FORMS, read_lora, write_lora
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

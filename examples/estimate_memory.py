@@ -22,10 +22,12 @@ from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import common  # noqa: F401  first, for it quiets the libraries below
-
 
 # isort: split
+from common.latents import encode_images
+from common.lora import FLUX_TARGET_MODULES, add_lora
+from common.models import QUANTIZATIONS, check_processes, create_optimizer, local, quantize_base, shard
+
 import bitsandbytes
 import diffusers
 import torch
@@ -39,18 +41,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from common.flow_matching import BACKBONES, add_target_time
-from common.latents import encode_images
-from common.lora import (
-    FLUX_TARGET_MODULES,
-    QUANTIZATIONS,
-    add_lora,
-    check_processes,
-    create_optimizer,
-    local,
-    quantize_base,
-    shard,
-)
+from train_twinflow import BACKBONES, add_target_time
 
 
 GIB = 2**30

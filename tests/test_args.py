@@ -5,12 +5,13 @@ import shutil
 import subprocess
 import sys
 
+from common.checkpoints import CHECKSUMS, checksums
+
 import pytest
 from conftest import ROOT
 from PIL import Image
 
 import train_dreambooth_flux_advanced as dreambooth
-from common.lora import CHECKSUMS, checksums
 
 
 @pytest.fixture

@@ -2,12 +2,13 @@
 
 import json
 
+from common import flow_matching
+from common.checkpoints import CHECKSUMS, checksums
+
 import pytest
 from PIL import Image
 
-from common import flow_matching
-from common.flow_matching import Backbone
-from common.lora import CHECKSUMS, checksums
+from train_twinflow import Backbone
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import train_dreambooth_flux_advanced as dreambooth
-from common.latents import (
+from train_dreambooth_flux_advanced import (
     DATASET_OPTIONS,
     REFUSED_OPTIONS,
     ConfiguredExample,
@@ -400,7 +400,7 @@ def test_every_option_is_honoured_or_refused_by_name():
     ours = DATASET_OPTIONS.keys() | REFUSED_OPTIONS.keys()
     assert not set(known.split()) - ours
     assert not DATASET_OPTIONS.keys() & REFUSED_OPTIONS.keys()
-    source = (ROOT / f"{SCRIPT}.py").read_text() + (ROOT / "common" / "latents.py").read_text()
+    source = (ROOT / f"{SCRIPT}.py").read_text()
     assert all(source.count(f'"{name}"') >= 2 for name in DATASET_OPTIONS)
 
 

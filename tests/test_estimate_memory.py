@@ -18,9 +18,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from common.flow_matching import BACKBONES, add_target_time
-from common.lora import add_lora, create_optimizer, quantize_base
+from common.lora import add_lora
+from common.models import create_optimizer, quantize_base
+
 from examples.estimate_memory import DTYPES, MODELS, estimate, parse_args
+from train_twinflow import BACKBONES, add_target_time
 
 
 def model_like(name, layers):

@@ -168,10 +168,10 @@ def be(request):
 
 def slow_writer(trainer):
     """Each flush to the disk takes 50 ms more: a checkpoint is being written for most of the training."""
-    from common import lora
+    from common import checkpoints
 
-    honest = lora.flush_to_disk
-    lora.flush_to_disk = lambda path: (time.sleep(0.05), honest(path))
+    honest = checkpoints.flush_to_disk
+    checkpoints.flush_to_disk = lambda path: (time.sleep(0.05), honest(path))
 
 
 def at_file_event(trainer, folder, number, count_file=None):

@@ -2,6 +2,15 @@
 
 import math
 
+from common.flow_matching import (
+    TIMESTEP_SAMPLING,
+    add_noise,
+    sample_sigmas,
+    shift_sigmas,
+    step_generator,
+    velocity_loss,
+)
+
 import numpy as np
 import pytest
 import torch
@@ -9,16 +18,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
 
-from common.flow_matching import (
-    TIMESTEP_SAMPLING,
-    add_noise,
-    sample_flow,
-    sample_sigmas,
-    shift_sigmas,
-    step_generator,
-    time_grid,
-    velocity_loss,
-)
+from train_twinflow import sample_flow, time_grid
 
 
 DEV = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)

@@ -13,6 +13,18 @@ import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
+from common.checkpoints import (
+    CHECKSUMS,
+    checkpoint_conflicts,
+    checksums,
+    load_checkpoint,
+    register_tensor_checkpointing,
+    save_checkpoint,
+)
+from common.latents import TensorCache, disk_cached
+from common.lora import add_lora, load_lora, register_lora_checkpointing, save_lora, target_layers
+from common.lora_formats import LORA_FORMS, lora_layers, write_lora
+
 import hypothesis.strategies as st
 import numpy as np
 import pytest
@@ -26,23 +38,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_family import SCRIPTS
 
-from common.latents import DATASET_OPTIONS, OPTION_KINDS, REFUSED_OPTIONS, TensorCache, disk_cached
-from common.lora import (
-    CHECKSUMS,
-    LORA_FORMS,
-    add_lora,
-    checkpoint_conflicts,
-    checksums,
-    load_checkpoint,
-    load_lora,
-    lora_layers,
-    register_lora_checkpointing,
-    register_tensor_checkpointing,
-    save_checkpoint,
-    save_lora,
-    target_layers,
-    write_lora,
-)
+from train_dreambooth_flux_advanced import DATASET_OPTIONS, OPTION_KINDS, REFUSED_OPTIONS
 
 
 DREAMBOOTH, INFLUX, OMINI, TWINFLOW = SCRIPTS

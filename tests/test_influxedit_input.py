@@ -4,6 +4,8 @@ import json
 import time
 from pathlib import Path
 
+from common.checkpoints import CHECKSUMS, checksums
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,6 @@ from PIL import Image, ImageOps
 from test_family import flags_of
 
 import train_influxedit as influxedit
-from common.lora import CHECKSUMS, checksums
 
 
 SCRIPT = "train_influxedit"

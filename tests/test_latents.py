@@ -2,14 +2,7 @@
 
 from types import SimpleNamespace as FrozenConfig
 
-import datasets
-import pytest
-import tiny_backbones
-import torch
-from accelerate import Accelerator
-from diffusers import FluxFillPipeline, FluxPipeline
-from PIL import Image
-
+from common.data import read_row
 from common.latents import (
     TensorCache,
     decode_images,
@@ -18,14 +11,22 @@ from common.latents import (
     encode_moments,
     image_ids,
     mean_latents,
-    pack_fill_condition,
     pack_latents,
-    read_row,
     sample_latents,
-    select_tokens,
     to_image,
     unpack_latents,
 )
+
+import datasets
+import pytest
+import tiny_backbones
+import torch
+from accelerate import Accelerator
+from diffusers import FluxFillPipeline, FluxPipeline
+from PIL import Image
+
+from train_influxedit import pack_fill_condition
+from train_omini import select_tokens
 
 
 SIZES = [(8, 8), (12, 8), (8, 20)]  # in latents

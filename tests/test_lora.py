@@ -5,28 +5,26 @@ import json
 import weakref
 from contextlib import nullcontext
 
+from common.checkpoints import find_checkpoints, register_tensor_checkpointing, save_checkpoint
+from common.lora import (
+    FLUX_TARGET_MODULES,
+    add_lora,
+    load_lora,
+    register_lora_checkpointing,
+    save_lora,
+    target_layers,
+    unknown_layers,
+)
+from common.models import quantize_base, repeated_blocks
+
 import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import FluxPipeline, FluxTransformer2DModel
 from safetensors import safe_open
 
-from common.lora import (
-    FLUX_TARGET_MODULES,
-    add_lora,
-    find_checkpoints,
-    load_lora,
-    quantize_base,
-    register_lora_checkpointing,
-    register_tensor_checkpointing,
-    repeated_blocks,
-    save_checkpoint,
-    save_lora,
-    save_model,
-    target_layers,
-    unknown_layers,
-)
 from examples.estimate_memory import as_on_gpu
+from train_twinflow import save_model
 
 
 def with_random_lora(model, rank=4, alpha=4.0, target_modules=FLUX_TARGET_MODULES, seed=0):

@@ -3,6 +3,18 @@
 import hashlib
 import json
 
+from common.lora import save_lora
+from common.lora_formats import (
+    LORA_FORMS,
+    diffusers_state_dict,
+    fused_layers,
+    lora_header,
+    lora_layers,
+    read_lora,
+    split_layer,
+    write_lora,
+)
+
 import pytest
 import torch
 from conftest import ROOT
@@ -12,17 +24,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_lora import run, with_random_lora
 
-from common.lora import (
-    LORA_FORMS,
-    diffusers_state_dict,
-    fused_layers,
-    lora_header,
-    lora_layers,
-    read_lora,
-    save_lora,
-    split_layer,
-    write_lora,
-)
 from examples import convert_lora
 
 

@@ -2,12 +2,13 @@
 
 import json
 
+from common.checkpoints import CHECKSUMS, checksums
+
 import numpy as np
 import pytest
 from PIL import Image
 
 import train_omini as omini
-from common.lora import CHECKSUMS, checksums
 
 
 @pytest.fixture

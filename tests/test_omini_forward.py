@@ -3,6 +3,8 @@
 import copy
 import itertools
 
+from common.latents import image_ids
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,8 +13,7 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 
 import train_omini as omini
-from common.flow_matching import Condition, Tokens, compiled, condition_ids
-from common.latents import image_ids
+from train_omini import Condition, Tokens, compiled, condition_ids
 
 
 TEXT_LENGTH = 5

@@ -2,6 +2,10 @@
 
 import json
 
+from common import validation
+from common.latents import mean_latents
+from common.lora import add_lora, save_lora
+
 import numpy as np
 import pytest
 import torch
@@ -10,11 +14,8 @@ from PIL import Image
 from safetensors import safe_open
 
 import train_omini as omini
-from common import validation
-from common.flow_matching import Condition
-from common.latents import mean_latents
-from common.lora import add_lora, save_lora
 from examples.omini import generate
+from train_omini import Condition
 
 
 @pytest.fixture

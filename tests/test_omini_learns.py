@@ -7,6 +7,9 @@ import json
 import random
 from pathlib import Path
 
+from common.lora import add_lora
+from common.validation import image_grid
+
 import numpy as np
 import pytest
 import torch
@@ -15,9 +18,6 @@ from PIL import Image
 from safetensors import safe_open
 
 import train_omini as omini
-from common.flow_matching import Condition
-from common.lora import add_lora
-from common.validation import image_grid
 from examples.toy.world import (
     COLOR_NAMES,
     Scene,
@@ -31,6 +31,7 @@ from examples.toy.world import (
     random_shape,
     score_scene,
 )
+from train_omini import Condition
 
 
 HERE = Path(__file__).parents[1] / "examples" / "toy"

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from common import validation
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -19,7 +21,6 @@ from safetensors.torch import load_file
 from test_train_dreambooth import LORA, SCRIPT, assert_equal, quickstart_flags, run_snippet
 
 import train_dreambooth_flux_advanced as dreambooth
-from common import validation
 from examples.dreambooth.generate import load_pipeline
 from examples.toy.compare import HERE, evaluate, sample
 from examples.toy.world import COLOR_NAMES, Scene, all_right, draw, random_shape

@@ -6,6 +6,11 @@ import re
 import shlex
 import socket
 
+import common.latents
+from common import validation
+from common.lora import target_layers
+from common.lora_formats import FLUX_LAYERS
+
 import numpy as np
 import pytest
 import skimage.data
@@ -18,10 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_lora_files import original_state_dict
 
-import common.latents
 import train_dreambooth_flux_advanced as dreambooth
-from common import validation
-from common.lora import FLUX_LAYERS, target_layers
 from examples.toy import pretrain
 from examples.toy.compare import sample
 from examples.toy.world import COLOR_NAMES, SUBJECTS, Scene, Shape, draw, layers, random_shape, score_subject

@@ -1,4 +1,4 @@
-"""Several processes compute what one does: DDP, FSDP2 and DeepSpeed, in every trainer."""
+"""Several processes compute what one does: DDP and FSDP2, in every trainer."""
 
 import importlib
 import json
@@ -15,15 +15,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from accelerate.utils import DistributedType
 from conftest import ROOT
-from diffusers import FluxPipeline
 from safetensors.torch import load_file
 
-import common
 from examples.toy.world import caption, draw, random_scene
 
 
@@ -47,22 +44,11 @@ def one_stream(module):
     return lambda seed, step, micro=0, rank=0: honest(seed, step, micro * processes() + rank)
 
 
-def accelerator_of_deepspeed(cpu, kwargs_handlers=(), **kwargs):
-    """An Accelerator as on GPUs: told that it is on CPUs, it leaves DeepSpeed out."""
-    accelerator = Accelerator(kwargs_handlers=[*kwargs_handlers, InitProcessGroupKwargs(backend="gloo")], **kwargs)
-    zero = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
-    zero["stage3_param_persistence_threshold"] = 100  # weights: not all of a tiny model shall stay whole
-    return accelerator
-
-
-def launch(script, flags, processes=2, zero_stage=None):
+def launch(script, flags, processes=2):
     """Runs a trainer, whose processes draw as `one_stream` says, in several processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    if zero_stage:  # what accelerate launch sets
-        environment |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(zero_stage)}
-        environment |= {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1", "DS_ACCELERATOR": "cpu"}
     return subprocess.run(
         [*command, __file__, script, *map(str, flags)], cwd=ROOT, env=environment, capture_output=True, text=True
     )
@@ -123,74 +109,6 @@ def test_two_processes_compute_what_one_does(train, flags_of, tmp_path, monkeypa
     assert len(list((tmp_path / "two" / "validation").glob("*.png"))) == 2
 
 
-ZERO = [(script, "no", "") for script in SCRIPTS]
-ZERO += [
-    ("train_dreambooth_flux_advanced", "bf16", ""),
-    *(("train_twinflow", p, "--training full") for p in ("no", "bf16")),
-]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("zero_stage", [2, 3])
-@pytest.mark.parametrize(("script", "precision", "extra"), ZERO)
-def test_two_processes_of_deepspeed_compute_what_one_does(
-    train, flags_of, tmp_path, monkeypatch, tiny_model, script, precision, extra, zero_stage
-):
-    pytest.importorskip("deepspeed")
-    module = importlib.import_module(script)
-    monkeypatch.setattr(module, "step_generator", one_stream(module))
-    flags = [*flags_of[script], "--max_train_steps", 4, "--checkpointing_steps", 2, "--lr_scheduler", "cosine"]
-    flags += ["--lr_warmup_steps", 1, "--mixed_precision", precision, "--upcast_before_saving", *extra.split()]
-    train(script, *flags, "--output_dir", tmp_path / "one", "--gradient_accumulation_steps", 4)
-    flags += ["--output_dir", tmp_path / "two", "--gradient_accumulation_steps", 2]
-    flags += [*drawn(script, tmp_path), *(["--gradient_checkpointing"] if zero_stage == 3 else [])]
-    run = launch(script, flags, zero_stage=zero_stage)
-    assert run.returncode == 0, run.stderr[-3000:]
-    one, two, bar = losses(tmp_path / "one"), losses(tmp_path / "two"), {"no": 1e-5, "bf16": 1e-2}[precision]
-    difference = np.abs(np.subtract(one, two)).max()
-    print(f"ZeRO-{zero_stage}, {precision}: largest difference of a loss {difference:.1e} (bar {bar})")
-    np.testing.assert_allclose(two, one, rtol=bar)
-    alone, together = result(tmp_path / "one"), result(tmp_path / "two")
-    assert alone.keys() == together.keys()
-    assert alone
-    for key, value in alone.items() if precision == "no" else ():
-        torch.testing.assert_close(together[key], value, atol=1e-4, rtol=1e-3)
-    assert len(list((tmp_path / "two" / "validation").glob("*.png"))) == 2
-    if script == "train_dreambooth_flux_advanced":
-        pipeline = FluxPipeline.from_pretrained(tiny_model)
-        pipeline.load_lora_weights(tmp_path / "two")
-        assert pipeline.get_list_adapters() == {"transformer": ["default_0"]}
-
-    checkpoint = tmp_path / "two" / "checkpoint-4"
-    assert {"state-0.safetensors", "state-1.safetensors"} <= {path.name for path in checkpoint.iterdir()}
-    assert not any(path.is_dir() for path in checkpoint.iterdir())  # as DeepSpeed's pickles would be
-    shutil.rmtree(checkpoint)
-    for file in [*(tmp_path / "two").glob("*.safetensors"), *(tmp_path / "two").glob("transformer/*")]:
-        file.unlink()
-    flags += ["--resume_from_checkpoint", "latest"]
-    other = launch(script, flags, zero_stage=zero_stage, processes=3)
-    assert "the number of processes was 2 there and is 3 now" in other.stderr
-    again = launch(script, flags, zero_stage=zero_stage)
-    assert again.returncode == 0, again.stderr[-3000:]
-    resumed = result(tmp_path / "two")
-    assert resumed.keys() == together.keys()
-    assert all(torch.equal(together[key], value) for key, value in resumed.items())
-    assert losses(tmp_path / "two") == two
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("zero_stage", [2, 3])
-def test_deepspeed_leaves_out_steps_that_are_not_finite(flags_of, tmp_path, zero_stage):
-    pytest.importorskip("deepspeed")
-    flags = [*flags_of[SCRIPTS[0]], "--learning_rate", 1e30, "--lr_scheduler", "constant", "--lr_warmup_steps", 0]
-    flags += ["--max_train_steps", 20, "--checkpointing_steps", 3, "--output_dir", tmp_path]
-    run = launch(SCRIPTS[0], flags, zero_stage=zero_stage)
-    assert "the last 10 losses were not finite" in run.stderr
-    three, six = (load_file(tmp_path / f"checkpoint-{step}" / "state-0.safetensors") for step in (3, 6))
-    assert three["weights/0"].isfinite().all()
-    assert all(torch.equal(three[key], six[key]) for key in three)
-
-
 @pytest.mark.parametrize("script", [SCRIPTS[0], *(pytest.param(s, marks=pytest.mark.slow) for s in SCRIPTS[1:])])
 def test_a_sharded_run_resumes_bit_for_bit_on_as_many_processes(flags_of, tmp_path, script):
     flags = [*flags_of[script], "--fsdp", "--checkpointing_steps", 2, "--lr_scheduler", "cosine"]
@@ -208,15 +126,22 @@ def test_a_sharded_run_resumes_bit_for_bit_on_as_many_processes(flags_of, tmp_pa
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
 
 
-@pytest.mark.parametrize(
-    ("name", "zero_stage"), [("8_gpus", None), ("8_gpus_fsdp2", None), ("8_gpus_zero2", 2), ("8_gpus_zero3", 3)]
-)
-def test_accelerate_reads_the_config_files(name, zero_stage):
-    kind = "DEEPSPEED" if zero_stage else "MULTI_GPU"
+@pytest.mark.parametrize("name", ["8_gpus", "8_gpus_fsdp2"])
+def test_accelerate_reads_the_config_files(name):
     config = load_config_from_file(str(ACCELERATE / f"{name}.yaml"))
-    assert (config.distributed_type, config.num_processes, config.num_machines) == (kind, 8, 1)
+    assert (config.distributed_type, config.num_processes, config.num_machines) == ("MULTI_GPU", 8, 1)
     assert config.mixed_precision == "bf16"
-    assert config.deepspeed_config.get("zero_stage") == zero_stage
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("kind", [DistributedType.DEEPSPEED, DistributedType.FSDP])
+def test_what_splits_weights_otherwise_is_refused(short_runs, tmp_path, script, kind):
+    module = importlib.import_module(script)
+    args = module.parse_args([str(flag) for flag in [*short_runs[script], "--output_dir", tmp_path / "out"]])
+    accelerator = SimpleNamespace(distributed_type=kind, mixed_precision="no", num_processes=2, scaler=None)
+    said = module.check_run(accelerator, args, max_train_steps=2, checkpoint=None, run={})
+    assert len(said) == 1
+    assert kind.value in said[0] and "--fsdp" in said[0]
 
 
 def test_the_commands_of_the_readme_and_config_files_parse(short_runs, tmp_path):
@@ -239,37 +164,7 @@ def test_the_commands_of_the_readme_and_config_files_parse(short_runs, tmp_path)
     assert {re.search(r"--machine_rank (\d)", command)[1] for command in ranks} == {"0", "1"}
 
 
-def refused_by_deepspeed(argv, script, short_runs, tmp_path, zero_stage=2, offload=False):
-    """What a trainer says to its flags in a run that accelerate starts with DeepSpeed."""
-    module = importlib.import_module(script)
-    flags = [*short_runs[script], "--output_dir", tmp_path / "out", *argv]
-    args = module.parse_args([str(flag) for flag in flags])
-    plugin = SimpleNamespace(zero_stage=zero_stage, hf_ds_config=SimpleNamespace(is_offload=lambda: offload))
-    about = {"state": SimpleNamespace(deepspeed_plugin=plugin), "mixed_precision": "no", "num_processes": 2}
-    accelerator = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED, **about)
-    return "; ".join(module.check_run(accelerator, args, max_train_steps=2, checkpoint=None, run={}))
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_zero_2_and_zero_3_alone_are_supported(short_runs, tmp_path, script):
-    for stage in (0, 1):
-        assert "choose 2 or 3" in refused_by_deepspeed([], script, short_runs, tmp_path, stage)
-    assert not any(refused_by_deepspeed([], script, short_runs, tmp_path, stage) for stage in (2, 3))
-    assert "choose none" in refused_by_deepspeed([], script, short_runs, tmp_path, 3, offload=True)
-
-
-@pytest.mark.parametrize(
-    "flags", ["--fsdp", "--optimizer prodigy --learning_rate 1", "--quantize_base nf4", "--train_transformer_frac 0.5"]
-)
-def test_what_deepspeed_cannot_do_is_refused(short_runs, tmp_path, flags):
-    said = refused_by_deepspeed(flags.split(), SCRIPTS[0], short_runs, tmp_path)
-    assert flags.split()[0] in said
-    assert "does not work with DeepSpeed" in said
-
-
 if __name__ == "__main__":
     trainer = importlib.import_module(sys.argv[1])
     trainer.step_generator = one_stream(trainer)
-    if "ACCELERATE_USE_DEEPSPEED" in os.environ:
-        common.Accelerator = accelerator_of_deepspeed
     trainer.main(trainer.parse_args(sys.argv[2:]))

@@ -13,6 +13,9 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from common.checkpoints import CHECKSUMS, checksums, load_checkpoint
+from common.data import Example
+
 import pytest
 import torch
 from conftest import ROOT
@@ -21,9 +24,6 @@ from PIL import EpsImagePlugin, Image
 from safetensors.torch import load_file, save_file
 from test_family import SCRIPTS
 from test_fuzz import adapter, encoded, run_flags, saved  # noqa: F401  fixtures among them
-
-from common.latents import Example
-from common.lora import CHECKSUMS, checksums, load_checkpoint
 
 
 DREAMBOOTH, INFLUX, OMINI, TWINFLOW = SCRIPTS

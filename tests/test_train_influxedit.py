@@ -11,6 +11,9 @@ import subprocess
 import sys
 import time
 
+from common import validation
+from common.latents import encode_moments, sample_latents
+
 import numpy as np
 import pytest
 import torch
@@ -20,13 +23,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import train_influxedit as influxedit
-from common import validation
-from common.latents import encode_moments, pack_fill_condition, sample_latents
 from examples.influxedit import generate
 from examples.influxedit.generate import edit, load_pipeline, paint_beside
 from examples.influxedit.prepare_fill_circles import prepare
 from examples.influxedit.toy_circles import prompt_of, random_circle, score, write_archive
 from examples.toy.world import draw
+from train_influxedit import pack_fill_condition
 
 
 SCRIPT = "train_influxedit"

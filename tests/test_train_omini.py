@@ -22,8 +22,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import train_omini as omini
-from common.latents import open_rows
 from examples.toy.world import caption, draw, random_scene
+from train_omini import open_rows
 
 
 SCRIPT = "train_omini"

@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 
+from common.latents import TensorCache
+
 import diffusers
 import numpy as np
 import pytest
@@ -20,10 +22,9 @@ from test_train_dreambooth import assert_equal, wait_for
 from transformers import Qwen2VLImageProcessor
 
 import train_twinflow as twinflow
-from common.flow_matching import Flux
-from common.latents import TensorCache
 from examples.twinflow import compare
 from examples.twinflow.generate import draw, load_velocity, trained_args
+from train_twinflow import Flux
 
 
 SCRIPT = "train_twinflow"

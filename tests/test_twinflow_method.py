@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import train_twinflow as twinflow
-from common.flow_matching import sample_flow
 from examples.toy.world import sliced_wasserstein
+from train_twinflow import sample_flow
 
 
 KINDS = twinflow.KINDS

@@ -7,6 +7,9 @@ import random
 import re
 import time
 
+from common.tracking import log_step, open_metrics, plot_metrics, running_mean
+from common.validation import generate_images, image_grid, undisturbed, wrap
+
 import numpy as np
 import pytest
 import torch
@@ -14,17 +17,6 @@ from accelerate import Accelerator
 from diffusers import FluxPipeline
 from PIL import Image, ImageFont
 from tqdm.auto import tqdm
-
-from common.validation import (
-    generate_images,
-    image_grid,
-    log_step,
-    open_metrics,
-    plot_metrics,
-    running_mean,
-    undisturbed,
-    wrap,
-)
 
 
 def states():

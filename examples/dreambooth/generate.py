@@ -15,8 +15,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import common  # noqa: F401  first, for it quiets the libraries below
-
 
 # isort: split
 import torch

@@ -21,10 +21,10 @@ from safetensors import safe_open
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from common.flow_matching import Condition
-from common.latents import PATCH, Example, token_hole
-from common.validation import OminiPipeline
-from train_omini import make_condition, widen
+from common.data import Example
+from common.latents import PATCH
+
+from train_omini import Condition, OminiPipeline, make_condition, token_hole, widen
 
 
 def parse_args(argv=None):

@@ -11,15 +11,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import common  # noqa: F401  first, for it quiets the libraries below
-
 
 # isort: split
+from common.validation import image_grid
+
 import numpy as np
 import torch
 from diffusers import FluxPipeline
 
-from common.validation import image_grid
 from examples.toy.world import SUBJECTS, all_right, caption, random_scene, random_subject, score_subject
 
 

@@ -34,7 +34,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config,
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from common.flow_matching import add_noise
-from common.latents import image_ids, pack_fill_condition, pack_latents
+from common.latents import image_ids, pack_latents
+
 from examples.toy.world import (
     COLOR_NAMES,
     COLORS,
@@ -54,6 +55,7 @@ from examples.toy.world import (
     random_subject,
     score_scene,
 )
+from train_influxedit import pack_fill_condition
 
 
 HERE = Path(__file__).parent

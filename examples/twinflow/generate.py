@@ -14,18 +14,25 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import common  # noqa: F401  first, for it quiets the libraries below
-
 
 # isort: split
+from common.data import upright
+from common.latents import decode_images, encode_images, to_image
+
 import diffusers
 import torch
 from diffusers.training_utils import free_memory
 from PIL import Image
 
-from common.flow_matching import BACKBONES, STYLES, load_two_times, predict_velocity, sample_flow
-from common.latents import decode_images, encode_images, to_image, upright
-from train_twinflow import stack_conditions, to_pixels
+from train_twinflow import (
+    BACKBONES,
+    STYLES,
+    load_two_times,
+    predict_velocity,
+    sample_flow,
+    stack_conditions,
+    to_pixels,
+)
 
 
 def trained_args(folder):

@@ -21,9 +21,11 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from common.flow_matching import BACKBONES
-from common.lora import add_lora, compile_blocks, create_optimizer, quantize_base
+from common.lora import add_lora
+from common.models import compile_blocks, create_optimizer, quantize_base
+
 from examples.estimate_memory import GIB, MODELS, estimate, parse_args, training_step
+from train_twinflow import BACKBONES
 
 
 WARM_UP, STEPS = 3, 8

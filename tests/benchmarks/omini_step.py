@@ -18,11 +18,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from common.flow_matching import Tokens, condition_ids, omini_forward
 from common.latents import image_ids
 from common.lora import add_lora
+
 from examples.toy.pretrain import new_transformer
-from train_omini import TARGET_MODULES
+from train_omini import TARGET_MODULES, Tokens, condition_ids, omini_forward
 
 
 ROUNDS, WARM_UP, TEXT_LENGTH, SIDE = 14, 3, 128, 32  # SIDE in latents: 256 tokens

@@ -19,10 +19,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import train_dreambooth_flux_advanced as dreambooth
 from common.flow_matching import add_noise
 from common.latents import image_ids
 from common.lora import FLUX_TARGET_MODULES, add_lora
+
+import train_dreambooth_flux_advanced as dreambooth
 from examples.toy.pretrain import new_pipeline, new_text_encoders, new_tokenizers, new_transformer, new_vae
 from examples.toy.world import draw, random_scene
 
