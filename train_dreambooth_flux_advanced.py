@@ -415,6 +415,324 @@ def lora_targets(args, transformer):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Model
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+TOKENIZERS = ("tokenizer", "tokenizer_2")
+
+
+CHECKPOINT_PREFIX, FLUX_ROOTS = "model.diffusion_model.", {name.split(".")[0] for name in FLUX_LAYERS}
+
+
+CHECKPOINT_SIZES = (
+    "double_blocks.0.img_attn.norm.query_norm.scale",
+    *("img_in.weight", "txt_in.weight", "vector_in.in_layer.weight"),
+)
+
+
+def single_file(args):
+    """Whether the model is the four files that FLUX.1's authors and ComfyUI publish, not a folder of diffusers'."""
+    return args.pretrained_model_name_or_path.endswith(".safetensors")
+
+
+def file_problems(args):
+    """What is wrong with the files of a model in single files, as far as their keys tell."""
+    problems = []
+    wanted = {  # tensors that the right file has
+        "pretrained_model_name_or_path": ("double_blocks.0.img_attn.qkv.weight", *CHECKPOINT_SIZES),
+        "ae": ("decoder.conv_in.weight",),
+        "clip_l": ("text_model.embeddings.token_embedding.weight",),
+        "t5xxl": ("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",),
+    }
+    for name, needed in wanted.items():
+        path = getattr(args, name)
+        try:
+            keys = file_shapes(path) if path else None
+        except (OSError, SafetensorError) as error:
+            problems.append(f"--{name} {path}: not a whole safetensors file ({error})")
+            continue
+        if keys is None:
+            problems.append(f"--{name} is needed with {Path(args.pretrained_model_name_or_path).name}")
+        elif absent := [key for key in needed if key not in keys]:
+            problems.append(f"--{name} {path}: holds no {absent[0]}, so it is another model or form than FLUX.1's own")
+        elif any(name.endswith(("scale_weight", "weight_scale", "scaled_fp8")) for name in keys):
+            problems.append(f"--{name} {path}: scaled fp8 is not read: take the 16-bit file")
+    folder = args.tokenizer_dir
+    if not folder or not all((folder / name / "tokenizer_config.json").is_file() for name in TOKENIZERS):
+        problems.append(
+            f"--tokenizer_dir {folder}: needed with folders {' and '.join(TOKENIZERS)} of FLUX.1-dev in it"
+        )
+    return problems
+
+
+def file_shapes(path):
+    """{key: shape} of a safetensors file, keys without the prefix of all-in-one checkpoints."""
+    with safe_open(path, "pt") as file:
+        return {key.removeprefix(CHECKPOINT_PREFIX): file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+
+
+def transformer_config(args):
+    """The config of the transformer; that of a single file follows from its shapes."""
+    if not single_file(args):
+        return FluxTransformer2DModel.load_config(
+            args.pretrained_model_name_or_path,
+            subfolder="transformer",
+            revision=args.revision,
+            cache_dir=args.cache_dir,
+        )
+    shapes = file_shapes(args.pretrained_model_name_or_path)
+    (width, channels), head = shapes["img_in.weight"], shapes["double_blocks.0.img_attn.norm.query_norm.scale"][0]
+    numbers = {kind: {key.split(".")[1] for key in shapes if key.startswith(kind)} for kind in ("double", "single")}
+    return {
+        "_class_name": "FluxTransformer2DModel",
+        "in_channels": channels,
+        "num_layers": len(numbers["double"]),
+        "num_single_layers": len(numbers["single"]),
+        "attention_head_dim": head,
+        "num_attention_heads": width // head,
+        "joint_attention_dim": shapes["txt_in.weight"][1],
+        "pooled_projection_dim": shapes["vector_in.in_layer.weight"][1],
+        "guidance_embeds": "guidance_in.in_layer.weight" in shapes,
+        "axes_dims_rope": [16, (head - 16) // 2, (head - 16) // 2],
+    }
+
+
+def load_part(model_class, subfolder, args, dtype):
+    """`load_model`, or the transformer or VAE out of a single file."""
+    if not single_file(args):
+        return load_model(model_class, subfolder, args, dtype)
+    state_dict = load_file(args.ae if subfolder == "vae" else args.pretrained_model_name_or_path)
+    if subfolder == "vae":
+        config = vae_config(state_dict)
+        state_dict = convert_ldm_vae_checkpoint(state_dict, config)
+    else:
+        config = transformer_config(args)
+        own = {key.removeprefix(CHECKPOINT_PREFIX): value for key, value in state_dict.items()}
+        own = {key: value for key, value in own.items() if key.split(".")[0] in FLUX_ROOTS}  # of all-in-one files
+        state_dict = diffusers_state_dict(own)
+    with torch.device("meta"):
+        model = model_class.from_config(config)
+    model.load_state_dict({key: value.to(dtype) for key, value in state_dict.items()}, assign=True)
+    return model.requires_grad_(False).eval()
+
+
+def vae_config(state_dict):
+    """The config of FLUX.1's VAE, whose file has the names of latent diffusion, from its shapes."""
+    levels = {key.split(".")[2] for key in state_dict if key.startswith("encoder.down.")}
+    blocks = {key.split(".")[4] for key in state_dict if key.startswith("encoder.down.0.block.")}
+    return {
+        "down_block_types": ["DownEncoderBlock2D"] * len(levels),
+        "up_block_types": ["UpDecoderBlock2D"] * len(levels),
+        "block_out_channels": [len(state_dict[f"encoder.down.{i}.block.0.conv1.weight"]) for i in range(len(levels))],
+        "layers_per_block": len(blocks),
+        "latent_channels": state_dict["decoder.conv_in.weight"].shape[1],
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+        "shift_factor": 0.1159,
+        "scaling_factor": 0.3611,
+    }
+
+
+def load_flux_scheduler(args):
+    """The scheduler that the model was made with; that of a single file follows from its kind."""
+    if single_file(args):
+        guided = transformer_config(args)["guidance_embeds"]  # FLUX.1-dev, not -schnell
+        return FlowMatchEulerDiscreteScheduler(shift=3.0 if guided else 1.0, use_dynamic_shifting=guided)
+    return load_scheduler(args)
+
+
+def load_file_pipeline(args, dtype):
+    """The pipeline with text encoders and tokenizers alone, of a model in single files."""
+    tokenizer, tokenizer_2 = (
+        AutoTokenizer.from_pretrained(args.tokenizer_dir / name, trust_remote_code=False) for name in TOKENIZERS
+    )
+    clip, t5 = load_file(args.clip_l), load_file(args.t5xxl)
+    clip = {key.removeprefix("text_model."): value for key, value in clip.items() if key.startswith("text_model.")}
+    vocabulary, width = clip["embeddings.token_embedding.weight"].shape
+    clip_config = CLIPTextConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=len(clip["encoder.layers.0.mlp.fc1.weight"]),
+        num_hidden_layers=len({key.split(".")[2] for key in clip if key.startswith("encoder.layers.")}),
+        num_attention_heads=width // 64,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    first = "encoder.block.0.layer.0.SelfAttention"
+    buckets, heads = t5[f"{first}.relative_attention_bias.weight"].shape
+    t5_config = T5Config(
+        vocab_size=len(t5["shared.weight"]),
+        d_model=t5["shared.weight"].shape[1],
+        d_kv=len(t5[f"{first}.q.weight"]) // heads,
+        d_ff=len(t5["encoder.block.0.layer.1.DenseReluDense.wi_0.weight"]),
+        num_layers=len({key.split(".")[2] for key in t5 if key.startswith("encoder.block.")}),
+        num_heads=heads,
+        relative_attention_num_buckets=buckets,
+        feed_forward_proj="gated-gelu",
+    )
+    return FluxPipeline(
+        scheduler=load_scheduler(args),
+        vae=None,
+        transformer=None,
+        text_encoder=CLIPTextModel.from_pretrained(None, config=clip_config, state_dict=clip, dtype=dtype),
+        tokenizer=tokenizer,
+        text_encoder_2=T5EncoderModel.from_pretrained(None, config=t5_config, state_dict=t5, dtype=dtype),
+        tokenizer_2=tokenizer_2,
+    )
+
+
+class NewTokens(torch.nn.Module):
+    """An embedding table with trained rows [n, D] for the tokens from `first_id` on; its own rows never change."""
+
+    def __init__(self, table, first_id, rows):
+        super().__init__()
+        self.table, self.first_id = table, first_id
+        self.rows = torch.nn.Parameter(rows.float())
+        self.std = table.weight.float().std()
+
+    def forward(self, input_ids):
+        embedded = self.table(input_ids.clamp(max=self.first_id - 1))
+        rows = self.rows[(input_ids - self.first_id).clamp(min=0)].to(embedded.dtype)
+        return torch.where((input_ids >= self.first_id)[..., None], rows, embedded)
+
+    @torch.no_grad()
+    def pull(self):
+        """Moves the spread of the new rows towards that of the table, as the pivotal tuning of cog-sdxl does."""
+        self.rows *= (self.std.to(self.rows.device) / self.rows.std()) ** 0.1
+
+
+class TokenEncoder(PromptEncoder):
+    """PromptEncoder with new tokens in training, until `freeze`."""
+
+    def add_trained_parts(self):
+        super().add_trained_parts()
+        self.abstractions, self.new_tokens, self.fingerprints = {}, {}, {}
+        if self.args.train_text_encoder_ti:
+            self.add_new_tokens()
+            self.trained = {*self.new_tokens}
+
+    def add_new_tokens(self):
+        """<s0><s1>... for each abstraction, in the tokenizers and, with rows to be trained, in the encoders."""
+        args = self.args
+        tokenizers = {"clip_l": self.pipeline.tokenizer}
+        if args.enable_t5_ti:
+            tokenizers["t5"] = self.pipeline.tokenizer_2
+        names, concepts = names_in(args.token_abstraction), names_in(args.initializer_concept)
+        concepts = concepts * len(names) if len(concepts) == 1 else concepts or [None] * len(names)
+        initial = {name: [] for name in tokenizers}  # ids whose embeddings the new rows start as, None for noise
+        tokens = []
+        for name, concept in zip(names, concepts, strict=True):
+            ids = {k: t(concept, add_special_tokens=False).input_ids for k, t in tokenizers.items()} if concept else {}
+            length = max(map(len, ids.values()), default=args.num_new_tokens_per_abstraction or 2)
+            for kind in tokenizers:
+                initial[kind] += [ids[kind][i % len(ids[kind])] if concept else None for i in range(length)]
+            new = [f"<s{len(tokens) + i}>" for i in range(length)]
+            self.abstractions[name] = "".join(new)
+            tokens += new
+        generator = step_generator(args.seed, 0)
+        for kind, tokenizer in tokenizers.items():
+            table, first_id = self.encoders[kind].get_input_embeddings(), len(tokenizer)
+            tokenizer.add_tokens(tokens)
+            weight = table.weight.float()
+            noise = torch.randn(len(tokens), weight.shape[1], generator=generator) * weight.std()
+            rows = [noise[i] if id is None else weight[id] for i, id in enumerate(initial[kind])]
+            self.new_tokens[kind] = NewTokens(table, first_id, torch.stack(rows))
+            self.encoders[kind].set_input_embeddings(self.new_tokens[kind])
+
+    def replace(self, prompt):
+        """The prompt with the new tokens in place of the words they stand for."""
+        if not self.abstractions:
+            return prompt
+        return any_of(self.abstractions).sub(lambda name: self.abstractions[name[0]], prompt)
+
+    def parameters(self):
+        return [*(new.rows for new in self.new_tokens.values()), *self.lora_params]
+
+    def kept_embed(self, kind, prompt):
+        """The embedding on the CPU, through the cache on disk if there is one and the encoder is as it was loaded."""
+        compute = lambda: self.embed(kind, [prompt]).cpu()  # noqa: E731
+        adapted = kind in self.new_tokens or kind == "clip_l" and self.lora_params
+        if adapted or not self.args.cache_text_encoder_outputs_to_disk:
+            return compute()
+        if kind not in self.fingerprints:
+            self.fingerprints[kind] = fingerprint(self.encoders[kind])
+        how = f"{self.args.max_sequence_length} {self.dtype} {self.accelerator.mixed_precision} {self.replace(prompt)}"
+        return disk_cached(self.args.disk_cache_dir.expanduser(), self.fingerprints[kind] + how.encode(), compute)
+
+    def freeze(self, prompts):
+        """Ends the training of the encoders."""
+        self.trained = set()
+        for parameter in self.parameters():
+            parameter.requires_grad_(False).grad = None
+        self.cache(prompts)
+
+    def save_embeddings(self, path):
+        """The rows of the new tokens, {"clip_l": [n, 768], "t5": [n, 4096]}, for `load_textual_inversion`.
+
+        The file's metadata says what stands for each abstraction: {"TOK": "<s0><s1>"}.
+        """
+        if self.new_tokens:
+            rows = {kind: new.rows.detach().cpu().contiguous() for kind, new in self.new_tokens.items()}
+            with writing(path):
+                save_tensors(rows, path, metadata=self.abstractions)
+
+    def export_embeddings(self, folder):
+        """Each word's rows as comfyui/TOK.safetensors (clip_l, t5xxl) and forge/TOK.safetensors (clip_l alone)."""
+        first = 0
+        for word, tokens in self.abstractions.items():
+            after = first + tokens.count("<s")
+            rows = {kind: new.rows.detach().cpu()[first:after].clone() for kind, new in self.new_tokens.items()}
+            comfyui = {{"t5": "t5xxl"}.get(kind, kind): value for kind, value in rows.items()}
+            for program, tensors in {"comfyui": comfyui, "forge": {"clip_l": rows["clip_l"]}}.items():
+                path = folder / program / (re.sub(r"[^\w.-]+", "_", word) + ".safetensors")
+                with writing(path):
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    save_tensors(tensors, path)
+            first = after
+
+    def load_embeddings(self, path):
+        rows = load_file(path) if self.new_tokens else {}
+        for kind, new in self.new_tokens.items():
+            new.rows.data.copy_(rows[kind])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Objective
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def compute_loss(
+    transformer, latents, prompt_embeds, pooled_prompt_embeds, *, args, noise_scheduler, guidance, generator
+):
+    """The flow matching loss [B] of each sample of a batch.
+
+    latents [B, C, h, w] are normalised, prompt_embeds [B, T, D], pooled_prompt_embeds [B, P]; guidance [B], or None
+    for a model without guidance embedding. Noise and noise levels are drawn from `generator`, a CPU one.
+    """
+    batch_size, _, height, width = latents.shape
+    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+    sigmas = sample_sigmas(
+        batch_size,
+        noise_scheduler=noise_scheduler,
+        image_seq_len=height * width // 4,
+        generator=generator,
+        **noise_options(args),
+    ).to(latents.device)
+    latents, noise = pack_latents(latents), pack_latents(noise)
+    model_pred = transformer(
+        hidden_states=add_noise(latents, noise, sigmas).to(prompt_embeds.dtype),
+        timestep=sigmas,
+        guidance=guidance,
+        pooled_projections=pooled_prompt_embeds,
+        encoder_hidden_states=prompt_embeds,
+        txt_ids=torch.zeros(prompt_embeds.shape[1], 3, device=latents.device),
+        img_ids=image_ids(height, width, latents.device),
+        return_dict=False,
+    )[0]
+    return velocity_loss(model_pred, latents, noise, sigmas, args.weighting_scheme)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Data
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -867,324 +1185,6 @@ class DreamBoothDataset(Dataset):
 
     def __len__(self):
         return len(self.examples)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Model
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-TOKENIZERS = ("tokenizer", "tokenizer_2")
-
-
-CHECKPOINT_PREFIX, FLUX_ROOTS = "model.diffusion_model.", {name.split(".")[0] for name in FLUX_LAYERS}
-
-
-CHECKPOINT_SIZES = (
-    "double_blocks.0.img_attn.norm.query_norm.scale",
-    *("img_in.weight", "txt_in.weight", "vector_in.in_layer.weight"),
-)
-
-
-def single_file(args):
-    """Whether the model is the four files that FLUX.1's authors and ComfyUI publish, not a folder of diffusers'."""
-    return args.pretrained_model_name_or_path.endswith(".safetensors")
-
-
-def file_problems(args):
-    """What is wrong with the files of a model in single files, as far as their keys tell."""
-    problems = []
-    wanted = {  # tensors that the right file has
-        "pretrained_model_name_or_path": ("double_blocks.0.img_attn.qkv.weight", *CHECKPOINT_SIZES),
-        "ae": ("decoder.conv_in.weight",),
-        "clip_l": ("text_model.embeddings.token_embedding.weight",),
-        "t5xxl": ("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",),
-    }
-    for name, needed in wanted.items():
-        path = getattr(args, name)
-        try:
-            keys = file_shapes(path) if path else None
-        except (OSError, SafetensorError) as error:
-            problems.append(f"--{name} {path}: not a whole safetensors file ({error})")
-            continue
-        if keys is None:
-            problems.append(f"--{name} is needed with {Path(args.pretrained_model_name_or_path).name}")
-        elif absent := [key for key in needed if key not in keys]:
-            problems.append(f"--{name} {path}: holds no {absent[0]}, so it is another model or form than FLUX.1's own")
-        elif any(name.endswith(("scale_weight", "weight_scale", "scaled_fp8")) for name in keys):
-            problems.append(f"--{name} {path}: scaled fp8 is not read: take the 16-bit file")
-    folder = args.tokenizer_dir
-    if not folder or not all((folder / name / "tokenizer_config.json").is_file() for name in TOKENIZERS):
-        problems.append(
-            f"--tokenizer_dir {folder}: needed with folders {' and '.join(TOKENIZERS)} of FLUX.1-dev in it"
-        )
-    return problems
-
-
-def file_shapes(path):
-    """{key: shape} of a safetensors file, keys without the prefix of all-in-one checkpoints."""
-    with safe_open(path, "pt") as file:
-        return {key.removeprefix(CHECKPOINT_PREFIX): file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
-
-
-def transformer_config(args):
-    """The config of the transformer; that of a single file follows from its shapes."""
-    if not single_file(args):
-        return FluxTransformer2DModel.load_config(
-            args.pretrained_model_name_or_path,
-            subfolder="transformer",
-            revision=args.revision,
-            cache_dir=args.cache_dir,
-        )
-    shapes = file_shapes(args.pretrained_model_name_or_path)
-    (width, channels), head = shapes["img_in.weight"], shapes["double_blocks.0.img_attn.norm.query_norm.scale"][0]
-    numbers = {kind: {key.split(".")[1] for key in shapes if key.startswith(kind)} for kind in ("double", "single")}
-    return {
-        "_class_name": "FluxTransformer2DModel",
-        "in_channels": channels,
-        "num_layers": len(numbers["double"]),
-        "num_single_layers": len(numbers["single"]),
-        "attention_head_dim": head,
-        "num_attention_heads": width // head,
-        "joint_attention_dim": shapes["txt_in.weight"][1],
-        "pooled_projection_dim": shapes["vector_in.in_layer.weight"][1],
-        "guidance_embeds": "guidance_in.in_layer.weight" in shapes,
-        "axes_dims_rope": [16, (head - 16) // 2, (head - 16) // 2],
-    }
-
-
-def load_part(model_class, subfolder, args, dtype):
-    """`load_model`, or the transformer or VAE out of a single file."""
-    if not single_file(args):
-        return load_model(model_class, subfolder, args, dtype)
-    state_dict = load_file(args.ae if subfolder == "vae" else args.pretrained_model_name_or_path)
-    if subfolder == "vae":
-        config = vae_config(state_dict)
-        state_dict = convert_ldm_vae_checkpoint(state_dict, config)
-    else:
-        config = transformer_config(args)
-        own = {key.removeprefix(CHECKPOINT_PREFIX): value for key, value in state_dict.items()}
-        own = {key: value for key, value in own.items() if key.split(".")[0] in FLUX_ROOTS}  # of all-in-one files
-        state_dict = diffusers_state_dict(own)
-    with torch.device("meta"):
-        model = model_class.from_config(config)
-    model.load_state_dict({key: value.to(dtype) for key, value in state_dict.items()}, assign=True)
-    return model.requires_grad_(False).eval()
-
-
-def vae_config(state_dict):
-    """The config of FLUX.1's VAE, whose file has the names of latent diffusion, from its shapes."""
-    levels = {key.split(".")[2] for key in state_dict if key.startswith("encoder.down.")}
-    blocks = {key.split(".")[4] for key in state_dict if key.startswith("encoder.down.0.block.")}
-    return {
-        "down_block_types": ["DownEncoderBlock2D"] * len(levels),
-        "up_block_types": ["UpDecoderBlock2D"] * len(levels),
-        "block_out_channels": [len(state_dict[f"encoder.down.{i}.block.0.conv1.weight"]) for i in range(len(levels))],
-        "layers_per_block": len(blocks),
-        "latent_channels": state_dict["decoder.conv_in.weight"].shape[1],
-        "use_quant_conv": False,
-        "use_post_quant_conv": False,
-        "shift_factor": 0.1159,
-        "scaling_factor": 0.3611,
-    }
-
-
-def load_flux_scheduler(args):
-    """The scheduler that the model was made with; that of a single file follows from its kind."""
-    if single_file(args):
-        guided = transformer_config(args)["guidance_embeds"]  # FLUX.1-dev, not -schnell
-        return FlowMatchEulerDiscreteScheduler(shift=3.0 if guided else 1.0, use_dynamic_shifting=guided)
-    return load_scheduler(args)
-
-
-def load_file_pipeline(args, dtype):
-    """The pipeline with text encoders and tokenizers alone, of a model in single files."""
-    tokenizer, tokenizer_2 = (
-        AutoTokenizer.from_pretrained(args.tokenizer_dir / name, trust_remote_code=False) for name in TOKENIZERS
-    )
-    clip, t5 = load_file(args.clip_l), load_file(args.t5xxl)
-    clip = {key.removeprefix("text_model."): value for key, value in clip.items() if key.startswith("text_model.")}
-    vocabulary, width = clip["embeddings.token_embedding.weight"].shape
-    clip_config = CLIPTextConfig(
-        vocab_size=vocabulary,
-        hidden_size=width,
-        intermediate_size=len(clip["encoder.layers.0.mlp.fc1.weight"]),
-        num_hidden_layers=len({key.split(".")[2] for key in clip if key.startswith("encoder.layers.")}),
-        num_attention_heads=width // 64,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    first = "encoder.block.0.layer.0.SelfAttention"
-    buckets, heads = t5[f"{first}.relative_attention_bias.weight"].shape
-    t5_config = T5Config(
-        vocab_size=len(t5["shared.weight"]),
-        d_model=t5["shared.weight"].shape[1],
-        d_kv=len(t5[f"{first}.q.weight"]) // heads,
-        d_ff=len(t5["encoder.block.0.layer.1.DenseReluDense.wi_0.weight"]),
-        num_layers=len({key.split(".")[2] for key in t5 if key.startswith("encoder.block.")}),
-        num_heads=heads,
-        relative_attention_num_buckets=buckets,
-        feed_forward_proj="gated-gelu",
-    )
-    return FluxPipeline(
-        scheduler=load_scheduler(args),
-        vae=None,
-        transformer=None,
-        text_encoder=CLIPTextModel.from_pretrained(None, config=clip_config, state_dict=clip, dtype=dtype),
-        tokenizer=tokenizer,
-        text_encoder_2=T5EncoderModel.from_pretrained(None, config=t5_config, state_dict=t5, dtype=dtype),
-        tokenizer_2=tokenizer_2,
-    )
-
-
-class NewTokens(torch.nn.Module):
-    """An embedding table with trained rows [n, D] for the tokens from `first_id` on; its own rows never change."""
-
-    def __init__(self, table, first_id, rows):
-        super().__init__()
-        self.table, self.first_id = table, first_id
-        self.rows = torch.nn.Parameter(rows.float())
-        self.std = table.weight.float().std()
-
-    def forward(self, input_ids):
-        embedded = self.table(input_ids.clamp(max=self.first_id - 1))
-        rows = self.rows[(input_ids - self.first_id).clamp(min=0)].to(embedded.dtype)
-        return torch.where((input_ids >= self.first_id)[..., None], rows, embedded)
-
-    @torch.no_grad()
-    def pull(self):
-        """Moves the spread of the new rows towards that of the table, as the pivotal tuning of cog-sdxl does."""
-        self.rows *= (self.std.to(self.rows.device) / self.rows.std()) ** 0.1
-
-
-class TokenEncoder(PromptEncoder):
-    """PromptEncoder with new tokens in training, until `freeze`."""
-
-    def add_trained_parts(self):
-        super().add_trained_parts()
-        self.abstractions, self.new_tokens, self.fingerprints = {}, {}, {}
-        if self.args.train_text_encoder_ti:
-            self.add_new_tokens()
-            self.trained = {*self.new_tokens}
-
-    def add_new_tokens(self):
-        """<s0><s1>... for each abstraction, in the tokenizers and, with rows to be trained, in the encoders."""
-        args = self.args
-        tokenizers = {"clip_l": self.pipeline.tokenizer}
-        if args.enable_t5_ti:
-            tokenizers["t5"] = self.pipeline.tokenizer_2
-        names, concepts = names_in(args.token_abstraction), names_in(args.initializer_concept)
-        concepts = concepts * len(names) if len(concepts) == 1 else concepts or [None] * len(names)
-        initial = {name: [] for name in tokenizers}  # ids whose embeddings the new rows start as, None for noise
-        tokens = []
-        for name, concept in zip(names, concepts, strict=True):
-            ids = {k: t(concept, add_special_tokens=False).input_ids for k, t in tokenizers.items()} if concept else {}
-            length = max(map(len, ids.values()), default=args.num_new_tokens_per_abstraction or 2)
-            for kind in tokenizers:
-                initial[kind] += [ids[kind][i % len(ids[kind])] if concept else None for i in range(length)]
-            new = [f"<s{len(tokens) + i}>" for i in range(length)]
-            self.abstractions[name] = "".join(new)
-            tokens += new
-        generator = step_generator(args.seed, 0)
-        for kind, tokenizer in tokenizers.items():
-            table, first_id = self.encoders[kind].get_input_embeddings(), len(tokenizer)
-            tokenizer.add_tokens(tokens)
-            weight = table.weight.float()
-            noise = torch.randn(len(tokens), weight.shape[1], generator=generator) * weight.std()
-            rows = [noise[i] if id is None else weight[id] for i, id in enumerate(initial[kind])]
-            self.new_tokens[kind] = NewTokens(table, first_id, torch.stack(rows))
-            self.encoders[kind].set_input_embeddings(self.new_tokens[kind])
-
-    def replace(self, prompt):
-        """The prompt with the new tokens in place of the words they stand for."""
-        if not self.abstractions:
-            return prompt
-        return any_of(self.abstractions).sub(lambda name: self.abstractions[name[0]], prompt)
-
-    def parameters(self):
-        return [*(new.rows for new in self.new_tokens.values()), *self.lora_params]
-
-    def kept_embed(self, kind, prompt):
-        """The embedding on the CPU, through the cache on disk if there is one and the encoder is as it was loaded."""
-        compute = lambda: self.embed(kind, [prompt]).cpu()  # noqa: E731
-        adapted = kind in self.new_tokens or kind == "clip_l" and self.lora_params
-        if adapted or not self.args.cache_text_encoder_outputs_to_disk:
-            return compute()
-        if kind not in self.fingerprints:
-            self.fingerprints[kind] = fingerprint(self.encoders[kind])
-        how = f"{self.args.max_sequence_length} {self.dtype} {self.accelerator.mixed_precision} {self.replace(prompt)}"
-        return disk_cached(self.args.disk_cache_dir.expanduser(), self.fingerprints[kind] + how.encode(), compute)
-
-    def freeze(self, prompts):
-        """Ends the training of the encoders."""
-        self.trained = set()
-        for parameter in self.parameters():
-            parameter.requires_grad_(False).grad = None
-        self.cache(prompts)
-
-    def save_embeddings(self, path):
-        """The rows of the new tokens, {"clip_l": [n, 768], "t5": [n, 4096]}, for `load_textual_inversion`.
-
-        The file's metadata says what stands for each abstraction: {"TOK": "<s0><s1>"}.
-        """
-        if self.new_tokens:
-            rows = {kind: new.rows.detach().cpu().contiguous() for kind, new in self.new_tokens.items()}
-            with writing(path):
-                save_tensors(rows, path, metadata=self.abstractions)
-
-    def export_embeddings(self, folder):
-        """Each word's rows as comfyui/TOK.safetensors (clip_l, t5xxl) and forge/TOK.safetensors (clip_l alone)."""
-        first = 0
-        for word, tokens in self.abstractions.items():
-            after = first + tokens.count("<s")
-            rows = {kind: new.rows.detach().cpu()[first:after].clone() for kind, new in self.new_tokens.items()}
-            comfyui = {{"t5": "t5xxl"}.get(kind, kind): value for kind, value in rows.items()}
-            for program, tensors in {"comfyui": comfyui, "forge": {"clip_l": rows["clip_l"]}}.items():
-                path = folder / program / (re.sub(r"[^\w.-]+", "_", word) + ".safetensors")
-                with writing(path):
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    save_tensors(tensors, path)
-            first = after
-
-    def load_embeddings(self, path):
-        rows = load_file(path) if self.new_tokens else {}
-        for kind, new in self.new_tokens.items():
-            new.rows.data.copy_(rows[kind])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Objective
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def compute_loss(
-    transformer, latents, prompt_embeds, pooled_prompt_embeds, *, args, noise_scheduler, guidance, generator
-):
-    """The flow matching loss [B] of each sample of a batch.
-
-    latents [B, C, h, w] are normalised, prompt_embeds [B, T, D], pooled_prompt_embeds [B, P]; guidance [B], or None
-    for a model without guidance embedding. Noise and noise levels are drawn from `generator`, a CPU one.
-    """
-    batch_size, _, height, width = latents.shape
-    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
-    sigmas = sample_sigmas(
-        batch_size,
-        noise_scheduler=noise_scheduler,
-        image_seq_len=height * width // 4,
-        generator=generator,
-        **noise_options(args),
-    ).to(latents.device)
-    latents, noise = pack_latents(latents), pack_latents(noise)
-    model_pred = transformer(
-        hidden_states=add_noise(latents, noise, sigmas).to(prompt_embeds.dtype),
-        timestep=sigmas,
-        guidance=guidance,
-        pooled_projections=pooled_prompt_embeds,
-        encoder_hidden_states=prompt_embeds,
-        txt_ids=torch.zeros(prompt_embeds.shape[1], 3, device=latents.device),
-        img_ids=image_ids(height, width, latents.device),
-        return_dict=False,
-    )[0]
-    return velocity_loss(model_pred, latents, noise, sigmas, args.weighting_scheme)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -397,6 +397,82 @@ def lora_targets(args):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Model
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def pack_fill_condition(masked_image_latents, mask):
+    """The channels FLUX.1-Fill reads beside the noisy latents: tokens [B, h/2 * w/2, 4C + 4f²].
+
+    masked_image_latents [B, C, h, w] are normalised latents; mask [B, 1, H, W] is 1 where the image is to be
+    generated, f = H / h. The mask keeps its full resolution: each token carries its 2f x 2f pixels.
+    """
+    pixels_per_latent = mask.shape[-1] // masked_image_latents.shape[-1]
+    mask = F.pixel_unshuffle(mask.to(masked_image_latents), pixels_per_latent)
+    return torch.cat([pack_latents(masked_image_latents), pack_latents(mask)], dim=-1)
+
+
+class FillPipeline(FluxFillPipeline):
+    """FluxFillPipeline with the conditions of the training: `fill_condition` builds them.
+
+    `hide` says whether the mask hides what it covers from the transformer, as in mask mode. In edit mode it does not:
+    the pipeline is called with a black mask, which hides nothing, and the transformer is given a white one.
+    """
+
+    hide = True
+
+    def prepare_mask_latents(
+        self, mask, masked_image, batch_size, channels, num_images, height, width, dtype, device, generator
+    ):
+        """The mask's tokens [B, N, 4f²] and the shown picture's [B, N, 4C], which the pipeline joins in that order."""
+        mask = mask if self.hide else torch.ones_like(mask)
+        latents = sample_latents(encode_moments(self.vae, masked_image), self.vae.config, generator)
+        condition = pack_fill_condition(latents, mask).to(device, dtype)
+        condition = condition.repeat(batch_size * num_images // len(condition), 1, 1)
+        return condition[..., 4 * channels :], condition[..., : 4 * channels]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Objective
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def compute_loss(
+    transformer, latents, condition, prompt_embeds, pooled_prompt_embeds, *, args, noise_scheduler, guidance, generator
+):
+    """The flow matching loss [B] of each sample of a batch.
+
+    latents [B, C, h, w] of the results are normalised, condition [B, h/2 * w/2, 4C + 4f²] is `pack_fill_condition`'s,
+    prompt_embeds [B, T, D], pooled_prompt_embeds [B, P]; guidance [B], or None for a model without guidance
+    embedding. Noise and noise levels are drawn from `generator`, a CPU one.
+    """
+    batch_size, _, height, width = latents.shape
+    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+    sigmas = sample_sigmas(
+        batch_size,
+        noise_scheduler=noise_scheduler,
+        image_seq_len=height * width // 4,
+        generator=generator,
+        **noise_options(args),
+    ).to(latents.device)
+    latents, noise = pack_latents(latents), pack_latents(noise)
+    noisy = add_noise(latents, noise, sigmas)
+    model_pred = transformer(
+        hidden_states=torch.cat([noisy, condition], dim=-1).to(prompt_embeds.dtype),
+        timestep=sigmas,
+        guidance=guidance,
+        pooled_projections=pooled_prompt_embeds,
+        encoder_hidden_states=prompt_embeds,
+        txt_ids=torch.zeros(prompt_embeds.shape[1], 3, device=latents.device),
+        img_ids=image_ids(height, width, latents.device),
+        return_dict=False,
+    )[0]
+    covered = condition[..., latents.shape[-1] :].mean(dim=-1)  # share of a token's pixels under the mask, [B, N]
+    token_weights = None if args.loss_mask_weight == 1 else 1 + (args.loss_mask_weight - 1) * covered
+    return velocity_loss(model_pred, latents, noise, sigmas, args.weighting_scheme, token_weights)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Data
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -652,82 +728,6 @@ class EditDataset(Dataset):
 
     def __len__(self):
         return len(self.examples)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Model
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def pack_fill_condition(masked_image_latents, mask):
-    """The channels FLUX.1-Fill reads beside the noisy latents: tokens [B, h/2 * w/2, 4C + 4f²].
-
-    masked_image_latents [B, C, h, w] are normalised latents; mask [B, 1, H, W] is 1 where the image is to be
-    generated, f = H / h. The mask keeps its full resolution: each token carries its 2f x 2f pixels.
-    """
-    pixels_per_latent = mask.shape[-1] // masked_image_latents.shape[-1]
-    mask = F.pixel_unshuffle(mask.to(masked_image_latents), pixels_per_latent)
-    return torch.cat([pack_latents(masked_image_latents), pack_latents(mask)], dim=-1)
-
-
-class FillPipeline(FluxFillPipeline):
-    """FluxFillPipeline with the conditions of the training: `fill_condition` builds them.
-
-    `hide` says whether the mask hides what it covers from the transformer, as in mask mode. In edit mode it does not:
-    the pipeline is called with a black mask, which hides nothing, and the transformer is given a white one.
-    """
-
-    hide = True
-
-    def prepare_mask_latents(
-        self, mask, masked_image, batch_size, channels, num_images, height, width, dtype, device, generator
-    ):
-        """The mask's tokens [B, N, 4f²] and the shown picture's [B, N, 4C], which the pipeline joins in that order."""
-        mask = mask if self.hide else torch.ones_like(mask)
-        latents = sample_latents(encode_moments(self.vae, masked_image), self.vae.config, generator)
-        condition = pack_fill_condition(latents, mask).to(device, dtype)
-        condition = condition.repeat(batch_size * num_images // len(condition), 1, 1)
-        return condition[..., 4 * channels :], condition[..., : 4 * channels]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Objective
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def compute_loss(
-    transformer, latents, condition, prompt_embeds, pooled_prompt_embeds, *, args, noise_scheduler, guidance, generator
-):
-    """The flow matching loss [B] of each sample of a batch.
-
-    latents [B, C, h, w] of the results are normalised, condition [B, h/2 * w/2, 4C + 4f²] is `pack_fill_condition`'s,
-    prompt_embeds [B, T, D], pooled_prompt_embeds [B, P]; guidance [B], or None for a model without guidance
-    embedding. Noise and noise levels are drawn from `generator`, a CPU one.
-    """
-    batch_size, _, height, width = latents.shape
-    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
-    sigmas = sample_sigmas(
-        batch_size,
-        noise_scheduler=noise_scheduler,
-        image_seq_len=height * width // 4,
-        generator=generator,
-        **noise_options(args),
-    ).to(latents.device)
-    latents, noise = pack_latents(latents), pack_latents(noise)
-    noisy = add_noise(latents, noise, sigmas)
-    model_pred = transformer(
-        hidden_states=torch.cat([noisy, condition], dim=-1).to(prompt_embeds.dtype),
-        timestep=sigmas,
-        guidance=guidance,
-        pooled_projections=pooled_prompt_embeds,
-        encoder_hidden_states=prompt_embeds,
-        txt_ids=torch.zeros(prompt_embeds.shape[1], 3, device=latents.device),
-        img_ids=image_ids(height, width, latents.device),
-        return_dict=False,
-    )[0]
-    covered = condition[..., latents.shape[-1] :].mean(dim=-1)  # share of a token's pixels under the mask, [B, N]
-    token_weights = None if args.loss_mask_weight == 1 else 1 + (args.loss_mask_weight - 1) * covered
-    return velocity_loss(model_pred, latents, noise, sigmas, args.weighting_scheme, token_weights)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

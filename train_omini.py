@@ -487,425 +487,6 @@ def check_model(args):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Data
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class ControlExample(Example):
-    """An example with the pictures of its subject or custom conditions, and its mask.
-
-    `places` are (position_delta, position_scale) of the conditions, if the data says so.
-    """
-
-    conditions: list[Example] = field(default_factory=list)
-    mask: Example | None = None
-    places: tuple = ()
-
-
-def source_of(args):
-    """The flag that names the data, as it was given."""
-    sources = ("instance_data_dir", "dataset_name", "data_files", "dataset_class")
-    name, value = next((name, getattr(args, name)) for name in sources if getattr(args, name) is not None)
-    return f"--{name} {' '.join(value) if isinstance(value, list) else value}"
-
-
-def read_rows(args):
-    """[(name, row)] and problems; a row is {column: value}, in which pictures are functions that open them."""
-    if args.instance_data_dir:
-        return read_folder_rows(args)
-    return read_dataset_class(args) if args.dataset_class else read_dataset_rows(args)
-
-
-def read_folder_rows(args):
-    """Rows of --instance_data_dir: captions and more from metadata.jsonl, else captions from the .txt file beside."""
-    folder, rows, problems, listed = args.instance_data_dir, [], [], {}
-    if not folder.is_dir():
-        return [], [f"--instance_data_dir {folder}: no such folder"]
-    metadata = folder / "metadata.jsonl"
-    try:
-        lines = metadata.read_text("utf-8-sig").splitlines() if metadata.exists() else []
-        listed = {str(row.pop("file_name")): row for row in (json.loads(line) for line in lines if line.strip())}
-        json.dumps(listed, ensure_ascii=False).encode()  # half of a surrogate pair is no text
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        problems.append(f"{metadata}: each line must be JSON with file_name ({error!r})")
-    others = {str(row.get(column)) for row in listed.values() for column in picture_columns(args)[1:]}
-    paths, unread = picture_files(folder)
-    paths = [path for path in paths if path.name not in others]
-    problems += [f"{metadata}: no picture {n} in this folder" for n in sorted(listed.keys() - {p.name for p in paths})]
-    problems += unread
-    for path in paths:
-        row, text_file = dict(listed.get(path.name, {})), path.with_suffix(".txt")
-        for column in picture_columns(args)[1:]:
-            if not isinstance(row.get(column), str):
-                return [], [f"{metadata}: column {column} names no file for {path.name}"]
-            row[column] = functools.partial(Image.open, folder / row[column])
-        if path.name not in listed:
-            row["text"] = read_text_file(text_file, problems)
-        rows.append((str(path), {**row, "image": functools.partial(Image.open, path)}))
-    return rows, problems
-
-
-def read_dataset_rows(args):
-    """Rows of --dataset_name or --data_files."""
-    dataset, problems = open_rows(args)
-    if problems:
-        return [], problems
-    pictures = picture_columns(args, dataset.column_names)
-    texts = dataset.remove_columns([c for c, f in dataset.features.items() if type(f).__name__ == "Image"])
-    texts = texts.to_list() if texts.column_names else [{}] * len(dataset)
-    name = args.dataset_name or "--data_files"
-    return [
-        (f"{name}[{i}]", {**row, **{column: functools.partial(read_row, dataset, i, column) for column in pictures}})
-        for i, row in enumerate(texts)
-    ], []
-
-
-def open_rows(args):
-    """(dataset, problems) of --dataset_name or --data_files; with --streaming one of undecoded files."""
-
-    def columns(names):
-        return picture_columns(args, names), [name.split(".")[0] for name in [caption_column(args)] if name]
-
-    source = "webdataset" if args.data_files else args.dataset_name
-    return open_dataset(
-        args, columns, flag=source_of(args), source=source, data_files=args.data_files, streaming=args.streaming
-    )
-
-
-def read_dataset_class(args):
-    """Rows of the user's own dataset, whose items are dictionaries."""
-    path, _, name = args.dataset_class.partition(":")
-    try:
-        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        dataset = getattr(module, name)()
-        read = functools.lru_cache(maxsize=1)(dataset.__getitem__)  # image and conditions of one and the same call
-        rows, number_of = [], len(args.condition_type)
-        for i in range(len(dataset)):
-            item = read(i)
-            found = sum(re.fullmatch(r"condition_\d+", key) is not None for key in item)
-            if found != number_of:
-                return [], [
-                    f"--dataset_class {args.dataset_class}: item {i} has {found} conditions for {number_of} "
-                    "of --condition_type"
-                ]
-            row = {key: functools.partial(read_item, read, i, key) for key in ("image", *condition_keys(number_of))}
-            places = tuple(
-                (tuple(map(float, item[f"position_delta_{n}"])), float(item.get(f"position_scale_{n}", 1.0)))
-                for n in range(number_of)
-            )
-            rows.append((f"{args.dataset_class}[{i}]", {**row, "description": item["description"], "places": places}))
-    except Exception as error:  # whatever the user's file raises
-        return [], [f"--dataset_class {args.dataset_class}: cannot be read ({error!r})"]
-    return rows, []
-
-
-def read_item(read, i, key):
-    """A picture of the user's own dataset."""
-    return read(i)[key]
-
-
-def condition_keys(number_of):
-    return [f"condition_{i}" for i in range(number_of)]
-
-
-def open_bytes(file):
-    """A picture of a stream, {"bytes": ..., "path": ...}."""
-    return Image.open(io.BytesIO(file["bytes"]) if file["bytes"] else file["path"])
-
-
-def picture_columns(args, columns=()):
-    """The columns that hold pictures: image, conditions, mask. Tars have jpg, png or webp where there is no image."""
-    image = args.image_column
-    if args.data_files and image not in columns:
-        image = next((name for name in ("jpg", "jpeg", "png", "webp") if name in columns), image)
-    if args.instance_data_dir:
-        image = "image"
-    return [image, *(args.condition_column or ()), *([args.mask_column] if args.mask_column else ())]
-
-
-def caption_column(args):
-    return args.caption_column or ("json.prompt" if args.data_files else None)
-
-
-def lookup(row, column):
-    """The value of "a.b" in {"a": {"b": value}} or of a column of that whole name, None if there is none."""
-    if column in row:
-        return row[column]
-    for part in column.split("."):
-        row = row.get(part) if isinstance(row, dict) else None
-    return row
-
-
-def caption_of(row, columns, args):
-    """What the first of `columns` that there is says, else --instance_prompt."""
-    texts = (lookup(row, column) for column in columns)
-    return next((text for text in texts if text is not None), args.instance_prompt)
-
-
-def examples_of(name, row, args):
-    """The examples of a row: one, or for pairs of a subject side by side two, each picture once the condition."""
-    if args.dataset_class:
-        pictures = [Example(f"{name}, {key}", row[key]) for key in condition_keys(len(args.condition_type))]
-        return [ControlExample(name, row["image"], row["description"], pictures, places=row["places"])]
-    columns = picture_columns(args, row)
-    image = row[columns[0]]
-    mask = Example(f"{name}, {args.mask_column}", row[args.mask_column]) if args.mask_column else None
-    pictures = [Example(f"{name}, {column}", row[column]) for column in args.condition_column or ()]
-    needed = sum(kind in ("subject", "custom") for kind in args.condition_type)
-    if needed == len(pictures):
-        names = [caption_column(args)] if caption_column(args) else ["text", "prompt", "caption"]
-        return [ControlExample(name, image, caption_of(row, names, args), pictures, mask)]
-    examples, place = [], args.condition_type[: args.condition_type.index("subject")].count("custom")
-    for side in (0, 1):
-        names = (f"description.description_{side}", f"description_{side}", args.caption_column or "text")
-        halves = [functools.partial(half_of, image, half, args.image_size, args.padding) for half in (side, 1 - side)]
-        others = [*pictures[:place], Example(f"{name}, other side", halves[1]), *pictures[place:]]
-        examples.append(ControlExample(f"{name}, side {side}", halves[0], caption_of(row, names, args), others, mask))
-    return examples
-
-
-def half_of(read, side, image_size, padding):
-    """The left (0) or right (1) picture, `image_size` square, of a pair with `padding` around and between."""
-    image, left = read(), padding + side * (image_size + padding)
-    if image.width < left + image_size or image.height < padding + image_size:
-        raise ValueError(
-            f"{image.width} x {image.height} pixels hold no pair of --image_size {image_size} and --padding {padding}"
-        )
-    return image.crop((left, padding, left + image_size, padding + image_size))
-
-
-def streamed_examples(row, name, args):
-    """The examples of a row of a stream, whose pictures are files not yet decoded."""
-    pictures = picture_columns(args, row)
-    return examples_of(name, {**row, **{c: functools.partial(open_bytes, row[c]) for c in pictures}}, args)
-
-
-def check_depth_model(args):
-    """Problems of --depth_model."""
-    if not {"depth", "depth_pred"} & set(args.condition_type):
-        return []
-    try:
-        config = AutoConfig.from_pretrained(args.depth_model, cache_dir=args.cache_dir, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        return [f"--depth_model {args.depth_model}: cannot be loaded ({str(error).splitlines()[0]})"]
-    if type(config) not in MODEL_FOR_DEPTH_ESTIMATION_MAPPING:
-        return [f"--depth_model {args.depth_model}: is a {config.model_type}, which estimates no depth"]
-    return []
-
-
-def depth_file(image, args):
-    """Where the depth map of a picture of --target_size is kept."""
-    digest = hashlib.sha256(image.tobytes() + str((image.size, args.depth_model)).encode()).hexdigest()
-    return args.output_dir / "depth" / f"{digest[:32]}.png"
-
-
-def estimate_depth(accelerator, examples, args):
-    """Depth maps of all pictures into output_dir/depth, by the processes together; what is there stays."""
-    from transformers import pipeline
-
-    folder = args.output_dir / "depth"
-    folder.mkdir(parents=True, exist_ok=True)
-    where = {"device": accelerator.device, "model_kwargs": {"cache_dir": args.cache_dir}}
-    estimator = pipeline("depth-estimation", model=args.depth_model, trust_remote_code=False, **where)
-    starts = list(range(0, len(examples), args.depth_batch_size))
-    with accelerator.split_between_processes(starts) as share:
-        for start in tqdm(share, desc="Estimating depth", unit="batch", disable=not accelerator.is_main_process):
-            batch = examples[start : start + args.depth_batch_size]
-            images = [fit(example.image(), args.target_size, args) for example in batch]
-            images = [image for image in images if not depth_file(image, args).exists()]
-            for image, found in zip(
-                images, estimator(images, batch_size=args.depth_batch_size) if images else (), strict=True
-            ):
-                path = depth_file(image, args)
-                partial = path.with_suffix(f".{accelerator.process_index}")
-                with writing(path, partial):
-                    found["depth"].convert("L").resize(image.size).save(partial, format="PNG")
-                    partial.replace(path)
-    accelerator.wait_for_everyone()
-
-
-def find_examples(args):
-    """The training pictures with captions and conditions, and what is wrong with them: (examples, problems)."""
-    rows, problems = read_rows(args)
-    examples = [example for name, row in rows for example in examples_of(name, row, args)]
-    if not examples and not problems:
-        problems.append(f"{source_of(args)}: no pictures ({', '.join(IMAGE_SUFFIXES)}) in it")
-    problems += filter(None, map(caption_defect, examples))
-    looked_at = examples[:: 1 + len(examples) // MAX_CHECKED] + validation_examples(args)
-    problems += check_pictures(looked_at, functools.partial(defect, args=args))
-    places = {example.places for example in examples}
-    if len(places) > 1:
-        problems.append(f"{source_of(args)}: position_delta and position_scale differ between its items: {places}")
-    return examples, problems
-
-
-def caption_defect(example):
-    """What is wrong with the caption of an example, or None."""
-    if example.caption is None:
-        return f"{example.name}: no caption; give --instance_prompt, captions in .txt files, or --caption_column"
-    if not (isinstance(example.caption, str) and example.caption.strip()):
-        return f"{example.name}: its caption must be text and not empty, not {example.caption!r}"
-    return None
-
-
-def defect(example, args):
-    """What is wrong with the pictures of an example, or None."""
-    picture = example
-    try:
-        size = example.image().size
-        for picture in example.conditions:
-            picture.image()
-        if example.mask:
-            picture = example.mask
-            if picture.read().size != size:
-                across, down = picture.read().size
-                return f"{picture.name}: the mask is {across} x {down} pixels, its picture {size[0]} x {size[1]}"
-            hole = token_hole(hole_of(picture, args))
-            if hole.all() or not hole.any():
-                return f"{picture.name}: the mask is all {'white' if hole.all() else 'black'}, in tokens of 16 pixels"
-    except Exception as error:  # PIL's readers of formats raise of all kinds
-        return f"{picture.name}: not a readable picture ({error})"
-
-
-# ---- conditions ----
-
-
-def make_condition(kind, image, *, rng=None, hole=None):
-    """The condition (PIL, RGB) that `kind` makes of a picture of the condition's size.
-
-    `rng` draws the blur of deblurring; `hole`, boolean [H, W], is what fill and token_integration black out.
-    """
-    if kind == "canny":
-        return Image.fromarray(cv2.Canny(np.asarray(image), 100, 200)).convert("RGB")
-    if kind == "coloring":
-        return image.convert("L").convert("RGB")
-    if kind == "deblurring":
-        return image.filter(ImageFilter.GaussianBlur(int(rng.integers(1, 11))))
-    if kind in ("fill", "token_integration"):
-        hole = Image.fromarray(hole).resize(image.size, Image.Resampling.NEAREST)
-        return Image.composite(Image.new("RGB", image.size), image, hole)
-    return image
-
-
-def draw_hole(rng, rows, columns):
-    """A random rectangle, or half of the time all around it: boolean [rows, columns], never all or none."""
-    height, width = rng.integers(1, rows), rng.integers(1, columns)
-    top, left = rng.integers(0, rows - height + 1), rng.integers(0, columns - width + 1)
-    hole = np.zeros((rows, columns), dtype=bool)
-    hole[top : top + height, left : left + width] = True
-    return ~hole if rng.random() < 0.5 else hole
-
-
-def hole_of(mask, args):
-    """What is white in a mask, cropped as its picture is: boolean [H, W] of --target_size."""
-    height, width = args.target_size
-    return np.asarray(ImageOps.fit(mask.image().convert("L"), (width, height), Image.Resampling.NEAREST)) > 127
-
-
-def widen(tokens):
-    """Boolean tokens [h, w] as pixels [16 h, 16 w]."""
-    return tokens.repeat(PATCH, axis=0).repeat(PATCH, axis=1)
-
-
-class ControlDataset(Dataset):
-    """Samples by (epoch, index): prompt, image and conditions as pixels or, if cached, as posteriors of their latents.
-
-    What of a sample is drawn by chance (hole, blur, what is left out) comes from (seed, epoch, index) alone: neither
-    workers, nor the cache, nor an interruption change it.
-    """
-
-    def __init__(self, examples, conditions, args):
-        self.examples, self.conditions, self.args = examples, conditions, args
-        self.slots = ["image", *condition_keys(len(conditions))]
-        self.fixed = [s for s, c in zip(self.slots[1:], conditions, strict=True) if c.type not in CHANGING]
-        self.moments = {}  # (index, slot) or ("black", slot): [2C, h, w]
-
-    def fixed_keys(self):
-        """The keys of all pictures that are the same in each epoch."""
-        keys = [(index, slot) for index in range(len(self.examples)) for slot in ("image", *self.fixed)]
-        return keys + [("black", slot) for slot in self.fixed if self.args.drop_image_prob]
-
-    def fixed_pixels(self, key):
-        index, slot = key
-        return to_tensor(self.black(slot) if index == "black" else self.picture(self.examples[index], slot))
-
-    def black(self, slot):
-        return Image.new("RGB", self.conditions[self.slots.index(slot) - 1].size[::-1])
-
-    def picture(self, example, slot, rng=None, hole=None):
-        """The image or condition of an example as a PIL image."""
-        args, number_of = self.args, self.slots.index(slot) - 1
-        kind = self.conditions[number_of].type if number_of >= 0 else self.conditions[0].type
-        size = self.conditions[number_of].size if number_of >= 0 else args.target_size
-        if kind == ("depth_pred" if number_of < 0 else "depth"):
-            depth = Image.open(depth_file(fit(example.image(), args.target_size, args), args))
-            return depth.convert("RGB").resize(size[::-1])
-        if number_of < 0:
-            return fit(example.image(), size, args)
-        given = [c.type for c in self.conditions[: number_of + 1] if c.type in ("subject", "custom")]
-        source = example.conditions[len(given) - 1] if kind in ("subject", "custom") else example
-        return make_condition(kind, fit(source.image(), size, args), rng=rng, hole=hole)
-
-    def hole(self, example, rng):
-        """Pixels [H, W] of the image to be filled, None if no condition has a hole."""
-        types, (height, width) = [condition.type for condition in self.conditions], self.args.target_size
-        if not {"fill", "token_integration"} & set(types):
-            return None
-        if example.mask:
-            hole = hole_of(example.mask, self.args)
-            return widen(token_hole(hole)) if "token_integration" in types else hole
-        if "token_integration" in types:
-            return widen(draw_hole(rng, height // PATCH, width // PATCH))
-        return draw_hole(rng, height, width)
-
-    def checked_sample(self, example, epoch, index):
-        """`sample` of an example that was not looked at before."""
-        problem = caption_defect(example) or defect(example, self.args)
-        if problem:
-            raise ValueError(problem)
-        return self.sample(example, epoch, index)
-
-    def sample(self, example, epoch, index):
-        args, rng = self.args, np.random.default_rng((self.args.seed, epoch, index))
-        drop_text, drop_image = rng.random(2) < (args.drop_text_prob, args.drop_image_prob)
-        hole = self.hole(example, rng)
-        sample = {"prompt": "" if drop_text else example.caption, "moments": {}, "pixel_values": {}}
-        for slot in self.slots:
-            black = drop_image and slot != "image"
-            key = ("black" if black else index, slot)
-            if key in self.moments:
-                sample["moments"][slot] = self.moments[key]
-            else:
-                sample["pixel_values"][slot] = to_tensor(
-                    self.black(slot) if black else self.picture(example, slot, rng, hole)
-                )
-        if "token_integration" in (condition.type for condition in self.conditions):
-            sample["hole"] = torch.from_numpy(token_hole(hole))
-        return sample
-
-    def __getitem__(self, position):
-        epoch, index = position
-        return self.sample(self.examples[index], epoch, index)
-
-    def __len__(self):
-        return len(self.examples)
-
-
-def find_stream(args):
-    """The first examples of a stream, to check, and problems."""
-    stream, problems = open_rows(args)
-    row = None if problems else next(iter(stream), None)
-    if row is None:
-        return [], problems or [f"{source_of(args)}: no samples in it"]
-    examples = streamed_examples(row, "the first sample of the stream", args)
-    problems = [*map(caption_defect, examples), *(defect(e, args) for e in examples + validation_examples(args))]
-    return examples, [problem for problem in problems if problem]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Model
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -1422,6 +1003,425 @@ def compute_loss(
         compile_blocks=args.compile,
     )
     return velocity_loss(model_pred, latents, noise, sigmas, args.weighting_scheme, valid)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ControlExample(Example):
+    """An example with the pictures of its subject or custom conditions, and its mask.
+
+    `places` are (position_delta, position_scale) of the conditions, if the data says so.
+    """
+
+    conditions: list[Example] = field(default_factory=list)
+    mask: Example | None = None
+    places: tuple = ()
+
+
+def source_of(args):
+    """The flag that names the data, as it was given."""
+    sources = ("instance_data_dir", "dataset_name", "data_files", "dataset_class")
+    name, value = next((name, getattr(args, name)) for name in sources if getattr(args, name) is not None)
+    return f"--{name} {' '.join(value) if isinstance(value, list) else value}"
+
+
+def read_rows(args):
+    """[(name, row)] and problems; a row is {column: value}, in which pictures are functions that open them."""
+    if args.instance_data_dir:
+        return read_folder_rows(args)
+    return read_dataset_class(args) if args.dataset_class else read_dataset_rows(args)
+
+
+def read_folder_rows(args):
+    """Rows of --instance_data_dir: captions and more from metadata.jsonl, else captions from the .txt file beside."""
+    folder, rows, problems, listed = args.instance_data_dir, [], [], {}
+    if not folder.is_dir():
+        return [], [f"--instance_data_dir {folder}: no such folder"]
+    metadata = folder / "metadata.jsonl"
+    try:
+        lines = metadata.read_text("utf-8-sig").splitlines() if metadata.exists() else []
+        listed = {str(row.pop("file_name")): row for row in (json.loads(line) for line in lines if line.strip())}
+        json.dumps(listed, ensure_ascii=False).encode()  # half of a surrogate pair is no text
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        problems.append(f"{metadata}: each line must be JSON with file_name ({error!r})")
+    others = {str(row.get(column)) for row in listed.values() for column in picture_columns(args)[1:]}
+    paths, unread = picture_files(folder)
+    paths = [path for path in paths if path.name not in others]
+    problems += [f"{metadata}: no picture {n} in this folder" for n in sorted(listed.keys() - {p.name for p in paths})]
+    problems += unread
+    for path in paths:
+        row, text_file = dict(listed.get(path.name, {})), path.with_suffix(".txt")
+        for column in picture_columns(args)[1:]:
+            if not isinstance(row.get(column), str):
+                return [], [f"{metadata}: column {column} names no file for {path.name}"]
+            row[column] = functools.partial(Image.open, folder / row[column])
+        if path.name not in listed:
+            row["text"] = read_text_file(text_file, problems)
+        rows.append((str(path), {**row, "image": functools.partial(Image.open, path)}))
+    return rows, problems
+
+
+def read_dataset_rows(args):
+    """Rows of --dataset_name or --data_files."""
+    dataset, problems = open_rows(args)
+    if problems:
+        return [], problems
+    pictures = picture_columns(args, dataset.column_names)
+    texts = dataset.remove_columns([c for c, f in dataset.features.items() if type(f).__name__ == "Image"])
+    texts = texts.to_list() if texts.column_names else [{}] * len(dataset)
+    name = args.dataset_name or "--data_files"
+    return [
+        (f"{name}[{i}]", {**row, **{column: functools.partial(read_row, dataset, i, column) for column in pictures}})
+        for i, row in enumerate(texts)
+    ], []
+
+
+def open_rows(args):
+    """(dataset, problems) of --dataset_name or --data_files; with --streaming one of undecoded files."""
+
+    def columns(names):
+        return picture_columns(args, names), [name.split(".")[0] for name in [caption_column(args)] if name]
+
+    source = "webdataset" if args.data_files else args.dataset_name
+    return open_dataset(
+        args, columns, flag=source_of(args), source=source, data_files=args.data_files, streaming=args.streaming
+    )
+
+
+def read_dataset_class(args):
+    """Rows of the user's own dataset, whose items are dictionaries."""
+    path, _, name = args.dataset_class.partition(":")
+    try:
+        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        dataset = getattr(module, name)()
+        read = functools.lru_cache(maxsize=1)(dataset.__getitem__)  # image and conditions of one and the same call
+        rows, number_of = [], len(args.condition_type)
+        for i in range(len(dataset)):
+            item = read(i)
+            found = sum(re.fullmatch(r"condition_\d+", key) is not None for key in item)
+            if found != number_of:
+                return [], [
+                    f"--dataset_class {args.dataset_class}: item {i} has {found} conditions for {number_of} "
+                    "of --condition_type"
+                ]
+            row = {key: functools.partial(read_item, read, i, key) for key in ("image", *condition_keys(number_of))}
+            places = tuple(
+                (tuple(map(float, item[f"position_delta_{n}"])), float(item.get(f"position_scale_{n}", 1.0)))
+                for n in range(number_of)
+            )
+            rows.append((f"{args.dataset_class}[{i}]", {**row, "description": item["description"], "places": places}))
+    except Exception as error:  # whatever the user's file raises
+        return [], [f"--dataset_class {args.dataset_class}: cannot be read ({error!r})"]
+    return rows, []
+
+
+def read_item(read, i, key):
+    """A picture of the user's own dataset."""
+    return read(i)[key]
+
+
+def condition_keys(number_of):
+    return [f"condition_{i}" for i in range(number_of)]
+
+
+def open_bytes(file):
+    """A picture of a stream, {"bytes": ..., "path": ...}."""
+    return Image.open(io.BytesIO(file["bytes"]) if file["bytes"] else file["path"])
+
+
+def picture_columns(args, columns=()):
+    """The columns that hold pictures: image, conditions, mask. Tars have jpg, png or webp where there is no image."""
+    image = args.image_column
+    if args.data_files and image not in columns:
+        image = next((name for name in ("jpg", "jpeg", "png", "webp") if name in columns), image)
+    if args.instance_data_dir:
+        image = "image"
+    return [image, *(args.condition_column or ()), *([args.mask_column] if args.mask_column else ())]
+
+
+def caption_column(args):
+    return args.caption_column or ("json.prompt" if args.data_files else None)
+
+
+def lookup(row, column):
+    """The value of "a.b" in {"a": {"b": value}} or of a column of that whole name, None if there is none."""
+    if column in row:
+        return row[column]
+    for part in column.split("."):
+        row = row.get(part) if isinstance(row, dict) else None
+    return row
+
+
+def caption_of(row, columns, args):
+    """What the first of `columns` that there is says, else --instance_prompt."""
+    texts = (lookup(row, column) for column in columns)
+    return next((text for text in texts if text is not None), args.instance_prompt)
+
+
+def examples_of(name, row, args):
+    """The examples of a row: one, or for pairs of a subject side by side two, each picture once the condition."""
+    if args.dataset_class:
+        pictures = [Example(f"{name}, {key}", row[key]) for key in condition_keys(len(args.condition_type))]
+        return [ControlExample(name, row["image"], row["description"], pictures, places=row["places"])]
+    columns = picture_columns(args, row)
+    image = row[columns[0]]
+    mask = Example(f"{name}, {args.mask_column}", row[args.mask_column]) if args.mask_column else None
+    pictures = [Example(f"{name}, {column}", row[column]) for column in args.condition_column or ()]
+    needed = sum(kind in ("subject", "custom") for kind in args.condition_type)
+    if needed == len(pictures):
+        names = [caption_column(args)] if caption_column(args) else ["text", "prompt", "caption"]
+        return [ControlExample(name, image, caption_of(row, names, args), pictures, mask)]
+    examples, place = [], args.condition_type[: args.condition_type.index("subject")].count("custom")
+    for side in (0, 1):
+        names = (f"description.description_{side}", f"description_{side}", args.caption_column or "text")
+        halves = [functools.partial(half_of, image, half, args.image_size, args.padding) for half in (side, 1 - side)]
+        others = [*pictures[:place], Example(f"{name}, other side", halves[1]), *pictures[place:]]
+        examples.append(ControlExample(f"{name}, side {side}", halves[0], caption_of(row, names, args), others, mask))
+    return examples
+
+
+def half_of(read, side, image_size, padding):
+    """The left (0) or right (1) picture, `image_size` square, of a pair with `padding` around and between."""
+    image, left = read(), padding + side * (image_size + padding)
+    if image.width < left + image_size or image.height < padding + image_size:
+        raise ValueError(
+            f"{image.width} x {image.height} pixels hold no pair of --image_size {image_size} and --padding {padding}"
+        )
+    return image.crop((left, padding, left + image_size, padding + image_size))
+
+
+def streamed_examples(row, name, args):
+    """The examples of a row of a stream, whose pictures are files not yet decoded."""
+    pictures = picture_columns(args, row)
+    return examples_of(name, {**row, **{c: functools.partial(open_bytes, row[c]) for c in pictures}}, args)
+
+
+def check_depth_model(args):
+    """Problems of --depth_model."""
+    if not {"depth", "depth_pred"} & set(args.condition_type):
+        return []
+    try:
+        config = AutoConfig.from_pretrained(args.depth_model, cache_dir=args.cache_dir, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        return [f"--depth_model {args.depth_model}: cannot be loaded ({str(error).splitlines()[0]})"]
+    if type(config) not in MODEL_FOR_DEPTH_ESTIMATION_MAPPING:
+        return [f"--depth_model {args.depth_model}: is a {config.model_type}, which estimates no depth"]
+    return []
+
+
+def depth_file(image, args):
+    """Where the depth map of a picture of --target_size is kept."""
+    digest = hashlib.sha256(image.tobytes() + str((image.size, args.depth_model)).encode()).hexdigest()
+    return args.output_dir / "depth" / f"{digest[:32]}.png"
+
+
+def estimate_depth(accelerator, examples, args):
+    """Depth maps of all pictures into output_dir/depth, by the processes together; what is there stays."""
+    from transformers import pipeline
+
+    folder = args.output_dir / "depth"
+    folder.mkdir(parents=True, exist_ok=True)
+    where = {"device": accelerator.device, "model_kwargs": {"cache_dir": args.cache_dir}}
+    estimator = pipeline("depth-estimation", model=args.depth_model, trust_remote_code=False, **where)
+    starts = list(range(0, len(examples), args.depth_batch_size))
+    with accelerator.split_between_processes(starts) as share:
+        for start in tqdm(share, desc="Estimating depth", unit="batch", disable=not accelerator.is_main_process):
+            batch = examples[start : start + args.depth_batch_size]
+            images = [fit(example.image(), args.target_size, args) for example in batch]
+            images = [image for image in images if not depth_file(image, args).exists()]
+            for image, found in zip(
+                images, estimator(images, batch_size=args.depth_batch_size) if images else (), strict=True
+            ):
+                path = depth_file(image, args)
+                partial = path.with_suffix(f".{accelerator.process_index}")
+                with writing(path, partial):
+                    found["depth"].convert("L").resize(image.size).save(partial, format="PNG")
+                    partial.replace(path)
+    accelerator.wait_for_everyone()
+
+
+def find_examples(args):
+    """The training pictures with captions and conditions, and what is wrong with them: (examples, problems)."""
+    rows, problems = read_rows(args)
+    examples = [example for name, row in rows for example in examples_of(name, row, args)]
+    if not examples and not problems:
+        problems.append(f"{source_of(args)}: no pictures ({', '.join(IMAGE_SUFFIXES)}) in it")
+    problems += filter(None, map(caption_defect, examples))
+    looked_at = examples[:: 1 + len(examples) // MAX_CHECKED] + validation_examples(args)
+    problems += check_pictures(looked_at, functools.partial(defect, args=args))
+    places = {example.places for example in examples}
+    if len(places) > 1:
+        problems.append(f"{source_of(args)}: position_delta and position_scale differ between its items: {places}")
+    return examples, problems
+
+
+def caption_defect(example):
+    """What is wrong with the caption of an example, or None."""
+    if example.caption is None:
+        return f"{example.name}: no caption; give --instance_prompt, captions in .txt files, or --caption_column"
+    if not (isinstance(example.caption, str) and example.caption.strip()):
+        return f"{example.name}: its caption must be text and not empty, not {example.caption!r}"
+    return None
+
+
+def defect(example, args):
+    """What is wrong with the pictures of an example, or None."""
+    picture = example
+    try:
+        size = example.image().size
+        for picture in example.conditions:
+            picture.image()
+        if example.mask:
+            picture = example.mask
+            if picture.read().size != size:
+                across, down = picture.read().size
+                return f"{picture.name}: the mask is {across} x {down} pixels, its picture {size[0]} x {size[1]}"
+            hole = token_hole(hole_of(picture, args))
+            if hole.all() or not hole.any():
+                return f"{picture.name}: the mask is all {'white' if hole.all() else 'black'}, in tokens of 16 pixels"
+    except Exception as error:  # PIL's readers of formats raise of all kinds
+        return f"{picture.name}: not a readable picture ({error})"
+
+
+# ---- conditions ----
+
+
+def make_condition(kind, image, *, rng=None, hole=None):
+    """The condition (PIL, RGB) that `kind` makes of a picture of the condition's size.
+
+    `rng` draws the blur of deblurring; `hole`, boolean [H, W], is what fill and token_integration black out.
+    """
+    if kind == "canny":
+        return Image.fromarray(cv2.Canny(np.asarray(image), 100, 200)).convert("RGB")
+    if kind == "coloring":
+        return image.convert("L").convert("RGB")
+    if kind == "deblurring":
+        return image.filter(ImageFilter.GaussianBlur(int(rng.integers(1, 11))))
+    if kind in ("fill", "token_integration"):
+        hole = Image.fromarray(hole).resize(image.size, Image.Resampling.NEAREST)
+        return Image.composite(Image.new("RGB", image.size), image, hole)
+    return image
+
+
+def draw_hole(rng, rows, columns):
+    """A random rectangle, or half of the time all around it: boolean [rows, columns], never all or none."""
+    height, width = rng.integers(1, rows), rng.integers(1, columns)
+    top, left = rng.integers(0, rows - height + 1), rng.integers(0, columns - width + 1)
+    hole = np.zeros((rows, columns), dtype=bool)
+    hole[top : top + height, left : left + width] = True
+    return ~hole if rng.random() < 0.5 else hole
+
+
+def hole_of(mask, args):
+    """What is white in a mask, cropped as its picture is: boolean [H, W] of --target_size."""
+    height, width = args.target_size
+    return np.asarray(ImageOps.fit(mask.image().convert("L"), (width, height), Image.Resampling.NEAREST)) > 127
+
+
+def widen(tokens):
+    """Boolean tokens [h, w] as pixels [16 h, 16 w]."""
+    return tokens.repeat(PATCH, axis=0).repeat(PATCH, axis=1)
+
+
+class ControlDataset(Dataset):
+    """Samples by (epoch, index): prompt, image and conditions as pixels or, if cached, as posteriors of their latents.
+
+    What of a sample is drawn by chance (hole, blur, what is left out) comes from (seed, epoch, index) alone: neither
+    workers, nor the cache, nor an interruption change it.
+    """
+
+    def __init__(self, examples, conditions, args):
+        self.examples, self.conditions, self.args = examples, conditions, args
+        self.slots = ["image", *condition_keys(len(conditions))]
+        self.fixed = [s for s, c in zip(self.slots[1:], conditions, strict=True) if c.type not in CHANGING]
+        self.moments = {}  # (index, slot) or ("black", slot): [2C, h, w]
+
+    def fixed_keys(self):
+        """The keys of all pictures that are the same in each epoch."""
+        keys = [(index, slot) for index in range(len(self.examples)) for slot in ("image", *self.fixed)]
+        return keys + [("black", slot) for slot in self.fixed if self.args.drop_image_prob]
+
+    def fixed_pixels(self, key):
+        index, slot = key
+        return to_tensor(self.black(slot) if index == "black" else self.picture(self.examples[index], slot))
+
+    def black(self, slot):
+        return Image.new("RGB", self.conditions[self.slots.index(slot) - 1].size[::-1])
+
+    def picture(self, example, slot, rng=None, hole=None):
+        """The image or condition of an example as a PIL image."""
+        args, number_of = self.args, self.slots.index(slot) - 1
+        kind = self.conditions[number_of].type if number_of >= 0 else self.conditions[0].type
+        size = self.conditions[number_of].size if number_of >= 0 else args.target_size
+        if kind == ("depth_pred" if number_of < 0 else "depth"):
+            depth = Image.open(depth_file(fit(example.image(), args.target_size, args), args))
+            return depth.convert("RGB").resize(size[::-1])
+        if number_of < 0:
+            return fit(example.image(), size, args)
+        given = [c.type for c in self.conditions[: number_of + 1] if c.type in ("subject", "custom")]
+        source = example.conditions[len(given) - 1] if kind in ("subject", "custom") else example
+        return make_condition(kind, fit(source.image(), size, args), rng=rng, hole=hole)
+
+    def hole(self, example, rng):
+        """Pixels [H, W] of the image to be filled, None if no condition has a hole."""
+        types, (height, width) = [condition.type for condition in self.conditions], self.args.target_size
+        if not {"fill", "token_integration"} & set(types):
+            return None
+        if example.mask:
+            hole = hole_of(example.mask, self.args)
+            return widen(token_hole(hole)) if "token_integration" in types else hole
+        if "token_integration" in types:
+            return widen(draw_hole(rng, height // PATCH, width // PATCH))
+        return draw_hole(rng, height, width)
+
+    def checked_sample(self, example, epoch, index):
+        """`sample` of an example that was not looked at before."""
+        problem = caption_defect(example) or defect(example, self.args)
+        if problem:
+            raise ValueError(problem)
+        return self.sample(example, epoch, index)
+
+    def sample(self, example, epoch, index):
+        args, rng = self.args, np.random.default_rng((self.args.seed, epoch, index))
+        drop_text, drop_image = rng.random(2) < (args.drop_text_prob, args.drop_image_prob)
+        hole = self.hole(example, rng)
+        sample = {"prompt": "" if drop_text else example.caption, "moments": {}, "pixel_values": {}}
+        for slot in self.slots:
+            black = drop_image and slot != "image"
+            key = ("black" if black else index, slot)
+            if key in self.moments:
+                sample["moments"][slot] = self.moments[key]
+            else:
+                sample["pixel_values"][slot] = to_tensor(
+                    self.black(slot) if black else self.picture(example, slot, rng, hole)
+                )
+        if "token_integration" in (condition.type for condition in self.conditions):
+            sample["hole"] = torch.from_numpy(token_hole(hole))
+        return sample
+
+    def __getitem__(self, position):
+        epoch, index = position
+        return self.sample(self.examples[index], epoch, index)
+
+    def __len__(self):
+        return len(self.examples)
+
+
+def find_stream(args):
+    """The first examples of a stream, to check, and problems."""
+    stream, problems = open_rows(args)
+    row = None if problems else next(iter(stream), None)
+    if row is None:
+        return [], problems or [f"{source_of(args)}: no samples in it"]
+    examples = streamed_examples(row, "the first sample of the stream", args)
+    problems = [*map(caption_defect, examples), *(defect(e, args) for e in examples + validation_examples(args))]
+    return examples, [problem for problem in problems if problem]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

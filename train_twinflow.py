@@ -425,199 +425,6 @@ def lora_targets(args):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Data
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class PromptExample:
-    """A picture and its captions; `read` and `read_reference` open the picture and the one it was edited from.
-
-    `stamp` changes when the files do: what was encoded of others is then not used.
-    """
-
-    name: str
-    captions: list[str]
-    read: Callable[[], Image.Image] | None = None
-    read_reference: Callable[[], Image.Image] | None = None
-    stamp: str = ""
-
-
-def read_prompts(path):
-    """Examples of --prompts_file."""
-    if not path.is_file():
-        return [], [f"--prompts_file {path}: no such file"]
-    try:
-        lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]
-    except (OSError, ValueError):
-        return [], [f"--prompts_file {path}: not UTF-8 text"]
-    return [PromptExample(f"{path}:{i + 1}", [line]) for i, line in enumerate(lines) if line], []
-
-
-def has_parquet(args):
-    """Whether --train_data_dir holds parquet files, not pictures."""
-    return args.train_data_dir is not None and any(args.train_data_dir.glob("*.parquet"))
-
-
-def read_captioned_folder(args):
-    """Examples of --train_data_dir, with captions from the .txt file beside each picture."""
-    folder, examples = args.train_data_dir, []
-    paths, problems = picture_files(folder)
-    for path in paths:
-        text_file, read_reference, files = path.with_suffix(".txt"), None, [path]
-        if not path.is_file():
-            problems.append(f"{path}: not a readable picture (no file)")
-            continue
-        text = read_text_file(text_file, problems)
-        if text is None and text_file.exists():
-            continue
-        if args.reference_data_dir:
-            reference = args.reference_data_dir / path.name
-            read_reference = functools.partial(Image.open, reference)
-            if not reference.is_file():
-                problems.append(f"--reference_data_dir: no {reference} for {path}")
-                continue
-            files.append(reference)
-        stamp = " ".join(f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)
-        captions = [line.strip() for line in (text or "").splitlines() if line.strip()]
-        examples.append(PromptExample(str(path), captions, functools.partial(Image.open, path), read_reference, stamp))
-    return examples, problems
-
-
-def read_captioned_dataset(args):
-    """Examples of --dataset_name, or of the parquet files in --train_data_dir."""
-    flag = f"--dataset_name {args.dataset_name}" if args.dataset_name else f"--train_data_dir {args.train_data_dir}"
-    if args.train_data_dir and not args.train_data_dir.is_dir():
-        return [], [f"{flag}: no such folder"]
-    caption_column = args.caption_column or "text"
-
-    def columns(names):
-        bytes_alone = args.image_column not in names and "image_bytes" in names
-        pictures = ["image_bytes" if bytes_alone else args.image_column, args.reference_column]
-        return [name for name in pictures if name], [caption_column]
-
-    source = {}
-    if not args.dataset_name:
-        source = {"source": "parquet", "data_files": sorted(map(str, args.train_data_dir.glob("*.parquet")))}
-    dataset, problems = open_dataset(args, columns, flag=flag, **source)
-    if problems:
-        return [], problems
-    pictures, _ = columns(dataset.column_names)
-    examples = []
-    for row, caption in enumerate(dataset[caption_column]):
-        readers = [functools.partial(read_row, dataset, row, column) for column in pictures]
-        name = f"{args.dataset_name or args.train_data_dir}[{row}]"
-        captions = caption if isinstance(caption, list) else [caption]
-        examples.append(PromptExample(name, captions, *readers, stamp=f"{dataset._fingerprint} {row}"))
-    return examples, []
-
-
-def find_examples(args):
-    """The training pictures with their captions, and what is wrong with them: (examples, problems)."""
-    if args.image_free:
-        examples, problems = read_prompts(args.prompts_file)
-    elif args.train_data_dir and args.train_data_dir.is_dir() and not has_parquet(args):
-        examples, problems = read_captioned_folder(args)
-    else:
-        examples, problems = read_captioned_dataset(args)
-    if not examples and not problems:
-        source = args.train_data_dir or args.dataset_name or args.prompts_file
-        problems.append(f"{source}: no {'prompts' if args.image_free else 'pictures'} in it")
-
-    def look(example):
-        for read in (example.read, example.read_reference):
-            if read:
-                upright(read())
-
-    problems += check_pictures(examples, look)
-    for example in examples:
-        wrong = [caption for caption in example.captions if not isinstance(caption, str) or not caption.strip()]
-        if wrong or not example.captions:
-            problems.append(f"{example.name}: its caption must be text and not empty, not {(wrong or [None])[0]!r}")
-    return examples, problems
-
-
-def encoding_flags(args):
-    """All flags that decide what becomes of a prompt or a picture."""
-    names = ("pretrained_model_name_or_path", "model_type", "revision", "variant", "max_sequence_length", "seed")
-    names += ("resolution", "center_crop", "image_interpolation_mode", "mixed_precision", "openuni_checkpoint")
-    names += ("train_data_dir", "dataset_name", "dataset_config_name", "reference_data_dir", "openuni_llm")
-    return [str(getattr(args, name)) for name in names]
-
-
-class TwinFlowDataset(Dataset):
-    """Samples by (epoch, index): the conditions of a caption and of the unconditional prompt, {name: tensor}, and
-    what a picture is: its latents if cached, else its pixels; the same of the picture it was edited from.
-
-    Where a picture is cropped depends on (seed, index), whether it is mirrored and which of its captions is taken on
-    (seed, epoch, index): neither workers, nor the cache, nor an interruption change what is drawn.
-    """
-
-    def __init__(self, examples, encoded, args):
-        self.examples, self.encoded, self.args = examples, encoded, args
-        # every batch is full, for each holds all kinds of samples: the first pictures come twice in an epoch
-        self.length = -(-len(examples) // args.train_batch_size) * args.train_batch_size
-
-    def picture_keys(self):
-        """(index, flipped) of all that training can ask for."""
-        flips = (False, True) if self.args.random_flip else (False,)
-        return [(index, flipped) for index in range(len(self.examples)) for flipped in flips]
-
-    def pixel_values(self, key, reference=False):
-        """A picture, resized to cover the resolution, cropped and perhaps mirrored: [3, H, W] in [-1, 1]."""
-        (index, flipped), args = key, self.args
-        centering = (0.5, 0.5) if args.center_crop else np.random.default_rng((args.seed, index)).random(2)
-        example = self.examples[index]
-        image = upright((example.read_reference if reference else example.read)())
-        return to_pixels(image, args, tuple(centering), flipped)
-
-    def __getitem__(self, position):
-        (epoch, index), args = position, self.args
-        index %= len(self.examples)
-        rng, example = np.random.default_rng((args.seed, epoch, index)), self.examples[index]
-        caption = example.captions[rng.integers(len(example.captions))]
-        key = index, bool(args.random_flip and rng.random() < 0.5)
-        # the text encoder of an edit sees the picture too
-        about = (index, example.stamp) if example.read_reference else ()
-        prompts = {"cond": (caption, *about), "uncond": (args.uncond_prompt, *about)}
-        sample = {name: self.encoded.load("prompt", *prompt) for name, prompt in prompts.items()}
-        if args.cache_latents and not args.image_free:
-            sample |= self.encoded.load("picture", *key, example.stamp)
-        elif not args.image_free:
-            sample["pixel_values"] = self.pixel_values(key)
-            if example.read_reference:
-                sample["reference_values"] = self.pixel_values(key, reference=True)
-        return sample
-
-    def __len__(self):
-        return self.length
-
-
-def to_pixels(image, args, centering=(0.5, 0.5), flipped=False):
-    """A PIL image, resized to cover --resolution, cropped and perhaps mirrored: [3, H, W] in [-1, 1]."""
-    method = Image.Resampling[args.image_interpolation_mode.upper()]
-    image = ImageOps.fit(image, (args.resolution, args.resolution), method, centering=centering)
-    image = ImageOps.mirror(image) if flipped else image
-    return to_tensor(image)
-
-
-def collate(examples):
-    """Tensors stacked; conditions {name: [B, ...]}, shorter texts padded with zeros, which their mask leaves out."""
-    batch = {name: torch.stack([e[name] for e in examples]) for name in examples[0] if name not in ("cond", "uncond")}
-    conditions = [example["cond"] for example in examples] + [example["uncond"] for example in examples]
-    stacked = stack_conditions(conditions)
-    batch["cond"], batch["uncond"] = (
-        {name: value.chunk(2)[half] for name, value in stacked.items()} for half in (0, 1)
-    )
-    return batch
-
-
-def stack_conditions(conditions):
-    """{name: [B, ...]} of B conditions {name: [T, ...]}, padded with zeros to the longest."""
-    return {name: pad_sequence([c[name] for c in conditions], batch_first=True) for name in conditions[0]}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Model
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -1263,6 +1070,199 @@ def compute_loss(predict, teacher, latents, cond, uncond, *, args, generator):
 def ramp_decay(decay, goal):
     """The next decay of the moving average on its way from 0 to `goal`."""
     return decay + 0.5 * (1 - decay) * (goal - decay)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class PromptExample:
+    """A picture and its captions; `read` and `read_reference` open the picture and the one it was edited from.
+
+    `stamp` changes when the files do: what was encoded of others is then not used.
+    """
+
+    name: str
+    captions: list[str]
+    read: Callable[[], Image.Image] | None = None
+    read_reference: Callable[[], Image.Image] | None = None
+    stamp: str = ""
+
+
+def read_prompts(path):
+    """Examples of --prompts_file."""
+    if not path.is_file():
+        return [], [f"--prompts_file {path}: no such file"]
+    try:
+        lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]
+    except (OSError, ValueError):
+        return [], [f"--prompts_file {path}: not UTF-8 text"]
+    return [PromptExample(f"{path}:{i + 1}", [line]) for i, line in enumerate(lines) if line], []
+
+
+def has_parquet(args):
+    """Whether --train_data_dir holds parquet files, not pictures."""
+    return args.train_data_dir is not None and any(args.train_data_dir.glob("*.parquet"))
+
+
+def read_captioned_folder(args):
+    """Examples of --train_data_dir, with captions from the .txt file beside each picture."""
+    folder, examples = args.train_data_dir, []
+    paths, problems = picture_files(folder)
+    for path in paths:
+        text_file, read_reference, files = path.with_suffix(".txt"), None, [path]
+        if not path.is_file():
+            problems.append(f"{path}: not a readable picture (no file)")
+            continue
+        text = read_text_file(text_file, problems)
+        if text is None and text_file.exists():
+            continue
+        if args.reference_data_dir:
+            reference = args.reference_data_dir / path.name
+            read_reference = functools.partial(Image.open, reference)
+            if not reference.is_file():
+                problems.append(f"--reference_data_dir: no {reference} for {path}")
+                continue
+            files.append(reference)
+        stamp = " ".join(f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)
+        captions = [line.strip() for line in (text or "").splitlines() if line.strip()]
+        examples.append(PromptExample(str(path), captions, functools.partial(Image.open, path), read_reference, stamp))
+    return examples, problems
+
+
+def read_captioned_dataset(args):
+    """Examples of --dataset_name, or of the parquet files in --train_data_dir."""
+    flag = f"--dataset_name {args.dataset_name}" if args.dataset_name else f"--train_data_dir {args.train_data_dir}"
+    if args.train_data_dir and not args.train_data_dir.is_dir():
+        return [], [f"{flag}: no such folder"]
+    caption_column = args.caption_column or "text"
+
+    def columns(names):
+        bytes_alone = args.image_column not in names and "image_bytes" in names
+        pictures = ["image_bytes" if bytes_alone else args.image_column, args.reference_column]
+        return [name for name in pictures if name], [caption_column]
+
+    source = {}
+    if not args.dataset_name:
+        source = {"source": "parquet", "data_files": sorted(map(str, args.train_data_dir.glob("*.parquet")))}
+    dataset, problems = open_dataset(args, columns, flag=flag, **source)
+    if problems:
+        return [], problems
+    pictures, _ = columns(dataset.column_names)
+    examples = []
+    for row, caption in enumerate(dataset[caption_column]):
+        readers = [functools.partial(read_row, dataset, row, column) for column in pictures]
+        name = f"{args.dataset_name or args.train_data_dir}[{row}]"
+        captions = caption if isinstance(caption, list) else [caption]
+        examples.append(PromptExample(name, captions, *readers, stamp=f"{dataset._fingerprint} {row}"))
+    return examples, []
+
+
+def find_examples(args):
+    """The training pictures with their captions, and what is wrong with them: (examples, problems)."""
+    if args.image_free:
+        examples, problems = read_prompts(args.prompts_file)
+    elif args.train_data_dir and args.train_data_dir.is_dir() and not has_parquet(args):
+        examples, problems = read_captioned_folder(args)
+    else:
+        examples, problems = read_captioned_dataset(args)
+    if not examples and not problems:
+        source = args.train_data_dir or args.dataset_name or args.prompts_file
+        problems.append(f"{source}: no {'prompts' if args.image_free else 'pictures'} in it")
+
+    def look(example):
+        for read in (example.read, example.read_reference):
+            if read:
+                upright(read())
+
+    problems += check_pictures(examples, look)
+    for example in examples:
+        wrong = [caption for caption in example.captions if not isinstance(caption, str) or not caption.strip()]
+        if wrong or not example.captions:
+            problems.append(f"{example.name}: its caption must be text and not empty, not {(wrong or [None])[0]!r}")
+    return examples, problems
+
+
+def encoding_flags(args):
+    """All flags that decide what becomes of a prompt or a picture."""
+    names = ("pretrained_model_name_or_path", "model_type", "revision", "variant", "max_sequence_length", "seed")
+    names += ("resolution", "center_crop", "image_interpolation_mode", "mixed_precision", "openuni_checkpoint")
+    names += ("train_data_dir", "dataset_name", "dataset_config_name", "reference_data_dir", "openuni_llm")
+    return [str(getattr(args, name)) for name in names]
+
+
+class TwinFlowDataset(Dataset):
+    """Samples by (epoch, index): the conditions of a caption and of the unconditional prompt, {name: tensor}, and
+    what a picture is: its latents if cached, else its pixels; the same of the picture it was edited from.
+
+    Where a picture is cropped depends on (seed, index), whether it is mirrored and which of its captions is taken on
+    (seed, epoch, index): neither workers, nor the cache, nor an interruption change what is drawn.
+    """
+
+    def __init__(self, examples, encoded, args):
+        self.examples, self.encoded, self.args = examples, encoded, args
+        # every batch is full, for each holds all kinds of samples: the first pictures come twice in an epoch
+        self.length = -(-len(examples) // args.train_batch_size) * args.train_batch_size
+
+    def picture_keys(self):
+        """(index, flipped) of all that training can ask for."""
+        flips = (False, True) if self.args.random_flip else (False,)
+        return [(index, flipped) for index in range(len(self.examples)) for flipped in flips]
+
+    def pixel_values(self, key, reference=False):
+        """A picture, resized to cover the resolution, cropped and perhaps mirrored: [3, H, W] in [-1, 1]."""
+        (index, flipped), args = key, self.args
+        centering = (0.5, 0.5) if args.center_crop else np.random.default_rng((args.seed, index)).random(2)
+        example = self.examples[index]
+        image = upright((example.read_reference if reference else example.read)())
+        return to_pixels(image, args, tuple(centering), flipped)
+
+    def __getitem__(self, position):
+        (epoch, index), args = position, self.args
+        index %= len(self.examples)
+        rng, example = np.random.default_rng((args.seed, epoch, index)), self.examples[index]
+        caption = example.captions[rng.integers(len(example.captions))]
+        key = index, bool(args.random_flip and rng.random() < 0.5)
+        # the text encoder of an edit sees the picture too
+        about = (index, example.stamp) if example.read_reference else ()
+        prompts = {"cond": (caption, *about), "uncond": (args.uncond_prompt, *about)}
+        sample = {name: self.encoded.load("prompt", *prompt) for name, prompt in prompts.items()}
+        if args.cache_latents and not args.image_free:
+            sample |= self.encoded.load("picture", *key, example.stamp)
+        elif not args.image_free:
+            sample["pixel_values"] = self.pixel_values(key)
+            if example.read_reference:
+                sample["reference_values"] = self.pixel_values(key, reference=True)
+        return sample
+
+    def __len__(self):
+        return self.length
+
+
+def to_pixels(image, args, centering=(0.5, 0.5), flipped=False):
+    """A PIL image, resized to cover --resolution, cropped and perhaps mirrored: [3, H, W] in [-1, 1]."""
+    method = Image.Resampling[args.image_interpolation_mode.upper()]
+    image = ImageOps.fit(image, (args.resolution, args.resolution), method, centering=centering)
+    image = ImageOps.mirror(image) if flipped else image
+    return to_tensor(image)
+
+
+def collate(examples):
+    """Tensors stacked; conditions {name: [B, ...]}, shorter texts padded with zeros, which their mask leaves out."""
+    batch = {name: torch.stack([e[name] for e in examples]) for name in examples[0] if name not in ("cond", "uncond")}
+    conditions = [example["cond"] for example in examples] + [example["uncond"] for example in examples]
+    stacked = stack_conditions(conditions)
+    batch["cond"], batch["uncond"] = (
+        {name: value.chunk(2)[half] for name, value in stacked.items()} for half in (0, 1)
+    )
+    return batch
+
+
+def stack_conditions(conditions):
+    """{name: [B, ...]} of B conditions {name: [T, ...]}, padded with zeros to the longest."""
+    return {name: pad_sequence([c[name] for c in conditions], batch_first=True) for name in conditions[0]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from conftest import ROOT
 
 
 SCRIPTS = sorted(path.stem for path in ROOT.glob("train_*.py"))
-BANNERS = ["Arguments", "Data", "Model", "Objective", "Training"]
+BANNERS = ["Arguments", "Model", "Objective", "Data", "Training"]
 GROUPS = [
     "model",
     "data",
