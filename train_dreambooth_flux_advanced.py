@@ -68,10 +68,9 @@ from common.flow_matching import (
     TIMESTEP_SAMPLING,
     WEIGHTING_SCHEMES,
     add_noise,
-    noise_options,
     sample_sigmas,
     step_generator,
-    velocity_loss,
+    weighted_mse,
 )
 from common.latents import (
     cache_moments,
@@ -126,7 +125,7 @@ import torch
 from accelerate.utils import set_seed
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
-from diffusers.training_utils import offload_models, parse_buckets_string
+from diffusers.training_utils import compute_loss_weighting_for_sd3, offload_models, parse_buckets_string
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -716,7 +715,13 @@ def compute_loss(
         noise_scheduler=noise_scheduler,
         image_seq_len=height * width // 4,
         generator=generator,
-        **noise_options(args),
+        timestep_sampling=args.timestep_sampling,
+        weighting_scheme=args.weighting_scheme,
+        logit_mean=args.logit_mean,
+        logit_std=args.logit_std,
+        mode_scale=args.mode_scale,
+        sigmoid_scale=args.sigmoid_scale,
+        discrete_flow_shift=args.discrete_flow_shift,
     ).to(latents.device)
     latents, noise = pack_latents(latents), pack_latents(noise)
     model_pred = transformer(
@@ -729,7 +734,9 @@ def compute_loss(
         img_ids=image_ids(height, width, latents.device),
         return_dict=False,
     )[0]
-    return velocity_loss(model_pred, latents, noise, sigmas, args.weighting_scheme)
+    target = noise - latents
+    weighting = compute_loss_weighting_for_sd3(args.weighting_scheme, sigmas=sigmas)
+    return weighted_mse(model_pred, target, weighting)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -65,10 +65,9 @@ from common.flow_matching import (
     TIMESTEP_SAMPLING,
     WEIGHTING_SCHEMES,
     add_noise,
-    noise_options,
     sample_sigmas,
     step_generator,
-    velocity_loss,
+    weighted_mse,
 )
 from common.latents import cache_moments, encode_moments, image_ids, pack_latents, sample_latents, to_tensor
 from common.lora import (
@@ -120,7 +119,7 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import broadcast_object_list, set_seed
 from diffusers import AutoencoderKL, FluxFillPipeline, FluxPipeline, FluxTransformer2DModel
-from diffusers.training_utils import offload_models
+from diffusers.training_utils import compute_loss_weighting_for_sd3, offload_models
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
@@ -453,7 +452,13 @@ def compute_loss(
         noise_scheduler=noise_scheduler,
         image_seq_len=height * width // 4,
         generator=generator,
-        **noise_options(args),
+        timestep_sampling=args.timestep_sampling,
+        weighting_scheme=args.weighting_scheme,
+        logit_mean=args.logit_mean,
+        logit_std=args.logit_std,
+        mode_scale=args.mode_scale,
+        sigmoid_scale=args.sigmoid_scale,
+        discrete_flow_shift=args.discrete_flow_shift,
     ).to(latents.device)
     latents, noise = pack_latents(latents), pack_latents(noise)
     noisy = add_noise(latents, noise, sigmas)
@@ -469,7 +474,9 @@ def compute_loss(
     )[0]
     covered = condition[..., latents.shape[-1] :].mean(dim=-1)  # share of a token's pixels under the mask, [B, N]
     token_weights = None if args.loss_mask_weight == 1 else 1 + (args.loss_mask_weight - 1) * covered
-    return velocity_loss(model_pred, latents, noise, sigmas, args.weighting_scheme, token_weights)
+    target = noise - latents
+    weighting = compute_loss_weighting_for_sd3(args.weighting_scheme, sigmas=sigmas)
+    return weighted_mse(model_pred, target, weighting, token_weights)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -62,10 +62,9 @@ from common.flow_matching import (
     TIMESTEP_SAMPLING,
     WEIGHTING_SCHEMES,
     add_noise,
-    noise_options,
     sample_sigmas,
     step_generator,
-    velocity_loss,
+    weighted_mse,
 )
 from common.latents import (
     PATCH,
@@ -124,7 +123,7 @@ from accelerate.utils import set_seed
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.pipelines.flux.pipeline_flux import FluxPipelineOutput, calculate_shift
-from diffusers.training_utils import offload_models
+from diffusers.training_utils import compute_loss_weighting_for_sd3, offload_models
 from PIL import Image, ImageFilter, ImageOps
 from safetensors import safe_open
 from torch.distributed.fsdp import register_fsdp_forward_method
@@ -981,7 +980,13 @@ def compute_loss(
         noise_scheduler=noise_scheduler,
         image_seq_len=height * width // 4,
         generator=generator,
-        **noise_options(args),
+        timestep_sampling=args.timestep_sampling,
+        weighting_scheme=args.weighting_scheme,
+        logit_mean=args.logit_mean,
+        logit_std=args.logit_std,
+        mode_scale=args.mode_scale,
+        sigmoid_scale=args.sigmoid_scale,
+        discrete_flow_shift=args.discrete_flow_shift,
     ).to(latents.device)
     latents, noise = pack_latents(latents), pack_latents(noise)
     img_ids, valid = image_ids(height, width, latents.device), None
@@ -1002,7 +1007,9 @@ def compute_loss(
         image_valid=valid,
         compile_blocks=args.compile,
     )
-    return velocity_loss(model_pred, latents, noise, sigmas, args.weighting_scheme, valid)
+    target = noise - latents
+    weighting = compute_loss_weighting_for_sd3(args.weighting_scheme, sigmas=sigmas)
+    return weighted_mse(model_pred, target, weighting, valid)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

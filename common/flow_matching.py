@@ -8,7 +8,7 @@ import math
 import numpy as np
 import torch
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
+from diffusers.training_utils import compute_density_for_timestep_sampling
 
 
 TIMESTEP_SAMPLING = ("sigma", "uniform", "sigmoid", "shift", "flux_shift")
@@ -20,12 +20,6 @@ def step_generator(seed, step, micro_step=0, process_index=0):
     """The CPU generator that all of one micro-step's randomness comes from: equal arguments, equal draws."""
     entropy = np.random.SeedSequence([seed, step, micro_step, process_index])
     return torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> 1))
-
-
-def noise_options(args):
-    """What the flags say of noise levels, for `sample_sigmas`."""
-    names = ("timestep_sampling", "weighting_scheme", "logit_mean", "logit_std", "mode_scale", "sigmoid_scale")
-    return {name: getattr(args, name) for name in (*names, "discrete_flow_shift")}
 
 
 def sample_sigmas(
@@ -80,13 +74,17 @@ def add_noise(latents, noise, sigmas):
     return (1 - sigmas) * latents + sigmas * noise
 
 
-def velocity_loss(model_pred, latents, noise, sigmas, weighting_scheme="none", token_weights=None):
-    """Weighted squared error [B] of predicted velocities [B, ...] against ε - x_0, mean over all but the batch.
+def weighted_mse(
+    model_pred: torch.Tensor,
+    target: torch.Tensor,
+    weighting: torch.Tensor,
+    token_weights: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Squared error [B] of predictions [B, ...], the mean over all but the batch, times `weighting` [B].
 
-    `token_weights` [B, N], not negative, make it a weighted mean over the tokens of velocities [B, N, C].
+    `token_weights` [B, N], not negative, make it a weighted mean over the tokens of predictions [B, N, C].
     """
-    weighting = compute_loss_weighting_for_sd3(weighting_scheme, sigmas=sigmas.to(model_pred.device))
-    error = (model_pred.float() - (noise - latents).float()).square()
+    error = (model_pred.float() - target.float()).square()
     if token_weights is None:
         return weighting * error.flatten(1).mean(dim=1)
     total = token_weights.sum(dim=1).clamp(min=1e-6)  # with weight 0, no token may be left

@@ -8,7 +8,7 @@ from common.flow_matching import (
     sample_sigmas,
     shift_sigmas,
     step_generator,
-    velocity_loss,
+    weighted_mse,
 )
 
 import numpy as np
@@ -91,18 +91,21 @@ def test_add_noise_is_the_schedulers():
 
 
 @pytest.mark.parametrize("scheme", ["none", "sigma_sqrt", "logit_normal", "mode", "cosmap"])
-def test_velocity_loss_is_the_weighted_mean_square(scheme):
+def test_weighted_mse_is_the_weighted_mean_square(scheme):
     model_pred, latents, noise = torch.randn(3, 5, 4, 6)
     sigmas = torch.rand(5) * 0.9 + 0.1
     weights = compute_loss_weighting_for_sd3(scheme, sigmas)
     expected = [
         w * (p - (n - x)).pow(2).mean() for w, p, n, x in zip(weights, model_pred, noise, latents, strict=True)
     ]
-    losses = velocity_loss(model_pred, latents, noise, sigmas, scheme)
+    losses = weighted_mse(model_pred, noise - latents, compute_loss_weighting_for_sd3(scheme, sigmas))
     torch.testing.assert_close(losses, torch.stack(expected))
     order = torch.randperm(5)
     torch.testing.assert_close(
-        velocity_loss(model_pred[order], latents[order], noise[order], sigmas[order], scheme), losses[order]
+        weighted_mse(
+            model_pred[order], noise[order] - latents[order], compute_loss_weighting_for_sd3(scheme, sigmas[order])
+        ),
+        losses[order],
     )
     if scheme == "sigma_sqrt":
         torch.testing.assert_close(weights, sigmas**-2)
@@ -113,24 +116,34 @@ def test_velocity_loss_is_the_weighted_mean_square(scheme):
 def test_token_weights_make_a_weighted_mean():
     model_pred, latents, noise = torch.randn(3, 2, 5, 8)
     sigmas, token_weights = torch.rand(2), torch.rand(2, 5)
-    plain = velocity_loss(model_pred, latents, noise, sigmas, "cosmap")
+    plain = weighted_mse(model_pred, noise - latents, compute_loss_weighting_for_sd3("cosmap", sigmas))
     torch.testing.assert_close(
-        velocity_loss(model_pred, latents, noise, sigmas, "cosmap", torch.ones(2, 5) * 3), plain
+        weighted_mse(
+            model_pred, noise - latents, compute_loss_weighting_for_sd3("cosmap", sigmas), torch.ones(2, 5) * 3
+        ),
+        plain,
     )
-    weighted = velocity_loss(model_pred, latents, noise, sigmas, "none", token_weights)
+    weighted = weighted_mse(model_pred, noise - latents, compute_loss_weighting_for_sd3("none", sigmas), token_weights)
     error = (model_pred - (noise - latents)).square().mean(-1)
     torch.testing.assert_close(weighted, (error * token_weights).sum(1) / token_weights.sum(1))
-    assert torch.equal(velocity_loss(model_pred, latents, noise, sigmas, "none", torch.zeros(2, 5)), torch.zeros(2))
+    assert torch.equal(
+        weighted_mse(model_pred, noise - latents, compute_loss_weighting_for_sd3("none", sigmas), torch.zeros(2, 5)),
+        torch.zeros(2),
+    )
 
 
 def test_padded_tokens_cost_no_loss():
     pred, latents, noise = (torch.randn(2, 3, 4) for _ in range(3))
     sigmas = torch.tensor([0.2, 0.9])
     valid = torch.tensor([[True, True, False], [True, True, True]])
-    losses = velocity_loss(pred, latents, noise, sigmas, "sigma_sqrt", valid)
-    short = velocity_loss(pred[:1, :2], latents[:1, :2], noise[:1, :2], sigmas[:1], "sigma_sqrt")
+    losses = weighted_mse(pred, noise - latents, compute_loss_weighting_for_sd3("sigma_sqrt", sigmas), valid)
+    short = weighted_mse(
+        pred[:1, :2], noise[:1, :2] - latents[:1, :2], compute_loss_weighting_for_sd3("sigma_sqrt", sigmas[:1])
+    )
     assert torch.allclose(losses[:1], short)
-    assert torch.allclose(losses[1:], velocity_loss(pred, latents, noise, sigmas, "sigma_sqrt")[1:])
+    assert torch.allclose(
+        losses[1:], weighted_mse(pred, noise - latents, compute_loss_weighting_for_sd3("sigma_sqrt", sigmas))[1:]
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
