@@ -19,7 +19,6 @@ and a sample is `fit(example.image(), Size(height, width), args.image_interpolat
 rows of files that are not there, knows no .txt captions, and copies every folder into its cache.
 """
 
-import contextlib
 import functools
 import io
 import json
@@ -483,16 +482,15 @@ def read_encoded(file: Mapping[str, Any] | None) -> Image.Image:
     """The decoded image of {"bytes": ..., "path": ...}, a file of a dataset."""
     if file is None:
         raise ValueError("there is no image")
-    path = file["path"]
-    if file["bytes"]:
-        source = contextlib.nullcontext(io.BytesIO(file["bytes"]))
-    elif "://" in str(path):
-        source = fsspec.open(path, "rb")
-    else:
-        source = contextlib.nullcontext(path)
-    with source as opened:
-        image = open_image(opened)
-        image.load()
+    data, path = file["bytes"], file["path"]
+    if not data and "://" in str(path):
+        remote: Any = fsspec.open(path, "rb")
+        with remote as opened:
+            data = opened.read()
+    elif not data:
+        data = Path(path).read_bytes()
+    image = open_image(io.BytesIO(data))
+    image.load()
     return image
 
 
