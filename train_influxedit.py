@@ -91,7 +91,7 @@ from common.models import (
     quantize_base,
     start,
 )
-from common.text_encoders import PromptEncoder, load_text_pipeline
+from common.text_encoders import CLIP_TARGET_MODULES, PromptEncoder, load_text_pipeline
 from common.tracking import (
     about_text,
     check_hub,
@@ -742,9 +742,9 @@ class EditDataset(Dataset):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def pipeline_call(text, prompt, args, image=None, mask=None):
+def pipeline_call(prompt_encoder, prompt, args, image=None, mask=None):
     """The pipeline's arguments for drawing `prompt` into a picture, or, without one, from nothing."""
-    prompt_embeds, pooled_prompt_embeds = text([prompt])
+    prompt_embeds, pooled_prompt_embeds = prompt_encoder.encode_prompts([prompt])
     if image is None:
         size = sides((1, 1), max(args.resolution))
         image, mask = (Image.new(mode, size, "white") for mode in ("RGB", "L"))
@@ -797,7 +797,7 @@ def validation_cases(args, examples):
     return cases
 
 
-def validate(accelerator, transformer, vae, noise_scheduler, text, args, *, cases, step):
+def validate(accelerator, transformer, vae, noise_scheduler, prompt_encoder, args, *, cases, step):
     """Draws the cases and sends the pictures to validation/step-N.png, beside what was shown, and to the trackers."""
     pipeline = sampling_pipeline(FillPipeline, accelerator.unwrap_model(transformer), vae, noise_scheduler)
     pipeline.hide = args.mode == "mask"
@@ -805,7 +805,7 @@ def validate(accelerator, transformer, vae, noise_scheduler, text, args, *, case
         undisturbed(transformer, device=accelerator.device),
         offload_models(vae, device=accelerator.device, offload=args.offload or args.cache_latents),
     ):
-        calls = [pipeline_call(text, prompt, args, image, mask) for prompt, image, mask in cases]
+        calls = [pipeline_call(prompt_encoder, prompt, args, image, mask) for prompt, image, mask in cases]
         calls = [call for call in calls for _ in range(args.num_validation_images)]
         images = generate_images(accelerator, pipeline, calls, seed=args.seed)
     prompts = [prompt for prompt, _, _ in cases for _ in range(args.num_validation_images)]
@@ -914,8 +914,27 @@ def main(args):
     cases = validation_cases(args, examples)
     prompts = {example.caption for example in examples} | ({""} if args.caption_dropout else set())
     prompts |= {prompt for prompt, _, _ in cases} | ({args.class_prompt} if args.class_prompt else set())
-    text = PromptEncoder(accelerator, load_text_pipeline(FluxPipeline, args, weight_dtype), args, weight_dtype)
-    text.cache(sorted(prompts))
+    pipeline = load_text_pipeline(FluxPipeline, args, weight_dtype)
+    adapted = {}
+    text_lora_params = []
+    if args.train_text_encoder:
+        text_lora_params = add_lora(
+            pipeline.text_encoder,
+            rank=args.rank,
+            alpha=args.lora_alpha,
+            dropout=0.0,
+            target_modules=CLIP_TARGET_MODULES,
+        )
+        adapted["text_encoder"] = pipeline.text_encoder
+    prompt_encoder = PromptEncoder(
+        accelerator,
+        pipeline,
+        weight_dtype,
+        max_sequence_length=args.max_sequence_length,
+        trained={"clip_l"} if args.train_text_encoder else set(),
+        offload=args.offload,
+    )
+    prompt_encoder.cache_prompts(sorted(prompts))
 
     # 4. VAE, class images, latents; then the transformer with its LoRA
     noise_scheduler = load_scheduler(args)
@@ -926,7 +945,7 @@ def main(args):
         if args.with_prior_preservation:
             transformer = load_model(FluxTransformer2DModel, "transformer", args, weight_dtype).to(device)
             pipeline = sampling_pipeline(FillPipeline, transformer, vae, noise_scheduler)
-            call = pipeline_call(text, args.class_prompt, args)
+            call = pipeline_call(prompt_encoder, args.class_prompt, args)
             draw_class_images(accelerator, pipeline, call, args, present=len(class_examples(args)))
             dataset.class_examples = class_examples(args)
         if args.cache_latents:
@@ -945,13 +964,11 @@ def main(args):
     )
     prepare_blocks(transformer, args, device, weight_dtype)
     lora_params = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
-    adapted = {"transformer": transformer}
-    if text.lora_params:
-        adapted["text_encoder"] = text.encoders["clip_l"]
+    adapted = {"transformer": transformer, **adapted}
     guided = transformer.config.guidance_embeds
 
     # 5. Optimizer and schedule
-    optimizer = create_optimizer(args, lora_params, total_batch_size if args.scale_lr else 1, text.parameters())
+    optimizer = create_optimizer(args, lora_params, total_batch_size if args.scale_lr else 1, text_lora_params)
     lr_scheduler = create_lr_scheduler(args, optimizer, max_train_steps)
 
     # 6. Prepare and resume
@@ -967,10 +984,12 @@ def main(args):
     )
 
     # 7. Train
-    about = about_data(args, examples) | about_text(args, text)
+    about = about_data(args, examples) | about_text(args, text_lora_params)
     print_header(accelerator, args, about, lora_params, base_size, max_train_steps, steps_per_epoch)
     start_logging(accelerator, args, "influxedit", global_step)
-    draw = functools.partial(validate, accelerator, transformer, vae, noise_scheduler, text, args, cases=cases)
+    draw = functools.partial(
+        validate, accelerator, transformer, vae, noise_scheduler, prompt_encoder, args, cases=cases
+    )
     if cases and global_step == 0:
         draw(step=0)
     metrics = open_metrics(args.output_dir / "metrics.jsonl", global_step) if accelerator.is_main_process else None
@@ -987,7 +1006,7 @@ def main(args):
                 with offload_models(vae, device=device, offload=offload):
                     moments = encode_moments(vae, batch["pixel_values"].flatten(0, 1)).unflatten(0, (-1, 2))
             latents, shown_latents = (sample_latents(part, vae.config, generator) for part in moments.unbind(1))
-            prompt_embeds, pooled_prompt_embeds = text(batch["prompt"])
+            prompt_embeds, pooled_prompt_embeds = prompt_encoder.encode_prompts(batch["prompt"])
             with accelerator.autocast():
                 losses = compute_loss(
                     transformer,
@@ -1008,8 +1027,8 @@ def main(args):
             loss_sum = loss_sum + loss.detach() / accumulation
             if not accelerator.sync_gradients:
                 continue
-            reduce_gradients(accelerator, text.parameters())
-            grad_norm = accelerator.clip_grad_norm_([*lora_params, *text.parameters()], args.max_grad_norm)
+            reduce_gradients(accelerator, text_lora_params)
+            grad_norm = accelerator.clip_grad_norm_([*lora_params, *text_lora_params], args.max_grad_norm)
             totals = torch.stack([loss_sum, torch.tensor(float(len(signals)), device=device)])
             mean_loss, interrupted = accelerator.reduce(totals, reduction="mean").tolist()
             # a gradient scaler (fp16) skips infinite gradients itself
