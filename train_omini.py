@@ -1595,7 +1595,7 @@ def validation_examples(args):
     return [ControlExample(picture.name, picture.read, None, given) for picture in pictures[:1]]
 
 
-def validate(accelerator, transformer, vae, noise_scheduler, text, dataset, args, *, prompt, step):
+def validate(accelerator, transformer, vae, noise_scheduler, prompt_encoder, dataset, args, *, prompt, step):
     """Draws a prompt with the conditions of --validation_image and sends the pictures, conditions first, to
     validation/step-N.png and the trackers."""
     (example,), rng = validation_examples(args), np.random.default_rng(args.seed)
@@ -1606,7 +1606,7 @@ def validate(accelerator, transformer, vae, noise_scheduler, text, dataset, args
         undisturbed(transformer, device=accelerator.device),
         offload_models(vae, device=accelerator.device, offload=offloaded(args)),
     ):
-        prompt_embeds, pooled_prompt_embeds = text([prompt])
+        prompt_embeds, pooled_prompt_embeds = prompt_encoder.encode_prompts([prompt])
         call = {
             "prompt_embeds": prompt_embeds,
             "pooled_prompt_embeds": pooled_prompt_embeds,
@@ -1742,9 +1742,16 @@ def main(args):
     # 3. Prompts, depth maps, latents: what makes them is gone before the transformer is loaded
     cached = args.cache_prompts and not args.streaming
     pipeline = load_text_pipeline(FluxPipeline, args, weight_dtype)
-    text = PromptEncoder(accelerator, pipeline, args, weight_dtype, keep=not cached)
+    prompt_encoder = PromptEncoder(
+        accelerator,
+        pipeline,
+        weight_dtype,
+        max_sequence_length=args.max_sequence_length,
+        offload=args.offload,
+        keep_encoders=not cached,
+    )
     if cached:
-        text.cache(prompts)
+        prompt_encoder.cache_prompts(prompts)
     if {"depth", "depth_pred"} & set(args.condition_type):
         estimate_depth(accelerator, examples + validation_examples(args), args)
     vae = load_model(AutoencoderKL, "vae", args, weight_dtype).to(device)
@@ -1783,7 +1790,7 @@ def main(args):
         accelerator, args, about_data(args, dataset), lora_params, base_size, max_train_steps, steps_per_epoch
     )
     start_logging(accelerator, args, "omini", global_step)
-    draw = functools.partial(validate, accelerator, transformer, vae, noise_scheduler, text, dataset, args)
+    draw = functools.partial(validate, accelerator, transformer, vae, noise_scheduler, prompt_encoder, dataset, args)
     if args.validation_prompt and global_step == 0:
         draw(prompt=args.validation_prompt, step=0)
     metrics = open_metrics(args.output_dir / "metrics.jsonl", global_step) if accelerator.is_main_process else None
@@ -1801,7 +1808,7 @@ def main(args):
             latents, *condition_latents = (
                 sample_latents(moments[slot], vae.config, generator) for slot in dataset.slots
             )
-            prompt_embeds, pooled_prompt_embeds = text(batch["prompt"])
+            prompt_embeds, pooled_prompt_embeds = prompt_encoder.encode_prompts(batch["prompt"])
             with accelerator.autocast():
                 loss = compute_loss(
                     transformer,
