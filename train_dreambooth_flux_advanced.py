@@ -114,9 +114,9 @@ from common.tracking import (
     open_metrics,
     plot_metrics,
     print_header,
-    save_model_card,
     start_logging,
     step_logs,
+    write_model_card,
 )
 from common.validation import draw_class_images, generate_images, sampling_pipeline, save_images, undisturbed
 
@@ -1301,7 +1301,7 @@ image.save("image.png")
 """
     tags = ["text-to-image", "flux", "lora", "dreambooth", "diffusers"]
     words = list(text.abstractions) or list(filter(None, [args.instance_prompt]))
-    save_model_card(args, description, tags, base, words, instance_prompt=args.instance_prompt)
+    write_model_card(args, description, tags, base, words, instance_prompt=args.instance_prompt)
 
 
 def trained_until(args, max_train_steps, checkpoint):
