@@ -2,12 +2,12 @@
 
 import json
 
-from common import flow_matching
 from common.checkpoints import CHECKSUMS, checksums
 
 import pytest
 from PIL import Image
 
+import train_twinflow
 from train_twinflow import Backbone
 
 
@@ -109,7 +109,7 @@ def test_bad_input_is_one_clear_error(train, world, monkeypatch, capsys, flags, 
     def load(*args, **kwargs):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(flow_matching, "load_model", load)
+    monkeypatch.setattr(train_twinflow, "load_model", load)
     monkeypatch.setattr(Backbone, "load_prompt_encoder", load)
     source = "" if PROMPTS in flags else PICTURES
     command = f"--pretrained_model_name_or_path {{model}} {source} --output_dir {{out}} --report_to none {flags}"
