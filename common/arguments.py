@@ -1,77 +1,85 @@
-"""The command line: a parser whose help says what a run would use, argument types, and readable failure."""
+"""The command line: a parser with readable help, argument types, and errors without a stack trace."""
 
 import argparse
 import math
 import shlex
 import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from accelerate import Accelerator
 from diffusers.optimization import SchedulerType
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The default in the help of every argument that has one, the example command as it stands."""
+LR_SCHEDULERS = [scheduler.value for scheduler in SchedulerType if scheduler != SchedulerType.PIECEWISE_CONSTANT]
 
-    def _get_help_string(self, action):
-        if action.default is None or action.default is False:  # 0 is worth telling
-            return action.help
-        if isinstance(action.default, (list, tuple)):  # as it would be typed
-            return f"{action.help} (default: {' '.join(map(str, action.default))})"
-        return super()._get_help_string(action)
+TRACKERS = ("tensorboard", "wandb", "all", "none")
 
-    def _get_default_metavar_for_optional(self, action):
-        """What kind of value a flag takes, where the flag's own name would only be repeated."""
-        kinds = {Path: "PATH", int: "N", "whole number": "N", "number": "X"}
-        return kinds.get(action.type) or kinds.get(getattr(action.type, "__name__", ""), "TEXT")
-
-    def _format_args(self, action, default_metavar):
-        """`A ...` of several values, not `A [A ...]`, which long choices make unreadable."""
-        several = action.nargs == argparse.ONE_OR_MORE
-        return (
-            f"{self._metavar_formatter(action, default_metavar)(1)[0]} ..."
-            if several
-            else (super()._format_args(action, default_metavar))
-        )
-
-    def _format_action_invocation(self, action):
-        switch = isinstance(action, argparse.BooleanOptionalAction)
-        return ", ".join(action.option_strings) if switch else super()._format_action_invocation(action)
+METAVARS = {"int": "N", "whole number": "N", "number": "X", "Path": "PATH"}  # by the name of a flag's type
 
 
 class Switch(argparse.BooleanOptionalAction):
-    """--x and --no-x, and `--x True` or `--x False` as older commands spell it."""
+    """--x and --no-x; also `--x True` and `--x False`, as diffusers' commands spell them."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.nargs = "?"
 
-    def __call__(self, parser, namespace, value, option_string=None):
-        words = {None: True, "true": True, "false": False}
-        if value not in words and value.lower() not in words:
-            parser.error(f"{option_string} {value}: expected True or False, or nothing")
-        on = words[value and value.lower()]
-        setattr(namespace, self.dest, on != option_string.startswith("--no-"))
+    def __call__(self, parser, namespace, values, option_string=None):
+        word = str(values or "true").lower()
+        if word not in ("true", "false"):
+            parser.error(f"{option_string} {values}: expected True or False, or nothing")
+        negated = str(option_string).startswith("--no-")
+        setattr(namespace, self.dest, (word == "true") != negated)
 
 
-class Flags(argparse.Namespace):
-    """Flags by name; beside them, and none of vars(), `changed` names those that are not as by default."""
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows every default that is set, as it would be typed, and each name of a flag once: `--rank, --network_dim N`.
+
+    The first two methods are those that argparse's own formatters override.
+    """
+
+    def _get_help_string(self, action):
+        if action.default is None or action.default is False:
+            return action.help
+        if isinstance(action.default, (list, tuple)):
+            return f"{action.help} (default: {' '.join(map(str, action.default))})"
+        return super()._get_help_string(action)
+
+    def _get_default_metavar_for_optional(self, action):
+        return METAVARS.get(getattr(action.type, "__name__", ""), "TEXT")
+
+    def _format_action_invocation(self, action):
+        names = ", ".join(action.option_strings)
+        if action.nargs == 0 or isinstance(action, Switch):
+            return names
+        value = self._format_args(action, self._get_default_metavar_for_optional(action))
+        if action.nargs == argparse.ONE_OR_MORE:  # A [A ...] is unreadable if A lists many choices
+            value = value.partition(" [")[0] + " ..."
+        return f"{names} {value}"
+
+
+class Arguments(argparse.Namespace):
+    """A run's flags. `changed` names those that differ from their default; vars() holds the flags alone."""
 
     __slots__ = ("changed",)
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser for the flags of the script whose docstring is `doc`, which ends in an example command.
+    """An ArgumentParser whose flags can also stand in a file, `script.py @file`, several on a line, with # comments.
 
-    Flags can stand in a file, `script.py @file`, with # comments. `aliases`, {flag: flag}, are other names of some.
+    `description` and `epilog` are printed as they are; the epilog is an example command.
     """
 
-    def __init__(self, doc, aliases=()):
-        example = doc.split("`accelerate config`:\n")[1].split("\n\n`output_dir`")[0]
+    def __init__(self, doc: str = "", aliases=(), *, description: str = "", epilog: str = ""):
+        if doc:  # the form before every script passed description and epilog
+            description = doc.split("\n\n")[0]
+            epilog = "example:" + doc.split("`accelerate config`:\n")[1].split("\n\n`output_dir`")[0]
         super().__init__(
             usage="%(prog)s [options] [@file]; --help explains them",
-            description=doc.split("\n\n")[0],
-            epilog=f"example:{example}\n\n@file: a file of options with # comments, such as examples/*/*.args",
+            description=description,
+            epilog=f"{epilog}\n\n@file: a file of options with # comments, such as examples/*/*.args",
             formatter_class=HelpFormatter,
             fromfile_prefix_chars="@",
             allow_abbrev=False,
@@ -79,69 +87,88 @@ class Parser(argparse.ArgumentParser):
         self.aliases = dict(aliases)
 
     def own_names(self, words):
-        """Words of a command in which aliases of flags are replaced."""
         parts = [word.partition("=") for word in words]
         return [self.aliases.get(name, name) + equals + value for name, equals, value in parts]
 
-    def convert_arg_line_to_args(self, line):
-        return self.own_names(shlex.split(line, comments=True))
+    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
+        return self.own_names(shlex.split(arg_line, comments=True))
 
-    def parse_args(self, argv=None):
-        argv = sys.argv[1:] if argv is None else argv
+    def parse_args(self, argv: Sequence[str] | None = None) -> Arguments:  # type: ignore[override]
+        words = self.own_names(sys.argv[1:] if argv is None else argv)
+        args = Arguments()
         try:
-            args = super().parse_args(self.own_names(argv), Flags())
-        except (ValueError, RecursionError) as error:
-            self.error(f"{' '.join(word for word in argv if word[:1] == '@')}: no file of flags ({error})")
-        actions = [action for action in self._actions if action.dest in args]
-        args.changed = [action.dest for action in actions if getattr(args, action.dest) != self.default_of(action)]
+            super().parse_args(words, args)
+        except (ValueError, RecursionError) as error:  # a file that is no text, or that includes itself
+            files = " ".join(word for word in words if word.startswith("@"))
+            self.error(f"{files}: not a file of flags ({error})")
+        args.changed = changed_flags(self, args)
         return args
 
-    def default_of(self, action):
-        """What a flag is without being given: text goes through the flag's type."""
-        text = isinstance(action.default, str) and not action.required
-        return self._get_value(action, action.default) if text else action.default
-
-    def refuse(self, problems):
-        """Ends with all problems in one message, if there are any."""
+    def refuse(self, problems: Sequence[str]) -> None:
+        """Exits with all problems in one message, if there are any."""
         if problems:
             self.error(join_problems(problems))
 
 
-def number(kind, minimum, maximum=math.inf, *, above=False):
-    """An argparse type: `kind` within [minimum, maximum], or above the minimum."""
+def changed_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[str]:
+    """The names of the flags whose value is not the default."""
+    changed = []
+    for action in parser._actions:
+        default = action.default
+        if isinstance(default, str) and callable(action.type):  # argparse converts a default that is text
+            default = action.type(default)
+        if action.dest in args and getattr(args, action.dest) != default:
+            changed.append(action.dest)
+    return changed
+
+
+def in_range(kind: type, minimum: float, maximum: float = math.inf, *, above: bool = False) -> Callable[[str], float]:
+    """An argparse type: a finite int or float of at least (or `above`) the minimum and at most the maximum."""
 
     def parse(text):
         value = kind(text)
-        if not (minimum < value if above else minimum <= value) or not value <= maximum or math.isinf(value):
+        too_small = value <= minimum if above else value < minimum
+        if too_small or value > maximum or not math.isfinite(value):
             limit = f"above {minimum}" if above else f"at least {minimum}"
-            limit += f" and at most {maximum}" if maximum < math.inf else ""
+            if maximum < math.inf:
+                limit += f" and at most {maximum}"
             raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {limit}")
         return value
 
-    parse.__name__ = "number" if kind is float else "whole number"
+    parse.__name__ = "whole number" if kind is int else "number"  # argparse: invalid whole number value
     return parse
 
 
-def names_in(text):
-    """The names in a comma list."""
-    return [name.strip() for name in (text or "").split(",") if name.strip()]
+positive_int = in_range(int, 1)
+positive_float = in_range(float, 0, above=True)
+non_negative_float = in_range(float, 0)
+fraction = in_range(float, 0, 1)
+decay_rate = in_range(float, 0, 0.9999999)  # of an exponential mean, such as Adam's betas
 
 
-def join_problems(problems):
-    """One problem as it is, several as a list."""
-    return problems[0] if len(problems) == 1 else "\n  ".join(["", *problems])
+def comma_list(text: str | None) -> list[str]:
+    """The parts of "a, b,c", without spaces around them and without empty ones."""
+    parts = (text or "").split(",")
+    return [part.strip() for part in parts if part.strip()]
 
 
-def fail(accelerator, problems):
-    """Ends the run as argparse does: all problems in one message, exit code 2."""
+def join_problems(problems: Sequence[str]) -> str:
+    """One problem as it is, several as an indented list."""
+    if len(problems) == 1:
+        return problems[0]
+    return "\n  ".join(["", *problems])
+
+
+def fail(accelerator: Accelerator, problems: Sequence[str]) -> None:
+    """Ends the run as argparse does: all problems in one message of the main process, exit code 2."""
     if accelerator.is_main_process:
         print(f"{Path(sys.argv[0]).name}: error: {join_problems(problems)}", file=sys.stderr)
     raise SystemExit(2)
 
 
 @contextmanager
-def reading(source):
-    """Ends the run with one message and exit code 2 if what `source` names cannot be loaded within it."""
+def exit_if_unreadable(source: object) -> Iterator[None]:
+    """Ends the run with one message and exit code 2 if loading `source` within the block raises an error."""
     try:
         yield
     except Exception as error:  # each kind of file raises its own
@@ -150,6 +177,7 @@ def reading(source):
         raise SystemExit(2) from error
 
 
-LR_SCHEDULERS = [scheduler.value for scheduler in SchedulerType if scheduler != SchedulerType.PIECEWISE_CONSTANT]
-
-TRACKERS = ("tensorboard", "wandb", "all", "none")
+# The names before every script used those above.
+number = in_range
+names_in = comma_list
+reading = exit_if_unreadable

@@ -5,10 +5,12 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -313,6 +315,28 @@ def writing(path, partial=None):
             f"\n{Path(sys.argv[0]).name}: error: {path} cannot be written ({reason}); {free / 2**20:.1f} MiB are free "
             "there. Checkpoints are intact: make room and go on with --resume_from_checkpoint latest"
         ) from None
+
+
+@contextmanager
+def atomic_write(path: Path | str) -> Iterator[Path]:
+    """Writes a file as a whole or not at all: `with atomic_write(path) as partial:` fill the file `partial`.
+
+    `partial` is a hidden file beside `path`, whose folder is created. At the end it is flushed to the disk and
+    renamed, so `path` is the old file or the complete new one whenever the machine stops. Its name is its own, so
+    several processes may write the same `path`. After an error it is removed, and where the disk is full or read-only
+    the run ends with one message, see `writing`.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield partial
+            flush_to_disk(partial)
+            partial.replace(path)
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def flush_to_disk(path):

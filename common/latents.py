@@ -2,10 +2,9 @@
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
-from common.checkpoints import writing
+from common.checkpoints import atomic_write
 
 import numpy as np
 import torch
@@ -139,11 +138,9 @@ def disk_cached(folder, key, compute):
         return compute()
     path = Path(folder) / f"{hashlib.sha256(key).hexdigest()}.safetensors"
     if not is_whole(path):
-        partial, value = path.with_suffix(f".{os.getpid()}.partial"), compute().contiguous()
-        with writing(path, partial):
-            path.parent.mkdir(parents=True, exist_ok=True)
+        value = compute().contiguous()
+        with atomic_write(path) as partial:
             save_file({"value": value}, partial)
-            partial.replace(path)
     return load_file(path)["value"]
 
 
@@ -172,10 +169,8 @@ class TensorCache:
         with accelerator.split_between_processes(missing) as share:
             for what in tqdm(share, desc=desc, disable=not accelerator.is_main_process or not missing):
                 tensors = {name: value.cpu().contiguous() for name, value in encode(*what).items()}
-                partial = self.path(*what).with_suffix(f".{accelerator.process_index}")
-                with writing(self.path(*what), partial):
+                with atomic_write(self.path(*what)) as partial:
                     save_file(tensors, partial)
-                    partial.replace(self.path(*what))
         accelerator.wait_for_everyone()
 
 

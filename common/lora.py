@@ -5,7 +5,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from common.checkpoints import flush_to_disk, register_tensor_checkpointing, writing
+from common.checkpoints import atomic_write, register_tensor_checkpointing
 from common.models import is_sharded, local, whole
 
 import torch
@@ -113,9 +113,7 @@ def save_lora(
     if torch.distributed.is_initialized() and torch.distributed.get_rank():
         return
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    partial = directory / f".{weight_name}.partial"
-    with writing(directory / weight_name, partial), tempfile.TemporaryDirectory() as folder:
+    with atomic_write(directory / weight_name) as partial, tempfile.TemporaryDirectory() as folder:
         written = Path(folder) / LORA_WEIGHT_NAME_SAFE
         pipeline_class.save_lora_weights(folder, **layers)
         if metadata:
@@ -123,8 +121,6 @@ def save_lora(
                 header = file.metadata()
             save_file(load_file(written), written, metadata={**header, **metadata})
         shutil.copyfile(written, partial)  # a copy others may read, by the user's umask
-        flush_to_disk(partial)
-        partial.replace(directory / weight_name)
 
 
 def load_lora(directory, modules, *, adapter_name="default", weight_name=LORA_WEIGHT_NAME_SAFE):

@@ -7,7 +7,7 @@ import math
 import re
 from pathlib import Path
 
-from common.checkpoints import flush_to_disk, writing
+from common.checkpoints import atomic_write
 from common.lora import adapter_weights
 
 import torch
@@ -104,17 +104,13 @@ def write_lora(path, layers, form="comfyui", header=None, dtype=None):
         if with_alpha:
             tensors[f"{name}.alpha"] = torch.tensor(float(alpha))
     path, placeholder = Path(path), "0" * 64
-    partial = path.with_name(f".{path.name}.partial")
-    with writing(path, partial):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as partial:
         save_file(tensors, partial, metadata | {"sshs_model_hash": placeholder})
         with partial.open("r+b") as file:
             start = file.read(int.from_bytes(file.read(8), "little"))
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             file.seek(8)
             file.write(start.replace(placeholder.encode(), digest.encode()))
-        flush_to_disk(partial)
-        partial.replace(path)
 
 
 def read_lora(path):

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from common.arguments import fail
-from common.checkpoints import find_checkpoints, writing
+from common.checkpoints import atomic_write, find_checkpoints, writing
 from common.models import count_weights
 
 import numpy as np
@@ -77,8 +77,8 @@ def start_logging(accelerator, args, project, last_step, marks=None):
         marks = {what: step for what, step in (marks or {}).items() if step}
         record = {"args": values, "changed": args.changed, "versions": versions, "marks": marks}
         text = json.dumps(record, indent=2, default=str)
-        with writing(args.output_dir / "args.json"):
-            (args.output_dir / "args.json").write_text(text + "\n")
+        with atomic_write(args.output_dir / "args.json") as partial:
+            partial.write_text(text + "\n")
     if accelerator.log_with:
         if token := getattr(args, "hub_token", None):  # wandb keeps the command
             sys.argv = [word.replace(token, "***") for word in sys.argv]
@@ -137,10 +137,8 @@ def peak_memory(device):
 def open_metrics(path, last_step):
     """Opens the run's metrics, a JSON object per line, to be continued after `last_step`; later lines are dropped."""
     kept = [row for row in read_metrics(path) if row["step"] <= last_step]
-    partial = path.with_name(f".{path.name}.partial")
-    with writing(path, partial):
+    with atomic_write(path) as partial:
         partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        partial.replace(path)
     return path.open("ab", buffering=0)  # what a full disk does not take is not kept to be tried again at the end
 
 
@@ -201,8 +199,8 @@ def plot_metrics(output_dir):
     lower.set(xlabel="step", ylabel="learning rate", yscale="log" if prodigy else "linear")
     lower.xaxis.get_major_locator().set_params(integer=True)
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
-    with writing(output_dir / "loss.png"):
-        figure.savefig(output_dir / "loss.png", dpi=100)
+    with atomic_write(output_dir / "loss.png") as partial:
+        figure.savefig(partial, dpi=100, format="png")
     plt.close(figure)
 
 
@@ -233,8 +231,8 @@ def save_model_card(args, text, tags, base_model, trigger_words=(), **data):
     metadata = ModelCardData(
         library_name="diffusers", tags=[*tags, "diffusers-training"], base_model=base_model, **data
     )
-    with writing(folder / "README.md"):
-        ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n").save(folder / "README.md")
+    with atomic_write(folder / "README.md") as partial:
+        ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n").save(partial)
 
 
 def check_hub(args):

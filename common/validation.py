@@ -5,7 +5,7 @@ import random
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-from common.checkpoints import writing
+from common.checkpoints import atomic_write, writing
 from common.flow_matching import step_generator
 from common.models import is_sharded
 
@@ -93,10 +93,8 @@ def draw_class_images(accelerator, pipeline, call, args, present):
             images = pipeline(**call, num_images_per_prompt=len(batch), generator=generators).images
             for path, image in zip([paths[i] for i in batch], images, strict=True):
                 if path in absent:
-                    partial = path.with_suffix(".partial")
-                    with writing(path, partial):
+                    with atomic_write(path) as partial:
                         image.save(partial, format="PNG")
-                        partial.replace(path)
     accelerator.wait_for_everyone()
 
 
@@ -108,9 +106,8 @@ def save_images(accelerator, args, images, captions, *, step, prompt="", columns
     if accelerator.is_main_process:
         path = args.output_dir / "validation" / f"step-{step:06d}.png"
         grid = grid or image_grid(images, captions, columns, title=f"{prompt}\nstep {step}")
-        with writing(path):
-            path.parent.mkdir(exist_ok=True)
-            grid.save(path)
+        with atomic_write(path) as partial:
+            grid.save(partial, format="PNG")
         captions = [f"{prompt} | {caption}, step {step}".removeprefix(" | ") for caption in captions]
         with writing(args.output_dir / args.logging_dir):
             log_images(accelerator, images, captions, name="validation", step=step, grid=grid)

@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,18 @@ import torch
 
 
 ROOT = Path(__file__).parent.parent
+STARTED = time.monotonic()
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--minutes", type=float, help="start no test after so many minutes; those left over are skipped")
+
+
+def pytest_runtest_setup(item):
+    minutes = item.config.getoption("minutes")
+    if minutes is not None and time.monotonic() - STARTED > 60 * minutes:
+        pytest.skip(f"left over: --minutes {minutes:g} are up")
 
 
 @pytest.fixture(scope="session")
