@@ -25,7 +25,7 @@ ENCODER_ATTRIBUTES = {"clip_l": "text_encoder", "t5": "text_encoder_2"}
 class PromptEncoder:
     """The embeddings of prompts: T5's of every token and CLIP's pooled one.
 
-    A frozen encoder embeds every prompt once, in `cache_prompts`, and is freed. The `trained` encoders ("clip_l", "t5")
+    A frozen encoder embeds every prompt once, in `cache_prompts`, and is freed. The `trained` encoders (clip_l, t5)
     run in every step, with gradients, until `freeze`.
 
     Args:
