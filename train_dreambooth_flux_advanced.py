@@ -110,8 +110,8 @@ from common.tracking import (
     print_header,
     start_logging,
     step_logs,
+    write_model_card,
 )
-from common.tracking import save_model_card as write_model_card
 from common.validation import draw_class_images, generate_images, save_images, undisturbed
 
 import numpy as np

@@ -24,11 +24,13 @@ arguments (args.json), the loss (metrics.jsonl, loss.png), pictures (validation/
 import functools
 import itertools
 import math
+import os
 import secrets
 import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from common.arguments import LR_SCHEDULERS, TRACKERS, Parser, Switch, fail, names_in, number
 from common.checkpoints import (
@@ -81,19 +83,15 @@ from common.lora import (
 )
 from common.models import (
     QUANTIZATIONS,
-    check_shared_flags,
-    create_lr_scheduler,
-    create_optimizer,
-    first_device,
+    check_weights,
+    compile_blocks,
     load_model,
     load_scheduler,
-    prepare_blocks,
     quantize_base,
-    start,
+    shard,
 )
 from common.text_encoders import CLIP_TARGET_MODULES, PromptEncoder, load_text_pipeline
 from common.tracking import (
-    about_text,
     check_hub,
     create_hub_repo,
     finish,
@@ -101,28 +99,31 @@ from common.tracking import (
     open_metrics,
     plot_metrics,
     print_header,
-    save_model_card,
     start_logging,
     step_logs,
+    write_model_card,
 )
-from common.validation import (
-    draw_class_images,
-    generate_images,
-    image_grid,
-    sampling_pipeline,
-    save_images,
-    undisturbed,
-)
+from common.validation import draw_class_images, generate_images, image_grid, save_images, undisturbed
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate.utils import broadcast_object_list, set_seed
-from diffusers import AutoencoderKL, FluxFillPipeline, FluxPipeline, FluxTransformer2DModel
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxFillPipeline,
+    FluxPipeline,
+    FluxTransformer2DModel,
+)
+from diffusers.optimization import get_scheduler
 from diffusers.training_utils import compute_loss_weighting_for_sd3, offload_models
+from diffusers.utils import logging as diffusers_logging
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
+from transformers.utils import logging as transformers_logging
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -286,72 +287,104 @@ def parse_args(argv=None):
     arg("--hub_model_id", help="repository for it (default: the name of output_dir)")
 
     args = parser.parse_args(argv)
-    parser.refuse(check_flags(args) + check_model(args) + check_output_dir(args))
+    parser.refuse(check_args(args) + check_weights(args) + check_model(args) + check_output_dir(args))
     return args
 
 
-def check_flags(args):
-    """Contradictions between flags, and flags without effect."""
-    problems = check_sources(args) + check_validation(args)
-    needs = {
-        "mask": ("mask_data_dir", "mask_column", "use_split_mask", "validation_mask"),
-        "edit": ("target_data_dir", "target_column", "train_embedder"),
-    }
-    other = "edit" if args.mode == "mask" else "mask"
-    problems += [f"--{name} needs --mode {other}" for name in needs[other] if getattr(args, name)]
-    if args.loss_mask_weight != 1 and args.mode == "edit":
-        problems.append(f"--loss_mask_weight {args.loss_mask_weight:g} needs --mode mask: all is masked in edit mode")
-    if args.loss_mask_weight == 0 and args.with_prior_preservation:
-        problems.append("--loss_mask_weight 0 leaves nothing of the class pictures, which are masked as a whole")
-    if args.train_embedder and "x_embedder" in lora_targets(args):
-        problems.append("--lora_layers x_embedder: --train_embedder trains all of this layer, leave one out")
-    if args.mask_only_right and not args.use_split_mask:
-        problems.append("--mask_only_right needs --use_split_mask")
-    return problems + check_shared_flags(args) + check_hub(args)
-
-
-def check_validation(args):
-    """Problems of the lists of prompts, pictures and masks to draw, and of the size."""
-    problems = [
-        f"--{name} {getattr(args, name)} must be a multiple of 16, such as {getattr(args, name) // 16 * 16}"
-        for name in ("validation_width", "validation_height")
-        if getattr(args, name) % 16
-    ]
-    flags = ["validation_prompt", "validation_image", *(["validation_mask"] if not args.use_split_mask else [])]
-    lists = {flag: names_in_list(getattr(args, flag)) for flag in flags}
-    lists = {flag: names for flag, names in lists.items() if names}
-    if lists and "validation_prompt" not in lists:
-        problems.append(f"--{next(iter(lists))} needs --validation_prompt")
-    if len({len(names) for names in lists.values()} - {1}) > 1:
-        lengths = ", ".join(f"{len(names)} in --{flag}" for flag, names in lists.items())
-        problems.append(f"{lengths}: these lists must be equally long, or hold one thing for all")
-    if "validation_image" in lists and "validation_mask" not in lists and args.mode == "mask" and flags[2:]:
-        problems.append("--validation_image needs --validation_mask, or masks that are split: --use_split_mask")
-    return problems
-
-
-def check_sources(args):
-    """Problems of the flags that say where pictures, their masks or targets, and their captions are."""
+def check_args(args):
+    """Problems of the flags: those that contradict each other, and those that would have no effect."""
     problems = []
+
+    # where images, their targets or masks, and their captions are
     if (args.instance_data_dir is None) == (args.dataset_name is None):
         problems.append("exactly one of --instance_data_dir and --dataset_name is needed")
-    folders = [name for name in ("target_data_dir", "mask_data_dir", "caption_data_dir") if getattr(args, name)]
-    columns = [name for name in ("target_column", "mask_column") if getattr(args, name)]
-    if args.dataset_name:
-        problems += [f"--{name} goes with --instance_data_dir, not with --dataset_name" for name in folders]
-    else:
-        problems += [f"--{name} {getattr(args, name)} needs --dataset_name" for name in columns]
+    if args.dataset_config_name and not args.dataset_name:
+        problems.append(f"--dataset_config_name {args.dataset_config_name} needs --dataset_name")
+    for flag in ("target_data_dir", "mask_data_dir", "caption_data_dir"):
+        if vars(args)[flag] and args.dataset_name:
+            problems.append(f"--{flag} goes with --instance_data_dir, not with --dataset_name")
+    for flag in ("target_column", "mask_column"):
+        if vars(args)[flag] and not args.dataset_name:
+            problems.append(f"--{flag} {vars(args)[flag]} needs --dataset_name")
     if args.caption_data_dir and args.caption_column:
         problems.append("--caption_data_dir and --caption_column exclude each other: choose one")
-    partners = ("target_data_dir", "target_column") if args.mode == "edit" else ("mask_data_dir", "mask_column")
-    given = any(name in folders + columns for name in partners)
-    if args.mode == "edit" and not given:
-        problems.append("--mode edit needs --target_data_dir, or --target_column of --dataset_name")
-    if args.mode == "mask" and given == args.use_split_mask:
+
+    # the modes
+    if args.mode == "edit":
+        if not (args.target_data_dir or args.target_column):
+            problems.append("--mode edit needs --target_data_dir, or --target_column of --dataset_name")
+        for flag in ("mask_data_dir", "mask_column", "use_split_mask", "validation_mask"):
+            if vars(args)[flag]:
+                problems.append(f"--{flag} needs --mode mask")
+        if args.loss_mask_weight != 1:
+            problems.append(
+                f"--loss_mask_weight {args.loss_mask_weight:g} needs --mode mask: in edit mode everything is masked"
+            )
+        if args.train_embedder and "x_embedder" in lora_targets(args):
+            problems.append("--lora_layers x_embedder: --train_embedder trains all of this layer, leave one out")
+    else:
+        has_masks = bool(args.mask_data_dir or args.mask_column)
+        if has_masks == args.use_split_mask:
+            problems.append(
+                "--mode mask needs one of --mask_data_dir (or --mask_column of --dataset_name) and --use_split_mask"
+            )
+        for flag in ("target_data_dir", "target_column", "train_embedder"):
+            if vars(args)[flag]:
+                problems.append(f"--{flag} needs --mode edit")
+    if args.mask_only_right and not args.use_split_mask:
+        problems.append("--mask_only_right needs --use_split_mask")
+
+    # prior preservation
+    if args.with_prior_preservation:
+        if not (args.class_data_dir and args.class_prompt):
+            problems.append("--with_prior_preservation needs --class_data_dir and --class_prompt")
+        if args.loss_mask_weight == 0:
+            problems.append("--loss_mask_weight 0 leaves nothing of the class images, which are masked as a whole")
+    elif args.class_data_dir or args.class_prompt:
+        problems.append("--class_data_dir and --class_prompt have no effect without --with_prior_preservation")
+    if args.class_data_dir and args.class_data_dir.exists() and not args.class_data_dir.is_dir():
+        problems.append(f"--class_data_dir {args.class_data_dir}: a file of this name is in the way")
+    if args.prior_generation_precision in ("no", "fp32") and args.mixed_precision in ("fp16", "bf16"):
         problems.append(
-            "--mode mask needs one of --mask_data_dir (or --mask_column of --dataset_name) and --use_split_mask"
+            f"--prior_generation_precision {args.prior_generation_precision}: the model is loaded in "
+            f"{args.mixed_precision}"
         )
-    return problems
+
+    # noise, optimizer, precision
+    if args.weighting_scheme in ("logit_normal", "mode") and args.timestep_sampling != "sigma":
+        problems.append(f"--weighting_scheme {args.weighting_scheme} has no effect without --timestep_sampling sigma")
+    if args.optimizer == "prodigy":
+        if args.use_8bit_adam:
+            problems.append("--use_8bit_adam has no effect on --optimizer prodigy: leave one out")
+        if args.learning_rate <= 0.1:
+            problems.append(f"--learning_rate {args.learning_rate:g}: Prodigy finds the rate itself and wants about 1")
+    elif args.prodigy_beta3 is not None:
+        problems.append(f"--prodigy_beta3 has no effect on --optimizer {args.optimizer}: leave it out")
+    if args.mixed_precision == "fp16" and not torch.accelerator.is_available():
+        problems.append("--mixed_precision fp16 needs a GPU: use bf16 or no")
+
+    # validation: lists with one entry per case, or a single one for all cases
+    for flag in ("validation_width", "validation_height"):
+        size = vars(args)[flag]
+        if size % 16:
+            problems.append(f"--{flag} {size} must be a multiple of 16, such as {size // 16 * 16}")
+    listed = {}
+    for flag in ("validation_prompt", "validation_image", "validation_mask"):
+        names = names_in_list(vars(args)[flag])
+        if names:
+            listed[flag] = names
+    if args.use_split_mask:
+        listed.pop("validation_mask", None)
+    if listed and "validation_prompt" not in listed:
+        problems.append(f"--{next(iter(listed))} needs --validation_prompt")
+    if len({len(names) for names in listed.values() if len(names) > 1}) > 1:
+        lengths = ", ".join(f"{len(names)} in --{flag}" for flag, names in listed.items())
+        problems.append(f"{lengths}: these lists must be equally long, or hold one entry for all")
+    mask_needed = args.mode == "mask" and not args.use_split_mask
+    if mask_needed and "validation_image" in listed and "validation_mask" not in listed:
+        problems.append("--validation_image needs --validation_mask, or masks that are split: --use_split_mask")
+
+    return problems + check_hub(args)
 
 
 def names_in_list(text):
@@ -519,7 +552,9 @@ def find_examples(args):
         )
         problems.append(f"{source}: no pictures ({', '.join(IMAGE_SUFFIXES)}) in it")
     every = examples + [example.partner for example in examples if example.partner] + class_examples(args)
-    every += validation_pictures(args)
+    every += validation_files(args, "validation_image")
+    if not args.use_split_mask:
+        every += validation_files(args, "validation_mask")
     problems += check_pictures(every, EditExample.check)
     problems += [problem for example in examples if (problem := misfit(example, args))]
     problems += check_captions(examples, args)
@@ -742,12 +777,37 @@ class EditDataset(Dataset):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+class ValidationCase(NamedTuple):
+    """A prompt and the PIL image and mask that it is applied to at every validation."""
+
+    prompt: str
+    image: Image.Image
+    mask: Image.Image
+
+
+def create_pipeline(transformer, vae, noise_scheduler):
+    """The pipeline around the models in training, for prompts that are embedded already.
+
+    It has its own scheduler: sampling sets other timesteps than training uses.
+    """
+    return FillPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler.from_config(noise_scheduler.config),
+        vae=vae,
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        transformer=transformer,
+    )
+
+
 def pipeline_call(prompt_encoder, prompt, args, image=None, mask=None):
-    """The pipeline's arguments for drawing `prompt` into a picture, or, without one, from nothing."""
-    prompt_embeds, pooled_prompt_embeds = prompt_encoder.encode_prompts([prompt])
+    """Arguments of the pipeline: edit `image` where `mask` is white, or, without both, generate a whole image."""
     if image is None:
-        size = sides((1, 1), max(args.resolution))
-        image, mask = (Image.new(mode, size, "white") for mode in ("RGB", "L"))
+        height, width = sides((1, 1), max(args.resolution))
+        image = Image.new("RGB", (width, height), "white")
+        mask = Image.new("L", (width, height), "white")
+    prompt_embeds, pooled_prompt_embeds = prompt_encoder.encode_prompts([prompt])
     return {
         "prompt_embeds": prompt_embeds,
         "pooled_prompt_embeds": pooled_prompt_embeds,
@@ -759,84 +819,105 @@ def pipeline_call(prompt_encoder, prompt, args, image=None, mask=None):
     }
 
 
-def validation_pictures(args):
-    """Examples of the files that --validation_image and --validation_mask name."""
-    flags = ["validation_image"] + ["validation_mask"] * (not args.use_split_mask)
-    return [
-        EditExample(f"--{flag} {path}", functools.partial(Image.open, path))
-        for flag in flags
-        for path in names_in_list(getattr(args, flag))
-    ]
+def validation_files(args, flag):
+    """Examples of the image files that --validation_image or --validation_mask lists."""
+    paths = names_in_list(vars(args)[flag])
+    return [EditExample(f"--{flag} {path}", functools.partial(Image.open, path)) for path in paths]
 
 
 def validation_cases(args, examples):
-    """[(prompt, picture, mask)] to draw at every validation, pictures and masks as PIL images.
+    """What is generated at every validation, a list of `ValidationCase`.
 
-    Of --validation_prompt, --validation_image and --validation_mask, one that names a single thing goes with all of
-    the others. Without --validation_image, the first picture of the data is taken; split masks are the halves that
-    training uses; in edit mode the mask is black, see `FillPipeline`.
+    Each of the lists --validation_prompt, --validation_image and --validation_mask has one entry per case, or a single
+    one for all cases. Without --validation_image, the first training example is used. Split masks give one case for
+    each half that training uses. In edit mode the mask is black, see `FillPipeline`.
     """
-    size = args.validation_width, args.validation_height
-    pictures = validation_pictures(args)
-    images = [p for p in pictures if p.name.startswith("--validation_image")] or examples[:1]
-    masks = [p for p in pictures if p.name.startswith("--validation_mask")] or [p.partner for p in examples[:1]]
     prompts = names_in_list(args.validation_prompt)
-    count = max(len(prompts), len(images), len(masks)) if prompts else 0
+    if not prompts:
+        return []
+    images = validation_files(args, "validation_image") or examples[:1]
+    masks = []
+    if args.mode == "mask" and not args.use_split_mask:
+        masks = validation_files(args, "validation_mask") or [examples[0].partner]
+    size = (args.validation_width, args.validation_height)
     cases = []
-    for i in range(count):
-        prompt, image, mask = (values[i % len(values)] for values in (prompts, images, masks))
-        image = ImageOps.fit(image.image(), size, Image.Resampling.LANCZOS)
+    for i in range(max(len(prompts), len(images), len(masks))):
+        prompt = prompts[i % len(prompts)]
+        image = ImageOps.fit(images[i % len(images)].image(), size, Image.Resampling.LANCZOS)
         if args.mode == "edit":
-            masks_of_case = [Image.new("L", size)]
+            cases.append(ValidationCase(prompt, image, Image.new("L", size, "black")))
         elif args.use_split_mask:
-            halves = ["right"] if args.mask_only_right else ["left", "right"]
-            masks_of_case = [split_mask(size, half) for half in halves]
+            if not args.mask_only_right:
+                cases.append(ValidationCase(prompt, image, split_mask(size, "left")))
+            cases.append(ValidationCase(prompt, image, split_mask(size, "right")))
         else:
-            masks_of_case = [ImageOps.fit(mask.image().convert("L"), size, Image.Resampling.NEAREST)]
-        cases += [(prompt, image, mask) for mask in masks_of_case]
+            mask = masks[i % len(masks)].image().convert("L")
+            mask = ImageOps.fit(mask, size, Image.Resampling.NEAREST)
+            cases.append(ValidationCase(prompt, image, mask))
     return cases
 
 
-def validate(accelerator, transformer, vae, noise_scheduler, prompt_encoder, args, *, cases, step):
-    """Draws the cases and sends the pictures to validation/step-N.png, beside what was shown, and to the trackers."""
-    pipeline = sampling_pipeline(FillPipeline, accelerator.unwrap_model(transformer), vae, noise_scheduler)
+def log_validation(accelerator, transformer, vae, noise_scheduler, prompt_encoder, args, cases, step):
+    """Generates the cases and sends the images to validation/step-N.png, beside their inputs, and to the trackers."""
+    pipeline = create_pipeline(accelerator.unwrap_model(transformer), vae, noise_scheduler)
     pipeline.hide = args.mode == "mask"
+    calls = []
+    prompts = []
     with (
         undisturbed(transformer, device=accelerator.device),
         offload_models(vae, device=accelerator.device, offload=args.offload or args.cache_latents),
     ):
-        calls = [pipeline_call(prompt_encoder, prompt, args, image, mask) for prompt, image, mask in cases]
-        calls = [call for call in calls for _ in range(args.num_validation_images)]
+        for case in cases:
+            call = pipeline_call(prompt_encoder, case.prompt, args, case.image, case.mask)
+            calls += [call] * args.num_validation_images
+            prompts += [case.prompt] * args.num_validation_images
         images = generate_images(accelerator, pipeline, calls, seed=args.seed)
-    prompts = [prompt for prompt, _, _ in cases for _ in range(args.num_validation_images)]
     captions = [f"{prompt} | seed {args.seed + i}" for i, prompt in enumerate(prompts)]
-    rows, drawn = [], zip(images, captions, strict=True)
-    for _, image, mask in cases:
-        shown = Image.composite(Image.new("RGB", image.size, "gray"), image, mask)
-        rows += [(shown, "shown"), *itertools.islice(drawn, args.num_validation_images)]
-    grid = image_grid(*zip(*rows, strict=True), columns=1 + args.num_validation_images, title=f"step {step}")
+
+    cells = []  # of the grid, a row per case: its input, then the images generated from it
+    captions_of_cells = []
+    for i, case in enumerate(cases):
+        first = i * args.num_validation_images
+        last = first + args.num_validation_images
+        cells += [Image.composite(Image.new("RGB", case.image.size, "gray"), case.image, case.mask)]
+        cells += images[first:last]
+        captions_of_cells += ["input", *captions[first:last]]
+    columns = 1 + args.num_validation_images
+    grid = image_grid(cells, captions_of_cells, columns=columns, title=f"step {step}")
     save_images(accelerator, args, images, captions, step=step, grid=grid)
 
 
-def describe(args, dtype, prompt):
-    """README.md in the output folder: what was trained on what, and how to draw `prompt` with it."""
-    folder = args.output_dir.resolve()
-    model = [repr(args.pretrained_model_name_or_path), f"dtype={dtype}"]
-    model += [f"{name}={getattr(args, name)!r}" for name in ("revision", "variant") if getattr(args, name)]
-    size = f"height={args.validation_height}, width={args.validation_width}"
-    if args.mode == "edit":
-        mask = """
-# all of the picture is shown (the black mask), all of it is generated (the white mask that the transformer reads)
-prepare_mask_latents = pipeline.prepare_mask_latents
-pipeline.prepare_mask_latents = lambda mask, *rest: prepare_mask_latents(torch.ones_like(mask), *rest)
-image, mask = load_image("input.png"), Image.new("L", (1, 1), "black")"""
-    else:
-        mask = """
-image, mask = load_image("input.png"), load_image("mask.png")  # white: to be painted anew"""
-    description = f"""
-# {folder.name}
+MASK_MODE_CARD = """
+# {name}
 
-For {args.pretrained_model_name_or_path}: LoRA of rank {args.rank} and alpha {args.lora_alpha}, in {args.mode} mode.
+A LoRA (rank {rank}, alpha {alpha}) for {model}: it generates the white part of a mask from a prompt.
+
+```python
+import torch
+from diffusers import FluxFillPipeline
+from diffusers.utils import load_image
+
+pipeline = FluxFillPipeline.from_pretrained({pretrained_arguments})
+pipeline.load_lora_weights({folder!r})
+pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+
+image = pipeline(
+    {prompt!r},
+    image=load_image("input.png"),
+    mask_image=load_image("mask.png"),  # white where the image is to be generated
+    height={height},
+    width={width},
+    guidance_scale={guidance_scale},
+    max_sequence_length={max_sequence_length},
+).images[0]
+image.save("image.png")
+```
+"""
+
+EDIT_MODE_CARD = """
+# {name}
+
+A LoRA (rank {rank}, alpha {alpha}) for {model}: it edits a whole image as a prompt says.
 
 ```python
 import torch
@@ -844,45 +925,141 @@ from diffusers import FluxFillPipeline
 from diffusers.utils import load_image
 from PIL import Image
 
-pipeline = FluxFillPipeline.from_pretrained({", ".join(model)})
-pipeline.load_lora_weights({str(folder)!r})
+
+class EditPipeline(FluxFillPipeline):
+    # The mask given to the pipeline is black: it hides nothing of the input image.
+    # The transformer was trained with a white one: all of the result is generated.
+    def prepare_mask_latents(self, mask, *inputs):
+        return super().prepare_mask_latents(torch.ones_like(mask), *inputs)
+
+
+pipeline = EditPipeline.from_pretrained({pretrained_arguments})
+pipeline.load_lora_weights({folder!r})
 pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
-{mask.strip()}
+
 image = pipeline(
     {prompt!r},
-    image=image,
-    mask_image=mask,
-    {size},
-    guidance_scale={args.guidance_scale},
-    max_sequence_length={args.max_sequence_length}
+    image=load_image("input.png"),
+    mask_image=Image.new("L", (1, 1), "black"),
+    height={height},
+    width={width},
+    guidance_scale={guidance_scale},
+    max_sequence_length={max_sequence_length},
 ).images[0]
 image.save("image.png")
 ```
 """
-    base, tags = args.pretrained_model_name_or_path, ["image-to-image", "flux", "lora", "flux-fill", "diffusers"]
-    words = list(filter(None, [args.instance_prompt]))
-    save_model_card(args, description, tags, base, words, instance_prompt=args.instance_prompt)
+
+
+def save_model_card(args, dtype, prompt):
+    """Writes README.md into the output folder: what was trained, and code that applies it with `prompt`."""
+    folder = args.output_dir.resolve()
+    pretrained_arguments = [repr(args.pretrained_model_name_or_path), f"dtype={dtype}"]
+    if args.revision:
+        pretrained_arguments.append(f"revision={args.revision!r}")
+    if args.variant:
+        pretrained_arguments.append(f"variant={args.variant!r}")
+    template = EDIT_MODE_CARD if args.mode == "edit" else MASK_MODE_CARD
+    description = template.format(
+        name=folder.name,
+        rank=args.rank,
+        alpha=args.lora_alpha,
+        model=args.pretrained_model_name_or_path,
+        pretrained_arguments=", ".join(pretrained_arguments),
+        folder=str(folder),
+        prompt=prompt,
+        height=args.validation_height,
+        width=args.validation_width,
+        guidance_scale=args.guidance_scale,
+        max_sequence_length=args.max_sequence_length,
+    )
+    write_model_card(
+        args,
+        description,
+        tags=["image-to-image", "flux", "lora", "flux-fill", "diffusers"],
+        base_model=args.pretrained_model_name_or_path,
+        trigger_words=[args.instance_prompt] if args.instance_prompt else [],
+        instance_prompt=args.instance_prompt,
+    )
 
 
 def choose_seed(seed, checkpoint):
-    """--seed, else that of the run to resume, else a new one, on all processes the same."""
-    if seed is None and checkpoint and not checkpoint_damage(checkpoint):  # which is said later
+    """--seed; without it the seed of the run to resume, else a random one, the same on all processes."""
+    if seed is not None:
+        return seed
+    if checkpoint and not checkpoint_damage(checkpoint):  # a damaged one is reported by `check_run`
         return int(checkpoint_state(checkpoint)["seed"])
-    return broadcast_object_list([secrets.randbits(31)])[0] if seed is None else seed
+    return broadcast_object_list([secrets.randbits(31)])[0]
 
 
-def about_data(args, examples):
-    """What of the data is told before training."""
-    own_captions = sum(example.caption != args.instance_prompt for example in examples)
+def describe_run(args, examples, text_encoder_params):
+    """What the header says of this trainer's data and text encoders, {label: text}."""
+    if args.mode == "edit":
+        partners = "targets"
+    elif args.use_split_mask:
+        partners = "split masks"
+    else:
+        partners = "masks"
     edges = ", ".join(map(str, args.resolution))
-    partners = "with targets" if args.mode == "edit" else "with split masks" if args.use_split_mask else "with masks"
-    return {"data": f"{len(examples)} pictures {partners} at {edges} px, {own_captions} with captions of their own"}
+    captioned = sum(example.caption != args.instance_prompt for example in examples)
+    run_info = {"data": f"{len(examples)} images with {partners} at {edges} px, {captioned} with their own captions"}
+    if text_encoder_params:
+        count = sum(parameter.numel() for parameter in text_encoder_params)
+        run_info["text"] = f"{count:,} parameters in text encoders"
+        if args.optimizer == "prodigy" and args.text_encoder_lr != args.learning_rate:
+            run_info["Prodigy"] = f"has one learning rate, {args.learning_rate:g}: --text_encoder_lr is not used"
+    return run_info
+
+
+def create_optimizer(args, params_to_optimize):
+    """The optimizer of --optimizer; `params_to_optimize` are groups, each with its learning rate and weight decay."""
+    betas = (args.adam_beta1, args.adam_beta2)
+    if args.optimizer == "prodigy":
+        from prodigyopt import Prodigy
+
+        return Prodigy(
+            params_to_optimize,
+            betas=betas,
+            beta3=args.prodigy_beta3,
+            eps=args.adam_epsilon,
+            decouple=args.prodigy_decouple,
+            use_bias_correction=args.prodigy_use_bias_correction,
+            safeguard_warmup=args.prodigy_safeguard_warmup,
+        )
+    if args.use_8bit_adam:
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(params_to_optimize, betas=betas, eps=args.adam_epsilon)
+    return torch.optim.AdamW(params_to_optimize, betas=betas, eps=args.adam_epsilon)
 
 
 def main(args):
     # 1. Accelerator, logging, seed
-    accelerator, weight_dtype = start(args)
-    device, quiet = accelerator.device, not accelerator.is_main_process
+    if args.local_rank != -1:
+        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    if args.verbose:
+        diffusers_logging.set_verbosity_info()
+        transformers_logging.set_verbosity_info()
+    else:
+        diffusers_logging.disable_progress_bar()
+        transformers_logging.disable_progress_bar()
+
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # without it, processes started by torchrun on a CPU stay apart
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(args.output_dir, logging_dir=args.output_dir / args.logging_dir),
+        step_scheduler_with_optimizer=False,  # the schedule counts updates, whatever the number of processes
+    )
+    device = accelerator.device
+    weight_dtype = torch.float32  # of frozen models; what is trained stays in float32
+    if accelerator.mixed_precision == "fp16":
+        weight_dtype = torch.float16
+    elif accelerator.mixed_precision == "bf16":
+        weight_dtype = torch.bfloat16
+
     checkpoint = checkpoint_to_resume(args.output_dir, args.resume_from_checkpoint)
     args.seed = choose_seed(args.seed, checkpoint)
     set_seed(args.seed)
@@ -892,43 +1069,45 @@ def main(args):
     if problems:
         fail(accelerator, problems)
     dataset = EditDataset(examples, args)
-    num_processes, accumulation = accelerator.num_processes, args.gradient_accumulation_steps
-    total_batch_size = args.train_batch_size * accumulation * num_processes
     sampler = StepSampler(
         dataset.groups(),
         args.train_batch_size,
         seed=args.seed,
         process_index=accelerator.process_index,
-        num_processes=num_processes,
+        num_processes=accelerator.num_processes,
     )
+    accumulation = args.gradient_accumulation_steps
+    total_batch_size = args.train_batch_size * accumulation * accelerator.num_processes
     steps_per_epoch = math.ceil(sampler.steps_per_epoch / accumulation)
     max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
-    run = run_settings(args, len(dataset), num_processes)
+    run = run_settings(args, len(dataset), accelerator.num_processes)
     problems = check_run(accelerator, args, max_train_steps, checkpoint, run)
     if problems:
         fail(accelerator, problems)
     hub_repo = create_hub_repo(accelerator, args)
     args.output_dir.mkdir(parents=True, exist_ok=True)
 
-    # 3. Prompts: frozen text encoders are gone before the transformer is loaded
+    # 3. Prompts: embedded once; frozen text encoders are freed before the transformer is loaded
     cases = validation_cases(args, examples)
-    prompts = {example.caption for example in examples} | ({""} if args.caption_dropout else set())
-    prompts |= {prompt for prompt, _, _ in cases} | ({args.class_prompt} if args.class_prompt else set())
-    pipeline = load_text_pipeline(FluxPipeline, args, weight_dtype)
-    adapted = {}
-    text_lora_params = []
+    prompts = {example.caption for example in examples}
+    prompts.update(case.prompt for case in cases)
+    if args.caption_dropout:
+        prompts.add("")
+    if args.class_prompt:
+        prompts.add(args.class_prompt)
+    text_pipeline = load_text_pipeline(FluxPipeline, args, weight_dtype)
+    text_encoder_params = []
     if args.train_text_encoder:
-        text_lora_params = add_lora(
-            pipeline.text_encoder,
+        text_encoder_params = add_lora(
+            text_pipeline.text_encoder,
             rank=args.rank,
             alpha=args.lora_alpha,
             dropout=0.0,
             target_modules=CLIP_TARGET_MODULES,
         )
-        adapted["text_encoder"] = pipeline.text_encoder
     prompt_encoder = PromptEncoder(
         accelerator,
-        pipeline,
+        text_pipeline,
         weight_dtype,
         max_sequence_length=args.max_sequence_length,
         trained={"clip_l"} if args.train_text_encoder else set(),
@@ -936,15 +1115,16 @@ def main(args):
     )
     prompt_encoder.cache_prompts(sorted(prompts))
 
-    # 4. VAE, class images, latents; then the transformer with its LoRA
+    # 4. Models: VAE, class images and cached latents; then the transformer and its LoRA
     noise_scheduler = load_scheduler(args)
-    offload = args.offload or args.cache_latents
-    vae = load_model(AutoencoderKL, "vae", args, weight_dtype).to("cpu" if offload else device)
+    offload_vae = args.offload or args.cache_latents
+    vae = load_model(AutoencoderKL, "vae", args, weight_dtype)
+    vae.to("cpu" if offload_vae else device)
     transformer = None
-    with offload_models(vae, device=device, offload=offload):
+    with offload_models(vae, device=device, offload=offload_vae):
         if args.with_prior_preservation:
             transformer = load_model(FluxTransformer2DModel, "transformer", args, weight_dtype).to(device)
-            pipeline = sampling_pipeline(FillPipeline, transformer, vae, noise_scheduler)
+            pipeline = create_pipeline(transformer, vae, noise_scheduler)
             call = pipeline_call(prompt_encoder, args.class_prompt, args)
             draw_class_images(accelerator, pipeline, call, args, present=len(class_examples(args)))
             dataset.class_examples = class_examples(args)
@@ -952,8 +1132,12 @@ def main(args):
             dataset.moments = cache_moments(accelerator, vae, dataset.picture_keys(), dataset.pixel_values)
     if transformer is None:
         transformer = load_model(FluxTransformer2DModel, "transformer", args, weight_dtype)
-    base_size = sum(parameter.numel() for parameter in transformer.parameters())
-    quantize_base(transformer, weight_dtype, args.quantize_base).to(first_device(accelerator, args))
+    base_size = transformer.num_parameters()
+    guidance_embeds = transformer.config.guidance_embeds  # FLUX.1-Fill-dev was distilled with guidance
+    if args.quantize_base != "none":
+        quantize_base(transformer, weight_dtype, args.quantize_base)
+    transformer.to("cpu" if args.fsdp else device)  # `shard` moves it block by block: it may not fit as a whole
+
     add_lora(
         transformer,
         rank=args.rank,
@@ -962,75 +1146,127 @@ def main(args):
         target_modules=lora_targets(args),
         modules_to_save=["x_embedder"] if args.train_embedder else None,
     )
-    prepare_blocks(transformer, args, device, weight_dtype)
+    if args.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    if args.compile:
+        compile_blocks(transformer)
+    if args.fsdp:
+        shard(transformer, device, weight_dtype)
     lora_params = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
-    adapted = {"transformer": transformer, **adapted}
-    guided = transformer.config.guidance_embeds
+    adapted_models = {"transformer": transformer}
+    if args.train_text_encoder:
+        adapted_models["text_encoder"] = prompt_encoder.encoders["clip_l"]
 
     # 5. Optimizer and schedule
-    optimizer = create_optimizer(args, lora_params, total_batch_size if args.scale_lr else 1, text_lora_params)
-    lr_scheduler = create_lr_scheduler(args, optimizer, max_train_steps)
+    lr_scale = total_batch_size if args.scale_lr else 1
+    params_to_optimize = [
+        {"params": lora_params, "lr": args.learning_rate * lr_scale, "weight_decay": args.adam_weight_decay}
+    ]
+    if args.train_text_encoder:
+        # Prodigy estimates one step size for all groups, so they need the same learning rate
+        text_encoder_lr = args.learning_rate if args.optimizer == "prodigy" else args.text_encoder_lr
+        params_to_optimize.append(
+            {
+                "params": text_encoder_params,
+                "lr": text_encoder_lr * lr_scale,
+                "weight_decay": args.adam_weight_decay_text_encoder,
+            }
+        )
+    optimizer = create_optimizer(args, params_to_optimize)
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=max_train_steps,
+        num_cycles=args.lr_num_cycles,
+        power=args.lr_power,
+    )
 
     # 6. Prepare and resume
-    if args.fsdp:
+    if args.fsdp:  # `shard` has prepared the transformer
         lr_scheduler = accelerator.prepare(lr_scheduler)
     else:
         transformer, optimizer, lr_scheduler = accelerator.prepare(transformer, optimizer, lr_scheduler)
-    register_lora_checkpointing(accelerator, FluxFillPipeline, adapted, optimizer)
+    register_lora_checkpointing(accelerator, FluxFillPipeline, adapted_models, optimizer)
     global_step = load_checkpoint(accelerator, checkpoint, lr_scheduler)
-    sampler.start, sampler.stop = global_step * accumulation, max_train_steps * accumulation
+    sampler.start = global_step * accumulation
+    sampler.stop = max_train_steps * accumulation
     train_dataloader = DataLoader(
         dataset, batch_sampler=sampler, collate_fn=collate, num_workers=args.dataloader_num_workers
     )
 
     # 7. Train
-    about = about_data(args, examples) | about_text(args, text_lora_params)
-    print_header(accelerator, args, about, lora_params, base_size, max_train_steps, steps_per_epoch)
+    run_info = describe_run(args, examples, text_encoder_params)
+    print_header(accelerator, args, run_info, lora_params, base_size, max_train_steps, steps_per_epoch)
     start_logging(accelerator, args, "influxedit", global_step)
-    draw = functools.partial(
-        validate, accelerator, transformer, vae, noise_scheduler, prompt_encoder, args, cases=cases
-    )
+    metrics = None
+    if accelerator.is_main_process:
+        metrics = open_metrics(args.output_dir / "metrics.jsonl", global_step)
     if cases and global_step == 0:
-        draw(step=0)
-    metrics = open_metrics(args.output_dir / "metrics.jsonl", global_step) if accelerator.is_main_process else None
+        log_validation(accelerator, transformer, vae, noise_scheduler, prompt_encoder, args, cases, step=0)
     transformer.train()
-    progress_bar = tqdm(total=max_train_steps, initial=global_step, desc="Training", unit="step", disable=quiet)
-    loss_sum, skipped, signals, started = 0.0, 0, catch_signals(), time.perf_counter()
+    progress_bar = tqdm(
+        total=max_train_steps,
+        initial=global_step,
+        desc="Training",
+        unit="step",
+        disable=not accelerator.is_main_process,
+    )
+    signals = catch_signals()
+    loss_sum = 0.0  # of the micro-steps since the last update
+    skipped_steps = 0  # in a row, because the loss was not finite
+    started = time.perf_counter()
+    # No loop over epochs: a run can resume at any micro-step. All that a micro-step draws at random (batch, crops,
+    # latents, noise levels, dropout) depends on the seed and its number alone; the order of these draws is what exact
+    # resume relies on.
     for micro_step, batch in enumerate(read_batches(train_dataloader), start=sampler.start):
         with accelerator.accumulate(transformer):
-            generator = step_generator(args.seed, *divmod(micro_step, accumulation), accelerator.process_index)
-            torch.manual_seed(generator.initial_seed())  # dropout draws from the global generator
-            if "moments" in batch:
+            step, accumulated = divmod(micro_step, accumulation)
+            generator = step_generator(args.seed, step, accumulated, accelerator.process_index)
+            torch.manual_seed(generator.initial_seed())  # dropout uses the global generator
+
+            if args.cache_latents:
                 moments = batch["moments"].to(device)
             else:
-                with offload_models(vae, device=device, offload=offload):
+                with offload_models(vae, device=device, offload=offload_vae):
                     moments = encode_moments(vae, batch["pixel_values"].flatten(0, 1)).unflatten(0, (-1, 2))
-            latents, shown_latents = (sample_latents(part, vae.config, generator) for part in moments.unbind(1))
+            latents = sample_latents(moments[:, 0], vae.config, generator)
+            shown_latents = sample_latents(moments[:, 1], vae.config, generator)
+            condition = pack_fill_condition(shown_latents, batch["mask"].to(device))
             prompt_embeds, pooled_prompt_embeds = prompt_encoder.encode_prompts(batch["prompt"])
+            guidance = None
+            if guidance_embeds:
+                guidance = torch.full((len(latents),), args.guidance_scale, device=device)
             with accelerator.autocast():
                 losses = compute_loss(
                     transformer,
                     latents,
-                    pack_fill_condition(shown_latents, batch["mask"].to(device)),
+                    condition,
                     prompt_embeds,
                     pooled_prompt_embeds,
                     args=args,
                     noise_scheduler=noise_scheduler,
-                    guidance=torch.full((len(latents),), args.guidance_scale, device=device) if guided else None,
+                    guidance=guidance,
                     generator=generator,
                 )
-            instance_losses = losses[: len(losses) // 2] if args.with_prior_preservation else losses
-            loss = instance_losses.mean()
             if args.with_prior_preservation:
-                loss = loss + args.prior_loss_weight * losses[len(losses) // 2 :].mean()
+                instance_losses, prior_losses = losses.chunk(2)  # `collate` puts class images behind the others
+                instance_loss = instance_losses.mean()
+                prior_loss = prior_losses.mean()
+                loss = instance_loss + args.prior_loss_weight * prior_loss
+            else:
+                loss = losses.mean()
             accelerator.backward(loss)
             loss_sum = loss_sum + loss.detach() / accumulation
             if not accelerator.sync_gradients:
                 continue
-            reduce_gradients(accelerator, text_lora_params)
-            grad_norm = accelerator.clip_grad_norm_([*lora_params, *text_lora_params], args.max_grad_norm)
-            totals = torch.stack([loss_sum, torch.tensor(float(len(signals)), device=device)])
-            mean_loss, interrupted = accelerator.reduce(totals, reduction="mean").tolist()
+
+            reduce_gradients(accelerator, text_encoder_params)
+            grad_norm = accelerator.clip_grad_norm_([*lora_params, *text_encoder_params], args.max_grad_norm)
+            # one message between the processes carries the loss and whether any of them got a signal
+            stop_requested = torch.tensor(float(len(signals)), device=device)
+            reduced = accelerator.reduce(torch.stack([loss_sum, stop_requested]), reduction="mean")
+            mean_loss, stop_requested = reduced.tolist()
             # a gradient scaler (fp16) skips infinite gradients itself
             finite = math.isfinite(mean_loss) and (accelerator.scaler is not None or math.isfinite(grad_norm))
             if finite or accelerator.scaler is not None:
@@ -1039,45 +1275,56 @@ def main(args):
             optimizer.zero_grad()
 
         global_step += 1
-        skipped = 0 if finite else count_skipped(skipped, global_step)
+        if finite:
+            skipped_steps = 0
+        else:
+            skipped_steps = count_skipped(skipped_steps, global_step)
         logs = {"loss": mean_loss, **step_logs(optimizer, grad_norm, total_batch_size, started, device)}
         log_step(accelerator, progress_bar, metrics, global_step, logs)
         done = global_step == max_train_steps
-        if interrupted or global_step % args.checkpointing_steps == 0:
+        if stop_requested or global_step % args.checkpointing_steps == 0:
             checkpoint = save_checkpoint(accelerator, args.output_dir, global_step, run, args.checkpoints_total_limit)
-        if interrupted and not done:
-            transformer = draw = None  # see below
+        if stop_requested and not done:
+            transformer = None  # see the end of `main`
             stop_interrupted(accelerator, global_step, checkpoint, signals)
         if cases and global_step % args.validation_steps == 0 and not done:
-            draw(step=global_step)
-        loss_sum, started = 0.0, time.perf_counter()
+            log_validation(accelerator, transformer, vae, noise_scheduler, prompt_encoder, args, cases, global_step)
+        loss_sum = 0.0
+        started = time.perf_counter()
     progress_bar.close()
 
     # 8. Save and final validation
     save_dtype = torch.float32 if args.upcast_before_saving else weight_dtype
-    save_lora(args.output_dir, FluxFillPipeline, adapted, save_dtype)
-    shown_prompt = cases[0][0] if cases else examples[0].caption
+    save_lora(args.output_dir, FluxFillPipeline, adapted_models, save_dtype)
     if accelerator.is_main_process:
         metrics.close()
         plot_metrics(args.output_dir)
     if cases:
-        draw(step=global_step)
+        log_validation(accelerator, transformer, vae, noise_scheduler, prompt_encoder, args, cases, global_step)
+    example_prompt = cases[0].prompt if cases else examples[0].caption
     if accelerator.is_main_process:
-        describe(args, weight_dtype, shown_prompt)
-    transformer = draw = None  # what DistributedDataParallel frees after the process group can hang in gloo
+        save_model_card(args, weight_dtype, example_prompt)
+    transformer = None  # DistributedDataParallel must be freed before the process group: gloo can hang otherwise
     accelerator.free_memory()
     accelerator.end_training()
     results = {
         "LoRA": "pytorch_lora_weights.safetensors",
         "usage": "README.md",
         "loss": "loss.png",
-        "pictures": "validation",
+        "images": "validation",
     }
-    command = f"influxedit/generate.py {shlex.quote(str(args.output_dir))} --prompt {shlex.quote(shown_prompt)}"
-    for name in ["image"] + ["mask"] * (args.mode == "mask" and not args.use_split_mask):
-        given = names_in_list(getattr(args, f"validation_{name}"))
-        command += f" --{name} {shlex.quote(given[0] if given else name.upper())}"
-    finish(accelerator, args, global_step, results, command, hub_repo)
+    finish(accelerator, args, global_step, results, generate_command(args, example_prompt), hub_repo)
+
+
+def generate_command(args, prompt):
+    """The command, below examples/, that applies the result to an image."""
+    command = f"influxedit/generate.py {shlex.quote(str(args.output_dir))} --prompt {shlex.quote(prompt)}"
+    images = names_in_list(args.validation_image) or ["IMAGE"]
+    command += f" --image {shlex.quote(images[0])}"
+    if args.mode == "mask" and not args.use_split_mask:
+        masks = names_in_list(args.validation_mask) or ["MASK"]
+        command += f" --mask {shlex.quote(masks[0])}"
+    return command
 
 
 if __name__ == "__main__":

@@ -108,9 +108,9 @@ from common.tracking import (
     open_metrics,
     plot_metrics,
     print_header,
-    save_model_card,
     start_logging,
     step_logs,
+    write_model_card,
 )
 from common.validation import generate_images, sampling_pipeline, save_images, undisturbed
 
@@ -1519,7 +1519,7 @@ python examples/{command}
 ```
 """
     tags = ["image-to-image", "flux", "lora", "ominicontrol", "diffusers"]
-    save_model_card(args, description, tags, args.pretrained_model_name_or_path)
+    write_model_card(args, description, tags, args.pretrained_model_name_or_path)
 
 
 def check_prompts(args, prompts):

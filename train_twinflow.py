@@ -107,9 +107,9 @@ from common.tracking import (
     open_metrics,
     plot_metrics,
     print_header,
-    save_model_card,
     start_logging,
     step_logs,
+    write_model_card,
 )
 from common.validation import save_images, undisturbed
 
@@ -1373,7 +1373,7 @@ python examples/{command}
 ```
 """
     tags = ["text-to-image", "twinflow", args.training, "diffusers"]
-    save_model_card(args, description, tags, args.pretrained_model_name_or_path)
+    write_model_card(args, description, tags, args.pretrained_model_name_or_path)
 
 
 def about_run(args, dataset):

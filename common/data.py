@@ -1,16 +1,39 @@
-"""Images and captions from folders and datasets, and the order in which training sees them."""
+"""Images and captions from folders and datasets, and the order in which training sees them.
 
+A script reads, then checks, then assigns; nothing but the last step changes an example:
+
+    examples, problems = read_folder(args.instance_data_dir, caption_column=args.caption_column,
+                                     partner_dirs={"mask": args.mask_data_dir})       # or read_dataset(...)
+    images = all_images(examples)                                                     # masks among them
+    sizes, unreadable = read_sizes(images)                                            # upright, in pixels
+    problems += unreadable + check_captions(examples, default=args.instance_prompt)
+    for image, size in zip(images, sizes, strict=True):
+        image.size = size
+    for example in examples:
+        example.caption = args.instance_prompt if example.caption is None else example.caption
+
+and a sample is `fit(example.image(), Size(height, width), args.image_interpolation_mode)`, its mask
+`fit_mask(example.images["mask"].image(), size)`. A generator reads a file as `upright(open_image(path))`.
+
+`load_dataset("imagefolder")` does not read folders here: it drops images that metadata.jsonl does not list, accepts
+rows of files that are not there, knows no .txt captions, and copies every folder into its cache.
+"""
+
+import functools
+import io
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
+import fsspec
 import numpy as np
 import torch
-from PIL import EpsImagePlugin, Image, ImageOps
+from PIL import EpsImagePlugin, ExifTags, Image, ImageOps
 from safetensors import SafetensorError
 from torch.utils.data import IterableDataset, Sampler, default_collate
 from tqdm.auto import tqdm
@@ -22,24 +45,41 @@ UNREAD_SUFFIXES = (".heic", ".heif", ".avif", ".tif", ".tiff", ".gif")
 
 INTERPOLATION = [mode.name.lower() for mode in Image.Resampling]
 
+CAPTION_COLUMNS = ("text", "prompt", "caption")  # of metadata.jsonl, where no column is named
 
-EpsImagePlugin.gs_binary = False  # PIL would run Ghostscript on PostScript under a picture's name
-
-
-@dataclass
-class Example:
-    """A picture and its caption; `read` opens the picture as a PIL image."""
-
-    name: str
-    read: Callable[[], Image.Image]
-    caption: str | None = None
-
-    def image(self):
-        return upright(self.read())
+# PIL hands PostScript to Ghostscript, and reads what an IPTC file contains in any format, PostScript too.
+UNSAFE_FORMATS = ("EPS", "IPTC")
 
 
-def upright(image):
-    """A PIL image as its owner sees it: upright (EXIF), transparent parts white, RGB."""
+# ---- images ----
+
+
+class Size(NamedTuple):
+    """Height and width in pixels, the order of tensors; PIL's is `size[::-1]`."""
+
+    height: int
+    width: int
+
+    @classmethod
+    def of(cls, image: Image.Image) -> "Size":
+        return cls(image.height, image.width)
+
+    def __str__(self) -> str:
+        return f"{self.width} x {self.height}"
+
+
+def open_image(file: Path | str | io.BytesIO) -> Image.Image:
+    """A PIL image, not decoded yet, of any format that PIL reads without running another program.
+
+    The content decides on the format, not the name. Raises OSError for what is no image.
+    """
+    Image.preinit()  # PNG, JPEG, ... are tried first
+    Image.init()
+    return Image.open(file, formats=[name for name in Image.ID if name not in UNSAFE_FORMATS])
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """An RGB image as its owner sees it: turned as EXIF says, transparent parts white, 16-bit grey as bright as is."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16-bit grey, which PIL would clip to white
         image = Image.fromarray((np.asarray(image) / 257).astype(np.uint8))
@@ -49,9 +89,716 @@ def upright(image):
     return image.convert("RGB")
 
 
-def fit(image, size, args):
-    """A picture resized to cover (height, width), its middle cropped."""
-    return ImageOps.fit(image, size[::-1], Image.Resampling[args.image_interpolation_mode.upper()])
+def fit(
+    image: Image.Image,
+    size: tuple[int, int],
+    interpolation: str = "lanczos",
+    *,
+    centering: Sequence[float] = (0.5, 0.5),
+    mirrored: bool = False,
+) -> Image.Image:
+    """The image resized to cover `size` (height, width), cropped at `centering` (x, y in [0, 1]), perhaps mirrored."""
+    if not isinstance(interpolation, str):  # used by train_omini until it gives the mode
+        interpolation = interpolation.image_interpolation_mode
+    height, width = size
+    method = Image.Resampling[interpolation.upper()]
+    image = ImageOps.fit(image, (width, height), method, centering=(centering[0], centering[1]))
+    return ImageOps.mirror(image) if mirrored else image
+
+
+def fit_mask(mask: Image.Image, size: tuple[int, int], **crop: Any) -> np.ndarray:
+    """What is white in a mask, cropped as `fit` crops its image: boolean [H, W], True from 128 of 255."""
+    return np.asarray(fit(mask.convert("L"), size, "nearest", **crop)) >= 128
+
+
+# ---- examples ----
+
+
+@dataclass
+class Example:
+    """An image and what belongs to it.
+
+    name     what messages call it: its path, or DATASET[row]
+    read     opens the image, PIL; None for a prompt without image
+    caption  as it was found: text, None, a list of texts, or what a check refuses
+    images   examples of its other images by role: mask, target, reference, condition_0, ...
+    columns  its row of metadata.jsonl or of the dataset, less images
+    stamp    text that changes when its files change
+    size     of the upright image, once it is assigned
+    """
+
+    name: str
+    read: Callable[[], Image.Image] | None = None
+    caption: Any = None
+    _: KW_ONLY
+    images: "dict[str, Example]" = field(default_factory=dict)
+    columns: dict[str, Any] = field(default_factory=dict)
+    stamp: str = ""
+    size: Size | None = None
+
+    @property
+    def captions(self) -> list:
+        """The caption, or those of a list of them, in a list."""
+        if self.caption is None:
+            return []
+        return self.caption if isinstance(self.caption, list) else [self.caption]
+
+    def image(self) -> Image.Image:
+        """The image, upright, RGB. Raises what PIL raises for a damaged file."""
+        if self.read is None:
+            raise ValueError(f"{self.name} has no image")
+        return upright(self.read())
+
+
+def file_example(path: Path, caption: Any = None, *, name: str | None = None) -> Example:
+    """The example of an image file, which need not be there yet."""
+    return Example(name or str(path), functools.partial(open_image, path), caption, stamp=file_stamp(path))
+
+
+def file_stamp(path: Path) -> str:
+    """Path, bytes and time of a file's last change; nothing of one that cannot be looked at."""
+    try:
+        status = path.stat()
+    except (OSError, ValueError):
+        return ""
+    return f"{path} {status.st_size} {status.st_mtime_ns}"
+
+
+def all_images(examples: Iterable[Example]) -> list[Example]:
+    """Each example, followed by the examples of its other images."""
+    images = []
+    for example in examples:
+        images.append(example)
+        images.extend(example.images.values())
+    return images
+
+
+# ---- checks: they return problems, and assign nothing ----
+
+
+def check_captions(
+    examples: Sequence[Example],
+    default: str | None = None,
+    *,
+    several: bool = False,
+    remedy: str = "give --instance_prompt, captions in .txt files, or --caption_column",
+) -> list[str]:
+    """Problems of captions: missing ones without a `default`, and those that are empty or not text.
+
+    With `several`, a caption may be a list of texts, one of which is taken each time (TwinFlow).
+    """
+    if hasattr(default, "instance_prompt"):  # used by train_dreambooth and train_influxedit until they assign captions
+        return _check_captions(examples, default)
+    problems = []
+    missing = [example.name for example in examples if example.caption is None]
+    if missing and default is None:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        problems.append(f"no caption for {', '.join(missing[:3])}{more}: {remedy}")
+    for example in examples:
+        if example.caption is None:
+            continue
+        texts = example.captions if several else [example.caption]
+        invalid = [text for text in texts if not isinstance(text, str) or not text.strip()]
+        if invalid or not texts:
+            shown = invalid[0] if invalid else example.caption
+            problems.append(f"{example.name}: its caption must be text and not empty, not {shown!r}")
+    return problems
+
+
+def map_examples(function: Callable[[Example], Any], examples: Sequence[Example]) -> tuple[list, list[str]]:
+    """([function(example), None where it raises], problems), by a pool of threads and with a progress bar."""
+
+    def attempt(example):
+        try:
+            return function(example), None
+        except Exception as error:  # PIL's readers of formats raise of all kinds
+            return None, f"{example.name}: not a readable image ({error})"
+
+    results, problems = [], []
+    with ThreadPoolExecutor() as pool:
+        attempts = pool.map(attempt, examples)
+        for result, problem in tqdm(attempts, total=len(examples), desc="Reading images", unit="image", leave=False):
+            results.append(result)
+            if problem:
+                problems.append(problem)
+    return results, problems
+
+
+def check_images(examples: Sequence[Example], check: Callable[[Example], str | None]) -> list[str]:
+    """Problems of images, in order of the examples: what check(example) returns (None: none) or raises."""
+
+    def read(example):
+        try:
+            return check(example)
+        except Exception as error:  # PIL's readers of formats raise of all kinds
+            return f"{example.name}: not a readable image ({error})"
+
+    found, _ = map_examples(read, examples)
+    return [problem for problem in found if problem]
+
+
+def read_sizes(examples: Sequence[Example], *, decode: bool = True) -> tuple[list[Size | None], list[str]]:
+    """The size of each upright image, None of one that cannot be read, and problems.
+
+    Without `decode`, PNG files are verified by their checksums and JPEG files decoded at an eighth of their size: a
+    folder of thousands of images is checked in seconds.
+    """
+    return map_examples(upright_size if decode else verified_size, examples)
+
+
+def upright_size(example: Example) -> Size:
+    """The size of an image that is decoded whole."""
+    return Size.of(example.image())
+
+
+def verified_size(example: Example) -> Size:
+    """The size of an image whose file is read whole, without decoding all of it; raises what PIL raises."""
+    assert example.read is not None
+    image = example.read()
+    size = Size.of(image)
+    is_decoded = getattr(image, "fp", None) is None
+    if image.format == "PNG" and not is_decoded and "exif" not in image.info:
+        image.verify()
+        return size
+    if image.getexif().get(ExifTags.Base.Orientation, 1) >= 5:  # the camera was turned by a quarter
+        size = Size(size.width, size.height)
+    image.draft(None, (1, 1))
+    upright(image)
+    return size
+
+
+# ---- folders ----
+
+
+def image_files(folder: Path) -> tuple[list[Path], list[str]]:
+    """(the image files in a folder, sorted; problems of those in a format that is not read)."""
+    paths = sorted(folder.iterdir())
+    problems = [
+        f"{path}: save it as PNG or JPEG, {path.suffix} is not read"
+        for path in paths
+        if path.suffix.lower() in UNREAD_SUFFIXES
+    ]
+    return [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES], problems
+
+
+def check_folders(folders: Mapping[str, Path | None]) -> list[str]:
+    """Problems of folders {flag: folder or None} that are not there."""
+    return [f"{flag} {folder}: no such folder" for flag, folder in folders.items() if folder and not folder.is_dir()]
+
+
+def read_text(path: Path) -> str | None:
+    """The text of a file, without space around it; None if there is no file. Raises ValueError if it holds no text."""
+    try:
+        return path.read_text("utf-8-sig").strip() if path.exists() else None
+    except (OSError, ValueError):
+        raise ValueError(f"{path}: not UTF-8 text") from None
+
+
+def read_metadata(path: Path) -> tuple[dict[str, dict], list[str]]:
+    """({file_name: the other columns of its row} of a metadata.jsonl, problems); nothing if there is no file."""
+    rows = {}
+    try:
+        lines = path.read_text("utf-8-sig").splitlines() if path.exists() else []
+        for line in lines:
+            if line.strip():
+                row = json.loads(line)
+                rows[str(row.pop("file_name"))] = row
+        json.dumps(rows, ensure_ascii=False).encode()  # half of a surrogate pair is not text
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return {}, [f"{path}: each line must be JSON with file_name ({error!r})"]
+    return rows, []
+
+
+def check_caption_column(path: Path, rows: Mapping[str, dict], column: str | None) -> list[str]:
+    """Problems of rows of metadata.jsonl, all of which need a caption in the same column."""
+    if not rows:
+        return [f"--caption_column {column}: no {path} that has columns"] if column else []
+    column = column or first_column(rows)
+    if column is None:
+        names = f"{', '.join(CAPTION_COLUMNS[:-1])} or {CAPTION_COLUMNS[-1]}"
+        return [f"{path}: no column {names} in its first line: name the captions with --caption_column"]
+    missing = [name for name, row in rows.items() if column not in row]
+    return [f"{path}: no column {column} for {name}, see --caption_column" for name in missing[:1]]
+
+
+def first_column(rows: Mapping[str, dict]) -> str | None:
+    """The first of CAPTION_COLUMNS that the first row has."""
+    first_row = next(iter(rows.values()))
+    return next((column for column in CAPTION_COLUMNS if column in first_row), None)
+
+
+def find_partners(
+    paths: Sequence[Path], folder: Path, match: Literal["stem", "name"]
+) -> tuple[dict[Path, Path], list[str]]:
+    """({image: the one image in `folder` with its stem, or with its whole name}, problems)."""
+    candidates: dict[str, list[Path]] = {}
+    problems = []
+    if match == "name":
+        candidates = {path.name: [folder / path.name] for path in paths if (folder / path.name).is_file()}
+    else:
+        files, problems = image_files(folder)
+        for file in files:
+            candidates.setdefault(file.stem, []).append(file)
+    partners = {}
+    for path in paths:
+        found = candidates.get(path.name if match == "name" else path.stem, [])
+        if len(found) == 1:
+            partners[path] = found[0]
+        else:
+            wanted = path.name if match == "name" else f"{path.stem}.*"
+            names = " and ".join(file.name for file in found) or "none"
+            problems.append(f"{path}: needs one image {wanted} in {folder}, which has {names}")
+    return partners, problems
+
+
+def check_stems(folder: Path, paths: Sequence[Path]) -> list[str]:
+    """Problems of images that differ only in their ending, where partners are found by the stem."""
+    names: dict[str, list[str]] = {}
+    for path in paths:
+        names.setdefault(path.stem, []).append(path.name)
+    return [
+        f"{folder}: {' and '.join(same)} differ only in their ending, and so have the same partners"
+        for same in names.values()
+        if len(same) > 1
+    ]
+
+
+def read_folder(
+    folder: Path,
+    *,
+    flag: str = "--instance_data_dir",
+    caption_column: str | None = None,
+    caption_dir: Path | None = None,
+    caption_per_line: bool = False,
+    partner_dirs: Mapping[str, Path | None] | None = None,
+    partner_match: Literal["stem", "name"] = "stem",
+    partner_columns: Mapping[str, str] | None = None,
+    use_metadata: bool = True,
+    whole_rows: bool = False,
+    sort_by_stem: bool = False,
+) -> tuple[list[Example], list[str]]:
+    """Examples of the images in a folder, sorted by path, and problems.
+
+    A caption is in `caption_dir` in STEM.txt; else in `caption_column` (default: the first of CAPTION_COLUMNS in the
+    first line) of metadata.jsonl, where every line needs one; else in the .txt file beside the image.
+
+    partner_dirs {role: folder}: each image has one partner there, by the stem or the whole name (`partner_match`); the
+    flag of such a folder is --ROLE_data_dir.
+    partner_columns {role: column}: metadata.jsonl names the image's partner, a file that is no example itself.
+
+    caption_per_line: each line of a .txt file is one of several captions (TwinFlow).
+    use_metadata=False: metadata.jsonl is not looked at (TwinFlow).
+    whole_rows: lines may lack a caption, for it may be in further columns; a .txt file stands in for a whole line of
+    metadata.jsonl, not for a caption that the line lacks (OminiControl).
+    sort_by_stem: "a.png" comes before "a-b.png" (InFluxEdit).
+    """
+    partner_columns = partner_columns or {}
+    partner_dirs = {role: path for role, path in (partner_dirs or {}).items() if path}
+    partner_flags = {f"--{role}_data_dir": path for role, path in partner_dirs.items()}
+    problems = check_folders({flag: folder, **partner_flags, "--caption_data_dir": caption_dir})
+    if problems:
+        return [], problems
+    paths, problems = image_files(folder)
+    if sort_by_stem:
+        paths.sort(key=lambda path: path.stem)
+    if not paths and not problems:
+        return [], [f"{flag} {folder}: no images ({', '.join(IMAGE_SUFFIXES)}) in it"]
+
+    metadata = folder / "metadata.jsonl"
+    rows, unread = read_metadata(metadata) if use_metadata else ({}, [])
+    problems += unread
+    listed_partners = {str(row.get(column)) for row in rows.values() for column in partner_columns.values()}
+    paths = [path for path in paths if path.name not in listed_partners]
+    absent = sorted(rows.keys() - {path.name for path in paths})
+    problems += [f"{metadata}: no image {name} in this folder" for name in absent]
+    if use_metadata and not whole_rows and not unread:
+        problems += check_caption_column(metadata, rows, caption_column)
+    columns = [caption_column] if caption_column else list(CAPTION_COLUMNS)
+    if rows and not whole_rows:
+        columns = [caption_column or first_column(rows) or CAPTION_COLUMNS[0]]
+
+    partners = {}
+    for role, partner_dir in partner_dirs.items():
+        partners[role], unmatched = find_partners(paths, partner_dir, partner_match)
+        problems += unmatched
+    if caption_dir or (partner_dirs and partner_match == "stem"):
+        problems += check_stems(folder, paths)
+
+    examples = []
+    for path in paths:
+        row = rows.get(path.name, {})
+        caption = None if caption_dir else first_value(row, columns)
+        has_text_file = not whole_rows or (path.name not in rows and caption_column is None)
+        if caption is None and has_text_file:
+            try:
+                caption = read_text(caption_dir / f"{path.stem}.txt" if caption_dir else path.with_suffix(".txt"))
+            except ValueError as error:
+                problems.append(str(error))
+                continue
+            if caption is not None and caption_per_line:
+                caption = [line.strip() for line in caption.splitlines() if line.strip()]
+        example = file_example(path, caption)
+        example.columns = {name: value for name, value in row.items() if name not in partner_columns.values()}
+        for role in partner_dirs:
+            if path in partners[role]:
+                example.images[role] = file_example(partners[role][path])
+        for role, column in partner_columns.items():
+            if isinstance(row.get(column), str):
+                example.images[role] = file_example(folder / row[column], name=f"{path}, {column}")
+            else:
+                problems.append(f"{metadata}: column {column} names no file for {path.name}")
+        example.stamp = " ".join(image.stamp for image in all_images([example]))
+        examples.append(example)
+    return examples, problems
+
+
+def read_class_images(folder: Path | None, prompt: str, limit: int) -> list[Example]:
+    """Examples of the first `limit` images of --class_data_dir, as far as there are any."""
+    if folder is None or not folder.is_dir():
+        return []
+    paths, _ = image_files(folder)
+    return [file_example(path, prompt) for path in paths[:limit]]
+
+
+# ---- datasets ----
+
+
+def lookup(row: Any, column: str) -> Any:
+    """The value of "a.b" in {"a": {"b": value}} or of a column of that whole name, None if there is none."""
+    if column in row:
+        return row[column]
+    for part in column.split("."):
+        row = row.get(part) if isinstance(row, dict) else None
+    return row
+
+
+def first_value(row: dict, columns: Iterable[str]) -> Any:
+    """What the first of `columns` says that says anything; None if none does."""
+    values = (lookup(row, column) for column in columns)
+    return next((value for value in values if value is not None), None)
+
+
+def read_encoded(file: Mapping[str, Any] | None) -> Image.Image:
+    """The decoded image of {"bytes": ..., "path": ...}, a file of a dataset."""
+    if file is None:
+        raise ValueError("there is no image")
+    data, path = file["bytes"], file["path"]
+    if not data and "://" in str(path):
+        remote: Any = fsspec.open(path, "rb")
+        with remote as opened:
+            data = opened.read()
+    elif not data:
+        data = Path(path).read_bytes()
+    image = open_image(io.BytesIO(data))
+    image.load()
+    return image
+
+
+def read_cell(dataset: Any, row: int, column: str) -> Image.Image:
+    """An image of a dataset; those in other columns are not read."""
+    return read_encoded(dataset.select_columns(column)[row][column])
+
+
+def load_rows(
+    path: str,
+    *,
+    source: str,
+    image_columns: Mapping[str, str | Sequence[str]],
+    caption_column: str | None = None,
+    config_name: str | None = None,
+    data_files: Sequence[str] | None = None,
+    cache_dir: str | Path | None = None,
+    streaming: bool = False,
+) -> tuple[Any, dict[str, str], list[str]]:
+    """(dataset, {role: its column of images}, problems); no dataset if there are problems.
+
+    For the arguments see `read_dataset`. Images are not decoded: they are {"bytes": ..., "path": ...}.
+    """
+    import datasets
+
+    datasets.disable_progress_bars()
+    columns = {}
+    try:
+        dataset: Any = datasets.load_dataset(
+            path,
+            config_name,
+            data_files=data_files,
+            split="train",
+            cache_dir=None if cache_dir is None else str(cache_dir),
+            streaming=streaming,
+        )
+        found = dataset.column_names or list(next(iter(dataset)))
+        for role, names in image_columns.items():
+            names = [names] if isinstance(names, str) else names
+            columns[role] = next((name for name in names if name in found), names[0])
+        needed = list(columns.values())
+        if caption_column is not None:
+            needed.append(caption_column if caption_column in found else caption_column.split(".")[0])
+        absent = [name for name in needed if name not in found]
+        if absent:
+            return None, {}, [f"{source}: no column {', '.join(absent)}; it has {', '.join(found)}"]
+        features = dataset.features or {}
+        others = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+        for column in dict.fromkeys([*columns.values(), *others]):
+            dataset = dataset.cast_column(column, datasets.Image(decode=False))
+    except Exception as error:  # a missing, gated, empty or malformed dataset each raises its own kind
+        return None, {}, [f"{source}: cannot be loaded ({error})"]
+    return dataset, columns, []
+
+
+def row_example(
+    row: dict,
+    name: str,
+    *,
+    readers: Mapping[str, Callable[[], Image.Image]],
+    image_columns: Mapping[str, str],
+    caption_columns: Iterable[str],
+    stamp: str = "",
+) -> Example:
+    """The example of a row of a dataset; `readers` {role: function that opens an image}."""
+    example = Example(name, readers["image"], first_value(row, caption_columns), stamp=stamp)
+    example.columns = {column: value for column, value in row.items() if column not in image_columns.values()}
+    for role, column in image_columns.items():
+        if role != "image":
+            example.images[role] = Example(f"{name}, {column}", readers[role], stamp=stamp)
+    return example
+
+
+def read_dataset(
+    path: str,
+    *,
+    source: str,
+    name: str | None = None,
+    image_columns: Mapping[str, str | Sequence[str]],
+    caption_column: str | None = None,
+    whole_rows: bool = False,
+    **loading: Any,
+) -> tuple[list[Example], list[str]]:
+    """Examples of a dataset's train split, in its order, and problems.
+
+    path            hub id or folder of a dataset; "parquet" or "webdataset" with `data_files`
+    source          the flag and its value, as messages name the data; `name` (default: path) as examples do: NAME[row]
+    image_columns   {"image": column, role: column, ...}; of several names for a role the first that there is
+    caption_column  "a.b" is b within column a; without it there are no captions
+    whole_rows      all columns but images are read, and without `caption_column` the caption is in the first of
+                    CAPTION_COLUMNS that has one (OminiControl)
+    loading         config_name, data_files, cache_dir: as in `load_rows`
+    """
+    dataset, columns, problems = load_rows(
+        path, source=source, image_columns=image_columns, caption_column=caption_column, **loading
+    )
+    if problems:
+        return [], problems
+    if whole_rows:
+        is_image = {column: type(feature).__name__ == "Image" for column, feature in dataset.features.items()}
+        texts = [column for column in dataset.column_names if not is_image[column]]
+    elif caption_column is None:
+        texts = []
+    else:
+        texts = [caption_column if caption_column in dataset.column_names else caption_column.split(".")[0]]
+    rows = dataset.select_columns(texts).to_list() if texts else [{}] * len(dataset)
+    examples = []
+    for i, row in enumerate(rows):
+        readers = {role: functools.partial(read_cell, dataset, i, column) for role, column in columns.items()}
+        examples.append(
+            row_example(
+                row,
+                f"{name or path}[{i}]",
+                readers=readers,
+                image_columns=columns,
+                caption_columns=caption_names(caption_column, whole_rows),
+                stamp=f"{dataset._fingerprint} {i}",
+            )
+        )
+    return examples, [] if examples else [f"{source}: no images in it"]
+
+
+def caption_names(caption_column: str | None, whole_rows: bool) -> Sequence[str]:
+    """The columns of a dataset that may hold a caption, see `read_dataset`."""
+    if caption_column is not None:
+        return [caption_column]
+    return CAPTION_COLUMNS if whole_rows else ()
+
+
+def open_stream(
+    path: str,
+    *,
+    source: str,
+    image_columns: Mapping[str, str | Sequence[str]],
+    caption_column: str | None = None,
+    **loading: Any,
+) -> tuple[Any, Callable[[dict, str], Example] | None, list[str]]:
+    """(stream, function (row, name) -> example, problems) of a dataset that is read as it comes.
+
+    Arguments as those of `read_dataset` with `whole_rows`.
+    """
+    stream, columns, problems = load_rows(
+        path, source=source, image_columns=image_columns, caption_column=caption_column, streaming=True, **loading
+    )
+    if problems:
+        return None, None, problems
+    to_example = functools.partial(
+        streamed_example, image_columns=columns, caption_columns=caption_names(caption_column, whole_rows=True)
+    )
+    return stream, to_example, []
+
+
+def streamed_example(
+    row: dict, name: str, *, image_columns: Mapping[str, str], caption_columns: Iterable[str]
+) -> Example:
+    """The example of a row of a stream, whose images are files that are not decoded yet."""
+    readers = {role: functools.partial(read_encoded, row[column]) for role, column in image_columns.items()}
+    return row_example(row, name, readers=readers, image_columns=image_columns, caption_columns=caption_columns)
+
+
+# ---- batches ----
+
+
+def collate(examples: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
+    """A batch of examples, each a list [sample] or [sample, class sample]: first all samples, then all class samples.
+
+    Tensors are stacked, prompts are a list.
+    """
+    samples = [sample for group in zip(*examples, strict=True) for sample in group]
+    batch = {}
+    for name in samples[0]:
+        values = [sample[name] for sample in samples]
+        batch[name] = values if name == "prompt" else torch.stack(values)
+    return batch
+
+
+def read_batches(dataloader: Iterable) -> Iterator:
+    """What a DataLoader yields; a file that can no longer be read ends the run with one message."""
+    try:
+        yield from dataloader
+    except (OSError, ValueError, SyntaxError, SafetensorError, Image.DecompressionBombError) as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[-1]  # after a worker's traceback
+        raise SystemExit(
+            f"\n{Path(sys.argv[0]).name}: error: the data can no longer be read: {reason}. Checkpoints are intact: "
+            "fix it, then continue with --resume_from_checkpoint latest"
+        ) from None
+
+
+class StepSampler(Sampler):
+    """Batches of (epoch, index) for the micro-steps `start` to `stop` of one process.
+
+    Every epoch is a new order of all samples, drawn from (seed, epoch) and cut into batches, each of one of the
+    `groups` (the bucket of each sample), that go round the processes; what a micro-step trains on is the same however
+    often training was interrupted before it. `batch_size` is a number, or {group: number}.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Hashable],
+        batch_size: "int | dict[Any, int]",
+        *,
+        seed: int,
+        process_index: int,
+        num_processes: int,
+        start: int = 0,
+        stop: int = 0,
+    ):
+        self.groups = groups
+        self.batch_size = batch_size
+        self.seed = seed
+        self.start = start
+        self.stop = stop
+        self.process_index = process_index
+        self.num_processes = num_processes
+        self.steps_per_epoch = math.ceil(len(self.batches(0)) / num_processes)
+
+    def batches(self, epoch: int) -> list[list[int]]:
+        """The batches of an epoch, for all processes together."""
+        rng = np.random.default_rng((self.seed, epoch))
+        order = rng.permutation(len(self.groups)).tolist()
+        batches = []
+        for group in dict.fromkeys(self.groups):
+            members = [index for index in order if self.groups[index] == group]
+            size = self.batch_size[group] if isinstance(self.batch_size, dict) else self.batch_size
+            batches += [members[i : i + size] for i in range(0, len(members), size)]
+        return [batches[i] for i in rng.permutation(len(batches))]
+
+    def __iter__(self):
+        batches = []
+        for step in range(self.start, self.stop):
+            epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
+            if step == self.start or step_of_epoch == 0:
+                batches = self.batches(epoch)
+            batch = step_of_epoch * self.num_processes + self.process_index
+            yield [(epoch, index) for index in batches[batch % len(batches)]]
+
+    def __len__(self):
+        return self.stop - self.start
+
+
+class StreamedBatches(IterableDataset):
+    """Batches of a stream for the micro-steps `start` to `stop` of one process.
+
+    Every epoch is the stream, shuffled anew within a buffer, from (seed, epoch). Its samples are cut into batches that
+    go round the processes; those of earlier micro-steps are passed over undecoded.
+    examples_of(row, name) returns the examples of a row, sample(example, epoch, index) a sample, {name: tensor}.
+    """
+
+    def __init__(
+        self,
+        stream: Any,
+        examples_of: Callable[..., list[Example]],
+        sample: Callable[[Example, int, int], dict],
+        args: Any = None,
+        *,
+        batch_size: int = 1,
+        shuffle_buffer: int = 1000,
+        seed: int = 0,
+        process_index: int,
+        num_processes: int,
+    ):
+        if args is not None:  # used by train_omini until it gives values
+            batch_size, shuffle_buffer, seed = args.train_batch_size, args.shuffle_buffer, args.seed
+            examples_of = functools.partial(examples_of, args=args)
+        self.stream = stream.shuffle(seed=seed, buffer_size=shuffle_buffer)
+        self.examples_of = examples_of
+        self.sample = sample
+        self.batch_size = batch_size
+        self.process_index = process_index
+        self.num_processes = num_processes
+        self.start = 0
+        self.stop = 0
+
+    def examples(self) -> Iterator[tuple[Example, int, int]]:
+        """(example, epoch, index) without end."""
+        epoch = 0
+        while True:
+            self.stream.set_epoch(epoch)
+            index = 0
+            for row in self.stream:
+                for example in self.examples_of(row, f"epoch {epoch}, sample {index} of the stream"):
+                    yield example, epoch, index
+                    index += 1
+            epoch += 1
+
+    def __iter__(self):
+        batch = []
+        for count, (example, epoch, index) in enumerate(self.examples()):
+            micro_step, process = divmod(count // self.batch_size, self.num_processes)
+            if micro_step == self.stop:
+                return
+            if micro_step < self.start or process != self.process_index:
+                continue
+            batch.append(self.sample(example, epoch, index))
+            if len(batch) == self.batch_size:
+                yield default_collate(batch)
+                batch = []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Old names, used by the scripts until they adopt: picture_files -> image_files; read_text_file -> read_text;
+# read_captions -> read_folder; check_pictures -> check_images, read_sizes; open_dataset, read_row -> read_dataset,
+# open_stream; fit(.., args), check_captions(.., args), StreamedBatches(.., args) -> the same with values.
+# They go when no script imports them.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+EpsImagePlugin.gs_binary = False  # until every file is opened by open_image
 
 
 def picture_files(folder):
@@ -92,7 +839,7 @@ def read_captions(folder, paths, args):
     return captions, problems
 
 
-def check_captions(examples, args):
+def _check_captions(examples, args):
     """Problems of examples without caption, to which --instance_prompt is given, or with one that is no text."""
     problems, bare = [], [example.name for example in examples if example.caption is None]
     if bare and args.instance_prompt is None:
@@ -154,101 +901,3 @@ def open_dataset(args, columns, *, flag=None, source=None, data_files=None, stre
 def read_row(dataset, row, column):
     """A picture of a dataset; those in other columns are not decoded."""
     return dataset.select_columns(column)[row][column]
-
-
-def collate(examples):
-    """Tensors stacked and prompts as a list: first the pictures, then, if there are, the class pictures."""
-    samples = [sample for kind in zip(*examples, strict=True) for sample in kind]
-    return {
-        name: torch.stack([sample[name] for sample in samples]) if name != "prompt" else [s[name] for s in samples]
-        for name in samples[0]
-    }
-
-
-def read_batches(dataloader):
-    """What a DataLoader gives; a picture that can be read no more ends the run with one message."""
-    try:
-        yield from dataloader
-    except (OSError, ValueError, SyntaxError, SafetensorError, Image.DecompressionBombError) as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[-1]  # after a worker's traceback
-        raise SystemExit(
-            f"\n{Path(sys.argv[0]).name}: error: the data can be read no more: {reason}. Checkpoints are intact: mend "
-            "this and go on with --resume_from_checkpoint latest"
-        ) from None
-
-
-class StepSampler(Sampler):
-    """Batches of (epoch, index) for the micro-steps `start` to `stop` of one process.
-
-    Every epoch is a new order of all samples, drawn from (seed, epoch) and cut into batches, each of one of the
-    `groups` (the bucket of each sample), that go round the processes; what a micro-step trains on is the same however
-    often training was interrupted before it. `batch_size` is a number, or {group: number}.
-    """
-
-    def __init__(self, groups, batch_size, *, seed, process_index, num_processes, start=0, stop=None):
-        self.groups, self.batch_size, self.seed = groups, batch_size, seed
-        self.start, self.stop = start, stop
-        self.process_index, self.num_processes = process_index, num_processes
-        self.steps_per_epoch = math.ceil(len(self.batches(0)) / num_processes)
-
-    def batches(self, epoch):
-        """The batches of an epoch, for all processes together."""
-        rng = np.random.default_rng((self.seed, epoch))
-        order = rng.permutation(len(self.groups)).tolist()
-        batches = []
-        for group in dict.fromkeys(self.groups):
-            members = [index for index in order if self.groups[index] == group]
-            size = self.batch_size[group] if isinstance(self.batch_size, dict) else self.batch_size
-            batches += [members[i : i + size] for i in range(0, len(members), size)]
-        return [batches[i] for i in rng.permutation(len(batches))]
-
-    def __iter__(self):
-        for step in range(self.start, self.stop):
-            epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
-            if step == self.start or step_of_epoch == 0:
-                batches = self.batches(epoch)
-            batch = step_of_epoch * self.num_processes + self.process_index
-            yield [(epoch, index) for index in batches[batch % len(batches)]]
-
-    def __len__(self):
-        return self.stop - self.start
-
-
-class StreamedBatches(IterableDataset):
-    """Batches of a stream for the micro-steps `start` to `stop` of one process.
-
-    Every epoch is the stream, shuffled anew within a buffer, from (seed, epoch). Its samples are cut into batches that
-    go round the processes; those of earlier micro-steps are passed over undecoded.
-    """
-
-    def __init__(self, stream, examples_of, sample, args, *, process_index, num_processes):
-        self.stream = stream.shuffle(seed=args.seed, buffer_size=args.shuffle_buffer)
-        self.examples_of = examples_of  # examples_of(row, name, args)
-        self.sample, self.args = sample, args  # sample(example, epoch, index)
-        self.process_index, self.num_processes = process_index, num_processes
-        self.start = self.stop = 0
-
-    def rows(self):
-        """(example, epoch, index) without end."""
-        epoch = 0
-        while True:
-            self.stream.set_epoch(epoch)
-            index = 0
-            for row in self.stream:
-                for example in self.examples_of(row, f"epoch {epoch}, sample {index} of the stream", self.args):
-                    yield example, epoch, index
-                    index += 1
-            epoch += 1
-
-    def __iter__(self):
-        batch, size = [], self.args.train_batch_size
-        for n, position in enumerate(self.rows()):
-            micro_step, process = divmod(n // size, self.num_processes)
-            if micro_step == self.stop:
-                return
-            if micro_step < self.start or process != self.process_index:
-                continue
-            batch.append(self.sample(*position))
-            if len(batch) == size:
-                yield default_collate(batch)
-                batch = []

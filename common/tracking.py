@@ -214,7 +214,7 @@ def running_mean(values, window):
     return means
 
 
-def save_model_card(args, text, tags, base_model, trigger_words=(), **data):
+def write_model_card(args, text, tags, base_model, trigger_words=(), **data):
     """README.md in the output folder: the header that the hub reads, `text`, trigger words, pictures and settings."""
     base_model = None if Path(base_model).exists() else base_model  # the hub refuses cards with a folder here
     parts, folder = [text.strip()], args.output_dir

@@ -381,7 +381,7 @@ FULL = [
     ("save_lora", 1, 0, ".safetensors"),
     ("save_lora", 1, 8192, ".safetensors"),
     ("plot_metrics", 1, 8192, "loss.png"),
-    ("save_model_card", 1, 0, "README.md"),
+    ("write_model_card", 1, 0, "README.md"),
 ]
 VALIDATION = {
     SCRIPTS[0]: ["--validation_prompt", "a circle", "--validation_steps", 4],

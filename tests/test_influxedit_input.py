@@ -161,7 +161,7 @@ BAD = [
     ),
     (
         "{split} --validation_prompt a;b --validation_image x,y,z",
-        "2 in --validation_prompt, 3 in --validation_image: these lists must be equally long, or hold one thing for",
+        "2 in --validation_prompt, 3 in --validation_image: these lists must be equally long, or hold one entry for",
     ),
     (
         "{mask} --mask_data_dir {masks} --validation_prompt a --validation_image {images}/0.png",

@@ -1,0 +1,514 @@
+"""common/data.py: what its readers find in folders, metadata.jsonl, datasets, parquet files and tars."""
+
+import functools
+import io
+import json
+import os
+import tarfile
+
+from common.data import (
+    Example,
+    Size,
+    all_images,
+    check_captions,
+    check_images,
+    collate,
+    file_example,
+    fit,
+    fit_mask,
+    image_files,
+    open_image,
+    open_stream,
+    read_class_images,
+    read_dataset,
+    read_folder,
+    read_metadata,
+    read_sizes,
+    read_text,
+    upright,
+)
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+
+COLORS = {"a": "red", "b": "blue", "c": "green"}
+
+
+def encoded(color, size=(6, 4), format="PNG"):
+    file = io.BytesIO()
+    Image.new("RGB", size, color).save(file, format)
+    return file.getvalue()
+
+
+def color_of(example):
+    """The colour of an example's image, by name."""
+    pixel = example.image().getpixel((0, 0))
+    return next(name for name in ("red", "blue", "green", "white", "black") if is_near(pixel, name))
+
+
+def is_near(pixel, name):
+    return np.abs(np.array(pixel) - np.array(Image.new("RGB", (1, 1), name).getpixel((0, 0)))).max() < 8
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three images, a.png with a caption beside it."""
+    path = tmp_path / "data"
+    path.mkdir()
+    for stem, color in COLORS.items():
+        (path / f"{stem}.png").write_bytes(encoded(color))
+    (path / "a.txt").write_text("\ufeff a red image\n", "utf-8")
+    return path
+
+
+def write_rows(path, *rows):
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+
+
+def stems(examples):
+    return [os.path.basename(example.name) for example in examples]  # noqa: PTH119
+
+
+# ---- images ----
+
+
+def test_the_content_decides_on_the_format(tmp_path):
+    for i, format in enumerate(("JPEG", "GIF", "TIFF", "WEBP", "PPM", "TGA", "ICO")):
+        path = tmp_path / f"{i}.png"
+        path.write_bytes(encoded("red", (16, 16), format))
+        assert open_image(path).format == format
+        assert is_near(upright(open_image(path)).getpixel((1, 1)), "red")
+
+
+@pytest.mark.parametrize("format", ["EPS", "IPTC"])
+def test_no_program_is_run_for_an_image(format, tmp_path, monkeypatch):
+    """PostScript under the name of an image, and within a format that PIL opens once more."""
+    (tmp_path / "gs").write_text(f"#!/bin/sh\nmkdir {tmp_path / 'marker'}\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)  # as PIL has it
+    data = encoded("red", format="EPS")
+    if format == "IPTC":
+        fields = {(3, 60): b"\x01\x01", (3, 20): b"\0\x06", (3, 30): b"\0\x04", (3, 120): b"\x01"}
+        header = b"".join(bytes((0x1C, *tag, 0, len(value))) + value for tag, value in fields.items())
+        data = header + b"\x1c\x08\x0a\x84\0\0" + len(data).to_bytes(2, "big") + data
+    path = tmp_path / "image.png"
+    path.write_bytes(data)
+    with pytest.raises(UnidentifiedImageError):
+        open_image(path)
+    table = datasets.Dataset.from_dict({"image": [{"bytes": data, "path": None}], "text": ["x"]})
+    table.to_parquet(tmp_path / "rows.parquet")
+    examples, problems = read_dataset(
+        "parquet",
+        source="rows",
+        image_columns={"image": "image"},
+        data_files=[str(tmp_path / "rows.parquet")],
+        cache_dir=tmp_path / "cache",
+    )
+    assert not problems
+    assert "rows" not in read_sizes(examples)[1]
+    assert len(read_sizes(examples)[1]) == 1
+    assert not (tmp_path / "marker").exists()
+
+
+def test_fit_covers_and_crops():
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (30, 50, 3), dtype=np.uint8))
+    plain = ImageOps.fit(image, (32, 16), Image.Resampling.LANCZOS)
+    assert fit(image, Size(16, 32)) == plain
+    turned = ImageOps.mirror(ImageOps.fit(image, (32, 16), Image.Resampling.BILINEAR, centering=(0.2, 0.9)))
+    assert fit(image, (16, 32), "bilinear", centering=np.array([0.2, 0.9]), mirrored=True) == turned
+
+
+def test_a_mask_is_white_from_128():
+    mask = Image.fromarray(np.array([[0, 127, 128, 255]], dtype=np.uint8))
+    assert fit_mask(mask, Size(1, 4)).tolist() == [[False, False, True, True]]
+    assert fit_mask(mask.convert("RGB"), Size(1, 4), mirrored=True).tolist() == [[True, True, False, False]]
+    assert fit_mask(mask, Size(2, 8)).dtype == bool
+
+
+# ---- folders ----
+
+
+def test_captions_beside_images(folder):
+    examples, problems = read_folder(folder)
+    assert not problems
+    assert stems(examples) == ["a.png", "b.png", "c.png"]
+    assert [example.caption for example in examples] == ["a red image", None, None]
+    assert [color_of(example) for example in examples] == list(COLORS.values())
+
+
+def test_captions_in_metadata(folder):
+    rows = [{"file_name": f"{stem}.png", "words": f"{stem}!", "prompt": "p", "n": 1} for stem in "cba"]
+    rows[1]["prompt"] = None
+    write_rows(folder / "metadata.jsonl", *rows)
+    examples, problems = read_folder(folder)
+    assert not problems
+    assert [example.caption for example in examples] == ["p", None, "p"]
+    assert examples[0].columns == {"words": "a!", "prompt": "p", "n": 1}
+    examples, problems = read_folder(folder, caption_column="words")
+    assert not problems
+    assert [example.caption for example in examples] == ["a!", "b!", "c!"]
+    examples, problems = read_folder(folder, use_metadata=False)
+    assert not problems
+    assert examples[0].caption == "a red image"
+
+
+def test_a_null_caption_leaves_the_text_file_unless_rows_are_whole(folder):
+    write_rows(folder / "metadata.jsonl", {"file_name": "a.png", "text": None})
+    assert read_folder(folder)[0][0].caption == "a red image"
+    assert read_folder(folder, whole_rows=True)[0][0].caption is None
+    (folder / "b.txt").write_text("blue")
+    assert read_folder(folder, whole_rows=True)[0][1].caption == "blue"
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "message"),
+    [
+        ("{", {}, "{metadata}: each line must be JSON with file_name (JSONDecodeError"),
+        ("5", {}, "{metadata}: each line must be JSON with file_name ("),
+        ('{"text": "x"}', {}, "{metadata}: each line must be JSON with file_name (KeyError"),
+        (
+            r'{"file_name": "a.png", "text": "\ud800"}',
+            {},
+            "{metadata}: each line must be JSON with file_name (Unicode",
+        ),
+        ('{"file_name": "a.png"}', {}, "{metadata}: no column text, prompt or caption in its first line"),
+        ('{"file_name": "a.png"}', {"caption_column": "x"}, "{metadata}: no column x for a.png, see --caption_column"),
+        (
+            '{"file_name": "a.png", "text": "x"}\n{"file_name": "b.png", "prompt": "x"}',
+            {},
+            "{metadata}: no column text for b.png",
+        ),
+        ('{"file_name": "z.png", "text": "x"}', {}, "{metadata}: no image z.png in this folder"),
+        ("", {"caption_column": "x"}, "--caption_column x: no {metadata} that has columns"),
+    ],
+)
+def test_bad_metadata_is_one_problem(folder, content, options, message):
+    (folder / "metadata.jsonl").write_text(content)
+    _, problems = read_folder(folder, **options)
+    assert len(problems) == 1
+    assert problems[0].startswith(message.format(metadata=folder / "metadata.jsonl"))
+
+
+def test_metadata_rows_come_whole(folder):
+    write_rows(folder / "metadata.jsonl", {"file_name": "a.png", "n": {"m": 1}}, {"file_name": "b.png"})
+    assert read_metadata(folder / "metadata.jsonl") == ({"a.png": {"n": {"m": 1}}, "b.png": {}}, [])
+    assert read_metadata(folder / "none.jsonl") == ({}, [])
+
+
+def test_partners_by_stem(folder, tmp_path):
+    targets, captions = tmp_path / "targets", tmp_path / "captions"
+    targets.mkdir()
+    captions.mkdir()
+    for stem, color in COLORS.items():
+        (targets / f"{stem}.jpg").write_bytes(encoded(color, format="JPEG"))
+        (captions / f"{stem}.txt").write_text(f"{color} now")
+    options = {"partner_dirs": {"target": targets, "mask": None}, "caption_dir": captions}
+    examples, problems = read_folder(folder, **options)
+    assert not problems
+    assert [color_of(example.images["target"]) for example in examples] == list(COLORS.values())
+    assert [example.caption for example in examples] == ["red now", "blue now", "green now"]
+    assert all("mask" not in example.images for example in examples)
+    assert stems(all_images(examples)) == ["a.png", "a.jpg", "b.png", "b.jpg", "c.png", "c.jpg"]
+
+    (targets / "a.png").write_bytes(encoded("red"))
+    (targets / "b.jpg").unlink()
+    (folder / "c.bmp").write_bytes(encoded("green"))
+    (targets / "x.heic").write_bytes(b"")
+    _, problems = read_folder(folder, **options)
+    assert sorted(problems) == sorted(
+        [
+            f"{folder}/a.png: needs one image a.* in {targets}, which has a.jpg and a.png",
+            f"{folder}/b.png: needs one image b.* in {targets}, which has none",
+            f"{folder}: c.bmp and c.png differ only in their ending, and so have the same partners",
+            f"{targets}/x.heic: save it as PNG or JPEG, .heic is not read",
+        ]
+    )
+
+
+def test_partners_by_name(folder, tmp_path):
+    references = tmp_path / "references"
+    references.mkdir()
+    for stem, color in COLORS.items():
+        (references / f"{stem}.png").write_bytes(encoded(color))
+    (folder / "a.jpg").write_bytes(encoded("red"))
+    (references / "a.jpg").write_bytes(encoded("blue"))
+    options = {"partner_dirs": {"reference": references}, "partner_match": "name"}
+    examples, problems = read_folder(folder, **options)
+    assert not problems
+    assert stems(examples) == ["a.jpg", "a.png", "b.png", "c.png"]
+    assert color_of(examples[0].images["reference"]) == "blue"
+    stamps = [example.stamp for example in examples]
+    (references / "b.png").write_bytes(encoded("red", (9, 9)))
+    changed = [example.stamp for example in read_folder(folder, **options)[0]]
+    assert [new != old for new, old in zip(changed, stamps, strict=True)] == [False, False, True, False]
+    (references / "c.png").unlink()
+    _, problems = read_folder(folder, **options)
+    assert problems == [f"{folder}/c.png: needs one image c.png in {references}, which has none"]
+
+
+def test_partners_in_columns_of_metadata(folder):
+    (folder / "deep").mkdir()
+    (folder / "deep" / "m.png").write_bytes(encoded("white"))
+    write_rows(
+        folder / "metadata.jsonl",
+        {"file_name": "a.png", "pose": "b.png", "m": "deep/m.png", "text": "x", "n": 1},
+        {"file_name": "c.png", "pose": "b.png", "m": "deep/none.png"},
+    )
+    examples, problems = read_folder(folder, whole_rows=True, partner_columns={"condition_0": "pose", "mask": "m"})
+    assert not problems
+    assert stems(examples) == ["a.png", "c.png"]
+    assert [color_of(image) for image in examples[0].images.values()] == ["blue", "white"]
+    assert examples[0].columns == {"text": "x", "n": 1}
+    sizes, problems = read_sizes(all_images(examples))
+    assert sizes == [Size(4, 6)] * 5 + [None]
+    assert problems[0].startswith(f"{folder}/c.png, m: not a readable image (")
+    _, problems = read_folder(folder, whole_rows=True, partner_columns={"mask": "k"})
+    assert f"{folder}/metadata.jsonl: column k names no file for b.png" in problems
+
+
+def test_one_caption_per_line(folder):
+    (folder / "a.txt").write_text("one\n\n two \n")
+    (folder / "b.txt").write_text("\n")
+    examples, problems = read_folder(folder, caption_per_line=True)
+    assert not problems
+    assert [example.captions for example in examples] == [["one", "two"], [], []]
+    problems = check_captions(examples, several=True, remedy="write a.txt")
+    assert problems == [
+        f"no caption for {folder}/c.png: write a.txt",
+        f"{folder}/b.png: its caption must be text and not empty, not []",
+    ]
+
+
+def test_order_by_path_or_by_stem(folder):
+    (folder / "a-b.png").write_bytes(encoded("red"))
+    assert stems(read_folder(folder)[0]) == ["a-b.png", "a.png", "b.png", "c.png"]
+    assert stems(read_folder(folder, sort_by_stem=True)[0]) == ["a.png", "a-b.png", "b.png", "c.png"]
+
+
+def test_problems_of_a_folder(folder, tmp_path):
+    nowhere, empty = tmp_path / "nowhere", tmp_path / "empty"
+    empty.mkdir()
+    assert read_folder(nowhere, flag="--train_data_dir")[1] == [f"--train_data_dir {nowhere}: no such folder"]
+    _, problems = read_folder(folder, partner_dirs={"mask": nowhere}, caption_dir=nowhere)
+    assert problems == [f"--{name}_data_dir {nowhere}: no such folder" for name in ("mask", "caption")]
+    _, problems = read_folder(empty)
+    assert problems[0].startswith(f"--instance_data_dir {empty}: no images (.png, ")
+    (folder / "a.txt").write_bytes(b"\xff\xfe\xff")
+    (folder / "x.HEIC").write_bytes(b"")
+    examples, problems = read_folder(folder)
+    assert problems == [
+        f"{folder}/x.HEIC: save it as PNG or JPEG, .HEIC is not read",
+        f"{folder}/a.txt: not UTF-8 text",
+    ]
+    assert stems(examples) == ["b.png", "c.png"]
+    assert image_files(folder)[0] == [folder / f"{stem}.png" for stem in "abc"]
+    with pytest.raises(ValueError, match="not UTF-8 text"):
+        read_text(folder / "a.txt")
+
+
+def test_class_images(folder):
+    examples = read_class_images(folder, "a thing", 2)
+    assert stems(examples) == ["a.png", "b.png"]
+    assert {example.caption for example in examples} == {"a thing"}
+    assert read_class_images(folder / "none", "a thing", 2) == read_class_images(None, "a thing", 2) == []
+
+
+# ---- checks ----
+
+
+def test_checks_assign_nothing(folder):
+    (folder / "c.png").write_bytes(b"\x89PNG and then nothing")
+    examples, _ = read_folder(folder)
+    before = repr(examples)
+    assert check_captions(examples, "a thing") == []
+    assert check_captions(examples) == [
+        f"no caption for {folder}/b.png, {folder}/c.png: give --instance_prompt, captions in .txt files, or "
+        "--caption_column"
+    ]
+    problems = check_images(examples, lambda example: example.image() and f"{example.name}: seen")
+    assert problems[:2] == [f"{folder}/a.png: seen", f"{folder}/b.png: seen"]
+    assert problems[2].startswith(f"{folder}/c.png: not a readable image (")
+    assert repr(examples) == before
+
+
+@pytest.mark.parametrize("caption", ["", " \n", 5, ["x"], {}, [], False])
+def test_what_is_no_caption(caption):
+    assert check_captions([Example("a", caption=caption)], "default") == [
+        f"a: its caption must be text and not empty, not {caption!r}"
+    ]
+
+
+def test_sizes_of_turned_and_of_cut_files(tmp_path):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    examples = []
+    for name, options in {"a.png": {}, "b.jpg": {}, "c.jpg": {"exif": exif}, "d.png": {"exif": exif}}.items():
+        noise.save(tmp_path / name, **options)
+        examples.append(file_example(tmp_path / name))
+    for decode in (True, False):
+        sizes, problems = read_sizes(examples, decode=decode)
+        assert not problems
+        assert sizes == [Size(40, 60), Size(40, 60), Size(60, 40), Size(60, 40)]
+        assert str(sizes[0]) == "60 x 40"
+    for name in ("a.png", "b.jpg"):
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-300])
+    for decode in (True, False):
+        sizes, problems = read_sizes(examples, decode=decode)
+        assert sizes[:2] == [None, None]
+        assert len(problems) == 2
+
+
+# ---- datasets ----
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+
+
+@pytest.fixture
+def parquet(tmp_path):
+    """A parquet file of images as bytes, a second image column, and captions."""
+    path = tmp_path / "set" / "train.parquet"
+    path.parent.mkdir()
+    colors = list(COLORS.values())
+    rows = {
+        "image_bytes": [encoded(color) for color in colors],
+        "mask": [encoded("white"), encoded("black"), None],
+        "text": colors,
+        "lists": [[color, f"a {color} image"] for color in colors],
+        "deep": [{"prompt": f"deep {color}"} for color in colors],
+    }
+    datasets.Dataset.from_dict(rows).to_parquet(path)
+    return path
+
+
+def test_a_dataset_with_several_image_columns(parquet, tmp_path):
+    read = functools.partial(
+        read_dataset,
+        "parquet",
+        source="--train_data_dir set",
+        name="set",
+        image_columns={"image": ["image", "image_bytes"], "mask": "mask"},
+        data_files=[str(parquet)],
+        cache_dir=tmp_path / "cache",
+    )
+    examples, problems = read(caption_column="text")
+    assert not problems
+    assert [example.name for example in examples] == ["set[0]", "set[1]", "set[2]"]
+    assert [example.caption for example in examples] == list(COLORS.values())
+    assert [color_of(example) for example in examples] == list(COLORS.values())
+    assert [color_of(example.images["mask"]) for example in examples[:2]] == ["white", "black"]
+    assert len({example.stamp for example in examples}) == 3
+    assert [e.stamp for e in read(caption_column="text")[0]] == [e.stamp for e in examples]
+    assert read_sizes(all_images(examples))[1] == ["set[2], mask: not a readable image (there is no image)"]
+
+    assert [example.caption for example in read()[0]] == [None] * 3
+    assert read(caption_column="lists")[0][1].captions == ["blue", "a blue image"]
+    assert read(caption_column="deep.prompt")[0][1].caption == "deep blue"
+    (whole, *_), _ = read(whole_rows=True)
+    assert whole.caption == "red"
+    assert whole.columns == {"text": "red", "lists": ["red", "a red image"], "deep": {"prompt": "deep red"}}
+
+
+def test_problems_of_a_dataset(parquet, tmp_path):
+    read = functools.partial(
+        read_dataset, str(parquet.parent), source="--dataset_name set", cache_dir=tmp_path / "cache"
+    )
+    _, problems = read(image_columns={"image": "photo", "mask": "mask"}, caption_column="words")
+    assert problems == ["--dataset_name set: no column photo, words; it has image_bytes, mask, text, lists, deep"]
+    _, problems = read(image_columns={"image": "lists"})
+    assert problems[0].startswith("--dataset_name set: cannot be loaded (")
+    _, problems = read_dataset(str(tmp_path / "none"), source="--dataset_name none", image_columns={"image": "image"})
+    assert problems[0].startswith("--dataset_name none: cannot be loaded (")
+
+
+def test_only_the_asked_image_of_a_row_is_decoded(folder, tmp_path, monkeypatch):
+    rows = {"image": [str(folder / "a.png")], "target": [str(folder / "b.png")], "other": [str(folder / "c.png")]}
+    table = datasets.Dataset.from_dict(rows)
+    for column in rows:
+        table = table.cast_column(column, datasets.Image())
+    table.to_parquet(tmp_path / "rows.parquet")
+    examples, problems = read_dataset(
+        "parquet",
+        source="rows",
+        image_columns={"image": "image", "target": "target"},
+        whole_rows=True,
+        data_files=[str(tmp_path / "rows.parquet")],
+        cache_dir=tmp_path / "cache",
+    )
+    assert not problems
+    opened = []
+    monkeypatch.setattr("common.data.open_image", lambda file: opened.append(file) or open_image(file))
+    monkeypatch.setattr(datasets.Image, "decode_example", None)
+    assert color_of(examples[0].images["target"]) == "blue"
+    assert len(opened) == 1
+
+
+def test_an_image_folder_is_a_dataset(folder, tmp_path):
+    write_rows(folder / "metadata.jsonl", *({"file_name": f"{stem}.png", "text": stem} for stem in COLORS))
+    examples, problems = read_dataset(
+        str(folder),
+        source=f"--dataset_name {folder}",
+        image_columns={"image": "image"},
+        caption_column="text",
+        cache_dir=tmp_path / "cache",
+    )
+    assert not problems
+    assert {example.caption: color_of(example) for example in examples} == COLORS
+    assert examples[0].name == f"{folder}[0]"
+
+
+@pytest.fixture
+def tars(tmp_path):
+    """Two webdataset tars, of two images and of one."""
+    paths = []
+    for shard in ("ab", "c"):
+        path = tmp_path / f"{shard}.tar"
+        with tarfile.open(path, "w") as tar:
+            for stem in shard:
+                record = json.dumps({"prompt": f"a {COLORS[stem]} image"}).encode()
+                for suffix, data in (("jpg", encoded(COLORS[stem], format="JPEG")), ("json", record)):
+                    member = tarfile.TarInfo(f"{stem}.{suffix}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+        paths.append(str(path))
+    return paths
+
+
+TARS = {"source": "--data_files", "image_columns": {"image": ("image", "jpg", "png")}, "caption_column": "json.prompt"}
+
+
+def test_tars_stored_and_streamed(tars, tmp_path):
+    files = {"data_files": tars, "cache_dir": tmp_path / "cache"}
+    stored, problems = read_dataset("webdataset", **TARS, name="--data_files", whole_rows=True, **files)
+    assert not problems
+    assert [example.name for example in stored] == [f"--data_files[{i}]" for i in range(3)]
+    stream, to_example, problems = open_stream("webdataset", **TARS, **files)
+    assert not problems
+    streamed = [to_example(row, str(i)) for i, row in enumerate(stream)]
+    for examples in (stored, streamed):
+        assert [example.caption for example in examples] == [f"a {color} image" for color in COLORS.values()]
+        assert [color_of(example) for example in examples] == list(COLORS.values())
+        assert examples[0].columns["__key__"].endswith("a")
+    _, _, problems = open_stream("webdataset", **TARS | {"caption_column": "txt"}, **files)
+    assert problems[0].startswith("--data_files: no column txt; it has ")
+
+
+# ---- batches ----
+
+
+def test_class_samples_come_after_the_others():
+    def sample(i):
+        return {"prompt": str(i), "x": torch.tensor([i])}
+
+    batch = collate([[sample(0), sample(10)], [sample(1), sample(11)]])
+    assert batch["prompt"] == ["0", "1", "10", "11"]
+    assert batch["x"].tolist() == [[0], [1], [10], [11]]
