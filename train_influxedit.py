@@ -992,7 +992,7 @@ def choose_seed(seed, checkpoint):
     return broadcast_object_list([secrets.randbits(31)])[0]
 
 
-def describe_run(args, examples, text_encoder_params):
+def describe_run(args, examples, text_lora_params):
     """What the header says of this trainer's data and text encoders, {label: text}."""
     if args.mode == "edit":
         partners = "targets"
@@ -1003,8 +1003,8 @@ def describe_run(args, examples, text_encoder_params):
     edges = ", ".join(map(str, args.resolution))
     captioned = sum(example.caption != args.instance_prompt for example in examples)
     run_info = {"data": f"{len(examples)} images with {partners} at {edges} px, {captioned} with their own captions"}
-    if text_encoder_params:
-        count = sum(parameter.numel() for parameter in text_encoder_params)
+    if text_lora_params:
+        count = sum(parameter.numel() for parameter in text_lora_params)
         run_info["text"] = f"{count:,} parameters in text encoders"
         if args.optimizer == "prodigy" and args.text_encoder_lr != args.learning_rate:
             run_info["Prodigy"] = f"has one learning rate, {args.learning_rate:g}: --text_encoder_lr is not used"
@@ -1096,9 +1096,9 @@ def main(args):
     if args.class_prompt:
         prompts.add(args.class_prompt)
     text_pipeline = load_text_pipeline(FluxPipeline, args, weight_dtype)
-    text_encoder_params = []
+    text_lora_params = []
     if args.train_text_encoder:
-        text_encoder_params = add_lora(
+        text_lora_params = add_lora(
             text_pipeline.text_encoder,
             rank=args.rank,
             alpha=args.lora_alpha,
@@ -1155,7 +1155,7 @@ def main(args):
     lora_params = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     adapted_models = {"transformer": transformer}
     if args.train_text_encoder:
-        adapted_models["text_encoder"] = prompt_encoder.encoders["clip_l"]
+        adapted_models["text_encoder"] = text_pipeline.text_encoder
 
     # 5. Optimizer and schedule
     lr_scale = total_batch_size if args.scale_lr else 1
@@ -1167,7 +1167,7 @@ def main(args):
         text_encoder_lr = args.learning_rate if args.optimizer == "prodigy" else args.text_encoder_lr
         params_to_optimize.append(
             {
-                "params": text_encoder_params,
+                "params": text_lora_params,
                 "lr": text_encoder_lr * lr_scale,
                 "weight_decay": args.adam_weight_decay_text_encoder,
             }
@@ -1196,7 +1196,7 @@ def main(args):
     )
 
     # 7. Train
-    run_info = describe_run(args, examples, text_encoder_params)
+    run_info = describe_run(args, examples, text_lora_params)
     print_header(accelerator, args, run_info, lora_params, base_size, max_train_steps, steps_per_epoch)
     start_logging(accelerator, args, "influxedit", global_step)
     metrics = None
@@ -1261,8 +1261,8 @@ def main(args):
             if not accelerator.sync_gradients:
                 continue
 
-            reduce_gradients(accelerator, text_encoder_params)
-            grad_norm = accelerator.clip_grad_norm_([*lora_params, *text_encoder_params], args.max_grad_norm)
+            reduce_gradients(accelerator, text_lora_params)
+            grad_norm = accelerator.clip_grad_norm_([*lora_params, *text_lora_params], args.max_grad_norm)
             # one message between the processes carries the loss and whether any of them got a signal
             stop_requested = torch.tensor(float(len(signals)), device=device)
             reduced = accelerator.reduce(torch.stack([loss_sum, stop_requested]), reduction="mean")
