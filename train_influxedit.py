@@ -90,7 +90,7 @@ from common.models import (
     quantize_base,
     shard,
 )
-from common.text_encoders import PromptEncoder, load_text_pipeline
+from common.text_encoders import CLIP_TARGET_MODULES, PromptEncoder, load_text_pipeline
 from common.tracking import (
     check_hub,
     create_hub_repo,
@@ -807,7 +807,7 @@ def pipeline_call(prompt_encoder, prompt, args, image=None, mask=None):
         height, width = sides((1, 1), max(args.resolution))
         image = Image.new("RGB", (width, height), "white")
         mask = Image.new("L", (width, height), "white")
-    prompt_embeds, pooled_prompt_embeds = prompt_encoder([prompt])
+    prompt_embeds, pooled_prompt_embeds = prompt_encoder.encode_prompts([prompt])
     return {
         "prompt_embeds": prompt_embeds,
         "pooled_prompt_embeds": pooled_prompt_embeds,
@@ -992,7 +992,7 @@ def choose_seed(seed, checkpoint):
     return broadcast_object_list([secrets.randbits(31)])[0]
 
 
-def describe_run(args, examples, text_encoder_params):
+def describe_run(args, examples, text_lora_params):
     """What the header says of this trainer's data and text encoders, {label: text}."""
     if args.mode == "edit":
         partners = "targets"
@@ -1003,8 +1003,8 @@ def describe_run(args, examples, text_encoder_params):
     edges = ", ".join(map(str, args.resolution))
     captioned = sum(example.caption != args.instance_prompt for example in examples)
     run_info = {"data": f"{len(examples)} images with {partners} at {edges} px, {captioned} with their own captions"}
-    if text_encoder_params:
-        count = sum(parameter.numel() for parameter in text_encoder_params)
+    if text_lora_params:
+        count = sum(parameter.numel() for parameter in text_lora_params)
         run_info["text"] = f"{count:,} parameters in text encoders"
         if args.optimizer == "prodigy" and args.text_encoder_lr != args.learning_rate:
             run_info["Prodigy"] = f"has one learning rate, {args.learning_rate:g}: --text_encoder_lr is not used"
@@ -1096,8 +1096,24 @@ def main(args):
     if args.class_prompt:
         prompts.add(args.class_prompt)
     text_pipeline = load_text_pipeline(FluxPipeline, args, weight_dtype)
-    prompt_encoder = PromptEncoder(accelerator, text_pipeline, args, weight_dtype)
-    prompt_encoder.cache(sorted(prompts))
+    text_lora_params = []
+    if args.train_text_encoder:
+        text_lora_params = add_lora(
+            text_pipeline.text_encoder,
+            rank=args.rank,
+            alpha=args.lora_alpha,
+            dropout=0.0,
+            target_modules=CLIP_TARGET_MODULES,
+        )
+    prompt_encoder = PromptEncoder(
+        accelerator,
+        text_pipeline,
+        weight_dtype,
+        max_sequence_length=args.max_sequence_length,
+        trained={"clip_l"} if args.train_text_encoder else set(),
+        offload=args.offload,
+    )
+    prompt_encoder.cache_prompts(sorted(prompts))
 
     # 4. Models: VAE, class images and cached latents; then the transformer and its LoRA
     noise_scheduler = load_scheduler(args)
@@ -1137,10 +1153,9 @@ def main(args):
     if args.fsdp:
         shard(transformer, device, weight_dtype)
     lora_params = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
-    text_encoder_params = prompt_encoder.parameters()
     adapted_models = {"transformer": transformer}
     if args.train_text_encoder:
-        adapted_models["text_encoder"] = prompt_encoder.encoders["clip_l"]
+        adapted_models["text_encoder"] = text_pipeline.text_encoder
 
     # 5. Optimizer and schedule
     lr_scale = total_batch_size if args.scale_lr else 1
@@ -1152,7 +1167,7 @@ def main(args):
         text_encoder_lr = args.learning_rate if args.optimizer == "prodigy" else args.text_encoder_lr
         params_to_optimize.append(
             {
-                "params": text_encoder_params,
+                "params": text_lora_params,
                 "lr": text_encoder_lr * lr_scale,
                 "weight_decay": args.adam_weight_decay_text_encoder,
             }
@@ -1181,7 +1196,7 @@ def main(args):
     )
 
     # 7. Train
-    run_info = describe_run(args, examples, text_encoder_params)
+    run_info = describe_run(args, examples, text_lora_params)
     print_header(accelerator, args, run_info, lora_params, base_size, max_train_steps, steps_per_epoch)
     start_logging(accelerator, args, "influxedit", global_step)
     metrics = None
@@ -1218,7 +1233,7 @@ def main(args):
             latents = sample_latents(moments[:, 0], vae.config, generator)
             shown_latents = sample_latents(moments[:, 1], vae.config, generator)
             condition = pack_fill_condition(shown_latents, batch["mask"].to(device))
-            prompt_embeds, pooled_prompt_embeds = prompt_encoder(batch["prompt"])
+            prompt_embeds, pooled_prompt_embeds = prompt_encoder.encode_prompts(batch["prompt"])
             guidance = None
             if guidance_embeds:
                 guidance = torch.full((len(latents),), args.guidance_scale, device=device)
@@ -1246,8 +1261,8 @@ def main(args):
             if not accelerator.sync_gradients:
                 continue
 
-            reduce_gradients(accelerator, text_encoder_params)
-            grad_norm = accelerator.clip_grad_norm_([*lora_params, *text_encoder_params], args.max_grad_norm)
+            reduce_gradients(accelerator, text_lora_params)
+            grad_norm = accelerator.clip_grad_norm_([*lora_params, *text_lora_params], args.max_grad_norm)
             # one message between the processes carries the loss and whether any of them got a signal
             stop_requested = torch.tensor(float(len(signals)), device=device)
             reduced = accelerator.reduce(torch.stack([loss_sum, stop_requested]), reduction="mean")

@@ -79,6 +79,11 @@ def add_lora(model, *, rank, alpha, dropout, target_modules, modules_to_save=Non
     return added
 
 
+def adapter_config(model: torch.nn.Module, adapter_name: str = "default") -> LoraConfig:
+    """The settings of an adapter: its rank, alpha and target modules."""
+    return model.peft_config[adapter_name]  # type: ignore[index]
+
+
 def adapter_weights(model, adapter_name="default"):
     """An adapter's weights {name: tensor}, in full; with a sharded model all processes must ask for them."""
     named = model.state_dict(keep_vars=True).items()

@@ -1,24 +1,29 @@
-"""LoRA files for FLUX.1 in the names of diffusers, ComfyUI and kohya's sd-scripts."""
+"""LoRA files for FLUX.1 in the names of diffusers, ComfyUI and kohya's sd-scripts.
+
+Between files, a LoRA is {layer name: LoraLayer} under the names that ComfyUI, Forge and diffusers all know, such as
+transformer.transformer_blocks.0.attn.to_q and text_encoder.text_model.encoder.layers.0.self_attn.q_proj.
+"""
 
 import datetime
 import hashlib
 import json
 import math
 import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-from common.checkpoints import atomic_write
-from common.lora import adapter_weights
+from common.checkpoints import flush_to_disk, writing
+from common.lora import adapter_config, adapter_weights
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 
-# FLUX.1's layers as its authors name them and, after them, as diffusers does, # for a block's number. Where
-# diffusers has several, their outputs are rows of the one. norm_out has (scale, shift) where the authors' has the
-# halves the other way round.
-FLUX_LAYERS = {
+# FLUX.1's layers as its authors name them, and the layers of diffusers that each one holds; # is a block's number.
+# Where diffusers has several, the authors fused them: the outputs of the parts are consecutive rows of one weight.
+FLUX_LAYERS: dict[str, tuple[str, ...]] = {
     "img_in": ("x_embedder",),
     "txt_in": ("context_embedder",),
     "time_in.in_layer": ("time_text_embed.timestep_embedder.linear_1",),
@@ -27,8 +32,20 @@ FLUX_LAYERS = {
     "vector_in.out_layer": ("time_text_embed.text_embedder.linear_2",),
     "guidance_in.in_layer": ("time_text_embed.guidance_embedder.linear_1",),
     "guidance_in.out_layer": ("time_text_embed.guidance_embedder.linear_2",),
-    "double_blocks.#.img_attn.qkv": tuple(f"transformer_blocks.#.attn.to_{part}" for part in "qkv"),
-    "double_blocks.#.txt_attn.qkv": tuple(f"transformer_blocks.#.attn.add_{part}_proj" for part in "qkv"),
+    "double_blocks.#.img_attn.qkv": (
+        "transformer_blocks.#.attn.to_q",
+        "transformer_blocks.#.attn.to_k",
+        "transformer_blocks.#.attn.to_v",
+    ),
+    "double_blocks.#.txt_attn.qkv": (
+        "transformer_blocks.#.attn.add_q_proj",
+        "transformer_blocks.#.attn.add_k_proj",
+        "transformer_blocks.#.attn.add_v_proj",
+    ),
+    "double_blocks.#.img_attn.norm.query_norm": ("transformer_blocks.#.attn.norm_q",),
+    "double_blocks.#.img_attn.norm.key_norm": ("transformer_blocks.#.attn.norm_k",),
+    "double_blocks.#.txt_attn.norm.query_norm": ("transformer_blocks.#.attn.norm_added_q",),
+    "double_blocks.#.txt_attn.norm.key_norm": ("transformer_blocks.#.attn.norm_added_k",),
     "double_blocks.#.img_attn.proj": ("transformer_blocks.#.attn.to_out.0",),
     "double_blocks.#.txt_attn.proj": ("transformer_blocks.#.attn.to_add_out",),
     "double_blocks.#.img_mlp.0": ("transformer_blocks.#.ff.net.0.proj",),
@@ -38,240 +55,382 @@ FLUX_LAYERS = {
     "double_blocks.#.img_mod.lin": ("transformer_blocks.#.norm1.linear",),
     "double_blocks.#.txt_mod.lin": ("transformer_blocks.#.norm1_context.linear",),
     "single_blocks.#.linear1": (
-        *(f"single_transformer_blocks.#.attn.to_{part}" for part in "qkv"),
+        "single_transformer_blocks.#.attn.to_q",
+        "single_transformer_blocks.#.attn.to_k",
+        "single_transformer_blocks.#.attn.to_v",
         "single_transformer_blocks.#.proj_mlp",
     ),
     "single_blocks.#.linear2": ("single_transformer_blocks.#.proj_out",),
+    "single_blocks.#.norm.query_norm": ("single_transformer_blocks.#.attn.norm_q",),
+    "single_blocks.#.norm.key_norm": ("single_transformer_blocks.#.attn.norm_k",),
     "single_blocks.#.modulation.lin": ("single_transformer_blocks.#.norm.linear",),
-    **{
-        f"double_blocks.#.{side}_attn.norm.{old}_norm": (f"transformer_blocks.#.attn.norm_{new}{old[0]}",)
-        for side, new in (("img", ""), ("txt", "added_"))
-        for old in ("query", "key")
-    },
-    **{
-        f"single_blocks.#.norm.{old}_norm": (f"single_transformer_blocks.#.attn.norm_{old[0]}",)
-        for old in ("query", "key")
-    },
     "final_layer.linear": ("proj_out",),
-    "final_layer.adaLN_modulation.1": ("norm_out.linear",),
+    "final_layer.adaLN_modulation.1": ("norm_out.linear",),  # its halves are swapped: see swap_halves
 }
 
-# of a file that is written again
-STALE_HEADER = ("format", "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
+FUSED_NAMES = {part: fused_name for fused_name, parts in FLUX_LAYERS.items() for part in parts}
 
 LORA_FORMS = ("comfyui", "kohya", "diffusers")
 
+# Header entries with hashes of the file they stood in, or that are written anew: a converted file must not keep them.
+FILE_HEADER = ("format", "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 
-def lora_layers(modules):
-    """The adapters of {"transformer": model, "text_encoder": model} as {layer: (down, up, alpha)}.
 
-    down [r, in] and up [out, r] are on the CPU; an adapter adds alpha / r * up @ down to its layer's weight. Layers
-    are named as ComfyUI, Forge and diffusers all know them: transformer.transformer_blocks.0.attn.to_q,
-    text_encoder.text_model.encoder.layers.0.self_attn.q_proj.
-    """
+@dataclass(frozen=True)
+class LoraLayer:
+    """The adapter of one layer, which adds scale * up @ down to its weight [out, in]."""
+
+    down: torch.Tensor  # [rank, in]
+    up: torch.Tensor  # [out, rank]
+    alpha: float
+
+    @property
+    def rank(self) -> int:
+        return len(self.down)
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+def lora_layers(modules: Mapping[str, torch.nn.Module]) -> dict[str, LoraLayer]:
+    """The trained adapters of {"transformer": model, "text_encoder": model} as {layer name: LoraLayer}, on the CPU."""
     layers = {}
-    for name, model in modules.items():
-        weights, alpha = adapter_weights(model), float(model.peft_config["default"].lora_alpha)
-        for key in [key for key in weights if key.endswith(".lora_A.weight")]:
-            pair = weights[key].cpu(), weights[key.replace("lora_A", "lora_B")].cpu()
-            layers[full_name(f"{name}.{key.removesuffix('.lora_A.weight')}")] = (*pair, alpha)
+    for component, model in modules.items():
+        weights = adapter_weights(model)
+        alpha = float(adapter_config(model).lora_alpha)
+        for key, down in weights.items():
+            if key.endswith(".lora_A.weight"):
+                up = weights[key.replace("lora_A", "lora_B")]
+                name = full_name(f"{component}.{key.removesuffix('.lora_A.weight')}")
+                layers[name] = LoraLayer(down.cpu(), up.cpu(), alpha)
     return layers
 
 
-def full_name(layer):
-    """A layer's name with the level text_model, which transformers 5 has no more and ComfyUI and Forge insist on."""
-    return re.sub(r"^text_encoder\.(?!text_model\.)", "text_encoder.text_model.", layer)
-
-
-def write_lora(path, layers, form="comfyui", header=None, dtype=None):
-    """Writes `lora_layers` to one safetensors file, whole or not at all, in one of LORA_FORMS:
+def write_lora(
+    path: str | Path,
+    layers: Mapping[str, LoraLayer],
+    form: str = "comfyui",
+    header: Mapping[str, str] | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Writes `layers`, converted to `dtype`, to one safetensors file in one of LORA_FORMS. It is written whole or not
+    at all.
 
     comfyui    diffusers' names; a tensor `alpha` beside each pair if any alpha is not the rank. ComfyUI, Forge and
                diffusers read it at the right strength.
     kohya      the names of kohya's sd-scripts; layers that FLUX.1's authors fused are fused, exactly.
-    diffusers  diffusers' names; alpha stands in the header, which ComfyUI ignores. For one alpha and one rank.
+    diffusers  diffusers' names; alpha stands in the header, which ComfyUI ignores. One alpha and one rank per model:
+               raises ValueError otherwise.
 
-    `header` {str: str} is added to the file's metadata, and sshs_model_hash, the SHA-256 of all after the header.
+    `header` is added to the file's metadata, and sshs_model_hash: the SHA-256 of everything after the header.
     """
-    layers = {name: (*(t.to(dtype or t.dtype) for t in pair), alpha) for name, (*pair, alpha) in layers.items()}
-    metadata, tensors = {"format": "pt", **(header or {})}, {}
-    down_name, up_name = ("lora_down", "lora_up") if form == "kohya" else ("lora_A", "lora_B")
+    path = Path(path)
+    if dtype is not None:
+        layers = {
+            name: LoraLayer(layer.down.to(dtype), layer.up.to(dtype), layer.alpha) for name, layer in layers.items()
+        }
+    metadata = {"format": "pt", **(header or {})}
     if form == "diffusers":
         metadata["lora_adapter_metadata"] = json.dumps(adapter_metadata(layers), sort_keys=True)
-    with_alpha = form == "kohya" or form == "comfyui" and any(alpha != len(down) for down, _, alpha in layers.values())
-    for name, (down, up, alpha) in (fused_layers(layers) if form == "kohya" else layers).items():
-        tensors[f"{name}.{down_name}.weight"], tensors[f"{name}.{up_name}.weight"] = down.contiguous(), up.contiguous()
-        if with_alpha:
-            tensors[f"{name}.alpha"] = torch.tensor(float(alpha))
-    path, placeholder = Path(path), "0" * 64
-    with atomic_write(path) as partial:
-        save_file(tensors, partial, metadata | {"sshs_model_hash": placeholder})
-        with partial.open("r+b") as file:
-            start = file.read(int.from_bytes(file.read(8), "little"))
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            file.seek(8)
-            file.write(start.replace(placeholder.encode(), digest.encode()))
+    tensors = file_tensors(layers, form)
+    serialized = save(tensors)
+    header_size = int.from_bytes(serialized[:8], "little")
+    metadata["sshs_model_hash"] = hashlib.sha256(memoryview(serialized)[8 + header_size :]).hexdigest()
+
+    partial = path.with_name(f".{path.name}.partial")
+    with writing(path, partial):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, partial, metadata)
+        flush_to_disk(partial)
+        partial.replace(path)
 
 
-def read_lora(path):
-    """(`lora_layers`, header) of a FLUX.1 LoRA in any of LORA_FORMS, or with the prefix diffusion_model.
+def read_lora(path: str | Path) -> tuple[dict[str, LoraLayer], dict[str, str]]:
+    """The layers and the header of a FLUX.1 LoRA in any of LORA_FORMS, or under names that start with diffusion_model.
 
     Raises ValueError for keys that are none of these.
     """
     with safe_open(path, "pt") as file:
-        header, tensors = file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    adapter = json.loads(header.pop("lora_adapter_metadata", "{}"))
+        header = file.metadata() or {}
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    adapter_settings = json.loads(header.pop("lora_adapter_metadata", "{}"))
+    header = {key: value for key, value in header.items() if key not in FILE_HEADER}
+    try:
+        return layers_of_file(tensors, adapter_settings), header
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def file_tensors(layers: Mapping[str, LoraLayer], form: str) -> dict[str, torch.Tensor]:
+    """The tensors {key: tensor} of a file in one of LORA_FORMS."""
+    if form == "kohya":
+        layers = fused_layers(layers)
+        down_name, up_name = "lora_down", "lora_up"
+        with_alpha = True
+    else:
+        down_name, up_name = "lora_A", "lora_B"
+        with_alpha = form == "comfyui" and any(layer.alpha != layer.rank for layer in layers.values())
+    tensors = {}
+    for name, layer in layers.items():
+        tensors[f"{name}.{down_name}.weight"] = layer.down.contiguous()
+        tensors[f"{name}.{up_name}.weight"] = layer.up.contiguous()
+        if with_alpha:
+            tensors[f"{name}.alpha"] = torch.tensor(float(layer.alpha))
+    return tensors
+
+
+def layers_of_file(tensors: Mapping[str, torch.Tensor], adapter_settings: Mapping) -> dict[str, LoraLayer]:
+    """The layers that a file's `tensors` {key: tensor} hold; the inverse of `file_tensors`.
+
+    `adapter_settings` is what diffusers keeps in the header, see `adapter_metadata`. Raises ValueError for a tensor
+    that belongs to no layer of FLUX.1, and if there is none that does.
+    """
+    unused = dict(tensors)
     layers = {}
     for down_name, up_name in (("lora_A", "lora_B"), ("lora_down", "lora_up")):
-        for key in [key for key in tensors if key.endswith(f".{down_name}.weight")]:
+        for key in tensors:
+            if not key.endswith(f".{down_name}.weight"):
+                continue
             name = key.removesuffix(f".{down_name}.weight")
-            up = tensors.pop(f"{name}.{up_name}.weight", None)
+            down = unused.pop(key)
+            up = unused.pop(f"{name}.{up_name}.weight", None)
             if up is None:
-                raise ValueError(f"{path}: {key} has no {up_name}")
-            down, part = tensors.pop(key), name.partition(".")[0]
-            alpha = adapter.get(f"{part}.alpha_pattern", {}).get(name.partition(".")[2])
-            alpha = alpha or adapter.get(f"{part}.lora_alpha", len(down))
-            alpha *= math.sqrt(len(down)) if adapter.get(f"{part}.use_rslora") else 1
-            layers |= split_layer(name, down, up, float(tensors.pop(f"{name}.alpha", alpha)))
-    known = {f"transformer.{part}" for parts in FLUX_LAYERS.values() for part in parts}
-    strangers = [name for name in layers if re.sub(r"\.\d+\.", ".#.", name, count=1) not in known]
-    unknown = [*tensors, *(name for name in strangers if not name.startswith("text_encoder.text_model."))]
+                raise ValueError(f"{key} has no {up_name}")
+            alpha = unused.pop(f"{name}.alpha", None)
+            if alpha is None:
+                alpha = alpha_in_header(name, len(down), adapter_settings)
+            layers |= split_layer(name, LoraLayer(down, up, float(alpha)))
+    unknown = [*unused, *(name for name in layers if not is_known(name))]
     if unknown or not layers:
-        raise ValueError(f"{path}: not a LoRA for FLUX.1 in a known form: {', '.join(unknown[:5]) or 'nothing in it'}")
-    return layers, {key: value for key, value in header.items() if key not in STALE_HEADER}
+        raise ValueError(f"not a LoRA for FLUX.1 in a known form: {', '.join(unknown[:5]) or 'nothing in it'}")
+    return layers
 
 
-def fused_layers(layers):
-    """`lora_layers` as kohya names and fuses them: {lora_unet_...: (down [R, in], up [out, R], alpha)}.
+def is_known(name: str) -> bool:
+    """Whether FLUX.1's transformer or CLIP has a layer of this name."""
+    component, _, layer = name.partition(".")
+    if component == "transformer":
+        return split_number(layer)[0] in FUSED_NAMES
+    return name.startswith("text_encoder.text_model.")
 
-    The downs of the parts are stacked and the ups stand on the diagonal, so R is the sum of their ranks; rows of parts
-    without an adapter are zero. Scales alpha / r that differ go into the ups.
+
+def alpha_in_header(name: str, rank: int, adapter_settings: Mapping) -> float:
+    """A layer's alpha by the PEFT settings in a header of diffusers; without any it is the rank, a scale of 1."""
+    component, _, layer = name.partition(".")
+    alpha = adapter_settings.get(f"{component}.alpha_pattern", {}).get(layer)
+    alpha = alpha or adapter_settings.get(f"{component}.lora_alpha", rank)
+    if adapter_settings.get(f"{component}.use_rslora"):  # whose scale is alpha / sqrt(rank)
+        alpha *= math.sqrt(rank)
+    return alpha
+
+
+def full_name(name: str) -> str:
+    """A layer's name with the level text_model, which transformers 5 dropped and ComfyUI and Forge need."""
+    return re.sub(r"^text_encoder\.(?!text_model\.)", "text_encoder.text_model.", name)
+
+
+def split_number(name: str, separator: str = ".") -> tuple[str, str]:
+    """A layer's name with # for the block's number, and the number: ("transformer_blocks.#.norm1.linear", "7").
+
+    The number of a layer outside the blocks is "".
     """
-    homes = {part: home for home, parts in FLUX_LAYERS.items() for part in parts}
-    groups, fused = {}, {}
-    for layer, triple in layers.items():
-        part, _, name = layer.partition(".")
-        template = re.sub(r"\.\d+\.", ".#.", name, count=1)
-        if part != "transformer":
-            fused[f"lora_te1_{name.replace('.', '_')}"] = triple
+    number = re.search(rf"(?<={re.escape(separator)})\d+(?={re.escape(separator)})", name)
+    if number is None:
+        return name, ""
+    return f"{name[: number.start()]}#{name[number.end() :]}", number[0]
+
+
+def fused_layers(layers: Mapping[str, LoraLayer]) -> dict[str, LoraLayer]:
+    """`layers` under kohya's names, lora_unet_... and lora_te1_..., with the parts of a fused layer fused."""
+    renamed = {}
+    parts_of: dict[tuple[str, str], dict[str, LoraLayer]] = {}  # (fused name, block number): its parts
+    for name, layer in layers.items():
+        component, _, rest = name.partition(".")
+        if component == "transformer":
+            part, number = split_number(rest)
+            parts_of.setdefault((FUSED_NAMES[part], number), {})[part] = layer
         else:
-            number = next(iter(re.findall(r"\.(\d+)\.", name)), "")
-            groups.setdefault((homes[template], number), {})[template] = triple
-    for (home, number), parts in groups.items():
-        names = FLUX_LAYERS[home]
-        (width,) = {down.shape[1] for down, _, _ in parts.values()}
-        sizes = [len(parts[name][1]) if name in parts else width * (4 if "mlp" in name else 1) for name in names]
-        scales = {alpha / len(down) for down, _, alpha in parts.values()}
-        downs = torch.cat([parts[name][0] for name in names if name in parts])
-        up, row, column = downs.new_zeros(sum(sizes), len(downs)), 0, 0
-        for name, size in zip(names, sizes, strict=True):
-            if name in parts:
-                down, part, alpha = parts[name]
-                factor = 1 if len(scales) == 1 else alpha / len(down)
-                up[row : row + size, column : column + len(down)] = swap_halves(name, part) * factor
-                column += len(down)
-            row += size
-        key = f"lora_unet_{home.replace('.', '_').replace('#', number)}"
-        fused[key] = downs, up, len(downs) * (scales.pop() if len(scales) == 1 else 1.0)
-    return fused
+            renamed[f"lora_te1_{rest.replace('.', '_')}"] = layer
+    for (fused_name, number), parts in parts_of.items():
+        kohya_name = f"lora_unet_{fused_name.replace('.', '_').replace('#', number)}"
+        renamed[kohya_name] = fuse(parts, FLUX_LAYERS[fused_name])
+    return renamed
 
 
-def split_layer(name, down, up, alpha):
-    """The `lora_layers` that a layer of a file holds: itself, or the parts of what kohya fused.
+def fuse(parts: Mapping[str, LoraLayer], names: Iterable[str]) -> LoraLayer:
+    """One LoRA for a fused layer whose rows are the outputs of the layers `names`, exactly equal to their LoRAs.
 
-    Parts get the columns of `up` that only they use, so `fused_layers` is undone exactly; those that share columns, as
-    where kohya trained the fused layer, get all of `down`.
+    With two parts of ranks r1 and r2, the fused rank is r1 + r2:
+
+        down = [ down1 ]      up = [ up1   0  ]      up @ down = [ up1 @ down1 ]
+               [ down2 ]           [  0   up2 ]                  [ up2 @ down2 ]
+
+    Rows of a layer that has no LoRA are zero. One alpha serves all parts if their scales are equal; otherwise each
+    part's scale goes into its up, and the fused scale is 1.
     """
-    name = f"lora_unet_{name[16:].replace('.', '_')}" if name.startswith("diffusion_model.") else name
-    encoder = re.fullmatch(r"lora_te1?_text_model_encoder_layers_(\d+)_(self_attn|mlp)_(\w+)", name)
-    if encoder:
-        return {"text_encoder.text_model.encoder.layers.{}.{}.{}".format(*encoder.groups()): (down, up, alpha)}
-    kohya = {f"lora_unet_{home.replace('.', '_')}": parts for home, parts in FLUX_LAYERS.items()}
-    parts = kohya.get(re.sub(r"_\d+_", "_#_", name, count=1))
-    if parts is None:
-        return {full_name(name): (down, up, alpha)}
-    number = next(iter(re.findall(r"_(\d+)_", name)), "")
-    rank, ups = len(down), split_rows(up, parts, down.shape[1])
-    even = torch.arange(rank) * len(parts) // rank
-    owners = [(even == i) & (rank % len(parts) == 0) for i in range(len(parts))]
-    if any(rows[:, ~mine].any() for rows, mine in zip(ups, owners, strict=True)):
-        owners = [rows.any(dim=0) for rows in ups]
-        if sum(mine.int() for mine in owners).max() > 1:
-            owners = [torch.ones(rank, dtype=torch.bool)] * len(parts)
-    return {
-        f"transformer.{part.replace('#', number)}": (
-            down[mine],
-            swap_halves(part, rows[:, mine]),
-            alpha / rank * int(mine.sum()),
-        )
-        for part, rows, mine in zip(parts, ups, owners, strict=True)
-        if mine.any()
-    }
+    present = [name for name in names if name in parts]
+    down = torch.cat([parts[name].down for name in present])
+    scales = {layer.scale for layer in parts.values()}
+    width = down.shape[1]
+    rows = {name: width * (4 if "mlp" in name else 1) for name in names}  # of a layer without a LoRA
+    rows |= {name: len(layer.up) for name, layer in parts.items()}
+
+    up = down.new_zeros(sum(rows.values()), len(down))
+    row = 0
+    column = 0
+    for name in names:
+        if name in parts:
+            layer = parts[name]
+            part_up = swap_halves(name, layer.up)
+            if len(scales) > 1:
+                part_up = part_up * layer.scale
+            up[row : row + rows[name], column : column + layer.rank] = part_up
+            column += layer.rank
+        row += rows[name]
+    fused_scale = scales.pop() if len(scales) == 1 else 1.0
+    return LoraLayer(down, up, len(down) * fused_scale)
 
 
-def split_rows(rows, parts, width):
-    """The rows of each of the `parts` that FLUX.1's authors fused: as many each, but linear1's MLP has the rest.
+def split_layer(name: str, layer: LoraLayer) -> dict[str, LoraLayer]:
+    """The layers that a layer of a file stands for: itself under our name, or the parts of a fused one.
 
-    `width` is that of the transformer.
+    Undoes `fuse` exactly. A fused layer that was trained as one shares its down among the parts.
     """
-    sizes = [width] * 3 + [len(rows) - 3 * width] if len(parts) == 4 else [len(rows) // len(parts)] * len(parts)
+    if name.startswith("diffusion_model."):
+        name = f"lora_unet_{name.removeprefix('diffusion_model.').replace('.', '_')}"
+    clip = re.fullmatch(r"lora_te1?_text_model_encoder_layers_(\d+)_(self_attn|mlp)_(\w+)", name)
+    if clip:
+        return {f"text_encoder.text_model.encoder.layers.{clip[1]}.{clip[2]}.{clip[3]}": layer}
+    kohya_parts = {f"lora_unet_{fused_name.replace('.', '_')}": parts for fused_name, parts in FLUX_LAYERS.items()}
+    kohya_name, number = split_number(name, "_")
+    if kohya_name not in kohya_parts:
+        return {full_name(name): layer}
+
+    parts = kohya_parts[kohya_name]
+    names = [f"transformer.{part.replace('#', number)}" for part in parts]
+    rows = split_rows(layer.up, parts, width=layer.down.shape[1])
+    ups = [swap_halves(part, part_rows) for part, part_rows in zip(parts, rows, strict=True)]
+    columns = block_columns(ups)
+    if columns is None:
+        return {
+            name: LoraLayer(layer.down.clone(), up.clone(), layer.alpha) for name, up in zip(names, ups, strict=True)
+        }
+    split = {}
+    for name, up, own in zip(names, ups, columns, strict=True):
+        if own.any():
+            split[name] = LoraLayer(layer.down[own], up[:, own], layer.scale * int(own.sum()))
+    return split
+
+
+def block_columns(ups: list[torch.Tensor]) -> list[torch.Tensor] | None:
+    """For each part's rows `ups` [out, R] of a fused up, which columns [R], bool, are its own; None if the parts share
+    columns, so that the fused up is not block diagonal."""
+    rank = ups[0].shape[1]
+    if rank % len(ups) == 0:  # parts of equal rank: their columns are known even where they are zero
+        part_of_column = torch.arange(rank) * len(ups) // rank
+        columns = [part_of_column == i for i in range(len(ups))]
+        if not any(up[:, ~own].any() for up, own in zip(ups, columns, strict=True)):
+            return columns
+    columns = [up.any(dim=0) for up in ups]
+    parts_using = torch.stack(columns).sum(dim=0)
+    return None if parts_using.max() > 1 else columns
+
+
+def split_rows(rows: torch.Tensor, parts: tuple[str, ...], width: int) -> tuple[torch.Tensor, ...]:
+    """The rows of a fused tensor [out, ...] that belong to each of `parts`, in a transformer of this width.
+
+    Equally many each; in single_blocks.#.linear1 the MLP has what query, key and value leave.
+    """
+    sizes = [len(rows) // len(parts)] * len(parts)
+    if len(parts) == 4:
+        sizes = [width, width, width, len(rows) - 3 * width]
     return rows.split(sizes)
 
 
-def diffusers_state_dict(state_dict):
-    """The weights of FLUX.1's transformer in its authors' form, of any size, as FluxTransformer2DModel has them.
+def swap_halves(name: str, rows: torch.Tensor) -> torch.Tensor:
+    """Rows (shift, scale), as FLUX.1's authors order norm_out.linear, to diffusers' (scale, shift), or back.
 
-    (`from_single_file` has the same for a width of 3072 alone.)
+    Rows of all other layers are returned as they are.
     """
-    converted, width = {}, len(state_dict["img_in.bias"])
+    if name != "norm_out.linear":
+        return rows
+    first, second = rows.chunk(2)
+    return torch.cat([second, first])
+
+
+def diffusers_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights of FLUX.1's transformer, as its authors publish them, under the names of FluxTransformer2DModel.
+
+    diffusers' own converter assumes a width of 3072; this one takes any.
+    """
+    width = len(state_dict["img_in.bias"])
+    converted = {}
     for key, value in state_dict.items():
-        name, _, kind = key.rpartition(".")
-        number = next(iter(re.findall(r"\.(\d+)\.", name)), "")
-        parts = FLUX_LAYERS[re.sub(r"\.\d+\.", ".#.", name, count=1)]
+        name, _, parameter = key.rpartition(".")  # weight, bias, or scale, which diffusers calls weight
+        fused_name, number = split_number(name)
+        parts = FLUX_LAYERS[fused_name]
         for part, rows in zip(parts, split_rows(value, parts, width), strict=True):
-            converted[f"{part.replace('#', number)}.{kind.replace('scale', 'weight')}"] = swap_halves(part, rows)
+            part_name = part.replace("#", number)
+            converted[f"{part_name}.{parameter.replace('scale', 'weight')}"] = swap_halves(part, rows)
     return converted
 
 
-def swap_halves(name, rows):
-    """(scale, shift) to (shift, scale) or back, for the one layer that has them so: see FLUX_LAYERS."""
-    return torch.cat(rows.chunk(2)[::-1]) if name == "norm_out.linear" else rows
+def adapter_metadata(layers: Mapping[str, LoraLayer]) -> dict[str, object]:
+    """The metadata from which diffusers restores the scale of `layers`: {"transformer.r": 4, ...}.
 
-
-def adapter_metadata(layers):
-    """The metadata from which diffusers restores the strength of `lora_layers`, {"transformer.r": 4, ...}."""
+    Raises ValueError if the layers of a component have several ranks or alphas.
+    """
+    by_component: dict[str, dict[str, LoraLayer]] = {}
+    for name, layer in layers.items():
+        component, _, rest = name.partition(".")
+        by_component.setdefault(component, {})[rest] = layer
     metadata = {}
-    for part in dict.fromkeys(layer.partition(".")[0] for layer in layers):
-        own = {name.partition(".")[2]: layer for name, layer in layers.items() if name.startswith(f"{part}.")}
-        shapes = {(len(down), alpha) for down, _, alpha in own.values()}
-        if len(shapes) > 1:
+    for component, own in by_component.items():
+        settings = {(layer.rank, layer.alpha) for layer in own.values()}
+        if len(settings) > 1:
             raise ValueError(
-                f"the form diffusers holds one rank and alpha, not {len(shapes)}: choose comfyui or kohya"
+                f"the form diffusers holds one rank and alpha, not {len(settings)}: choose comfyui or kohya"
             )
-        rank, alpha = shapes.pop()
-        targets = own if part == "transformer" else {name.rpartition(".")[2] for name in own}
-        metadata |= {f"{part}.r": rank, f"{part}.lora_alpha": alpha, f"{part}.target_modules": sorted(targets)}
+        rank, alpha = settings.pop()
+        targets = set(own)
+        if component == "text_encoder":  # by their last names: transformers 5 has no level text_model
+            targets = {name.rpartition(".")[2] for name in own}
+        metadata[f"{component}.r"] = rank
+        metadata[f"{component}.lora_alpha"] = alpha
+        metadata[f"{component}.target_modules"] = sorted(targets)
     return metadata
 
 
-def lora_header(layers, *, name, base_model, resolution, trigger_words, captions):
-    """What a file says of itself to Forge, ComfyUI's managers and Civitai, by ModelSpec 1.0.1 and in kohya's words.
+def lora_header(
+    layers: Mapping[str, LoraLayer],
+    *,
+    name: str,
+    base_model: str,
+    resolution: tuple[int, int],
+    trigger_words: Iterable[str],
+    captions: Mapping[str, Mapping[str, int]],
+) -> dict[str, str]:
+    """The header by which Forge, ComfyUI's managers and Civitai describe a file: ModelSpec 1.0.1 and kohya's entries.
 
     `base_model` is flux-1-dev or flux-1-schnell, `resolution` (width, height), `captions` {folder: {tag: count}}.
     """
-    down, _, alpha = next(iter(layers.values()))
-    return {
+    layer = next(iter(layers.values()))
+    width, height = resolution
+    header = {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": f"{base_model}/lora",
         "modelspec.implementation": "https://github.com/black-forest-labs/flux",
         "modelspec.title": name,
-        "modelspec.resolution": "{}x{}".format(*resolution),
+        "modelspec.resolution": f"{width}x{height}",
         "modelspec.date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        **({"modelspec.trigger_phrase": ", ".join(trigger_words)} if trigger_words else {}),
         "ss_output_name": name,
         "ss_base_model_version": "flux1",
         "ss_network_module": "networks.lora_flux",
-        "ss_network_dim": str(len(down)),
-        "ss_network_alpha": str(alpha),
+        "ss_network_dim": str(layer.rank),
+        "ss_network_alpha": str(layer.alpha),
         "ss_tag_frequency": json.dumps(captions),
     }
+    if trigger_words:
+        header["modelspec.trigger_phrase"] = ", ".join(trigger_words)
+    return header

@@ -1,110 +1,164 @@
-"""Prompts to embeddings."""
+"""Prompts to embeddings with FLUX.1's CLIP and T5: each prompt once, or in every step while an encoder is trained."""
+
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
 
 from common.arguments import reading
-from common.lora import add_lora
+from common.latents import disk_cached, fingerprint
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.training_utils import free_memory
 from tqdm.auto import tqdm
 
 
+# Linear layers of CLIP that a LoRA is put beside.
 CLIP_TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "out_proj")
+
+# Names of the encoders, as in files of embeddings, and the attributes of FluxPipeline that hold them.
+ENCODER_ATTRIBUTES = {"clip_l": "text_encoder", "t5": "text_encoder_2"}
 
 
 class PromptEncoder:
-    """CLIP and T5: the embeddings of prompts; CLIP with a LoRA in training if there is --train_text_encoder.
+    """The embeddings of prompts: T5's of every token and CLIP's pooled one.
 
-    One without trained parts embeds every prompt once, in `cache`, and is freed. With `keep`, for prompts that are not
-    all known before, it stays and embeds those too.
+    A frozen encoder embeds every prompt once, in `cache_prompts`, and is freed. The `trained` encoders (clip_l, t5)
+    run in every step, with gradients, until `freeze`.
+
+    Args:
+        pipeline: a FluxPipeline with text encoders and tokenizers, as `load_text_pipeline` returns it. Adapters and
+            new tokens are in it already. The encoders are moved to the accelerator's device.
+        dtype: of the embeddings.
+        max_sequence_length: tokens of a prompt for T5.
+        trained: names of the encoders in training.
+        offload: keep frozen encoders in CPU memory and move their layers to the device one by one.
+        keep_encoders: do not free frozen encoders: prompts will come that were not known to `cache_prompts`.
+        disk_cache_dir: folder where the embeddings of encoders that are not trained are kept for later runs.
+        rewrite_prompt: what is done to a prompt before it is tokenized.
     """
 
-    def __init__(self, accelerator, pipeline, args, dtype, *, keep=False):
-        self.accelerator, self.args, self.dtype, self.keep = accelerator, args, dtype, keep
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        pipeline: Any,
+        dtype: torch.dtype,
+        *,
+        max_sequence_length: int,
+        trained: Collection[str] = (),
+        offload: bool = False,
+        keep_encoders: bool = False,
+        disk_cache_dir: Path | None = None,
+        rewrite_prompt: Callable[[str], str] | None = None,
+    ) -> None:
+        self.accelerator = accelerator
         self.pipeline = pipeline
-        self.encoders = {"clip_l": self.pipeline.text_encoder, "t5": self.pipeline.text_encoder_2}
-        for encoder in self.encoders.values():
-            encoder.requires_grad_(False).eval()  # T5 has dropout
-        self.lora_params, self.trained = [], set()
-        self.add_trained_parts()
-        if args.offload:
-            names = {"clip_l": "text_encoder", "t5": "text_encoder_2"}
-            trained = [names[kind] for kind in self.trained]
-            self.pipeline.enable_group_offload(accelerator.device, offload_type="leaf_level", exclude_modules=trained)
+        self.dtype = dtype
+        self.max_sequence_length = max_sequence_length
+        self.keep_encoders = keep_encoders
+        self.disk_cache_dir = disk_cache_dir
+        self.rewrite_prompt = rewrite_prompt
+        self.encoders = {name: getattr(pipeline, attribute) for name, attribute in ENCODER_ATTRIBUTES.items()}
+        self.trained = set(trained)
+        self.never_trained = self.encoders.keys() - self.trained
+        self.fingerprints: dict[str, bytes] = {}
+        self.cached: dict[str, dict[str, torch.Tensor]] = {name: {} for name in self.encoders}  # {prompt: on the CPU}
+        if offload:
+            pipeline.enable_group_offload(
+                accelerator.device,
+                offload_type="leaf_level",
+                exclude_modules=[ENCODER_ATTRIBUTES[name] for name in self.trained],
+            )
         else:
-            self.pipeline.to(accelerator.device)
-        self.cached = {"clip_l": {}, "t5": {}}  # {prompt: embedding on the CPU}
+            pipeline.to(accelerator.device)
 
-    def add_trained_parts(self):
-        args = self.args
-        if "train_text_encoder" in args and args.train_text_encoder:
-            layers = CLIP_TARGET_MODULES + (("fc1", "fc2") if args.lora_layers == "kohya" else ())
-            settings = {"rank": args.rank, "alpha": args.lora_alpha, "dropout": 0.0, "target_modules": layers}
-            self.lora_params, self.trained = add_lora(self.encoders["clip_l"], **settings), {"clip_l"}
+    def encode_prompts(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(prompt_embeds [B, T, D], pooled_prompt_embeds [B, P]) of prompts, on the accelerator's device."""
+        return self._encode_or_recall("t5", prompts), self._encode_or_recall("clip_l", prompts)
 
-    def parameters(self):
-        return self.lora_params
-
-    def replace(self, prompt):
-        """The prompt as the tokenizers get it."""
-        return prompt
-
-    def embed(self, kind, prompts):
-        """CLIP's pooled embeddings [B, P] or T5's [B, T, D]."""
-        prompts = [self.replace(prompt) for prompt in prompts]
+    def encode_with(self, encoder_name: str, prompts: list[str]) -> torch.Tensor:
+        """CLIP's pooled embeddings [B, P] or T5's [B, T, D], computed now."""
+        if self.rewrite_prompt:
+            prompts = [self.rewrite_prompt(prompt) for prompt in prompts]
         with self.accelerator.autocast():
-            if kind == "clip_l":
+            if encoder_name == "clip_l":
                 embeds = self.pipeline._get_clip_prompt_embeds(prompts)
             else:
-                length = self.args.max_sequence_length
-                embeds = self.pipeline._get_t5_prompt_embeds(prompts, max_sequence_length=length, dtype=self.dtype)
+                embeds = self.pipeline._get_t5_prompt_embeds(
+                    prompts, max_sequence_length=self.max_sequence_length, dtype=self.dtype
+                )
         return embeds.to(self.dtype)
 
-    def kept_embed(self, kind, prompt):
-        """The embedding on the CPU."""
-        return self.embed(kind, [prompt]).cpu()
-
     @torch.no_grad()
-    def cache(self, prompts):
-        """Embeds the prompts with the encoders that are not in training, which are then freed.
+    def cache_prompts(self, prompts: list[str]) -> None:
+        """Embeds prompts with the encoders that are not in training and frees these encoders.
 
-        The processes share the work; each has all.
+        The processes share the work; afterwards each of them has all embeddings.
         """
-        for kind in sorted(self.encoders.keys() - self.trained):  # in one order on all processes
-            quiet = not self.accelerator.is_main_process
-            with self.accelerator.split_between_processes(prompts) as share:
-                bar = tqdm(share, desc=f"Encoding prompts, {kind}", unit="prompt", disable=quiet)
-                embeds = [(prompt, self.kept_embed(kind, prompt)) for prompt in bar]
-            self.cached[kind] = dict(gather_object(embeds))
-            if self.keep:
-                continue
-            del self.encoders[kind]
-            if kind == "t5":
-                self.pipeline.text_encoder_2 = None
-            elif not self.lora_params:  # a LoRA is saved at the end
-                self.pipeline.text_encoder = None
+        for encoder_name in sorted(self.encoders.keys() - self.trained):  # all processes need the same order
+            with self.accelerator.split_between_processes(prompts) as own_prompts:
+                progress_bar: Any = tqdm(
+                    own_prompts,
+                    desc=f"Encoding prompts, {encoder_name}",
+                    unit="prompt",
+                    disable=not self.accelerator.is_main_process,
+                )
+                embeds = [(prompt, self._encode_through_disk(encoder_name, prompt)) for prompt in progress_bar]
+            self.cached[encoder_name] = dict(gather_object(embeds))
+            if not self.keep_encoders:
+                del self.encoders[encoder_name]
+                setattr(self.pipeline, ENCODER_ATTRIBUTES[encoder_name], None)
         free_memory()
 
-    def __call__(self, prompts):
-        """(prompt_embeds [B, T, D], pooled_prompt_embeds [B, P])."""
-        return tuple(
-            self.embed(kind, prompts) if kind in self.trained else self.recall(kind, prompts)
-            for kind in ("t5", "clip_l")
-        )
+    def freeze(self, prompts: list[str]) -> None:
+        """Ends the training of the encoders: they embed `prompts` as they are now and are freed."""
+        for encoder_name in self.trained:
+            for parameter in self.encoders[encoder_name].parameters():
+                parameter.requires_grad_(False)
+                parameter.grad = None
+        self.trained.clear()
+        self.cache_prompts(prompts)
+
+    def _encode_or_recall(self, encoder_name: str, prompts: list[str]) -> torch.Tensor:
+        if encoder_name in self.trained:
+            return self.encode_with(encoder_name, prompts)
+        return self._recall(encoder_name, prompts)
 
     @torch.no_grad()
-    def recall(self, kind, prompts):
-        """Embeddings from the cache, of a prompt that is not in it from the encoder: one at a time, so that what else
-        is in the batch does not matter."""
-        known = self.cached[kind]
-        embeds = [known[prompt] if prompt in known else self.embed(kind, [prompt]) for prompt in prompts]
-        return torch.cat([embed.to(self.accelerator.device) for embed in embeds])
+    def _recall(self, encoder_name: str, prompts: list[str]) -> torch.Tensor:
+        """Embeddings from the cache. Prompts that are not in it are encoded one at a time: batched encoding rounds
+        differently, and an embedding must not depend on what else is in its batch."""
+        embeds = []
+        for prompt in prompts:
+            embed = self.cached[encoder_name].get(prompt)
+            if embed is None:
+                embed = self.encode_with(encoder_name, [prompt])
+            embeds.append(embed.to(self.accelerator.device))
+        return torch.cat(embeds)
+
+    def _encode_through_disk(self, encoder_name: str, prompt: str) -> torch.Tensor:
+        """The embedding [1, ...] of a prompt on the CPU, from the disk if an earlier run left it there."""
+
+        def encode() -> torch.Tensor:
+            return self.encode_with(encoder_name, [prompt]).cpu()
+
+        if self.disk_cache_dir is None or encoder_name not in self.never_trained:
+            return encode()
+        if encoder_name not in self.fingerprints:
+            self.fingerprints[encoder_name] = fingerprint(self.encoders[encoder_name])
+        text = self.rewrite_prompt(prompt) if self.rewrite_prompt else prompt
+        settings = f"{self.max_sequence_length} {self.dtype} {self.accelerator.mixed_precision} {text}"
+        return disk_cached(self.disk_cache_dir, self.fingerprints[encoder_name] + settings.encode(), encode)
 
 
-def load_text_pipeline(pipeline_class, args, dtype, **parts):
-    """The pipeline of --pretrained_model_name_or_path without transformer and VAE."""
+def load_text_pipeline(
+    pipeline_class: type[DiffusionPipeline], args: Any, dtype: torch.dtype, **components: Any
+) -> DiffusionPipeline:
+    """The pipeline of --pretrained_model_name_or_path with frozen text encoders, without transformer and VAE."""
     with reading(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}: its text encoders"):
-        return pipeline_class.from_pretrained(
+        pipeline = pipeline_class.from_pretrained(
             args.pretrained_model_name_or_path,
             transformer=None,
             vae=None,
@@ -113,5 +167,14 @@ def load_text_pipeline(pipeline_class, args, dtype, **parts):
             cache_dir=args.cache_dir,
             dtype=dtype,
             use_safetensors=True,
-            **parts,
+            **components,
         )
+    return freeze_models(pipeline)
+
+
+def freeze_models(pipeline: DiffusionPipeline) -> DiffusionPipeline:
+    """Switches off gradients and dropout (T5 has some) in all models of a pipeline."""
+    for model in pipeline.components.values():
+        if isinstance(model, torch.nn.Module):
+            model.requires_grad_(False).eval()
+    return pipeline

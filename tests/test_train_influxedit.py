@@ -362,10 +362,10 @@ def test_the_transformer_comes_last_and_each_model_once(train, modes, tmp_path, 
             return honest(first, *rest)
 
         monkeypatch.setattr(influxedit, name, recorded)
-    honest_cache = influxedit.PromptEncoder.cache
+    honest_cache = influxedit.PromptEncoder.cache_prompts
     monkeypatch.setattr(
         influxedit.PromptEncoder,
-        "cache",
+        "cache_prompts",
         lambda text, prompts: events.append("prompts") or honest_cache(text, prompts),
     )
     train(SCRIPT, *modes["edit"], "--cache_latents", "--max_train_steps", 1, "--output_dir", tmp_path)
