@@ -27,7 +27,8 @@ import math
 import re
 import shlex
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from common.arguments import LR_SCHEDULERS, TRACKERS, Parser, Switch, fail, number
@@ -95,8 +96,8 @@ from common.models import (
     first_device,
     load_model,
     load_scheduler,
+    prepare_blocks,
     quantize_base,
-    shard,
     start,
 )
 from common.text_encoders import PromptEncoder, load_text_pipeline
@@ -120,14 +121,14 @@ import psutil
 import torch
 import torch.nn.functional as F
 from accelerate.utils import set_seed
-from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from diffusers.models.embeddings import apply_rotary_emb
-from diffusers.pipelines.flux.pipeline_flux import FluxPipelineOutput, calculate_shift
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
+from diffusers.pipelines.flux.pipeline_flux import FluxPipelineOutput
 from diffusers.training_utils import compute_loss_weighting_for_sd3, offload_models
 from PIL import Image, ImageFilter, ImageOps
 from safetensors import safe_open
-from torch.distributed.fsdp import register_fsdp_forward_method
-from torch.utils.checkpoint import checkpoint as checkpoint_function
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import MODEL_FOR_DEPTH_ESTIMATION_MAPPING, AutoConfig, T5Config
@@ -137,7 +138,7 @@ CONDITION_TYPES = (
     *("canny", "coloring", "deblurring", "depth", "depth_pred", "fill", "sr"),
     *("subject", "token_integration", "custom"),
 )
-CHANGING = ("deblurring", "fill", "token_integration")  # conditions drawn anew each time a picture is seen
+RANDOM_CONDITIONS = ("deblurring", "fill", "token_integration")  # conditions drawn anew each time a picture is seen
 TARGET_MODULES = (  # all that image tokens pass: 14.5 million parameters at rank 4 on FLUX.1-dev
     r"x_embedder|transformer_blocks\.\d+\.(norm1\.linear|attn\.to_[qkv]|attn\.to_out\.0|ff\.net\.2)"
     r"|single_transformer_blocks\.\d+\.(norm\.linear|proj_mlp|proj_out|attn\.to_[qkv])"
@@ -401,7 +402,7 @@ def check_conditions(args):
     ]
     if problems:
         return problems
-    for condition in conditions_of(args):
+    for condition in condition_specs(args):
         height, width = (round(side * condition.position_scale, 6) for side in condition.size)
         aligned = condition.position_delta == (0, 0) and condition.type not in ("subject", "custom")
         if condition.type == "token_integration" and (
@@ -421,7 +422,7 @@ def check_conditions(args):
 
 def check_lora_path(args, layers):
     """Problems of --lora_path, whose files must hold adapters of the (name, module) in `layers`."""
-    adapters, problems = adapter_names(conditions_of(args)), []
+    adapters, problems = adapter_names(condition_specs(args)), []
     if args.lora_path and len(args.lora_path) != len(adapters):
         return [f"--lora_path names {len(args.lora_path)} files for {len(adapters)} adapters: {', '.join(adapters)}"]
     wanted = {f"transformer.{name}.lora_A.weight": [args.rank, layer.in_features] for name, layer in layers}
@@ -490,462 +491,557 @@ def check_model(args):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-BESIDE = ("subject", "sr")  # conditions that stand to the left of the image, not upon it
-
-
 @dataclass(frozen=True)
-class Condition:
-    """One condition: what it shows, its size in pixels, where its tokens stand, the adapter they pass."""
+class ConditionSpec:
+    """What a condition is, without its image: type, size, position, and the LoRA that its tokens pass.
+
+    The header of an adapter's file holds these fields for each of its conditions.
+    """
 
     type: str
-    size: tuple[int, int]  # (height, width)
-    position_delta: tuple[float, float] = (0, 0)  # (down, right), in tokens of 16 pixels of the image
-    position_scale: float = 1.0  # image tokens per condition token in each direction
+    size: tuple[int, int]  # (height, width) in pixels
+    position_delta: tuple[float, float] = (0, 0)  # (down, right), in image tokens of 16 pixels
+    position_scale: float = 1.0  # image tokens per condition token, in each direction
     adapter: str = "default"
 
 
-def conditions_of(args, places=()):
-    """The conditions of a run in the order of --condition_type; `places` are (delta, scale) that the data brings."""
-    types, target, conditions = args.condition_type, args.target_size, []
-    each = lambda values, i: None if not values else values[0] if len(values) == 1 else values[i]  # noqa: E731
-    for i, kind in enumerate(types):
-        size = each(args.condition_size, i) or (tuple(side // 2 for side in target) if kind == "sr" else target)
-        delta = each(args.position_delta, i) or ((0, -size[1] // PATCH) if kind in BESIDE else (0, 0))
-        scale = each(args.position_scale, i) or (target[0] / size[0] if delta == (0, 0) else 1.0)
-        delta, scale = places[i] if places else (delta, scale)
-        adapter = (
-            (kind if types.count(kind) == 1 else f"{kind}_{i}") if args.adapter_per_condition else "_".join(types)
-        )
-        conditions.append(Condition(kind, size, delta, scale, adapter))
-    return conditions
-
-
-def adapter_names(conditions):
-    return list(dict.fromkeys(condition.adapter for condition in conditions))
-
-
 @dataclass
-class Tokens:
-    """Tokens of one condition: packed latents [B, N, 64], their ids [N, 3] or [B, N, 3], the LoRA they pass through.
+class ConditionTokens:
+    """A condition as it enters the transformer."""
 
-    `valid` [B, N] is False for padding, which nothing attends to; None if there is no padding.
-    """
-
-    hidden_states: torch.Tensor
-    ids: torch.Tensor
-    adapters: tuple[str, ...] = ("default",)
-    valid: torch.Tensor | None = None
+    hidden_states: torch.Tensor  # [B, N, 64], packed latents
+    ids: torch.Tensor  # [N, 3] or, if every sample has its own, [B, N, 3]
+    adapter: str = "default"
+    attention_mask: torch.Tensor | None = None  # [B, N], False for padding; None: there is no padding
 
 
-@dataclass
-class Branch:
-    """What all blocks need to know of the tokens of one kind: text, image, condition 1, condition 2, ..."""
-
-    temb: torch.Tensor  # [B, D], of its own noise level and guidance
-    rotary: tuple[torch.Tensor, torch.Tensor]  # cos and sin [N, d] or [B, N, d]
-    adapters: tuple[str, ...]
-    sees: tuple[int, ...]  # the branches whose keys its queries meet
-    valid: torch.Tensor | None
-
-
-def condition_ids(height, width, position_delta=(0, 0), position_scale=1.0, device=None):
+def condition_ids(
+    height: int,
+    width: int,
+    position_delta: tuple[float, float] = (0, 0),
+    position_scale: float = 1.0,
+    device: torch.device | None = None,
+) -> torch.Tensor:
     """Position ids [h/2 * w/2, 3] of a condition's latents, h and w being `height` and `width`.
 
-    id = scale (row, column) + (scale - 1) / 2 + delta: a condition's patch covers `position_scale` patches of the
-    image in each direction and stands at their middle; `position_delta` (down, right) counts the image's patches of
-    16 pixels (arXiv 2503.08280, section 3.2).
+    id = scale (row, column) + (scale - 1) / 2 + delta: a condition token covers `position_scale` image tokens in each
+    direction and stands at their center; `position_delta` (down, right) is in image tokens of 16 pixels
+    (arXiv 2503.08280, section 3.2). Training, validation and generation all take positions from here.
     """
     ids = image_ids(height, width, device)
-    ids[:, 1:] = position_scale * ids[:, 1:] + (position_scale - 1) / 2 + torch.tensor(position_delta, device=device)
+    delta = torch.tensor(position_delta, device=device)
+    ids[:, 1:] = position_scale * ids[:, 1:] + (position_scale - 1) / 2 + delta
     return ids
 
 
-def condition_tokens(condition_latents, conditions, hole=None):
-    """[Tokens] of the latents [B, C, h, w] of each condition.
+def pack_conditions(
+    condition_latents: list[torch.Tensor], specs: Sequence[ConditionSpec], latent_mask: torch.Tensor | None = None
+) -> list[ConditionTokens]:
+    """The tokens of each condition, from its normalised latents [B, C, h, w].
 
-    Of token_integration only what lies outside the hole [B, h/2, w/2] becomes tokens (arXiv 2503.08280, section 3.3).
+    For token_integration, only what lies outside of `latent_mask` [B, h/2 * w/2] becomes tokens
+    (arXiv 2503.08280, section 3.3).
     """
-    tokens = []
-    for latents, condition in zip(condition_latents, conditions, strict=True):
-        place = condition.position_delta, condition.position_scale
-        states, ids, valid = pack_latents(latents), condition_ids(*latents.shape[-2:], *place, latents.device), None
-        if condition.type == "token_integration":
-            states, ids, valid = select_tokens(states, ids, ~hole.flatten(1))
-        tokens.append(Tokens(states, ids, (condition.adapter,), valid))
-    return tokens
+    conditions = []
+    for latents, spec in zip(condition_latents, specs, strict=True):
+        height, width = latents.shape[-2:]
+        tokens = pack_latents(latents)
+        ids = condition_ids(height, width, spec.position_delta, spec.position_scale, latents.device)
+        attention_mask = None
+        if spec.type == "token_integration":
+            tokens, ids, attention_mask = select_tokens(tokens, ids, ~latent_mask)
+        conditions.append(ConditionTokens(tokens, ids, spec.adapter, attention_mask))
+    return conditions
 
 
-def select_tokens(tokens, ids, keep):
-    """The tokens [B, N, C] where keep [B, N] is true, in order, with their ids [N, D]: [B, M, C] and [B, M, D].
+def select_tokens(
+    tokens: torch.Tensor, ids: torch.Tensor, keep: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The tokens [B, N, C] where keep [B, N] is true, in order, and their ids [N, 3]: [B, M, C] and [B, M, 3].
 
-    M is the largest count in the batch. Samples with fewer are padded: `valid` [B, M] is False there, and None
-    if nothing is padded.
+    M is the largest count in the batch. Samples with fewer are padded: `attention_mask` [B, M], the third result, is
+    False there. It is None if nothing is padded.
     """
     counts = keep.sum(dim=1)
     length = int(counts.max())
     order = torch.argsort(~keep, dim=1, stable=True)[:, :length]
-    chosen = tokens.gather(1, order[..., None].expand(-1, -1, tokens.shape[-1]))
-    valid = torch.arange(length, device=keep.device) < counts[:, None]
-    return chosen, ids[order], None if valid.all() else valid
+    selected = tokens.gather(1, order[..., None].expand(-1, -1, tokens.shape[-1]))
+    attention_mask = torch.arange(length, device=keep.device) < counts[:, None]
+    return selected, ids[order], None if attention_mask.all() else attention_mask
 
 
-def token_hole(hole):
-    """The tokens of which any pixel is in the hole: boolean [H, W] to [H / 16, W / 16]."""
-    height, width = hole.shape
-    return hole.reshape(height // PATCH, PATCH, width // PATCH, PATCH).any(axis=(1, 3))
+# ---- attention: who attends to whom ----
 
 
-def lora_linear(layer, hidden_states, adapters):
-    """A linear layer with the LoRAs named in `adapters`, and not a product of any other."""
+def group_mask(num_conditions: int, independent_condition: bool) -> list[tuple[bool, ...]]:
+    """Which branch attends to which: row i, column j is True if the queries of branch i meet the keys of branch j.
+
+    The branches are text, image, condition 1, condition 2, ...
+    """
+    # 1. Text and image attend to every branch.
+    # 2. A condition attends to itself, and to text and image unless conditions are independent: then its keys and
+    #    values are the same at every step and can be cached (OminiControl2's feature reuse).
+    # 3. Two conditions never attend to each other.
+    rows = [(True,) * (2 + num_conditions)] * 2
+    for i in range(num_conditions):
+        text_and_image = (not independent_condition, not independent_condition)
+        itself = tuple(i == j for j in range(num_conditions))
+        rows.append(text_and_image + itself)
+    return rows
+
+
+@dataclass
+class Branch:
+    """One of text, image, condition 1, condition 2, ...: what all blocks need to know of its tokens."""
+
+    name: str  # text, image or condition
+    temb: torch.Tensor  # [B, D], embedding of its timestep, its guidance and the pooled prompt
+    image_rotary_emb: tuple[torch.Tensor, torch.Tensor]  # cos and sin, [N, d] or [B, N, d]
+    adapter: str | None  # the LoRA that its tokens pass; None: the base weights alone
+    group_mask: tuple[bool, ...]  # its row: the branches it attends to
+    attention_mask: torch.Tensor | None = None  # [B, N], False for padding, which nothing attends to
+
+
+@dataclass
+class Projections:
+    """Query, key and value [B, N, heads, d] of a branch in one block. Without query, others only attend to it."""
+
+    query: torch.Tensor | None
+    key: torch.Tensor
+    value: torch.Tensor
+    attention_mask: torch.Tensor | None
+
+
+@dataclass
+class KVCache:
+    """Keys and values of independent conditions, computed in the first forward pass and reused in all later ones
+    (feature reuse, arXiv 2503.08280, section 3.4)."""
+
+    mode: str = "write"  # "read" once a forward pass has written the keys and values of every block
+    blocks: list[list[Projections]] = field(default_factory=list)  # of each block, those of each condition
+
+
+def attn_forward(projections: list[Projections], branches: list[Branch]) -> list[torch.Tensor | None]:
+    """Attention [B, N, heads * d] of each branch to those of its group mask; None for a branch without query.
+
+    `projections` are those of `branches` and, after them, those of conditions from the cache. Branches with the same
+    row of the group mask go into one call of scaled_dot_product_attention, with exactly the keys they attend to: there
+    is no dense mask, and no product that a mask would throw away.
+    """
+    groups: dict[tuple[bool, ...], list[int]] = {}
+    for i, branch in enumerate(branches):
+        if projections[i].query is not None:
+            groups.setdefault(branch.group_mask, []).append(i)
+    attn_outputs: list[torch.Tensor | None] = [None] * len(branches)
+    for row, members in groups.items():
+        attended = [each for each, allowed in zip(projections, row, strict=True) if allowed]
+        queries = [projections[i].query for i in members]
+        query = torch.cat(queries, dim=1)
+        key = torch.cat([each.key for each in attended], dim=1)
+        value = torch.cat([each.value for each in attended], dim=1)
+        attn_output = F.scaled_dot_product_attention(
+            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=padding_mask(attended)
+        )
+        attn_output = attn_output.transpose(1, 2).flatten(2)
+        lengths = [each.shape[1] for each in queries]
+        for i, part in zip(members, attn_output.split(lengths, dim=1), strict=True):
+            attn_outputs[i] = part
+    return attn_outputs
+
+
+def padding_mask(attended: list[Projections]) -> torch.Tensor | None:
+    """The attention mask [B, 1, 1, keys] that hides padding; None if there is no padding."""
+    if all(each.attention_mask is None for each in attended):
+        return None
+    masks = []
+    for each in attended:
+        everything = each.key.new_ones(each.key.shape[:2], dtype=torch.bool)
+        masks.append(everything if each.attention_mask is None else each.attention_mask)
+    return torch.cat(masks, dim=1)[:, None, None]
+
+
+def lora_linear(layer: torch.nn.Module, hidden_states: torch.Tensor, adapter: str | None) -> torch.Tensor:
+    """A linear layer with the LoRA named `adapter` alone; of other LoRAs on the layer, nothing is computed."""
     if not hasattr(layer, "base_layer"):
         return layer(hidden_states)
     result = layer.base_layer(hidden_states)
-    for name in adapters:
-        if name in layer.lora_A:
-            inputs = layer.lora_dropout[name](hidden_states.to(layer.lora_A[name].weight.dtype))
-            update = layer.lora_B[name](layer.lora_A[name](inputs)) * layer.scaling[name]
-            result = result + update.to(result.dtype)
+    if adapter is not None and adapter in layer.lora_A:
+        inputs = layer.lora_dropout[adapter](hidden_states.to(layer.lora_A[adapter].weight.dtype))
+        update = layer.lora_B[adapter](layer.lora_A[adapter](inputs)) * layer.scaling[adapter]
+        result = result + update.to(result.dtype)
     return result
 
 
-def modulation(norm, branch, parts):
-    """The `parts` vectors [B, 1, D] that an adaptive norm makes of a branch's time and guidance."""
-    return lora_linear(norm.linear, norm.silu(branch.temb), branch.adapters)[:, None].chunk(parts, dim=-1)
+def modulate(norm: torch.nn.Module, branch: Branch, num_parts: int) -> tuple[torch.Tensor, ...]:
+    """Shift, scale and gate vectors [B, 1, D] that an adaptive norm makes of a branch's own temb."""
+    modulation = lora_linear(norm.linear, norm.silu(branch.temb), branch.adapter)
+    return modulation[:, None].chunk(num_parts, dim=-1)
 
 
-def rotate(states, rotary):
-    """Rotary embedding of queries or keys [B, N, heads, d]; every sample has its own positions if cos is [B, N, d]."""
-    if rotary[0].ndim == 2:
-        return apply_rotary_emb(states, rotary, sequence_dim=1)
-    flat = apply_rotary_emb(states.flatten(0, 1)[None], [part.flatten(0, 1) for part in rotary], sequence_dim=1)
-    return flat.view_as(states)
-
-
-def project(attn, states, branch, *, query=True, context=False):
-    """Queries (None without `query`), keys and values [B, N, heads, d] of a branch."""
-    if context:
-        layers, norms = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj), (attn.norm_added_q, attn.norm_added_k)
+def project(
+    attn: torch.nn.Module, hidden_states: torch.Tensor, branch: Branch, *, is_text=False, with_query=True
+) -> Projections:
+    """Query, key and value of a branch. `is_text`: with the layers that a double block has for text."""
+    query = None
+    if is_text:
+        to_q, to_k, to_v = attn.add_q_proj, attn.add_k_proj, attn.add_v_proj
+        norm_q, norm_k = attn.norm_added_q, attn.norm_added_k
     else:
-        layers, norms = (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k)
-    q, k, v = (
-        lora_linear(layer, states, branch.adapters).unflatten(-1, (-1, attn.head_dim)) if query or i else None
-        for i, layer in enumerate(layers)
-    )
-    return rotate(norms[0](q), branch.rotary) if query else None, rotate(norms[1](k), branch.rotary), v
+        to_q, to_k, to_v = attn.to_q, attn.to_k, attn.to_v
+        norm_q, norm_k = attn.norm_q, attn.norm_k
+    if with_query:
+        query = lora_linear(to_q, hidden_states, branch.adapter).unflatten(-1, (-1, attn.head_dim))
+    key = lora_linear(to_k, hidden_states, branch.adapter).unflatten(-1, (-1, attn.head_dim))
+    value = lora_linear(to_v, hidden_states, branch.adapter).unflatten(-1, (-1, attn.head_dim))
+    if with_query:
+        query = apply_rotary(norm_q(query), branch.image_rotary_emb)
+    key = apply_rotary(norm_k(key), branch.image_rotary_emb)
+    return Projections(query, key, value, branch.attention_mask)
 
 
-def attend(queries, keys, values, branches):
-    """Attention of each branch to those it sees: [B, N, heads * d] per branch, None where there is no query.
-
-    Branches that see the same are one call of scaled_dot_product_attention on exactly the keys they see.
-    """
-    attended, groups = [None] * len(queries), {}
-    for i, query in enumerate(queries):
-        if query is not None:
-            groups.setdefault(branches[i].sees, []).append(i)
-    for sees, members in groups.items():
-        query = torch.cat([queries[i] for i in members], dim=1)
-        key = torch.cat([keys[i] for i in sees], dim=1)
-        value = torch.cat([values[i] for i in sees], dim=1)
-        mask = None
-        if any(branches[i].valid is not None for i in sees):
-            valid = [(keys[i].new_ones(keys[i].shape[:2], dtype=bool), branches[i].valid) for i in sees]
-            mask = torch.cat([every if some is None else some for every, some in valid], dim=1)[:, None, None]
-        out = F.scaled_dot_product_attention(
-            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=mask
-        )
-        out = out.transpose(1, 2).flatten(2).split([queries[i].shape[1] for i in members], dim=1)
-        for i, part in zip(members, out, strict=True):
-            attended[i] = part
-    return attended
+def apply_rotary(hidden_states: torch.Tensor, image_rotary_emb: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Rotary embedding of queries or keys [B, N, heads, d], with cos and sin [N, d] or, per sample, [B, N, d]."""
+    if image_rotary_emb[0].ndim == 2:
+        return apply_rotary_emb(hidden_states, image_rotary_emb, sequence_dim=1)
+    # diffusers' function has one position per token for the whole batch: make the batch one long sequence
+    cos, sin = (part.flatten(0, 1) for part in image_rotary_emb)
+    rotated = apply_rotary_emb(hidden_states.flatten(0, 1)[None], (cos, sin), sequence_dim=1)
+    return rotated.view_as(hidden_states)
 
 
-def double_block(block, states, branches, stored):
-    """One block with weights of its own for text. `states` [B, N, D] of each branch, None if `stored` has its keys."""
-    norms = [block.norm1_context, *[block.norm1] * (len(states) - 1)]
-    queries, keys, values, parts = ([None] * len(states) for _ in range(4))
-    for i, (x, branch, norm) in enumerate(zip(states, branches, norms, strict=True)):
-        if x is None:
-            keys[i], values[i] = stored[i]
-            continue
-        shift, scale, *parts[i] = modulation(norm, branch, 6)
-        normed = norm.norm(x) * (1 + scale) + shift
-        queries[i], keys[i], values[i] = project(block.attn, normed, branch, context=i == 0)
-    attended = attend(queries, keys, values, branches)
-    results = []
-    for i, (x, branch) in enumerate(zip(states, branches, strict=True)):
-        if x is not None:
-            gate, shift_mlp, scale_mlp, gate_mlp = parts[i]
-            out = block.attn.to_add_out if i == 0 else block.attn.to_out[0]
-            norm2, ff = (block.norm2_context, block.ff_context) if i == 0 else (block.norm2, block.ff)
-            x = x + gate * lora_linear(out, attended[i], branch.adapters)
-            inner = norm2(x) * (1 + scale_mlp) + shift_mlp
-            inner = F.gelu(lora_linear(ff.net[0].proj, inner, branch.adapters), approximate="tanh")
-            x = clip_half(x + gate_mlp * lora_linear(ff.net[2], inner, branch.adapters))
-        results.append(x)
-    return results, list(zip(keys, values, strict=True))
-
-
-def single_block(block, states, branches, stored, wanted):
-    """One block with the same weights for all. Only branches of `wanted` are continued, of the others only the keys
-    and values are computed."""
-    queries, keys, values, normed, gates = ([None] * len(states) for _ in range(5))
-    for i, (x, branch) in enumerate(zip(states, branches, strict=True)):
-        if x is None:
-            keys[i], values[i] = stored[i]
-            continue
-        shift, scale, gates[i] = modulation(block.norm, branch, 3)
-        normed[i] = block.norm.norm(x) * (1 + scale) + shift
-        queries[i], keys[i], values[i] = project(block.attn, normed[i], branch, query=i in wanted)
-    attended = attend(queries, keys, values, branches)
-    results = [None] * len(states)
-    for i in wanted:
-        x, adapters = states[i], branches[i].adapters
-        if x is not None:
-            inner = block.act_mlp(lora_linear(block.proj_mlp, normed[i], adapters))
-            inner = torch.cat([attended[i], inner], dim=-1)
-            results[i] = clip_half(x + gates[i] * lora_linear(block.proj_out, inner, adapters))
-    return results, list(zip(keys, values, strict=True))
-
-
-def clip_half(states):
+def clip_float16(hidden_states: torch.Tensor) -> torch.Tensor:
     """Keeps float16 finite, as diffusers' blocks do."""
-    return states.clip(-65504, 65504) if states.dtype == torch.float16 else states
+    return hidden_states.clip(-65504, 65504) if hidden_states.dtype == torch.float16 else hidden_states
 
 
-@functools.cache
-def compiled(block_function):
-    return torch.compile(block_function)
+# ---- the transformer: FLUX's own blocks, each branch by itself except for attention ----
 
 
-def omini_forward(
-    transformer,
-    *,
-    hidden_states,
-    encoder_hidden_states,
-    pooled_projections,
-    timestep,
-    guidance,
-    txt_ids,
-    img_ids,
-    conditions=(),
-    independent_condition=False,
-    image_adapters=(),
-    image_valid=None,
-    cache=None,
-    compile_blocks=False,
-):
-    """A FluxTransformer2DModel's velocity [B, N, 64] of noisy image tokens beside conditions (arXiv 2411.15098).
+class OminiTransformerBlock(FluxTransformerBlock):
+    """A double block: text passes weights of its own, image and conditions pass the others."""
 
-    Arguments are those of the model's own forward, which this equals without conditions. Besides:
-        conditions             list of Tokens; they pass the same weights and their own LoRA, at timestep 0, guidance 1
-        independent_condition  a condition's tokens see only themselves; else also text and image (arXiv 2503.08280).
-                               Two conditions never see each other.
-        image_adapters         LoRAs, such as a style, that text and image pass through; without them these tokens meet
-                               the base weights alone
-        image_valid            [B, N], False for padding of the image tokens
-        cache                  a list: if empty it is filled with the conditions' keys and values, else they are taken
-                               from it and the conditions are not computed
+    def forward(self, hidden_states: list[torch.Tensor], branches: list[Branch], cached: list[Projections]):
+        """The next hidden states [B, N, D] of each branch, and its query, key and value.
+
+        `cached` are keys and values of conditions that are not among the branches.
+        """
+        # 1. Adaptive norm, query, key and value of each branch
+        projections, modulations = [], []
+        for x, branch in zip(hidden_states, branches, strict=True):
+            is_text = branch.name == "text"
+            norm1 = self.norm1_context if is_text else self.norm1
+            shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulate(norm1, branch, 6)
+            normed = norm1.norm(x) * (1 + scale_msa) + shift_msa
+            projections.append(project(self.attn, normed, branch, is_text=is_text))
+            modulations.append((gate_msa, shift_mlp, scale_mlp, gate_mlp))
+
+        # 2. Joint attention
+        attn_outputs = attn_forward(projections + cached, branches)
+
+        # 3. Output projection and feed-forward of each branch
+        results = []
+        for i, branch in enumerate(branches):
+            is_text = branch.name == "text"
+            to_out = self.attn.to_add_out if is_text else self.attn.to_out[0]
+            norm2 = self.norm2_context if is_text else self.norm2
+            ff = self.ff_context if is_text else self.ff
+            gate_msa, shift_mlp, scale_mlp, gate_mlp = modulations[i]
+            x = hidden_states[i] + gate_msa * lora_linear(to_out, attn_outputs[i], branch.adapter)
+            normed = norm2(x) * (1 + scale_mlp) + shift_mlp
+            inner = F.gelu(lora_linear(ff.net[0].proj, normed, branch.adapter), approximate="tanh")
+            x = x + gate_mlp * lora_linear(ff.net[2], inner, branch.adapter)
+            results.append(clip_float16(x))
+        return results, projections
+
+
+class OminiSingleTransformerBlock(FluxSingleTransformerBlock):
+    """A single block: all branches pass the same weights."""
+
+    def forward(
+        self,
+        hidden_states: list[torch.Tensor],
+        branches: list[Branch],
+        cached: list[Projections],
+        is_last: bool = False,
+    ):
+        """As `OminiTransformerBlock`. From the last block, only the image goes on: of the other branches, only keys
+        and values are computed there, and their next hidden states are None."""
+        # 1. Adaptive norm, query, key and value of each branch
+        projections, modulated = [], []
+        for x, branch in zip(hidden_states, branches, strict=True):
+            goes_on = branch.name == "image" or not is_last
+            shift, scale, gate = modulate(self.norm, branch, 3)
+            normed = self.norm.norm(x) * (1 + scale) + shift
+            projections.append(project(self.attn, normed, branch, with_query=goes_on))
+            modulated.append((normed, gate))
+
+        # 2. Joint attention
+        attn_outputs = attn_forward(projections + cached, branches)
+
+        # 3. Feed-forward and output projection of each branch
+        results = []
+        for i, branch in enumerate(branches):
+            if attn_outputs[i] is None:
+                results.append(None)
+                continue
+            normed, gate = modulated[i]
+            inner = self.act_mlp(lora_linear(self.proj_mlp, normed, branch.adapter))
+            inner = torch.cat([attn_outputs[i], inner], dim=-1)
+            x = hidden_states[i] + gate * lora_linear(self.proj_out, inner, branch.adapter)
+            results.append(clip_float16(x))
+        return results, projections
+
+
+class OminiTransformer2DModel(FluxTransformer2DModel):
+    """FLUX.1's transformer with conditions as further tokens of its sequence (arXiv 2411.15098).
+
+    It has the weights, the config and, without conditions, the output of FluxTransformer2DModel. FluxPipeline
+    generates with it: its `joint_attention_kwargs` reach `forward`.
     """
-    linear = functools.partial(lora_linear, adapters=image_adapters)
-    guided = guidance is not None
-    time_text = transformer.time_text_embed
-    text = linear(transformer.context_embedder, encoder_hidden_states)
-    image = linear(transformer.x_embedder, hidden_states)
-    scaled = [value.to(image.dtype) * 1000 for value in ((timestep, guidance) if guided else (timestep,))]
-    temb = time_text(*scaled, pooled_projections)
-    everything = tuple(range(2 + len(conditions)))
-    branches = [
-        Branch(temb, transformer.pos_embed(txt_ids), image_adapters, everything, None),
-        Branch(temb, rotary_embedding(transformer, img_ids), image_adapters, everything, image_valid),
-    ]
-    states = [text, image]
-    if conditions:
-        zero = torch.zeros_like(scaled[0])
-        condition_temb = time_text(*((zero, zero + 1000) if guided else (zero,)), pooled_projections)
-    for i, condition in enumerate(conditions, start=2):
-        sees = (i,) if independent_condition else (0, 1, i)
-        rotary = rotary_embedding(transformer, condition.ids)
-        branches.append(Branch(condition_temb, rotary, condition.adapters, sees, condition.valid))
-        states.append(
-            None if cache else lora_linear(transformer.x_embedder, condition.hidden_states, condition.adapters)
-        )
 
-    blocks = [(double_block, block, ()) for block in transformer.transformer_blocks]
-    blocks += [(single_block, block, (everything,)) for block in transformer.single_transformer_blocks]
-    if transformer.single_transformer_blocks:
-        blocks[-1] = (*blocks[-1][:2], ((1,),))  # only the image leaves the model
-    checkpointing = torch.is_grad_enabled() and transformer.gradient_checkpointing
-    reuse = bool(cache)
-    for i, (function, block, wanted) in enumerate(blocks):
-        if compile_blocks and i < len(blocks) - 1:  # the last is unlike all others
-            function = compiled(function)
-        function = bound(function, block)
-        inputs = (states, branches, cache[i] if reuse else None, *wanted)
-        if checkpointing:
-            states, stored = checkpoint_function(function, *inputs, use_reentrant=False)
+    @functools.wraps(FluxTransformer2DModel.__init__)  # from_config reads the names of the arguments
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        for block in self.transformer_blocks:
+            block.__class__ = OminiTransformerBlock
+        for block in self.single_transformer_blocks:
+            block.__class__ = OminiSingleTransformerBlock
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        pooled_projections: torch.Tensor,
+        timestep: torch.Tensor,
+        img_ids: torch.Tensor,
+        txt_ids: torch.Tensor,
+        guidance: torch.Tensor | None = None,
+        joint_attention_kwargs: dict | None = None,
+        return_dict: bool = True,
+    ):
+        """The velocity [B, N, 64] of noisy image tokens. `joint_attention_kwargs` may hold what follows:
+
+        conditions             list of ConditionTokens
+        independent_condition  a condition's tokens attend to nothing but themselves, see `group_mask`
+        main_adapter           name of a LoRA, such as a style, that text and image pass; else they pass no LoRA
+        latent_mask            [B, N], for token_integration: image tokens where it is False are left out of the
+                               sequence; their velocity is 0
+        cache                  a KVCache: its first forward pass computes the conditions, later ones reuse them
+        image_guidance_scale   if not 1, the velocity is guided away from that of a second pass, with black conditions
+        negative               what differs in that second pass: {"conditions": ..., "cache": ...}
+        """
+        options = dict(joint_attention_kwargs or {})
+        image_guidance_scale = options.pop("image_guidance_scale", 1.0)
+        negative = options.pop("negative", {})
+        inputs = {
+            "hidden_states": hidden_states,
+            "encoder_hidden_states": encoder_hidden_states,
+            "pooled_projections": pooled_projections,
+            "timestep": timestep,
+            "img_ids": img_ids,
+            "txt_ids": txt_ids,
+            "guidance": guidance,
+        }
+        velocity = self.transformer_forward(**inputs, **options)
+        if image_guidance_scale != 1:
+            negative_velocity = self.transformer_forward(**inputs, **{**options, **negative})
+            velocity = negative_velocity + image_guidance_scale * (velocity - negative_velocity)
+        return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
+
+    def transformer_forward(
+        self,
+        *,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        pooled_projections: torch.Tensor,
+        timestep: torch.Tensor,
+        img_ids: torch.Tensor,
+        txt_ids: torch.Tensor,
+        guidance: torch.Tensor | None,
+        conditions: Sequence[ConditionTokens] = (),
+        independent_condition: bool = False,
+        main_adapter: str | None = None,
+        latent_mask: torch.Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> torch.Tensor:
+        """One pass of all branches through all blocks: the velocity [B, N, 64], see `forward`."""
+        attention_mask = None
+        batch_size, num_tokens, _ = hidden_states.shape
+        if latent_mask is not None:
+            hidden_states, img_ids, attention_mask = select_tokens(hidden_states, img_ids, latent_mask)
+        rows = group_mask(len(conditions), independent_condition)
+
+        # 1. Text and image: base weights, at the sampled timestep
+        text = lora_linear(self.context_embedder, encoder_hidden_states, main_adapter)
+        image = lora_linear(self.x_embedder, hidden_states, main_adapter)
+        temb = self.time_embedding(timestep, guidance, pooled_projections, image.dtype)
+        branches = [
+            Branch("text", temb, self.rotary_embedding(txt_ids), main_adapter, rows[0]),
+            Branch("image", temb, self.rotary_embedding(img_ids), main_adapter, rows[1], attention_mask),
+        ]
+        states = [text, image]
+
+        # 2. Each condition: the same weights and its own LoRA, at timestep 0 and guidance 1
+        if conditions and (cache is None or cache.mode == "write"):
+            clean = torch.zeros_like(timestep)
+            unguided = None if guidance is None else torch.ones_like(timestep)
+            condition_temb = self.time_embedding(clean, unguided, pooled_projections, image.dtype)
+            for condition, row in zip(conditions, rows[2:], strict=True):
+                rotary_emb, mask = self.rotary_embedding(condition.ids), condition.attention_mask
+                branches.append(Branch("condition", condition_temb, rotary_emb, condition.adapter, row, mask))
+                states.append(lora_linear(self.x_embedder, condition.hidden_states, condition.adapter))
+
+        # 3. Double blocks, single blocks
+        for i, block in enumerate(self.transformer_blocks):
+            states = self.run_block(block, i, states, branches, cache)
+        for i, block in enumerate(self.single_transformer_blocks, start=len(self.transformer_blocks)):
+            is_last = block is self.single_transformer_blocks[-1]
+            states = self.run_block(block, i, states, branches, cache, is_last)
+        if cache is not None:
+            cache.mode = "read"
+
+        # 4. Only the image leaves the model
+        modulation = lora_linear(self.norm_out.linear, self.norm_out.silu(temb).to(states[1].dtype), main_adapter)
+        scale, shift = modulation[:, None].chunk(2, dim=-1)
+        normed = self.norm_out.norm(states[1]) * (1 + scale) + shift
+        velocity = lora_linear(self.proj_out, normed, main_adapter)
+        if latent_mask is not None:
+            selected = velocity.flatten(0, 1) if attention_mask is None else velocity[attention_mask]
+            velocity = velocity.new_zeros(batch_size, num_tokens, velocity.shape[-1])
+            velocity[latent_mask] = selected
+        return velocity
+
+    def run_block(self, block, index: int, states, branches: list[Branch], cache: KVCache | None, *options):
+        """The next hidden states of the branches; keys and values of conditions go to the cache or come from it."""
+        cached = cache.blocks[index] if cache is not None and cache.mode == "read" else []
+        if torch.is_grad_enabled() and self.gradient_checkpointing:
+            states, projections = self._gradient_checkpointing_func(block, states, branches, cached, *options)
         else:
-            states, stored = function(*inputs)
-        if cache is not None and not reuse:
-            cache.append([None, None, *stored[2:]])
-    shift_scale = lora_linear(
-        transformer.norm_out.linear, transformer.norm_out.silu(temb).to(states[1].dtype), image_adapters
-    )
-    scale, shift = shift_scale[:, None].chunk(2, dim=-1)
-    return linear(transformer.proj_out, transformer.norm_out.norm(states[1]) * (1 + scale) + shift)
+            states, projections = block(states, branches, cached, *options)
+        if cache is not None and cache.mode == "write":
+            cache.blocks.append([replace(each, query=None) for each in projections[2:]])
+        return states
+
+    def time_embedding(
+        self,
+        timestep: torch.Tensor,
+        guidance: torch.Tensor | None,
+        pooled_projections: torch.Tensor,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """temb [B, D] of timesteps [B] in [0, 1], guidance [B] (None: no guidance embedding) and pooled prompts."""
+        timestep = timestep.to(dtype) * 1000
+        if guidance is None:
+            return self.time_text_embed(timestep, pooled_projections)
+        return self.time_text_embed(timestep, guidance.to(dtype) * 1000, pooled_projections)
+
+    def rotary_embedding(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin, each [N, d] of ids [N, 3] or [B, N, d] of ids [B, N, 3]."""
+        if ids.ndim == 2:
+            return self.pos_embed(ids)
+        cos, sin = self.pos_embed(ids.flatten(0, 1))
+        return cos.unflatten(0, ids.shape[:2]), sin.unflatten(0, ids.shape[:2])
 
 
-def bound(function, module):
-    """A module's `function`; that of a sharded one is its method, see `shard_omini`."""
-    return getattr(module, "omini_forward", None) or functools.partial(function, module)
-
-
-def shard_omini(transformer, device, dtype, compile_blocks):
-    """`shard`, where `omini_forward` becomes a method of the model and of its blocks, whose calls FSDP2 sees."""
-    shard(transformer, device, dtype)
-    kinds = {double_block: transformer.transformer_blocks, single_block: transformer.single_transformer_blocks}
-    for function, blocks in kinds.items():
-        for block in blocks:
-            block.omini_forward = functools.partial(compiled(function) if compile_blocks else function, block)
-            register_fsdp_forward_method(block, "omini_forward")
-    transformer.omini_forward = functools.partial(omini_forward, transformer)
-    register_fsdp_forward_method(transformer, "omini_forward")
-
-
-def rotary_embedding(transformer, ids):
-    """cos and sin of ids [N, 3], or [B, N, d] each of ids [B, N, 3]."""
-    if ids.ndim == 2:
-        return transformer.pos_embed(ids)
-    return [part.unflatten(0, ids.shape[:2]) for part in transformer.pos_embed(ids.flatten(0, 1))]
+# ---- generation ----
 
 
 class OminiPipeline(FluxPipeline):
-    """FluxPipeline with conditions."""
+    """FluxPipeline that makes tokens of condition images. Its transformer is an `OminiTransformer2DModel`."""
 
     @torch.no_grad()
     def __call__(
         self,
-        prompt=None,
+        prompt: list[str] | None = None,
         *,
-        conditions=(),
-        condition_images=(),
-        hole=None,
-        prompt_embeds=None,
-        pooled_prompt_embeds=None,
-        height=512,
-        width=512,
-        num_inference_steps=28,
-        guidance_scale=3.5,
-        image_guidance_scale=1.0,
-        independent_condition=False,
-        image_adapters=(),
-        kv_cache=False,
-        compile_blocks=False,
-        max_sequence_length=512,
-        generator=None,
-        output_type="pil",
+        specs: Sequence[ConditionSpec] = (),
+        condition_images: Sequence = (),
+        mask: np.ndarray | None = None,
+        image_guidance_scale: float = 1.0,
+        independent_condition: bool = False,
+        main_adapter: str | None = None,
+        kv_cache: bool = False,
+        prompt_embeds: torch.Tensor | None = None,
+        pooled_prompt_embeds: torch.Tensor | None = None,
+        height: int = 512,
+        width: int = 512,
+        max_sequence_length: int = 512,
+        output_type: str = "pil",
+        **kwargs,
     ):
-        """Draws a picture for each prompt (or each of prompt_embeds [B, T, D], pooled_prompt_embeds [B, P]).
+        """Generates an image for each prompt, or for each of prompt_embeds [B, T, D], pooled_prompt_embeds [B, P].
 
-            conditions            list of Condition, as the adapter's metadata has them
-            condition_images      for each a PIL image of its size, or a list of B
-            hole                  for token_integration: boolean [H, W] or [B, H, W], true where the image is drawn
-            image_guidance_scale  above 1, the velocity is led away from the one with black conditions
-            independent_condition as the adapter was trained
-            image_adapters        names of LoRAs, such as a style, for text and image
-            kv_cache              compute the conditions at the first step only: exact with independent_condition
+            specs                  what each condition is, from the adapters' metadata
+            condition_images       of each condition: a PIL image of its size, or a list of B such images
+            mask                   for token_integration: boolean [H, W] or [B, H, W], True where to generate
+            image_guidance_scale   above 1, the image follows its conditions more closely, at twice the time
+            independent_condition  as the adapters were trained
+            main_adapter           name of a LoRA, such as a style, for text and image
+            kv_cache               compute the conditions only once: exact if they are independent
 
-        `output_type` "latent" returns normalised latents [B, C, height / 8, width / 8].
+        Further arguments are FluxPipeline's own. `output_type` "latent" returns normalised latents
+        [B, C, height / 8, width / 8].
         """
-        device, config = self.transformer.device, self.scheduler.config
+        device = self.transformer.device
         if prompt_embeds is None:
             prompt_embeds, pooled_prompt_embeds, _ = self.encode_prompt(
                 prompt, None, device=device, max_sequence_length=max_sequence_length
             )
-        batch_size, dtype = len(prompt_embeds), prompt_embeds.dtype
-        if hole is not None:
-            hole = [token_hole(mask) for mask in np.broadcast_to(hole, (batch_size, height, width))]
-            hole = torch.from_numpy(np.stack(hole)).to(device)
-            if hole.flatten(1).all(dim=1).any() or not hole.flatten(1).any(dim=1).all():
-                raise ValueError("a hole must contain some and leave some of the image's tokens of 16 pixels")
+        batch_size = len(prompt_embeds)
 
+        # 1. Condition images to latents
         def encode(images):
             images = images if isinstance(images, list) else [images] * batch_size
             moments = encode_moments(self.vae, torch.stack([to_tensor(image.convert("RGB")) for image in images]))
-            return mean_latents(moments, self.vae.config).to(device, dtype)
+            return mean_latents(moments, self.vae.config).to(device, prompt_embeds.dtype)
 
+        latent_mask = None
+        if mask is not None:
+            masks = np.broadcast_to(mask, (batch_size, height, width))
+            latent_mask = torch.from_numpy(np.stack([to_latent_mask(each) for each in masks])).flatten(1).to(device)
+            if latent_mask.all(dim=1).any() or not latent_mask.any(dim=1).all():
+                raise ValueError("a mask must contain some and leave some of the image's tokens of 16 pixels")
         condition_latents = [encode(images) for images in condition_images]
-        passes = [condition_latents]
+        joint_attention_kwargs = {
+            "conditions": pack_conditions(condition_latents, specs, latent_mask),
+            "independent_condition": independent_condition,
+            "main_adapter": main_adapter,
+            "latent_mask": latent_mask,
+            "cache": KVCache() if kv_cache else None,
+        }
         if image_guidance_scale != 1:
-            passes.append([encode(Image.new("RGB", condition.size[::-1])) for condition in conditions])
-        passes = [(condition_tokens(each, conditions, hole), [] if kv_cache else None) for each in passes]
-        latents, ids = self.prepare_latents(
-            batch_size, self.vae.config.latent_channels, height, width, dtype, device, generator
+            black_latents = [encode(Image.new("RGB", spec.size[::-1])) for spec in specs]
+            joint_attention_kwargs["image_guidance_scale"] = image_guidance_scale
+            joint_attention_kwargs["negative"] = {
+                "conditions": pack_conditions(black_latents, specs, latent_mask),
+                "cache": KVCache() if kv_cache else None,
+            }
+
+        # 2. FluxPipeline's own steps
+        latents = (
+            super()
+            .__call__(
+                prompt_embeds=prompt_embeds,
+                pooled_prompt_embeds=pooled_prompt_embeds,
+                height=height,
+                width=width,
+                joint_attention_kwargs=joint_attention_kwargs,
+                output_type="latent",
+                **kwargs,
+            )
+            .images
         )
-        valid = None
-        if hole is not None:
-            latents, ids, valid = select_tokens(latents, ids, hole.flatten(1))
-        guidance = torch.full((batch_size,), guidance_scale, device=device)
-        mu = calculate_shift(
-            height * width // PATCH**2,
-            config.get("base_image_seq_len", 256),
-            config.get("max_image_seq_len", 4096),
-            config.get("base_shift", 0.5),
-            config.get("max_shift", 1.15),
-        )
-        sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
-        self.scheduler.set_timesteps(sigmas=sigmas, device=device, mu=mu)
-        self.scheduler.set_begin_index(0)
-        for t in self.progress_bar(self.scheduler.timesteps):
-            velocities = [
-                bound(omini_forward, self.transformer)(
-                    hidden_states=latents,
-                    encoder_hidden_states=prompt_embeds,
-                    pooled_projections=pooled_prompt_embeds,
-                    timestep=t.expand(batch_size).to(dtype) / 1000,
-                    guidance=guidance if self.transformer.config.guidance_embeds else None,
-                    txt_ids=torch.zeros(prompt_embeds.shape[1], 3, device=device),
-                    img_ids=ids,
-                    conditions=tokens,
-                    independent_condition=independent_condition,
-                    image_adapters=image_adapters,
-                    image_valid=valid,
-                    cache=cache,
-                    compile_blocks=compile_blocks,
-                )
-                for tokens, cache in passes
-            ]
-            velocity = velocities[0]
-            if len(passes) == 2:
-                velocity = velocities[1] + image_guidance_scale * (velocities[0] - velocities[1])
-            latents = self.scheduler.step(velocity, t, latents, return_dict=False)[0]
-        if hole is not None:
-            place = [condition.type for condition in conditions].index("token_integration")
-            whole, kept = pack_latents(condition_latents[place]), latents.new_ones(latents.shape[:2], dtype=bool)
-            whole[hole.flatten(1)] = latents[kept if valid is None else valid]
-            latents = whole
+
+        # 3. Outside of the mask, the condition is the image
+        if latent_mask is not None:
+            integrated = [spec.type for spec in specs].index("token_integration")
+            outside = pack_latents(condition_latents[integrated])
+            latents = torch.where(latent_mask[..., None], latents, outside)
         latents = unpack_latents(latents, height // 8, width // 8)
         if output_type == "latent":
             return FluxPipelineOutput(images=latents)
         images = decode_latents(self.vae, latents.to(self.vae.device))
         return FluxPipelineOutput(images=self.image_processor.postprocess(images, output_type=output_type))
-
-
-def add_adapters(transformer, conditions, args):
-    """A LoRA for each adapter of the conditions, as in --lora_path if given: {its name: that of its file}."""
-    files = {name: f"{name}.safetensors" for name in adapter_names(conditions)}
-    for name in files:
-        add_lora(
-            transformer,
-            rank=args.rank,
-            alpha=args.lora_alpha or args.rank,
-            dropout=args.lora_dropout,
-            target_modules=args.target_modules or TARGET_MODULES,
-            adapter_name=name,
-        )
-    for name, path in zip(files, args.lora_path or (), strict=False):
-        load_lora(path.parent, {"transformer": transformer}, adapter_name=name, weight_name=path.name)
-    return files
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -954,28 +1050,29 @@ def add_adapters(transformer, conditions, args):
 
 
 def compute_loss(
-    transformer,
-    latents,
-    condition_latents,
-    hole,
-    prompt_embeds,
-    pooled_prompt_embeds,
+    transformer: OminiTransformer2DModel,
+    latents: torch.Tensor,
+    condition_latents: list[torch.Tensor],
+    latent_mask: torch.Tensor | None,
+    prompt_embeds: torch.Tensor,
+    pooled_prompt_embeds: torch.Tensor,
     *,
-    args,
-    conditions,
-    noise_scheduler,
-    guidance,
-    generator,
-):
-    """The flow matching loss [B] of each sample of a batch.
+    args: argparse.Namespace,
+    specs: list[ConditionSpec],
+    noise_scheduler: FlowMatchEulerDiscreteScheduler,
+    guidance: torch.Tensor | None,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    """The flow matching loss [B] of each sample of a batch (arXiv 2411.15098, section 3.1).
 
     latents [B, C, h, w] and those of each condition are normalised, prompt_embeds [B, T, D], pooled_prompt_embeds
-    [B, P]; guidance [B], or None for a model without guidance embedding. With hole [B, h/2, w/2] only its tokens are
-    noisy and count. Noise and noise levels are drawn from `generator`, a CPU one.
+    [B, P]; guidance [B], or None for a model without guidance embedding. With latent_mask [B, h/2 * w/2], for
+    token_integration, only its tokens are noisy and count. Noise and noise levels come from `generator`, on the CPU.
     """
     batch_size, _, height, width = latents.shape
-    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
-    sigmas = sample_sigmas(
+    device = latents.device
+    noise = torch.randn(latents.shape, generator=generator).to(device)
+    t = sample_sigmas(
         batch_size,
         noise_scheduler=noise_scheduler,
         image_seq_len=height * width // 4,
@@ -987,29 +1084,36 @@ def compute_loss(
         mode_scale=args.mode_scale,
         sigmoid_scale=args.sigmoid_scale,
         discrete_flow_shift=args.discrete_flow_shift,
-    ).to(latents.device)
-    latents, noise = pack_latents(latents), pack_latents(noise)
-    img_ids, valid = image_ids(height, width, latents.device), None
-    if hole is not None:
-        both, img_ids, valid = select_tokens(torch.cat([latents, noise], dim=-1), img_ids, hole.flatten(1))
-        latents, noise = both.chunk(2, dim=-1)
+    ).to(device)
+    x_0 = pack_latents(latents)  # [B, N, 64]
+    x_1 = pack_latents(noise)
+    x_t = add_noise(x_0, x_1, t)  # (1 - t) x_0 + t x_1
+    img_ids = image_ids(height, width, device)
     dtype = prompt_embeds.dtype
-    model_pred = bound(omini_forward, transformer)(
-        hidden_states=add_noise(latents, noise, sigmas).to(dtype),
-        timestep=sigmas,
+    conditions = pack_conditions([each.to(dtype) for each in condition_latents], specs, latent_mask)
+
+    model_pred = transformer(
+        hidden_states=x_t.to(dtype),
+        timestep=t,
         guidance=guidance,
         pooled_projections=pooled_prompt_embeds,
         encoder_hidden_states=prompt_embeds,
-        txt_ids=torch.zeros(prompt_embeds.shape[1], 3, device=latents.device),
+        txt_ids=torch.zeros(prompt_embeds.shape[1], 3, device=device),
         img_ids=img_ids,
-        conditions=condition_tokens([each.to(dtype) for each in condition_latents], conditions, hole),
-        independent_condition=args.independent_condition,
-        image_valid=valid,
-        compile_blocks=args.compile,
-    )
-    target = noise - latents
-    weighting = compute_loss_weighting_for_sd3(args.weighting_scheme, sigmas=sigmas)
-    return weighted_mse(model_pred, target, weighting, valid)
+        joint_attention_kwargs={
+            "conditions": conditions,
+            "independent_condition": args.independent_condition,
+            "latent_mask": latent_mask,
+        },
+        return_dict=False,
+    )[0]
+    target = x_1 - x_0
+    token_weights = None
+    if latent_mask is not None:
+        model_pred, _, token_weights = select_tokens(model_pred, img_ids, latent_mask)
+        target, _, _ = select_tokens(target, img_ids, latent_mask)
+    weighting = compute_loss_weighting_for_sd3(args.weighting_scheme, sigmas=t)
+    return weighted_mse(model_pred, target, weighting, token_weights)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1289,9 +1393,9 @@ def defect(example, args):
             if picture.read().size != size:
                 across, down = picture.read().size
                 return f"{picture.name}: the mask is {across} x {down} pixels, its picture {size[0]} x {size[1]}"
-            hole = token_hole(hole_of(picture, args))
-            if hole.all() or not hole.any():
-                return f"{picture.name}: the mask is all {'white' if hole.all() else 'black'}, in tokens of 16 pixels"
+            mask = to_latent_mask(read_mask(picture, args))
+            if mask.all() or not mask.any():
+                return f"{picture.name}: the mask is all {'white' if mask.all() else 'black'}, in tokens of 16 pixels"
     except Exception as error:  # PIL's readers of formats raise of all kinds
         return f"{picture.name}: not a readable picture ({error})"
 
@@ -1299,10 +1403,39 @@ def defect(example, args):
 # ---- conditions ----
 
 
-def make_condition(kind, image, *, rng=None, hole=None):
+SIDE_BY_SIDE_CONDITIONS = ("subject", "sr")  # conditions to the left of the image, not upon it
+
+
+def condition_specs(args, places=()):
+    """The conditions of a run in the order of --condition_type; `places` are (delta, scale) that the data brings."""
+    types, target, conditions = args.condition_type, args.target_size, []
+    each = lambda values, i: None if not values else values[0] if len(values) == 1 else values[i]  # noqa: E731
+    for i, kind in enumerate(types):
+        size = each(args.condition_size, i) or (tuple(side // 2 for side in target) if kind == "sr" else target)
+        delta = each(args.position_delta, i) or ((0, -size[1] // PATCH) if kind in SIDE_BY_SIDE_CONDITIONS else (0, 0))
+        scale = each(args.position_scale, i) or (target[0] / size[0] if delta == (0, 0) else 1.0)
+        delta, scale = places[i] if places else (delta, scale)
+        adapter = (
+            (kind if types.count(kind) == 1 else f"{kind}_{i}") if args.adapter_per_condition else "_".join(types)
+        )
+        conditions.append(ConditionSpec(kind, size, delta, scale, adapter))
+    return conditions
+
+
+def adapter_names(conditions):
+    return list(dict.fromkeys(condition.adapter for condition in conditions))
+
+
+def to_latent_mask(mask):
+    """The tokens of which any pixel is in the mask: boolean [H, W] to [H / 16, W / 16]."""
+    height, width = mask.shape
+    return mask.reshape(height // PATCH, PATCH, width // PATCH, PATCH).any(axis=(1, 3))
+
+
+def convert_to_condition(kind, image, *, rng=None, mask=None):
     """The condition (PIL, RGB) that `kind` makes of a picture of the condition's size.
 
-    `rng` draws the blur of deblurring; `hole`, boolean [H, W], is what fill and token_integration black out.
+    `rng` draws the blur of deblurring; `mask`, boolean [H, W], is what fill and token_integration black out.
     """
     if kind == "canny":
         return Image.fromarray(cv2.Canny(np.asarray(image), 100, 200)).convert("RGB")
@@ -1311,27 +1444,27 @@ def make_condition(kind, image, *, rng=None, hole=None):
     if kind == "deblurring":
         return image.filter(ImageFilter.GaussianBlur(int(rng.integers(1, 11))))
     if kind in ("fill", "token_integration"):
-        hole = Image.fromarray(hole).resize(image.size, Image.Resampling.NEAREST)
-        return Image.composite(Image.new("RGB", image.size), image, hole)
+        mask = Image.fromarray(mask).resize(image.size, Image.Resampling.NEAREST)
+        return Image.composite(Image.new("RGB", image.size), image, mask)
     return image
 
 
-def draw_hole(rng, rows, columns):
+def random_mask(rng, rows, columns):
     """A random rectangle, or half of the time all around it: boolean [rows, columns], never all or none."""
     height, width = rng.integers(1, rows), rng.integers(1, columns)
     top, left = rng.integers(0, rows - height + 1), rng.integers(0, columns - width + 1)
-    hole = np.zeros((rows, columns), dtype=bool)
-    hole[top : top + height, left : left + width] = True
-    return ~hole if rng.random() < 0.5 else hole
+    mask = np.zeros((rows, columns), dtype=bool)
+    mask[top : top + height, left : left + width] = True
+    return ~mask if rng.random() < 0.5 else mask
 
 
-def hole_of(mask, args):
+def read_mask(mask, args):
     """What is white in a mask, cropped as its picture is: boolean [H, W] of --target_size."""
     height, width = args.target_size
     return np.asarray(ImageOps.fit(mask.image().convert("L"), (width, height), Image.Resampling.NEAREST)) > 127
 
 
-def widen(tokens):
+def to_pixel_mask(tokens):
     """Boolean tokens [h, w] as pixels [16 h, 16 w]."""
     return tokens.repeat(PATCH, axis=0).repeat(PATCH, axis=1)
 
@@ -1339,14 +1472,14 @@ def widen(tokens):
 class ControlDataset(Dataset):
     """Samples by (epoch, index): prompt, image and conditions as pixels or, if cached, as posteriors of their latents.
 
-    What of a sample is drawn by chance (hole, blur, what is left out) comes from (seed, epoch, index) alone: neither
+    What of a sample is drawn by chance (mask, blur, what is left out) comes from (seed, epoch, index) alone: neither
     workers, nor the cache, nor an interruption change it.
     """
 
-    def __init__(self, examples, conditions, args):
-        self.examples, self.conditions, self.args = examples, conditions, args
-        self.slots = ["image", *condition_keys(len(conditions))]
-        self.fixed = [s for s, c in zip(self.slots[1:], conditions, strict=True) if c.type not in CHANGING]
+    def __init__(self, examples, specs, args):
+        self.examples, self.specs, self.args = examples, specs, args
+        self.slots = ["image", *condition_keys(len(specs))]
+        self.fixed = [s for s, c in zip(self.slots[1:], specs, strict=True) if c.type not in RANDOM_CONDITIONS]
         self.moments = {}  # (index, slot) or ("black", slot): [2C, h, w]
 
     def fixed_keys(self):
@@ -1359,33 +1492,33 @@ class ControlDataset(Dataset):
         return to_tensor(self.black(slot) if index == "black" else self.picture(self.examples[index], slot))
 
     def black(self, slot):
-        return Image.new("RGB", self.conditions[self.slots.index(slot) - 1].size[::-1])
+        return Image.new("RGB", self.specs[self.slots.index(slot) - 1].size[::-1])
 
-    def picture(self, example, slot, rng=None, hole=None):
+    def picture(self, example, slot, rng=None, mask=None):
         """The image or condition of an example as a PIL image."""
         args, number_of = self.args, self.slots.index(slot) - 1
-        kind = self.conditions[number_of].type if number_of >= 0 else self.conditions[0].type
-        size = self.conditions[number_of].size if number_of >= 0 else args.target_size
+        kind = self.specs[number_of].type if number_of >= 0 else self.specs[0].type
+        size = self.specs[number_of].size if number_of >= 0 else args.target_size
         if kind == ("depth_pred" if number_of < 0 else "depth"):
             depth = Image.open(depth_file(fit(example.image(), args.target_size, args), args))
             return depth.convert("RGB").resize(size[::-1])
         if number_of < 0:
             return fit(example.image(), size, args)
-        given = [c.type for c in self.conditions[: number_of + 1] if c.type in ("subject", "custom")]
+        given = [c.type for c in self.specs[: number_of + 1] if c.type in ("subject", "custom")]
         source = example.conditions[len(given) - 1] if kind in ("subject", "custom") else example
-        return make_condition(kind, fit(source.image(), size, args), rng=rng, hole=hole)
+        return convert_to_condition(kind, fit(source.image(), size, args), rng=rng, mask=mask)
 
-    def hole(self, example, rng):
-        """Pixels [H, W] of the image to be filled, None if no condition has a hole."""
-        types, (height, width) = [condition.type for condition in self.conditions], self.args.target_size
+    def mask(self, example, rng):
+        """Pixels [H, W] of the image to be filled, None if no condition has a mask."""
+        types, (height, width) = [condition.type for condition in self.specs], self.args.target_size
         if not {"fill", "token_integration"} & set(types):
             return None
         if example.mask:
-            hole = hole_of(example.mask, self.args)
-            return widen(token_hole(hole)) if "token_integration" in types else hole
+            mask = read_mask(example.mask, self.args)
+            return to_pixel_mask(to_latent_mask(mask)) if "token_integration" in types else mask
         if "token_integration" in types:
-            return widen(draw_hole(rng, height // PATCH, width // PATCH))
-        return draw_hole(rng, height, width)
+            return to_pixel_mask(random_mask(rng, height // PATCH, width // PATCH))
+        return random_mask(rng, height, width)
 
     def checked_sample(self, example, epoch, index):
         """`sample` of an example that was not looked at before."""
@@ -1397,7 +1530,7 @@ class ControlDataset(Dataset):
     def sample(self, example, epoch, index):
         args, rng = self.args, np.random.default_rng((self.args.seed, epoch, index))
         drop_text, drop_image = rng.random(2) < (args.drop_text_prob, args.drop_image_prob)
-        hole = self.hole(example, rng)
+        mask = self.mask(example, rng)
         sample = {"prompt": "" if drop_text else example.caption, "moments": {}, "pixel_values": {}}
         for slot in self.slots:
             black = drop_image and slot != "image"
@@ -1406,10 +1539,10 @@ class ControlDataset(Dataset):
                 sample["moments"][slot] = self.moments[key]
             else:
                 sample["pixel_values"][slot] = to_tensor(
-                    self.black(slot) if black else self.picture(example, slot, rng, hole)
+                    self.black(slot) if black else self.picture(example, slot, rng, mask)
                 )
-        if "token_integration" in (condition.type for condition in self.conditions):
-            sample["hole"] = torch.from_numpy(token_hole(hole))
+        if "token_integration" in (condition.type for condition in self.specs):
+            sample["latent_mask"] = torch.from_numpy(to_latent_mask(mask)).flatten()
         return sample
 
     def __getitem__(self, position):
@@ -1436,6 +1569,23 @@ def find_stream(args):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def add_adapters(transformer, conditions, args):
+    """A LoRA for each adapter of the conditions, as in --lora_path if given: {its name: that of its file}."""
+    files = {name: f"{name}.safetensors" for name in adapter_names(conditions)}
+    for name in files:
+        add_lora(
+            transformer,
+            rank=args.rank,
+            alpha=args.lora_alpha or args.rank,
+            dropout=args.lora_dropout,
+            target_modules=args.target_modules or TARGET_MODULES,
+            adapter_name=name,
+        )
+    for name, path in zip(files, args.lora_path or (), strict=False):
+        load_lora(path.parent, {"transformer": transformer}, adapter_name=name, weight_name=path.name)
+    return files
+
+
 def validation_examples(args):
     """--validation_image as an example, in a list; no example without."""
     paths = args.validation_image or []
@@ -1449,8 +1599,8 @@ def validate(accelerator, transformer, vae, noise_scheduler, prompt_encoder, dat
     """Draws a prompt with the conditions of --validation_image and sends the pictures, conditions first, to
     validation/step-N.png and the trackers."""
     (example,), rng = validation_examples(args), np.random.default_rng(args.seed)
-    hole = dataset.hole(example, rng)
-    shown = [dataset.picture(example, slot, rng, hole) for slot in dataset.slots[1:]]
+    mask = dataset.mask(example, rng)
+    shown = [dataset.picture(example, slot, rng, mask) for slot in dataset.slots[1:]]
     pipeline = sampling_pipeline(OminiPipeline, transformer, vae, noise_scheduler)
     with (
         undisturbed(transformer, device=accelerator.device),
@@ -1460,15 +1610,15 @@ def validate(accelerator, transformer, vae, noise_scheduler, prompt_encoder, dat
         call = {
             "prompt_embeds": prompt_embeds,
             "pooled_prompt_embeds": pooled_prompt_embeds,
-            "conditions": dataset.conditions,
+            "specs": dataset.specs,
             "condition_images": shown,
-            "hole": hole if "token_integration" in args.condition_type else None,
+            "mask": mask if "token_integration" in args.condition_type else None,
             "height": args.target_size[0],
             "width": args.target_size[1],
             "independent_condition": args.independent_condition,
         }
         images = generate_images(accelerator, pipeline, [call] * args.num_validation_images, seed=args.seed)
-    captions = [f"condition: {condition.type}" for condition in dataset.conditions]
+    captions = [f"condition: {condition.type}" for condition in dataset.specs]
     captions += [f"seed {args.seed + i}" for i in range(len(images))]
     images = [image.resize(args.target_size[::-1]) for image in shown] + images
     save_images(accelerator, args, images, captions, prompt=prompt, step=step)
@@ -1545,7 +1695,7 @@ def about_data(args, dataset):
     """What of the data and its conditions is told before training."""
     amount = "a stream" if args.streaming else f"{len(dataset)} samples"
     about = {"data": f"{amount} at {'x'.join(map(str, args.target_size))} px"}
-    for i, condition in enumerate(dataset.conditions, start=1):
+    for i, condition in enumerate(dataset.specs, start=1):
         (height, width), (down, right) = condition.size, condition.position_delta
         place = f"moved by {down:g},{right:g}, scale {condition.position_scale:g}, adapter {condition.adapter}"
         about[f"follows{'' if i == 1 else f' {i}'}"] = f"{condition.type} of {height}x{width} px, {place}"
@@ -1560,8 +1710,8 @@ def main(args):
 
     # 2. Data
     examples, problems = find_stream(args) if args.streaming else find_examples(args)
-    conditions = conditions_of(args, examples[0].places if examples else ())
-    dataset = ControlDataset(examples, conditions, args)
+    specs = condition_specs(args, examples[0].places if examples else ())
+    dataset = ControlDataset(examples, specs, args)
     num_processes, accumulation = accelerator.num_processes, args.gradient_accumulation_steps
     total_batch_size = args.train_batch_size * accumulation * num_processes
     processes = {"process_index": accelerator.process_index, "num_processes": num_processes}
@@ -1612,14 +1762,11 @@ def main(args):
 
     # 4. Transformer and LoRA
     noise_scheduler = load_scheduler(args)
-    transformer = load_model(FluxTransformer2DModel, "transformer", args, weight_dtype)
-    base_size = sum(parameter.numel() for parameter in transformer.parameters())
+    transformer = load_model(OminiTransformer2DModel, "transformer", args, weight_dtype)
+    base_size = transformer.num_parameters()
     quantize_base(transformer, weight_dtype, args.quantize_base).to(first_device(accelerator, args))
-    files, modules = add_adapters(transformer, conditions, args), {"transformer": transformer}
-    if args.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
-    if args.fsdp:
-        shard_omini(transformer, device, weight_dtype, args.compile)
+    files, modules = add_adapters(transformer, specs, args), {"transformer": transformer}
+    prepare_blocks(transformer, args, device, weight_dtype)
     lora_params = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     guided = transformer.config.guidance_embeds
 
@@ -1667,11 +1814,11 @@ def main(args):
                     transformer,
                     latents,
                     condition_latents,
-                    batch["hole"].to(device) if "hole" in batch else None,
+                    batch["latent_mask"].to(device) if "latent_mask" in batch else None,
                     prompt_embeds,
                     pooled_prompt_embeds,
                     args=args,
-                    conditions=conditions,
+                    specs=specs,
                     noise_scheduler=noise_scheduler,
                     guidance=torch.full((len(latents),), args.guidance_scale, device=device) if guided else None,
                     generator=generator,
@@ -1710,12 +1857,12 @@ def main(args):
     # 8. Save and final validation
     save_dtype = torch.float32 if args.upcast_before_saving else weight_dtype
     for name, file in files.items():
-        metadata = adapter_metadata(args, conditions, name)
+        metadata = adapter_metadata(args, specs, name)
         save_lora(
             args.output_dir, FluxPipeline, modules, save_dtype, adapter_name=name, weight_name=file, metadata=metadata
         )
     shown_prompt = final_prompt or (examples[0].caption if examples else "a picture")
-    command = drawing_command(args, conditions, shown_prompt)
+    command = drawing_command(args, specs, shown_prompt)
     if accelerator.is_main_process:
         metrics.close()
         plot_metrics(args.output_dir)

@@ -198,7 +198,7 @@ def test_all_problems_come_in_one_message(world, no_models, train, capsys):
 
 def test_defaults_of_places_and_sizes(world):
     command = "--pretrained_model_name_or_path {model} --instance_data_dir {pictures} --target_size 64,96"
-    parse = lambda flags: omini.conditions_of(omini.parse_args(f"{command} {flags}".format(**world).split()))  # noqa: E731
+    parse = lambda flags: omini.condition_specs(omini.parse_args(f"{command} {flags}".format(**world).split()))  # noqa: E731
     (canny,) = parse("--condition_type canny")
     assert (canny.size, canny.position_delta, canny.position_scale) == ((64, 96), (0, 0), 1)
     (compact,) = parse("--condition_type canny --condition_size 32,48")

@@ -4,6 +4,7 @@ import copy
 import itertools
 
 from common.latents import image_ids
+from common.models import compile_blocks
 
 import pytest
 import torch
@@ -13,15 +14,15 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 
 import train_omini as omini
-from train_omini import Condition, Tokens, compiled, condition_ids
+from train_omini import ConditionSpec, ConditionTokens, KVCache, OminiTransformer2DModel, condition_ids
 
 
 TEXT_LENGTH = 5
 
 
-def new_transformer(guidance=True, layers=2, single_layers=2):
+def new_transformer(guidance=True, layers=2, single_layers=2, model_class=OminiTransformer2DModel):
     torch.manual_seed(0)
-    transformer = FluxTransformer2DModel(
+    transformer = model_class(
         in_channels=64,
         num_layers=layers,
         num_single_layers=single_layers,
@@ -35,6 +36,11 @@ def new_transformer(guidance=True, layers=2, single_layers=2):
     for name, parameter in transformer.named_parameters():
         parameter.data.normal_(std=0.15 if "norm_" not in name else 0.3)
     return transformer.requires_grad_(False)
+
+
+def omini_forward(transformer, arguments, **joint_attention_kwargs):
+    """The output for arguments of the stock forward pass and what OminiTransformer2DModel has besides."""
+    return transformer(**arguments, joint_attention_kwargs=joint_attention_kwargs, return_dict=False)[0]
 
 
 def add_adapters(transformer, *names, rank=3, alpha=6, target_modules=omini.TARGET_MODULES):
@@ -69,10 +75,10 @@ def condition_tokens(sizes, adapters, batch=2):
     generator = torch.Generator().manual_seed(1)
     places = itertools.cycle([((0, 0), 1.0), ((0, -4), 1.0), ((1, 2), 2.0)])
     return [
-        Tokens(
+        ConditionTokens(
             torch.randn(batch, height * width // 4, 64, generator=generator),
             condition_ids(height, width, *place),
-            (adapter,),
+            adapter,
         )
         for (height, width), adapter, place in zip(sizes, adapters, places, strict=False)
     ]
@@ -81,7 +87,7 @@ def condition_tokens(sizes, adapters, batch=2):
 def reference_forward(transformer, arguments, conditions, independent):
     """One sequence [text, image, conditions], a dense mask, and for each token the weights it is to meet, merged."""
     layers = dict(transformer.named_modules())
-    groups = ["text", "image"] + [condition.adapters[0] for condition in conditions]
+    groups = ["text", "image"] + [condition.adapter for condition in conditions]
     lengths = [arguments["encoder_hidden_states"].shape[1], arguments["hidden_states"].shape[1]]
     lengths += [condition.hidden_states.shape[1] for condition in conditions]
     spans = list(itertools.pairwise(itertools.accumulate([0, *lengths])))
@@ -141,7 +147,7 @@ def reference_forward(transformer, arguments, conditions, independent):
 
     x = [transformer.context_embedder(arguments["encoder_hidden_states"])]
     x.append(linear("x_embedder", arguments["hidden_states"], "image"))
-    x += [linear("x_embedder", condition.hidden_states, condition.adapters[0]) for condition in conditions]
+    x += [linear("x_embedder", condition.hidden_states, condition.adapter) for condition in conditions]
     x = torch.cat(x, dim=1)
     text = slice(0, lengths[0])
     for n, block in enumerate(transformer.transformer_blocks):
@@ -191,15 +197,17 @@ def reference_forward(transformer, arguments, conditions, independent):
 
 @pytest.mark.parametrize("guidance", [True, False], ids=["dev", "schnell"])
 def test_without_conditions_it_is_the_stock_model(guidance):
+    stock = new_transformer(guidance, model_class=FluxTransformer2DModel)
     transformer = new_transformer(guidance)
     arguments = inputs(guidance=guidance)
-    expected = transformer(**arguments, return_dict=False)[0]
+    expected = stock(**arguments, return_dict=False)[0]
     adapted = add_adapters(copy.deepcopy(transformer), "control")
     for model in (transformer, adapted):
-        difference = (omini.omini_forward(model, **arguments) - expected).abs().max().item()
+        difference = (omini_forward(model, arguments) - expected).abs().max().item()
         print(f"max abs {difference:.1e} (bar 1e-5), outputs to {expected.abs().max():.1f}")
         assert difference <= 1e-5
-    assert (adapted(**arguments, return_dict=False)[0] - expected).abs().max() > 0.1  # the adapter does do something
+    stock = add_adapters(stock, "control")
+    assert (stock(**arguments, return_dict=False)[0] - expected).abs().max() > 0.1  # the adapter does do something
 
 
 CASES = {
@@ -219,9 +227,7 @@ def test_with_conditions_it_is_the_dense_mask_reference(case, independent):
     parameters = {name: p for name, p in transformer.named_parameters() if p.requires_grad}
     results, gradients = [], []
     for forward in (
-        lambda: omini.omini_forward(
-            transformer, **arguments, conditions=conditions, independent_condition=independent
-        ),
+        lambda: omini_forward(transformer, arguments, conditions=conditions, independent_condition=independent),
         lambda: reference_forward(transformer, arguments, conditions, independent),
     ):
         result = forward()
@@ -258,10 +264,10 @@ def test_text_and_image_tokens_meet_no_lora():
     for name, module in transformer.named_modules():
         if ".lora_A." in name:
             module.register_forward_pre_hook(count(name))
-    omini.omini_forward(transformer, **inputs(), conditions=conditions)
+    omini_forward(transformer, inputs(), conditions=conditions)
     assert seen == {"a": {(2, 4), (2,)}, "b": {(2, 3), (2,)}}  # tokens, and one modulation for all of them
     seen.clear()
-    omini.omini_forward(transformer, **inputs())
+    omini_forward(transformer, inputs())
     assert seen == {}
 
 
@@ -280,11 +286,11 @@ def test_one_attention_call_per_group_and_only_the_keys_it_sees(monkeypatch):
     everything = text_image + 12 + 4
     for independent, own in ((False, text_image), (True, 0)):
         calls.clear()
-        omini.omini_forward(transformer, **inputs(), conditions=conditions, independent_condition=independent)
+        omini_forward(transformer, inputs(), conditions=conditions, independent_condition=independent)
         block = [(text_image, everything, None), (12, own + 12, None), (4, own + 4, None)]
         assert calls == [*block, *block, (12, everything, None)]  # the last one for the image alone
     calls.clear()
-    omini.omini_forward(transformer, **inputs(), conditions=conditions[:1])
+    omini_forward(transformer, inputs(), conditions=conditions[:1])
     assert calls[0] == (text_image + 12, text_image + 12, None)  # one condition that sees all: a single call
 
 
@@ -295,54 +301,53 @@ def test_the_cache_repeats_independent_conditions_and_computes_them_once():
     for name, module in transformer.named_modules():
         if ".lora_A." in name:
             module.register_forward_pre_hook(lambda module, args: products.append(1))
-    cache = []
+    cache = KVCache()
     for seed in range(3):
         arguments = inputs(seed=seed)
         arguments["pooled_projections"] = inputs()["pooled_projections"]  # a prompt is one for all steps
-        shared = {**arguments, "conditions": conditions, "independent_condition": True}
-        expected = omini.omini_forward(transformer, **shared)
+        shared = {"conditions": conditions, "independent_condition": True}
+        expected = omini_forward(transformer, arguments, **shared)
         products.clear()
-        cached = omini.omini_forward(transformer, **shared, cache=cache)
+        cached = omini_forward(transformer, arguments, **shared, cache=cache)
         assert bool(products) == (seed == 0)
         assert (cached - expected).abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize("independent", [False, True])
-def test_a_batch_of_different_holes_is_its_samples_one_by_one(independent):
-    """Holes of different sizes and shapes, latents that are not square, a second condition beside."""
+def test_a_batch_of_different_masks_is_its_samples_one_by_one(independent):
+    """Masks of different sizes and shapes, latents that are not square, a second condition beside."""
     transformer = add_adapters(new_transformer(), "a", "b")
     height, width, generator = 6, 8, torch.Generator().manual_seed(2)
     arguments = inputs(batch=4, height=height, width=width)
     clean, other = (torch.randn(4, 16, height, width, generator=generator) for _ in range(2))
-    hole = torch.zeros(4, height // 2, width // 2, dtype=torch.bool)
-    hole[0, 0, 0] = hole[1, :, 1:] = hole[2, 1:, 2] = hole[3, 0, :] = hole[3, 2, 3] = True
-    conditions = [
-        Condition("token_integration", (48, 64), adapter="a"),
-        Condition("canny", (48, 64), adapter="b"),
+    mask = torch.zeros(4, height // 2, width // 2, dtype=torch.bool)
+    mask[0, 0, 0] = mask[1, :, 1:] = mask[2, 1:, 2] = mask[3, 0, :] = mask[3, 2, 3] = True
+    specs = [
+        ConditionSpec("token_integration", (48, 64), adapter="a"),
+        ConditionSpec("canny", (48, 64), adapter="b"),
     ]
 
     def run(rows):
         picked = {name: v if v is None or len(v) != 4 else v[rows] for name, v in arguments.items()}
-        states, ids, valid = omini.select_tokens(
-            picked.pop("hidden_states"), picked.pop("img_ids"), hole[rows].flatten(1)
-        )
-        out = omini.omini_forward(
+        latent_mask = mask[rows].flatten(1)
+        out = omini_forward(
             transformer,
-            **picked,
-            hidden_states=states,
-            img_ids=ids,
-            image_valid=valid,
-            conditions=omini.condition_tokens([clean[rows], other[rows]], conditions, hole[rows]),
+            picked,
+            latent_mask=latent_mask,
+            conditions=omini.pack_conditions([clean[rows], other[rows]], specs, latent_mask),
             independent_condition=independent,
         )
+        assert out.shape == picked["hidden_states"].shape
+        assert out[~latent_mask].eq(0).all()
+        out, _, valid = omini.select_tokens(out, picked["img_ids"], latent_mask)
         return out, valid
 
     together, valid = run([0, 1, 2, 3])
-    assert together.shape[1] == 9  # the largest hole
+    assert together.shape[1] == 9  # the largest mask
     for i in range(4):
         alone, padding = run([i])
         assert padding is None
-        assert alone.shape[1] == hole[i].sum()
+        assert alone.shape[1] == mask[i].sum()
         difference = (together[i][valid[i]] - alone[0]).abs().max().item()
         assert difference <= 1e-5
     gradient = torch.autograd.grad(
@@ -352,11 +357,11 @@ def test_a_batch_of_different_holes_is_its_samples_one_by_one(independent):
 
 
 def test_integrated_tokens_are_exactly_one_images():
-    hole = torch.zeros(1, 3, 4, dtype=torch.bool)
-    hole[0, 1, 1:3] = True
+    mask = torch.zeros(1, 3, 4, dtype=torch.bool)
+    mask[0, 1, 1:3] = True
     latents = torch.arange(1 * 16 * 6 * 8.0).view(1, 16, 6, 8)
-    (outside,) = omini.condition_tokens([latents], [Condition("token_integration", (48, 64))], hole)
-    _, inside, _ = omini.select_tokens(omini.pack_latents(latents), image_ids(6, 8), hole.flatten(1))
+    (outside,) = omini.pack_conditions([latents], [ConditionSpec("token_integration", (48, 64))], mask.flatten(1))
+    _, inside, _ = omini.select_tokens(omini.pack_latents(latents), image_ids(6, 8), mask.flatten(1))
     assert outside.hidden_states.shape[1] + inside.shape[1] == 12
     together = torch.cat([outside.ids[0], inside[0]])
     assert sorted(map(tuple, together.tolist())) == sorted(map(tuple, image_ids(6, 8).tolist()))
@@ -370,20 +375,23 @@ def test_positions_scale_first_then_move():
 
 
 def test_a_style_on_text_and_image_is_the_stock_model_with_it():
+    stock = new_transformer(model_class=FluxTransformer2DModel)
     transformer = add_adapters(new_transformer(), "control")
     style = r".*(attn\.(to_[qkv]|add_[qkv]_proj|to_add_out|to_out\.0)|net\.(0\.proj|2)|proj_(mlp|out)|norm.*\.linear"
     style += r"|(x|context)_embedder)"
     add_adapters(transformer, "style", target_modules=style)
-    transformer.set_adapter(["style"])
+    add_adapters(stock, "style", target_modules=style)
+    lora = {name: value for name, value in transformer.state_dict().items() if ".style." in name}
+    stock.load_state_dict(lora, strict=False)
     arguments = inputs()
-    expected = transformer(**arguments, return_dict=False)[0]
-    result = omini.omini_forward(transformer, **arguments, image_adapters=("style",))
+    expected = stock(**arguments, return_dict=False)[0]
+    result = omini_forward(transformer, arguments, main_adapter="style")
     assert (result - expected).abs().max() <= 1e-5
-    plain = omini.omini_forward(transformer, **arguments)
+    plain = omini_forward(transformer, arguments)
     assert (plain - expected).abs().max() > 0.1
     conditions = condition_tokens([(6, 8)], ["control"])
-    both = omini.omini_forward(transformer, **arguments, conditions=conditions, image_adapters=("style",))
-    alone = omini.omini_forward(transformer, **arguments, conditions=conditions)
+    both = omini_forward(transformer, arguments, conditions=conditions, main_adapter="style")
+    alone = omini_forward(transformer, arguments, conditions=conditions)
     assert (both - alone).abs().max() > 0.1
 
 
@@ -392,9 +400,11 @@ def test_checkpointing_and_compiling_change_neither_result_nor_gradient():
     conditions = condition_tokens([(6, 8), (4, 4)], ["a", "a"])
     parameters = [p for p in transformer.parameters() if p.requires_grad]
     results = []
-    for checkpointed, compile_blocks in ((False, False), (True, False), (False, True)):
+    for checkpointed, compiled in ((False, False), (True, False), (False, True)):
         transformer.enable_gradient_checkpointing() if checkpointed else transformer.disable_gradient_checkpointing()
-        out = omini.omini_forward(transformer, **inputs(), conditions=conditions, compile_blocks=compile_blocks)
+        if compiled:
+            compile_blocks(transformer)
+        out = omini_forward(transformer, inputs(), conditions=conditions)
         gradients = torch.autograd.grad(out.square().mean(), parameters, allow_unused=True)
         results.append([out, *(g for g in gradients if g is not None)])
     for other in results[1:]:
@@ -430,15 +440,15 @@ def test_compiling_covers_every_block():
     from torch._dynamo.utils import counters
 
     torch._dynamo.reset()
-    compiled.cache_clear()
     counters.clear()
     transformer = add_adapters(new_transformer(layers=4, single_layers=12), "a")
     conditions = condition_tokens([(6, 8)], ["a"])
     with torch.no_grad(), torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
-        plain = omini.omini_forward(transformer, **inputs(), conditions=conditions)
-        out = omini.omini_forward(transformer, **inputs(), conditions=conditions, compile_blocks=True)
+        plain = omini_forward(transformer, inputs(), conditions=conditions)
+        compile_blocks(transformer)
+        out = omini_forward(transformer, inputs(), conditions=conditions)
         graphs = counters["stats"]["unique_graphs"]
-        omini.omini_forward(transformer, **inputs(), conditions=conditions, compile_blocks=True)
+        omini_forward(transformer, inputs(), conditions=conditions)
     print(f"{graphs} graphs for 16 blocks")
     assert (out - plain).abs().max() <= 1e-4
     assert counters["stats"]["unique_graphs"] == graphs <= 4

@@ -2,7 +2,6 @@
 
 import json
 
-from common import validation
 from common.latents import mean_latents
 from common.lora import add_lora, save_lora
 
@@ -15,7 +14,7 @@ from safetensors import safe_open
 
 import train_omini as omini
 from examples.omini import generate
-from train_omini import Condition
+from train_omini import ConditionSpec, OminiTransformer2DModel
 
 
 @pytest.fixture
@@ -29,7 +28,7 @@ def adapter(tiny_model, tmp_path):
         args = omini.parse_args([str(flag) for flag in flags])
         for name, value in changes.items():
             setattr(args, name, value)
-        conditions = omini.conditions_of(args)
+        conditions = omini.condition_specs(args)
         torch.manual_seed(3)
         transformer = FluxTransformer2DModel.from_pretrained(tiny_model, subfolder="transformer").requires_grad_(False)
         paths = {}
@@ -53,8 +52,13 @@ def adapter(tiny_model, tmp_path):
     return make
 
 
+def omini_pipeline(model):
+    transformer = OminiTransformer2DModel.from_pretrained(model, subfolder="transformer")
+    return omini.OminiPipeline.from_pretrained(model, transformer=transformer)
+
+
 def load(model, paths):
-    pipeline = omini.OminiPipeline.from_pretrained(model)
+    pipeline = omini_pipeline(model)
     pipeline.set_progress_bar_config(disable=True)
     about = generate.read_metadata(list(paths.values()))
     for name, path in paths.items():
@@ -77,10 +81,32 @@ def seeded():
 def test_without_conditions_it_is_flux_pipeline(tiny_model):
     settings = {**SETTINGS, "output_type": "np", "guidance_scale": 2.0}
     images = [
-        kind.from_pretrained(tiny_model)("a circle", **settings, generator=seeded()).images
-        for kind in (FluxPipeline, omini.OminiPipeline)
+        pipeline("a circle", **settings, generator=seeded()).images
+        for pipeline in (FluxPipeline.from_pretrained(tiny_model), omini_pipeline(tiny_model))
     ]
     assert np.abs(images[0] - images[1]).max() <= 1e-5
+
+
+def test_the_stock_pipeline_generates_with_conditions_and_cache(tiny_model, adapter):
+    """FluxPipeline hands joint_attention_kwargs to the transformer: conditions and cache need no pipeline of ours."""
+    paths = adapter("canny", independent_condition=True)
+    pipeline, about = load(tiny_model, paths)
+    call = {**SETTINGS, "prompt": ["a circle"], "specs": about["conditions"], "condition_images": [picture()]}
+    expected = pipeline(**call, independent_condition=True, kv_cache=True, generator=seeded()).images
+
+    stock = FluxPipeline(**pipeline.components)
+    stock.set_progress_bar_config(disable=True)
+    moments = omini.encode_moments(pipeline.vae, omini.to_tensor(picture())[None])
+    latents = mean_latents(moments, pipeline.vae.config)
+    joint_attention_kwargs = {
+        "conditions": omini.pack_conditions([latents], about["conditions"]),
+        "independent_condition": True,
+        "cache": omini.KVCache(),
+    }
+    images = stock(
+        "a circle", **SETTINGS, joint_attention_kwargs=joint_attention_kwargs, generator=seeded()
+    ).images  # packed
+    assert torch.equal(images, omini.pack_latents(expected))
 
 
 def test_kv_cache_draws_the_same_and_is_refused_for_dependent_adapters(tiny_model, adapter, tmp_path, capsys):
@@ -89,7 +115,7 @@ def test_kv_cache_draws_the_same_and_is_refused_for_dependent_adapters(tiny_mode
     call = {
         **SETTINGS,
         "prompt": ["a circle"],
-        "conditions": about["conditions"],
+        "specs": about["conditions"],
         "condition_images": [picture(), picture()],
         "independent_condition": True,
         "image_guidance_scale": 1.5,
@@ -101,7 +127,7 @@ def test_kv_cache_draws_the_same_and_is_refused_for_dependent_adapters(tiny_mode
     )
     assert difference <= 1e-4
     without = pipeline(
-        **{**call, "conditions": [], "condition_images": [], "image_guidance_scale": 1.0}, generator=seeded()
+        **{**call, "specs": [], "condition_images": [], "image_guidance_scale": 1.0}, generator=seeded()
     )
     assert (plain - without.images).abs().max() > 0.05
 
@@ -119,14 +145,16 @@ def test_kv_cache_draws_the_same_and_is_refused_for_dependent_adapters(tiny_mode
 
 def test_both_passes_of_image_guidance_obey_the_same_rule(tiny_model, adapter, monkeypatch):
     pipeline, about = load(tiny_model, adapter("canny", independent_condition=True))
-    seen, honest = [], omini.omini_forward
-    monkeypatch.setattr(validation, "omini_forward", lambda *a, **k: seen.append(k) or honest(*a, **k))
-    call = {**SETTINGS, "prompt": ["a circle"], "conditions": about["conditions"], "condition_images": [picture()]}
+    seen, honest = [], OminiTransformer2DModel.transformer_forward
+    monkeypatch.setattr(
+        OminiTransformer2DModel, "transformer_forward", lambda self, **k: seen.append(k) or honest(self, **k)
+    )
+    call = {**SETTINGS, "prompt": ["a circle"], "specs": about["conditions"], "condition_images": [picture()]}
     pipeline(**{**call, "num_inference_steps": 1}, independent_condition=True, image_guidance_scale=2.0)
     first, second = seen
     assert first["independent_condition"] is second["independent_condition"] is True
     assert torch.equal(first["conditions"][0].ids, second["conditions"][0].ids)
-    assert first["conditions"][0].adapters == second["conditions"][0].adapters
+    assert first["conditions"][0].adapter == second["conditions"][0].adapter
     assert not torch.equal(first["conditions"][0].hidden_states, second["conditions"][0].hidden_states)
 
 
@@ -134,11 +162,12 @@ def test_training_validation_and_generation_put_conditions_in_the_same_place(
     train, tiny_model, pictures, tmp_path, monkeypatch
 ):
     """Scale and delta at once, a condition that is not square: the ids that reach the transformer."""
-    seen, honest = [], omini.omini_forward
-    for module in (omini, validation):
-        monkeypatch.setattr(
-            module, "omini_forward", lambda *a, **k: seen.append(k["conditions"][0].ids) or honest(*a, **k)
-        )
+    seen, honest = [], OminiTransformer2DModel.transformer_forward
+    monkeypatch.setattr(
+        OminiTransformer2DModel,
+        "transformer_forward",
+        lambda self, **k: seen.append(k["conditions"][0].ids) or honest(self, **k),
+    )
     train(
         "train_omini",
         *("--pretrained_model_name_or_path", tiny_model, "--instance_data_dir", pictures, "--target_size", "64,96"),
@@ -159,24 +188,26 @@ def test_training_validation_and_generation_put_conditions_in_the_same_place(
 
 
 def test_token_integration_with_masks_of_any_shape(tiny_model, adapter, tmp_path):
-    """Not square; what is outside the hole stays, what is inside depends on the seed; a batch is its samples."""
+    """Not square; what is outside the mask stays, what is inside depends on the seed; a batch is its samples."""
     pipeline, about = load(tiny_model, adapter("token_integration"))
-    conditions = [Condition("token_integration", (48, 64), adapter="token_integration")]
-    holes = np.zeros((4, 48, 64), dtype=bool)
-    holes[0, 3:9, 3:40] = holes[1, :, 20:25] = holes[2, 40, 60] = True
-    holes[3] = np.hypot(*np.mgrid[-24:24, -32:32]) < 15
+    conditions = [ConditionSpec("token_integration", (48, 64), adapter="token_integration")]
+    masks = np.zeros((4, 48, 64), dtype=bool)
+    masks[0, 3:9, 3:40] = masks[1, :, 20:25] = masks[2, 40, 60] = True
+    masks[3] = np.hypot(*np.mgrid[-24:24, -32:32]) < 15
     images = [
-        omini.make_condition("token_integration", picture(48, 64), hole=omini.widen(omini.token_hole(hole)))
-        for hole in holes
+        omini.convert_to_condition(
+            "token_integration", picture(48, 64), mask=omini.to_pixel_mask(omini.to_latent_mask(mask))
+        )
+        for mask in masks
     ]
-    call = {**SETTINGS, "height": 48, "width": 64, "conditions": conditions}
+    call = {**SETTINGS, "height": 48, "width": 64, "specs": conditions}
 
     def draw(rows, seeds):
         return pipeline(
             **call,
             prompt=["a circle"] * len(rows),
             condition_images=[[images[i] for i in rows]],
-            hole=holes[rows],
+            mask=masks[rows],
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         ).images
 
@@ -186,12 +217,12 @@ def test_token_integration_with_masks_of_any_shape(tiny_model, adapter, tmp_path
     clean = mean_latents(clean, pipeline.vae.config)
     for i in range(4):
         assert (together[i] - draw([i], [i])[0]).abs().max() <= 1e-4
-        inside = torch.from_numpy(omini.token_hole(holes[i])).repeat_interleave(2, 0).repeat_interleave(2, 1)
+        inside = torch.from_numpy(omini.to_latent_mask(masks[i])).repeat_interleave(2, 0).repeat_interleave(2, 1)
         assert torch.equal(together[i][:, ~inside], clean[i][:, ~inside])
         assert not (together[i] - again[i])[:, inside].eq(0).all(dim=0).any()
 
     with pytest.raises(ValueError, match="must contain some and leave some"):
-        pipeline(**call, prompt=["x"], condition_images=[images[0]], hole=np.ones((48, 64), dtype=bool))
+        pipeline(**call, prompt=["x"], condition_images=[images[0]], mask=np.ones((48, 64), dtype=bool))
 
     picture(30, 50).save(tmp_path / "a.png")
     mask = Image.new("L", (50, 30))
@@ -206,7 +237,7 @@ def test_token_integration_with_masks_of_any_shape(tiny_model, adapter, tmp_path
     generate.main([str(flag) for flag in flags])
     assert [Image.open(tmp_path / f"out-{i}.png").size for i in (0, 1)] == [(80, 48)] * 2
     flags[flags.index(tmp_path / "a.png")] = tmp_path / "camera.png"
-    assert generate.parse_args([str(flag) for flag in flags]).hole.any()  # the mask is of the upright picture
+    assert generate.parse_args([str(flag) for flag in flags]).pixel_mask.any()  # the mask is of the upright picture
 
 
 def test_a_style_beside_a_control_adapter(tiny_model, adapter, tmp_path):

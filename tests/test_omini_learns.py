@@ -31,7 +31,7 @@ from examples.toy.world import (
     random_shape,
     score_scene,
 )
-from train_omini import Condition
+from train_omini import ConditionSpec
 
 
 HERE = Path(__file__).parents[1] / "examples" / "toy"
@@ -65,26 +65,27 @@ def unseen():
 
 def load(files):
     """The toy pipeline with trained adapters, and what their headers say."""
-    pipeline = omini.OminiPipeline.from_pretrained(HERE / "flux")
+    transformer = omini.OminiTransformer2DModel.from_pretrained(HERE / "flux", subfolder="transformer")
+    pipeline = omini.OminiPipeline.from_pretrained(HERE / "flux", transformer=transformer)
     pipeline.set_progress_bar_config(disable=True)
     conditions = []
     for path in files:
         with safe_open(path, "pt") as file:
             about = json.loads(file.metadata()["omini"])
         conditions += [
-            Condition(**{k: tuple(v) if isinstance(v, list) else v for k, v in each.items()})
+            ConditionSpec(**{k: tuple(v) if isinstance(v, list) else v for k, v in each.items()})
             for each in about["conditions"]
         ]
         pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=conditions[-1].adapter)
     return pipeline, conditions, about
 
 
-def sample(pipeline, prompts, conditions, images, hole=None, independent=False):
+def sample(pipeline, prompts, conditions, images, mask=None, independent=False):
     return pipeline(
         prompts,
-        conditions=conditions,
+        specs=conditions,
         condition_images=images,
-        hole=hole,
+        mask=mask,
         height=SIDE,
         width=SIDE,
         num_inference_steps=12,
@@ -95,7 +96,7 @@ def sample(pipeline, prompts, conditions, images, hole=None, independent=False):
     ).images
 
 
-def compare(files, prompts, make, score, *, hole=None, record=None):
+def compare(files, prompts, make, score, *, mask=None, record=None):
     """Mean scores, 0 to 100, of the base model, the untrained and the trained adapter; and a picture of them.
 
     make(condition) returns the COUNT pictures of a condition, score(i, image) judges image i.
@@ -104,13 +105,13 @@ def compare(files, prompts, make, score, *, hole=None, record=None):
     images = [make(condition) for condition in conditions]
     integrated = "token_integration" in [condition.type for condition in conditions]
     independent = about["independent_condition"]
-    trained = sample(pipeline, prompts, conditions, images, hole if integrated else None, independent)
+    trained = sample(pipeline, prompts, conditions, images, mask if integrated else None, independent)
     pipeline.unload_lora_weights()
     for name in dict.fromkeys(condition.adapter for condition in conditions):
         add_lora(
             pipeline.transformer, rank=4, alpha=4, dropout=0.0, target_modules=omini.TARGET_MODULES, adapter_name=name
         )
-    untrained = sample(pipeline, prompts, conditions, images, hole if integrated else None, independent)
+    untrained = sample(pipeline, prompts, conditions, images, mask if integrated else None, independent)
     base = sample(pipeline, prompts, [], [])
     rows = [*images, base, untrained, trained]
     grid = [image for row in rows for image in row[:8]]
@@ -154,7 +155,7 @@ def test_it_learns_coloring(train, scenes, tmp_path):
         "--rank 8 --drop_text_prob 0.5 --discrete_flow_shift 3 --max_train_steps 320",
     )
     drawn, pictures = unseen()
-    make = lambda c: [omini.make_condition(c.type, picture) for picture in pictures]  # noqa: E731
+    make = lambda c: [omini.convert_to_condition(c.type, picture) for picture in pictures]  # noqa: E731
     prompts = [caption(scene) for scene in drawn]
     scores = compare(files, prompts, make, lambda i, image: overlap(image, drawn[i]))
     report("coloring, shape in its colour", scores, 75)
@@ -164,7 +165,7 @@ def test_it_learns_coloring(train, scenes, tmp_path):
 def test_it_learns_canny(train, scenes, tmp_path):
     files = train_on(train, scenes, tmp_path, "canny", "--rank 16 --max_train_steps 600")
     drawn, pictures = unseen()
-    make = lambda c: [omini.make_condition(c.type, picture) for picture in pictures]  # noqa: E731
+    make = lambda c: [omini.convert_to_condition(c.type, picture) for picture in pictures]  # noqa: E731
     prompts = [caption(scene) for scene in drawn]
     scores = compare(files, prompts, make, lambda i, image: overlap(image, drawn[i]))
     report("canny, shape in its colour", scores, 75)
@@ -181,7 +182,7 @@ def test_it_learns_to_sharpen(train, scenes, tmp_path, kind, steps, bar, over_un
     drawn, pictures = unseen()
     rng = np.random.default_rng(0)
     make = lambda c: [  # noqa: E731
-        omini.make_condition(c.type, picture.resize(c.size[::-1]), rng=rng) for picture in pictures
+        omini.convert_to_condition(c.type, picture.resize(c.size[::-1]), rng=rng) for picture in pictures
     ]
     prompts = [caption(scene) for scene in drawn]
     scores = compare(files, prompts, make, lambda i, image: edge_overlap(image, pictures[i]))
@@ -198,11 +199,11 @@ def test_it_learns_to_fill(train, scenes, tmp_path, kind):
     """
     files = train_on(train, scenes, tmp_path, kind, "--rank 8 --drop_text_prob 0.5 --max_train_steps 300")
     _, pictures = unseen()
-    hole = np.zeros((SIDE, SIDE), dtype=bool)
-    hole[:, SIDE // 2 :] = True
-    make = lambda c: [omini.make_condition(c.type, picture, hole=hole) for picture in pictures]  # noqa: E731
-    scores = compare(files, [""] * COUNT, make, lambda i, image: agreement(image, pictures[i], hole), hole=hole)
-    report(f"{kind}, colours in the hole", scores, 75, over_untrained=2 if kind == "token_integration" else 20)
+    mask = np.zeros((SIDE, SIDE), dtype=bool)
+    mask[:, SIDE // 2 :] = True
+    make = lambda c: [omini.convert_to_condition(c.type, picture, mask=mask) for picture in pictures]  # noqa: E731
+    scores = compare(files, [""] * COUNT, make, lambda i, image: agreement(image, pictures[i], mask), mask=mask)
+    report(f"{kind}, colours in the mask", scores, 75, over_untrained=2 if kind == "token_integration" else 20)
 
 
 @pytest.mark.slow
@@ -216,7 +217,7 @@ def test_it_learns_canny_and_coloring_together(train, scenes, tmp_path):
     )
     assert [file.name for file in files] == ["canny.safetensors", "coloring.safetensors"]
     drawn, pictures = unseen()
-    make = lambda c: [omini.make_condition(c.type, picture) for picture in pictures]  # noqa: E731
+    make = lambda c: [omini.convert_to_condition(c.type, picture) for picture in pictures]  # noqa: E731
     prompts = [caption(scene) for scene in drawn]
     scores = compare(files, prompts, make, lambda i, image: overlap(image, drawn[i]))
     report("canny and coloring, shape in its colour", scores, 80)

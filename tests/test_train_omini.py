@@ -348,13 +348,13 @@ def test_subject_pairs_give_two_samples_each(flags, tmp_path):
     args = omini.parse_args([str(flag) for flag in [*without_source(flags), *pair]])
     examples, problems = omini.find_examples(args)
     assert not problems
-    dataset = omini.ControlDataset(examples, omini.conditions_of(args), args)
+    dataset = omini.ControlDataset(examples, omini.condition_specs(args), args)
     red, blue = (255, 0, 0), (0, 0, 255)
     assert [example.caption for example in examples] == ["left", "right"]
     for example, target, condition in zip(examples, (red, blue), (blue, red), strict=True):
         for slot, color in (("image", target), ("condition_0", condition)):
             assert dataset.picture(example, slot).getcolors() == [(32 * 32, color)]
-    assert dataset.conditions[0].position_delta == (0, -2)
+    assert dataset.specs[0].position_delta == (0, -2)
 
 
 def test_custom_columns_keep_their_order_around_a_subject(flags, tmp_path):
@@ -369,7 +369,7 @@ def test_custom_columns_keep_their_order_around_a_subject(flags, tmp_path):
     args = omini.parse_args([str(flag) for flag in [*without_source(flags), *kinds]])
     examples, problems = omini.find_examples(args)
     assert not problems
-    dataset = omini.ControlDataset(examples, omini.conditions_of(args), args)
+    dataset = omini.ControlDataset(examples, omini.condition_specs(args), args)
     for example, other in zip(examples, ((0, 0, 255), (255, 0, 0)), strict=True):
         assert dataset.picture(example, "condition_1").getcolors() == [(32 * 32, other)]
         assert dataset.picture(example, "condition_2").getcolors() == [(32 * 32, (255, 255, 255))]
@@ -385,7 +385,7 @@ def test_a_random_items_image_and_condition_are_of_one_call(flags, tmp_path):
     args = omini.parse_args([str(flag) for flag in [*without_source(flags), *own]])
     examples, problems = omini.find_examples(args)
     assert not problems
-    dataset = omini.ControlDataset(examples, omini.conditions_of(args), args)
+    dataset = omini.ControlDataset(examples, omini.condition_specs(args), args)
     for index in range(3):
         values = dataset[0, index]["pixel_values"]
         assert torch.equal(values["image"], values["condition_0"])
@@ -523,4 +523,4 @@ def test_the_transformer_is_loaded_after_the_others_are_gone(train, flags, tmp_p
     monkeypatch.setattr(omini, "load_model", lambda c, *rest: events.append(c.__name__) or honest_load(c, *rest))
     monkeypatch.setattr(omini, "cache_moments", lambda *a: events.append("cached") or honest_cache(*a))
     train(SCRIPT, *flags, "--condition_type", "canny", "--cache_latents", "--output_dir", tmp_path)
-    assert events == ["AutoencoderKL", "cached", "FluxTransformer2DModel"]
+    assert events == ["AutoencoderKL", "cached", "OminiTransformer2DModel"]

@@ -24,7 +24,14 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from common.data import Example
 from common.latents import PATCH
 
-from train_omini import Condition, OminiPipeline, make_condition, token_hole, widen
+from train_omini import (
+    ConditionSpec,
+    OminiPipeline,
+    OminiTransformer2DModel,
+    convert_to_condition,
+    to_latent_mask,
+    to_pixel_mask,
+)
 
 
 def parse_args(argv=None):
@@ -75,7 +82,7 @@ def read_metadata(paths):
             raise ValueError(f"{path}: its header names no conditions, it is not an adapter of train_omini.py")
         own = json.loads(text)
         own["conditions"] = [
-            Condition(**{k: tuple(v) if isinstance(v, list) else v for k, v in each.items()})
+            ConditionSpec(**{k: tuple(v) if isinstance(v, list) else v for k, v in each.items()})
             for each in own["conditions"]
         ]
         if about is None:
@@ -125,11 +132,11 @@ def check(args):
         if mask.size != size:
             raise ValueError(f"--mask {args.mask} is {mask.size} pixels, {given[0]} {size}")
         mask = ImageOps.fit(mask.convert("L"), (args.width, args.height), Image.Resampling.NEAREST)
-        args.hole = np.asarray(mask) > 127
+        args.pixel_mask = np.asarray(mask) > 127
         if "token_integration" in kinds:
-            args.hole = widen(token_hole(args.hole))
-        if args.hole.all() or not args.hole.any():
-            raise ValueError(f"--mask {args.mask} is all {'white' if args.hole.all() else 'black'}")
+            args.pixel_mask = to_pixel_mask(to_latent_mask(args.pixel_mask))
+        if args.pixel_mask.all() or not args.pixel_mask.any():
+            raise ValueError(f"--mask {args.mask} is all {'white' if args.pixel_mask.all() else 'black'}")
 
 
 def scaled(condition, trained, size):
@@ -140,7 +147,7 @@ def scaled(condition, trained, size):
         round(own * new / old / PATCH) * PATCH for own, new, old in zip(condition.size, size, trained, strict=True)
     )
     down, right = (delta * new / old for delta, new, old in zip(condition.position_delta, size, trained, strict=True))
-    return Condition(condition.type, across, (down, right), condition.position_scale, condition.adapter)
+    return ConditionSpec(condition.type, across, (down, right), condition.position_scale, condition.adapter)
 
 
 def condition_pictures(args, conditions):
@@ -157,7 +164,7 @@ def condition_pictures(args, conditions):
             picture = estimator(picture)["depth"].convert("RGB")
             picture = picture.resize(condition.size[::-1])
         elif args.condition is None or condition.type == "token_integration":
-            picture = make_condition(condition.type, picture, rng=rng, hole=getattr(args, "hole", None))
+            picture = convert_to_condition(condition.type, picture, rng=rng, mask=getattr(args, "pixel_mask", None))
         pictures.append(picture)
     return pictures
 
@@ -167,7 +174,8 @@ def load_pipeline(args):
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     dtype = getattr(torch, args.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
     model = args.pretrained_model_name_or_path or args.about["base_model"]
-    pipeline = OminiPipeline.from_pretrained(model, dtype=dtype)
+    transformer = OminiTransformer2DModel.from_pretrained(model, subfolder="transformer", dtype=dtype)
+    pipeline = OminiPipeline.from_pretrained(model, transformer=transformer, dtype=dtype)
     names = list(dict.fromkeys(condition.adapter for condition in args.about["conditions"]))
     for path, name in zip(args.adapters, names, strict=True):
         pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name)
@@ -184,7 +192,7 @@ def load_pipeline(args):
             raise SystemExit(
                 f"--style_lora {path}: {unread[0]} is shared with the conditions, a style cannot change it"
             )
-    return pipeline.to(device), ("style",) if args.style_lora else ()
+    return pipeline.to(device), "style" if args.style_lora else None
 
 
 def main(argv=None):
@@ -192,20 +200,20 @@ def main(argv=None):
     about, size = args.about, (args.height, args.width)
     conditions = [scaled(condition, about["target_size"], size) for condition in about["conditions"]]
     pictures = condition_pictures(args, conditions)
-    pipeline, image_adapters = load_pipeline(args)
+    pipeline, main_adapter = load_pipeline(args)
     for i, prompt in enumerate(args.prompt):
         image = pipeline(
             [prompt],
-            conditions=conditions,
+            specs=conditions,
             condition_images=pictures,
-            hole=args.hole if "token_integration" in [condition.type for condition in conditions] else None,
+            mask=args.pixel_mask if "token_integration" in [condition.type for condition in conditions] else None,
             height=args.height,
             width=args.width,
             num_inference_steps=args.num_inference_steps,
             guidance_scale=args.guidance_scale,
             image_guidance_scale=args.image_guidance_scale,
             independent_condition=about["independent_condition"],
-            image_adapters=image_adapters,
+            main_adapter=main_adapter,
             kv_cache=args.kv_cache,
             max_sequence_length=args.max_sequence_length or about["max_sequence_length"],
             generator=torch.Generator().manual_seed(args.seed + i),

@@ -3,9 +3,10 @@
     python tests/benchmarks/omini_step.py
 
 Model: 4 + 8 blocks, width 512, float32, 128 text tokens, 256 image tokens, 256 condition tokens, LoRA rank 4. Those
-that are compared take turns, one step each. Training: forward, backward and clip of omini_forward against the stock
-FluxTransformer2DModel with the same LoRA on a sequence of as many tokens. Generation: a step with filled cache against
-a step without conditions, and the step without the cache. The exit code is 1 if a quotient of medians misses its bar.
+that are compared take turns, one step each. Training: forward, backward and clip of OminiTransformer2DModel against
+the stock FluxTransformer2DModel with the same LoRA on a sequence of as many tokens. Generation: a step with filled
+cache against a step without conditions, and the step without the cache. The exit code is 1 if a quotient of medians
+misses its bar.
 """
 
 import statistics
@@ -22,7 +23,7 @@ from common.latents import image_ids
 from common.lora import add_lora
 
 from examples.toy.pretrain import new_transformer
-from train_omini import TARGET_MODULES, Tokens, condition_ids, omini_forward
+from train_omini import TARGET_MODULES, ConditionTokens, KVCache, OminiTransformer2DModel, condition_ids
 
 
 ROUNDS, WARM_UP, TEXT_LENGTH, SIDE = 14, 3, 128, 32  # SIDE in latents: 256 tokens
@@ -61,25 +62,34 @@ def medians(**functions):
 
 
 def main():
-    transformer = new_transformer(heads=16, layers=4, single_layers=8).requires_grad_(False)
-    parameters = add_lora(transformer, rank=4, alpha=4, dropout=0.0, target_modules=TARGET_MODULES)
-    image, twice = arguments(), arguments(2 * SIDE)
-    conditions = [Tokens(torch.randn(1, SIDE * SIDE // 4, 64), condition_ids(SIDE, SIDE))]
-    conditioned = lambda: omini_forward(transformer, **image, conditions=conditions)  # noqa: E731
+    plain = new_transformer(heads=16, layers=4, single_layers=8)
+    omini = OminiTransformer2DModel.from_config(plain.config)
+    omini.load_state_dict(plain.state_dict())
+    parameters = {}
+    for model in (plain, omini):
+        model.requires_grad_(False)
+        parameters[model] = add_lora(model, rank=4, alpha=4, dropout=0.0, target_modules=TARGET_MODULES)
+    image = arguments()
+    twice = arguments(2 * SIDE)
+    conditions = [ConditionTokens(torch.randn(1, SIDE * SIDE // 4, 64), condition_ids(SIDE, SIDE))]
+
+    def forward(**joint_attention_kwargs):
+        return omini(**image, joint_attention_kwargs=joint_attention_kwargs, return_dict=False)[0]
+
     training = medians(
-        omini=lambda: training_step(transformer, parameters, conditioned),
-        plain=lambda: training_step(transformer, parameters, lambda: transformer(**twice, return_dict=False)[0]),
+        omini=lambda: training_step(omini, parameters[omini], lambda: forward(conditions=conditions)),
+        plain=lambda: training_step(plain, parameters[plain], lambda: plain(**twice, return_dict=False)[0]),
     )
     ratio = training["omini"] / training["plain"]
     print(f"training step {training['omini']:.3f} s, plain model {training['plain']:.3f} s: {ratio:.3f} (bar 1.15)")
     with torch.no_grad():
-        cache = []
+        cache = KVCache()
         independent = {"conditions": conditions, "independent_condition": True}
-        omini_forward(transformer, **image, **independent, cache=cache)
+        forward(**independent, cache=cache)
         steps = medians(
-            unconditioned=lambda: omini_forward(transformer, **image),
-            cached=lambda: omini_forward(transformer, **image, **independent, cache=cache),
-            uncached=lambda: omini_forward(transformer, **image, **independent),
+            unconditioned=forward,
+            cached=lambda: forward(**independent, cache=cache),
+            uncached=lambda: forward(**independent),
         )
     cached, uncached = (steps[name] / steps["unconditioned"] for name in ("cached", "uncached"))
     print(

@@ -133,7 +133,7 @@ def run(script, flags):
     for owner in (ModelMixin, PreTrainedModel):
         timed(owner, "from_pretrained", load)
     if script == "train_omini":
-        timed(trainer, "omini_forward", part)
+        timed(trainer.OminiTransformer2DModel, "forward", part)
     else:
         timed(FluxTransformer2DModel, "forward", part)
     timed(torch.Tensor, "backward", part)
