@@ -174,25 +174,12 @@ def parse_args(argv=None):
     arg("--variant", help="variant of the model's files, such as fp16")
     arg("--cache_dir", help="folder for downloaded models and datasets")
     arg("--max_sequence_length", type=in_range(int, 1, 512), default=512, help="T5 tokens per prompt, longer are cut")
-    arg(
-        "--mixed_precision",
-        choices=("no", "fp16", "bf16"),
-        help="precision of frozen models; bf16 halves memory",
-    )
+    arg("--mixed_precision", choices=("no", "fp16", "bf16"), help="precision of frozen models; bf16 halves memory")
     arg("--allow_tf32", action="store_true", help="use TF32 matrix products: faster, less exact; Ampere GPUs or later")
     arg("--gradient_checkpointing", action="store_true", help="halve activation memory, a step takes a third longer")
-    arg(
-        "--quantize_base",
-        choices=QUANTIZATIONS,
-        default="none",
-        help="store frozen blocks in 4 or 8 bits",
-    )
+    arg("--quantize_base", choices=QUANTIZATIONS, default="none", help="store frozen blocks in 4 or 8 bits")
     arg("--compile", action="store_true", help="compile the transformer's blocks: minutes once, then faster steps")
-    arg(
-        "--offload",
-        action="store_true",
-        help="keep frozen models in CPU memory until they are used",
-    )
+    arg("--offload", action="store_true", help="keep frozen models in CPU memory until they are used")
     arg("--fsdp", action="store_true", help="shard weights and optimizer state over the processes (FSDP2)")
 
     arg = parser.add_argument_group("data", "folders with files of equal names, or a dataset").add_argument
@@ -239,18 +226,9 @@ def parse_args(argv=None):
 
     arg = parser.add_argument_group("edit", "what the model sees, and what it generates").add_argument
     arg("--mode", choices=("mask", "edit"), default="mask", help="fill a mask, or edit the whole image")
-    arg(
-        "--use_split_mask",
-        action="store_true",
-        help="mask the left or the right half at random: side-by-side images",
-    )
+    arg("--use_split_mask", action="store_true", help="mask the left or the right half at random: side-by-side images")
     arg("--mask_only_right", action="store_true", help="with --use_split_mask, always mask the right half")
-    arg(
-        "--loss_mask_weight",
-        type=non_negative_float,
-        default=1.0,
-        help="loss weight under the mask; elsewhere 1",
-    )
+    arg("--loss_mask_weight", type=non_negative_float, default=1.0, help="loss weight under the mask; elsewhere 1")
     arg("--train_embedder", action="store_true", help="also train all of x_embedder, the input layer; edit mode only")
     arg("--train_text_encoder", action="store_true", help="also train a LoRA on CLIP")
 
