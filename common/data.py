@@ -388,8 +388,8 @@ def read_folder(
 
     caption_per_line: each line of a .txt file is one of several captions (TwinFlow).
     use_metadata=False: metadata.jsonl is not looked at (TwinFlow).
-    whole_rows: lines may lack a caption, for it may be in further columns; a .txt file stands in for a whole line of
-    metadata.jsonl, not for a caption that the line lacks (OminiControl).
+    whole_rows: lines of metadata.jsonl may lack a caption, for it may be in further columns. A .txt file stands in for
+    a whole line, {"text": its text}, and not for a caption that a line lacks (OminiControl).
     sort_by_stem: "a.png" comes before "a-b.png" (InFluxEdit).
     """
     partner_columns = partner_columns or {}
@@ -427,15 +427,18 @@ def read_folder(
     examples = []
     for path in paths:
         row = rows.get(path.name, {})
+        text_file = caption_dir / f"{path.stem}.txt" if caption_dir else path.with_suffix(".txt")
         caption = None if caption_dir else first_value(row, columns)
-        has_text_file = not whole_rows or (path.name not in rows and caption_column is None)
-        if caption is None and has_text_file:
+        if caption is None and not (whole_rows and path.name in rows):
             try:
-                caption = read_text(caption_dir / f"{path.stem}.txt" if caption_dir else path.with_suffix(".txt"))
+                caption = read_text(text_file)
             except ValueError as error:
                 problems.append(str(error))
                 continue
-            if caption is not None and caption_per_line:
+            if whole_rows:
+                row = {"text": caption}
+                caption = first_value(row, columns)
+            elif caption is not None and caption_per_line:
                 caption = [line.strip() for line in caption.splitlines() if line.strip()]
         example = file_example(path, caption)
         example.columns = {name: value for name, value in row.items() if name not in partner_columns.values()}
@@ -443,8 +446,9 @@ def read_folder(
             if path in partners[role]:
                 example.images[role] = file_example(partners[role][path])
         for role, column in partner_columns.items():
-            if isinstance(row.get(column), str):
-                example.images[role] = file_example(folder / row[column], name=f"{path}, {column}")
+            file_name = row.get(column)
+            if isinstance(file_name, str):
+                example.images[role] = file_example(folder / file_name, name=f"{path}, {column}")
             else:
                 problems.append(f"{metadata}: column {column} names no file for {path.name}")
         example.stamp = " ".join(image.stamp for image in all_images([example]))
