@@ -26,6 +26,8 @@ DIFFERENT = {
     ("train_influxedit", "num_validation_images"): "images of each of several prompts",
     ("train_influxedit", "validation_steps"): "InFluxEdit's default",
     ("train_influxedit", "validation_image"): "InFluxEdit's list of files in one text",
+    ("train_twinflow", "adam_beta2"): "the default of --recipe",
+    ("train_twinflow", "adam_weight_decay"): "the default of --recipe",
     ("train_omini", "optimizer"): "OminiControl trains with prodigy, and its configurations name sgd",
     ("train_omini", "learning_rate"): "prodigy's",
     ("train_omini", "adam_weight_decay"): "OminiControl's default",
