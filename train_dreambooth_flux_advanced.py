@@ -171,215 +171,98 @@ def parse_args(argv=None):
         metavar="MODEL",
         help="folder or hub id of a FLUX.1 pipeline, or its transformer as a single .safetensors file",
     )
-    arg("--ae", type=Path, metavar="FILE", help="ae.safetensors; needed if MODEL is a single file")
-    arg("--clip_l", type=Path, metavar="FILE", help="clip_l.safetensors; needed if MODEL is a single file")
-    arg("--t5xxl", type=Path, metavar="FILE", help="t5xxl_fp16.safetensors; needed if MODEL is a single file")
-    arg(
-        "--tokenizer_dir",
-        type=Path,
-        metavar="DIR",
-        help="folder with FLUX.1's tokenizer and tokenizer_2; needed if MODEL is a single file",
-    )
+    arg("--ae", type=Path, metavar="FILE", help="ae.safetensors, if MODEL is a single file")
+    arg("--clip_l", type=Path, metavar="FILE", help="clip_l.safetensors, if MODEL is a single file")
+    arg("--t5xxl", type=Path, metavar="FILE", help="t5xxl_fp16.safetensors, if MODEL is a single file")
+    arg("--tokenizer_dir", type=Path, metavar="DIR", help="folder of FLUX.1's tokenizer and tokenizer_2, likewise")
     arg("--revision", help="revision of the model on the hub")
     arg("--variant", help="variant of the model's files, such as fp16")
     arg("--cache_dir", help="folder for downloaded models and datasets (default: the hub's own)")
+    arg("--max_sequence_length", type=in_range(int, 1, 512), default=512, help="T5 tokens per prompt; schnell: to 256")
+    arg("--mixed_precision", choices=("no", "fp16", "bf16"), help="bf16 halves the memory of frozen models")
     arg(
-        "--max_sequence_length",
-        type=in_range(int, 1, 512),
-        default=512,
-        help="T5 tokens per prompt; at most 256 for FLUX.1-schnell",
+        "--allow_tf32", action="store_true", help="faster, less exact float32 matrix products on Ampere and later GPUs"
     )
-    arg(
-        "--mixed_precision",
-        choices=("no", "fp16", "bf16"),
-        help="precision of frozen models and activations; bf16 halves their memory on Ampere and later GPUs (default: "
-        "accelerate's configuration)",
-    )
-    arg("--allow_tf32", action="store_true", help="use TF32 for float32 matrix products: faster, less exact (Ampere)")
-    arg(
-        "--gradient_checkpointing",
-        action="store_true",
-        help="recompute activations in the backward pass: less memory, about a third more time per step",
-    )
-    arg(
-        "--quantize_base",
-        choices=QUANTIZATIONS,
-        default="none",
-        help="keep the frozen weights of the transformer's blocks in 4 (nf4) or 8 bits (int8)",
-    )
+    arg("--gradient_checkpointing", action="store_true", help="less memory, about a third more time per step")
+    arg("--quantize_base", choices=QUANTIZATIONS, default="none", help="frozen blocks in 4 (nf4) or 8 bits (int8)")
     arg("--compile", action="store_true", help="torch.compile the blocks: minutes at the start, then faster steps")
-    arg(
-        "--offload",
-        action="store_true",
-        help="keep frozen models in CPU memory until they are used: text encoders layer by layer, the VAE as a whole",
-    )
+    arg("--offload", action="store_true", help="keep frozen models in CPU memory until they are used")
     arg("--fsdp", action="store_true", help="shard weights, gradients and optimizer over the processes (FSDP2)")
 
     arg = parser.add_argument_group("data", "a folder of images, a dataset, or a data.toml").add_argument
-    arg(
-        "--instance_data_dir",
-        type=Path,
-        help="folder of images; captions are in .txt files beside them or in metadata.jsonl",
-    )
+    arg("--instance_data_dir", type=Path, help="folder of images, with captions in .txt files or metadata.jsonl")
     arg("--dataset_name", help="dataset on the hub, or a folder or file that `datasets` loads")
-    arg(
-        "--dataset_config",
-        type=Path,
-        metavar="DATA.TOML",
-        help="folders and their options in the format of kohya's sd-scripts",
-    )
+    arg("--dataset_config", type=Path, metavar="DATA.TOML", help="folders and options as kohya's sd-scripts read them")
     arg("--dataset_config_name", help="configuration of --dataset_name")
     arg("--image_column", default="image", help="column of the dataset with the images")
     arg("--caption_column", help="column of the dataset or of metadata.jsonl with the captions")
     arg("--instance_prompt", help="prompt of every image without a caption, such as: a photo of sks dog")
-    arg("--caption_dropout", type=fraction, default=0.0, help="probability of training an image without its caption")
-    arg(
-        "--repeats",
-        type=positive_int,
-        default=1,
-        help="how often an epoch has each image, each time with its own crop",
-    )
+    arg("--caption_dropout", type=fraction, default=0.0, help="probability of training an image with an empty prompt")
+    arg("--repeats", type=positive_int, default=1, help="how often an epoch has each image, each time cropped anew")
     arg("--resolution", type=side, default=512, help="side in pixels that images are resized and cropped to")
-    arg(
-        "--aspect_ratio_buckets",
-        metavar="H,W;H,W",
-        help="sizes that images are resized and cropped to, each image to the nearest; instead of --resolution",
-    )
-    arg(
-        "--center_crop",
-        action="store_true",
-        help="crop the centre of each image (default: a random part, the same in every epoch)",
-    )
+    arg("--aspect_ratio_buckets", metavar="H,W;H,W", help="sizes instead of --resolution; an image gets the nearest")
+    arg("--center_crop", action="store_true", help="crop the centre (default: a random part, fixed for each image)")
     arg("--random_flip", action="store_true", help="flip half of the images; not for faces, text or logos")
     arg("--image_interpolation_mode", choices=INTERPOLATION, default="lanczos", help="how images are resized")
     arg("--train_batch_size", type=positive_int, default=4, help="images per device and forward pass")
-    arg(
-        "--dataloader_num_workers", type=in_range(int, 0), default=0, help="processes that read images; 0: the trainer"
-    )
-    arg("--cache_latents", action="store_true", help="encode all images once, before training: saves time and memory")
-    arg(
-        "--cache_latents_to_disk",
-        action="store_true",
-        help="keep these latents for later runs, named by their content so that they are never stale",
-    )
-    arg(
-        "--cache_text_encoder_outputs_to_disk",
-        action="store_true",
-        help="keep the embeddings of prompts for later runs in the same way",
-    )
-    arg(
-        "--disk_cache_dir",
-        type=Path,
-        default="~/.cache/flux-trainers",
-        help="folder of latents and embeddings that are kept",
-    )
+    arg("--dataloader_num_workers", type=in_range(int, 0), default=0, help="processes that read images")
+    arg("--cache_latents", action="store_true", help="encode images once, before training: saves time and memory")
+    arg("--cache_latents_to_disk", action="store_true", help="keep latents for later runs, found by image content")
+    arg("--cache_text_encoder_outputs_to_disk", action="store_true", help="keep embeddings of prompts likewise")
+    arg("--disk_cache_dir", type=Path, default="~/.cache/flux-trainers", help="folder of what is kept for later runs")
 
     arg = parser.add_argument_group(
-        "prior preservation", "images of the class, so that it does not become the subject"
+        "prior preservation", "class images, so that the class stays as it is"
     ).add_argument
-    arg("--with_prior_preservation", action="store_true", help="train on a class image with every instance image")
+    arg("--with_prior_preservation", action="store_true", help="train a class image with every instance image")
     arg("--class_data_dir", type=Path, help="folder of class images; the untrained model generates missing ones")
     arg("--class_prompt", help="prompt of the class images, such as: a photo of a dog")
     arg("--num_class_images", type=positive_int, default=100, help="number of class images to use")
-    arg(
-        "--prior_loss_weight",
-        type=non_negative_float,
-        default=1.0,
-        help="weight of the loss of class images; raise it if the class changes",
-    )
+    arg("--prior_loss_weight", type=non_negative_float, default=1.0, help="weight of the loss of class images")
     arg("--sample_batch_size", type=positive_int, default=4, help="class images that are generated at a time")
-    arg(
-        "--prior_generation_precision",
-        choices=("no", "fp32", "fp16", "bf16"),
-        help="precision in which class images are generated (default: mixed_precision)",
-    )
+    arg("--prior_generation_precision", choices=("no", "fp32", "fp16", "bf16"), help="precision of generating them")
 
     arg = parser.add_argument_group("pivotal tuning", "what is trained in the text encoders").add_argument
     arg("--train_text_encoder", action="store_true", help="train a LoRA in CLIP too")
     arg(
         "--train_text_encoder_ti",
         action="store_true",
-        help="train embeddings of new tokens for the subject in CLIP (textual inversion, arXiv 2106.05744)",
+        help="train embeddings of new tokens (arXiv 2106.05744) in CLIP",
     )
     arg("--enable_t5_ti", action="store_true", help="train embeddings of the new tokens in T5 too")
-    arg(
-        "--token_abstraction",
-        default="TOK",
-        help="words in prompts and captions that the new tokens replace, comma-separated",
-    )
-    arg("--num_new_tokens_per_abstraction", type=positive_int, help="new tokens for each of these words (default: 2)")
+    arg("--token_abstraction", default="TOK", help="words in prompts and captions that new tokens replace: A,B")
+    arg("--num_new_tokens_per_abstraction", type=positive_int, help="new tokens for each such word (default: 2)")
     arg(
         "--initializer_concept",
         metavar="WORDS",
-        help="words whose embeddings the new tokens start with: one for all abstractions or one each, comma-separated "
-        "(default: noise)",
+        help="words whose embeddings new tokens start with, one for all or one each: A,B (default: noise)",
     )
-    arg(
-        "--train_text_encoder_frac",
-        type=fraction,
-        default=1.0,
-        help="fraction of the steps in which CLIP's LoRA is trained",
-    )
-    arg(
-        "--train_text_encoder_ti_frac",
-        type=fraction,
-        default=0.5,
-        help="fraction of the steps in which the new tokens are trained",
-    )
-    arg(
-        "--train_transformer_frac",
-        type=fraction,
-        default=1.0,
-        help="fraction of the steps in which the transformer is trained; 0: only the new tokens are",
-    )
+    arg("--train_text_encoder_frac", type=fraction, default=1.0, help="fraction of the steps that train CLIP's LoRA")
+    arg("--train_text_encoder_ti_frac", type=fraction, default=0.5, help="fraction of the steps that train new tokens")
+    arg("--train_transformer_frac", type=fraction, default=1.0, help="fraction that trains the transformer's LoRA")
 
     arg = parser.add_argument_group("lora", "the adapter").add_argument
-    arg(
-        "--rank",
-        "--network_dim",
-        type=positive_int,
-        default=4,
-        help="rank of the LoRA; a higher one holds more detail, 16 to 64 are usual",
-    )
-    arg(
-        "--lora_alpha",
-        "--network_alpha",
-        type=positive_float,
-        default=4,
-        help="LoRA scale is lora_alpha / rank; usually equal to the rank",
-    )
+    arg("--rank", "--network_dim", type=positive_int, default=4, help="rank of the LoRA; 16 to 64 for more detail")
+    arg("--lora_alpha", "--network_alpha", type=positive_float, default=4, help="LoRA scale is lora_alpha / rank")
     arg("--lora_dropout", type=in_range(float, 0, 0.99), default=0.0, help="dropout probability of the LoRA's inputs")
     arg(
         "--lora_layers",
         "--lora_blocks",
-        help="names of layers that get a LoRA, such as attn.to_k,ff.net.2, or kohya for all linear layers in the "
-        "blocks (default: attention and feed-forward layers)",
+        help="layers with a LoRA, such as attn.to_k,ff.net.2, or kohya for all linear layers in the blocks (default: "
+        "attention and feed-forward layers)",
     )
 
     arg = parser.add_argument_group("noise", "which noise levels are trained, and with which weight").add_argument
+    arg("--guidance_scale", type=non_negative_float, default=3.5, help="value for the guidance embedding (FLUX.1-dev)")
+    arg("--timestep_sampling", choices=TIMESTEP_SAMPLING, default="sigma", help="distribution of noise levels")
     arg(
-        "--guidance_scale",
-        type=non_negative_float,
-        default=3.5,
-        help="value passed to the guidance embedding (FLUX.1-dev)",
-    )
-    arg(
-        "--timestep_sampling",
-        choices=TIMESTEP_SAMPLING,
-        default="sigma",
-        help="distribution of noise levels; sigma: the scheduler's levels, by the density of --weighting_scheme",
-    )
-    arg(
-        "--weighting_scheme",
-        choices=WEIGHTING_SCHEMES,
-        default="none",
-        help="density of noise levels (logit_normal, mode) or weight of their loss (sigma_sqrt, cosmap)",
+        "--weighting_scheme", choices=WEIGHTING_SCHEMES, default="none", help="density in sigma, or weight of the loss"
     )
     arg("--logit_mean", type=in_range(float, -100, 100), default=0.0, help="mean of logit_normal; below 0: more noise")
     arg("--logit_std", type=positive_float, default=1.0, help="standard deviation of logit_normal")
     arg("--mode_scale", type=in_range(float, -1, 1.75), default=1.29, help="scale of mode; 0: uniform")
     arg("--sigmoid_scale", type=positive_float, default=1.0, help="scale of sigmoid, shift and flux_shift")
-    arg("--discrete_flow_shift", type=positive_float, default=3.0, help="shift of shift; above 1: more noise")
+    arg("--discrete_flow_shift", type=positive_float, default=3.0, help="s of shift; above 1: more noise")
 
     arg = parser.add_argument_group("optimizer", "how the adapter is updated").add_argument
     arg(
@@ -390,30 +273,11 @@ def parse_args(argv=None):
         default="AdamW",
         help="prodigy finds the learning rate itself: set --learning_rate 1",
     )
-    arg(
-        "--learning_rate",
-        type=positive_float,
-        default=1e-4,
-        help="learning rate; lower it if the loss jumps; 1 for prodigy",
-    )
-    arg(
-        "--text_encoder_lr",
-        type=positive_float,
-        default=5e-6,
-        help="learning rate for text encoders; prodigy uses --learning_rate for all",
-    )
-    arg(
-        "--scale_lr",
-        action="store_true",
-        help="multiply learning rates by batch size, accumulation steps and number of processes",
-    )
+    arg("--learning_rate", type=positive_float, default=1e-4, help="lower it if the loss jumps; 1 for prodigy")
+    arg("--text_encoder_lr", type=positive_float, default=5e-6, help="learning rate of text encoders; not in prodigy")
+    arg("--scale_lr", action="store_true", help="multiply learning rates by batch size, accumulation and processes")
     arg("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="schedule of the learning rate")
-    arg(
-        "--lr_warmup_steps",
-        type=in_range(int, 0),
-        default=500,
-        help="linear warmup steps; constant has no warmup",
-    )
+    arg("--lr_warmup_steps", type=in_range(int, 0), default=500, help="linear warmup steps; constant has none")
     arg(
         "--lr_num_cycles",
         "--lr_scheduler_num_cycles",
@@ -426,29 +290,14 @@ def parse_args(argv=None):
     arg("--adam_beta1", type=decay_rate, default=0.9, help="decay of the mean of gradients, also in Prodigy")
     arg("--adam_beta2", type=decay_rate, default=0.999, help="decay of the mean of squared gradients, also in Prodigy")
     arg("--adam_weight_decay", type=non_negative_float, default=1e-4, help="weight decay, also in Prodigy")
-    arg(
-        "--adam_weight_decay_text_encoder",
-        type=non_negative_float,
-        default=1e-3,
-        help="weight decay for text encoders, also in Prodigy",
-    )
+    arg("--adam_weight_decay_text_encoder", type=non_negative_float, default=1e-3, help="the same for text encoders")
     arg("--adam_epsilon", type=positive_float, default=1e-8, help="epsilon of the denominator, also in Prodigy")
     arg("--prodigy_beta3", type=decay_rate, help="decay of Prodigy's estimate (default: square root of adam_beta2)")
     arg("--prodigy_decouple", action=Switch, default=True, help="decoupled weight decay, as in AdamW")
     arg("--prodigy_use_bias_correction", action=Switch, default=True, help="bias correction, as in Adam")
-    arg(
-        "--prodigy_safeguard_warmup",
-        action=Switch,
-        default=True,
-        help="do not count warmup steps in Prodigy's estimate",
-    )
+    arg("--prodigy_safeguard_warmup", action=Switch, default=True, help="keep warmup steps out of Prodigy's estimate")
     arg("--max_grad_norm", type=positive_float, default=1.0, help="gradients are clipped to this norm")
-    arg(
-        "--gradient_accumulation_steps",
-        type=positive_int,
-        default=1,
-        help="batches per step: a larger batch in the memory of one",
-    )
+    arg("--gradient_accumulation_steps", type=positive_int, default=1, help="batches per optimizer step")
 
     arg = parser.add_argument_group("schedule and checkpoints", "how long, and what can be resumed").add_argument
     arg(
@@ -461,16 +310,10 @@ def parse_args(argv=None):
     arg("--max_train_steps", type=positive_int, help="optimizer steps, instead of --num_train_epochs")
     arg("--checkpointing_steps", type=positive_int, default=500, help="steps between checkpoints to resume from")
     arg("--checkpoints_total_limit", type=positive_int, help="number of newest checkpoints to keep (default: all)")
-    arg(
-        "--resume_from_checkpoint",
-        metavar="CHECKPOINT",
-        help="a checkpoint-N folder to continue, or latest for the newest one, if there is any",
-    )
+    arg("--resume_from_checkpoint", metavar="CHECKPOINT", help="a checkpoint-N folder, or latest (if there is one)")
     arg("--local_rank", type=int, default=-1, help="set by old launchers; LOCAL_RANK in the environment has priority")
 
-    arg = parser.add_argument_group(
-        "validation", "images generated during training, without effect on it"
-    ).add_argument
+    arg = parser.add_argument_group("validation", "images while training, without effect on it").add_argument
     arg("--validation_prompt", help="prompt to generate before, during and after training")
     arg("--num_validation_images", type=positive_int, default=4, help="images per validation")
     arg("--validation_epochs", type=positive_int, default=50, help="epochs between validations")
@@ -481,29 +324,13 @@ def parse_args(argv=None):
     arg = parser.add_argument_group("output and logging", "where results and logs are written").add_argument
     arg("--output_dir", type=Path, default=Path("flux-dreambooth-lora"), help="folder of all results")
     arg(
-        "--output_name",
-        metavar="NAME",
-        help="write the LoRA to output_dir/NAME.safetensors and everything else to output_dir/NAME",
+        "--output_name", metavar="NAME", help="the LoRA becomes output_dir/NAME.safetensors, the rest output_dir/NAME/"
     )
-    arg(
-        "--save_format",
-        choices=LORA_FORMS[:2],
-        default="comfyui",
-        help="names of the tensors in NAME.safetensors; Forge and diffusers read both",
-    )
-    arg(
-        "--save_every_n_epochs",
-        type=positive_int,
-        metavar="N",
-        help="also keep the LoRA of every Nth epoch, as NAME-00000N.safetensors",
-    )
+    arg("--save_format", choices=LORA_FORMS[:2], default="comfyui", help="names of the tensors in NAME.safetensors")
+    arg("--save_every_n_epochs", type=positive_int, metavar="N", help="also save NAME-00000N.safetensors")
     arg("--logging_dir", type=Path, default=Path("logs"), help="folder in output_dir for the trackers' files")
     arg("--report_to", choices=TRACKERS, default="tensorboard", help="tracker of metrics and validation images")
-    arg(
-        "--upcast_before_saving",
-        action="store_true",
-        help="save the LoRA in float32 (default: the precision of frozen models)",
-    )
+    arg("--upcast_before_saving", action="store_true", help="save the LoRA in float32, not in mixed_precision")
     arg("--verbose", action="store_true", help="show the libraries' own messages and progress bars")
     arg("--push_to_hub", action="store_true", help="upload the results, without checkpoints and logs")
     arg("--hub_token", help="Hub token (default: your login); never logged or saved")
@@ -1834,7 +1661,7 @@ def pipeline_arguments(prompt_encoder, prompt, args):
     }
 
 
-def log_validation(accelerator, transformer, vae, noise_scheduler, prompt_encoder, args, *, prompt, step):
+def log_validation(accelerator, transformer, vae, noise_scheduler, prompt_encoder, args, prompt, step):
     """Generates images of a prompt; they go to validation/step-N.png and to the trackers."""
     pipeline = create_pipeline(accelerator.unwrap_model(transformer), vae, noise_scheduler)
     with (
@@ -2242,16 +2069,7 @@ def main(args):
     if prompt_encoder.trained and global_step >= text_encoder_stop:
         prompt_encoder.freeze(prompts)
     if args.validation_prompt and global_step == 0:
-        log_validation(
-            accelerator,
-            transformer,
-            vae,
-            noise_scheduler,
-            prompt_encoder,
-            args,
-            prompt=args.validation_prompt,
-            step=0,
-        )
+        log_validation(accelerator, transformer, vae, noise_scheduler, prompt_encoder, args, args.validation_prompt, 0)
     metrics = None
     if accelerator.is_main_process:
         metrics = open_metrics(args.output_dir / "metrics.jsonl", global_step)
@@ -2351,8 +2169,8 @@ def main(args):
                 noise_scheduler,
                 prompt_encoder,
                 args,
-                prompt=args.validation_prompt,
-                step=global_step,
+                args.validation_prompt,
+                global_step,
             )
         loss_sum = 0.0
         num_images = 0
@@ -2371,16 +2189,7 @@ def main(args):
         metrics.close()
         plot_metrics(args.output_dir)
     if final_prompt:
-        log_validation(
-            accelerator,
-            transformer,
-            vae,
-            noise_scheduler,
-            prompt_encoder,
-            args,
-            prompt=final_prompt,
-            step=global_step,
-        )
+        log_validation(accelerator, transformer, vae, noise_scheduler, prompt_encoder, args, final_prompt, global_step)
     example_prompt = final_prompt or args.instance_prompt or examples[0].prompt()
     if accelerator.is_main_process:
         save_model_card(args, weight_dtype, embedding_handler, example_prompt, embeddings_name, hub_repo)
