@@ -35,6 +35,7 @@ from pathlib import Path
 
 from common.arguments import LR_SCHEDULERS, TRACKERS, Parser, Switch, fail, names_in, number
 from common.checkpoints import (
+    atomic_write,
     catch_signals,
     check_disk,
     check_output_dir,
@@ -47,7 +48,6 @@ from common.checkpoints import (
     run_settings,
     save_checkpoint,
     stop_interrupted,
-    writing,
 )
 from common.data import (
     IMAGE_SUFFIXES,
@@ -56,7 +56,6 @@ from common.data import (
     StepSampler,
     check_captions,
     check_pictures,
-    collate,
     open_dataset,
     picture_files,
     read_batches,
@@ -74,9 +73,7 @@ from common.flow_matching import (
 )
 from common.latents import (
     cache_moments,
-    disk_cached,
     encode_moments,
-    fingerprint,
     image_ids,
     pack_latents,
     sample_latents,
@@ -95,18 +92,15 @@ from common.lora_formats import FLUX_LAYERS, LORA_FORMS, diffusers_state_dict, l
 from common.models import (
     QUANTIZATIONS,
     check_shared_flags,
-    create_lr_scheduler,
-    create_optimizer,
+    compile_blocks,
     first_device,
     load_model,
     load_scheduler,
-    prepare_blocks,
     quantize_base,
-    start,
+    shard,
 )
-from common.text_encoders import PromptEncoder, load_text_pipeline
+from common.text_encoders import CLIP_TARGET_MODULES, PromptEncoder, freeze_models, load_text_pipeline
 from common.tracking import (
-    about_text,
     check_hub,
     create_hub_repo,
     finish,
@@ -118,21 +112,24 @@ from common.tracking import (
     step_logs,
     write_model_card,
 )
-from common.validation import draw_class_images, generate_images, sampling_pipeline, save_images, undisturbed
+from common.validation import draw_class_images, generate_images, save_images, undisturbed
 
 import numpy as np
 import torch
-from accelerate.utils import set_seed
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+from diffusers.optimization import get_scheduler
 from diffusers.training_utils import compute_loss_weighting_for_sd3, offload_models, parse_buckets_string
+from diffusers.utils import logging as diffusers_logging
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
-from safetensors.torch import save_file as save_tensors
+from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+from transformers.utils import logging as transformers_logging
 
 
 KOHYA_FLAGS = {
@@ -360,11 +357,6 @@ def check_flags(args):
     return problems + check_shared_flags(args) + check_hub(args)
 
 
-def any_of(words):
-    """A regular expression for any of the words, the longest first: TOK2 is no TOK."""
-    return re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))))
-
-
 def buckets(args):
     """The (height, width) that pictures are cropped to."""
     if args.aspect_ratio_buckets is None:
@@ -376,9 +368,9 @@ def check_model(args):
     """Problems of --pretrained_model_name_or_path, --lora_layers and the disk, from the transformer's config alone."""
     flag = f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"
     files = (args.ae, args.clip_l, args.t5xxl, args.tokenizer_dir)
-    if not single_file(args) and any(files):
+    if not is_single_file(args) and any(files):
         return [f"--ae, --clip_l, --t5xxl and --tokenizer_dir belong to a .safetensors file, but: {flag}"]
-    if single_file(args) and (problems := file_problems(args)):
+    if is_single_file(args) and (problems := check_single_files(args)):
         return problems
     try:
         config = transformer_config(args)
@@ -394,7 +386,7 @@ def check_model(args):
         return [f"--max_sequence_length {args.max_sequence_length}: FLUX.1-schnell takes at most 256"]
     with torch.device("meta"):
         transformer = FluxTransformer2DModel.from_config(config)
-    targets = lora_targets(args, transformer)
+    targets = lora_target_modules(args, transformer)
     unknown = unknown_layers(transformer, targets)
     if unknown:
         return [
@@ -405,294 +397,219 @@ def check_model(args):
     return check_disk(args, needed)
 
 
-def lora_targets(args, transformer):
-    """The layers that --lora_layers names; kohya stands for every linear layer in the blocks, as in its sd-scripts."""
-    if args.lora_layers != "kohya":
-        return names_in(args.lora_layers) or list(FLUX_TARGET_MODULES)
-    layers = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
-    return [name for name in layers if "transformer_blocks." in name]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Model
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-TOKENIZERS = ("tokenizer", "tokenizer_2")
+class ExtendedEmbedding(torch.nn.Module):
+    """A frozen embedding table with trained rows [n, D] for the token ids from `first_new_id` on."""
+
+    def __init__(self, embedding: torch.nn.Embedding, first_new_id: int, new_rows: torch.Tensor):
+        super().__init__()
+        self.embedding = embedding
+        self.first_new_id = first_new_id
+        self.new_rows = torch.nn.Parameter(new_rows.float())
+        self.std = embedding.weight.float().std()
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        embedded = self.embedding(input_ids.clamp(max=self.first_new_id - 1))
+        new_rows = self.new_rows[(input_ids - self.first_new_id).clamp(min=0)].to(embedded.dtype)
+        is_new = (input_ids >= self.first_new_id)[..., None]
+        return torch.where(is_new, new_rows, embedded)
 
 
-CHECKPOINT_PREFIX, FLUX_ROOTS = "model.diffusion_model.", {name.split(".")[0] for name in FLUX_LAYERS}
+class TokenEmbeddingsHandler:
+    """New tokens <s0><s1>... in CLIP and perhaps T5, which stand for abstractions such as TOK in prompts.
+
+    Without `initialize_new_tokens` there are none, and no method does anything.
+    """
+
+    def __init__(self):
+        self.abstractions: dict[str, str] = {}  # {"TOK": "<s0><s1>"}
+        self.embeddings: dict[str, ExtendedEmbedding] = {}  # {"clip_l": ..., "t5": ...}
+
+    def initialize_new_tokens(
+        self,
+        text_encoders: dict[str, torch.nn.Module],
+        tokenizers: dict,
+        *,
+        abstractions: list[str],
+        concepts: list[str | None],
+        num_new_tokens: int,
+        generator: torch.Generator,
+    ) -> None:
+        """Adds tokens for each abstraction to the tokenizers, and rows for them to the encoders' embedding tables.
+
+        The rows start as those of the abstraction's concept, such as "red dog", or for None as `num_new_tokens` rows
+        of noise as large as the table's. The dictionaries have an entry for each encoder that gets tokens.
+        """
+        new_tokens = []
+        initial_ids = {name: [] for name in tokenizers}  # the tokens whose rows the new ones start as, None: noise
+        for abstraction, concept in zip(abstractions, concepts, strict=True):
+            num_tokens = num_new_tokens
+            if concept is None:
+                for ids in initial_ids.values():
+                    ids += [None] * num_tokens
+            else:
+                concept_ids = {
+                    name: tokenizer(concept, add_special_tokens=False).input_ids
+                    for name, tokenizer in tokenizers.items()
+                }
+                num_tokens = max(len(ids) for ids in concept_ids.values())
+                for name, ids in concept_ids.items():  # repeated where the other tokenizer needs more for the concept
+                    initial_ids[name] += [ids[i % len(ids)] for i in range(num_tokens)]
+            first = len(new_tokens)
+            tokens = [f"<s{i}>" for i in range(first, first + num_tokens)]
+            self.abstractions[abstraction] = "".join(tokens)
+            new_tokens += tokens
+
+        for name, tokenizer in tokenizers.items():
+            embedding = text_encoders[name].get_input_embeddings()
+            first_new_id = len(tokenizer)
+            tokenizer.add_tokens(new_tokens)
+            table = embedding.weight.float()
+            # noise is drawn for every row, used or not
+            rows = torch.randn(len(new_tokens), table.shape[1], generator=generator) * table.std()
+            for row, token_id in enumerate(initial_ids[name]):
+                if token_id is not None:
+                    rows[row] = table[token_id]
+            self.embeddings[name] = ExtendedEmbedding(embedding, first_new_id, rows)
+            text_encoders[name].set_input_embeddings(self.embeddings[name])
+
+    def replace_abstractions(self, prompt: str) -> str:
+        """The prompt with the new tokens in place of the abstractions."""
+        if not self.abstractions:
+            return prompt
+        return match_any(self.abstractions).sub(lambda match: self.abstractions[match[0]], prompt)
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        return [embedding.new_rows for embedding in self.embeddings.values()]
+
+    @torch.no_grad()
+    def retract_embeddings(self) -> None:
+        """Moves the spread of the new rows towards that of the table, as the pivotal tuning of cog-sdxl does."""
+        for embedding in self.embeddings.values():
+            rows = embedding.new_rows
+            rows *= (embedding.std.to(rows.device) / rows.std()) ** 0.1
+
+    def save_embeddings(self, path: Path) -> None:
+        """Writes the new rows, {"clip_l": [n, 768], "t5": [n, 4096]}, for `load_textual_inversion`.
+
+        The file's metadata is the abstractions and their tokens: {"TOK": "<s0><s1>"}.
+        """
+        if self.embeddings:
+            rows = {name: embedding.new_rows.detach().cpu() for name, embedding in self.embeddings.items()}
+            with atomic_write(path) as partial:
+                save_file(rows, partial, metadata=self.abstractions)
+
+    def load_embeddings(self, path: Path) -> None:
+        if self.embeddings:
+            rows = load_file(path)
+            for name, embedding in self.embeddings.items():
+                embedding.new_rows.data.copy_(rows[name])
+
+    def export_embeddings(self, folder: Path) -> None:
+        """Writes the rows of each abstraction as comfyui/TOK.safetensors (clip_l, t5xxl) and forge/TOK.safetensors
+        (clip_l alone), to be loaded by these programs under its name."""
+        first = 0
+        for abstraction, tokens in self.abstractions.items():
+            after = first + tokens.count("<s")
+            rows = {}
+            for name, embedding in self.embeddings.items():
+                rows[name] = embedding.new_rows.detach().cpu()[first:after].clone()
+            file_name = re.sub(r"[^\w.-]+", "_", abstraction) + ".safetensors"
+            comfyui = {"t5xxl" if name == "t5" else name: values for name, values in rows.items()}
+            save_tensors(comfyui, folder / "comfyui" / file_name)
+            save_tensors({"clip_l": rows["clip_l"]}, folder / "forge" / file_name)
+            first = after
+
+    def register_checkpointing(self, accelerator: Accelerator) -> None:
+        """Makes `accelerator.save_state` and `load_state` handle the new rows."""
+        name = "learned_emb.safetensors"
+
+        def save(models, weights, output_dir):
+            if accelerator.is_main_process:
+                self.save_embeddings(Path(output_dir) / name)
+
+        def load(models, input_dir):
+            self.load_embeddings(Path(input_dir) / name)
+
+        accelerator.register_save_state_pre_hook(save)
+        accelerator.register_load_state_pre_hook(load)
 
 
-CHECKPOINT_SIZES = (
-    "double_blocks.0.img_attn.norm.query_norm.scale",
-    *("img_in.weight", "txt_in.weight", "vector_in.in_layer.weight"),
-)
+def add_new_tokens(pipeline, args):
+    """The handler of the tokens that --train_text_encoder_ti adds to a pipeline, in CLIP or in CLIP and T5."""
+    embedding_handler = TokenEmbeddingsHandler()
+    if not args.train_text_encoder_ti:
+        return embedding_handler
+    text_encoders = {"clip_l": pipeline.text_encoder}
+    tokenizers = {"clip_l": pipeline.tokenizer}
+    if args.enable_t5_ti:
+        text_encoders["t5"] = pipeline.text_encoder_2
+        tokenizers["t5"] = pipeline.tokenizer_2
+    abstractions = names_in(args.token_abstraction)
+    concepts = names_in(args.initializer_concept) or [None]
+    if len(concepts) == 1:  # for all abstractions
+        concepts = concepts * len(abstractions)
+    embedding_handler.initialize_new_tokens(
+        text_encoders,
+        tokenizers,
+        abstractions=abstractions,
+        concepts=concepts,
+        num_new_tokens=args.num_new_tokens_per_abstraction or 2,
+        generator=step_generator(args.seed, 0),
+    )
+    return embedding_handler
 
 
-def single_file(args):
-    """Whether the model is the four files that FLUX.1's authors and ComfyUI publish, not a folder of diffusers'."""
-    return args.pretrained_model_name_or_path.endswith(".safetensors")
+def save_tensors(tensors, path):
+    with atomic_write(path) as partial:
+        save_file(tensors, partial)
 
 
-def file_problems(args):
-    """What is wrong with the files of a model in single files, as far as their keys tell."""
-    problems = []
-    wanted = {  # tensors that the right file has
-        "pretrained_model_name_or_path": ("double_blocks.0.img_attn.qkv.weight", *CHECKPOINT_SIZES),
-        "ae": ("decoder.conv_in.weight",),
-        "clip_l": ("text_model.embeddings.token_embedding.weight",),
-        "t5xxl": ("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",),
-    }
-    for name, needed in wanted.items():
-        path = getattr(args, name)
-        try:
-            keys = file_shapes(path) if path else None
-        except (OSError, SafetensorError) as error:
-            problems.append(f"--{name} {path}: not a whole safetensors file ({error})")
-            continue
-        if keys is None:
-            problems.append(f"--{name} is needed with {Path(args.pretrained_model_name_or_path).name}")
-        elif absent := [key for key in needed if key not in keys]:
-            problems.append(f"--{name} {path}: holds no {absent[0]}, so it is another model or form than FLUX.1's own")
-        elif any(name.endswith(("scale_weight", "weight_scale", "scaled_fp8")) for name in keys):
-            problems.append(f"--{name} {path}: scaled fp8 is not read: take the 16-bit file")
-    folder = args.tokenizer_dir
-    if not folder or not all((folder / name / "tokenizer_config.json").is_file() for name in TOKENIZERS):
-        problems.append(
-            f"--tokenizer_dir {folder}: needed with folders {' and '.join(TOKENIZERS)} of FLUX.1-dev in it"
-        )
-    return problems
+def match_any(words):
+    """A regular expression for any of the words, the longest first: TOK2 is not TOK."""
+    longest_first = sorted(words, key=len, reverse=True)
+    return re.compile("|".join(re.escape(word) for word in longest_first))
 
 
-def file_shapes(path):
-    """{key: shape} of a safetensors file, keys without the prefix of all-in-one checkpoints."""
-    with safe_open(path, "pt") as file:
-        return {key.removeprefix(CHECKPOINT_PREFIX): file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+def load_vae(args, dtype):
+    if is_single_file(args):
+        return load_vae_file(args.ae, dtype)
+    return load_model(AutoencoderKL, "vae", args, dtype)
 
 
-def transformer_config(args):
-    """The config of the transformer; that of a single file follows from its shapes."""
-    if not single_file(args):
-        return FluxTransformer2DModel.load_config(
-            args.pretrained_model_name_or_path,
-            subfolder="transformer",
-            revision=args.revision,
-            cache_dir=args.cache_dir,
-        )
-    shapes = file_shapes(args.pretrained_model_name_or_path)
-    (width, channels), head = shapes["img_in.weight"], shapes["double_blocks.0.img_attn.norm.query_norm.scale"][0]
-    numbers = {kind: {key.split(".")[1] for key in shapes if key.startswith(kind)} for kind in ("double", "single")}
-    return {
-        "_class_name": "FluxTransformer2DModel",
-        "in_channels": channels,
-        "num_layers": len(numbers["double"]),
-        "num_single_layers": len(numbers["single"]),
-        "attention_head_dim": head,
-        "num_attention_heads": width // head,
-        "joint_attention_dim": shapes["txt_in.weight"][1],
-        "pooled_projection_dim": shapes["vector_in.in_layer.weight"][1],
-        "guidance_embeds": "guidance_in.in_layer.weight" in shapes,
-        "axes_dims_rope": [16, (head - 16) // 2, (head - 16) // 2],
-    }
+def load_transformer(args, dtype):
+    if is_single_file(args):
+        return load_transformer_file(args.pretrained_model_name_or_path, dtype)
+    return load_model(FluxTransformer2DModel, "transformer", args, dtype)
 
 
-def load_part(model_class, subfolder, args, dtype):
-    """`load_model`, or the transformer or VAE out of a single file."""
-    if not single_file(args):
-        return load_model(model_class, subfolder, args, dtype)
-    state_dict = load_file(args.ae if subfolder == "vae" else args.pretrained_model_name_or_path)
-    if subfolder == "vae":
-        config = vae_config(state_dict)
-        state_dict = convert_ldm_vae_checkpoint(state_dict, config)
-    else:
+def load_text_encoders(args, dtype):
+    """A FluxPipeline with frozen text encoders and tokenizers alone."""
+    if is_single_file(args):
+        return load_text_encoder_files(args, dtype)
+    return load_text_pipeline(FluxPipeline, args, dtype)
+
+
+def load_noise_scheduler(args):
+    if is_single_file(args):
         config = transformer_config(args)
-        own = {key.removeprefix(CHECKPOINT_PREFIX): value for key, value in state_dict.items()}
-        own = {key: value for key, value in own.items() if key.split(".")[0] in FLUX_ROOTS}  # of all-in-one files
-        state_dict = diffusers_state_dict(own)
-    with torch.device("meta"):
-        model = model_class.from_config(config)
-    model.load_state_dict({key: value.to(dtype) for key, value in state_dict.items()}, assign=True)
-    return model.requires_grad_(False).eval()
-
-
-def vae_config(state_dict):
-    """The config of FLUX.1's VAE, whose file has the names of latent diffusion, from its shapes."""
-    levels = {key.split(".")[2] for key in state_dict if key.startswith("encoder.down.")}
-    blocks = {key.split(".")[4] for key in state_dict if key.startswith("encoder.down.0.block.")}
-    return {
-        "down_block_types": ["DownEncoderBlock2D"] * len(levels),
-        "up_block_types": ["UpDecoderBlock2D"] * len(levels),
-        "block_out_channels": [len(state_dict[f"encoder.down.{i}.block.0.conv1.weight"]) for i in range(len(levels))],
-        "layers_per_block": len(blocks),
-        "latent_channels": state_dict["decoder.conv_in.weight"].shape[1],
-        "use_quant_conv": False,
-        "use_post_quant_conv": False,
-        "shift_factor": 0.1159,
-        "scaling_factor": 0.3611,
-    }
-
-
-def load_flux_scheduler(args):
-    """The scheduler that the model was made with; that of a single file follows from its kind."""
-    if single_file(args):
-        guided = transformer_config(args)["guidance_embeds"]  # FLUX.1-dev, not -schnell
-        return FlowMatchEulerDiscreteScheduler(shift=3.0 if guided else 1.0, use_dynamic_shifting=guided)
+        return create_scheduler(is_dev=config["guidance_embeds"])
     return load_scheduler(args)
 
 
-def load_file_pipeline(args, dtype):
-    """The pipeline with text encoders and tokenizers alone, of a model in single files."""
-    tokenizer, tokenizer_2 = (
-        AutoTokenizer.from_pretrained(args.tokenizer_dir / name, trust_remote_code=False) for name in TOKENIZERS
-    )
-    clip, t5 = load_file(args.clip_l), load_file(args.t5xxl)
-    clip = {key.removeprefix("text_model."): value for key, value in clip.items() if key.startswith("text_model.")}
-    vocabulary, width = clip["embeddings.token_embedding.weight"].shape
-    clip_config = CLIPTextConfig(
-        vocab_size=vocabulary,
-        hidden_size=width,
-        intermediate_size=len(clip["encoder.layers.0.mlp.fc1.weight"]),
-        num_hidden_layers=len({key.split(".")[2] for key in clip if key.startswith("encoder.layers.")}),
-        num_attention_heads=width // 64,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    first = "encoder.block.0.layer.0.SelfAttention"
-    buckets, heads = t5[f"{first}.relative_attention_bias.weight"].shape
-    t5_config = T5Config(
-        vocab_size=len(t5["shared.weight"]),
-        d_model=t5["shared.weight"].shape[1],
-        d_kv=len(t5[f"{first}.q.weight"]) // heads,
-        d_ff=len(t5["encoder.block.0.layer.1.DenseReluDense.wi_0.weight"]),
-        num_layers=len({key.split(".")[2] for key in t5 if key.startswith("encoder.block.")}),
-        num_heads=heads,
-        relative_attention_num_buckets=buckets,
-        feed_forward_proj="gated-gelu",
-    )
-    return FluxPipeline(
-        scheduler=load_scheduler(args),
-        vae=None,
-        transformer=None,
-        text_encoder=CLIPTextModel.from_pretrained(None, config=clip_config, state_dict=clip, dtype=dtype),
-        tokenizer=tokenizer,
-        text_encoder_2=T5EncoderModel.from_pretrained(None, config=t5_config, state_dict=t5, dtype=dtype),
-        tokenizer_2=tokenizer_2,
-    )
-
-
-class NewTokens(torch.nn.Module):
-    """An embedding table with trained rows [n, D] for the tokens from `first_id` on; its own rows never change."""
-
-    def __init__(self, table, first_id, rows):
-        super().__init__()
-        self.table, self.first_id = table, first_id
-        self.rows = torch.nn.Parameter(rows.float())
-        self.std = table.weight.float().std()
-
-    def forward(self, input_ids):
-        embedded = self.table(input_ids.clamp(max=self.first_id - 1))
-        rows = self.rows[(input_ids - self.first_id).clamp(min=0)].to(embedded.dtype)
-        return torch.where((input_ids >= self.first_id)[..., None], rows, embedded)
-
-    @torch.no_grad()
-    def pull(self):
-        """Moves the spread of the new rows towards that of the table, as the pivotal tuning of cog-sdxl does."""
-        self.rows *= (self.std.to(self.rows.device) / self.rows.std()) ** 0.1
-
-
-class TokenEncoder(PromptEncoder):
-    """PromptEncoder with new tokens in training, until `freeze`."""
-
-    def add_trained_parts(self):
-        super().add_trained_parts()
-        self.abstractions, self.new_tokens, self.fingerprints = {}, {}, {}
-        if self.args.train_text_encoder_ti:
-            self.add_new_tokens()
-            self.trained = {*self.new_tokens}
-
-    def add_new_tokens(self):
-        """<s0><s1>... for each abstraction, in the tokenizers and, with rows to be trained, in the encoders."""
-        args = self.args
-        tokenizers = {"clip_l": self.pipeline.tokenizer}
-        if args.enable_t5_ti:
-            tokenizers["t5"] = self.pipeline.tokenizer_2
-        names, concepts = names_in(args.token_abstraction), names_in(args.initializer_concept)
-        concepts = concepts * len(names) if len(concepts) == 1 else concepts or [None] * len(names)
-        initial = {name: [] for name in tokenizers}  # ids whose embeddings the new rows start as, None for noise
-        tokens = []
-        for name, concept in zip(names, concepts, strict=True):
-            ids = {k: t(concept, add_special_tokens=False).input_ids for k, t in tokenizers.items()} if concept else {}
-            length = max(map(len, ids.values()), default=args.num_new_tokens_per_abstraction or 2)
-            for kind in tokenizers:
-                initial[kind] += [ids[kind][i % len(ids[kind])] if concept else None for i in range(length)]
-            new = [f"<s{len(tokens) + i}>" for i in range(length)]
-            self.abstractions[name] = "".join(new)
-            tokens += new
-        generator = step_generator(args.seed, 0)
-        for kind, tokenizer in tokenizers.items():
-            table, first_id = self.encoders[kind].get_input_embeddings(), len(tokenizer)
-            tokenizer.add_tokens(tokens)
-            weight = table.weight.float()
-            noise = torch.randn(len(tokens), weight.shape[1], generator=generator) * weight.std()
-            rows = [noise[i] if id is None else weight[id] for i, id in enumerate(initial[kind])]
-            self.new_tokens[kind] = NewTokens(table, first_id, torch.stack(rows))
-            self.encoders[kind].set_input_embeddings(self.new_tokens[kind])
-
-    def replace(self, prompt):
-        """The prompt with the new tokens in place of the words they stand for."""
-        if not self.abstractions:
-            return prompt
-        return any_of(self.abstractions).sub(lambda name: self.abstractions[name[0]], prompt)
-
-    def parameters(self):
-        return [*(new.rows for new in self.new_tokens.values()), *self.lora_params]
-
-    def kept_embed(self, kind, prompt):
-        """The embedding on the CPU, through the cache on disk if there is one and the encoder is as it was loaded."""
-        compute = lambda: self.embed(kind, [prompt]).cpu()  # noqa: E731
-        adapted = kind in self.new_tokens or kind == "clip_l" and self.lora_params
-        if adapted or not self.args.cache_text_encoder_outputs_to_disk:
-            return compute()
-        if kind not in self.fingerprints:
-            self.fingerprints[kind] = fingerprint(self.encoders[kind])
-        how = f"{self.args.max_sequence_length} {self.dtype} {self.accelerator.mixed_precision} {self.replace(prompt)}"
-        return disk_cached(self.args.disk_cache_dir.expanduser(), self.fingerprints[kind] + how.encode(), compute)
-
-    def freeze(self, prompts):
-        """Ends the training of the encoders."""
-        self.trained = set()
-        for parameter in self.parameters():
-            parameter.requires_grad_(False).grad = None
-        self.cache(prompts)
-
-    def save_embeddings(self, path):
-        """The rows of the new tokens, {"clip_l": [n, 768], "t5": [n, 4096]}, for `load_textual_inversion`.
-
-        The file's metadata says what stands for each abstraction: {"TOK": "<s0><s1>"}.
-        """
-        if self.new_tokens:
-            rows = {kind: new.rows.detach().cpu().contiguous() for kind, new in self.new_tokens.items()}
-            with writing(path):
-                save_tensors(rows, path, metadata=self.abstractions)
-
-    def export_embeddings(self, folder):
-        """Each word's rows as comfyui/TOK.safetensors (clip_l, t5xxl) and forge/TOK.safetensors (clip_l alone)."""
-        first = 0
-        for word, tokens in self.abstractions.items():
-            after = first + tokens.count("<s")
-            rows = {kind: new.rows.detach().cpu()[first:after].clone() for kind, new in self.new_tokens.items()}
-            comfyui = {{"t5": "t5xxl"}.get(kind, kind): value for kind, value in rows.items()}
-            for program, tensors in {"comfyui": comfyui, "forge": {"clip_l": rows["clip_l"]}}.items():
-                path = folder / program / (re.sub(r"[^\w.-]+", "_", word) + ".safetensors")
-                with writing(path):
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    save_tensors(tensors, path)
-            first = after
-
-    def load_embeddings(self, path):
-        rows = load_file(path) if self.new_tokens else {}
-        for kind, new in self.new_tokens.items():
-            new.rows.data.copy_(rows[kind])
+def lora_target_modules(args, transformer):
+    """The layers that --lora_layers names; "kohya" means every linear layer in the blocks, as in its sd-scripts."""
+    if args.lora_layers != "kohya":
+        return names_in(args.lora_layers) or list(FLUX_TARGET_MODULES)
+    layers = []
+    for name, module in transformer.named_modules():
+        if isinstance(module, torch.nn.Linear) and "transformer_blocks." in name:
+            layers.append(name)
+    return layers
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1069,7 +986,7 @@ def find_examples(args):
     captions = [example.caption or args.instance_prompt or "" for example in examples]
     if args.train_text_encoder_ti:
         names = names_in(args.token_abstraction)
-        used = {name for text in captions for name in any_of(names).findall(text)}
+        used = {name for text in captions for name in match_any(names).findall(text)}
         unused = [name for name in names if name not in used]
         problems += [f"--token_abstraction {name}: in no caption and not in --instance_prompt" for name in unused]
     if not args.dataset_config:
@@ -1149,7 +1066,7 @@ class DreamBoothDataset(Dataset):
         self.args = args
         self.moments = {}  # (index, bucket, flipped): [2C, h, w]; class pictures come after the examples
 
-    def picture_keys(self):
+    def image_keys(self):
         """(index, bucket, flipped) of all that training can ask for."""
         own = [(index, self.examples[index]) for index in dict.fromkeys(self.pictures)]
         used = [(index, example.bucket, example.options["flip_aug"]) for index, example in own]
@@ -1188,10 +1105,195 @@ class DreamBoothDataset(Dataset):
 
     def sample(self, key, prompt, weight):
         values = {"moments": self.moments[key]} if self.moments else {"pixel_values": self.pixel_values(key)}
-        return {"prompt": prompt, "weight": torch.tensor(weight), **values}
+        return {"prompt": prompt, "loss_weight": torch.tensor(weight), **values}
 
     def __len__(self):
         return len(self.examples)
+
+
+def collate_fn(examples):
+    """A batch of samples: first those of the instance images, then, with prior preservation, the class images."""
+    samples = [sample for position in zip(*examples, strict=True) for sample in position]
+    batch = {"prompt": [sample["prompt"] for sample in samples]}
+    for name in samples[0].keys() - {"prompt"}:
+        batch[name] = torch.stack([sample[name] for sample in samples])
+    return batch
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Single files: FLUX.1 as its authors and ComfyUI publish it, four .safetensors instead of a folder of diffusers'
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+CHECKPOINT_PREFIX = "model.diffusion_model."  # of the transformer's keys in all-in-one checkpoints
+
+# What a file must hold to be FLUX.1's: keys from which `transformer_config` also takes the sizes.
+KNOWN_KEYS = {
+    "pretrained_model_name_or_path": (
+        "double_blocks.0.img_attn.qkv.weight",
+        "double_blocks.0.img_attn.norm.query_norm.scale",
+        "img_in.weight",
+        "txt_in.weight",
+        "vector_in.in_layer.weight",
+    ),
+    "ae": ("decoder.conv_in.weight",),
+    "clip_l": ("text_model.embeddings.token_embedding.weight",),
+    "t5xxl": ("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",),
+}
+
+
+def is_single_file(args):
+    return args.pretrained_model_name_or_path.endswith(".safetensors")
+
+
+def check_single_files(args):
+    """Problems of the four files, as far as their keys tell, and of the tokenizers."""
+    problems = []
+    for flag, known_keys in KNOWN_KEYS.items():
+        path = vars(args)[flag]
+        if path is None:
+            problems.append(f"--{flag} is needed with {Path(args.pretrained_model_name_or_path).name}")
+            continue
+        try:
+            shapes = tensor_shapes(path)
+        except (OSError, SafetensorError) as error:
+            problems.append(f"--{flag} {path}: not a whole safetensors file ({error})")
+            continue
+        missing = [key for key in known_keys if key not in shapes]
+        if missing:
+            problems.append(f"--{flag} {path}: holds no {missing[0]}, so it is not the file of FLUX.1 in its own form")
+        elif any(key.endswith(("scale_weight", "weight_scale", "scaled_fp8")) for key in shapes):
+            problems.append(f"--{flag} {path}: scaled fp8 is not supported: use the 16-bit file")
+    folder = args.tokenizer_dir
+    names = ("tokenizer", "tokenizer_2")
+    if folder is None or not all((folder / name / "tokenizer_config.json").is_file() for name in names):
+        problems.append(f"--tokenizer_dir {folder}: must hold the folders {' and '.join(names)} of FLUX.1-dev")
+    return problems
+
+
+def tensor_shapes(path):
+    """{key: shape} of the tensors in a file, keys without CHECKPOINT_PREFIX."""
+    with safe_open(path, "pt") as file:
+        keys = list(file.keys())
+        return {key.removeprefix(CHECKPOINT_PREFIX): file.get_slice(key).get_shape() for key in keys}
+
+
+def transformer_config(args):
+    """The config of the transformer; for a single file it follows from the shapes."""
+    if not is_single_file(args):
+        return FluxTransformer2DModel.load_config(
+            args.pretrained_model_name_or_path,
+            subfolder="transformer",
+            revision=args.revision,
+            cache_dir=args.cache_dir,
+        )
+    return transformer_config_of_file(args.pretrained_model_name_or_path)
+
+
+def transformer_config_of_file(path):
+    shapes = tensor_shapes(path)
+    width, in_channels = shapes["img_in.weight"]
+    head_dim = shapes["double_blocks.0.img_attn.norm.query_norm.scale"][0]
+    double_blocks = {key.split(".")[1] for key in shapes if key.startswith("double_blocks.")}
+    single_blocks = {key.split(".")[1] for key in shapes if key.startswith("single_blocks.")}
+    return {
+        "_class_name": "FluxTransformer2DModel",
+        "in_channels": in_channels,
+        "num_layers": len(double_blocks),
+        "num_single_layers": len(single_blocks),
+        "attention_head_dim": head_dim,
+        "num_attention_heads": width // head_dim,
+        "joint_attention_dim": shapes["txt_in.weight"][1],
+        "pooled_projection_dim": shapes["vector_in.in_layer.weight"][1],
+        "guidance_embeds": "guidance_in.in_layer.weight" in shapes,
+        "axes_dims_rope": [16, (head_dim - 16) // 2, (head_dim - 16) // 2],
+    }
+
+
+def load_transformer_file(path, dtype):
+    flux_modules = {name.split(".")[0] for name in FLUX_LAYERS}
+    state_dict = {}
+    for key, value in load_file(path).items():
+        key = key.removeprefix(CHECKPOINT_PREFIX)
+        if key.split(".")[0] in flux_modules:  # all-in-one checkpoints hold VAE and text encoders too
+            state_dict[key] = value
+    return model_from(
+        FluxTransformer2DModel, transformer_config_of_file(path), diffusers_state_dict(state_dict), dtype
+    )
+
+
+def load_vae_file(path, dtype):
+    state_dict = load_file(path)
+    levels = {key.split(".")[2] for key in state_dict if key.startswith("encoder.down.")}
+    blocks = {key.split(".")[4] for key in state_dict if key.startswith("encoder.down.0.block.")}
+    config = {
+        "down_block_types": ["DownEncoderBlock2D"] * len(levels),
+        "up_block_types": ["UpDecoderBlock2D"] * len(levels),
+        "block_out_channels": [len(state_dict[f"encoder.down.{i}.block.0.conv1.weight"]) for i in range(len(levels))],
+        "layers_per_block": len(blocks),
+        "latent_channels": state_dict["decoder.conv_in.weight"].shape[1],
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+        "shift_factor": 0.1159,
+        "scaling_factor": 0.3611,
+    }
+    return model_from(AutoencoderKL, config, convert_ldm_vae_checkpoint(state_dict, config), dtype)
+
+
+def model_from(model_class, config, state_dict, dtype):
+    """A frozen model whose weights are those of the state dict, without a copy that is initialized first."""
+    with torch.device("meta"):
+        model = model_class.from_config(config)
+    model.load_state_dict({key: value.to(dtype) for key, value in state_dict.items()}, assign=True)
+    return model.requires_grad_(False).eval()
+
+
+def create_scheduler(is_dev):
+    """The scheduler of FLUX.1-dev, or that of -schnell."""
+    if is_dev:
+        return FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    return FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=False)
+
+
+def load_text_encoder_files(args, dtype):
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_dir / "tokenizer", trust_remote_code=False)
+    tokenizer_2 = AutoTokenizer.from_pretrained(args.tokenizer_dir / "tokenizer_2", trust_remote_code=False)
+    clip = {}
+    for key, value in load_file(args.clip_l).items():
+        if key.startswith("text_model."):
+            clip[key.removeprefix("text_model.")] = value
+    vocab_size, hidden_size = clip["embeddings.token_embedding.weight"].shape
+    clip_config = CLIPTextConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=len(clip["encoder.layers.0.mlp.fc1.weight"]),
+        num_hidden_layers=len({key.split(".")[2] for key in clip if key.startswith("encoder.layers.")}),
+        num_attention_heads=hidden_size // 64,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    t5 = load_file(args.t5xxl)
+    attention = "encoder.block.0.layer.0.SelfAttention"
+    num_buckets, num_heads = t5[f"{attention}.relative_attention_bias.weight"].shape
+    t5_config = T5Config(
+        vocab_size=len(t5["shared.weight"]),
+        d_model=t5["shared.weight"].shape[1],
+        d_kv=len(t5[f"{attention}.q.weight"]) // num_heads,
+        d_ff=len(t5["encoder.block.0.layer.1.DenseReluDense.wi_0.weight"]),
+        num_layers=len({key.split(".")[2] for key in t5 if key.startswith("encoder.block.")}),
+        num_heads=num_heads,
+        relative_attention_num_buckets=num_buckets,
+        feed_forward_proj="gated-gelu",
+    )
+    pipeline = FluxPipeline(
+        scheduler=load_noise_scheduler(args),
+        vae=None,
+        transformer=None,
+        text_encoder=CLIPTextModel.from_pretrained(None, config=clip_config, state_dict=clip, dtype=dtype),
+        tokenizer=tokenizer,
+        text_encoder_2=T5EncoderModel.from_pretrained(None, config=t5_config, state_dict=t5, dtype=dtype),
+        tokenizer_2=tokenizer_2,
+    )
+    return freeze_models(pipeline)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1199,38 +1301,22 @@ class DreamBoothDataset(Dataset):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def lora_file(args, epoch=None):
-    """Where the LoRA goes, or with --save_every_n_epochs that of an epoch."""
-    if not args.output_name:
-        return args.output_dir / "pytorch_lora_weights.safetensors"
-    return args.output_dir.with_name(f"{args.output_name}{f'-{epoch:06d}' if epoch else ''}.safetensors")
-
-
-def save_named_lora(args, adapted, examples, guided, dtype, epoch=None):
-    """NAME.safetensors for ComfyUI, Forge and diffusers; its header says what it is and which words call it."""
-    layers, captions = lora_layers(adapted), {}
-    own = [example for example in examples if not example.options["is_reg"]]
-    for example in own:
-        folder = captions.setdefault(Path(example.name).parent.name, {})
-        for tag in names_in(example.prompt().lower()):
-            folder[tag] = folder.get(tag, 0) + example.repeats
-    path = lora_file(args, epoch)
-    if torch.distributed.is_initialized() and torch.distributed.get_rank():
-        return
-    header = lora_header(
-        layers,
-        name=path.stem,
-        base_model="flux-1-dev" if guided else "flux-1-schnell",
-        resolution=own[0].sides(),
-        trigger_words=dict.fromkeys(filter(None, (example.options["class_tokens"] for example in own))),
-        captions=captions,
+def create_pipeline(transformer, vae, noise_scheduler):
+    """A FluxPipeline of the models in training, for prompts that are embedded already."""
+    return FluxPipeline(
+        # its own scheduler: set_timesteps replaces the 1000 noise levels that training picks from
+        scheduler=FlowMatchEulerDiscreteScheduler.from_config(noise_scheduler.config),
+        vae=vae,
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        transformer=transformer,
     )
-    write_lora(path, layers, args.save_format, header, dtype)
 
 
-def pipeline_call(text, prompt, args):
-    """The pipeline's arguments for a picture of `prompt`."""
-    prompt_embeds, pooled_prompt_embeds = text([prompt])
+def pipeline_arguments(prompt_encoder, prompt, args):
+    prompt_embeds, pooled_prompt_embeds = prompt_encoder.encode_prompts([prompt])
     return {
         "prompt_embeds": prompt_embeds,
         "pooled_prompt_embeds": pooled_prompt_embeds,
@@ -1239,132 +1325,259 @@ def pipeline_call(text, prompt, args):
     }
 
 
-def validate(accelerator, transformer, vae, noise_scheduler, text, args, *, prompt, step):
-    """Draws a prompt and sends the pictures to validation/step-N.png and the trackers."""
-    pipeline = sampling_pipeline(FluxPipeline, accelerator.unwrap_model(transformer), vae, noise_scheduler)
+def log_validation(accelerator, transformer, vae, noise_scheduler, prompt_encoder, args, *, prompt, step):
+    """Generates images of a prompt; they go to validation/step-N.png and to the trackers."""
+    pipeline = create_pipeline(accelerator.unwrap_model(transformer), vae, noise_scheduler)
     with (
         undisturbed(transformer, device=accelerator.device),
         offload_models(vae, device=accelerator.device, offload=args.offload or args.cache_latents),
     ):
-        call = pipeline_call(text, prompt, args)
-        images = generate_images(accelerator, pipeline, [call] * args.num_validation_images, seed=args.seed)
+        arguments = pipeline_arguments(prompt_encoder, prompt, args)
+        images = generate_images(accelerator, pipeline, [arguments] * args.num_validation_images, seed=args.seed)
     captions = [f"seed {args.seed + i}" for i in range(len(images))]
     save_images(accelerator, args, images, captions, prompt=prompt, step=step)
 
 
-def describe(args, dtype, text, prompt, embeddings_name, hub_repo=None):
-    """README.md in the output folder: what was trained on what, and how to draw `prompt` with it.
+def lora_path(args, epoch=None):
+    """The file of the LoRA, or with --save_every_n_epochs that of an epoch."""
+    if not args.output_name:
+        return args.output_dir / "pytorch_lora_weights.safetensors"
+    name = args.output_name
+    if epoch is not None:
+        name += f"-{epoch:06d}"
+    return args.output_dir.with_name(f"{name}.safetensors")
 
-    The files are those in the output folder, or with `hub_repo` those on the hub.
-    """
-    folder = args.output_dir.resolve()
-    base = "black-forest-labs/FLUX.1-dev" if single_file(args) else args.pretrained_model_name_or_path
-    model = [repr(base), f"dtype={dtype}"]
-    model += [f"{name}={getattr(args, name)!r}" for name in ("revision", "variant") if getattr(args, name)]
-    lora = lora_file(args).resolve()
-    adapter, load, imports = [f"LoRA of rank {args.rank} and alpha {args.lora_alpha}"] if lora.exists() else [], [], ""
-    if adapter:
-        load.append(f"pipeline.load_lora_weights({(hub_repo or str(lora.parent))!r}, weight_name={lora.name!r})")
-    if text.new_tokens:
-        imports = "\nfrom huggingface_hub import hf_hub_download" if hub_repo else ""
-        imports += "\nfrom safetensors.torch import load_file"
-        embeddings = f"hf_hub_download({hub_repo!r}, {embeddings_name!r})" if hub_repo else ""
-        load.append(f"rows = load_file({embeddings or repr(str(folder / embeddings_name))})")
-        if single_file(args):  # trained so, as ComfyUI draws; FLUX.1-dev's folder says 2: pool at the last new token
-            load.append("pipeline.text_encoder.eos_token_id = pipeline.tokenizer.eos_token_id")
-    words = [f"new tokens `{tokens}` for {word}" for word, tokens in text.abstractions.items()]
-    parts = {"clip_l": ("text_encoder", "tokenizer"), "t5": ("text_encoder_2", "tokenizer_2")}
-    for kind, new in text.new_tokens.items():
-        tokens, (encoder, tokenizer) = [f"<s{i}>" for i in range(len(new.rows))], parts[kind]
-        rows = f'rows["{kind}"], token={tokens}'
-        load.append(
-            f"pipeline.load_textual_inversion(\n"
-            f"    {rows}, text_encoder=pipeline.{encoder}, tokenizer=pipeline.{tokenizer}\n)"
-        )
-    load = "\n".join(load)
-    size = f"height={args.resolution}, width={args.resolution}, max_sequence_length={args.max_sequence_length}"
-    description = f"""
-# {folder.name}
 
-For {args.pretrained_model_name_or_path}: {", ".join(adapter + words)}, by DreamBooth.
+def save_named_lora(args, adapted_models, examples, is_dev, dtype, epoch=None):
+    """Writes NAME.safetensors for ComfyUI, Forge and diffusers. Its header holds the trigger words and the captions'
+    tags, {folder: {tag: how often an epoch has it}}. All processes call it, one writes."""
+    layers = lora_layers(adapted_models)
+    if torch.distributed.is_initialized() and torch.distributed.get_rank():
+        return
+    instance_examples = [example for example in examples if not example.options["is_reg"]]
+    tag_counts = {}
+    for example in instance_examples:
+        counts = tag_counts.setdefault(Path(example.name).parent.name, {})
+        for tag in names_in(example.prompt().lower()):
+            counts[tag] = counts.get(tag, 0) + example.repeats
+    trigger_words = [example.options["class_tokens"] for example in instance_examples]
+    path = lora_path(args, epoch)
+    header = lora_header(
+        layers,
+        name=path.stem,
+        base_model="flux-1-dev" if is_dev else "flux-1-schnell",
+        resolution=instance_examples[0].sides(),
+        trigger_words=dict.fromkeys(filter(None, trigger_words)),
+        captions=tag_counts,
+    )
+    write_lora(path, layers, args.save_format, header, dtype)
+
+
+LORA_CARD = """
+# {name}
+
+LoRA of rank {rank} and alpha {lora_alpha} for {trained_model}, trained with DreamBooth.
 
 ```python
 import torch
-from diffusers import FluxPipeline{imports}
+from diffusers import FluxPipeline
 
-pipeline = FluxPipeline.from_pretrained({", ".join(model)})
-{load}
+pipeline = FluxPipeline.from_pretrained({from_pretrained})
+{load_lora}
 pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
-image = pipeline({text.replace(prompt)!r}, {size}).images[0]
+image = pipeline({prompt!r}, {size}).images[0]
 image.save("image.png")
 ```
 """
+
+NEW_TOKENS_CARD = """
+# {name}
+
+{what_was_trained} for {trained_model}, trained with pivotal tuning.
+
+The prompt below contains the new tokens: {tokens}.
+
+```python
+import torch
+from diffusers import FluxPipeline
+{import_hub}from safetensors.torch import load_file
+
+pipeline = FluxPipeline.from_pretrained({from_pretrained})
+{load_lora}
+{set_eos_token}embeddings = load_file({embeddings_file})
+tokens = [f"<s{{i}}>" for i in range(len(embeddings["clip_l"]))]
+pipeline.load_textual_inversion(
+    embeddings["clip_l"], token=tokens, text_encoder=pipeline.text_encoder, tokenizer=pipeline.tokenizer
+)
+if "t5" in embeddings:
+    pipeline.load_textual_inversion(
+        embeddings["t5"], token=tokens, text_encoder=pipeline.text_encoder_2, tokenizer=pipeline.tokenizer_2
+    )
+pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+image = pipeline({prompt!r}, {size}).images[0]
+image.save("image.png")
+```
+"""
+
+
+def save_model_card(args, dtype, embedding_handler, prompt, embeddings_name, hub_repo=None):
+    """Writes README.md: what was trained, and code that generates `prompt`, with the files in the output folder or,
+    with `hub_repo`, those on the hub."""
+    folder = args.output_dir.resolve()
+    lora = lora_path(args).resolve()
+    base_model = args.pretrained_model_name_or_path
+    if is_single_file(args):
+        base_model = "black-forest-labs/FLUX.1-dev"
+    from_pretrained = [repr(base_model), f"dtype={dtype}"]
+    if args.revision:
+        from_pretrained.append(f"revision={args.revision!r}")
+    if args.variant:
+        from_pretrained.append(f"variant={args.variant!r}")
+    values = {
+        "name": folder.name,
+        "rank": args.rank,
+        "lora_alpha": args.lora_alpha,
+        "trained_model": args.pretrained_model_name_or_path,
+        "from_pretrained": ", ".join(from_pretrained),
+        "load_lora": f"pipeline.load_lora_weights({hub_repo or str(lora.parent)!r}, weight_name={lora.name!r})",
+        "prompt": embedding_handler.replace_abstractions(prompt),
+        "size": f"height={args.resolution}, width={args.resolution}, max_sequence_length={args.max_sequence_length}",
+    }
+    if not embedding_handler.abstractions:
+        text = LORA_CARD.format(**values)
+        trigger_words = [args.instance_prompt] if args.instance_prompt else []
+    else:
+        tokens = [f"`{tokens}` for {word}" for word, tokens in embedding_handler.abstractions.items()]
+        values |= {
+            "what_was_trained": f"LoRA of rank {args.rank} and alpha {args.lora_alpha} and new tokens",
+            "tokens": ", ".join(tokens),
+            "import_hub": "",
+            "set_eos_token": "",
+            "embeddings_file": repr(str(folder / embeddings_name)),
+        }
+        if not lora.exists():  # --train_transformer_frac 0
+            values |= {"what_was_trained": "New tokens", "load_lora": ""}
+        if hub_repo:
+            values["import_hub"] = "from huggingface_hub import hf_hub_download\n"
+            values["embeddings_file"] = f"hf_hub_download({hub_repo!r}, {embeddings_name!r})"
+        if is_single_file(args):
+            # trained with CLIP pooled at the end of the prompt, as in ComfyUI; with FLUX.1-dev's folder, whose
+            # eos_token_id is 2, diffusers pools at the last new token
+            values["set_eos_token"] = "pipeline.text_encoder.eos_token_id = pipeline.tokenizer.eos_token_id\n"
+        text = NEW_TOKENS_CARD.format(**values)
+        trigger_words = list(embedding_handler.abstractions)
     tags = ["text-to-image", "flux", "lora", "dreambooth", "diffusers"]
-    words = list(text.abstractions) or list(filter(None, [args.instance_prompt]))
-    write_model_card(args, description, tags, base, words, instance_prompt=args.instance_prompt)
+    write_model_card(args, text, tags, base_model, trigger_words, instance_prompt=args.instance_prompt)
 
 
-def trained_until(args, max_train_steps, checkpoint):
-    """[text encoders, transformer]: the step after which each is trained no more.
+def create_optimizer(args, params_to_optimize):
+    """The optimizer that --optimizer names; each group of parameters has its own learning rate and weight decay."""
+    betas = (args.adam_beta1, args.adam_beta2)
+    if args.optimizer == "prodigy":
+        from prodigyopt import Prodigy
 
-    What had ended before the checkpoint stays so, also if the run is to have more steps now.
+        return Prodigy(
+            params_to_optimize,
+            betas=betas,
+            eps=args.adam_epsilon,
+            beta3=args.prodigy_beta3,
+            decouple=args.prodigy_decouple,
+            use_bias_correction=args.prodigy_use_bias_correction,
+            safeguard_warmup=args.prodigy_safeguard_warmup,
+        )
+    if args.use_8bit_adam:
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(params_to_optimize, betas=betas, eps=args.adam_epsilon)
+    return torch.optim.AdamW(params_to_optimize, betas=betas, eps=args.adam_epsilon)
+
+
+def training_stops(args, max_train_steps, checkpoint):
+    """[text_encoder_stop, transformer_stop]: the steps after which text encoders and transformer are not trained.
+
+    What had stopped before the checkpoint was saved does not start again, even if the run has more steps now.
     """
-    text = args.train_text_encoder_frac if args.train_text_encoder else 0.0
-    shares = args.train_text_encoder_ti_frac if args.train_text_encoder_ti else text, args.train_transformer_frac
-    stops = [math.ceil(round(share * max_train_steps, 6)) for share in shares]
-    saved = checkpoint_state(checkpoint) if checkpoint and not checkpoint_damage(checkpoint) else {}
-    pairs = zip(saved.get("trained_until", stops), stops, strict=True)
-    return [old if old < saved.get("global_step", 0) else new for old, new in pairs]
+    text_encoder_frac = 0.0
+    if args.train_text_encoder:
+        text_encoder_frac = args.train_text_encoder_frac
+    if args.train_text_encoder_ti:
+        text_encoder_frac = args.train_text_encoder_ti_frac
+    fractions = (text_encoder_frac, args.train_transformer_frac)
+    stops = [math.ceil(round(frac * max_train_steps, 6)) for frac in fractions]  # 0.07 * 100 is 7.000000000000001
+    if checkpoint is None or checkpoint_damage(checkpoint):
+        return stops
+    saved = checkpoint_state(checkpoint)
+    saved_stops = saved.get("trained_until", stops)
+    for i, saved_stop in enumerate(saved_stops):
+        if saved_stop < saved.get("global_step", 0):
+            stops[i] = saved_stop
+    return stops
 
 
-def register_embedding_checkpointing(accelerator, text):
-    """Makes checkpoints hold the new tokens' rows, under one name whatever folder a run goes to."""
-    name = "learned_emb.safetensors"
-
-    def save(models, weights, output_dir):
-        if accelerator.is_main_process:
-            text.save_embeddings(Path(output_dir) / name)
-
-    accelerator.register_save_state_pre_hook(save)
-    accelerator.register_load_state_pre_hook(lambda models, input_dir: text.load_embeddings(Path(input_dir) / name))
-
-
-def about_data(examples, text):
-    """What of the data and the new tokens is told before training."""
-    own_captions = sum(example.caption != example.options["class_tokens"] for example in examples)
-    sizes = ", ".join(sorted({"{} x {}".format(*example.sides()) for example in examples}))
-    about = {"data": f"{len(examples)} pictures at {sizes} px, {own_captions} with captions of their own"}
-    if text.new_tokens:
-        tokens = ", ".join(f"{tokens} for {name}" for name, tokens in text.abstractions.items())
-        about["tokens"] = f"{tokens} in {' and '.join(text.new_tokens)}"
-    return about
+def describe_run(args, examples, embedding_handler, text_params, text_encoder_stop):
+    """{name: text} to be printed before training: data, new tokens, text encoders."""
+    num_own_captions = sum(example.caption != example.options["class_tokens"] for example in examples)
+    sizes = sorted({"{} x {}".format(*example.sides()) for example in examples})
+    run_info = {"data": f"{len(examples)} images at {', '.join(sizes)} px, {num_own_captions} with their own captions"}
+    if embedding_handler.abstractions:
+        tokens = [f"{tokens} for {word}" for word, tokens in embedding_handler.abstractions.items()]
+        run_info["tokens"] = f"{', '.join(tokens)} in {' and '.join(embedding_handler.embeddings)}"
+    if text_params:
+        num_params = sum(parameter.numel() for parameter in text_params)
+        run_info["text"] = f"{num_params:,} parameters in text encoders, trained until step {text_encoder_stop}"
+        if args.optimizer == "prodigy" and args.text_encoder_lr != args.learning_rate:
+            run_info["Prodigy"] = (
+                f"uses one learning rate for all parameters, {args.learning_rate:g}: --text_encoder_lr is not used"
+            )
+    return run_info
 
 
 def main(args):
     # 1. Accelerator, logging, seed
-    accelerator, weight_dtype = start(args)
-    device, quiet = accelerator.device, not accelerator.is_main_process
+    if args.local_rank != -1:  # old launchers pass a flag instead of the environment variable
+        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    for library_logging in (diffusers_logging, transformers_logging):
+        if args.verbose:
+            library_logging.set_verbosity_info()
+        else:
+            library_logging.disable_progress_bar()
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # without it, processes of torchrun on CPUs would not join
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(args.output_dir, logging_dir=args.output_dir / args.logging_dir),
+        step_scheduler_with_optimizer=False,  # steps are counted over all processes together
+    )
+    device = accelerator.device
+    weight_dtype = torch.float32
+    if accelerator.mixed_precision == "fp16":
+        weight_dtype = torch.float16
+    elif accelerator.mixed_precision == "bf16":
+        weight_dtype = torch.bfloat16
     set_seed(args.seed)
 
     # 2. Data
     examples, problems = find_examples(args)
-    dataset = DreamBoothDataset(examples, args)
-    num_processes, accumulation = accelerator.num_processes, args.gradient_accumulation_steps
-    total_batch_size = args.train_batch_size * accumulation * num_processes
+    train_dataset = DreamBoothDataset(examples, args)
+    accumulation = args.gradient_accumulation_steps
     sampler = StepSampler(
-        [(example.dataset, example.bucket) for example in dataset.examples],
+        [(example.dataset, example.bucket) for example in train_dataset.examples],
         {(example.dataset, example.bucket): example.options["batch_size"] for example in examples},
         seed=args.seed,
         process_index=accelerator.process_index,
-        num_processes=num_processes,
+        num_processes=accelerator.num_processes,
     )
     steps_per_epoch = math.ceil(sampler.steps_per_epoch / accumulation)
-    max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
     checkpoint = checkpoint_to_resume(args.output_dir, args.resume_from_checkpoint)
-    text_stop, transformer_stop = stops = trained_until(args, max_train_steps, checkpoint)
-    max_train_steps = max(stops)
+    requested_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
+    stops = training_stops(args, requested_steps, checkpoint)
+    text_encoder_stop, transformer_stop = stops
+    # fewer than requested if nothing is left to train: textual inversion alone ends with --train_text_encoder_ti_frac
+    max_train_steps = max(text_encoder_stop, transformer_stop)
     validation_steps = args.validation_steps or args.validation_epochs * steps_per_epoch
-    run = run_settings(args, len(dataset), num_processes)
+    run = run_settings(args, len(train_dataset), accelerator.num_processes)
     if args.dataset_config and not problems:
         run["the hash of --dataset_config"] = hashlib.sha256(args.dataset_config.read_bytes()).hexdigest()[:16]
     problems += check_run(accelerator, args, max_train_steps, checkpoint, run)
@@ -1373,38 +1586,72 @@ def main(args):
     hub_repo = create_hub_repo(accelerator, args)
     args.output_dir.mkdir(parents=True, exist_ok=True)
 
-    # 3. Prompts: frozen text encoders are gone before the transformer is loaded
+    # 3. Prompts: frozen text encoders embed them once and are freed before the transformer is loaded
     final_prompt = None if args.skip_final_inference else args.final_validation_prompt or args.validation_prompt
-    prompts = {example.prompt() for example in examples if not example.varies()}
-    dropout = ("caption_dropout_rate", "caption_dropout_every_n_epochs")
-    prompts |= {"" for example in examples for name in dropout if example.options[name]}
-    prompts |= {prompt for prompt in (args.validation_prompt, final_prompt, args.class_prompt) if prompt}
+    prompts = {prompt for prompt in (args.validation_prompt, final_prompt, args.class_prompt) if prompt}
+    has_varying_prompts = False
+    for example in examples:
+        if example.varies():
+            has_varying_prompts = True
+        else:
+            prompts.add(example.prompt())
+        if example.options["caption_dropout_rate"] or example.options["caption_dropout_every_n_epochs"]:
+            prompts.add("")
     prompts = sorted(prompts)
-    pipeline = (
-        load_file_pipeline(args, weight_dtype)
-        if single_file(args)
-        else load_text_pipeline(FluxPipeline, args, weight_dtype)
-    )
-    text = TokenEncoder(accelerator, pipeline, args, weight_dtype, keep=any(example.varies() for example in examples))
-    text.cache(prompts)
 
-    # 4. VAE, transformer, class images, latents, LoRA
-    noise_scheduler = load_flux_scheduler(args)
-    offload = args.offload or args.cache_latents
-    vae = load_part(AutoencoderKL, "vae", args, weight_dtype).to("cpu" if offload else device)
+    pipeline = load_text_encoders(args, weight_dtype)
+    adapted_models = {}  # those with a LoRA, under diffusers' names
+    text_lora_params = []
+    if args.train_text_encoder:
+        target_modules = list(CLIP_TARGET_MODULES)
+        if args.lora_layers == "kohya":
+            target_modules += ["fc1", "fc2"]
+        text_lora_params = add_lora(
+            pipeline.text_encoder,
+            rank=args.rank,
+            alpha=args.lora_alpha,
+            dropout=0.0,
+            target_modules=target_modules,
+        )
+        adapted_models["text_encoder"] = pipeline.text_encoder
+    embedding_handler = add_new_tokens(pipeline, args)
+    text_params = [*embedding_handler.parameters(), *text_lora_params]
+    trained_encoders = {"clip_l"} if args.train_text_encoder else set(embedding_handler.embeddings)
+    prompt_encoder = PromptEncoder(
+        accelerator,
+        pipeline,
+        weight_dtype,
+        max_sequence_length=args.max_sequence_length,
+        trained=trained_encoders,
+        offload=args.offload,
+        keep_encoders=has_varying_prompts,
+        disk_cache_dir=args.disk_cache_dir.expanduser() if args.cache_text_encoder_outputs_to_disk else None,
+        rewrite_prompt=embedding_handler.replace_abstractions,
+    )
+    del pipeline
+    prompt_encoder.cache_prompts(prompts)
+
+    # 4. Scheduler, VAE, class images, latents, transformer, LoRA
+    noise_scheduler = load_noise_scheduler(args)
+    offload_vae = args.offload or args.cache_latents
+    vae = load_vae(args, weight_dtype).to("cpu" if offload_vae else device)
     transformer = None
-    with offload_models(vae, device=device, offload=offload):
+    with offload_models(vae, device=device, offload=offload_vae):
         if args.with_prior_preservation:
-            transformer = load_part(FluxTransformer2DModel, "transformer", args, weight_dtype).to(device)
-            pipeline = sampling_pipeline(FluxPipeline, transformer, vae, noise_scheduler)
-            call = pipeline_call(text, args.class_prompt, args)
-            draw_class_images(accelerator, pipeline, call, args, present=len(class_examples(args)))
-            dataset.class_examples = class_examples(args)
+            transformer = load_transformer(args, weight_dtype).to(device)
+            pipeline = create_pipeline(transformer, vae, noise_scheduler)
+            arguments = pipeline_arguments(prompt_encoder, args.class_prompt, args)
+            draw_class_images(accelerator, pipeline, arguments, args, present=len(class_examples(args)))
+            train_dataset.class_examples = class_examples(args)
+            del pipeline
         if args.cache_latents:
             folder = args.disk_cache_dir.expanduser() if args.cache_latents_to_disk else None
-            dataset.moments = cache_moments(accelerator, vae, dataset.picture_keys(), dataset.pixel_values, folder)
-    transformer = transformer or load_part(FluxTransformer2DModel, "transformer", args, weight_dtype)
-    base_size = sum(parameter.numel() for parameter in transformer.parameters())
+            train_dataset.moments = cache_moments(
+                accelerator, vae, train_dataset.image_keys(), train_dataset.pixel_values, folder
+            )
+    if transformer is None:
+        transformer = load_transformer(args, weight_dtype)
+    num_base_params = sum(parameter.numel() for parameter in transformer.parameters())
     quantize_base(transformer, weight_dtype, args.quantize_base).to(first_device(accelerator, args))
     if args.train_transformer_frac > 0:
         add_lora(
@@ -1412,150 +1659,236 @@ def main(args):
             rank=args.rank,
             alpha=args.lora_alpha,
             dropout=args.lora_dropout,
-            target_modules=lora_targets(args, transformer),
+            target_modules=lora_target_modules(args, transformer),
         )
-    prepare_blocks(transformer, args, device, weight_dtype)
-    params = {name: parameter for name, parameter in transformer.named_parameters() if parameter.requires_grad}
-    lora_params = list(params.values())
-    adapted = {"transformer": transformer} if lora_params else {}
-    if text.lora_params:
-        adapted["text_encoder"] = text.encoders["clip_l"]
-    guided = transformer.config.guidance_embeds
+    if args.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    if args.compile:
+        compile_blocks(transformer)
+    if args.fsdp:
+        shard(transformer, device, weight_dtype)
+    lora_params = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+    if lora_params:
+        adapted_models = {"transformer": transformer, **adapted_models}
+    has_guidance = transformer.config.guidance_embeds  # FLUX.1-dev, not -schnell
     save_dtype = torch.float32 if args.upcast_before_saving else weight_dtype
 
     # 5. Optimizer and schedule
-    optimizer = create_optimizer(args, lora_params, total_batch_size if args.scale_lr else 1, text.parameters())
-    lr_scheduler = create_lr_scheduler(args, optimizer, max_train_steps)
-
-    # 6. Prepare and resume
-    if args.fsdp or not lora_params:
-        lr_scheduler = accelerator.prepare(lr_scheduler)
-        optimizer = optimizer if args.fsdp else accelerator.prepare(optimizer)
-    else:
-        transformer, optimizer, lr_scheduler = accelerator.prepare(transformer, optimizer, lr_scheduler)
-    register_lora_checkpointing(accelerator, FluxPipeline, adapted, optimizer)
-    register_embedding_checkpointing(accelerator, text)
-    global_step = load_checkpoint(accelerator, checkpoint, lr_scheduler)
-    sampler.start, sampler.stop = global_step * accumulation, max_train_steps * accumulation
-    train_dataloader = DataLoader(
-        dataset, batch_sampler=sampler, collate_fn=collate, num_workers=args.dataloader_num_workers
+    learning_rate = args.learning_rate
+    # Prodigy's authors ask for one learning rate
+    text_encoder_lr = args.learning_rate if args.optimizer == "prodigy" else args.text_encoder_lr
+    if args.scale_lr:
+        total_batch_size = args.train_batch_size * accumulation * accelerator.num_processes
+        learning_rate *= total_batch_size
+        text_encoder_lr *= total_batch_size
+    params_to_optimize = []
+    if lora_params:
+        group = {"params": lora_params, "lr": learning_rate, "weight_decay": args.adam_weight_decay}
+        params_to_optimize.append(group)
+    if text_params:
+        group = {"params": text_params, "lr": text_encoder_lr, "weight_decay": args.adam_weight_decay_text_encoder}
+        params_to_optimize.append(group)
+    optimizer = create_optimizer(args, params_to_optimize)
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=max_train_steps,
+        num_cycles=args.lr_num_cycles,
+        power=args.lr_power,
     )
 
-    # 7. Train
-    about = about_data(examples, text) | about_text(args, text, text_stop)
-    batch = " or ".join(map(str, sorted({example.options["batch_size"] for example in examples})))
-    print_header(accelerator, args, about, lora_params, base_size, max_train_steps, steps_per_epoch, batch)
-    marks = {"pivot: text encoders frozen": text_stop, "transformer frozen": transformer_stop}
+    # 6. Prepare and resume
+    if args.fsdp:  # `shard` has prepared the transformer, and the optimizer holds sharded parameters
+        lr_scheduler = accelerator.prepare(lr_scheduler)
+    elif not lora_params:  # DistributedDataParallel refuses a model without trained parameters
+        optimizer, lr_scheduler = accelerator.prepare(optimizer, lr_scheduler)
+    else:
+        transformer, optimizer, lr_scheduler = accelerator.prepare(transformer, optimizer, lr_scheduler)
+    register_lora_checkpointing(accelerator, FluxPipeline, adapted_models, optimizer)
+    embedding_handler.register_checkpointing(accelerator)
+    global_step = load_checkpoint(accelerator, checkpoint, lr_scheduler)
+    sampler.start = global_step * accumulation
+    sampler.stop = max_train_steps * accumulation
+    train_dataloader = DataLoader(
+        train_dataset, batch_sampler=sampler, collate_fn=collate_fn, num_workers=args.dataloader_num_workers
+    )
+    run_info = describe_run(args, examples, embedding_handler, text_params, text_encoder_stop)
+    batch_sizes = sorted({example.options["batch_size"] for example in examples})
+    print_header(
+        accelerator,
+        args,
+        run_info,
+        lora_params,
+        num_base_params,
+        max_train_steps,
+        steps_per_epoch,
+        " or ".join(str(batch_size) for batch_size in batch_sizes),
+    )
+    marks = {"pivot: text encoders frozen": text_encoder_stop, "transformer frozen": transformer_stop}
     start_logging(accelerator, args, "dreambooth-flux", global_step, marks)
-    draw = functools.partial(validate, accelerator, transformer, vae, noise_scheduler, text, args)
-    if text.trained and global_step >= text_stop:
-        text.freeze(prompts)
+
+    # 7. Train
+    if prompt_encoder.trained and global_step >= text_encoder_stop:
+        prompt_encoder.freeze(prompts)
     if args.validation_prompt and global_step == 0:
-        draw(prompt=args.validation_prompt, step=0)
-    metrics = open_metrics(args.output_dir / "metrics.jsonl", global_step) if accelerator.is_main_process else None
+        log_validation(
+            accelerator,
+            transformer,
+            vae,
+            noise_scheduler,
+            prompt_encoder,
+            args,
+            prompt=args.validation_prompt,
+            step=0,
+        )
+    metrics = None
+    if accelerator.is_main_process:
+        metrics = open_metrics(args.output_dir / "metrics.jsonl", global_step)
+    signals = catch_signals()
+    num_skipped_steps = 0
+    loss_sum = 0.0
+    num_images = 0
+    step_started = time.perf_counter()
     transformer.train()
-    progress_bar = tqdm(total=max_train_steps, initial=global_step, desc="Training", unit="step", disable=quiet)
-    loss_sum, pictures, skipped, signals, started = 0.0, 0, 0, catch_signals(), time.perf_counter()
+    progress_bar = tqdm(
+        total=max_train_steps,
+        initial=global_step,
+        desc="Training",
+        unit="step",
+        disable=not accelerator.is_main_process,
+    )
+    # No loop over epochs: the sampler counts micro-steps from 0 to the last, so a resumed run starts at any of them.
+    # All randomness of a micro-step comes from its own generator, and in this order: the latents' posterior, noise,
+    # noise levels, then dropout. To change the order is to change what a resumed run trains.
     for micro_step, batch in enumerate(read_batches(train_dataloader), start=sampler.start):
         with accelerator.accumulate(transformer):
             generator = step_generator(args.seed, *divmod(micro_step, accumulation), accelerator.process_index)
-            torch.manual_seed(generator.initial_seed())  # dropout draws from the global generator
+            torch.manual_seed(generator.initial_seed())  # dropout uses the global generator
             if "moments" in batch:
                 moments = batch["moments"].to(device)
             else:
-                with offload_models(vae, device=device, offload=offload):
+                with offload_models(vae, device=device, offload=offload_vae):
                     moments = encode_moments(vae, batch["pixel_values"])
-            prompt_embeds, pooled_prompt_embeds = text(batch["prompt"])
+            latents = sample_latents(moments, vae.config, generator)
+            prompt_embeds, pooled_prompt_embeds = prompt_encoder.encode_prompts(batch["prompt"])
+            guidance = None
+            if has_guidance:
+                guidance = torch.full((len(latents),), args.guidance_scale, device=device)
             with accelerator.autocast():
                 losses = compute_loss(
                     transformer,
-                    sample_latents(moments, vae.config, generator),
+                    latents,
                     prompt_embeds,
                     pooled_prompt_embeds,
                     args=args,
                     noise_scheduler=noise_scheduler,
-                    guidance=torch.full((len(moments),), args.guidance_scale, device=device) if guided else None,
+                    guidance=guidance,
                     generator=generator,
                 )
-            kinds = 2 if args.with_prior_preservation else 1  # of pictures in a batch, whose mean losses are added
-            loss = kinds * (losses * batch["weight"].to(device)).mean()
+            losses = losses * batch["loss_weight"].to(device)
+            # instance_loss + prior_loss: the mean over the instance images and, with prior preservation, the mean over
+            # as many class images behind them. One sum over both rounds alike with and without class images.
+            num_instance_images = len(losses) // 2 if args.with_prior_preservation else len(losses)
+            loss = losses.sum() / num_instance_images
             accelerator.backward(loss)
             loss_sum = loss_sum + loss.detach() / accumulation
-            pictures += len(losses) // kinds * num_processes
+            num_images += num_instance_images * accelerator.num_processes
             if not accelerator.sync_gradients:
                 continue
-            reduce_gradients(accelerator, text.parameters())
+            reduce_gradients(accelerator, text_params)
             if global_step >= transformer_stop:
                 for parameter in lora_params:
                     parameter.grad = None
-            grad_norm = accelerator.clip_grad_norm_([*lora_params, *text.parameters()], args.max_grad_norm)
+            grad_norm = accelerator.clip_grad_norm_([*lora_params, *text_params], args.max_grad_norm)
             totals = torch.stack([loss_sum, torch.tensor(float(len(signals)), device=device)])
-            mean_loss, interrupted = accelerator.reduce(totals, reduction="mean").tolist()
-            # a gradient scaler (fp16) skips infinite gradients itself
-            finite = math.isfinite(mean_loss) and (accelerator.scaler is not None or math.isfinite(grad_norm))
-            if finite or accelerator.scaler is not None:
+            mean_loss, stop_requested = accelerator.reduce(totals, reduction="mean").tolist()
+            is_finite = math.isfinite(mean_loss)
+            if accelerator.scaler is None:  # a gradient scaler (fp16) skips infinite gradients itself
+                is_finite = is_finite and math.isfinite(grad_norm)
+            if is_finite or accelerator.scaler is not None:
                 optimizer.step()
-                for new_tokens in text.new_tokens.values() if text.trained else ():
-                    new_tokens.pull()
+                if prompt_encoder.trained:
+                    embedding_handler.retract_embeddings()
             lr_scheduler.step()
             optimizer.zero_grad()
 
         global_step += 1
-        if text.trained and global_step == text_stop:
-            text.freeze(prompts)
-        skipped = 0 if finite else count_skipped(skipped, global_step)
-        logs = {"loss": mean_loss, **step_logs(optimizer, grad_norm, pictures, started, device)}
+        if prompt_encoder.trained and global_step == text_encoder_stop:
+            prompt_encoder.freeze(prompts)
+        num_skipped_steps = 0 if is_finite else count_skipped(num_skipped_steps, global_step)
+        logs = {"loss": mean_loss, **step_logs(optimizer, grad_norm, num_images, step_started, device)}
         log_step(accelerator, progress_bar, metrics, global_step, logs)
-        done = global_step == max_train_steps
-        epoch, rest = divmod(global_step, steps_per_epoch)
-        whole = args.save_every_n_epochs and not rest and epoch % args.save_every_n_epochs == 0
-        if whole and adapted and not done:
-            save_named_lora(args, adapted, examples, guided, save_dtype, epoch)
-        # after the file of the epoch, which a run resumed from here does not write
-        if interrupted or global_step % args.checkpointing_steps == 0:
+        is_done = global_step == max_train_steps
+        epoch, step_of_epoch = divmod(global_step, steps_per_epoch)
+        is_epoch_to_save = args.save_every_n_epochs and step_of_epoch == 0 and epoch % args.save_every_n_epochs == 0
+        if is_epoch_to_save and adapted_models and not is_done:
+            save_named_lora(args, adapted_models, examples, has_guidance, save_dtype, epoch)
+        # after the file of the epoch, which a run that is resumed from this checkpoint does not write
+        if stop_requested or global_step % args.checkpointing_steps == 0:
             state = run | {"trained_until": stops}
             checkpoint = save_checkpoint(
                 accelerator, args.output_dir, global_step, state, args.checkpoints_total_limit
             )
-        if interrupted and not done:
-            transformer = draw = None  # see below
+        if stop_requested and not is_done:
+            transformer = None  # see the end
             stop_interrupted(accelerator, global_step, checkpoint, signals)
-        if args.validation_prompt and global_step % validation_steps == 0 and not done:
-            draw(prompt=args.validation_prompt, step=global_step)
-        loss_sum, pictures, started = 0.0, 0, time.perf_counter()
+        if args.validation_prompt and global_step % validation_steps == 0 and not is_done:
+            log_validation(
+                accelerator,
+                transformer,
+                vae,
+                noise_scheduler,
+                prompt_encoder,
+                args,
+                prompt=args.validation_prompt,
+                step=global_step,
+            )
+        loss_sum = 0.0
+        num_images = 0
+        step_started = time.perf_counter()
     progress_bar.close()
 
     # 8. Save and final validation
-    if args.output_name and adapted:
-        save_named_lora(args, adapted, examples, guided, save_dtype)
+    if args.output_name and adapted_models:
+        save_named_lora(args, adapted_models, examples, has_guidance, save_dtype)
     else:
-        save_lora(args.output_dir, FluxPipeline, adapted, save_dtype)
-    shown_prompt = final_prompt or args.instance_prompt or examples[0].prompt()
+        save_lora(args.output_dir, FluxPipeline, adapted_models, save_dtype)
+    embeddings_name = f"{args.output_dir.resolve().name}_emb.safetensors"
     if accelerator.is_main_process:
-        embeddings_name = f"{args.output_dir.resolve().name}_emb.safetensors"
-        text.save_embeddings(args.output_dir / embeddings_name)
-        text.export_embeddings(args.output_dir / "embeddings")
+        embedding_handler.save_embeddings(args.output_dir / embeddings_name)
+        embedding_handler.export_embeddings(args.output_dir / "embeddings")
         metrics.close()
         plot_metrics(args.output_dir)
     if final_prompt:
-        draw(prompt=final_prompt, step=global_step)
+        log_validation(
+            accelerator,
+            transformer,
+            vae,
+            noise_scheduler,
+            prompt_encoder,
+            args,
+            prompt=final_prompt,
+            step=global_step,
+        )
+    example_prompt = final_prompt or args.instance_prompt or examples[0].prompt()
     if accelerator.is_main_process:
-        describe(args, weight_dtype, text, shown_prompt, embeddings_name, hub_repo)
-    transformer = draw = None  # what DistributedDataParallel frees after the process group can hang in gloo
+        save_model_card(args, weight_dtype, embedding_handler, example_prompt, embeddings_name, hub_repo)
+    transformer = None  # gloo can hang if DistributedDataParallel is freed after the process group
     accelerator.free_memory()
     accelerator.end_training()
-    lora = lora_file(args)
+    lora = lora_path(args)
     results = {
         "LoRA": lora.absolute(),
-        "tokens": f"{args.output_dir.resolve().name}_emb.safetensors",
+        "tokens": embeddings_name,
         "words": "embeddings",
         "usage": "README.md",
         "loss": "loss.png",
-        "pictures": "validation",
+        "images": "validation",
     }
-    command = f"dreambooth/generate.py {shlex.quote(str(args.output_dir))} --prompt {shlex.quote(shown_prompt)}"
-    beside = lora if args.output_name and lora.exists() else None
-    finish(accelerator, args, global_step, results, command, hub_repo, beside=beside)
+    command = f"dreambooth/generate.py {shlex.quote(str(args.output_dir))} --prompt {shlex.quote(example_prompt)}"
+    file_beside = lora if args.output_name and lora.exists() else None
+    finish(accelerator, args, global_step, results, command, hub_repo, beside=file_beside)
 
 
 if __name__ == "__main__":

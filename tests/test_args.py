@@ -179,8 +179,8 @@ def no_models(monkeypatch):
     def load(*args, **kwargs):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(dreambooth, "load_part", load)
-    monkeypatch.setattr(dreambooth, "TokenEncoder", load)
+    for name in ("load_text_encoders", "load_vae", "load_transformer"):
+        monkeypatch.setattr(dreambooth, name, load)
 
 
 @pytest.mark.parametrize(("flags", "message"), BAD, ids=[flags for flags, _ in BAD])

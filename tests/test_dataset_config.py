@@ -119,7 +119,7 @@ def test_the_playbooks_file_loads_unchanged(read, data):
     assert {example.bucket for example in examples} == {(1024, 1024)}
     dataset = dreambooth.DreamBoothDataset(examples, args)
     assert len(dataset) == 2 * 1 + 3 * 2
-    assert len(dataset.picture_keys()) == 5 * 2  # each picture once, and mirrored
+    assert len(dataset.image_keys()) == 5 * 2  # each picture once, and mirrored
     shutil.move("data.toml", "flux_data/data.toml")  # its paths may also start beside it
     (data / "flux_data" / "data.toml").write_text(text.replace("flux_data/", ""))
     args.dataset_config = data / "flux_data" / "data.toml"
@@ -378,7 +378,7 @@ BAD = [
 @pytest.mark.parametrize(("text", "message"), BAD, ids=range(len(BAD)))
 def test_a_bad_file_is_one_readable_message(train, data, tiny_model, monkeypatch, capsys, text, message):
     (data / "data.toml").write_text(text.replace("{s}", SUBSET))
-    monkeypatch.setattr(dreambooth, "TokenEncoder", None)
+    monkeypatch.setattr(dreambooth, "load_text_encoders", None)
     with pytest.raises(SystemExit) as stop:
         train(SCRIPT, "--pretrained_model_name_or_path", tiny_model, "--dataset_config", "data.toml")
     error = capsys.readouterr().err

@@ -244,9 +244,9 @@ def watch_memory(trainer, path):
     else:
         trainer.encode_images = encode(16)
     if trainer.__name__ == "train_omini":
-        embed = trainer.PromptEncoder.embed
+        embed = trainer.PromptEncoder.encode_with
         once = functools.cache(lambda text, kind, prompt: embed(text, kind, [prompt]))
-        trainer.PromptEncoder.embed = lambda text, kind, prompts: once(text, kind, *prompts)
+        trainer.PromptEncoder.encode_with = lambda text, kind, prompts: once(text, kind, *prompts)
     honest = trainer.log_step
 
     def log_step(*args):

@@ -64,7 +64,7 @@ def test_photos_are_upright_opaque_and_as_bright_as_they_were(tiny_model, tmp_pa
     mean = skimage.data.coins().mean()
     assert abs(np.asarray(images["16 bit.png"]).mean() - mean) < 2
     dataset = dreambooth.DreamBoothDataset(examples, args)
-    for key in dataset.picture_keys():
+    for key in dataset.image_keys():
         pixels = dataset.pixel_values(key)
         assert pixels.shape == (3, 64, 64)
         assert -1 <= pixels.min() < pixels.max() <= 1

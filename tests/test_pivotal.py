@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from common import validation
+from common import tracking, validation
 
 import pytest
 import torch
@@ -60,6 +60,21 @@ def results(folder):
     return {f"{file.name[-16:]}/{key}": value for file in files for key, value in load_file(file).items()}
 
 
+def new_prompt_encoder(args):
+    """(prompt encoder, embedding handler) with new tokens in training, as `main` makes them."""
+    pipeline = dreambooth.load_text_encoders(args, torch.float32)
+    embedding_handler = dreambooth.add_new_tokens(pipeline, args)
+    encoder = dreambooth.PromptEncoder(
+        Accelerator(cpu=True),
+        pipeline,
+        torch.float32,
+        max_sequence_length=args.max_sequence_length,
+        trained=set(embedding_handler.embeddings),
+        rewrite_prompt=embedding_handler.replace_abstractions,
+    )
+    return encoder, embedding_handler
+
+
 class Killed(Exception):
     pass
 
@@ -108,11 +123,11 @@ def test_what_is_trained_and_saved(train, flags, tmp_path, mode):
 
 def test_frozen_encoders_never_run_in_a_step(train, flags, tmp_path, monkeypatch):
     calls = []
-    honest = dreambooth.TokenEncoder.embed
+    honest = dreambooth.PromptEncoder.encode_with
     monkeypatch.setattr(
-        dreambooth.TokenEncoder,
-        "embed",
-        lambda self, kind, prompts: calls.append(kind) or honest(self, kind, prompts),
+        dreambooth.PromptEncoder,
+        "encode_with",
+        lambda self, encoder_name, prompts: calls.append(encoder_name) or honest(self, encoder_name, prompts),
     )
     train(SCRIPT, *flags, *MODES["pivotal CLIP"], "--output_dir", tmp_path)
     prompts = calls.count("t5")
@@ -122,9 +137,14 @@ def test_frozen_encoders_never_run_in_a_step(train, flags, tmp_path, monkeypatch
 
 def test_the_pivot_comes_within_one_epoch_and_ends_all_training_of_the_rows(train, flags, tmp_path, monkeypatch):
     rows, clipped, reduced, unsynced = [], [], [], []
-    pull, clip = dreambooth.NewTokens.pull, Accelerator.clip_grad_norm_
+    handler, clip = dreambooth.TokenEmbeddingsHandler, Accelerator.clip_grad_norm_
+    retract = handler.retract_embeddings
     reduce, no_sync = dreambooth.reduce_gradients, Accelerator.no_sync
-    monkeypatch.setattr(dreambooth.NewTokens, "pull", lambda new: pull(new) or rows.append(new.rows.detach().clone()))
+    monkeypatch.setattr(
+        handler,
+        "retract_embeddings",
+        lambda self: retract(self) or rows.append(self.parameters()[0].detach().clone()),
+    )
     monkeypatch.setattr(
         Accelerator,
         "clip_grad_norm_",
@@ -153,29 +173,29 @@ def test_prompts_keep_their_marks_and_the_encoders_have_no_dropout(tiny_model, t
             *("--train_text_encoder_ti", "--enable_t5_ti", "--token_abstraction", "circle"),
         ]
     )
-    text, seen = dreambooth.TokenEncoder(Accelerator(cpu=True), args, torch.float32), {}
-    for kind, encoder in text.encoders.items():
-        encoder.register_forward_pre_hook(lambda _, inputs, kind=kind: seen.update({kind: inputs[0][0].tolist()}))
-    text(["a red circle"])
-    clip, t5 = text.pipeline.tokenizer, text.pipeline.tokenizer_2
+    encoder, _ = new_prompt_encoder(args)
+    seen = {}
+    for name, model in encoder.encoders.items():
+        model.register_forward_pre_hook(lambda _, inputs, name=name: seen.update({name: inputs[0][0].tolist()}))
+    encoder.encode_prompts(["a red circle"])
+    clip, t5 = encoder.pipeline.tokenizer, encoder.pipeline.tokenizer_2
     assert seen["clip_l"][0] == clip.bos_token_id
     assert clip.eos_token_id in seen["clip_l"]
     assert t5.eos_token_id in seen["t5"]
-    modules = [module for encoder in text.encoders.values() for module in encoder.modules()]
-    assert not any(module.training for module in modules if not isinstance(module, dreambooth.NewTokens))
+    modules = [module for model in encoder.encoders.values() for module in model.modules()]
+    assert not any(module.training for module in modules if not isinstance(module, dreambooth.ExtendedEmbedding))
 
 
 def test_only_new_rows_change(train, flags, tmp_path, monkeypatch, tiny_pipeline):
     encoders = []
-    honest = dreambooth.TokenEncoder.freeze
-    monkeypatch.setattr(
-        dreambooth.TokenEncoder,
-        "freeze",
-        lambda self, prompts: (
-            encoders.append({k: (n.table.weight.clone(), n.rows.clone()) for k, n in self.new_tokens.items()})
-            or honest(self, prompts)
-        ),
-    )
+    honest = dreambooth.PromptEncoder.freeze
+
+    def freeze(self, prompts):
+        extended = {name: encoder.get_input_embeddings() for name, encoder in self.encoders.items()}
+        encoders.append({k: (e.embedding.weight.clone(), e.new_rows.clone()) for k, e in extended.items()})
+        honest(self, prompts)
+
+    monkeypatch.setattr(dreambooth.PromptEncoder, "freeze", freeze)
     train(SCRIPT, *flags, *MODES["pivotal CLIP+T5"], "--output_dir", tmp_path)
     tables = {"clip_l": tiny_pipeline.text_encoder, "t5": tiny_pipeline.text_encoder_2}
     for kind, (table, rows) in encoders[0].items():
@@ -218,39 +238,40 @@ def test_clip_pools_in_the_cards_snippet_as_in_training(tiny_model, tmp_path, pi
     flags = ["--pretrained_model_name_or_path", tiny_model, "--instance_data_dir", pictures, "--output_dir", tmp_path]
     flags += ["--train_text_encoder_ti", "--token_abstraction", "circle"]
     args = dreambooth.parse_args([str(flag) for flag in flags])
-    text, pooled = dreambooth.TokenEncoder(Accelerator(), args, torch.float32), {}
-    clip, line = text.encoders["clip_l"], "pipeline.text_encoder.eos_token_id = pipeline.tokenizer.eos_token_id"
-    for model, eos_token_id in ((str(tiny_model), 2), ("flux1-dev.safetensors", text.pipeline.tokenizer.eos_token_id)):
+    encoder, embedding_handler = new_prompt_encoder(args)
+    pooled = {}
+    clip, line = encoder.encoders["clip_l"], "pipeline.text_encoder.eos_token_id = pipeline.tokenizer.eos_token_id"
+    end = encoder.pipeline.tokenizer.eos_token_id
+    for model, eos_token_id in ((str(tiny_model), 2), ("flux1-dev.safetensors", end)):
         args.pretrained_model_name_or_path, clip.eos_token_id = model, eos_token_id
-        dreambooth.describe(args, torch.float32, text, "a circle", "run_emb.safetensors")
+        dreambooth.save_model_card(args, torch.float32, embedding_handler, "a circle", "run_emb.safetensors")
         assert (line in (tmp_path / "README.md").read_text()) == (eos_token_id != 2)
-        pooled[model] = text.embed("clip_l", ["a circle", "a circle on the left"])
+        pooled[model] = encoder.encode_with("clip_l", ["a circle", "a circle on the left"])
     diffusers, comfyui = ((a - b).abs().max() for a, b in pooled.values())
     assert diffusers < 1e-6
     assert comfyui > 1e-3
 
 
 def test_two_abstractions_start_as_they_are_told(tiny_model, tmp_path, pictures):
-    from accelerate import Accelerator
-
     flags = ["--pretrained_model_name_or_path", tiny_model, "--instance_data_dir", pictures, "--enable_t5_ti"]
     flags += ["--train_text_encoder_ti", "--token_abstraction", "AA,BB", "--initializer_concept", "red circle,blue"]
     args = dreambooth.parse_args([str(flag) for flag in flags])
-    text = dreambooth.TokenEncoder(Accelerator(), args, torch.float32)
-    assert text.replace("an AA beside a BB") == "an <s0><s1> beside a <s2>"
-    for kind, tokenizer in (("clip_l", text.pipeline.tokenizer), ("t5", text.pipeline.tokenizer_2)):
-        new = text.new_tokens[kind]
+    encoder, embedding_handler = new_prompt_encoder(args)
+    assert embedding_handler.replace_abstractions("an AA beside a BB") == "an <s0><s1> beside a <s2>"
+    for name, tokenizer in (("clip_l", encoder.pipeline.tokenizer), ("t5", encoder.pipeline.tokenizer_2)):
+        extended = embedding_handler.embeddings[name]
         ids = tokenizer("red circle blue", add_special_tokens=False).input_ids
-        assert torch.equal(new.rows.detach(), new.table.weight[ids])
-        assert tokenizer.convert_tokens_to_ids(["<s0>", "<s1>", "<s2>"]) == [new.first_id + i for i in range(3)]
+        assert torch.equal(extended.new_rows.detach(), extended.embedding.weight[ids])
+        first = extended.first_new_id
+        assert tokenizer.convert_tokens_to_ids(["<s0>", "<s1>", "<s2>"]) == [first, first + 1, first + 2]
 
 
 def test_a_word_within_another_keeps_its_own_tokens(tiny_model, tmp_path, pictures):
     flags = ["--pretrained_model_name_or_path", tiny_model, "--instance_data_dir", pictures]
     flags += ["--train_text_encoder_ti", "--token_abstraction", "TOK,TOK2", "--num_new_tokens_per_abstraction", 1]
     args = dreambooth.parse_args([str(flag) for flag in flags])
-    text = dreambooth.TokenEncoder(Accelerator(), args, torch.float32)
-    assert text.replace("TOK2 and TOK") == "<s1> and <s0>"
+    _, embedding_handler = new_prompt_encoder(args)
+    assert embedding_handler.replace_abstractions("TOK2 and TOK") == "<s1> and <s0>"
 
 
 @pytest.mark.parametrize("mode", ["pivotal CLIP", "transformer first"])
@@ -370,7 +391,7 @@ def test_the_hub_gets_results_and_no_file_the_token(train, flags, tmp_path, monk
         def upload_file(self, repo_id, path_or_fileobj, path_in_repo):
             calls.append(("upload", path_in_repo, path_or_fileobj))
 
-    monkeypatch.setattr(validation, "HfApi", HubApi)
+    monkeypatch.setattr(tracking, "HfApi", HubApi)
     flags = [*flags, *MODES["pivotal CLIP"]]
     hub = ("--push_to_hub", "--hub_token", "hf_secret", "--max_train_steps", 2, "--checkpointing_steps", 1)
     train(SCRIPT, *flags, *hub, "--report_to", "tensorboard", "--output_dir", tmp_path / "run")
@@ -399,7 +420,7 @@ def test_a_failed_upload_says_where_the_results_are(train, flags, tmp_path, monk
         def upload_folder(self, **arguments):
             raise OSError("no network")
 
-    monkeypatch.setattr(validation, "HfApi", HubApi)
+    monkeypatch.setattr(tracking, "HfApi", HubApi)
     with pytest.raises(SystemExit, match="no network\nNothing is lost.*hf upload me/run"):
         train(SCRIPT, *flags, "--push_to_hub", "--max_train_steps", 1, "--output_dir", tmp_path / "run")
     assert (tmp_path / "run" / LORA).exists()
@@ -417,7 +438,7 @@ def test_generate_and_the_model_cards_snippet_run_as_they_stand(train, flags, tm
     generate = [sys.executable, ROOT / "examples" / "dreambooth" / "generate.py"]
     subprocess.run([*generate, "run", *prompt, "--output", "drawn"], cwd=tmp_path, check=True)
     card = (tmp_path / "run" / "README.md").read_text()
-    assert "new tokens `<s0><s1>` for circle, by DreamBooth" in card
+    assert "the new tokens: `<s0><s1>` for circle" in card
     assert run_snippet(card.split("```python\n")[1].split("```")[0], tmp_path).size == (32, 32)
     image = Image.open(tmp_path / "drawn" / "0.png")
     assert np.abs(np.asarray(image, int) - np.asarray(drawn[-1][0], int)).max() <= 2
@@ -434,8 +455,8 @@ def test_a_refused_token_ends_the_run_before_a_model_is_loaded(train, flags, tmp
         def create_repo(self, name, exist_ok):
             raise OSError("Invalid user token")
 
-    monkeypatch.setattr(validation, "HfApi", HubApi)
-    monkeypatch.setattr(dreambooth, "TokenEncoder", None)
+    monkeypatch.setattr(tracking, "HfApi", HubApi)
+    monkeypatch.setattr(dreambooth, "load_text_encoders", None)
     with pytest.raises(SystemExit) as stop:
         train(SCRIPT, *flags, "--push_to_hub", "--output_dir", tmp_path / "run")
     assert stop.value.code == 2
@@ -513,7 +534,7 @@ def test_the_published_commands_run(train, tiny_model, pictures, tmp_path, monke
         def upload_folder(self, **arguments):
             uploads.append(arguments["repo_id"])
 
-    monkeypatch.setattr(validation, "HfApi", HubApi)
+    monkeypatch.setattr(tracking, "HfApi", HubApi)
     data, run = tmp_path / "3d_icon", tmp_path / "3d-icon-Flux-LoRA"
     data.mkdir()
     names = [Path(shutil.copy(path, data)).name for path in sorted(pictures.glob("*.png"))]

@@ -7,7 +7,7 @@ import shlex
 import socket
 
 import common.latents
-from common import validation
+from common import tracking
 from common.lora import target_layers
 from common.lora_formats import FLUX_LAYERS
 
@@ -92,12 +92,19 @@ def test_the_playbooks_folder_and_command_give_its_file(train, flux_data, tmp_pa
     assert pipeline.transformer.transformer_blocks[0].norm1.linear.scaling["default_0"] == 0.5
 
 
-def test_prodigy_is_set_as_sd_scripts_sets_it(flux_data, tiny_model):
-    args = dreambooth.parse_args([str(flag) for flag in without_files(train_args(), tiny_model)])
-    row = [torch.nn.Parameter(torch.zeros(1))], [torch.nn.Parameter(torch.zeros(1))]
-    optimizer = dreambooth.create_optimizer(args, row[0], 1, row[1])
+def test_prodigy_is_set_as_sd_scripts_sets_it(train, flux_data, tiny_model, monkeypatch):
+    optimizers, honest = [], dreambooth.create_optimizer
+
+    def create_optimizer(args, params_to_optimize):
+        optimizers.append(honest(args, params_to_optimize))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dreambooth, "create_optimizer", create_optimizer)
+    with pytest.raises(KeyboardInterrupt):
+        train(SCRIPT, *without_files(train_args(), tiny_model))
     plain = Prodigy([torch.nn.Parameter(torch.zeros(1))], lr=1.0).param_groups[0]
-    for group in optimizer.param_groups:
+    assert len(optimizers[0].param_groups) == 2  # of the transformer's and CLIP's adapters
+    for group in optimizers[0].param_groups:
         assert {k: v for k, v in group.items() if k != "params"} == {k: v for k, v in plain.items() if k != "params"}
 
 
@@ -140,7 +147,7 @@ def test_the_file_of_an_epoch_is_there_before_the_checkpoint_and_goes_to_the_hub
         def upload_file(self, *, repo_id, path_or_fileobj, path_in_repo):
             uploads.append((repo_id, path_or_fileobj, path_in_repo))
 
-    monkeypatch.setattr(validation, "HfApi", HubApi)
+    monkeypatch.setattr(tracking, "HfApi", HubApi)
     train(SCRIPT, *flags, "--push_to_hub")
     name = "flux_dreambooth.safetensors"
     relative = loras.relative_to(tmp_path)
@@ -157,7 +164,7 @@ def test_kohya_layers_are_those_of_its_sd_scripts(tiny_model, pictures):
     args = dreambooth.parse_args([*flags, "--lora_layers", "kohya"])
     with torch.device("meta"):
         transformer = FluxTransformer2DModel(guidance_embeds=True)  # as large as FLUX.1-dev
-    names = dreambooth.lora_targets(args, transformer)
+    names = dreambooth.lora_target_modules(args, transformer)
     homes = {part: home for home, parts in FLUX_LAYERS.items() for part in parts}
     fused = {homes[re.sub(r"\.\d+\.", ".#.", name, count=1)] + name.split(".")[1] for name in names}
     assert len(fused) == 304
@@ -192,12 +199,12 @@ def test_names_of_kohyas_flags_mean_ours(tiny_model, pictures, tmp_path, capsys)
 def encodings(monkeypatch):
     """What was encoded since it was last cleared: "image", or the name of a text encoder with the prompt."""
     seen = []
-    image, text = common.latents.encode_moments, dreambooth.TokenEncoder.embed
+    image, text = common.latents.encode_moments, dreambooth.PromptEncoder.encode_with
     monkeypatch.setattr(common.latents, "encode_moments", lambda *args: seen.append("image") or image(*args))
     monkeypatch.setattr(
-        dreambooth.TokenEncoder,
-        "embed",
-        lambda self, kind, prompts: seen.append(f"{kind}: {prompts[0]}") or text(self, kind, prompts),
+        dreambooth.PromptEncoder,
+        "encode_with",
+        lambda self, name, prompts: seen.append(f"{name}: {prompts[0]}") or text(self, name, prompts),
     )
     return seen
 

@@ -488,7 +488,7 @@ def test_a_hub_that_refuses_ends_the_run_before_it_begins(
     if fault == "no hub":
         hub.shutdown()
         hub.server_close()
-    loads_text = {TWINFLOW: "encode_prompts", DREAMBOOTH: "TokenEncoder"}.get(script, "PromptEncoder")
+    loads_text = "encode_prompts" if script == TWINFLOW else "PromptEncoder"
     monkeypatch.setattr(importlib.import_module(script), loads_text, None)
     with pytest.raises(SystemExit) as stop:
         train(script, *flags, "--hub_token", secret)

@@ -273,9 +273,11 @@ def test_processes_share_every_epoch_and_differ_in_noise():
 
 def test_datasets_and_metadata_bring_their_captions(train, flags, pictures, tmp_path, monkeypatch):
     seen = set()
-    honest = dreambooth.TokenEncoder.cache
+    honest = dreambooth.PromptEncoder.cache_prompts
     monkeypatch.setattr(
-        dreambooth.TokenEncoder, "cache", lambda text, prompts: seen.update(prompts) or honest(text, prompts)
+        dreambooth.PromptEncoder,
+        "cache_prompts",
+        lambda encoder, prompts: seen.update(prompts) or honest(encoder, prompts),
     )
     folder = tmp_path / "data"
     folder.mkdir()
@@ -326,8 +328,8 @@ def test_other_ways_to_train(train, flags, tmp_path, extra):
 
 def test_models_are_loaded_once(train, flags, tmp_path, monkeypatch):
     loads = []
-    load_part, load_pipeline = dreambooth.load_part, FluxPipeline.from_pretrained
-    monkeypatch.setattr(dreambooth, "load_part", lambda c, *rest: loads.append(c.__name__) or load_part(c, *rest))
+    load_model, load_pipeline = dreambooth.load_model, FluxPipeline.from_pretrained
+    monkeypatch.setattr(dreambooth, "load_model", lambda c, *rest: loads.append(c.__name__) or load_model(c, *rest))
     monkeypatch.setattr(
         FluxPipeline,
         "from_pretrained",

@@ -13,13 +13,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from train_dreambooth_flux_advanced import NewTokens
+from train_dreambooth_flux_advanced import ExtendedEmbedding
 
 
 def main():
     for name, vocabulary, width in (("CLIP-L", 49408, 768), ("T5-XXL", 32128, 4096)):
         table = torch.nn.Embedding(vocabulary, width, device="meta").requires_grad_(False)
-        new_tokens = NewTokens(table, vocabulary, torch.empty(2, width, device="meta"))
+        new_tokens = ExtendedEmbedding(table, vocabulary, torch.empty(2, width, device="meta"))
         rows = sum(parameter.numel() for parameter in new_tokens.parameters() if parameter.requires_grad)
         sizes = (12 * count / 2**20 for count in (rows, table.weight.numel()))
         print("{}: two new rows {:.3f} MiB, the whole table {:.0f} MiB".format(name, *sizes))
