@@ -715,12 +715,13 @@ class OminiTransformerBlock(FluxTransformerBlock):
     """A double block: text passes weights of its own, image and conditions pass the others."""
 
     def forward(self, hidden_states: list[torch.Tensor], branches: list[Branch], cached: list[Projections]):
-        """The next hidden states [B, N, D] of each branch, and its query, key and value.
+        """The next hidden states [B, N, D] of each branch; and keys and values of conditions, to be cached.
 
         `cached` are keys and values of conditions that are not among the branches.
         """
         # 1. Adaptive norm, query, key and value of each branch
-        projections, modulations = [], []
+        projections = []
+        modulations = []
         for x, branch in zip(hidden_states, branches, strict=True):
             is_text = branch.name == "text"
             norm1 = self.norm1_context if is_text else self.norm1
@@ -745,7 +746,7 @@ class OminiTransformerBlock(FluxTransformerBlock):
             inner = F.gelu(lora_linear(ff.net[0].proj, normed, branch.adapter), approximate="tanh")
             x = x + gate_mlp * lora_linear(ff.net[2], inner, branch.adapter)
             results.append(clip_float16(x))
-        return results, projections
+        return results, projections[2:]
 
 
 class OminiSingleTransformerBlock(FluxSingleTransformerBlock):
@@ -761,7 +762,8 @@ class OminiSingleTransformerBlock(FluxSingleTransformerBlock):
         """As `OminiTransformerBlock`. From the last block, only the image goes on: of the other branches, only keys
         and values are computed there, and their next hidden states are None."""
         # 1. Adaptive norm, query, key and value of each branch
-        projections, modulated = [], []
+        projections = []
+        modulated = []
         for x, branch in zip(hidden_states, branches, strict=True):
             goes_on = branch.name == "image" or not is_last
             shift, scale, gate = modulate(self.norm, branch, 3)
@@ -783,7 +785,7 @@ class OminiSingleTransformerBlock(FluxSingleTransformerBlock):
             inner = torch.cat([attn_outputs[i], inner], dim=-1)
             x = hidden_states[i] + gate * lora_linear(self.proj_out, inner, branch.adapter)
             results.append(clip_float16(x))
-        return results, projections
+        return results, projections[2:]
 
 
 class OminiTransformer2DModel(FluxTransformer2DModel):
@@ -838,7 +840,7 @@ class OminiTransformer2DModel(FluxTransformer2DModel):
         }
         velocity = self.transformer_forward(**inputs, **options)
         if image_guidance_scale != 1:
-            negative_velocity = self.transformer_forward(**inputs, **{**options, **negative})
+            negative_velocity = self.transformer_forward(**inputs, **(options | negative))
             velocity = negative_velocity + image_guidance_scale * (velocity - negative_velocity)
         return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
 
@@ -881,7 +883,8 @@ class OminiTransformer2DModel(FluxTransformer2DModel):
             unguided = None if guidance is None else torch.ones_like(timestep)
             condition_temb = self.time_embedding(clean, unguided, pooled_projections, image.dtype)
             for condition, row in zip(conditions, rows[2:], strict=True):
-                rotary_emb, mask = self.rotary_embedding(condition.ids), condition.attention_mask
+                rotary_emb = self.rotary_embedding(condition.ids)
+                mask = condition.attention_mask
                 branches.append(Branch("condition", condition_temb, rotary_emb, condition.adapter, row, mask))
                 states.append(lora_linear(self.x_embedder, condition.hidden_states, condition.adapter))
 
@@ -913,7 +916,7 @@ class OminiTransformer2DModel(FluxTransformer2DModel):
         else:
             states, projections = block(states, branches, cached, *options)
         if cache is not None and cache.mode == "write":
-            cache.blocks.append([replace(each, query=None) for each in projections[2:]])
+            cache.blocks.append([replace(each, query=None) for each in projections])
         return states
 
     def time_embedding(
@@ -1860,7 +1863,7 @@ MODEL_CARD = """
 
 A LoRA (rank {rank}) for {model}: generated images follow {conditions}, by OminiControl.
 
-`IMAGE` is the image to make the conditions from ({height} x {width} pixels are cut out of it){about_mask}. In the
+`IMAGE` is the image to make the conditions from ({height} x {width} pixels are cut out of it){mask_note}. In the
 trainer's folder:
 
 ```bash
@@ -1871,9 +1874,9 @@ python examples/{command}
 
 def save_model_card(args, command):
     """Writes README.md into the output folder: what was trained, and the command that generates with it."""
-    about_mask = ""
+    mask_note = ""
     if "$MASK" in command:
-        about_mask = ", `MASK` is white where the image is to be generated"
+        mask_note = ", `MASK` is white where the image is to be generated"
     height, width = args.target_size
     description = MODEL_CARD.format(
         name=args.output_dir.resolve().name,
@@ -1882,7 +1885,7 @@ def save_model_card(args, command):
         conditions=", ".join(args.condition_type),
         height=height,
         width=width,
-        about_mask=about_mask,
+        mask_note=mask_note,
         command=command,
     )
     tags = ["image-to-image", "flux", "lora", "ominicontrol", "diffusers"]
