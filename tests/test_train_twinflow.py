@@ -7,7 +7,9 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
+from common.data import file_example
 from common.latents import TensorCache
 
 import diffusers
@@ -139,10 +141,11 @@ def check_stock_pipeline(flags, model_type, folder):
 
 
 def load_condition(folder, args, backbone):
-    about = [args.validation_image] if args.model_type == "qwenimage-edit" else []
-    cond = TensorCache(folder / "encoded", twinflow.encoding_flags(args)).load("prompt", "a red circle", *about)
+    reference = file_example(Path(args.validation_image)) if args.model_type == "qwenimage-edit" else None
+    cache = TensorCache(folder / "encoded", twinflow.encoder_settings(args))
+    cond = cache.load(*twinflow.prompt_key("a red circle", reference))
     cond = {name: value[None] for name, value in cond.items()}
-    if about:
+    if reference:
         side = args.resolution // backbone.vae_scale_factor
         cond["reference"] = torch.randn(1, backbone.latent_channels, side, side)
     return cond
@@ -517,7 +520,7 @@ def learn(train, scenes, folder, *method):
     for steps, style in compare.STYLES.items():
         generated = generate(folder, prompts, steps=steps, style=style, batch_size=64)
         after[steps] = compare.measure(generated, wanted, vae)
-        before[steps] = compare.measure(compare.draw_base(prompts, steps), wanted, vae)
+        before[steps] = compare.measure(compare.generate_with_base(prompts, steps), wanted, vae)
         cells = [f"{old:.3g} -> {new:.3g}" for old, new in zip(before[steps], after[steps], strict=True)]
         print(f"{steps:2} steps: all right {cells[0]} %, sharpness {cells[1]}, distance {cells[2]}")
     return before, after
