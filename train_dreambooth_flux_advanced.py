@@ -99,7 +99,7 @@ from common.latents import (
 from common.lora import (
     FLUX_TARGET_MODULES,
     add_lora,
-    reduce_gradients,
+    average_gradients,
     register_lora_checkpointing,
     save_lora,
     target_layers,
@@ -129,7 +129,7 @@ from common.tracking import (
     step_logs,
     write_model_card,
 )
-from common.validation import draw_class_images, generate_images, save_images, undisturbed
+from common.validation import generate_class_images, generate_images, save_images, undisturbed
 
 import numpy as np
 import torch
@@ -1978,7 +1978,17 @@ def main(args):
             transformer = load_transformer(args, weight_dtype).to(device)
             pipeline = create_pipeline(transformer, vae, noise_scheduler)
             arguments = pipeline_arguments(prompt_encoder, args.class_prompt, args)
-            draw_class_images(accelerator, pipeline, arguments, args, present=len(class_examples(args)))
+            generate_class_images(
+                accelerator,
+                pipeline,
+                arguments,
+                folder=args.class_data_dir,
+                num_images=args.num_class_images,
+                num_present=len(class_examples(args)),
+                batch_size=args.sample_batch_size,
+                seed=args.seed,
+                precision=args.prior_generation_precision,
+            )
             train_dataset.class_examples = class_examples(args)
             del pipeline
         if args.cache_latents:
@@ -2124,7 +2134,7 @@ def main(args):
             num_images += num_instance_images * accelerator.num_processes
             if not accelerator.sync_gradients:
                 continue
-            reduce_gradients(accelerator, text_params)
+            average_gradients(accelerator, text_params)
             if global_step >= transformer_stop:
                 for parameter in lora_params:
                     parameter.grad = None
