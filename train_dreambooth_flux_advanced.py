@@ -1928,7 +1928,7 @@ def main(args):
     requested_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
     stops = training_stops(args, requested_steps, checkpoint)
     text_encoder_stop, transformer_stop = stops
-    # fewer than requested if nothing is left to train: textual inversion alone ends with --train_text_encoder_ti_frac
+    # fewer than requested where nothing is left to train: new tokens alone are done after --train_text_encoder_ti_frac
     max_train_steps = max(text_encoder_stop, transformer_stop)
     validation_steps = args.validation_steps or args.validation_epochs * steps_per_epoch
     run = run_settings(args, len(train_dataset), accelerator.num_processes)
@@ -1982,7 +1982,6 @@ def main(args):
         disk_cache_dir=args.disk_cache_dir.expanduser() if args.cache_text_encoder_outputs_to_disk else None,
         rewrite_prompt=embedding_handler.replace_abstractions,
     )
-    del pipeline
     prompt_encoder.cache_prompts(prompts)
 
     # 4. Scheduler, VAE, class images, latents, transformer, LoRA
@@ -1997,7 +1996,6 @@ def main(args):
             arguments = pipeline_arguments(prompt_encoder, args.class_prompt, args)
             draw_class_images(accelerator, pipeline, arguments, args, present=len(class_examples(args)))
             train_dataset.class_examples = class_examples(args)
-            del pipeline
         if args.cache_latents:
             folder = args.disk_cache_dir.expanduser() if args.cache_latents_to_disk else None
             train_dataset.moments = cache_moments(
@@ -2131,11 +2129,15 @@ def main(args):
                     guidance=guidance,
                     generator=generator,
                 )
-            losses = losses * batch["loss_weight"].to(device)
-            # instance_loss + prior_loss: the mean over the instance images and, with prior preservation, the mean over
-            # as many class images behind them. One sum over both rounds alike with and without class images.
-            num_instance_images = len(losses) // 2 if args.with_prior_preservation else len(losses)
-            loss = losses.sum() / num_instance_images
+            losses = losses * batch["loss_weight"].to(device)  # 1, of class images prior_loss_weight
+            if args.with_prior_preservation:
+                # instance_loss + prior_loss: each is the mean of one half of the losses, see `collate_fn`, so their
+                # sum is twice the mean of all
+                num_instance_images = len(losses) // 2
+                loss = 2 * losses.mean()
+            else:
+                num_instance_images = len(losses)
+                loss = losses.mean()
             accelerator.backward(loss)
             loss_sum = loss_sum + loss.detach() / accumulation
             num_images += num_instance_images * accelerator.num_processes
@@ -2179,16 +2181,8 @@ def main(args):
             transformer = None  # see the end
             stop_interrupted(accelerator, global_step, checkpoint, signals)
         if args.validation_prompt and global_step % validation_steps == 0 and not is_done:
-            log_validation(
-                accelerator,
-                transformer,
-                vae,
-                noise_scheduler,
-                prompt_encoder,
-                args,
-                args.validation_prompt,
-                global_step,
-            )
+            prompt = args.validation_prompt
+            log_validation(accelerator, transformer, vae, noise_scheduler, prompt_encoder, args, prompt, global_step)
         loss_sum = 0.0
         num_images = 0
         step_started = time.perf_counter()

@@ -2,8 +2,8 @@
 
     python examples/dreambooth/generate.py 3d-icon-Flux-LoRA --prompt "a TOK icon of an orange llama eating ramen"
 
-The folder's args.json names the model, and the header of the tokens' file the words they stand for. With the validation
-prompt, the first image is that of the last validation.
+The model is named in the folder's args.json, the words that new tokens stand for in the header of their file. With the
+validation prompt, the first image is that of the last validation.
 """
 
 import argparse
