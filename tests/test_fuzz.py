@@ -285,7 +285,7 @@ def read(arguments, tiny_pipeline):
             dataset = module.DreamBoothDataset(examples, args)
             prompts = [dataset[0, i][0]["prompt"] for i in range(len(dataset))]
         elif module.__name__ == OMINI:
-            dataset = module.ControlDataset(examples, module.conditions_of(args), args)
+            dataset = module.OminiDataset(examples, module.condition_specs(args), args)
             prompts = [dataset[0, i]["prompt"] for i in range(len(dataset))]
         elif module.__name__ == INFLUX:
             dataset = module.EditDataset(examples, args)
