@@ -141,26 +141,25 @@ class PromptEncoder:
     def _encode_through_disk(self, encoder_name: str, prompt: str) -> torch.Tensor:
         """The embedding [1, ...] of a prompt on the CPU, from the disk if an earlier run left it there."""
 
-        def encode() -> torch.Tensor:
-            return self.encode_with(encoder_name, [prompt]).cpu()
+        def encode() -> dict[str, torch.Tensor]:
+            return {"value": self.encode_with(encoder_name, [prompt]).cpu()}
 
         if self.disk_cache_dir is None or encoder_name not in self.never_trained:
-            return encode()
+            return encode()["value"]
         if encoder_name not in self.disk_caches:
             identity = fingerprint(self.encoders[encoder_name])
             self.disk_caches[encoder_name] = TensorCache(self.disk_cache_dir, identity)
         text = self.rewrite_prompt(prompt) if self.rewrite_prompt else prompt
         key = f"{self.max_sequence_length} {self.dtype} {self.accelerator.mixed_precision} {text}".encode()
-        return self.disk_caches[encoder_name].load_or_encode(key, encode=lambda: {"value": encode()})["value"]
+        return self.disk_caches[encoder_name].load_or_encode(key, encode=encode)["value"]
 
 
 def load_text_pipeline(
     pipeline_class: type[DiffusionPipeline], args: Any, dtype: torch.dtype, **components: Any
 ) -> DiffusionPipeline:
     """The pipeline of --pretrained_model_name_or_path with frozen text encoders, without transformer and VAE."""
-    with exit_if_unreadable(
-        f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}: its text encoders"
-    ):
+    flag = f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"
+    with exit_if_unreadable(f"{flag}: its text encoders"):
         pipeline = pipeline_class.from_pretrained(
             args.pretrained_model_name_or_path,
             transformer=None,
