@@ -215,10 +215,3 @@ def fingerprint(model: torch.nn.Module) -> bytes:
         values = tensor.flatten()[::step][:256].float().cpu()
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + values.numpy().tobytes())
     return digest.digest()
-
-
-def disk_cached(folder, key, compute):
-    """The form of TensorCache.load_or_encode before train_dreambooth_flux_advanced.py uses it."""
-    if folder is None:
-        return compute()
-    return TensorCache(folder, b"").load_or_encode(key, encode=lambda: {"value": compute()})["value"]
