@@ -71,16 +71,15 @@ def encode_images(vae: Vae, pixel_values: Tensor) -> Tensor:
 
     For AutoencoderKL (FLUX.1, SD3), AutoencoderDC (Sana) and AutoencoderKLQwenImage; one image at a time, as above.
     """
-    is_video_vae = isinstance(vae, AutoencoderKLQwenImage)  # its images are videos [B, 3, 1, H, W] of one frame
-    is_deterministic = isinstance(vae, AutoencoderDC)
+    encode: Any = vae.encode
     latents = []
     for image in pixel_values.to(vae.device, vae.dtype).split(1):
-        if is_video_vae:
-            latents.append(vae.encode(image.unsqueeze(2)).latent_dist.mode().squeeze(2))
-        elif is_deterministic:
-            latents.append(vae.encode(image).latent)
+        if isinstance(vae, AutoencoderKLQwenImage):  # its images are videos [B, 3, 1, H, W] of one frame
+            latents.append(encode(image.unsqueeze(2)).latent_dist.mode().squeeze(2))
+        elif isinstance(vae, AutoencoderDC):  # deterministic
+            latents.append(encode(image).latent)
         else:
-            latents.append(vae.encode(image).latent_dist.mode())
+            latents.append(encode(image).latent_dist.mode())
     shift, scale = latent_statistics(vae)
     return (torch.cat(latents).float() - shift) * scale
 
@@ -90,10 +89,10 @@ def decode_images(vae: Vae, latents: Tensor) -> Tensor:
     """Images [B, 3, H, W] in about [-1, 1] from what `encode_images` returns."""
     shift, scale = latent_statistics(vae)
     latents = (latents / scale + shift).to(vae.dtype)
-    is_video_vae = isinstance(vae, AutoencoderKLQwenImage)
-    if is_video_vae:
-        return vae.decode(latents.unsqueeze(2)).sample.squeeze(2)
-    return vae.decode(latents).sample
+    decode: Any = vae.decode
+    if isinstance(vae, AutoencoderKLQwenImage):
+        return decode(latents.unsqueeze(2)).sample.squeeze(2)
+    return decode(latents).sample
 
 
 def pack_latents(latents: Tensor) -> Tensor:
