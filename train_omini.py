@@ -33,6 +33,7 @@ from pathlib import Path
 
 from common.arguments import LR_SCHEDULERS, TRACKERS, Parser, Switch, fail, number
 from common.checkpoints import (
+    atomic_write,
     catch_signals,
     check_disk,
     check_output_dir,
@@ -43,7 +44,6 @@ from common.checkpoints import (
     run_settings,
     save_checkpoint,
     stop_interrupted,
-    writing,
 )
 from common.data import (
     IMAGE_SUFFIXES,
@@ -1350,10 +1350,8 @@ def estimate_depth(accelerator, examples, args):
                 images, estimator(images, batch_size=args.depth_batch_size) if images else (), strict=True
             ):
                 path = depth_file(image, args)
-                partial = path.with_suffix(f".{accelerator.process_index}")
-                with writing(path, partial):
+                with atomic_write(path) as partial:
                     found["depth"].convert("L").resize(image.size).save(partial, format="PNG")
-                    partial.replace(path)
     accelerator.wait_for_everyone()
 
 

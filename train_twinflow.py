@@ -48,6 +48,7 @@ from common.checkpoints import (
     checkpoint_to_resume,
     count_skipped,
     load_checkpoint,
+    register_sharded_checkpointing,
     register_tensor_checkpointing,
     run_settings,
     save_checkpoint,
@@ -91,7 +92,6 @@ from common.models import (
     create_optimizer,
     first_device,
     load_model,
-    local,
     prepare_blocks,
     quantize_base,
     reshard,
@@ -766,7 +766,7 @@ class Teacher:
     @property
     def live(self):
         """The trained tensors themselves; asked for anew each time, for wrapping a model may move them."""
-        return [local(parameter) for parameter in self.parameters]
+        return [parameter.detach() for parameter in self.parameters]
 
     @torch.no_grad()
     def swap(self):
@@ -1460,12 +1460,16 @@ def main(args):
         transformer, optimizer, lr_scheduler = accelerator.prepare(transformer, optimizer, lr_scheduler)
     teacher = Teacher(params.values(), args.ema_decay_rate, functools.partial(reshard, bare))
     pipeline_class = getattr(diffusers, backbone.pipeline)
-    by_tensor = full or args.fsdp
-    if not by_tensor:
+    averages = {}  # of the trained tensors
+    if 0 < args.ema_decay_rate < 1:
+        averages = dict(zip(params, teacher.tensors, strict=True))
+    if args.fsdp:
+        register_sharded_checkpointing(accelerator, bare, optimizer, averages)
+    elif full:
+        register_tensor_checkpointing(accelerator, {"model": params, "teacher": averages})
+    else:
         register_lora_checkpointing(accelerator, pipeline_class, {"transformer": bare}, optimizer)
-    sets = {"model": lambda: teacher.live} if by_tensor else {}
-    sets |= {"teacher": lambda: teacher.tensors} if 0 < args.ema_decay_rate < 1 else {}
-    register_tensor_checkpointing(accelerator, sets, params, optimizer)
+        register_tensor_checkpointing(accelerator, {"teacher": averages})
     global_step = load_checkpoint(accelerator, checkpoint, lr_scheduler)
     teacher.catch_up(global_step)
     sampler.start, sampler.stop = global_step * accumulation, max_train_steps * accumulation

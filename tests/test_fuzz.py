@@ -602,8 +602,7 @@ def saved(adapter, tmp_path_factory):
     optimizer = torch.optim.AdamW(parameters)
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
     register_lora_checkpointing(accelerator, FluxPipeline, {"transformer": adapter[0]}, optimizer)
-    average = {"average": lambda: [parameter.detach() for parameter in parameters]}
-    register_tensor_checkpointing(accelerator, average, {f"p{i}": p for i, p in enumerate(parameters)})
+    register_tensor_checkpointing(accelerator, {"average": {f"p{i}": p for i, p in enumerate(parameters)}})
     optimizer, schedule = accelerator.prepare(optimizer, schedule)
     for step in (1, 2):
         for parameter in parameters:
@@ -639,7 +638,7 @@ def test_checkpoints(saved, tmp_path, capsys, count):
         for problem in problems:
             assert str(checkpoint) in problem
             assert name in problem or name == CHECKSUMS  # which may name another
-            assert "go on from checkpoint-1" in problem
+            assert "continue from checkpoint-1" in problem
         if name != CHECKSUMS:  # as if it had been saved like that
             (checkpoint / CHECKSUMS).unlink()
             (checkpoint / CHECKSUMS).write_text(json.dumps(checksums(checkpoint)))
@@ -713,7 +712,7 @@ def test_a_run_with_a_damaged_checkpoint(train, run_flags, script, tmp_path, cap
         error = capsys.readouterr().err.split("error: ")[1]
         assert stop.value.code == 2
         assert path.name in error
-        assert f"delete {checkpoint} and go on from checkpoint-1" in error
+        assert f"delete {checkpoint} and continue from checkpoint-1" in error
         assert snapshot(tmp_path) == before
         path.write_bytes(whole)
     shutil.rmtree(checkpoint)
