@@ -1,14 +1,15 @@
-"""Teaches FLUX.1-Fill an edit from pairs of pictures: a LoRA (arXiv 2106.09685) on the inpainting model.
+"""Trains a LoRA (arXiv 2106.09685) that edits images with FLUX.1-Fill, the inpainting model.
 
-The frozen transformer reads the noisy latent of the result beside two conditions, a shown picture and a mask, and
-predicts the velocity; a low-rank adapter beside its layers is trained:
+The transformer reads the noisy latents of the result together with the latents of an input image and a mask, and
+predicts the velocity. It is frozen; the LoRA in its layers is trained by flow matching:
 
-    x_σ = (1 - σ) x_0 + σ ε        loss = || transformer([x_σ, shown, mask], σ, prompt) - (ε - x_0) ||²
+    x_σ = (1 - σ) x_0 + σ ε        loss = || transformer([x_σ, input, mask], σ, prompt) - (ε - x_0) ||²
 
-    --mode mask   x_0 is the picture, shown is the picture where the mask is black, as FLUX.1-Fill was made for
-    --mode edit   x_0 is the target, shown is all of the input picture, the mask is white
+    --mode mask   x_0 is an image. Its black-masked part is the input, its white-masked part is to be generated.
+    --mode edit   x_0 is the target image. All of another image is the input, and the mask is white: all of the target
+                  is to be generated.
 
-One GPU, or all of them after `accelerate config`:
+On one GPU, or on all of them after `accelerate config`:
 
     accelerate launch train_influxedit.py \\
       --pretrained_model_name_or_path=black-forest-labs/FLUX.1-Fill-dev --mode=edit \\
@@ -17,10 +18,11 @@ One GPU, or all of them after `accelerate config`:
       --rank=64 --lora_alpha=64 --guidance_scale=1 --learning_rate=1e-4 --max_train_steps=5000 \\
       --validation_prompt="violet circle with orange background" --validation_image=outline.png --output_dir=circles
 
-`output_dir` then holds `pytorch_lora_weights.safetensors` for `FluxFillPipeline.load_lora_weights`, a model card, the
-arguments (args.json), the loss (metrics.jsonl, loss.png), pictures (validation/) and checkpoints to resume from.
+output_dir then holds pytorch_lora_weights.safetensors for `FluxFillPipeline.load_lora_weights`, a model card
+(README.md), args.json, metrics.jsonl and loss.png, validation images and checkpoints.
 """
 
+import argparse
 import functools
 import itertools
 import math
@@ -32,7 +34,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from common.arguments import LR_SCHEDULERS, TRACKERS, Parser, Switch, fail, names_in, number
+from common.arguments import (
+    LR_SCHEDULERS,
+    TRACKERS,
+    Parser,
+    Switch,
+    comma_list,
+    decay_rate,
+    fail,
+    fraction,
+    in_range,
+    non_negative_float,
+    positive_float,
+    positive_int,
+)
 from common.checkpoints import (
     catch_signals,
     check_disk,
@@ -131,160 +146,186 @@ from transformers.utils import logging as transformers_logging
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def list_of(kind):
-    """An argparse type: one or more of `kind`, with commas between them, as a tuple."""
+DESCRIPTION = "Trains a LoRA that edits images with FLUX.1-Fill, the inpainting model."
 
-    def parse(text):
-        return tuple(kind(part) for part in text.split(","))
+EXAMPLE = """example:
+    accelerate launch train_influxedit.py @examples/influxedit/low_memory.args --mode=edit \\
+      --instance_data_dir=train_A --target_data_dir=train_B --caption_data_dir=prompts --output_dir=circles"""
 
-    parse.__name__ = f"list of {kind.__name__}s"
-    return parse
+image_edge = in_range(int, 16, 8192)
+
+
+def resolutions(text):
+    """An argparse type: one or more lengths in pixels, separated by commas, as a tuple."""
+    return tuple(image_edge(part) for part in text.split(","))
 
 
 def parse_args(argv=None):
-    parser = Parser(__doc__)
-    count, size = number(int, 1), number(int, 16, 8192)
-    positive, not_negative = number(float, 0, above=True), number(float, 0)
-    share, decay = number(float, 0, 1), number(float, 0, 0.9999999)
+    parser = Parser(description=DESCRIPTION, epilog=EXAMPLE)
 
-    arg = parser.add_argument_group("model", "what is trained, in which precision").add_argument
+    arg = parser.add_argument_group("model", "what is trained, and in which precision").add_argument
     arg(
         "--pretrained_model_name_or_path",
         required=True,
         metavar="MODEL",
-        help="folder or hub id of a FLUX.1-Fill pipeline",
+        help="folder or Hub id of a FLUX.1-Fill pipeline",
     )
-    arg("--revision", help="revision of the model on the hub")
+    arg("--revision", help="revision of the model on the Hub")
     arg("--variant", help="variant of the model's files, such as fp16")
-    arg("--cache_dir", help="where downloaded models and datasets are kept")
-    arg("--max_sequence_length", type=number(int, 1, 512), default=512, help="T5 tokens per prompt, schnell: to 256")
-    arg("--mixed_precision", choices=("no", "fp16", "bf16"), help="of frozen models; bf16 halves them on recent GPUs")
-    arg("--allow_tf32", action="store_true", help="faster, less exact float32 products on Ampere and later GPUs")
-    arg("--gradient_checkpointing", action="store_true", help="to fit memory: about half, a third more time per step")
-    arg("--quantize_base", choices=QUANTIZATIONS, default="none", help="frozen blocks in 4 or 8 bits, to fit memory")
-    arg("--compile", action="store_true", help="compile the blocks: minutes at first, then faster steps")
-    arg("--offload", action="store_true", help="what is frozen waits in main memory: text encoders by layers, the VAE")
-    arg("--fsdp", action="store_true", help="split weights and optimizer over the processes (FSDP2)")
+    arg("--cache_dir", help="folder for downloaded models and datasets")
+    arg("--max_sequence_length", type=in_range(int, 1, 512), default=512, help="T5 tokens per prompt, longer are cut")
+    arg("--mixed_precision", choices=("no", "fp16", "bf16"), help="precision of frozen models; bf16 halves memory")
+    arg("--allow_tf32", action="store_true", help="use TF32 matrix products: faster, less exact; Ampere GPUs or later")
+    arg("--gradient_checkpointing", action="store_true", help="halve activation memory, a step takes a third longer")
+    arg("--quantize_base", choices=QUANTIZATIONS, default="none", help="store frozen blocks in 4 or 8 bits")
+    arg("--compile", action="store_true", help="compile the transformer's blocks: minutes once, then faster steps")
+    arg("--offload", action="store_true", help="keep frozen models in CPU memory until they are used")
+    arg("--fsdp", action="store_true", help="shard weights and optimizer state over the processes (FSDP2)")
 
     arg = parser.add_argument_group("data", "folders with files of equal names, or a dataset").add_argument
-    arg("--instance_data_dir", type=Path, help="folder of pictures; captions in .txt files, metadata.jsonl or none")
-    arg("--target_data_dir", type=Path, help="folder of what they become, in edit mode: same names, any image type")
-    arg("--mask_data_dir", type=Path, help="folder of their masks, in mask mode: white is to be painted anew")
-    arg("--caption_data_dir", type=Path, help="folder of their captions, .txt files of the same names")
-    arg("--dataset_name", help="dataset on the hub, or a folder or file that `datasets` loads")
-    arg("--dataset_config_name", help="configuration of that dataset")
-    arg("--image_column", default="image", help="column of the dataset that holds the pictures")
-    arg("--target_column", help="column of the dataset that holds what they become, in edit mode")
-    arg("--mask_column", help="column of the dataset that holds their masks, in mask mode")
-    arg("--caption_column", help="column of the dataset or of metadata.jsonl that holds captions")
-    arg("--instance_prompt", help="prompt of every picture without a caption: a photo of sks dog")
-    arg("--caption_dropout", type=share, default=0.0, help="share of captions left out, 0 to 1")
-    arg("--repeats", type=count, default=1, help="times each picture counts in an epoch, each with its own crop")
+    arg("--instance_data_dir", type=Path, help="folder of input images; captions in .txt files or metadata.jsonl")
+    arg("--target_data_dir", type=Path, help="folder of target images for edit mode, named like the input images")
+    arg("--mask_data_dir", type=Path, help="folder of masks for mask mode, named alike; white parts are generated")
+    arg("--caption_data_dir", type=Path, help="folder of captions: .txt files, named like the input images")
+    arg("--dataset_name", help="dataset on the Hub, or a folder or file that `datasets` loads")
+    arg("--dataset_config_name", help="configuration of --dataset_name")
+    arg("--image_column", default="image", help="column of --dataset_name with the input images")
+    arg("--target_column", help="column of --dataset_name with the target images, for edit mode")
+    arg("--mask_column", help="column of --dataset_name with the masks, for mask mode")
+    arg("--caption_column", help="column of --dataset_name or of metadata.jsonl with the captions")
+    arg("--instance_prompt", help="caption of images that have none, such as: a photo of sks dog")
+    arg("--caption_dropout", type=fraction, default=0.0, help="probability of training on an empty caption, 0 to 1")
+    arg("--repeats", type=positive_int, default=1, help="times each image is used per epoch, each with its own crop")
     arg(
         "--resolution",
         "--size",
-        type=list_of(size),
+        type=resolutions,
         default="512",
-        help="long edge in pixels; of several, such as 512,768,1024, one is drawn per batch; sides become multiples "
-        "of 16",
+        help="long edge in pixels; of several, such as 512,768,1024, each batch uses one at random; both sides are "
+        "rounded to multiples of 16",
     )
-    arg("--center_crop", action="store_true", help="crop the centre, not a part drawn once per picture and repeat")
-    arg("--random_flip", action="store_true", help="mirror half of the pictures; not for faces, text or logos")
-    arg("--image_interpolation_mode", choices=INTERPOLATION, default="lanczos", help="how pictures are resized")
-    arg("--train_batch_size", type=count, default=4, help="pictures per device and forward pass")
-    arg("--dataloader_num_workers", type=number(int, 0), default=0, help="processes that read pictures; 0: none extra")
-    arg("--cache_latents", action="store_true", help="encode pictures once, before training: saves time and memory")
+    arg("--center_crop", action="store_true", help="crop the center instead of a random part")
+    arg("--random_flip", action="store_true", help="mirror half of the samples; not for faces, text or logos")
+    arg("--image_interpolation_mode", choices=INTERPOLATION, default="lanczos", help="filter for resizing images")
+    arg("--train_batch_size", type=positive_int, default=4, help="images per device and forward pass")
+    arg("--dataloader_num_workers", type=in_range(int, 0), default=0, help="processes that load images; 0: none extra")
+    arg("--cache_latents", action="store_true", help="encode all images once before training: saves time and memory")
 
-    arg = parser.add_argument_group("prior preservation", "keeps the class of the subject as it was").add_argument
-    arg("--with_prior_preservation", action="store_true", help="train on pictures of the class beside the subject's")
-    arg("--class_data_dir", type=Path, help="folder of class pictures; missing ones are drawn by the untrained model")
-    arg("--class_prompt", help="prompt of the class: a photo of a dog")
-    arg("--num_class_images", type=count, default=100, help="number of class pictures to have")
-    arg("--prior_loss_weight", type=not_negative, default=1.0, help="weight of their loss; more if the class changes")
-    arg("--sample_batch_size", type=count, default=4, help="class pictures drawn at a time")
-    arg("--prior_generation_precision", choices=("no", "fp32", "fp16", "bf16"), help="precision they are drawn in")
+    arg = parser.add_argument_group("prior preservation", "keeps what the model knows of a class").add_argument
+    arg("--with_prior_preservation", action="store_true", help="also train on images of the class, see --class_prompt")
+    arg("--class_data_dir", type=Path, help="folder of class images; missing ones are generated before training")
+    arg("--class_prompt", help="prompt of the class images, such as: a photo of a dog")
+    arg("--num_class_images", type=positive_int, default=100, help="number of class images to use")
+    arg("--prior_loss_weight", type=non_negative_float, default=1.0, help="weight of the class images' loss")
+    arg("--sample_batch_size", type=positive_int, default=4, help="class images generated at a time")
+    arg(
+        "--prior_generation_precision",
+        choices=("no", "fp32", "fp16", "bf16"),
+        help="precision for generating class images (default: --mixed_precision)",
+    )
 
-    arg = parser.add_argument_group("edit", "what is shown to the model, and what it generates").add_argument
-    arg("--mode", choices=("mask", "edit"), default="mask", help="paint under a mask, or turn a picture into another")
-    arg("--use_split_mask", action="store_true", help="masks are the left or the right half, at random")
-    arg("--mask_only_right", action="store_true", help="always the right half")
-    arg("--loss_mask_weight", type=not_negative, default=1.0, help="weight of the loss under the mask, of the rest: 1")
-    arg("--train_embedder", action="store_true", help="train all of x_embedder, which reads the conditions; edit mode")
-    arg("--train_text_encoder", action="store_true", help="train a LoRA for CLIP too")
+    arg = parser.add_argument_group("edit", "what the model sees, and what it generates").add_argument
+    arg("--mode", choices=("mask", "edit"), default="mask", help="fill a mask, or edit the whole image")
+    arg("--use_split_mask", action="store_true", help="mask the left or the right half at random: side-by-side images")
+    arg("--mask_only_right", action="store_true", help="with --use_split_mask, always mask the right half")
+    arg("--loss_mask_weight", type=non_negative_float, default=1.0, help="loss weight under the mask; elsewhere 1")
+    arg("--train_embedder", action="store_true", help="also train all of x_embedder, the input layer; edit mode only")
+    arg("--train_text_encoder", action="store_true", help="also train a LoRA on CLIP")
 
     arg = parser.add_argument_group("lora", "the adapter").add_argument
-    arg("--rank", type=count, default=4, help="size of the adapter and what it can hold; 16 to 64 for detail")
-    arg("--lora_alpha", type=positive, default=4, help="the adapter counts lora_alpha / rank; usually the rank")
-    arg("--lora_dropout", type=number(float, 0, 0.99), default=0.0, help="share of its inputs dropped, 0 to 1")
+    arg("--rank", type=positive_int, default=4, help="rank of the LoRA: its capacity and size; 16 to 64 for detail")
+    arg("--lora_alpha", type=positive_float, default=4, help="LoRA scale is lora_alpha / rank; usually equal to rank")
+    arg("--lora_dropout", type=in_range(float, 0, 0.99), default=0.0, help="dropout probability of the LoRA's inputs")
     arg(
         "--lora_layers",
         "--lora_blocks",
-        help="names of layers that get an adapter, such as attn.to_k,ff.net.2 (default: the usual ones)",
+        help="names of layers to adapt, such as attn.to_k,ff.net.2 (default: attention and feed-forward layers)",
     )
 
-    arg = parser.add_argument_group("noise", "which noise levels are trained, and how much each counts").add_argument
-    arg("--guidance_scale", type=not_negative, default=3.5, help="guidance that a guidance-distilled model is told")
-    arg("--timestep_sampling", choices=TIMESTEP_SAMPLING, default="sigma", help="sigma draws as weighting_scheme says")
-    arg("--weighting_scheme", choices=WEIGHTING_SCHEMES, default="none", help="density of noise levels or loss weight")
-    arg("--logit_mean", type=number(float, -100, 100), default=0.0, help="mean of logit_normal; below 0: more noise")
-    arg("--logit_std", type=positive, default=1.0, help="standard deviation of logit_normal")
-    arg("--mode_scale", type=number(float, -1, 1.75), default=1.29, help="scale of mode; 0: all levels equally")
-    arg("--sigmoid_scale", type=positive, default=1.0, help="spread of sigmoid, shift and flux_shift")
-    arg("--discrete_flow_shift", type=positive, default=3.0, help="s of shift; above 1: more noise")
+    arg = parser.add_argument_group("noise", "which noise levels are trained, and their weights").add_argument
+    arg("--guidance_scale", type=non_negative_float, default=3.5, help="value passed to the guidance embedding")
+    arg(
+        "--timestep_sampling",
+        choices=TIMESTEP_SAMPLING,
+        default="sigma",
+        help="distribution of noise levels; sigma: as --weighting_scheme says",
+    )
+    arg(
+        "--weighting_scheme",
+        choices=WEIGHTING_SCHEMES,
+        default="none",
+        help="density of noise levels, or loss weight",
+    )
+    arg("--logit_mean", type=in_range(float, -100, 100), default=0.0, help="mean of logit_normal; below 0: more noise")
+    arg("--logit_std", type=positive_float, default=1.0, help="standard deviation of logit_normal")
+    arg("--mode_scale", type=in_range(float, -1, 1.75), default=1.29, help="scale of the mode scheme; 0: uniform")
+    arg("--sigmoid_scale", type=positive_float, default=1.0, help="spread of sigmoid, shift and flux_shift")
+    arg("--discrete_flow_shift", type=positive_float, default=3.0, help="s of shift; above 1: more noise")
 
-    arg = parser.add_argument_group("optimizer", "how the adapter is updated").add_argument
-    arg("--optimizer", type=str.lower, choices=("adamw", "prodigy"), default="AdamW", help="prodigy wants rate 1")
-    arg("--learning_rate", type=positive, default=1e-4, help="step size; less if the loss jumps; 1 for prodigy")
-    arg("--text_encoder_lr", type=positive, default=5e-6, help="step size for text encoders; Prodigy has one for all")
-    arg("--scale_lr", action="store_true", help="multiply it by batch size, accumulation and number of devices")
-    arg("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="course of the learning rate over the steps")
-    arg("--lr_warmup_steps", type=number(int, 0), default=500, help="steps until it is reached; none for constant")
-    arg("--lr_num_cycles", type=count, default=1, help="cycles of cosine_with_restarts")
-    arg("--lr_power", type=positive, default=1.0, help="power of polynomial; 1: a straight line")
-    arg("--use_8bit_adam", action="store_true", help="AdamW with 8-bit states (bitsandbytes), to fit memory")
-    arg("--adam_beta1", type=decay, default=0.9, help="decay of the gradient's mean, in Prodigy too")
-    arg("--adam_beta2", type=decay, default=0.999, help="decay of the gradient's square, in Prodigy too")
-    arg("--adam_weight_decay", type=not_negative, default=1e-4, help="weight decay, in Prodigy too")
-    arg("--adam_weight_decay_text_encoder", type=not_negative, default=1e-3, help="weight decay of text encoders")
-    arg("--adam_epsilon", type=positive, default=1e-8, help="added to the denominator, in Prodigy too")
-    arg("--prodigy_beta3", type=decay, help="decay of Prodigy's estimate (default: square root of adam_beta2)")
-    arg("--prodigy_decouple", action=Switch, default=True, help="weight decay as in AdamW")
-    arg("--prodigy_use_bias_correction", action=Switch, default=True, help="Adam's bias correction")
-    arg("--prodigy_safeguard_warmup", action=Switch, default=True, help="keep warm-up out of Prodigy's estimate")
-    arg("--max_grad_norm", type=positive, default=1.0, help="longer gradients are scaled down to this norm")
-    arg("--gradient_accumulation_steps", type=count, default=1, help="batches per step; in no more memory than one")
+    arg = parser.add_argument_group("optimizer", "how the LoRA is updated").add_argument
+    arg(
+        "--optimizer",
+        type=str.lower,
+        choices=("adamw", "prodigy"),
+        default="AdamW",
+        help="prodigy: set the rate to 1",
+    )
+    arg("--learning_rate", type=positive_float, default=1e-4, help="peak learning rate; about 1 for prodigy")
+    arg("--text_encoder_lr", type=positive_float, default=5e-6, help="learning rate of CLIP's LoRA; unused by prodigy")
+    arg("--scale_lr", action="store_true", help="multiply learning rates by the total batch size")
+    arg("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="learning rate schedule")
+    arg("--lr_warmup_steps", type=in_range(int, 0), default=500, help="linear warmup steps; constant has no warmup")
+    arg("--lr_num_cycles", type=positive_int, default=1, help="cycles of cosine_with_restarts")
+    arg("--lr_power", type=positive_float, default=1.0, help="exponent of polynomial; 1: linear")
+    arg("--use_8bit_adam", action="store_true", help="AdamW with 8-bit states (bitsandbytes), to save memory")
+    arg("--adam_beta1", type=decay_rate, default=0.9, help="decay of the gradient's running mean, also in prodigy")
+    arg("--adam_beta2", type=decay_rate, default=0.999, help="decay of the squared gradient's mean, also in prodigy")
+    arg("--adam_weight_decay", type=non_negative_float, default=1e-4, help="weight decay, also in prodigy")
+    arg("--adam_weight_decay_text_encoder", type=non_negative_float, default=1e-3, help="weight decay of CLIP's LoRA")
+    arg("--adam_epsilon", type=positive_float, default=1e-8, help="added to the denominator, also in prodigy")
+    arg("--prodigy_beta3", type=decay_rate, help="decay of prodigy's step size (default: square root of adam_beta2)")
+    arg("--prodigy_decouple", action=Switch, default=True, help="decoupled weight decay, as in AdamW")
+    arg("--prodigy_use_bias_correction", action=Switch, default=True, help="Adam's bias correction in prodigy")
+    arg("--prodigy_safeguard_warmup", action=Switch, default=True, help="keep warmup from raising prodigy's step size")
+    arg("--max_grad_norm", type=positive_float, default=1.0, help="clip gradients to this norm")
+    arg(
+        "--gradient_accumulation_steps",
+        type=positive_int,
+        default=1,
+        help="batches per update: a larger batch in the memory of one",
+    )
 
-    arg = parser.add_argument_group("schedule and checkpoints", "how long, and what can be resumed").add_argument
+    arg = parser.add_argument_group("schedule and checkpoints", "how long to train, and how to resume").add_argument
     arg(
         "--seed",
-        type=number(int, 0, 2**32 - 1),
-        help="of data order, crops, noise, adapter and validation (default: drawn)",
+        type=in_range(int, 0, 2**32 - 1),
+        help="random seed for data order, crops, noise, adapter init and validation (default: a random one)",
     )
-    arg("--num_train_epochs", type=count, default=1, help="passes over the data")
-    arg("--max_train_steps", type=count, help="updates of what is trained, instead of epochs")
-    arg("--checkpointing_steps", type=count, default=500, help="steps between checkpoints to resume from")
-    arg("--checkpoints_total_limit", type=count, help="checkpoints to keep, the newest (default: all)")
+    arg("--num_train_epochs", type=positive_int, default=1, help="passes over the data")
+    arg("--max_train_steps", type=positive_int, help="number of updates; overrides --num_train_epochs")
+    arg("--checkpointing_steps", type=positive_int, default=500, help="updates between checkpoints")
+    arg("--checkpoints_total_limit", type=positive_int, help="number of newest checkpoints to keep (default: all)")
     arg("--resume_from_checkpoint", metavar="CHECKPOINT", help="a checkpoint-N folder, or latest (if there is one)")
     arg("--local_rank", type=int, default=-1, help="set by old launchers; LOCAL_RANK in the environment wins")
 
-    arg = parser.add_argument_group("validation", "pictures while training, which they never change").add_argument
-    arg("--validation_prompt", help="prompts to draw, first before training and last after it, with ; (or ,) between")
-    arg("--validation_image", help="files of pictures to draw them from, likewise (default: the first of the data)")
-    arg("--validation_mask", help="files of their masks, likewise; split masks need none")
-    arg("--num_validation_images", type=count, default=1, help="pictures of each")
-    arg("--validation_steps", type=count, default=50, help="steps between validations")
-    arg("--validation_width", type=size, default=1024, help="width of these pictures in pixels")
-    arg("--validation_height", type=size, default=1024, help="height of these pictures in pixels")
+    arg = parser.add_argument_group("validation", "images generated while training, without effect on it").add_argument
+    arg("--validation_prompt", help="validation prompts, separated by ; (or by , if there is no ;)")
+    arg("--validation_image", help="input images for these prompts, separated alike (default: the first of the data)")
+    arg("--validation_mask", help="masks for these prompts, separated alike; split masks need none")
+    arg("--num_validation_images", type=positive_int, default=1, help="images per prompt")
+    arg("--validation_steps", type=positive_int, default=50, help="updates between validations")
+    arg("--validation_width", type=image_edge, default=1024, help="width of validation images in pixels")
+    arg("--validation_height", type=image_edge, default=1024, help="height of validation images in pixels")
 
-    arg = parser.add_argument_group("output and logging", "where everything goes").add_argument
-    arg("--output_dir", type=Path, default=Path("flux-dreambooth-lora"), help="folder of all results")
-    arg("--logging_dir", type=Path, default=Path("logs"), help="folder of the trackers' files in output_dir")
-    arg("--report_to", choices=TRACKERS, default="tensorboard", help="where curves and pictures are sent")
-    arg("--upcast_before_saving", action="store_true", help="save the adapter in float32, not in mixed_precision")
-    arg("--verbose", action="store_true", help="show what the libraries remark and their progress bars")
-    arg("--push_to_hub", action="store_true", help="upload the results, without checkpoints and logs")
-    arg("--hub_token", help="token for it (default: that of `hf auth login`); it is written nowhere")
-    arg("--hub_model_id", help="repository for it (default: the name of output_dir)")
+    arg = parser.add_argument_group("output and logging", "where results and logs go").add_argument
+    arg("--output_dir", type=Path, default=Path("flux-dreambooth-lora"), help="folder for all results")
+    arg("--logging_dir", type=Path, default=Path("logs"), help="folder for the trackers' files, inside output_dir")
+    arg("--report_to", choices=TRACKERS, default="tensorboard", help="trackers for metrics and validation images")
+    arg("--upcast_before_saving", action="store_true", help="save the LoRA in float32 instead of --mixed_precision")
+    arg("--verbose", action="store_true", help="show the libraries' messages and progress bars")
+    arg("--push_to_hub", action="store_true", help="upload the results to the Hub, without checkpoints and logs")
+    arg("--hub_token", help="Hub token (default: your login); never logged or saved")
+    arg("--hub_model_id", help="Hub repository (default: the name of output_dir)")
 
     args = parser.parse_args(argv)
     parser.refuse(check_args(args) + check_weights(args) + check_model(args) + check_output_dir(args))
@@ -370,7 +411,7 @@ def check_args(args):
             problems.append(f"--{flag} {size} must be a multiple of 16, such as {size // 16 * 16}")
     listed = {}
     for flag in ("validation_prompt", "validation_image", "validation_mask"):
-        names = names_in_list(vars(args)[flag])
+        names = split_list(vars(args)[flag])
         if names:
             listed[flag] = names
     if args.use_split_mask:
@@ -387,14 +428,18 @@ def check_args(args):
     return problems + check_hub(args)
 
 
-def names_in_list(text):
-    """The names in a list with semicolons between them, or commas if it has none."""
+def split_list(text):
+    """The parts of a list that semicolons separate, or commas if it has no semicolon; without empty parts."""
     text = text or ""
-    return [name.strip() for name in text.split(";" if ";" in text else ",") if name.strip()]
+    parts = text.split(";") if ";" in text else text.split(",")
+    return [part.strip() for part in parts if part.strip()]
 
 
 def check_model(args):
-    """Problems of --pretrained_model_name_or_path, --lora_layers and the disk, from the transformer's config alone."""
+    """Problems of --pretrained_model_name_or_path, --lora_layers and the disk's free space.
+
+    Only the transformer's configuration is read, its weights are not.
+    """
     flag = f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"
     try:
         config = FluxTransformer2DModel.load_config(
@@ -406,26 +451,30 @@ def check_model(args):
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         return [
-            f"{flag}: neither a folder with a FLUX.1-Fill pipeline nor a hub id like "
+            f"{flag}: neither a folder with a FLUX.1-Fill pipeline nor a Hub id like "
             f"black-forest-labs/FLUX.1-Fill-dev ({reason})"
         ]
-    if config.get("_class_name") != "FluxTransformer2DModel" or config.get("in_channels") != 384:
-        found = f"{config.get('_class_name')} with {config.get('in_channels')} input channels"
-        return [f"{flag}: holds a {found}, not FLUX.1-Fill, which has 384"]
+    class_name = config.get("_class_name")
+    in_channels = config.get("in_channels")
+    if class_name != "FluxTransformer2DModel" or in_channels != FILL_CHANNELS:
+        found = f"{class_name} with {in_channels} input channels"
+        return [f"{flag}: holds a {found}, not FLUX.1-Fill, which has {FILL_CHANNELS}"]
     with torch.device("meta"):
         transformer = FluxTransformer2DModel.from_config(config)
     targets = lora_targets(args)
     unknown = unknown_layers(transformer, targets)
     if unknown:
         return [f"--lora_layers: the transformer has no linear layer {', '.join(unknown)}"]
-    sizes = [sum(layer.weight.shape) for name, layer in target_layers(transformer, targets)]
-    needed = 16 * args.rank * sum(sizes)  # bytes of a checkpoint, its two moments and the result
-    return check_disk(args, needed)
+    lora_size = 0
+    for _, layer in target_layers(transformer, targets):
+        lora_size += args.rank * (layer.in_features + layer.out_features)
+    bytes_needed = 4 * 4 * lora_size  # float32: a checkpoint holds the LoRA and Adam's two moments; and the result
+    return check_disk(args, bytes_needed)
 
 
 def lora_targets(args):
-    """The layers that --lora_layers names."""
-    return names_in(args.lora_layers) or list(FLUX_TARGET_MODULES)
+    """The layers with a LoRA: --lora_layers, or the usual ones of FLUX."""
+    return comma_list(args.lora_layers) or list(FLUX_TARGET_MODULES)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -433,35 +482,42 @@ def lora_targets(args):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def pack_fill_condition(masked_image_latents, mask):
-    """The channels FLUX.1-Fill reads beside the noisy latents: tokens [B, h/2 * w/2, 4C + 4f²].
+FILL_CHANNELS = 384  # of a token that FLUX.1-Fill reads: 64 noisy latent, 64 input latent, 256 mask pixels
 
-    masked_image_latents [B, C, h, w] are normalised latents; mask [B, 1, H, W] is 1 where the image is to be
-    generated, f = H / h. The mask keeps its full resolution: each token carries its 2f x 2f pixels.
+
+def pack_fill_condition(input_latents: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """What FLUX.1-Fill reads beside the noisy latents: tokens [B, h/2 * w/2, 4C + 4f²].
+
+    input_latents [B, C, h, w] are the normalized latents of the input image, black where it is masked out. mask
+    [B, 1, H, W] is 1 where the result is to be generated. It keeps its full resolution: with f = H / h pixels per
+    latent, each token carries its 2f x 2f pixels.
     """
-    pixels_per_latent = mask.shape[-1] // masked_image_latents.shape[-1]
-    mask = F.pixel_unshuffle(mask.to(masked_image_latents), pixels_per_latent)
-    return torch.cat([pack_latents(masked_image_latents), pack_latents(mask)], dim=-1)
+    pixels_per_latent = mask.shape[-1] // input_latents.shape[-1]
+    mask = F.pixel_unshuffle(mask.to(input_latents), pixels_per_latent)
+    return torch.cat([pack_latents(input_latents), pack_latents(mask)], dim=-1)
 
 
 class FillPipeline(FluxFillPipeline):
-    """FluxFillPipeline with the conditions of the training: `fill_condition` builds them.
+    """FluxFillPipeline that prepares its condition exactly as training does, by `pack_fill_condition`.
 
-    `hide` says whether the mask hides what it covers from the transformer, as in mask mode. In edit mode it does not:
-    the pipeline is called with a black mask, which hides nothing, and the transformer is given a white one.
+    In edit mode, nothing of the input image is hidden and all of the result is generated. The pipeline is then called
+    with a black mask, which hides nothing, and passes a white one to the transformer.
     """
 
-    hide = True
+    edit_mode = False
 
     def prepare_mask_latents(
         self, mask, masked_image, batch_size, channels, num_images, height, width, dtype, device, generator
     ):
-        """The mask's tokens [B, N, 4f²] and the shown picture's [B, N, 4C], which the pipeline joins in that order."""
-        mask = mask if self.hide else torch.ones_like(mask)
+        """(mask [B, N, 4f²], input latents [B, N, 4C]) as tokens; the pipeline joins the latter and the former."""
+        if self.edit_mode:
+            mask = torch.ones_like(mask)
         latents = sample_latents(encode_moments(self.vae, masked_image), self.vae.config, generator)
         condition = pack_fill_condition(latents, mask).to(device, dtype)
         condition = condition.repeat(batch_size * num_images // len(condition), 1, 1)
-        return condition[..., 4 * channels :], condition[..., : 4 * channels]
+        input_tokens = condition[..., : 4 * channels]
+        mask_tokens = condition[..., 4 * channels :]
+        return mask_tokens, input_tokens
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -470,13 +526,22 @@ class FillPipeline(FluxFillPipeline):
 
 
 def compute_loss(
-    transformer, latents, condition, prompt_embeds, pooled_prompt_embeds, *, args, noise_scheduler, guidance, generator
-):
+    transformer: torch.nn.Module,
+    latents: torch.Tensor,
+    condition: torch.Tensor,
+    prompt_embeds: torch.Tensor,
+    pooled_prompt_embeds: torch.Tensor,
+    *,
+    args: argparse.Namespace,
+    noise_scheduler: FlowMatchEulerDiscreteScheduler,
+    guidance: torch.Tensor | None,
+    generator: torch.Generator,
+) -> torch.Tensor:
     """The flow matching loss [B] of each sample of a batch.
 
-    latents [B, C, h, w] of the results are normalised, condition [B, h/2 * w/2, 4C + 4f²] is `pack_fill_condition`'s,
-    prompt_embeds [B, T, D], pooled_prompt_embeds [B, P]; guidance [B], or None for a model without guidance
-    embedding. Noise and noise levels are drawn from `generator`, a CPU one.
+    latents [B, C, h, w] of the results, normalized; condition [B, h/2 * w/2, 4C + 4f²] from `pack_fill_condition`;
+    prompt_embeds [B, T, D]; pooled_prompt_embeds [B, P]; guidance [B], None for a model without guidance embedding.
+    The CPU `generator` gives the noise, then the noise levels.
     """
     batch_size, _, height, width = latents.shape
     noise = torch.randn(latents.shape, generator=generator).to(latents.device)
@@ -493,10 +558,12 @@ def compute_loss(
         sigmoid_scale=args.sigmoid_scale,
         discrete_flow_shift=args.discrete_flow_shift,
     ).to(latents.device)
-    latents, noise = pack_latents(latents), pack_latents(noise)
-    noisy = add_noise(latents, noise, sigmas)
+    latents = pack_latents(latents)  # [B, N, 4C], N = h/2 * w/2
+    noise = pack_latents(noise)
+    noisy_latents = add_noise(latents, noise, sigmas)
+
     model_pred = transformer(
-        hidden_states=torch.cat([noisy, condition], dim=-1).to(prompt_embeds.dtype),
+        hidden_states=torch.cat([noisy_latents, condition], dim=-1).to(prompt_embeds.dtype),
         timestep=sigmas,
         guidance=guidance,
         pooled_projections=pooled_prompt_embeds,
@@ -505,10 +572,13 @@ def compute_loss(
         img_ids=image_ids(height, width, latents.device),
         return_dict=False,
     )[0]
-    covered = condition[..., latents.shape[-1] :].mean(dim=-1)  # share of a token's pixels under the mask, [B, N]
-    token_weights = None if args.loss_mask_weight == 1 else 1 + (args.loss_mask_weight - 1) * covered
+
     target = noise - latents
     weighting = compute_loss_weighting_for_sd3(args.weighting_scheme, sigmas=sigmas)
+    token_weights = None
+    if args.loss_mask_weight != 1:
+        masked_share = condition[..., latents.shape[-1] :].mean(dim=-1)  # of the pixels of each token, [B, N]
+        token_weights = 1 + (args.loss_mask_weight - 1) * masked_share
     return weighted_mse(model_pred, target, weighting, token_weights)
 
 
@@ -821,7 +891,7 @@ def pipeline_call(prompt_encoder, prompt, args, image=None, mask=None):
 
 def validation_files(args, flag):
     """Examples of the image files that --validation_image or --validation_mask lists."""
-    paths = names_in_list(vars(args)[flag])
+    paths = split_list(vars(args)[flag])
     return [EditExample(f"--{flag} {path}", functools.partial(Image.open, path)) for path in paths]
 
 
@@ -832,7 +902,7 @@ def validation_cases(args, examples):
     one for all cases. Without --validation_image, the first training example is used. Split masks give one case for
     each half that training uses. In edit mode the mask is black, see `FillPipeline`.
     """
-    prompts = names_in_list(args.validation_prompt)
+    prompts = split_list(args.validation_prompt)
     if not prompts:
         return []
     images = validation_files(args, "validation_image") or examples[:1]
@@ -860,7 +930,7 @@ def validation_cases(args, examples):
 def log_validation(accelerator, transformer, vae, noise_scheduler, prompt_encoder, args, cases, step):
     """Generates the cases and sends the images to validation/step-N.png, beside their inputs, and to the trackers."""
     pipeline = create_pipeline(accelerator.unwrap_model(transformer), vae, noise_scheduler)
-    pipeline.hide = args.mode == "mask"
+    pipeline.edit_mode = args.mode == "edit"
     calls = []
     prompts = []
     with (
@@ -1319,10 +1389,10 @@ def main(args):
 def generate_command(args, prompt):
     """The command, below examples/, that applies the result to an image."""
     command = f"influxedit/generate.py {shlex.quote(str(args.output_dir))} --prompt {shlex.quote(prompt)}"
-    images = names_in_list(args.validation_image) or ["IMAGE"]
+    images = split_list(args.validation_image) or ["IMAGE"]
     command += f" --image {shlex.quote(images[0])}"
     if args.mode == "mask" and not args.use_split_mask:
-        masks = names_in_list(args.validation_mask) or ["MASK"]
+        masks = split_list(args.validation_mask) or ["MASK"]
         command += f" --mask {shlex.quote(masks[0])}"
     return command
 

@@ -1,11 +1,29 @@
-"""Makes a text-to-image model an any-step model, which draws in 1, 2, 4 or N steps: TwinFlow (arXiv 2512.05150).
+"""Distils a text-to-image model into one that generates in 1, 2, 4 or N steps: TwinFlow (arXiv 2512.05150).
 
-The model is told the time t it stands at and the time t' it is to jump to. It learns the mean velocity between the
-two; at negative times it learns that of its own pictures, and the difference to real ones corrects its single steps:
+The model F is given the time t of its input and the target time t' to jump to. It learns the mean velocity between
+the two (RCGM). At negative times it learns the velocity of its own samples; the difference to that of real images
+corrects its one-step samples. There is no second network and no discriminator.
 
     x_t = t z + (1 - t) x     F(x_t, t, t') = (x_t - x_t') / (t - t')     x̂ = x_t - t F(x_t, t, 0)
 
-There is no second network, no discriminator. One GPU, or all of them after `accelerate config`:
+    loss = mean of w d(F(x_t, t, t'), target)         any-step loss; own samples: at (-t, -t), target z - x̂
+         + mean of d(F(z, 1, 0), sg(F(z, 1, 0) - Δ))  rectification of one-step samples
+
+| paper                        | authors' code                | here                                               |
+| ---------------------------- | ---------------------------- | -------------------------------------------------- |
+| x, z, x_t                    | x, z, x_t                    | latents, noise, x_t                                |
+| t, t'                        | t, tt                        | t, target_time                                     |
+| F(x_t, t, t')                | forward, F_th_t              | predict (`predict_velocity`), prediction           |
+| kinds of samples             | probs, prepare_inputs        | --probs, `sample_times`, `prepare_inputs`          |
+| guided velocity              | enhance_target               | `enhance_target`                                   |
+| any-step target, order N     | multi_fwd, get_rcgm_target   | `multi_fwd`, `get_rcgm_target`                     |
+| rectification Δ              | dist_match                   | `dist_match`                                       |
+| metric d                     | loss_func                    | `loss_func`                                        |
+| one training step            | training_step                | `compute_loss`                                     |
+| averaged model               | ema_transformer, update_ema  | `EMATeacher`, `update_ema`                         |
+| any-step sampler (UCGM)      | sampling_loop                | `sampling_loop`                                    |
+
+One GPU, or all of them after `accelerate config`:
 
     accelerate launch train_twinflow.py \\
       --pretrained_model_name_or_path=black-forest-labs/FLUX.1-dev --model_type=flux --recipe=lora-2order \\
@@ -13,9 +31,9 @@ There is no second network, no discriminator. One GPU, or all of them after `acc
       --train_batch_size=8 --learning_rate=1e-4 --max_train_steps=1000 \\
       --validation_prompt="a dog on the beach" --output_dir=flux-twinflow
 
-`output_dir` then holds the result (`pytorch_lora_weights.safetensors` or `transformer/`), which
-examples/twinflow/generate.py draws with, a model card, the arguments (args.json), the loss (metrics.jsonl, loss.png),
-pictures (validation/) and checkpoints to resume from.
+`output_dir` then holds the result (`pytorch_lora_weights.safetensors` or `transformer/`), from which
+examples/twinflow/generate.py generates images, a model card, the arguments (args.json), the loss (metrics.jsonl,
+loss.png), validation images (validation/) and checkpoints to resume from.
 """
 
 import argparse
@@ -23,9 +41,11 @@ import copy
 import functools
 import inspect
 import math
+import os
 import shlex
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,15 +107,12 @@ from common.lora import (
 )
 from common.models import (
     QUANTIZATIONS,
-    check_shared_flags,
-    create_lr_scheduler,
-    create_optimizer,
-    first_device,
+    check_weights,
+    compile_blocks,
     load_model,
-    prepare_blocks,
     quantize_base,
     reshard,
-    start,
+    shard,
     whole,
 )
 from common.text_encoders import load_text_pipeline
@@ -113,12 +130,29 @@ from common.tracking import (
 )
 from common.validation import save_images, undisturbed
 
-import diffusers
 import numpy as np
 import torch
-from accelerate import DistributedDataParallelKwargs
-from accelerate.utils import set_seed
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import ProjectConfiguration, set_seed
+from diffusers import (
+    AutoencoderDC,
+    AutoencoderKL,
+    AutoencoderKLQwenImage,
+    DiffusionPipeline,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    ModelMixin,
+    QwenImageEditPlusPipeline,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from diffusers.optimization import get_scheduler
 from diffusers.training_utils import free_memory, offload_models
+from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import save_torch_state_dict
 from PIL import Image, ImageOps
 from safetensors import safe_open
@@ -126,26 +160,39 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
+
+Conditions = dict[str, torch.Tensor]  # a prompt's embeddings by the names of the transformer's arguments
+Predict = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Conditions], torch.Tensor]  # F of (x_t, t, t', cond)
 
 TRAINING = ("full", "lora")
-KINDS = ("e2e", "mul", "any", "adv", "one")  # of the samples of a batch, see `sample_times`
-NEAR = 0.05  # how much of t the target of a mul sample is away, at most
-DELTA = 0.01  # first step of the consistency target
-BARRON_C = 1e-3
-PROBS = "e2e=1,mul=1,any=1,adv=1"
-TWINFLOW = {"probs": PROBS, "consistc_ratio": 1.0, "estimate_order": 2, "enhanced_ratio": 0.8, "ema_decay_rate": 0.99}
-NO_TARGETS = {"consistc_ratio": 0.0, "estimate_order": 0, "enhanced_ratio": 0.0, "ema_decay_rate": 0.0}
-FIRST_ORDER = {"probs": "e2e=1,mul=1,adv=1,one=1", "estimate_order": 1, "ema_decay_rate": 0.0}
+KINDS = ("e2e", "mul", "any", "adv", "one")  # of the samples of a batch, in their order, see `sample_times`
+
+TWINFLOW = {
+    "probs": "e2e=1,mul=1,any=1,adv=1",
+    "consistc_ratio": 1.0,
+    "estimate_order": 2,
+    "enhanced_ratio": 0.8,
+    "ema_decay_rate": 0.99,
+}
 LORA = {"training": "lora", "rank": 64, "lora_alpha": 64.0}
+FIRST_ORDER_LORA = TWINFLOW | LORA | {"probs": "e2e=1,mul=1,adv=1,one=1", "estimate_order": 1, "ema_decay_rate": 0.0}
+FROZEN_TEACHER = {"ema_decay_rate": 1.0, "enhanced_ratio": 4.0}
 RECIPES = {
     "twinflow": TWINFLOW,
     "rcgm": TWINFLOW | {"probs": "e2e=1,mul=1,any=1", "dist_match_cof": 0.0},
-    "flow-matching": NO_TARGETS | {"probs": "mul=1"},
-    "lora-1order": TWINFLOW | FIRST_ORDER | LORA,
-    "lora-1order-teacher": TWINFLOW | FIRST_ORDER | LORA | {"ema_decay_rate": 1.0, "enhanced_ratio": 4.0},
+    "flow-matching": {
+        "probs": "mul=1",
+        "consistc_ratio": 0.0,
+        "estimate_order": 0,
+        "enhanced_ratio": 0.0,
+        "ema_decay_rate": 0.0,
+    },
+    "lora-1order": FIRST_ORDER_LORA,
+    "lora-1order-teacher": FIRST_ORDER_LORA | FROZEN_TEACHER,
     "lora-2order": TWINFLOW | LORA,
-    "image-free": TWINFLOW | {"ema_decay_rate": 1.0, "enhanced_ratio": 4.0, "image_free": True},
+    "image-free": TWINFLOW | FROZEN_TEACHER | {"image_free": True},
 }
 
 
@@ -154,20 +201,21 @@ RECIPES = {
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def probabilities(text):
-    """An argparse type: e2e=1,adv=0.5 as {kind: share}; kinds that are not named have none."""
+def probabilities(text: str) -> dict[str, float]:
+    """An argparse type: e2e=1,adv=0.5 as {kind: share}; kinds that are not named get 0."""
     probs = dict.fromkeys(KINDS, 0.0)
     for item in text.split(","):
         kind, _, share = item.partition("=")
-        if kind.strip() not in probs:
-            raise argparse.ArgumentTypeError(f"{kind.strip()!r} is none of {', '.join(KINDS)}; such as e2e=1,adv=0.5")
-        probs[kind.strip()] = number(float, 0)(share)
+        kind = kind.strip()
+        if kind not in probs:
+            raise argparse.ArgumentTypeError(f"{kind!r} is none of {', '.join(KINDS)}; such as e2e=1,adv=0.5")
+        probs[kind] = number(float, 0)(share)
     if not any(probs.values()):
         raise argparse.ArgumentTypeError(f"{text} leaves no share above 0")
     return probs
 
 
-def sampler_name(text):
+def sampler_name(text: str) -> str:
     """An argparse type: style:steps, such as few:2."""
     style, _, steps = text.partition(":")
     if style not in STYLES or not steps.isdigit() or int(steps) < 1:
@@ -181,184 +229,235 @@ def parse_args(argv=None):
     positive, not_negative = number(float, 0, above=True), number(float, 0)
     share, decay = number(float, 0, 1), number(float, 0, 0.9999999)
 
-    arg = parser.add_argument_group("model", "what is trained, in which precision").add_argument
+    arg = parser.add_argument_group("model", "which model is trained, in which precision").add_argument
     arg("--pretrained_model_name_or_path", required=True, metavar="MODEL", help="folder or hub id of a pipeline")
-    arg("--model_type", choices=tuple(BACKBONES), default="flux", help="which kind of pipeline that is")
+    arg("--model_type", choices=tuple(BACKBONES), default="flux", help="family of that pipeline")
     arg("--training", choices=TRAINING, default="full", help="all weights, or an adapter; recipes lora-* set lora")
-    arg("--openuni_checkpoint", type=Path, metavar="FILE", help="for openuni: its .pth; MODEL is the Sana below it")
-    arg("--openuni_llm", metavar="MODEL", help="for openuni: its InternVL3, such as OpenGVLab/InternVL3-2B-hf")
+    arg("--openuni_checkpoint", type=Path, metavar="FILE", help="openuni: its .pth file; MODEL is its Sana pipeline")
+    arg("--openuni_llm", metavar="MODEL", help="openuni: its InternVL3, such as OpenGVLab/InternVL3-2B-hf")
     arg("--revision", help="revision of the model on the hub")
     arg("--variant", help="variant of the model's files, such as fp16")
-    arg("--cache_dir", help="where downloaded models and datasets are kept")
-    arg("--max_sequence_length", type=number(int, 1, 512), default=512, help="T5 tokens per prompt, schnell: to 256")
-    arg("--mixed_precision", choices=("no", "fp16", "bf16"), help="of frozen models; bf16 halves them on recent GPUs")
-    arg("--allow_tf32", action="store_true", help="faster, less exact float32 products on Ampere and later GPUs")
-    arg("--gradient_checkpointing", action="store_true", help="to fit memory: about half, a third more time per step")
-    arg("--quantize_base", choices=QUANTIZATIONS, default="none", help="frozen blocks in 4 or 8 bits, to fit memory")
-    arg("--compile", action="store_true", help="compile the blocks: minutes at first, then faster steps")
-    arg("--offload", action="store_true", help="what is frozen waits in main memory: text encoders by layers, the VAE")
-    arg("--fsdp", action="store_true", help="split weights and optimizer over the processes (FSDP2)")
+    arg("--cache_dir", help="where downloaded models and datasets are stored")
+    arg("--max_sequence_length", type=number(int, 1, 512), default=512, help="tokens per prompt; schnell: up to 256")
+    arg("--mixed_precision", choices=("no", "fp16", "bf16"), help="of forward passes and of frozen weights")
+    arg("--allow_tf32", action="store_true", help="faster, less exact float32 matmuls on Ampere and later GPUs")
+    arg("--gradient_checkpointing", action="store_true", help="about half the memory, a third more time per step")
+    arg("--quantize_base", choices=QUANTIZATIONS, default="none", help="store frozen blocks in 4 or 8 bits (lora)")
+    arg("--compile", action="store_true", help="compile the transformer blocks: minutes at first, then faster steps")
+    arg("--offload", action="store_true", help="keep frozen models in CPU memory until they are used")
+    arg("--fsdp", action="store_true", help="shard weights and optimizer over the processes (FSDP2)")
 
-    arg = parser.add_argument_group("data", "a folder of pictures or parquet files, a dataset, prompts").add_argument
-    arg(
-        "--train_data_dir", type=Path, help="folder: pictures with .txt files, a line of which is the caption; parquet"
-    )
+    arg = parser.add_argument_group("data", "images with captions, or prompts alone").add_argument
+    arg("--train_data_dir", type=Path, help="folder of images with .txt files, a caption a line; or of parquet files")
     arg("--dataset_name", help="dataset on the hub, or a folder or file that `datasets` loads")
     arg("--dataset_config_name", help="configuration of that dataset")
-    arg("--image_column", default="image", help="column of the dataset that holds the pictures")
-    arg("--caption_column", help="column of the dataset or of metadata.jsonl that holds captions")
-    arg("--reference_column", help="for qwenimage-edit: column of the dataset with the pictures to edit")
-    arg("--reference_data_dir", type=Path, help="for qwenimage-edit: folder with those pictures, of the same names")
-    arg("--prompts_file", type=Path, help="for image_free: a text file, one prompt a line")
-    arg("--resolution", type=size, default=512, help="side in pixels that pictures are resized and cropped to")
-    arg("--center_crop", action="store_true", help="crop the centre, not a part drawn once per picture and repeat")
-    arg("--random_flip", action="store_true", help="mirror half of the pictures; not for faces, text or logos")
-    arg("--image_interpolation_mode", choices=INTERPOLATION, default="lanczos", help="how pictures are resized")
-    arg("--train_batch_size", type=count, default=4, help="pictures per device and forward pass")
-    arg("--dataloader_num_workers", type=number(int, 0), default=0, help="processes that read pictures; 0: none extra")
-    arg("--cache_latents", action="store_true", help="encode pictures once, before training: saves time and memory")
+    arg("--image_column", default="image", help="dataset column of the images")
+    arg("--caption_column", help="dataset column of the captions (default: text)")
+    arg("--reference_column", help="qwenimage-edit: dataset column of the images to edit")
+    arg("--reference_data_dir", type=Path, help="qwenimage-edit: folder of the images to edit, same file names")
+    arg("--prompts_file", type=Path, help="image_free: text file with one prompt per line")
+    arg("--resolution", type=size, default=512, help="images are resized and cropped to this side, in pixels")
+    arg("--center_crop", action="store_true", help="crop the center; default: a random crop, fixed for each image")
+    arg("--random_flip", action="store_true", help="mirror half of the images; not for faces, text or logos")
+    arg("--image_interpolation_mode", choices=INTERPOLATION, default="lanczos", help="how images are resized")
+    arg("--train_batch_size", type=count, default=4, help="samples per device and micro-step; 4 or more")
+    arg("--dataloader_num_workers", type=number(int, 0), default=0, help="processes that read images; 0: none extra")
+    arg("--cache_latents", action="store_true", help="encode images once, before training: saves time and memory")
 
-    arg = parser.add_argument_group("twinflow", "the method; --recipe sets these, what is typed wins").add_argument
-    arg("--recipe", choices=tuple(RECIPES), default="twinflow", help="a name for a set of the values below")
-    arg("--probs", type=probabilities, default=PROBS, help="shares of a batch by kind: " + ", ".join(KINDS))
-    arg("--consistc_ratio", type=share, default=1.0, help="how far t' may be from t; rectification needs 1")
-    arg("--estimate_order", type=number(int, 0, 8), default=2, help="steps of its target; 0: plain flow matching")
-    arg("--enhanced_ratio", type=not_negative, default=0.8, help="strength ω of the guidance that is trained in")
+    arg = parser.add_argument_group("twinflow", "the method; --recipe sets these, flags you type win").add_argument
+    arg("--recipe", choices=tuple(RECIPES), default="twinflow", help="preset of the flags of this group")
+    arg("--probs", type=probabilities, default=TWINFLOW["probs"], help="shares of a batch: " + ", ".join(KINDS))
+    arg("--consistc_ratio", type=share, default=1.0, help="largest (t - t') / t; rectification needs 1")
+    arg("--estimate_order", type=number(int, 0, 8), default=2, help="steps of the RCGM target; 0: flow matching")
+    arg("--enhanced_ratio", type=not_negative, default=0.8, help="strength ω of the guidance in the target; 0: none")
     arg("--enhanced_range", type=share, nargs=2, default=(0.0, 1.0), metavar=("FROM", "TO"), help="times t with it")
-    arg("--ema_decay_rate", type=share, default=0.99, help="teacher: 0 the model, 1 the frozen one, else its average")
-    arg("--loss_type", choices=("l2", "barron"), default="l2", help="squared error, or Barron's robust loss")
-    arg("--dist_match_cof", type=not_negative, default=1.0, help="weight of rectification; 0: none")
-    arg("--image_free", action="store_true", help="train on own samples of prompts instead of pictures")
-    arg("--uncond_prompt", help="prompt of guidance's other side (default: that of the model_type)")
     arg(
-        "--target_time_init", choices=("zero", "copy", "normal"), default="zero", help="how the embedding of t' starts"
+        "--ema_decay_rate", type=share, default=0.99, help="teacher: EMA of the model; 0: the model; 1: the frozen one"
     )
+    arg("--loss_type", choices=("l2", "barron"), default="l2", help="squared error, or Barron's robust loss")
+    arg("--dist_match_cof", type=not_negative, default=1.0, help="weight of the rectification loss; 0: none")
+    arg("--image_free", action="store_true", help="train on the model's own samples of --prompts_file, no images")
+    arg("--uncond_prompt", help="negative (unconditional) prompt of the guidance")
+    arg("--target_time_init", choices=("zero", "copy", "normal"), default="zero", help="init of the embedding of t'")
 
     arg = parser.add_argument_group("lora", "the adapter").add_argument
-    arg("--rank", type=count, default=4, help="size of the adapter and what it can hold; 16 to 64 for detail")
-    arg("--lora_alpha", type=positive, default=4, help="the adapter counts lora_alpha / rank; usually the rank")
-    arg("--lora_dropout", type=number(float, 0, 0.99), default=0.0, help="share of its inputs dropped, 0 to 1")
-    arg(
-        "--lora_layers",
-        "--lora_blocks",
-        help="names of layers that get an adapter, such as attn.to_k,ff.net.2 (default: the usual ones)",
-    )
+    arg("--rank", type=count, default=4, help="rank of the adapter; 16 to 64 for detail")
+    arg("--lora_alpha", type=positive, default=4, help="LoRA scale is lora_alpha / rank")
+    arg("--lora_dropout", type=number(float, 0, 0.99), default=0.0, help="dropout of the adapter's inputs")
+    arg("--lora_layers", "--lora_blocks", help="layers with an adapter, such as attn.to_k,ff.net.2 (default: usual)")
 
-    arg = parser.add_argument_group("noise", "which noise levels are trained, and how much each counts").add_argument
-    arg("--guidance_scale", type=not_negative, default=3.5, help="guidance that a guidance-distilled model is told")
+    arg = parser.add_argument_group("noise", "which noise levels are trained").add_argument
+    arg("--guidance_scale", type=not_negative, default=3.5, help="value for the guidance embedding (FLUX.1-dev)")
     arg("--time_dist_ctrl", type=positive, nargs=3, default=(1.0, 1.0, 1.0), help="a, b, c: times are c Beta(a, b)")
 
-    arg = parser.add_argument_group("optimizer", "how the adapter is updated").add_argument
+    arg = parser.add_argument_group("optimizer", "how the trained weights are updated").add_argument
     arg("--optimizer", type=str.lower, choices=("adamw", "prodigy"), default="AdamW", help="prodigy wants rate 1")
-    arg("--learning_rate", type=positive, default=1e-4, help="step size; less if the loss jumps; 1 for prodigy")
-    arg("--scale_lr", action="store_true", help="multiply it by batch size, accumulation and number of devices")
-    arg("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="course of the learning rate over the steps")
-    arg("--lr_warmup_steps", type=number(int, 0), default=500, help="steps until it is reached; none for constant")
+    arg("--learning_rate", type=positive, default=1e-4, help="lower it if the loss jumps; 1 for prodigy")
+    arg("--scale_lr", action="store_true", help="multiply it by batch size, accumulation steps and devices")
+    arg("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="learning rate schedule")
+    arg("--lr_warmup_steps", type=number(int, 0), default=500, help="linear warmup steps; none for constant")
     arg("--lr_num_cycles", type=count, default=1, help="cycles of cosine_with_restarts")
-    arg("--lr_power", type=positive, default=1.0, help="power of polynomial; 1: a straight line")
-    arg("--use_8bit_adam", action="store_true", help="AdamW with 8-bit states (bitsandbytes), to fit memory")
-    arg("--adam_beta1", type=decay, default=0.9, help="decay of the gradient's mean, in Prodigy too")
-    arg("--adam_beta2", type=decay, default=0.999, help="decay of the gradient's square, in Prodigy too")
-    arg("--adam_weight_decay", type=not_negative, default=1e-4, help="weight decay, in Prodigy too")
-    arg("--adam_epsilon", type=positive, default=1e-8, help="added to the denominator, in Prodigy too")
+    arg("--lr_power", type=positive, default=1.0, help="power of polynomial; 1: linear")
+    arg("--use_8bit_adam", action="store_true", help="AdamW with 8-bit states (bitsandbytes), to save memory")
+    arg("--adam_beta1", type=decay, default=0.9, help="decay of the gradient's mean; Prodigy uses it too")
+    arg("--adam_beta2", type=decay, default=0.99, help="decay of the squared gradient's mean; Prodigy uses it too")
+    arg("--adam_weight_decay", type=not_negative, default=0.0, help="weight decay; Prodigy uses it too")
+    arg("--adam_epsilon", type=positive, default=1e-8, help="added to the denominator; Prodigy uses it too")
     arg("--prodigy_beta3", type=decay, help="decay of Prodigy's estimate (default: square root of adam_beta2)")
-    arg("--prodigy_decouple", action=Switch, default=True, help="weight decay as in AdamW")
+    arg("--prodigy_decouple", action=Switch, default=True, help="decoupled weight decay, as in AdamW")
     arg("--prodigy_use_bias_correction", action=Switch, default=True, help="Adam's bias correction")
-    arg("--prodigy_safeguard_warmup", action=Switch, default=True, help="keep warm-up out of Prodigy's estimate")
-    arg("--max_grad_norm", type=positive, default=1.0, help="longer gradients are scaled down to this norm")
-    arg("--gradient_accumulation_steps", type=count, default=1, help="batches per step; in no more memory than one")
+    arg("--prodigy_safeguard_warmup", action=Switch, default=True, help="keep warmup out of Prodigy's estimate")
+    arg("--max_grad_norm", type=positive, default=1.0, help="gradients are clipped to this norm")
+    arg("--gradient_accumulation_steps", type=count, default=1, help="micro-steps per update")
 
     arg = parser.add_argument_group("schedule and checkpoints", "how long, and what can be resumed").add_argument
-    arg("--seed", type=number(int, 0), default=0, help="of data order, crops, noise, adapter and validation")
-    arg("--num_train_epochs", type=count, default=1, help="passes over the data")
-    arg("--max_train_steps", type=count, help="updates of what is trained, instead of epochs")
+    arg("--seed", type=number(int, 0), default=0, help="for data order, crops, noise, adapter init and validation")
+    arg("--num_train_epochs", type=count, default=1, help="passes over the data, without --max_train_steps")
+    arg("--max_train_steps", type=count, help="updates of the weights (default: num_train_epochs)")
     arg("--checkpointing_steps", type=count, default=500, help="steps between checkpoints to resume from")
-    arg("--checkpoints_total_limit", type=count, help="checkpoints to keep, the newest (default: all)")
+    arg("--checkpoints_total_limit", type=count, help="newest checkpoints to keep (default: all)")
     arg("--resume_from_checkpoint", metavar="CHECKPOINT", help="a checkpoint-N folder, or latest (if there is one)")
     arg("--local_rank", type=int, default=-1, help="set by old launchers; LOCAL_RANK in the environment wins")
 
-    arg = parser.add_argument_group("validation", "pictures while training, which they never change").add_argument
-    arg("--validation_prompt", help="prompt to draw, first before training and last after it")
-    arg("--validation_image", type=Path, help="for qwenimage-edit: picture to edit by it")
+    arg = parser.add_argument_group("validation", "images while training; training stays the same").add_argument
+    arg("--validation_prompt", help="prompt to generate, first before training and last after it")
+    arg("--validation_image", type=Path, help="qwenimage-edit: image to edit with it")
     samplers, name = ["few:1", "few:2", "any:4"], "STYLE:STEPS"
     arg("--validation_samplers", type=sampler_name, nargs="+", default=samplers, metavar=name, help="few, any or mul")
-    arg("--num_validation_images", type=count, default=4, help="pictures each time")
-    arg("--validation_epochs", type=count, default=50, help="epochs between validations")
-    arg("--validation_steps", type=count, help="steps between validations, instead of epochs")
+    arg("--num_validation_images", type=count, default=4, help="images per sampler")
+    arg("--validation_epochs", type=count, default=50, help="epochs between validations, without --validation_steps")
+    arg("--validation_steps", type=count, help="steps between validations (default: validation_epochs)")
 
-    arg = parser.add_argument_group("output and logging", "where everything goes").add_argument
+    arg = parser.add_argument_group("output and logging", "where the results go").add_argument
     arg("--output_dir", type=Path, default=Path("twinflow"), help="folder of all results")
     arg("--logging_dir", type=Path, default=Path("logs"), help="folder of the trackers' files in output_dir")
-    arg("--report_to", choices=TRACKERS, default="tensorboard", help="where curves and pictures are sent")
-    arg("--upcast_before_saving", action="store_true", help="save the adapter in float32, not in mixed_precision")
-    arg("--verbose", action="store_true", help="show what the libraries remark and their progress bars")
+    arg("--report_to", choices=TRACKERS, default="tensorboard", help="trackers that get curves and images")
+    arg("--upcast_before_saving", action="store_true", help="save the result in float32, not in mixed_precision")
+    arg("--verbose", action="store_true", help="show messages and progress bars of the libraries")
     arg("--push_to_hub", action="store_true", help="upload the results, without checkpoints and logs")
-    arg("--hub_token", help="token for it (default: that of `hf auth login`); it is written nowhere")
-    arg("--hub_model_id", help="repository for it (default: the name of output_dir)")
+    arg("--hub_token", help="Hub token (default: your login); never logged or saved")
+    arg("--hub_model_id", help="Hub repository (default: the name of output_dir)")
 
+    parser.set_defaults(**chosen_defaults(argv))
     args = parser.parse_args(argv)
-    backbone, recipe = BACKBONES[args.model_type], RECIPES[args.recipe]
-    parser.set_defaults(adam_beta2=0.99, adam_weight_decay=0.0, uncond_prompt=backbone.uncond_prompt, **recipe)
-    trained = parser.parse_args(argv).training
-    parser.set_defaults(**backbone.defaults.get(trained, {}), **backbone.defaults.get("both", {}))
-    args = parser.parse_args(argv)  # what is typed wins over recipe and model type, these over the defaults
     parser.refuse(check_flags(args) + check_model(args) + check_output_dir(args))
     return args
 
 
-def check_flags(args):
+def chosen_defaults(argv: list[str] | None) -> dict:
+    """The defaults that --model_type, --recipe and --training in `argv` choose for other flags.
+
+    A first pass over the command line, so that --help of the second shows what a run would use.
+    """
+    first = Parser(__doc__)
+    first.add_argument("--model_type", choices=tuple(BACKBONES), default="flux")
+    first.add_argument("--recipe", choices=tuple(RECIPES), default="twinflow")
+    first.add_argument("--training", choices=TRAINING)
+    words = sys.argv[1:] if argv is None else argv
+    words = [word for word in words if word not in ("-h", "--help")]
+    try:
+        chosen, _ = first.parse_known_args(words)
+    except (ValueError, RecursionError):  # an unreadable @file, which the second pass reports
+        return {}
+    backbone = BACKBONES[chosen.model_type]
+    defaults = {
+        "uncond_prompt": backbone.uncond_prompt,
+        "max_sequence_length": backbone.max_sequence_length,
+        **RECIPES[chosen.recipe],
+    }
+    training = chosen.training or defaults.get("training", "full")
+    if training == "full":
+        defaults["learning_rate"] = backbone.full_learning_rate
+    return defaults
+
+
+def check_flags(args) -> list[str]:
     """Contradictions between flags, and flags without effect."""
-    problems = check_method(args)
-    sources = {"--train_data_dir": args.train_data_dir, "--dataset_name": args.dataset_name}
-    sources["--prompts_file"] = args.prompts_file
+    problems = check_method(args) + check_data_flags(args)
+    backbone = BACKBONES[args.model_type]
+    if args.resolution % backbone.resolution_multiple:
+        multiple = backbone.resolution_multiple
+        nearest = max(1, args.resolution // multiple) * multiple
+        problems.append(f"--resolution {args.resolution} must be a multiple of {multiple}, such as {nearest}")
+    if args.model_type == "openuni":
+        if args.openuni_checkpoint is None:
+            problems.append("--openuni_checkpoint is needed for --model_type openuni")
+        else:
+            problems += OpenUni(args).check_checkpoint()
+        if args.openuni_llm is None:
+            problems.append("--openuni_llm is needed for --model_type openuni")
+    else:
+        if args.openuni_checkpoint is not None:
+            problems.append("--openuni_checkpoint is only for --model_type openuni")
+        if args.openuni_llm is not None:
+            problems.append("--openuni_llm is only for --model_type openuni")
+    if args.training == "full" and (args.lora_layers or args.lora_dropout):
+        problems.append("--lora_layers and --lora_dropout have no effect on --training full: leave them out")
+    if args.training == "full" and args.quantize_base != "none":
+        problems.append(f"--quantize_base {args.quantize_base} is for --training lora: trained weights stay float32")
+    if args.training == "lora" and args.target_time_init != "zero":
+        problems.append(f"--target_time_init {args.target_time_init} has no effect on --training lora: leave it out")
+    if args.optimizer == "prodigy" and args.use_8bit_adam:
+        problems.append("--use_8bit_adam has no effect on --optimizer prodigy: leave one out")
+    if args.optimizer == "prodigy" and args.learning_rate <= 0.1:
+        problems.append(f"--learning_rate {args.learning_rate:g}: Prodigy finds the rate itself and wants about 1")
+    if args.optimizer != "prodigy" and args.prodigy_beta3 is not None:
+        problems.append(f"--prodigy_beta3 has no effect on --optimizer {args.optimizer}: leave it out")
+    if args.mixed_precision == "fp16" and not torch.accelerator.is_available():
+        problems.append("--mixed_precision fp16 needs a GPU: use bf16 or no")
+    if args.validation_steps and not args.validation_prompt:
+        problems.append(f"--validation_steps {args.validation_steps} needs --validation_prompt")
+    return problems + check_weights(args) + check_hub(args)
+
+
+def check_data_flags(args) -> list[str]:
+    """Problems of the flags that say what is trained on."""
+    problems = []
+    sources = {
+        "--train_data_dir": args.train_data_dir,
+        "--dataset_name": args.dataset_name,
+        "--prompts_file": args.prompts_file,
+    }
     given = [flag for flag, value in sources.items() if value]
     if args.image_free and given != ["--prompts_file"]:
-        problems.append(f"--image_free needs --prompts_file and no pictures, not {' and '.join(given) or 'nothing'}")
+        problems.append(f"--image_free needs --prompts_file and no images, not {' and '.join(given) or 'nothing'}")
     if not args.image_free and (len(given) != 1 or args.prompts_file):
         problems.append(
             "exactly one of --train_data_dir and --dataset_name is needed; --prompts_file is for --image_free"
         )
-    backbone = BACKBONES[args.model_type]
-    if args.resolution % backbone.multiple:
-        nearest = max(1, args.resolution // backbone.multiple) * backbone.multiple
-        problems.append(f"--resolution {args.resolution} must be a multiple of {backbone.multiple}, such as {nearest}")
-    openuni = args.model_type == "openuni"
-    for name in ("openuni_checkpoint", "openuni_llm"):
-        if (getattr(args, name) is not None) != openuni:
-            problems.append(f"--{name} is {'needed for' if openuni else 'only for'} --model_type openuni")
-    problems += OpenUni(args).problems() if args.openuni_checkpoint else []
-    edit = args.model_type == "qwenimage-edit"
-    source = "reference_column" if args.dataset_name or has_parquet(args) else "reference_data_dir"
-    needed = [source, *(["validation_image"] if args.validation_prompt else [])] if edit else []
+    if args.dataset_config_name and not args.dataset_name:
+        problems.append(f"--dataset_config_name {args.dataset_config_name} needs --dataset_name")
+
+    needed = []
+    if args.model_type == "qwenimage-edit":
+        from_columns = args.dataset_name or has_parquet(args.train_data_dir)
+        needed.append("reference_column" if from_columns else "reference_data_dir")
+        if args.validation_prompt:
+            needed.append("validation_image")
+        if args.image_free:
+            problems.append("--image_free: qwenimage-edit needs images to edit")
     for name in ("reference_column", "reference_data_dir", "validation_image"):
-        if getattr(args, name) is None and name in needed:
+        given = getattr(args, name) is not None
+        if name in needed and not given:
             problems.append(f"--model_type qwenimage-edit needs --{name}")
-        if getattr(args, name) is not None and name not in needed:
+        if given and name not in needed:
             problems.append(f"--{name} has no effect here: leave it out")
-    if edit and args.image_free:
-        problems.append("--image_free: qwenimage-edit needs pictures to edit")
-    if args.training == "full" and (args.lora_layers or args.lora_dropout):
-        problems.append("--lora_layers and --lora_dropout have no effect on --training full: leave them out")
-    if args.training == "full" and args.quantize_base != "none":
-        problems.append(f"--quantize_base {args.quantize_base} is for --training lora: what is trained stays float32")
-    if args.training == "lora" and args.target_time_init != "zero":
-        problems.append(f"--target_time_init {args.target_time_init} has no effect on --training lora: leave it out")
-    return problems + check_shared_flags(args) + check_hub(args)
+    return problems
 
 
-def check_method(args):
-    """What the method forbids."""
-    problems, probs = [], args.probs
-    kinds = [kind for kind in KINDS if probs[kind] > 0]
-    if args.train_batch_size < max(4, len(kinds)):
-        least = max(4, len(kinds))
+def check_method(args) -> list[str]:
+    """Combinations of the method's flags that train nothing, or diverge."""
+    problems = []
+    probs = args.probs
+    smallest = max(4, sum(share > 0 for share in probs.values()))
+    if args.train_batch_size < smallest:
         problems.append(
-            f"--train_batch_size {args.train_batch_size}: each batch holds all kinds of --probs, at least {least}"
+            f"--train_batch_size {args.train_batch_size}: each batch holds all kinds of --probs, at least {smallest}"
         )
     if args.ema_decay_rate < 1 <= args.enhanced_ratio:
         problems.append(
             f"--enhanced_ratio {args.enhanced_ratio:g} with --ema_decay_rate {args.ema_decay_rate:g}: a teacher that "
-            "learns its own guidance grows without end from 1 on; take less than 1, or --ema_decay_rate 1"
+            "learns its own guidance diverges from 1 on; use less than 1, or --ema_decay_rate 1"
         )
     if args.image_free and (args.ema_decay_rate < 1 or not args.enhanced_ratio):
         problems.append(
@@ -368,29 +467,32 @@ def check_method(args):
         problems.append("--estimate_order 1 jumps to the end in one step, which only one in --probs trains: one=1")
     if args.estimate_order >= 2 and not probs["any"]:
         problems.append(f"--estimate_order {args.estimate_order} takes steps between any times: --probs needs any=1")
-    unused = [kind for kind in ("e2e", "any", "one") if probs[kind] and args.estimate_order == 0]
-    if unused and not (unused == ["e2e"] and args.consistc_ratio == 1 and args.dist_match_cof):
-        problems.append(
-            f"--estimate_order 0 trains nothing on {', '.join(unused)} of --probs: leave out, or order 1 or 2"
-        )
+    if args.estimate_order == 0:
+        untrained = [kind for kind in ("e2e", "any", "one") if probs[kind]]
+        rectified = args.consistc_ratio == 1 and args.dist_match_cof > 0
+        if untrained == ["e2e"] and rectified:  # which is a loss on e2e alone
+            untrained = []
+        if untrained:
+            problems.append(
+                f"--estimate_order 0 trains nothing on {', '.join(untrained)} of --probs: leave out, or order 1 or 2"
+            )
     if args.estimate_order and args.consistc_ratio == 0:
         problems.append("--consistc_ratio 0 is flow matching, which goes with --estimate_order 0")
-    if args.enhanced_range[0] > args.enhanced_range[1]:
-        problems.append("--enhanced_range {:g} {:g}: from the smaller to the larger".format(*args.enhanced_range))
+    low, high = args.enhanced_range
+    if low > high:
+        problems.append(f"--enhanced_range {low:g} {high:g}: give the smaller time first")
     if args.time_dist_ctrl[2] > 1:
-        problems.append(
-            f"--time_dist_ctrl: its last number is the largest time and at most 1, not {args.time_dist_ctrl[2]:g}"
-        )
+        problems.append(f"--time_dist_ctrl: c, the largest time, must be at most 1, not {args.time_dist_ctrl[2]:g}")
     return problems
 
 
-def check_model(args):
+def check_model(args) -> list[str]:
     """Problems of --pretrained_model_name_or_path, --lora_layers and the disk, from the transformer's config alone."""
     flag = f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"
     backbone = BACKBONES[args.model_type]
-    transformer_class = getattr(diffusers, backbone.transformer)
+    expected = backbone.transformer_class.__name__
     try:
-        config = transformer_class.load_config(
+        config = backbone.transformer_class.load_config(
             args.pretrained_model_name_or_path,
             subfolder="transformer",
             revision=args.revision,
@@ -399,28 +501,28 @@ def check_model(args):
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         return [f"{flag}: neither a folder with a pipeline nor a hub id like {backbone.example} ({reason})"]
-    if config.get("_class_name") != backbone.transformer:
-        return [
-            f"{flag}: holds a {config.get('_class_name')}, --model_type {args.model_type} a {backbone.transformer}"
-        ]
+    if config.get("_class_name") != expected:
+        return [f"{flag}: holds a {config.get('_class_name')}, --model_type {args.model_type} a {expected}"]
     if args.model_type == "flux" and not config["guidance_embeds"] and args.max_sequence_length > 256:
         return [f"--max_sequence_length {args.max_sequence_length}: FLUX.1-schnell takes at most 256"]
     with torch.device("meta"):
-        transformer = transformer_class.from_config(config)
+        transformer = backbone.transformer_class.from_config(config)
     unknown = unknown_layers(transformer, lora_targets(args))
     if unknown:
         return [f"--lora_layers: the transformer has no linear layer {', '.join(unknown)}"]
+
+    # bytes of one checkpoint in float32
     if args.training == "full":
-        needed = 16 * sum(parameter.numel() for parameter in transformer.parameters())
+        checkpoint_bytes = 16 * transformer.num_parameters()  # weights, their moving average, two moments
     else:
         layers = target_layers(transformer, lora_targets(args))
-        needed = 20 * args.rank * sum(sum(layer.weight.shape) for _, layer in layers)
-    # bytes of a checkpoint in float32: weights, their average, two moments, and for an adapter the result
-    return check_disk(args, needed)
+        adapter_parameters = args.rank * sum(sum(layer.weight.shape) for _, layer in layers)
+        checkpoint_bytes = 20 * adapter_parameters  # the same, and the result
+    return check_disk(args, checkpoint_bytes)
 
 
-def lora_targets(args):
-    """The layers that --lora_layers names."""
+def lora_targets(args) -> list[str]:
+    """The linear layers that get an adapter."""
     return names_in(args.lora_layers) or list(BACKBONES[args.model_type].targets)
 
 
@@ -429,61 +531,87 @@ def lora_targets(args):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-TIME_MODULES = ("timestep_embedder.linear_1", "timestep_embedder.linear_2")
+TIME_EMBEDDING_LAYERS = ("timestep_embedder.linear_1", "timestep_embedder.linear_2")
+JOINT_ATTENTION_LAYERS = FLUX_TARGET_MODULES[:8]  # queries, keys, values and outputs of image and prompt tokens
 
 
 class Backbone:
-    """What differs between kinds of pipelines. Conditions are named as the arguments of the transformer."""
+    """What differs between families of pipelines: the classes, prompt encoding, the call of the transformer.
 
-    defaults = {}  # of flags, {"full" or "lora" or "both": {name: value}}
+    Conditions are named as the arguments of the transformer that take them.
+    """
+
+    pipeline_class: type[DiffusionPipeline]
+    transformer_class: type[ModelMixin]
+    vae_class: type[ModelMixin]
+    example: str  # a model of this family on the hub
+    targets: tuple[str, ...]  # the linear layers that get an adapter
+    time_module = "time_text_embed"  # the part of the transformer that embeds t
+    vae_scale_factor = 8  # pixels per latent
+    latent_channels = 16
+    resolution_multiple = 16
+    has_unused_parameters = False  # whether some get no gradient in a training step
+    # defaults of flags
     uncond_prompt = ""
-    multiple, factor = 16, 8  # of the picture's side, pixels per latent
-    channels = 16  # of latents
-    time_module = "time_text_embed"
-    unused_parameters = False  # whether a training step leaves some without a gradient
+    max_sequence_length = 512
+    full_learning_rate = 1e-4
 
     def __init__(self, args):
         self.args = args
 
-    def load_text(self, dtype, device, **parts):
-        """The pipeline without transformer and VAE."""
-        pipeline = load_text_pipeline(getattr(diffusers, self.pipeline), self.args, dtype, **parts)
-        for part in pipeline.components.values():
-            if isinstance(part, torch.nn.Module):
-                part.requires_grad_(False).eval()  # T5 has dropout
+    def load_prompt_encoder(self, dtype: torch.dtype, device: torch.device, **components):
+        """The pipeline without transformer and VAE, frozen; `encode_prompt` takes it."""
+        pipeline = load_text_pipeline(self.pipeline_class, self.args, dtype, **components)
+        for component in pipeline.components.values():
+            if isinstance(component, torch.nn.Module):
+                component.requires_grad_(False).eval()  # T5 has dropout
         if self.args.offload:
             pipeline.enable_group_offload(device, offload_type="leaf_level")
             return pipeline
         return pipeline.to(device)
 
-    def load_vae(self, dtype):
-        return load_model(getattr(diffusers, self.vae), "vae", self.args, dtype)
+    def load_vae(self, dtype: torch.dtype) -> torch.nn.Module:
+        return load_model(self.vae_class, "vae", self.args, dtype)
 
-    def load_transformer(self, dtype):
-        return load_model(getattr(diffusers, self.transformer), "transformer", self.args, dtype)
+    def load_transformer(self, dtype: torch.dtype) -> torch.nn.Module:
+        return load_model(self.transformer_class, "transformer", self.args, dtype)
 
-    def predict(self, transformer, x, time, cond):
-        """Velocities [B, C, h, w] of noisy latents; time [B, 2] is (t, t'), or [B] what stands for both."""
+    def encode_prompt(self, prompt_encoder, prompt: str, reference: Image.Image | None = None) -> Conditions:
+        """Conditions {name: [T, D] or [D]} of one prompt, unbatched; `reference` is an image to edit."""
+        raise NotImplementedError
+
+    def predict(self, transformer, x: torch.Tensor, time: torch.Tensor, cond: Conditions) -> torch.Tensor:
+        """Velocities [B, C, h, w] of noisy latents; `time` is [B, 2], (t, t'), or [B], one time for both."""
         return transformer(hidden_states=x, timestep=1000 * time, **cond, return_dict=False)[0]
 
 
 class Flux(Backbone):
-    pipeline, transformer, vae = "FluxPipeline", "FluxTransformer2DModel", "AutoencoderKL"
+    pipeline_class = FluxPipeline
+    transformer_class = FluxTransformer2DModel
+    vae_class = AutoencoderKL
     example = "black-forest-labs/FLUX.1-dev"
-    targets = (*FLUX_TARGET_MODULES, "proj_mlp", *TIME_MODULES)
+    targets = (*FLUX_TARGET_MODULES, "proj_mlp", *TIME_EMBEDDING_LAYERS)
 
-    def encode_prompt(self, pipeline, prompt, reference=None):
-        """Conditions {name: [T, D] or [D]} of a prompt, without a batch dimension."""
-        length = self.args.max_sequence_length
-        embeds, pooled, _ = pipeline.encode_prompt(prompt, prompt_2=None, max_sequence_length=length)
-        return {"encoder_hidden_states": embeds[0], "pooled_projections": pooled[0]}
+    def load_transformer(self, dtype):
+        transformer = super().load_transformer(dtype)
+        self.guidance = self.args.guidance_scale if transformer.config.guidance_embeds else None
+        return transformer
+
+    def encode_prompt(self, prompt_encoder, prompt, reference=None):
+        prompt_embeds, pooled_prompt_embeds, _ = prompt_encoder.encode_prompt(
+            prompt, prompt_2=None, max_sequence_length=self.args.max_sequence_length
+        )
+        return {"encoder_hidden_states": prompt_embeds[0], "pooled_projections": pooled_prompt_embeds[0]}
 
     def predict(self, transformer, x, time, cond):
-        height, width = x.shape[-2:]
+        batch_size, _, height, width = x.shape
+        guidance = None
+        if self.guidance is not None:
+            guidance = torch.full((batch_size,), self.guidance, device=x.device)
         velocity = transformer(
             hidden_states=pack_latents(x),
             timestep=time,
-            guidance=None if self.guidance is None else torch.full((len(x),), self.guidance, device=x.device),
+            guidance=guidance,
             txt_ids=torch.zeros(cond["encoder_hidden_states"].shape[1], 3, device=x.device),
             img_ids=image_ids(height, width, x.device),
             **cond,
@@ -491,185 +619,213 @@ class Flux(Backbone):
         )[0]
         return unpack_latents(velocity, height, width)
 
-    def load_transformer(self, dtype):
-        transformer, args = super().load_transformer(dtype), self.args
-        self.guidance = args.guidance_scale if transformer.config.guidance_embeds else None
-        return transformer
-
 
 class StableDiffusion3(Backbone):
-    pipeline, transformer, vae = "StableDiffusion3Pipeline", "SD3Transformer2DModel", "AutoencoderKL"
+    pipeline_class = StableDiffusion3Pipeline
+    transformer_class = SD3Transformer2DModel
+    vae_class = AutoencoderKL
     example = "stabilityai/stable-diffusion-3.5-medium"
-    defaults = {"both": {"max_sequence_length": 256}, "full": {"target_time_init": "zero"}}
+    targets = (*FLUX_TARGET_MODULES, *TIME_EMBEDDING_LAYERS)
     uncond_prompt = "Generate an image."
-    targets = (*FLUX_TARGET_MODULES, *TIME_MODULES)
+    max_sequence_length = 256
 
-    def encode_prompt(self, pipeline, prompt, reference=None):
-        embeds, _, pooled, _ = pipeline.encode_prompt(
-            *(prompt, None, None), do_classifier_free_guidance=False, max_sequence_length=self.args.max_sequence_length
+    def encode_prompt(self, prompt_encoder, prompt, reference=None):
+        prompt_embeds, _, pooled_prompt_embeds, _ = prompt_encoder.encode_prompt(
+            prompt,
+            prompt_2=None,
+            prompt_3=None,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.args.max_sequence_length,
         )
-        return {"encoder_hidden_states": embeds[0], "pooled_projections": pooled[0]}
+        return {"encoder_hidden_states": prompt_embeds[0], "pooled_projections": pooled_prompt_embeds[0]}
 
 
 class Sana(Backbone):
-    pipeline, transformer, vae = "SanaPipeline", "SanaTransformer2DModel", "AutoencoderDC"
+    pipeline_class = SanaPipeline
+    transformer_class = SanaTransformer2DModel
+    vae_class = AutoencoderDC
     example = "Efficient-Large-Model/Sana_1600M_512px_diffusers"
-    defaults = {"both": {"max_sequence_length": 300}}
-    uncond_prompt = ""
-    multiple, factor, channels, time_module = 32, 32, 32, "time_embed.emb"
-    targets = ("to_q", "to_k", "to_v", "to_out.0", *TIME_MODULES)
+    targets = ("to_q", "to_k", "to_v", "to_out.0", *TIME_EMBEDDING_LAYERS)
+    time_module = "time_embed.emb"
+    vae_scale_factor = 32
+    latent_channels = 32
+    resolution_multiple = 32
+    max_sequence_length = 300
 
-    def encode_prompt(self, pipeline, prompt, reference=None):
-        # the instruction that the pipeline itself puts before prompts
-        instruction = inspect.signature(pipeline.__call__).parameters["complex_human_instruction"].default
-        embeds, mask, _, _ = pipeline.encode_prompt(
+    def encode_prompt(self, prompt_encoder, prompt, reference=None):
+        # the pipeline puts an instruction before prompts, but not before the unconditional one
+        instruction = None
+        if prompt != self.args.uncond_prompt:
+            parameters = inspect.signature(prompt_encoder.__call__).parameters
+            instruction = parameters["complex_human_instruction"].default
+        prompt_embeds, attention_mask, _, _ = prompt_encoder.encode_prompt(
             prompt,
             do_classifier_free_guidance=False,
             max_sequence_length=self.args.max_sequence_length,
-            complex_human_instruction=None if prompt == self.args.uncond_prompt else instruction,
+            complex_human_instruction=instruction,
         )
-        return {"encoder_hidden_states": embeds[0], "encoder_attention_mask": mask[0]}
+        return {"encoder_hidden_states": prompt_embeds[0], "encoder_attention_mask": attention_mask[0]}
 
 
 class OpenUni(Sana):
-    """InternVL3 reads the prompt and learned queries; what it makes of these, sent through a few layers (connector)
-    and one matrix (projector), is the condition. Only Sana is trained."""
+    """Sana, whose condition is made by InternVL3 from the prompt and learned queries ("meta-queries"), a small
+    transformer (connector) and a linear layer (projector). Only Sana is trained.
+    """
 
-    example = Sana.example
-    parts = ("connector.", "projector.", "meta_queries", "transformer.")  # of the checkpoint
     uncond_prompt = "Generate an image."
     template = "<|im_start|>user\nGenerate an image: {}<|im_end|>\n<|im_start|>assistant\n<img>"
     uncond_template = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<img>"
+    checkpoint_parts = ("connector.", "projector.", "meta_queries", "transformer.")  # prefixes of its tensors' names
 
-    def problems(self):
-        """What is wrong with --openuni_checkpoint."""
+    def check_checkpoint(self) -> list[str]:
+        """Problems of --openuni_checkpoint."""
         flag = f"--openuni_checkpoint {self.args.openuni_checkpoint}"
         if not self.args.openuni_checkpoint.is_file():
             return [f"{flag}: no such file"]
         try:
-            missing = [prefix for prefix in self.parts if not self.state_dict(prefix)]
-        except Exception as error:  # damaged files raise of all kinds
-            return [f"{flag}: not a file of weights ({(str(error) or repr(error)).splitlines()[0]})"]
+            missing = [prefix for prefix in self.checkpoint_parts if not self.load_part(prefix)]
+        except Exception as error:  # damaged files raise errors of many types
+            reason = (str(error) or repr(error)).splitlines()[0]
+            return [f"{flag}: not a file of weights ({reason})"]
         return [f"{flag}: holds no {prefix}*" for prefix in missing]
 
-    def state_dict(self, prefix):
-        """The tensors of --openuni_checkpoint whose names begin with `prefix`."""
+    def load_part(self, prefix: str) -> dict[str, torch.Tensor]:
+        """The tensors of --openuni_checkpoint whose names start with `prefix`, by the rest of their names."""
         state_dict = torch.load(self.args.openuni_checkpoint, map_location="cpu", weights_only=True, mmap=True)
         state_dict = state_dict.get("state_dict", state_dict)
         return {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
 
-    def load_text(self, dtype, device):
+    def load_transformer(self, dtype):
+        transformer = super().load_transformer(dtype)
+        transformer.load_state_dict(self.load_part("transformer."))
+        return transformer
+
+    def load_prompt_encoder(self, dtype, device):
+        """A module with tokenizer, language_model, meta_queries [Q, D], connector and projector."""
         from transformers import InternVLForConditionalGeneration, SiglipVisionConfig
         from transformers.models.siglip.modeling_siglip import SiglipEncoder
 
-        with reading(f"--openuni_llm {self.args.openuni_llm}"):
-            llm = InternVLForConditionalGeneration.from_pretrained(
-                self.args.openuni_llm, cache_dir=self.args.cache_dir, dtype=dtype, use_safetensors=True
+        source = self.args.openuni_llm
+        with reading(f"--openuni_llm {source}"):
+            internvl = InternVLForConditionalGeneration.from_pretrained(
+                source, cache_dir=self.args.cache_dir, dtype=dtype, use_safetensors=True
             )
-        weights = self.state_dict("connector.")
-        intermediate, hidden = weights["layers.0.mlp.fc1.weight"].shape
+        prompt_encoder = torch.nn.Module()
+        prompt_encoder.tokenizer = AutoTokenizer.from_pretrained(
+            source, cache_dir=self.args.cache_dir, trust_remote_code=False
+        )
+        prompt_encoder.language_model = internvl.model.language_model
+        prompt_encoder.register_buffer("meta_queries", self.load_part("meta_queries")[""])
+
+        weights = self.load_part("connector.")  # layers.i.*
+        intermediate_size, hidden_size = weights["layers.0.mlp.fc1.weight"].shape
         config = SiglipVisionConfig(
-            hidden_size=hidden,
-            intermediate_size=intermediate,
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
             num_hidden_layers=len({name.split(".")[1] for name in weights}),
-            num_attention_heads=hidden // 64,
+            num_attention_heads=hidden_size // 64,
             hidden_act="gelu_pytorch_tanh",
             layer_norm_eps=1e-6,
             attn_implementation="sdpa",
         )
-        text = torch.nn.Module()
-        text.tokenizer = AutoTokenizer.from_pretrained(
-            self.args.openuni_llm, cache_dir=self.args.cache_dir, trust_remote_code=False
-        )
-        text.language_model, text.connector = llm.model.language_model, SiglipEncoder(config)
-        text.connector.load_state_dict(weights)
-        weights = self.state_dict("projector.")
-        text.projector = torch.nn.Linear(*reversed(weights["weight"].shape))
-        text.projector.load_state_dict(weights)
-        text.register_buffer("meta_queries", self.state_dict("meta_queries")[""])
-        return text.to(device, dtype).requires_grad_(False).eval()
+        prompt_encoder.connector = SiglipEncoder(config)
+        prompt_encoder.connector.load_state_dict(weights)
 
-    def encode_prompt(self, text, prompt, reference=None):
+        weights = self.load_part("projector.")
+        out_features, in_features = weights["weight"].shape
+        prompt_encoder.projector = torch.nn.Linear(in_features, out_features)
+        prompt_encoder.projector.load_state_dict(weights)
+        return prompt_encoder.to(device, dtype).requires_grad_(False).eval()
+
+    def encode_prompt(self, prompt_encoder, prompt, reference=None):
         template = self.uncond_template if prompt == self.args.uncond_prompt else self.template
-        queries = text.meta_queries[None]
-        ids = text.tokenizer(template.format(prompt), return_tensors="pt").input_ids.to(queries.device)
-        embeds = torch.cat([text.language_model.get_input_embeddings()(ids), queries], dim=1)
-        states = text.language_model(inputs_embeds=embeds).last_hidden_state[:, -queries.shape[1] :]
-        embeds = text.projector(text.connector(inputs_embeds=states).last_hidden_state)[0]
-        return {"encoder_hidden_states": embeds, "encoder_attention_mask": torch.ones(len(embeds))}
-
-    def load_transformer(self, dtype):
-        transformer = super().load_transformer(dtype)
-        transformer.load_state_dict(self.state_dict("transformer."))
-        return transformer
+        queries = prompt_encoder.meta_queries[None]
+        input_ids = prompt_encoder.tokenizer(template.format(prompt), return_tensors="pt").input_ids.to(queries.device)
+        token_embeds = prompt_encoder.language_model.get_input_embeddings()(input_ids)
+        inputs_embeds = torch.cat([token_embeds, queries], dim=1)
+        hidden_states = prompt_encoder.language_model(inputs_embeds=inputs_embeds).last_hidden_state
+        at_queries = hidden_states[:, -queries.shape[1] :]
+        connected = prompt_encoder.connector(inputs_embeds=at_queries).last_hidden_state
+        prompt_embeds = prompt_encoder.projector(connected)[0]
+        return {"encoder_hidden_states": prompt_embeds, "encoder_attention_mask": torch.ones(len(prompt_embeds))}
 
 
 class QwenImage(Backbone):
-    pipeline, transformer, vae = "QwenImagePipeline", "QwenImageTransformer2DModel", "AutoencoderKLQwenImage"
+    pipeline_class = QwenImagePipeline
+    transformer_class = QwenImageTransformer2DModel
+    vae_class = AutoencoderKLQwenImage
     example = "Qwen/Qwen-Image"
-    defaults = {"full": {"learning_rate": 1e-5}}
-    uncond_prompt = "Generate an image."
-    unused_parameters = True  # the text half of the last block
     targets = (
-        *FLUX_TARGET_MODULES[:8],
-        *("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"),
-        *TIME_MODULES,
+        *JOINT_ATTENTION_LAYERS,
+        "img_mlp.net.0.proj",
+        "img_mlp.net.2",
+        "txt_mlp.net.0.proj",
+        "txt_mlp.net.2",
+        *TIME_EMBEDDING_LAYERS,
     )
+    uncond_prompt = "Generate an image."
+    full_learning_rate = 1e-5
+    has_unused_parameters = True  # the last block's prompt tokens are not used
 
-    def encode_prompt(self, pipeline, prompt, reference=None):
-        embeds, _ = pipeline.encode_prompt(prompt, max_sequence_length=self.args.max_sequence_length)
-        mask = torch.ones(embeds.shape[1], dtype=torch.long)
-        return {"encoder_hidden_states": embeds[0], "encoder_hidden_states_mask": mask}
+    def encode_prompt(self, prompt_encoder, prompt, reference=None):
+        prompt_embeds, _ = prompt_encoder.encode_prompt(prompt, max_sequence_length=self.args.max_sequence_length)
+        attention_mask = torch.ones(prompt_embeds.shape[1], dtype=torch.long)
+        return {"encoder_hidden_states": prompt_embeds[0], "encoder_hidden_states_mask": attention_mask}
 
     def predict(self, transformer, x, time, cond):
-        cond, (height, width) = dict(cond), x.shape[-2:]
-        tokens, shapes = pack_latents(x), [(1, height // 2, width // 2)]
-        count = tokens.shape[1]
-        if "reference" in cond:  # normalised latents of the picture to edit
-            reference = cond.pop("reference").to(x)
-            tokens = torch.cat([tokens, pack_latents(reference)], dim=1)
-            shapes.append((1, reference.shape[-2] // 2, reference.shape[-1] // 2))
+        height, width = x.shape[-2:]
+        tokens = pack_latents(x)
+        num_tokens = tokens.shape[1]
+        image_shapes = [(1, height // 2, width // 2)]
+        cond = dict(cond)
+        reference = cond.pop("reference", None)  # latents [B, C, h, w] of the image to edit
+        if reference is not None:
+            tokens = torch.cat([tokens, pack_latents(reference.to(x))], dim=1)
+            image_shapes.append((1, reference.shape[-2] // 2, reference.shape[-1] // 2))
         velocity = transformer(
-            hidden_states=tokens, timestep=time, img_shapes=[shapes] * len(x), **cond, return_dict=False
+            hidden_states=tokens, timestep=time, img_shapes=[image_shapes] * len(x), **cond, return_dict=False
         )[0]
-        return unpack_latents(velocity[:, :count], height, width)
+        return unpack_latents(velocity[:, :num_tokens], height, width)
 
 
 class QwenImageEdit(QwenImage):
-    pipeline, example = "QwenImageEditPlusPipeline", "Qwen/Qwen-Image-Edit-2509"
+    pipeline_class = QwenImageEditPlusPipeline
+    example = "Qwen/Qwen-Image-Edit-2509"
     uncond_prompt = "Edit this image."
 
-    def load_text(self, dtype, device):
+    def load_prompt_encoder(self, dtype, device):
         from transformers import Qwen2VLImageProcessor
 
-        # the whole processor would need torchvision, for the sake of videos
+        # Qwen2VLProcessor would need torchvision, for videos
         self.image_processor = Qwen2VLImageProcessor.from_pretrained(
             self.args.pretrained_model_name_or_path,
             subfolder="processor",
             revision=self.args.revision,
             cache_dir=self.args.cache_dir,
         )
-        pipeline = super().load_text(dtype, device, processor=None)
+        pipeline = super().load_prompt_encoder(dtype, device, processor=None)
         pipeline.processor = functools.partial(self.process, pipeline.tokenizer)
         return pipeline
 
     def process(self, tokenizer, text, images, **kwargs):
-        """What Qwen2VLProcessor makes of a text with a picture: as many places in it as the picture has patches."""
+        """What Qwen2VLProcessor returns for one prompt and one image: one placeholder token per merged patch."""
         from transformers import BatchFeature
 
         pixels = self.image_processor(images=images, return_tensors="pt")
-        count = pixels["image_grid_thw"].prod().item() // self.image_processor.merge_size**2
-        text = [text[0].replace("<|image_pad|>", "<|image_pad|>" * count)]
-        return BatchFeature({**tokenizer(text, return_tensors="pt"), **pixels})
+        num_tokens = pixels["image_grid_thw"].prod().item() // self.image_processor.merge_size**2
+        prompt = text[0].replace("<|image_pad|>", "<|image_pad|>" * num_tokens)
+        return BatchFeature({**tokenizer([prompt], return_tensors="pt"), **pixels})
 
-    def encode_prompt(self, pipeline, prompt, reference=None):
+    def encode_prompt(self, prompt_encoder, prompt, reference=None):
         from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as stock
 
-        width, height = stock.calculate_dimensions(stock.CONDITION_IMAGE_SIZE, reference.width / reference.height)
-        embeds, _ = pipeline.encode_prompt(prompt, [pipeline.image_processor.resize(reference, height, width)])
-        embeds = embeds[0, : self.args.max_sequence_length]
-        mask = torch.ones(len(embeds), dtype=torch.long)
-        return {"encoder_hidden_states": embeds, "encoder_hidden_states_mask": mask}
+        aspect_ratio = reference.width / reference.height
+        width, height = stock.calculate_dimensions(stock.CONDITION_IMAGE_SIZE, aspect_ratio)
+        resized = prompt_encoder.image_processor.resize(reference, height, width)
+        prompt_embeds, _ = prompt_encoder.encode_prompt(prompt, [resized])
+        prompt_embeds = prompt_embeds[0, : self.args.max_sequence_length]
+        attention_mask = torch.ones(len(prompt_embeds), dtype=torch.long)
+        return {"encoder_hidden_states": prompt_embeds, "encoder_hidden_states_mask": attention_mask}
 
 
 BACKBONES = {
@@ -682,123 +838,162 @@ BACKBONES = {
 }
 
 
-def predict_velocity(x, t, target, cond, *, transformer, backbone, dtype, two_times, autocast=nullcontext, seed=None):
-    """The model's velocity [B, C, h, w], float32, at x [B, C, h, w] on the way from t to t' [B].
+def predict_velocity(
+    x: torch.Tensor,
+    t: torch.Tensor,
+    target_time: torch.Tensor,
+    cond: Conditions,
+    *,
+    transformer: torch.nn.Module,
+    backbone: Backbone,
+    dtype: torch.dtype,
+    embeds_target_time: bool,
+    autocast: Callable = nullcontext,
+    seed: int | None = None,
+) -> torch.Tensor:
+    """F(x, t, t') [B, C, h, w], float32: the mean velocity on the way from x [B, C, h, w] at time t [B] to t' [B].
 
-    With one time embedding only, the time it is told is t - t' / 2. Calls with one `seed` drop the same (dropout).
+    A transformer that embeds one time only gets t - t' / 2. Calls with the same `seed` have the same dropout masks.
     """
     if seed is not None:
         torch.manual_seed(seed)
-    time = torch.stack([t, target], dim=-1) if two_times else t - target / 2
+    time = torch.stack([t, target_time], dim=-1) if embeds_target_time else t - target_time / 2
     cond = {name: value.to(dtype) if value.is_floating_point() else value for name, value in cond.items()}
     with autocast():
         return backbone.predict(transformer, x.to(dtype), time, cond).float()
 
 
-class TwoTimes:
-    """For a time embedding to derive from too: one that is also told the target time, emb(t) + (t - t') emb2(t').
+class TargetTimeEmbedding:
+    """Mixed into the class of a time embedding `emb`, it embeds (t, t') [B, 2] as emb(t) + (t - t') emb2(t').
 
-    Where t' = t the two agree, so that the model is as it was there; a model that is saved keeps its names for what
-    it had before, and a stock pipeline, which knows of one time only, draws with it as before.
+    At t' = t and for a single time [B] this is emb(t): the model still does what it was pretrained for, and a stock
+    pipeline, which passes one time, samples with it. All weights but those of emb2 keep their names.
     """
 
     def forward(self, timestep, *args, **kwargs):
         if timestep.ndim == 1:
             return super().forward(timestep, *args, **kwargs)
-        t, target = timestep.unbind(-1)
-        embedded = super().forward(t, *args, **kwargs)
-        second = self.target_timestep_embedder(self.time_proj(target).to(embedded.dtype))
-        gap = (t - target) * (self.time_proj.scale / 1000)  # times come in units of 1 or of 1/1000
-        return embedded + gap[:, None].to(embedded.dtype) * second
+        t, target_time = timestep.unbind(-1)
+        embedding = super().forward(t, *args, **kwargs)
+        second = self.target_timestep_embedder(self.time_proj(target_time).to(embedding.dtype))
+        gap = (t - target_time) * (self.time_proj.scale / 1000)  # some families pass 1000 t, with scale 1
+        return embedding + gap[:, None].to(embedding.dtype) * second
 
 
-def add_target_time(transformer, time_module, init):
-    """Gives the transformer a second time embedding: a copy of the first, one that says nothing yet (zero), or N(0,
-    0.02)."""
+def add_target_time(transformer: torch.nn.Module, time_module: str, init: str) -> None:
+    """Gives the transformer the second time embedding emb2.
+
+    `init`: copy of the first one; zero, the same with an output of zero; normal, all weights from N(0, 0.02).
+    """
     module = transformer.get_submodule(time_module)
-    second = module.target_timestep_embedder = copy.deepcopy(module.timestep_embedder)
+    module.target_timestep_embedder = copy.deepcopy(module.timestep_embedder)
     if init == "zero":
-        torch.nn.init.zeros_(second.linear_2.weight)
-        torch.nn.init.zeros_(second.linear_2.bias)
+        torch.nn.init.zeros_(module.target_timestep_embedder.linear_2.weight)
+        torch.nn.init.zeros_(module.target_timestep_embedder.linear_2.bias)
     elif init == "normal":
-        for parameter in second.parameters():
+        for parameter in module.target_timestep_embedder.parameters():
             torch.nn.init.normal_(parameter, std=0.02)
-    module.__class__ = type(f"TwoTimes{type(module).__name__}", (TwoTimes, type(module)), {})
+    stock_class = type(module)
+    module.__class__ = type(f"TargetTime{stock_class.__name__}", (TargetTimeEmbedding, stock_class), {})
 
 
-def load_two_times(transformer, time_module, folder):
-    """Gives a transformer, saved in `folder` with a second time embedding and loaded without, that embedding."""
+def load_target_time(transformer: torch.nn.Module, time_module: str, folder: Path) -> None:
+    """Adds emb2 with the weights that `save_model` wrote to `folder` and from_pretrained left out."""
     prefix = f"{time_module}.target_timestep_embedder."
-    saved = {}
-    for path in Path(folder).glob("*.safetensors"):
+    weights = {}
+    for path in folder.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
-            saved |= {key.removeprefix(prefix): file.get_tensor(key) for key in file.keys() if key.startswith(prefix)}  # noqa: SIM118
+            for name in file.keys():  # noqa: SIM118 (not iterable)
+                if name.startswith(prefix):
+                    weights[name.removeprefix(prefix)] = file.get_tensor(name)
     add_target_time(transformer, time_module, "copy")
-    transformer.get_submodule(time_module).target_timestep_embedder.load_state_dict(saved)
+    transformer.get_submodule(time_module).target_timestep_embedder.load_state_dict(weights)
 
 
-def save_model(accelerator, folder, model, config_class, dtype):
-    """Writes all weights of a model, sharded or not, so that `config_class.from_pretrained` loads them."""
+def save_model(accelerator, folder: Path, model: torch.nn.Module, model_class: type, dtype: torch.dtype) -> None:
+    """Writes all weights of a model, sharded or not, so that `model_class.from_pretrained` loads them.
+
+    All processes call it, one writes.
+    """
     state_dict = {}
     for name, value in model.state_dict(keep_vars=True).items():
-        value = whole(value)
+        value = whole(value)  # gathers a sharded weight, on all processes
         if accelerator.is_main_process:
-            state_dict[name] = value.to("cpu", dtype, copy=True)  # DeepSpeed's may be views of one tensor
+            state_dict[name] = value.to("cpu", dtype, copy=True)
     if accelerator.is_main_process:
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            with torch.device("meta"):  # a sharded model's class has another name
-                config_class.from_config(model.config).save_config(folder)
+            with torch.device("meta"):  # FSDP2 renames the class of a model, and config.json would hold that name
+                model_class.from_config(model.config).save_config(folder)
             pattern = "diffusion_pytorch_model{suffix}.safetensors"
             save_torch_state_dict(state_dict, folder, filename_pattern=pattern, max_shard_size="10GB")
 
 
-class Teacher:
-    """A second set of the trained tensors, not a second network: their moving average, or what they were at first.
+class EMATeacher:
+    """The teacher's weights (the authors' ema_transformer): a second set of the trained tensors, not a second network.
 
-    Within the context `teacher()` the model computes with it. Decay 0 is the model itself: no second set.
+    decay_rate in (0, 1): their exponential moving average; 1: the weights before training; 0: the model itself, no
+    second set. Within `with teacher():` the model computes with them. The decay ramps up from 0 to decay_rate.
     """
 
-    def __init__(self, parameters, decay, renew=lambda: None):
-        self.parameters, self.renew, self.goal, self.decay = list(parameters), renew, decay, 0.0
-        self.tensors = [tensor.clone() for tensor in self.live] if decay else []
+    def __init__(
+        self, parameters: Iterable[torch.nn.Parameter], decay_rate: float, on_swap: Callable[[], None] | None = None
+    ):
+        self.parameters = list(parameters)
+        self.decay_rate = decay_rate
+        self.decay = 0.0
+        self.on_swap = on_swap  # called after weights were changed in place
+        self.tensors = [tensor.clone() for tensor in self.trained_tensors()] if decay_rate else []
 
     @property
-    def live(self):
-        """The trained tensors themselves; asked for anew each time, for wrapping a model may move them."""
+    def averages(self) -> bool:
+        """Whether the teacher is a moving average, which is then also what is validated and saved."""
+        return 0 < self.decay_rate < 1
+
+    def trained_tensors(self) -> list[torch.Tensor]:
+        """The trained tensors themselves, sharded or not; read anew each time, as wrapping a model may move them."""
         return [parameter.detach() for parameter in self.parameters]
 
     @torch.no_grad()
-    def swap(self):
-        for ours, theirs in zip(self.live, self.tensors, strict=True):
-            kept = ours.clone()
-            ours.copy_(theirs)
-            theirs.copy_(kept)
-        self.renew()
+    def swap_weights(self) -> None:
+        """Exchanges the values of the trained tensors and the teacher's."""
+        for trained, taught in zip(self.trained_tensors(), self.tensors, strict=True):
+            kept = trained.clone()
+            trained.copy_(taught)
+            taught.copy_(kept)
+        if self.on_swap is not None:
+            self.on_swap()
 
     @contextmanager
-    def __call__(self):
-        if self.goal == 0:
+    def __call__(self) -> Iterator[None]:
+        if self.decay_rate == 0:
             yield
             return
-        self.swap()
+        self.swap_weights()
         try:
             yield
         finally:
-            self.swap()
+            self.swap_weights()
 
     @torch.no_grad()
-    def update(self, taken=True):
-        """Moves the average after a step, but not after one that was not taken; its decay ramps up from 0."""
-        if 0 < self.goal < 1:
-            self.decay = ramp_decay(self.decay, self.goal)
-            if taken:
-                torch._foreach_lerp_(self.tensors, self.live, 1 - self.decay)
+    def update_ema(self, step_taken: bool = True) -> None:
+        """Moves the average after an optimizer step; if that was skipped, only the decay moves on."""
+        if not self.averages:
+            return
+        self.decay = ramp_decay(self.decay, self.decay_rate)
+        if step_taken:
+            torch._foreach_lerp_(self.tensors, self.trained_tensors(), 1 - self.decay)
 
-    def catch_up(self, step):
-        """The decay as it is after `step` updates."""
-        for _ in range(step if 0 < self.goal < 1 else 0):
-            self.decay = ramp_decay(self.decay, self.goal)
+    def restore_decay(self, global_step: int) -> None:
+        """The decay as it is after `global_step` updates."""
+        if self.averages:
+            for _ in range(global_step):
+                self.decay = ramp_decay(self.decay, self.decay_rate)
+
+
+def ramp_decay(decay: float, decay_rate: float) -> float:
+    """The next decay of the moving average on its way from 0 to `decay_rate`."""
+    return decay + 0.5 * (1 - decay) * (decay_rate - decay)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -806,177 +1001,203 @@ class Teacher:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-STYLES = {  # of `sample_flow`: where a prediction aims, and what goes with it
+MAX_LOCAL_GAP = 0.05  # largest (t - t') / t of mul samples
+DELTA_T = 0.01  # first step of the RCGM target
+BARRON_C = 1e-3  # scale of Barron's loss
+
+STYLES = {  # of `sampling_loop`: the time that each prediction is made for, and the settings that go with it
     "few": {"stochast_ratio": 1.0, "gaps": (0.001, 0.7), "time_dist_ctrl": (1.0, 1.0, 1.0)},
     "any": {"stochast_ratio": 0.0, "gaps": (0.001, 0.5), "time_dist_ctrl": (1.0, 1.0, 1.0)},
     "mul": {"stochast_ratio": 0.0, "gaps": (0.001, 0.0), "time_dist_ctrl": (1.17, 0.8, 1.1)},
 }
 
 
-def time_grid(steps, gaps, time_dist_ctrl):
-    """Times [steps + 1], float64, from noise to 0: 1 - (1 - (1 - u^a)^b)^c for even u between the gaps at both ends, a
-    power of Kumaraswamy's distribution function, then 0."""
-    a, b, c = time_dist_ctrl
-    u = torch.linspace(gaps[0], 1 - gaps[1], steps + (gaps[1] == 0), dtype=torch.float64)[:steps]
-    return torch.cat([1 - (1 - (1 - u**a) ** b) ** c, torch.zeros(1, dtype=torch.float64)])
-
-
-@torch.no_grad()
-def sample_flow(
-    predict,
-    noise,
-    cond,
-    uncond=None,
-    *,
-    steps,
-    style="few",
-    generators=None,
-    cfg_scale=0.0,
-    stochast_ratio=None,
-    extrapol_ratio=0.0,
-    order=1,
-    gaps=None,
-    time_dist_ctrl=None,
-):
-    """Samples x [B, ...] from noise [B, ...] in `steps` forward passes (UCGM, arXiv 2505.07447).
-
-    `style` says where each prediction aims: few at 0, any at the next time, mul (multi-step) nowhere beyond the time
-    it stands at; unset arguments are STYLES'. A share s = stochast_ratio of the noise is renewed in each step, from
-    one generator per image; "SDE" sets s = min(1, 2 t (t - t₊) / t₊²). `extrapol_ratio` goes beyond each prediction
-    by its difference from the one before. Order 2 corrects each step by Heun's rule, for which velocities must be
-    those at a time: mul only. cfg_scale 0 is no guidance, else F(uncond) + cfg_scale (F(cond) - F(uncond)).
-    """
-    preset = STYLES[style]
-    if stochast_ratio is None:
-        stochast_ratio = 0.8 if style == "few" and steps == 1 else preset["stochast_ratio"]
-    if order == 2 and (style != "mul" or stochast_ratio):
-        raise ValueError("sampling order 2 needs style mul and stochast_ratio 0: only velocities at a time average")
-    times = time_grid(-(-steps // order), gaps or preset["gaps"], time_dist_ctrl or preset["time_dist_ctrl"]).tolist()
-
-    def velocity(x, t, target):
-        t, target = (torch.full((len(x),), value, device=x.device) for value in (t, target))
-        x = x.to(noise.dtype)
-        if not cfg_scale:
-            return predict(x, t, target, cond).double()
-        both = {name: torch.cat([cond[name], uncond[name]]) for name in cond}
-        twice = [torch.cat([value, value]) for value in (x, t, target)]
-        with_prompt, without = predict(*twice, both).double().chunk(2)
-        return without + cfg_scale * (with_prompt - without)
-
-    x, before = noise.double(), None
-    for t, after in zip(times[:-1], times[1:], strict=True):
-        F = velocity(x, t, {"few": 0.0, "any": after, "mul": t}[style])  # noqa: N806
-        x_hat, z_hat = x - t * F, x + (1 - t) * F
-        predicted = x_hat, z_hat
-        if extrapol_ratio and before is not None:
-            x_hat, z_hat = (now + extrapol_ratio * (now - old) for now, old in zip(predicted, before, strict=True))
-        before = predicted
-        s = stochast_ratio
-        if s == "SDE":
-            s = min(1.0, 2 * t * (t - after) / after**2) if after else 1.0
-        if s and after:
-            fresh = [torch.randn(noise.shape[1:], generator=generator) for generator in generators]
-            z_hat = (1 - s) ** 0.5 * z_hat + s**0.5 * torch.stack(fresh).to(z_hat)
-        ahead = (1 - after) * x_hat + after * z_hat
-        if order == 2 and after:
-            ahead = x - (t - after) * (F + velocity(ahead, after, after)) / 2
-        x = ahead
-    return x.to(noise.dtype)
-
-
-def partition(batch_size, probs):
-    """{kind: samples of a batch}: as near to the shares as whole numbers come, one at least of each with a share."""
+def partition(batch_size: int, probs: dict[str, float]) -> dict[str, int]:
+    """{kind: number of samples}: as near to the shares as whole numbers come, one at least of each with a share."""
     kinds = [kind for kind in KINDS if probs[kind] > 0]
     total = sum(probs[kind] for kind in kinds)
     shares = {kind: batch_size * probs[kind] / total for kind in kinds}
     counts = {kind: max(1, math.floor(shares[kind])) for kind in kinds}
-    while rest := batch_size - sum(counts.values()):
-        sign = 1 if rest > 0 else -1
-        movable = [kind for kind in kinds if rest > 0 or counts[kind] > 1]
-        counts[max(movable, key=lambda kind: sign * (shares[kind] - counts[kind]))] += sign
+    while sum(counts.values()) < batch_size:
+        most_short = max(kinds, key=lambda kind: shares[kind] - counts[kind])
+        counts[most_short] += 1
+    while sum(counts.values()) > batch_size:
+        reducible = [kind for kind in kinds if counts[kind] > 1]
+        most_over = max(reducible, key=lambda kind: counts[kind] - shares[kind])
+        counts[most_over] -= 1
     return counts
 
 
-def sample_times(batch_size, *, args, generator):
-    """Kinds of the samples (a list of B), times t [B] and target times t' [B], 0 <= t' <= t <= 1, float32.
+def sample_times(
+    batch_size: int, *, args, generator: torch.Generator
+) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
+    """Masks {kind: bool [B]} of the kinds of samples, times t [B] and target times t' [B], 0 <= t' <= t <= 1, float32.
 
     t ~ c Beta(a, b) with a, b, c = --time_dist_ctrl; r = --consistc_ratio; U ~ U(0, 1)
-        e2e       t = 1, t' = 0
-        mul       t' = t - U t min(0.05, r)
-        any, adv  t' = t - U t r
-        one       t' = 0
+        e2e       t = 1, t' = 0               one step from noise to data
+        mul       t' = t - U t min(0.05, r)   a small step
+        any, adv  t' = t - U t r              any step; adv samples are used at (-t, -t)
+        one       t' = 0                      one step from any time
+    All tensors are on the CPU, where indexing by a mask does not wait for a GPU.
     """
+    # The order of random draws is the resume contract: t, then t' of any, then t' of mul, each for the whole batch.
     a, b, c = args.time_dist_ctrl
     rng = np.random.default_rng(torch.randint(2**62, (), generator=generator).item())
     t = torch.from_numpy(rng.beta(a, b, batch_size)).float().clamp(0, 1) * c
-    target = t - torch.rand(batch_size, generator=generator) * args.consistc_ratio * t
-    near = t - torch.rand(batch_size, generator=generator) * min(NEAR, args.consistc_ratio) * t
-    kinds = [kind for kind, count in partition(batch_size, args.probs).items() for _ in range(count)]
-    for i, kind in enumerate(kinds):
-        t[i] = 1.0 if kind == "e2e" else t[i]
-        target[i] = {"e2e": 0.0, "one": 0.0, "mul": near[i]}.get(kind, target[i])
-    return kinds, t, target
+    target_time = t - torch.rand(batch_size, generator=generator) * args.consistc_ratio * t
+    max_local_gap = min(MAX_LOCAL_GAP, args.consistc_ratio)
+    local_target_time = t - torch.rand(batch_size, generator=generator) * max_local_gap * t
+
+    counts = partition(batch_size, args.probs)
+    masks = {}
+    start = 0
+    for kind in KINDS:
+        stop = start + counts.get(kind, 0)
+        masks[kind] = torch.zeros(batch_size, dtype=torch.bool)
+        masks[kind][start:stop] = True
+        start = stop
+
+    t[masks["e2e"]] = 1.0
+    target_time[masks["e2e"]] = 0.0
+    target_time[masks["one"]] = 0.0
+    target_time[masks["mul"]] = local_target_time[masks["mul"]]
+    return masks, t, target_time
 
 
-def like(t, x):
-    """Times [B] in the shape that multiplies x [B, ...]."""
+def expand_as(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """One number per sample, t [B], as [B, 1, ...] that multiplies x [B, ...]."""
     return t.view(-1, *[1] * (x.ndim - 1)).to(x)
 
 
-def split_prediction(velocity, x_t, t):
-    """The data x̂ and the noise ẑ that a velocity F [B, ...] at x_t = |t| z + (1 - |t|) x points to."""
-    t = like(t.abs(), x_t)
+def select_samples(cond: Conditions, mask: torch.Tensor) -> Conditions:
+    """Conditions {name: [n, ...]} of the n samples in a mask [B]."""
+    return {name: value[mask] for name, value in cond.items()}
+
+
+def concatenate(first: Conditions, second: Conditions) -> Conditions:
+    """Conditions of two batches as those of one, for one forward pass."""
+    return {name: torch.cat([first[name], second[name]]) for name in first}
+
+
+def split_prediction(velocity: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The data x̂ = x_t - |t| F and the noise ẑ = x_t + (1 - |t|) F that F [B, ...] points to, for t [B]."""
+    t = expand_as(t.abs(), x_t)
     return x_t - t * velocity, x_t + (1 - t) * velocity
 
 
-def take(cond, index):
-    """The samples `index` of conditions {name: [B, ...]}."""
-    return {name: value[index] for name, value in cond.items()}
+def prepare_inputs(
+    predict: Predict, latents: torch.Tensor, cond: Conditions, *, args, generator: torch.Generator
+) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(masks, x_t [B, ...], t [B], target_time [B], target [B, ...]) of a batch of data, latents [B, ...].
 
-
-def enhance_target(predict, x_t, t, velocity, cond, uncond, *, ratio, data_free=False):
-    """Training-time guidance: v + ω (F(x_t, t, t, cond) - F(x_t, t, t, uncond)), both in one forward pass.
-
-    `data_free` takes no v: F(uncond) + ω (F(cond) - F(uncond)), the guided velocity of a frozen teacher.
+    `masks` are those of `sample_times`, and two more: generated, whose data is the model's own one-step sample, and
+    guided, whose target gets guidance. `target` is the velocity z - x of the straight path.
     """
-    both = {name: torch.cat([cond[name], uncond[name]]) for name in cond}
-    twice = torch.cat([t, t])
-    with_prompt, without = predict(torch.cat([x_t, x_t]), twice, twice, both).chunk(2)
-    return (without if data_free else velocity) + ratio * (with_prompt - without)
+    device = latents.device
+    masks, t, target_time = sample_times(len(latents), args=args, generator=generator)
+    low, high = args.enhanced_range
+    masks["guided"] = ~masks["adv"] & (low <= t) & (t <= high)
+    masks["generated"] = torch.ones_like(masks["adv"]) if args.image_free else masks["adv"]
+    t = t.to(device)
+    target_time = target_time.to(device)
+
+    # data of generated samples: x̂ = z - F(z, 1, 0)
+    generated = masks["generated"]
+    if generated.any():
+        num_generated = int(generated.sum())
+        noise = torch.randn((num_generated, *latents.shape[1:]), generator=generator).to(latents)
+        ones = torch.ones(num_generated, device=device)
+        with torch.no_grad():
+            velocity = predict(noise, ones, torch.zeros_like(ones), select_samples(cond, generated))
+        latents = latents.clone()
+        latents[generated] = noise - velocity
+
+    # noisy samples: x_t = t z + (1 - t) x
+    noise = torch.randn(latents.shape, generator=generator).to(latents)
+    x_t = expand_as(t, noise) * noise + (1 - expand_as(t, noise)) * latents
+    target = noise - latents
+
+    # own samples have times of their own, the negative ones
+    t[masks["adv"]] = -t[masks["adv"]]
+    target_time[masks["adv"]] = t[masks["adv"]]
+    return masks, x_t, t, target_time, target
 
 
-def walk(predict, x_t, t, target, velocity, cond, *, order):
-    """S [B, ...], the displacement of the model's own path from t_m = max(t - 0.01, t') to t' in `order` equal steps.
+def enhance_target(
+    predict: Predict,
+    x_t: torch.Tensor,
+    t: torch.Tensor,
+    target: torch.Tensor,
+    cond: Conditions,
+    uncond: Conditions,
+    *,
+    ratio: float,
+    data_free: bool = False,
+) -> torch.Tensor:
+    """Training-time guidance: v + ω (F(x_t, t, t, cond) - F(x_t, t, t, uncond)), both F in one forward pass.
 
-    The path starts where the velocity target v leads in 0.01: x_m = x_t - 0.01 v.
+    `data_free` replaces the velocity v by F(x_t, t, t, uncond): the guided velocity of a frozen teacher.
     """
-    start = torch.maximum(t - DELTA, target)
-    x, displacement = x_t - DELTA * velocity, torch.zeros_like(x_t)
+    both_t = torch.cat([t, t])
+    prediction = predict(torch.cat([x_t, x_t]), both_t, both_t, concatenate(cond, uncond))
+    cond_prediction, uncond_prediction = prediction.chunk(2)
+    start = uncond_prediction if data_free else target
+    return start + ratio * (cond_prediction - uncond_prediction)
+
+
+def multi_fwd(
+    predict: Predict,
+    x_t: torch.Tensor,
+    t: torch.Tensor,
+    target_time: torch.Tensor,
+    target: torch.Tensor,
+    cond: Conditions,
+    *,
+    order: int,
+) -> torch.Tensor:
+    """S [B, ...], the sum of F Δt over `order` equal steps of the model from t_m = max(t - 0.01, t') to t'.
+
+    They start at x_m = x_t - 0.01 v, where the target velocity v leads.
+    """
+    t_m = torch.maximum(t - DELTA_T, target_time)
+    x = x_t - DELTA_T * target
+    displacement = torch.zeros_like(x_t)
     for i in range(order):
-        here, there = (start + (target - start) * (k / order) for k in (i, i + 1))
-        step = predict(x, here, there, cond)
-        displacement = displacement + like(here - there, x) * step
-        x_hat, z_hat = split_prediction(step, x, here)
-        x = like(there, x) * z_hat + (1 - like(there, x)) * x_hat
+        t_now = t_m + (target_time - t_m) * (i / order)
+        t_next = t_m + (target_time - t_m) * ((i + 1) / order)
+        velocity = predict(x, t_now, t_next, cond)
+        displacement = displacement + expand_as(t_now - t_next, x) * velocity
+        x_hat, z_hat = split_prediction(velocity, x, t_now)
+        x = expand_as(t_next, x) * z_hat + (1 - expand_as(t_next, x)) * x_hat
     return displacement
 
 
-def consistency_target(prediction, displacement, velocity, t, target):
-    """What recursive consistency asks F [B, ...] to be (RCGM): F - clamp(G, -1, 1), without gradient.
+def get_rcgm_target(
+    prediction: torch.Tensor,
+    displacement: torch.Tensor,
+    target: torch.Tensor,
+    t: torch.Tensor,
+    target_time: torch.Tensor,
+) -> torch.Tensor:
+    """The target [B, ...] of recursive consistency (RCGM): sg(F) - clamp(G, -1, 1), without gradient.
 
-    G = 100 (t - t') F - 100 S - v is zero where F is the mean velocity from t to t', for
-    (t - t') F = 0.01 v + S; next to t', where t - t' < 0.01, G = F - S / (t - t') - v.
+    F is the mean velocity from t to t' where (t - t') F = 0.01 v + S. The difference of the two sides, divided by
+    0.01, is G = 100 (t - t') F - 100 S - v; next to t', where t - t' < 0.01, G = F - S / (t - t') - v.
     """
-    gap = like(t - target, prediction)
     prediction = prediction.detach()
-    near = prediction - displacement / gap.clamp(min=1e-6) - velocity
-    far = (gap * prediction - displacement) / DELTA - velocity
-    return prediction - torch.where(gap < DELTA, near, far).clamp(-1, 1)
+    gap = expand_as(t - target_time, prediction)
+    near = prediction - displacement / gap.clamp(min=1e-6) - target
+    far = (gap * prediction - displacement) / DELTA_T - target
+    error = torch.where(gap < DELTA_T, near, far)
+    return prediction - error.clamp(-1, 1)
 
 
-def distance(prediction, target, loss_type):
-    """Loss [B] of predictions [B, ...]: their mean squared error m, or of it Barron's robust loss (arXiv 1701.03077)
-    with α = 1 and c = 1e-3, as a weight without gradient: m (m / c² + 1)^-½ / c."""
+def loss_func(prediction: torch.Tensor, target: torch.Tensor, loss_type: str) -> torch.Tensor:
+    """d(F, target) [B] of predictions [B, ...]. l2: the mean squared error m of a sample.
+
+    barron: Barron's robust loss (arXiv 1701.03077) of m with α = 1 and c = 1e-3, m w / c, whose weight
+    w = (m / c² + 1)^-½ has no gradient.
+    """
     error = (prediction - target).square().flatten(1).mean(dim=1)
     if loss_type == "l2":
         return error
@@ -984,92 +1205,187 @@ def distance(prediction, target, loss_type):
     return error * weight / BARRON_C
 
 
-def rectification(predict, prediction, x_t, cond, *, args, generator):
-    """Loss [n] of one-step samples (t = 1, t' = 0): their velocity is moved by Δ, the difference between what the
-    model says of its own samples (negative times) and of data (positive times), both in one forward pass."""
-    x_hat = (x_t - prediction).detach()
-    t = torch.rand(len(x_hat), generator=generator).to(x_hat.device)
-    noise = torch.randn(x_hat.shape, generator=generator).to(x_hat)
-    noisy = like(t, x_hat) * noise + (1 - like(t, x_hat)) * x_hat
-    both, times = {name: torch.cat([value, value]) for name, value in cond.items()}, torch.cat([-t, t])
-    with torch.no_grad():
-        fake, real = predict(torch.cat([noisy, noisy]), times, times, both).chunk(2)
-    return distance(prediction, prediction.detach() - (fake - real).clamp(-1, 1), args.loss_type)
+def dist_match(
+    predict: Predict, prediction: torch.Tensor, x_t: torch.Tensor, cond: Conditions, *, args, generator
+) -> torch.Tensor:
+    """Rectification loss [n] of e2e samples: d(F, sg(F - Δ)) of their predictions F [n, ...] at x_t = z.
 
-
-def compute_loss(predict, teacher, latents, cond, uncond, *, args, generator):
-    """The TwinFlow loss of a batch (arXiv 2512.05150): (loss, {name: its parts}).
-
-    predict(x, t, t', cond) is the model's velocity [B, ...] for x [B, ...] on its way from t to t' [B]; within the
-    context `teacher()` it is the teacher's: the moving average of the model, or the frozen model before training.
-    latents [B, ...] is data, cond and uncond {name: [B, ...]} are conditions. Forward passes: 1 with gradient, and
-    without one each for the own samples, guidance, rectification, and each of --estimate_order steps.
+    Δ = clamp(F(x_s, -s, -s) - F(x_s, s, s), -1, 1) is the difference between the velocity of own samples and of data
+    at x_s, the one-step sample x̂ = z - F with noise of a random time s. Both F in one forward pass.
     """
-    device, batch_size = latents.device, len(latents)
-    kinds, t, target = sample_times(batch_size, args=args, generator=generator)
-    low, high = args.enhanced_range
-    enhanced_times = ((low <= t) & (t <= high)).tolist()
-    t, target = t.to(device), target.to(device)
-    of_kind = {kind: [i for i in range(batch_size) if kinds[i] == kind] for kind in KINDS}
-    frozen = args.ema_decay_rate == 1
+    x_hat = (x_t - prediction).detach()
+    s = torch.rand(len(x_hat), generator=generator).to(x_hat.device)
+    noise = torch.randn(x_hat.shape, generator=generator).to(x_hat)
+    x_s = expand_as(s, x_hat) * noise + (1 - expand_as(s, x_hat)) * x_hat
+    times = torch.cat([-s, s])
+    with torch.no_grad():
+        velocities = predict(torch.cat([x_s, x_s]), times, times, concatenate(cond, cond))
+    fake_velocity, real_velocity = velocities.chunk(2)
+    difference = (fake_velocity - real_velocity).clamp(-1, 1)
+    return loss_func(prediction, prediction.detach() - difference, args.loss_type)
 
-    own = list(range(batch_size)) if args.image_free else of_kind["adv"]
-    if own:
-        noise = torch.randn(latents[own].shape, generator=generator).to(latents)
-        ones = torch.ones(len(own), device=device)
-        with torch.no_grad():
-            generated = noise - predict(noise, ones, 0 * ones, take(cond, own))
-        latents = latents.index_copy(0, torch.tensor(own, device=device), generated)
-    noise = torch.randn(latents.shape, generator=generator).to(latents)
-    x_t = like(t, noise) * noise + (1 - like(t, noise)) * latents
-    velocity = noise - latents
-    adversarial = torch.tensor([kind == "adv" for kind in kinds], device=device)
-    t, target = torch.where(adversarial, -t, t), torch.where(adversarial, -t, target)
 
-    real = [i for i in range(batch_size) if kinds[i] != "adv"]
-    guided = [i for i in real if enhanced_times[i]] or real[:1]  # never none: processes would wait for each other
-    if args.enhanced_ratio and guided:
+def compute_loss(
+    predict: Predict,
+    teacher: Callable,
+    latents: torch.Tensor,
+    cond: Conditions,
+    uncond: Conditions,
+    *,
+    args,
+    generator: torch.Generator,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The TwinFlow loss of a batch (arXiv 2512.05150) and its parts: (loss, {name: part}).
+
+    predict(x_t, t, t', cond) is the model's F [B, ...]; within `with teacher():` it is the teacher's. latents [B, ...]
+    is data, cond and uncond are conditions {name: [B, ...]}. Forward passes: 1 with gradient, and without gradient
+    one each for generated samples, guidance, rectification, and each of --estimate_order steps.
+    """
+    masks, x_t, t, target_time, target = prepare_inputs(predict, latents, cond, args=args, generator=generator)
+    real = ~masks["adv"]
+    frozen_teacher = args.ema_decay_rate == 1
+
+    # Guidance: v + ω (F(x_t, t, t, cond) - F(x_t, t, t, uncond)), by the teacher, at times in --enhanced_range.
+    guided = masks["guided"]
+    evaluated = guided.clone()
+    if real.any() and not guided.any():  # processes wait for each other in a forward pass: all must make it
+        evaluated[real.nonzero()[0]] = True
+    if args.enhanced_ratio and evaluated.any():
         with torch.no_grad(), teacher():
             enhanced = enhance_target(
-                *(predict, x_t[guided], t[guided], velocity[guided], take(cond, guided), take(uncond, guided)),
+                predict,
+                x_t[evaluated],
+                t[evaluated],
+                target[evaluated],
+                select_samples(cond, evaluated),
+                select_samples(uncond, evaluated),
                 ratio=args.enhanced_ratio,
-                data_free=frozen and args.image_free,
+                data_free=frozen_teacher and args.image_free,
             )
-        inside = like((low <= t[guided]) & (t[guided] <= high), enhanced).bool()
-        velocity[guided] = torch.where(inside, enhanced, velocity[guided])
+        if guided.any():
+            target[guided] = enhanced
 
-    walked = real if args.estimate_order and any(of_kind[kind] for kind in ("e2e", "one", "any")) else []
-    if walked:
-        with torch.no_grad(), nullcontext() if frozen else teacher():
-            displacement = walk(
-                *(predict, x_t[walked], t[walked], target[walked], velocity[walked], take(cond, walked)),
+    # S of the RCGM target. Before F, as swapping weights between its forward and backward pass would be an error.
+    any_step = masks["e2e"] | masks["any"] | masks["one"]
+    use_rcgm = args.estimate_order > 0 and bool(any_step.any())
+    if use_rcgm:
+        stepping_model = nullcontext if frozen_teacher else teacher
+        with torch.no_grad(), stepping_model():
+            displacement = multi_fwd(
+                predict,
+                x_t[real],
+                t[real],
+                target_time[real],
+                target[real],
+                select_samples(cond, real),
                 order=args.estimate_order,
             )
 
-    prediction = predict(x_t, t, target, cond)
-    goal = velocity.clone()
-    if walked:
-        goal[walked] = consistency_target(
-            prediction[walked], displacement, velocity[walked], t[walked], target[walked]
+    prediction = predict(x_t, t, target_time, cond)
+    if use_rcgm:
+        target[real] = get_rcgm_target(prediction[real], displacement, target[real], t[real], target_time[real])
+
+    # Any-step loss, and at negative times the flow matching loss of own samples (adv):
+    # w d(F(x_t, t, t'), target) with w = tan((1 - (|t| - |t'|)) π / 2.5) + 1; w = 1 for adv.
+    weight = torch.tan((1 - (t.abs() - target_time.abs())) * math.pi / 2.5) + 1
+    weight[masks["adv"]] = 1.0
+    losses = weight * loss_func(prediction, target, args.loss_type)
+    trained = torch.ones_like(real) if args.estimate_order else masks["mul"] | masks["adv"]
+    loss = losses[trained].mean()
+    logs = {f"loss_{kind}": losses[masks[kind]].detach().mean() for kind in KINDS if masks[kind].any()}
+
+    # Rectification: d(F(z, 1, 0), sg(F(z, 1, 0) - Δ)).
+    e2e = masks["e2e"]
+    if e2e.any() and args.consistc_ratio == 1 and args.dist_match_cof:
+        rectification_losses = dist_match(
+            predict, prediction[e2e], x_t[e2e], select_samples(cond, e2e), args=args, generator=generator
         )
-    losses = distance(prediction, goal, args.loss_type)
-    weight = torch.tan((1 - (t.abs() - target.abs())) * math.pi / 2.5) + 1
-    losses = torch.where(adversarial, 1.0, weight) * losses
-    counted = range(batch_size) if args.estimate_order else of_kind["mul"] + of_kind["adv"]
-    loss = losses[list(counted)].mean()
-    logs = {f"loss_{kind}": losses[index].detach().mean() for kind, index in of_kind.items() if index}
-    ends = of_kind["e2e"]
-    if ends and args.consistc_ratio == 1 and args.dist_match_cof:
-        rectified = rectification(
-            predict, prediction[ends], x_t[ends], take(cond, ends), args=args, generator=generator
-        ).mean()
-        loss, logs["loss_rectification"] = loss + args.dist_match_cof * rectified, rectified.detach()
+        rectification_loss = rectification_losses.mean()
+        loss = loss + args.dist_match_cof * rectification_loss
+        logs["loss_rectification"] = rectification_loss.detach()
     return loss, logs
 
 
-def ramp_decay(decay, goal):
-    """The next decay of the moving average on its way from 0 to `goal`."""
-    return decay + 0.5 * (1 - decay) * (goal - decay)
+def time_grid(steps: int, gaps: tuple[float, float], time_dist_ctrl: tuple[float, float, float]) -> torch.Tensor:
+    """Times [steps + 1], float64, from noise to 0: 1 - (1 - (1 - u^a)^b)^c for even u between the gaps at both ends, a
+    power of Kumaraswamy's distribution function, then 0."""
+    a, b, c = time_dist_ctrl
+    num_nodes = steps + 1 if gaps[1] == 0 else steps  # without a gap at data, the last node is the 0 that follows
+    u = torch.linspace(gaps[0], 1 - gaps[1], num_nodes, dtype=torch.float64)[:steps]
+    times = 1 - (1 - (1 - u**a) ** b) ** c
+    return torch.cat([times, torch.zeros(1, dtype=torch.float64)])
+
+
+@torch.no_grad()
+def sampling_loop(
+    predict: Predict,
+    noise: torch.Tensor,
+    cond: Conditions,
+    uncond: Conditions | None = None,
+    *,
+    steps: int,
+    style: str = "few",
+    generators: list[torch.Generator] | None = None,
+    cfg_scale: float = 0.0,
+    stochast_ratio: float | str | None = None,
+    extrapol_ratio: float = 0.0,
+    order: int = 1,
+    gaps: tuple[float, float] | None = None,
+    time_dist_ctrl: tuple[float, float, float] | None = None,
+) -> torch.Tensor:
+    """Samples x [B, ...] from noise [B, ...] in `steps` forward passes (UCGM, arXiv 2505.07447).
+
+    style: each prediction F(x, t, t') is made for t' = 0 (few), the next time (any) or t itself (mul, multi-step); it
+    also sets the arguments that are None, see STYLES. stochast_ratio: share s of the noise that is renewed in each
+    step, from one generator per image; "SDE" sets s = min(1, 2 t (t - t₊) / t₊²) for the next time t₊.
+    extrapol_ratio: extrapolates x̂ and ẑ by their difference to the previous step. order 2: Heun's rule, for style mul
+    without new noise. cfg_scale: F(uncond) + cfg_scale (F(cond) - F(uncond)); 0 is no guidance.
+    """
+    preset = STYLES[style]
+    if stochast_ratio is None:
+        stochast_ratio = 0.8 if style == "few" and steps == 1 else preset["stochast_ratio"]
+    if order == 2 and (style != "mul" or stochast_ratio):
+        raise ValueError("sampling order 2 needs style mul and stochast_ratio 0: only velocities at a time average")
+    num_intervals = math.ceil(steps / order)
+    times = time_grid(num_intervals, gaps or preset["gaps"], time_dist_ctrl or preset["time_dist_ctrl"]).tolist()
+
+    def velocity(x, t, target_time):
+        t = torch.full((len(x),), t, device=x.device)
+        target_time = torch.full((len(x),), target_time, device=x.device)
+        x = x.to(noise.dtype)
+        if not cfg_scale:
+            return predict(x, t, target_time, cond).double()
+        prediction = predict(
+            torch.cat([x, x]), torch.cat([t, t]), torch.cat([target_time, target_time]), concatenate(cond, uncond)
+        )
+        cond_prediction, uncond_prediction = prediction.double().chunk(2)
+        return uncond_prediction + cfg_scale * (cond_prediction - uncond_prediction)
+
+    x = noise.double()
+    previous = None
+    for t, t_next in zip(times[:-1], times[1:], strict=True):
+        target_time = {"few": 0.0, "any": t_next, "mul": t}[style]
+        F = velocity(x, t, target_time)  # noqa: N806
+        x_hat = x - t * F
+        z_hat = x + (1 - t) * F
+        predicted = x_hat, z_hat
+        if extrapol_ratio and previous is not None:
+            x_hat = x_hat + extrapol_ratio * (x_hat - previous[0])
+            z_hat = z_hat + extrapol_ratio * (z_hat - previous[1])
+        previous = predicted
+
+        s = stochast_ratio
+        if s == "SDE":
+            s = min(1.0, 2 * t * (t - t_next) / t_next**2) if t_next else 1.0
+        if s and t_next:
+            new_noise = torch.stack([torch.randn(noise.shape[1:], generator=generator) for generator in generators])
+            z_hat = (1 - s) ** 0.5 * z_hat + s**0.5 * new_noise.to(z_hat)
+
+        x_next = (1 - t_next) * x_hat + t_next * z_hat
+        if order == 2 and t_next:
+            x_next = x - (t - t_next) * (F + velocity(x_next, t_next, t_next)) / 2
+        x = x_next
+    return x.to(noise.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1102,9 +1418,9 @@ def read_prompts(path):
     return [PromptExample(f"{path}:{i + 1}", [line]) for i, line in enumerate(lines) if line], []
 
 
-def has_parquet(args):
-    """Whether --train_data_dir holds parquet files, not pictures."""
-    return args.train_data_dir is not None and any(args.train_data_dir.glob("*.parquet"))
+def has_parquet(folder: Path | None) -> bool:
+    """Whether a folder holds parquet files instead of images."""
+    return folder is not None and any(folder.glob("*.parquet"))
 
 
 def read_captioned_folder(args):
@@ -1164,7 +1480,7 @@ def find_examples(args):
     """The training pictures with their captions, and what is wrong with them: (examples, problems)."""
     if args.image_free:
         examples, problems = read_prompts(args.prompts_file)
-    elif args.train_data_dir and args.train_data_dir.is_dir() and not has_parquet(args):
+    elif args.train_data_dir and args.train_data_dir.is_dir() and not has_parquet(args.train_data_dir):
         examples, problems = read_captioned_folder(args)
     else:
         examples, problems = read_captioned_dataset(args)
@@ -1272,7 +1588,7 @@ def stack_conditions(conditions):
 
 def encode_prompts(accelerator, backbone, dataset, encoded, args, dtype):
     """Prompts, by the text encoders, which are gone afterwards, and not loaded where all is there already."""
-    text = functools.cache(functools.partial(backbone.load_text, dtype, accelerator.device))
+    text = functools.cache(functools.partial(backbone.load_prompt_encoder, dtype, accelerator.device))
     prompts = []
     for index, example in enumerate(dataset.examples):
         about = (index, example.stamp) if example.read_reference else ()
@@ -1310,8 +1626,8 @@ def cache_latents(accelerator, vae, dataset, encoded):
 def prepare_batch(batch, backbone, vae, args, device, offload):
     """(latents [B, C, h, w], conditions, unconditional conditions) of a batch, on the device."""
     if args.image_free:
-        side = args.resolution // backbone.factor
-        latents = torch.zeros(args.train_batch_size, backbone.channels, side, side, device=device)
+        side = args.resolution // backbone.vae_scale_factor
+        latents = torch.zeros(args.train_batch_size, backbone.latent_channels, side, side, device=device)
     elif "latents" in batch:
         latents, reference = batch["latents"].to(device), batch.get("reference")
     else:
@@ -1330,7 +1646,7 @@ def prepare_batch(batch, backbone, vae, args, device, offload):
 def validate(accelerator, predict, teacher, transformer, backbone, vae, encoded, args, *, step):
     """Draws the validation prompt and sends the pictures to validation/step-N.png and the trackers."""
     device, count = accelerator.device, args.num_validation_images
-    side = args.resolution // backbone.factor
+    side = args.resolution // backbone.vae_scale_factor
     about = [str(args.validation_image)] if args.validation_image else []
     cond = stack_conditions([encoded.load("prompt", args.validation_prompt, *about)] * count)
     images, captions = [], []
@@ -1343,9 +1659,9 @@ def validate(accelerator, predict, teacher, transformer, backbone, vae, encoded,
         for sampler in args.validation_samplers:
             style, steps = sampler.split(":")
             generators = [torch.Generator().manual_seed(args.seed + i) for i in range(count)]
-            shape = backbone.channels, side, side
+            shape = backbone.latent_channels, side, side
             noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
-            latents = sample_flow(predict, noise, cond, steps=int(steps), style=style, generators=generators)
+            latents = sampling_loop(predict, noise, cond, steps=int(steps), style=style, generators=generators)
             images += [to_image(decode_images(vae, part)) for part in latents.split(1)]
             captions += [f"{sampler}, seed {args.seed + i}" for i in range(count)]
     save_images(accelerator, args, images, captions, prompt=args.validation_prompt, step=step, columns=count)
@@ -1394,8 +1710,26 @@ def about_run(args, dataset):
 def main(args):
     # 1. Accelerator, logging, seed
     backbone = BACKBONES[args.model_type](args)
-    unused = DistributedDataParallelKwargs(find_unused_parameters=backbone.unused_parameters)
-    accelerator, weight_dtype = start(args, [unused])
+    unused = DistributedDataParallelKwargs(find_unused_parameters=backbone.has_unused_parameters)
+    if args.local_rank != -1:
+        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    for library_logging in (diffusers_logging, transformers_logging):
+        if args.verbose:
+            library_logging.set_verbosity_info()
+        else:
+            library_logging.disable_progress_bar()
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # else torchrun's processes would not know of each other there
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(args.output_dir, logging_dir=args.output_dir / args.logging_dir),
+        step_scheduler_with_optimizer=False,
+        kwargs_handlers=[unused],
+    )
+    dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16}
+    weight_dtype = dtypes.get(accelerator.mixed_precision, torch.float32)
     device, quiet = accelerator.device, not accelerator.is_main_process
     set_seed(args.seed)
 
@@ -1432,7 +1766,7 @@ def main(args):
     dtype = torch.float32 if full else weight_dtype  # of the weights; what is trained is always float32
     transformer = backbone.load_transformer(dtype)
     base_size = transformer.num_parameters()
-    quantize_base(transformer, dtype, args.quantize_base).to(first_device(accelerator, args))
+    quantize_base(transformer, dtype, args.quantize_base).to("cpu" if args.fsdp else device)
     set_seed(args.seed)  # whatever was encoded, or found encoded, before
     if full:
         add_target_time(transformer, backbone.time_module, args.target_time_init)
@@ -1445,12 +1779,44 @@ def main(args):
             dropout=args.lora_dropout,
             target_modules=lora_targets(args),
         )
-    prepare_blocks(transformer, args, device, weight_dtype)
+    if args.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    if args.compile:
+        compile_blocks(transformer)
+    if args.fsdp:
+        shard(transformer, device, weight_dtype)
     params = {name: parameter for name, parameter in transformer.named_parameters() if parameter.requires_grad}
 
     # 5. Optimizer and schedule
-    optimizer = create_optimizer(args, list(params.values()), total_batch_size if args.scale_lr else 1)
-    lr_scheduler = create_lr_scheduler(args, optimizer, max_train_steps)
+    learning_rate = args.learning_rate * total_batch_size if args.scale_lr else args.learning_rate
+    groups = [{"params": list(params.values()), "lr": learning_rate, "weight_decay": args.adam_weight_decay}]
+    betas = (args.adam_beta1, args.adam_beta2)
+    if args.optimizer == "prodigy":
+        from prodigyopt import Prodigy
+
+        optimizer = Prodigy(
+            groups,
+            betas=betas,
+            beta3=args.prodigy_beta3,
+            eps=args.adam_epsilon,
+            decouple=args.prodigy_decouple,
+            use_bias_correction=args.prodigy_use_bias_correction,
+            safeguard_warmup=args.prodigy_safeguard_warmup,
+        )
+    elif args.use_8bit_adam:
+        from bitsandbytes.optim import AdamW8bit
+
+        optimizer = AdamW8bit(groups, betas=betas, eps=args.adam_epsilon)
+    else:
+        optimizer = torch.optim.AdamW(groups, betas=betas, eps=args.adam_epsilon)
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=max_train_steps,
+        num_cycles=args.lr_num_cycles,
+        power=args.lr_power,
+    )
 
     # 6. Prepare and resume
     bare = transformer
@@ -1458,11 +1824,9 @@ def main(args):
         lr_scheduler = accelerator.prepare(lr_scheduler)
     else:
         transformer, optimizer, lr_scheduler = accelerator.prepare(transformer, optimizer, lr_scheduler)
-    teacher = Teacher(params.values(), args.ema_decay_rate, functools.partial(reshard, bare))
-    pipeline_class = getattr(diffusers, backbone.pipeline)
-    averages = {}  # of the trained tensors
-    if 0 < args.ema_decay_rate < 1:
-        averages = dict(zip(params, teacher.tensors, strict=True))
+    teacher = EMATeacher(params.values(), args.ema_decay_rate, functools.partial(reshard, bare))
+    pipeline_class = backbone.pipeline_class
+    averages = dict(zip(params, teacher.tensors, strict=True)) if teacher.averages else {}
     if args.fsdp:
         register_sharded_checkpointing(accelerator, bare, optimizer, averages)
     elif full:
@@ -1471,7 +1835,7 @@ def main(args):
         register_lora_checkpointing(accelerator, pipeline_class, {"transformer": bare}, optimizer)
         register_tensor_checkpointing(accelerator, {"teacher": averages})
     global_step = load_checkpoint(accelerator, checkpoint, lr_scheduler)
-    teacher.catch_up(global_step)
+    teacher.restore_decay(global_step)
     sampler.start, sampler.stop = global_step * accumulation, max_train_steps * accumulation
     train_dataloader = DataLoader(
         dataset, batch_sampler=sampler, collate_fn=collate, num_workers=args.dataloader_num_workers
@@ -1486,7 +1850,7 @@ def main(args):
         transformer=transformer,
         backbone=backbone,
         dtype=dtype,
-        two_times=full,
+        embeds_target_time=full,
         autocast=accelerator.autocast,
     )
     shown = teacher if 0 < args.ema_decay_rate < 1 else nullcontext  # whose pictures and weights are the result
@@ -1525,7 +1889,7 @@ def main(args):
             finite = math.isfinite(means["loss"]) and (accelerator.scaler is not None or math.isfinite(grad_norm))
             if finite or accelerator.scaler is not None:
                 optimizer.step()
-            teacher.update(taken=finite)
+            teacher.update_ema(step_taken=finite)
             lr_scheduler.step()
             optimizer.zero_grad()
 
@@ -1548,8 +1912,7 @@ def main(args):
     with shown():
         save_dtype = torch.float32 if args.upcast_before_saving else weight_dtype
         if full:
-            transformer_class = getattr(diffusers, backbone.transformer)
-            save_model(accelerator, args.output_dir / "transformer", bare, transformer_class, save_dtype)
+            save_model(accelerator, args.output_dir / "transformer", bare, backbone.transformer_class, save_dtype)
         else:
             save_lora(args.output_dir, pipeline_class, {"transformer": bare}, save_dtype)
     command = drawing_command(args, args.validation_prompt or examples[0].captions[0])

@@ -37,6 +37,7 @@ from PIL import EpsImagePlugin, ExifTags, Image, ImageOps
 from safetensors import SafetensorError
 from torch.utils.data import IterableDataset, Sampler, default_collate
 from tqdm.auto import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -205,36 +206,13 @@ def check_captions(
     return problems
 
 
-def map_examples(function: Callable[[Example], Any], examples: Sequence[Example]) -> tuple[list, list[str]]:
-    """([function(example), None where it raises], problems), by a pool of threads and with a progress bar."""
-
-    def attempt(example):
-        try:
-            return function(example), None
-        except Exception as error:  # PIL's readers of formats raise of all kinds
-            return None, f"{example.name}: not a readable image ({error})"
-
-    results, problems = [], []
-    with ThreadPoolExecutor() as pool:
-        attempts = pool.map(attempt, examples)
-        for result, problem in tqdm(attempts, total=len(examples), desc="Reading images", unit="image", leave=False):
-            results.append(result)
-            if problem:
-                problems.append(problem)
-    return results, problems
-
-
 def check_images(examples: Sequence[Example], check: Callable[[Example], str | None]) -> list[str]:
     """Problems of images, in order of the examples: what check(example) returns (None: none) or raises."""
-
-    def read(example):
-        try:
-            return check(example)
-        except Exception as error:  # PIL's readers of formats raise of all kinds
-            return f"{example.name}: not a readable image ({error})"
-
-    found, _ = map_examples(read, examples)
-    return [problem for problem in found if problem]
+    problems = []
+    for problem, error in map_examples(check, examples):
+        if problem or error:
+            problems.append(problem or error)
+    return problems
 
 
 def read_sizes(examples: Sequence[Example], *, decode: bool = True) -> tuple[list[Size | None], list[str]]:
@@ -243,7 +221,20 @@ def read_sizes(examples: Sequence[Example], *, decode: bool = True) -> tuple[lis
     Without `decode`, PNG files are verified by their checksums and JPEG files decoded at an eighth of their size: a
     folder of thousands of images is checked in seconds.
     """
-    return map_examples(upright_size if decode else verified_size, examples)
+    results = map_examples(upright_size if decode else verified_size, examples)
+    return [size for size, _ in results], [error for _, error in results if error]
+
+
+def map_examples(function: Callable[[Example], Any], examples: Sequence[Example]) -> list[tuple[Any, str | None]]:
+    """[(function(example), None), or (None, problem) where it raises], by a pool of threads, with a progress bar."""
+
+    def attempt(example):
+        try:
+            return function(example), None
+        except Exception as error:  # PIL's readers of formats raise of all kinds
+            return None, f"{example.name}: not a readable image ({error})"
+
+    return thread_map(attempt, examples, desc="Reading images", unit="image", leave=False)
 
 
 def upright_size(example: Example) -> Size:
@@ -388,8 +379,8 @@ def read_folder(
 
     caption_per_line: each line of a .txt file is one of several captions (TwinFlow).
     use_metadata=False: metadata.jsonl is not looked at (TwinFlow).
-    whole_rows: lines may lack a caption, for it may be in further columns; a .txt file stands in for a whole line of
-    metadata.jsonl, not for a caption that the line lacks (OminiControl).
+    whole_rows: lines of metadata.jsonl may lack a caption, for it may be in further columns. A .txt file stands in for
+    a whole line, {"text": its text}, and not for a caption that a line lacks (OminiControl).
     sort_by_stem: "a.png" comes before "a-b.png" (InFluxEdit).
     """
     partner_columns = partner_columns or {}
@@ -427,15 +418,18 @@ def read_folder(
     examples = []
     for path in paths:
         row = rows.get(path.name, {})
+        text_file = caption_dir / f"{path.stem}.txt" if caption_dir else path.with_suffix(".txt")
         caption = None if caption_dir else first_value(row, columns)
-        has_text_file = not whole_rows or (path.name not in rows and caption_column is None)
-        if caption is None and has_text_file:
+        if caption is None and not (whole_rows and path.name in rows):
             try:
-                caption = read_text(caption_dir / f"{path.stem}.txt" if caption_dir else path.with_suffix(".txt"))
+                caption = read_text(text_file)
             except ValueError as error:
                 problems.append(str(error))
                 continue
-            if caption is not None and caption_per_line:
+            if whole_rows:
+                row = {"text": caption}
+                caption = first_value(row, columns)
+            elif caption is not None and caption_per_line:
                 caption = [line.strip() for line in caption.splitlines() if line.strip()]
         example = file_example(path, caption)
         example.columns = {name: value for name, value in row.items() if name not in partner_columns.values()}
@@ -443,8 +437,9 @@ def read_folder(
             if path in partners[role]:
                 example.images[role] = file_example(partners[role][path])
         for role, column in partner_columns.items():
-            if isinstance(row.get(column), str):
-                example.images[role] = file_example(folder / row[column], name=f"{path}, {column}")
+            file_name = row.get(column)
+            if isinstance(file_name, str):
+                example.images[role] = file_example(folder / file_name, name=f"{path}, {column}")
             else:
                 problems.append(f"{metadata}: column {column} names no file for {path.name}")
         example.stamp = " ".join(image.stamp for image in all_images([example]))
@@ -479,7 +474,7 @@ def first_value(row: dict, columns: Iterable[str]) -> Any:
 
 
 def read_encoded(file: Mapping[str, Any] | None) -> Image.Image:
-    """The decoded image of {"bytes": ..., "path": ...}, a file of a dataset."""
+    """The decoded image of {"bytes": ..., "path": ...}, a file of a dataset, turned as EXIF says."""
     if file is None:
         raise ValueError("there is no image")
     data, path = file["bytes"], file["path"]
@@ -489,9 +484,7 @@ def read_encoded(file: Mapping[str, Any] | None) -> Image.Image:
             data = opened.read()
     elif not data:
         data = Path(path).read_bytes()
-    image = open_image(io.BytesIO(data))
-    image.load()
-    return image
+    return ImageOps.exif_transpose(open_image(io.BytesIO(data)))
 
 
 def read_cell(dataset: Any, row: int, column: str) -> Image.Image:
@@ -533,7 +526,7 @@ def load_rows(
             columns[role] = next((name for name in names if name in found), names[0])
         needed = list(columns.values())
         if caption_column is not None:
-            needed.append(caption_column if caption_column in found else caption_column.split(".")[0])
+            needed.append(caption_root(caption_column, found))
         absent = [name for name in needed if name not in found]
         if absent:
             return None, {}, [f"{source}: no column {', '.join(absent)}; it has {', '.join(found)}"]
@@ -589,13 +582,12 @@ def read_dataset(
     )
     if problems:
         return [], problems
+    texts = []
     if whole_rows:
-        is_image = {column: type(feature).__name__ == "Image" for column, feature in dataset.features.items()}
-        texts = [column for column in dataset.column_names if not is_image[column]]
-    elif caption_column is None:
-        texts = []
-    else:
-        texts = [caption_column if caption_column in dataset.column_names else caption_column.split(".")[0]]
+        features = dataset.features.items()
+        texts = [column for column, feature in features if type(feature).__name__ != "Image"]
+    elif caption_column is not None:
+        texts = [caption_root(caption_column, dataset.column_names)]
     rows = dataset.select_columns(texts).to_list() if texts else [{}] * len(dataset)
     examples = []
     for i, row in enumerate(rows):
@@ -611,6 +603,11 @@ def read_dataset(
             )
         )
     return examples, [] if examples else [f"{source}: no images in it"]
+
+
+def caption_root(caption_column: str, columns: Sequence[str]) -> str:
+    """The column that holds a caption: "a" for "a.b", unless there is a column of that whole name."""
+    return caption_column if caption_column in columns else caption_column.split(".")[0]
 
 
 def caption_names(caption_column: str | None, whole_rows: bool) -> Sequence[str]:

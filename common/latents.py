@@ -2,26 +2,32 @@
 
 import hashlib
 import json
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from common.checkpoints import atomic_write
 
-import numpy as np
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 from diffusers import AutoencoderDC, AutoencoderKLQwenImage, FluxPipeline
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from tqdm.auto import tqdm
 
 
 PATCH = 16  # pixels per token of FLUX.1
 
+Vae = Any  # an AutoencoderKL unless a function says which others; diffusers' own hints miss what these return
+
 
 @torch.no_grad()
-def encode_moments(vae, pixel_values):
+def encode_moments(vae: Vae, pixel_values: Tensor) -> Tensor:
     """The VAE posterior of images [B, 3, H, W] in [-1, 1]: mean and log-variance [B, 2C, H/f, W/f], float32.
 
     Images go through the VAE one at a time: batched convolutions round differently, and a latent must not depend
@@ -31,50 +37,54 @@ def encode_moments(vae, pixel_values):
     return torch.cat([vae.encode(image).latent_dist.parameters for image in images]).float()
 
 
-def sample_latents(moments, vae_config, generator=None):
-    """Latents [B, C, h, w], normalised as the transformer expects them, drawn from posteriors [B, 2C, h, w]."""
+def sample_latents(moments: Tensor, vae_config: Any, generator: torch.Generator | None = None) -> Tensor:
+    """Latents [B, C, h, w] sampled from posteriors [B, 2C, h, w], normalised as the transformer expects them."""
     latents = DiagonalGaussianDistribution(moments).sample(generator)
     return (latents - vae_config.shift_factor) * vae_config.scaling_factor
 
 
-def mean_latents(moments, vae_config):
-    """The means [B, C, h, w] of posteriors [B, 2C, h, w], normalised as by `sample_latents`, without its chance."""
-    return (moments.chunk(2, dim=1)[0] - vae_config.shift_factor) * vae_config.scaling_factor
+def mean_latents(moments: Tensor, vae_config: Any) -> Tensor:
+    """The means [B, C, h, w] of posteriors [B, 2C, h, w], normalised as by `sample_latents`."""
+    mean, _ = moments.chunk(2, dim=1)
+    return (mean - vae_config.shift_factor) * vae_config.scaling_factor
 
 
-def decode_latents(vae, latents):
+def decode_latents(vae: Vae, latents: Tensor) -> Tensor:
     """Images [B, 3, H, W] in about [-1, 1] from normalised latents [B, C, h, w]."""
     latents = latents / vae.config.scaling_factor + vae.config.shift_factor
     return vae.decode(latents.to(vae.dtype)).sample
 
 
-def latent_statistics(vae):
+def latent_statistics(vae: Vae) -> tuple[float | Tensor, float | Tensor]:
     """(shift, scale) that normalise a VAE's latents, (latents - shift) * scale: numbers, or tensors [C, 1, 1]."""
     if isinstance(vae, AutoencoderKLQwenImage):
-        mean, std = vae.config.latents_mean, vae.config.latents_std
-        return tuple(torch.tensor(value, device=vae.device).view(-1, 1, 1) for value in (mean, [1 / s for s in std]))
+        config: Any = vae.config
+        shift = torch.tensor(config.latents_mean, device=vae.device)
+        scale = torch.tensor([1 / std for std in config.latents_std], device=vae.device)
+        return shift.view(-1, 1, 1), scale.view(-1, 1, 1)
     return getattr(vae.config, "shift_factor", None) or 0.0, vae.config.scaling_factor
 
 
 @torch.no_grad()
-def encode_images(vae, pixel_values):
+def encode_images(vae: Vae, pixel_values: Tensor) -> Tensor:
     """Normalised latents [B, C, h, w], float32, of images [B, 3, H, W] in [-1, 1]: the mean of the posterior.
 
     For AutoencoderKL (FLUX.1, SD3), AutoencoderDC (Sana) and AutoencoderKLQwenImage; one image at a time, as above.
     """
     latents = []
     for image in pixel_values.to(vae.device, vae.dtype).split(1):
-        if isinstance(vae, AutoencoderKLQwenImage):  # to which an image is a video of one frame
+        if isinstance(vae, AutoencoderKLQwenImage):  # its images are videos [B, 3, 1, H, W] of one frame
             latents.append(vae.encode(image.unsqueeze(2)).latent_dist.mode().squeeze(2))
+        elif isinstance(vae, AutoencoderDC):  # deterministic
+            latents.append(vae.encode(image).latent)
         else:
-            encoded = vae.encode(image)
-            latents.append(encoded.latent if isinstance(vae, AutoencoderDC) else encoded.latent_dist.mode())
+            latents.append(vae.encode(image).latent_dist.mode())
     shift, scale = latent_statistics(vae)
     return (torch.cat(latents).float() - shift) * scale
 
 
 @torch.no_grad()
-def decode_images(vae, latents):
+def decode_images(vae: Vae, latents: Tensor) -> Tensor:
     """Images [B, 3, H, W] in about [-1, 1] from what `encode_images` returns."""
     shift, scale = latent_statistics(vae)
     latents = (latents / scale + shift).to(vae.dtype)
@@ -83,110 +93,132 @@ def decode_images(vae, latents):
     return vae.decode(latents).sample
 
 
-def pack_latents(latents):
+def pack_latents(latents: Tensor) -> Tensor:
     """[B, C, h, w] to tokens [B, h/2 * w/2, 4C], each a 2 x 2 patch."""
     return FluxPipeline._pack_latents(latents, *latents.shape)
 
 
-def unpack_latents(packed, height, width):
-    """Tokens [B, h/2 * w/2, 4C] to [B, C, h, w], where `height` and `width` are h and w in latents."""
+def unpack_latents(packed: Tensor, height: int, width: int) -> Tensor:
+    """Tokens [B, h/2 * w/2, 4C] to [B, C, h, w]; `height` and `width` are h and w, in latents and not in pixels."""
     return FluxPipeline._unpack_latents(packed, height, width, vae_scale_factor=1)
 
 
-def image_ids(height, width, device=None):
-    """Position ids [h/2 * w/2, 3] of packed latents: (0, row, column)."""
+def image_ids(height: int, width: int, device: torch.device | None = None) -> Tensor:
+    """Position ids [h/2 * w/2, 3], float32, of packed latents [B, C, h, w]: (0, row, column)."""
     return FluxPipeline._prepare_latent_image_ids(None, height // 2, width // 2, device, torch.float32)
 
 
-def to_tensor(image):
-    """An RGB picture as [3, H, W] in [-1, 1]."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+# Between PIL images and tensors in [-1, 1]. Resizing and cropping are the datasets' own.
+image_processor = VaeImageProcessor(do_resize=False)
 
 
-def to_image(pixels):
-    """A PIL image of pixels [1, 3, H, W] in about [-1, 1]."""
-    pixels = ((pixels[0].float().clamp(-1, 1) + 1) * 127.5).round().byte()
-    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+def to_tensor(image: Image.Image) -> Tensor:
+    """An RGB image as [3, H, W] in [-1, 1], float32."""
+    return image_processor.preprocess(image)[0]
 
 
-def cache_moments(accelerator, vae, keys, load_pixels, folder=None):
-    """The VAE posterior of every picture of a run: {key: `encode_moments` of load_pixels(key), on the CPU}.
-
-    `load_pixels` returns an image [3, H, W] in [-1, 1]. The processes share the work; each returns all. With `folder`,
-    posteriors are kept there for later runs, by the pixels and the VAE they were made of.
-    """
-    model = fingerprint(vae) if folder else b""
-
-    def moments(key):
-        pixels = load_pixels(key)
-        key = model + str(tuple(pixels.shape)).encode() + pixels.numpy().tobytes() if folder else b""
-        return disk_cached(folder, key, lambda: encode_moments(vae, pixels[None])[0].cpu())
-
-    with accelerator.split_between_processes(list(keys)) as share:
-        progress_bar = tqdm(share, desc="Caching latents", unit="image", disable=not accelerator.is_main_process)
-        found = [(key, moments(key)) for key in progress_bar]
-    return dict(gather_object(found))
-
-
-def disk_cached(folder, key, compute):
-    """The tensor that `compute` returns, kept in `folder` (None: nowhere) under the SHA-256 of `key` (bytes).
-
-    A file is whole or absent, also if the process is killed; one that the disk damaged is written anew. Whatever the
-    tensor depends on belongs in the key.
-    """
-    if folder is None:
-        return compute()
-    path = Path(folder) / f"{hashlib.sha256(key).hexdigest()}.safetensors"
-    if not is_whole(path):
-        value = compute().contiguous()
-        with atomic_write(path) as partial:
-            save_file({"value": value}, partial)
-    return load_file(path)["value"]
+def to_image(pixels: Tensor) -> Image.Image:
+    """The PIL image of pixels [1, 3, H, W] in about [-1, 1]."""
+    images: Any = image_processor.postprocess(pixels.float(), output_type="pil")
+    return images[0]
 
 
 class TensorCache:
-    """What text encoder and VAE made of prompts and pictures: files in a folder, which a later run finds again.
+    """What encoders made of prompts and images, in files of a folder where later runs find them.
 
-    A file is named by what was encoded, `what` (JSON), and by `about` (JSON), which is all else that goes into it.
+    An entry is {name: tensor}. Its file is named by a hash of `identity` and the entry's key, so what the tensors
+    depend on belongs in one of them: the encoder and its settings in `identity`, what was encoded in the key. Both are
+    bytes, or both are values that JSON can hold. Files are written whole or not at all; one that is damaged is
+    encoded and written again.
     """
 
-    def __init__(self, folder, about):
-        self.folder, self.about = Path(folder), about
+    def __init__(self, folder: Path | str, identity: Any):
+        self.folder = Path(folder)
+        self.identity = identity
 
-    def path(self, *what):
-        digest = hashlib.sha256(json.dumps([self.about, what]).encode()).hexdigest()
-        return self.folder / f"{digest[:40]}.safetensors"
+    def path(self, *key: Any) -> Path:
+        if isinstance(self.identity, bytes):
+            content = self.identity + b"".join(key)
+        else:
+            content = json.dumps([self.identity, key]).encode()
+        return self.folder / f"{hashlib.sha256(content).hexdigest()}.safetensors"
 
-    def load(self, *what):
-        """{name: tensor}."""
-        return load_file(self.path(*what))
+    def load(self, *key: Any) -> dict[str, Tensor]:
+        return load_file(self.path(*key))
 
-    def fill(self, accelerator, items, encode, desc):
-        """Writes encode(*what), {name: tensor}, of each `what` in `items` that is missing; the processes share it."""
+    def has(self, *key: Any) -> bool:
+        """Whether the entry is there and whole: its file is as long as its header says."""
+        try:
+            with safe_open(self.path(*key), "pt"):
+                return True
+        except (OSError, SafetensorError):
+            return False
+
+    def save(self, tensors: Mapping[str, Tensor], *key: Any) -> None:
+        tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
+        with atomic_write(self.path(*key)) as partial:
+            save_file(tensors, partial)
+
+    def load_or_encode(self, *key: Any, encode: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """The entry; if it is absent, `encode()` makes it first."""
+        if not self.has(*key):
+            self.save(encode(), *key)
+        return self.load(*key)
+
+    def fill(self, accelerator: Accelerator, keys: Iterable[tuple], encode: Callable, desc: str) -> None:
+        """Adds the entries of `keys` that are absent, each made by encode(*key); the processes share the work."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        missing = [what for what in items if not is_whole(self.path(*what))]
-        accelerator.wait_for_everyone()
+        missing = [key for key in keys if not self.has(*key)]
+        accelerator.wait_for_everyone()  # every process has listed what is missing
+        quiet = not accelerator.is_main_process or not missing
         with accelerator.split_between_processes(missing) as share:
-            for what in tqdm(share, desc=desc, disable=not accelerator.is_main_process or not missing):
-                tensors = {name: value.cpu().contiguous() for name, value in encode(*what).items()}
-                with atomic_write(self.path(*what)) as partial:
-                    save_file(tensors, partial)
+            for key in tqdm(share, desc=desc, disable=quiet):
+                self.save(encode(*key), *key)
         accelerator.wait_for_everyone()
 
 
-def is_whole(path):
-    """Whether a safetensors file is there and as long as its header says: a crash of the machine can leave it cut."""
-    try:
-        with safe_open(path, "pt"):
-            return True
-    except (OSError, SafetensorError):
-        return False
+def cache_moments(
+    accelerator: Accelerator,
+    vae: Vae,
+    keys: Iterable[Hashable],
+    load_pixels: Callable[[Any], Tensor],
+    folder: Path | str | None = None,
+) -> dict[Any, Tensor]:
+    """The VAE posterior of every image of a run: {key: `encode_moments` of load_pixels(key)}, on the CPU.
+
+    `load_pixels` returns an image [3, H, W] in [-1, 1]. The processes share the work; each returns all. With `folder`,
+    posteriors are kept there for later runs, by the image's pixels and the VAE's weights.
+    """
+
+    def encode(pixels):
+        return {"value": encode_moments(vae, pixels[None])[0].cpu()}
+
+    cache = TensorCache(folder, fingerprint(vae)) if folder else None
+    found = []
+    with accelerator.split_between_processes(list(keys)) as share:
+        for key in tqdm(share, desc="Caching latents", unit="image", disable=not accelerator.is_main_process):
+            pixels = load_pixels(key)
+            if cache:
+                content = str(tuple(pixels.shape)).encode() + pixels.numpy().tobytes()
+                entry = cache.load_or_encode(content, encode=lambda: encode(pixels))  # noqa: B023
+            else:
+                entry = encode(pixels)
+            found.append((key, entry["value"]))
+    return dict(gather_object(found))
 
 
-def fingerprint(model):
+def fingerprint(model: torch.nn.Module) -> bytes:
     """Bytes that tell models apart: a hash of names, shapes, dtypes and 256 values of each of the weights."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
-        values = tensor.flatten()[:: max(1, tensor.numel() // 256)][:256].float().cpu()
+        step = max(1, tensor.numel() // 256)
+        values = tensor.flatten()[::step][:256].float().cpu()
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + values.numpy().tobytes())
     return digest.digest()
+
+
+def disk_cached(folder, key, compute):
+    """The form of TensorCache.load_or_encode before train_dreambooth_flux_advanced.py uses it."""
+    if folder is None:
+        return compute()
+    return TensorCache(folder, b"").load_or_encode(key, encode=lambda: {"value": compute()})["value"]

@@ -1,20 +1,20 @@
-"""LoRA adapters in, LoRA files out."""
+"""LoRA adapters: which layers get one, adding them, saving and loading them in diffusers' form."""
 
+import json
 import re
-import shutil
-import tempfile
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 from common.checkpoints import atomic_write, register_sharded_checkpointing
 from common.models import is_sharded, whole
 
 import torch
 from accelerate import Accelerator
-from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 
 FLUX_TARGET_MODULES = (
@@ -32,31 +32,49 @@ FLUX_TARGET_MODULES = (
     "ff_context.net.2",
 )
 
+TargetModules = str | Sequence[str]  # a regular expression, or names of layers or ends of such names
 
-def target_layers(model, target_modules):
-    """(name, module) of the linear layers that an adapter for `target_modules` is put beside.
+
+def target_layers(model: torch.nn.Module, target_modules: TargetModules) -> list[tuple[str, torch.nn.Linear]]:
+    """(name, module) of the linear layers that an adapter for `target_modules` is added to.
 
     `target_modules` are names of layers or ends of such names, or one regular expression that matches whole names.
     """
-    named = [(name.removesuffix(".base_layer"), module) for name, module in model.named_modules()]
-    linear = [pair for pair in named if isinstance(pair[1], torch.nn.Linear) and ".lora_" not in pair[0]]
+    layers = []
+    for name, module in model.named_modules():
+        name = name.removesuffix(".base_layer")  # where an adapter wraps the layer already
+        if isinstance(module, torch.nn.Linear) and ".lora_" not in name and is_target(name, target_modules):
+            layers.append((name, module))
+    return layers
+
+
+def is_target(name: str, target_modules: TargetModules) -> bool:
+    """Whether `target_modules` name this layer, as PEFT matches them."""
     if isinstance(target_modules, str):
-        return [(name, module) for name, module in linear if re.fullmatch(target_modules, name)]
-    ends = tuple(f".{target}" for target in target_modules)
-    return [(name, module) for name, module in linear if f".{name}".endswith(ends)]
+        return re.fullmatch(target_modules, name) is not None
+    return any(name == target or name.endswith(f".{target}") for target in target_modules)
 
 
-def unknown_layers(model, target_modules):
+def unknown_layers(model: torch.nn.Module, target_modules: TargetModules) -> list[str]:
     """The `target_modules` that no linear layer of the model has."""
     if isinstance(target_modules, str):
         return [] if target_layers(model, target_modules) else [target_modules]
     return [target for target in target_modules if not target_layers(model, [target])]
 
 
-def add_lora(model, *, rank, alpha, dropout, target_modules, modules_to_save=None, adapter_name="default"):
+def add_lora(
+    model: torch.nn.Module,
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    target_modules: TargetModules,
+    modules_to_save: list[str] | None = None,
+    adapter_name: str = "default",
+) -> list[torch.nn.Parameter]:
     """Adds a LoRA adapter to a frozen model and returns its parameters, in float32 whatever the model's dtype.
 
-    `target_modules` are names of modules or ends of such names, or a regular expression, as in `LoraConfig`. Raises
+    `target_modules` are names of modules or ends of such names, or a regular expression, as in `LoraConfig`; raises
     ValueError for those that no linear layer has. `modules_to_save` are modules trained as a whole: the adapter holds
     copies of them, and its file their weights. Adapters added before stay trainable.
     """
@@ -65,14 +83,14 @@ def add_lora(model, *, rank, alpha, dropout, target_modules, modules_to_save=Non
         raise ValueError(f"no linear layer of {type(model).__name__} is named {', '.join(unknown)}")
     config = LoraConfig(
         r=rank,
-        lora_alpha=alpha,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # a float works as well
         lora_dropout=dropout,
         init_lora_weights="gaussian",
         target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
         modules_to_save=modules_to_save,
     )
     earlier = [p for name, p in model.named_parameters() if p.requires_grad and ".lora_" in name]
-    model.add_adapter(config, adapter_name)  # which freezes all other adapters
+    model.add_adapter(config, adapter_name)  # type: ignore[operator]  # freezes all other adapters
     cast_training_params(model, dtype=torch.float32)  # bfloat16 would lose small updates to rounding
     added = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in earlier:
@@ -85,65 +103,74 @@ def adapter_config(model: torch.nn.Module, adapter_name: str = "default") -> Lor
     return model.peft_config[adapter_name]  # type: ignore[index]
 
 
-def adapter_weights(model, adapter_name="default"):
-    """An adapter's weights {name: tensor}, in full; with a sharded model all processes must ask for them."""
-    named = model.state_dict(keep_vars=True).items()
-    state_dict = {name: whole(value) if value.requires_grad else value.detach() for name, value in named}
+def adapter_weights(model: torch.nn.Module, adapter_name: str = "default") -> dict[str, torch.Tensor]:
+    """An adapter's weights {name: tensor}, in full; of a sharded model only if all processes ask for them."""
+    state_dict = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        state_dict[name] = whole(value) if value.requires_grad else value.detach()  # gathers what is trained alone
     return get_peft_model_state_dict(model, state_dict, adapter_name)
 
 
 def save_lora(
-    directory,
-    pipeline_class,
-    modules,
-    dtype=torch.float32,
+    directory: str | Path,
+    pipeline_class: Any,
+    modules: Mapping[str, torch.nn.Module],
+    dtype: torch.dtype = torch.float32,
     *,
-    adapter_name="default",
-    weight_name=LORA_WEIGHT_NAME_SAFE,
-    metadata=None,
-):
-    """Writes the adapters of {"transformer": model, ...} as `weight_name`, with the metadata from which
-    `pipeline_class.load_lora_weights` restores their strength (alpha / rank). `metadata`, {name: text}, goes into the
-    file's header beside it. All processes call it, one writes.
+    adapter_name: str = "default",
+    weight_name: str = LORA_WEIGHT_NAME_SAFE,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes the adapters of {"transformer": model, ...} as directory/weight_name, whole or not at all.
+
+    The header holds the settings from which `pipeline_class.load_lora_weights` restores their scale, alpha / rank, and
+    `metadata`. All processes call it, the main one writes.
     """
     if not modules:
         return
     layers = {}
+    settings = {}
     for name, model in modules.items():
         weights = adapter_weights(model, adapter_name)
         layers[f"{name}_lora_layers"] = {key: value.to("cpu", dtype) for key, value in weights.items()}
-        config = model.peft_config[adapter_name].to_dict()
-        if not isinstance(config["target_modules"], str):
-            config["target_modules"] = sorted(config["target_modules"])  # a set, in no fixed order
-        layers[f"{name}_lora_adapter_metadata"] = config
-    if torch.distributed.is_initialized() and torch.distributed.get_rank():
+        for key, value in adapter_config(model, adapter_name).to_dict().items():
+            settings[f"{name}.{key}"] = sorted(value) if isinstance(value, set) else value
+    if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
         return
-    directory = Path(directory)
-    with atomic_write(directory / weight_name) as partial, tempfile.TemporaryDirectory() as folder:
-        written = Path(folder) / LORA_WEIGHT_NAME_SAFE
-        pipeline_class.save_lora_weights(folder, **layers)
-        if metadata:
-            with safe_open(written, "pt") as file:
-                header = file.metadata()
-            save_file(load_file(written), written, metadata={**header, **metadata})
-        shutil.copyfile(written, partial)  # a copy others may read, by the user's umask
+
+    def write(state_dict, filename):
+        header = {"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(settings, indent=2, sort_keys=True)}
+        # not by save_file, whose files other users cannot read
+        Path(filename).write_bytes(save(state_dict, {**header, **(metadata or {})}))
+
+    with atomic_write(Path(directory) / weight_name) as partial:
+        pipeline_class.save_lora_weights(partial.parent, **layers, weight_name=partial.name, save_function=write)
 
 
-def load_lora(directory, modules, *, adapter_name="default", weight_name=LORA_WEIGHT_NAME_SAFE):
+def load_lora(
+    directory: str | Path,
+    modules: Mapping[str, torch.nn.Module],
+    *,
+    adapter_name: str = "default",
+    weight_name: str = LORA_WEIGHT_NAME_SAFE,
+) -> None:
     """Loads what `save_lora` wrote back into the adapters of {"transformer": model, ...}.
 
     Raises ValueError if the file's keys are not exactly those of the adapters.
     """
     path = Path(directory) / weight_name
-    state_dict = load_file(path) if modules or path.exists() else {}
+    if not modules and not path.exists():
+        return
+    state_dict = load_file(path)
     for name, model in modules.items():
         prefix = f"{name}."
-        layers = {key.removeprefix(prefix): state_dict.pop(key) for key in list(state_dict) if key.startswith(prefix)}
-        if layers.keys() != get_peft_model_state_dict(model, adapter_name=adapter_name).keys():
+        weights = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+        if weights.keys() != get_peft_model_state_dict(model, adapter_name=adapter_name).keys():
             raise ValueError(f"the LoRA in {directory} was made for other layers of the {name} than this run trains")
-        set_peft_model_state_dict(model, layers, adapter_name=adapter_name)
-    if state_dict:
-        raise ValueError(f"the LoRA in {directory} holds layers this run does not train: {', '.join(state_dict)}")
+        set_peft_model_state_dict(model, weights, adapter_name=adapter_name)
+    unused = [key for key in state_dict if key.partition(".")[0] not in modules]
+    if unused:
+        raise ValueError(f"the LoRA in {directory} holds layers this run does not train: {', '.join(unused)}")
 
 
 def register_lora_checkpointing(
@@ -177,10 +204,16 @@ def register_lora_checkpointing(
     accelerator.register_load_state_pre_hook(load)
 
 
-def reduce_gradients(accelerator, parameters):
-    """The mean over the processes, in one message, of gradients that `DistributedDataParallel` does not see."""
+def average_gradients(accelerator: Accelerator, parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Averages gradients over the processes, in one message, where no `DistributedDataParallel` does it."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if accelerator.num_processes > 1 and gradients:
-        mean = accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), reduction="mean")
-        for gradient, part in zip(gradients, mean.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(part.view_as(gradient))
+    if accelerator.num_processes == 1 or not gradients:
+        return
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    mean = cast(torch.Tensor, accelerator.reduce(flat, reduction="mean"))
+    sizes = [gradient.numel() for gradient in gradients]
+    for gradient, part in zip(gradients, mean.split(sizes), strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
+reduce_gradients = average_gradients  # the name before every script used the one above

@@ -13,12 +13,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.checkpoints import flush_to_disk, writing
+from common.checkpoints import atomic_write
 from common.lora import adapter_config, adapter_weights
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save, save_file
+from safetensors.torch import save
 
 
 # FLUX.1's layers as its authors name them, and the layers of diffusers that each one holds; # is a block's number.
@@ -125,7 +125,6 @@ def write_lora(
 
     `header` is added to the file's metadata, and sshs_model_hash: the SHA-256 of everything after the header.
     """
-    path = Path(path)
     if dtype is not None:
         layers = {
             name: LoraLayer(layer.down.to(dtype), layer.up.to(dtype), layer.alpha) for name, layer in layers.items()
@@ -137,13 +136,8 @@ def write_lora(
     serialized = save(tensors)
     header_size = int.from_bytes(serialized[:8], "little")
     metadata["sshs_model_hash"] = hashlib.sha256(memoryview(serialized)[8 + header_size :]).hexdigest()
-
-    partial = path.with_name(f".{path.name}.partial")
-    with writing(path, partial):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, partial, metadata)
-        flush_to_disk(partial)
-        partial.replace(path)
+    with atomic_write(path) as partial:
+        partial.write_bytes(save(tensors, metadata))  # not by save_file, whose files other users cannot read
 
 
 def read_lora(path: str | Path) -> tuple[dict[str, LoraLayer], dict[str, str]]:

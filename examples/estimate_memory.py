@@ -363,7 +363,7 @@ def training_step(model, args, fake):
                 torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=args.num_processes)
             shard(transformer, torch.device("cpu"), dtype)
         transformer.train()
-        side = args.resolution // backbone.factor
+        side = args.resolution // backbone.vae_scale_factor
         with fake:
             x = torch.empty(size, model.channels, side, side, dtype=dtype)
             conditions = {name: torch.empty(size, *shape, dtype=dtype) for name, shape in model.conditions.items()}

@@ -2,12 +2,12 @@
 
 import json
 
-from common import flow_matching
 from common.checkpoints import CHECKSUMS, checksums
 
 import pytest
 from PIL import Image
 
+import train_twinflow
 from train_twinflow import Backbone
 
 
@@ -51,15 +51,15 @@ BAD = [
     ("--probs e2e=0", "--probs: e2e=0 leaves no share above 0"),
     ("--enhanced_ratio 1", "--enhanced_ratio 1 with --ema_decay_rate 0.99: a teacher that learns its own guidance"),
     ("--enhanced_ratio 1.5 --ema_decay_rate 0", "or --ema_decay_rate 1"),
-    ("--enhanced_range 0.8 0.2", "--enhanced_range 0.8 0.2: from the smaller to the larger"),
+    ("--enhanced_range 0.8 0.2", "--enhanced_range 0.8 0.2: give the smaller time first"),
     ("--estimate_order 1", "--estimate_order 1 jumps to the end in one step, which only one in --probs trains"),
     ("--probs e2e=1,mul=1,adv=1", "--estimate_order 2 takes steps between any times: --probs needs any=1"),
     ("--estimate_order 0", "--estimate_order 0 trains nothing on e2e, any of --probs"),
     ("--recipe flow-matching --estimate_order 2 --probs any=1", "--consistc_ratio 0 is flow matching"),
     ("--estimate_order 9", "--estimate_order: 9 is out of range"),
     ("--ema_decay_rate 1.1", "--ema_decay_rate: 1.1 is out of range"),
-    ("--time_dist_ctrl 1 1 1.5", "--time_dist_ctrl: its last number is the largest time and at most 1, not 1.5"),
-    ("--image_free", "--image_free needs --prompts_file and no pictures, not --train_data_dir"),
+    ("--time_dist_ctrl 1 1 1.5", "--time_dist_ctrl: c, the largest time, must be at most 1, not 1.5"),
+    ("--image_free", "--image_free needs --prompts_file and no images, not --train_data_dir"),
     ("--image_free", "--image_free needs --ema_decay_rate 1 and --enhanced_ratio above 0"),
     ("--prompts_file {prompts}", "exactly one of --train_data_dir and --dataset_name is needed"),
     ("--dataset_name x", "exactly one of --train_data_dir and --dataset_name is needed"),
@@ -109,8 +109,8 @@ def test_bad_input_is_one_clear_error(train, world, monkeypatch, capsys, flags, 
     def load(*args, **kwargs):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(flow_matching, "load_model", load)
-    monkeypatch.setattr(Backbone, "load_text", load)
+    monkeypatch.setattr(train_twinflow, "load_model", load)
+    monkeypatch.setattr(Backbone, "load_prompt_encoder", load)
     source = "" if PROMPTS in flags else PICTURES
     command = f"--pretrained_model_name_or_path {{model}} {source} --output_dir {{out}} --report_to none {flags}"
     before = sorted(world["out"].parent.rglob("*"))

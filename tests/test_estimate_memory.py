@@ -61,7 +61,7 @@ def train(model, args, steps=2):
     transformer.train()
     params = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     optimizer = create_optimizer(args, params)
-    side = args.resolution // backbone.factor
+    side = args.resolution // backbone.vae_scale_factor
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # forgets the highest so far, of loading weights to quantize them
     for _ in range(steps):

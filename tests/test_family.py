@@ -1,16 +1,14 @@
-"""What holds for every trainer: flags are grouped, explained and read; the same banners in the same order."""
+"""What holds for every trainer's command line: a flag that trainers share means the same, all flags are explained."""
 
 import argparse
-import ast
 import importlib
-import re
+import shlex
 
 import pytest
 from conftest import ROOT
 
 
 SCRIPTS = sorted(path.stem for path in ROOT.glob("train_*.py"))
-BANNERS = ["Arguments", "Model", "Objective", "Data", "Training"]
 GROUPS = [
     "model",
     "data",
@@ -21,51 +19,25 @@ GROUPS = [
     "validation",
     "output and logging",
 ]
-FUNCTIONS = [
-    "parse_args",
-    "check_flags",
-    "check_model",
-    "find_examples",
-    "compute_loss",
-    "validate",
-    "describe",
-    "main",
-]
-STEPS = {  # of main, whose third and fourth say what is loaded when
-    "1": "Accelerator, logging, seed",
-    "2": "Data",
-    "5": "Optimizer and schedule",
-    "6": "Prepare and resume",
-    "7": "Train",
-    "8": "Save and final validation",
+# {(trainer, flag): why it may differ from the other trainers}
+DIFFERENT = {
+    ("train_influxedit", "resolution"): "InFluxEdit's list of long edges",
+    ("train_influxedit", "seed"): "InFluxEdit's has no default: a random one is used",
+    ("train_influxedit", "num_validation_images"): "images of each of several prompts",
+    ("train_influxedit", "validation_steps"): "InFluxEdit's default",
+    ("train_influxedit", "validation_image"): "InFluxEdit's list of files in one text",
+    ("train_twinflow", "adam_beta2"): "the default of --recipe",
+    ("train_twinflow", "adam_weight_decay"): "the default of --recipe",
+    ("train_omini", "optimizer"): "OminiControl trains with prodigy, and its configurations name sgd",
+    ("train_omini", "learning_rate"): "prodigy's",
+    ("train_omini", "adam_weight_decay"): "OminiControl's default",
+    ("train_omini", "max_grad_norm"): "OminiControl's default",
+    ("train_omini", "guidance_scale"): "OminiControl's default",
+    ("train_omini", "timestep_sampling"): "OminiControl's default",
+    ("train_omini", "lora_alpha"): "OminiControl's is the rank",
+    ("train_omini", "validation_image"): "one image per condition",
 }
-# Flags that a trainer's paper or published command sets otherwise than the others.
-OWN = {
-    "train_influxedit": {
-        "pretrained_model_name_or_path",  # another model
-        "resolution",  # a list of long edges
-        "seed",  # none, so one is drawn
-        "validation_prompt",  # a list
-        "num_validation_images",  # 1, of each prompt
-        "validation_steps",  # 50
-    },
-    "train_twinflow": {"pretrained_model_name_or_path"},  # of several kinds
-    "train_omini": {
-        *("optimizer", "learning_rate", "adam_weight_decay", "max_grad_norm", "guidance_scale"),
-        *("timestep_sampling", "lora_alpha", "output_dir"),
-        "mask_column",  # holes
-    },
-}
-
-
-def parser_of(script):
-    """The ArgumentParser that a trainer's parse_args builds."""
-    with pytest.MonkeyPatch.context() as patch:
-        built = lambda parser, *words: (_ for _ in ()).throw(Built(parser))  # noqa: E731
-        patch.setattr(argparse.ArgumentParser, "parse_args", built)
-        with pytest.raises(Built) as built:
-            importlib.import_module(script).parse_args([])
-    return built.value.parser
+ALWAYS_DIFFERENT = {"output_dir"}  # a folder of the trainer's own
 
 
 class Built(Exception):  # noqa: N818
@@ -73,8 +45,108 @@ class Built(Exception):  # noqa: N818
         self.parser = parser
 
 
+def parser_of(script):
+    """The ArgumentParser that a trainer's parse_args builds."""
+
+    def stop(parser, *_):
+        raise Built(parser)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_args", stop)
+        with pytest.raises(Built) as built:
+            importlib.import_module(script).parse_args([])
+    return built.value.parser
+
+
 def flags_of(script):
     return [action for action in parser_of(script)._actions if action.dest != "help"]
+
+
+def flags_named(script):
+    return {action.dest: action for action in flags_of(script)}
+
+
+def accepted(action):
+    """What a flag's type makes of some words, as text; an error where it refuses a word."""
+    results = {}
+    for word in ("-1", "0", "0.5", "1", "2", "100", "512", "8193", "100000", "1e30", "nan", "word", "a,b"):
+        try:
+            results[word] = str((action.type or str)(word))
+        except (ValueError, argparse.ArgumentTypeError):
+            results[word] = "an error"
+    return results
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parsers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_shared_flag_is_the_same_in_every_trainer():
+    seen = {}
+    differences = []
+    for script in SCRIPTS:
+        for action in flags_of(script):
+            if action.dest in ALWAYS_DIFFERENT or (script, action.dest) in DIFFERENT:
+                continue
+            meaning = {
+                "values": accepted(action),
+                "default": action.default,
+                "choices": list(action.choices or []),
+                "nargs": action.nargs,
+                "kind": type(action),
+                "required": action.required,
+            }
+            first_script, first_meaning = seen.setdefault(action.dest, (script, meaning))
+            for what, value in meaning.items():
+                if value != first_meaning[what]:
+                    differences.append(
+                        f"--{action.dest}: {what} is {first_meaning[what]} in {first_script}, {value} in {script}"
+                    )
+    assert not differences
+
+
+def test_the_listed_differences_exist():
+    for script, flag in DIFFERENT:
+        assert flag in flags_named(script)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_has_a_group_and_a_help_text(script):
+    parser = parser_of(script)
+    titled = [group for group in parser._action_groups if group.title not in ("positional arguments", "options")]
+    grouped = {action.dest for group in titled for action in group._group_actions}
+    assert {action.dest for action in flags_of(script)} == grouped
+    assert all(action.help and action.help[-1] != "." for action in flags_of(script))
+    assert all(group.description for group in titled)
+    titles = [group.title for group in titled]
+    assert [title for title in titles if title in GROUPS] == GROUPS
+    help_text = parser.format_help()
+    assert all(f"--{action.dest}" in help_text for action in flags_of(script))
+    assert "accelerate launch" in help_text
+    assert "@file: a file of options" in help_text
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_defaults_are_shown_as_they_would_be_typed(script):
+    parser = parser_of(script)
+    help_text = "".join(parser.format_help().split())  # lines are broken at spaces and hyphens
+    for action in flags_of(script):
+        if action.default is None or action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction):
+            continue
+        words = action.default if isinstance(action.default, (list, tuple)) else [action.default]
+        shown = "(default: " + " ".join(str(word) for word in words) + ")"
+        assert "".join(shown.split()) in help_text, f"--{action.dest}"
+        values = [parser._get_value(action, str(word)) for word in words]
+        if not isinstance(action.default, str):  # argparse converts text itself
+            assert values == list(words), f"--{action.dest}"
+        if action.choices:
+            assert set(values) <= set(action.choices), f"--{action.dest}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parsed commands
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -91,95 +163,20 @@ def test_the_flags_that_were_changed_are_known(script, short_runs, tmp_path):
     assert "changed" not in vars(args)
 
 
-def flags_named(script):
-    return {action.dest: action for action in flags_of(script)}
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_flags_in_a_file_are_those_of_the_command(script, short_runs, tmp_path):
+    words = [str(word) for word in short_runs[script]] + ["--output_dir", str(tmp_path / "run")]
+    file = tmp_path / "run.args"
+    file.write_text(f"# a comment\n{shlex.join(words[:4])}  # another\n{shlex.join(words[4:])}\n")
+    trainer = importlib.import_module(script)
+    assert vars(trainer.parse_args([f"@{file}"])) == vars(trainer.parse_args(words))
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_every_flag_has_a_group_and_a_help_text(script):
-    parser = parser_of(script)
-    titled = [group for group in parser._action_groups if group.title not in ("positional arguments", "options")]
-    grouped = {action.dest for group in titled for action in group._group_actions}
-    assert {action.dest for action in flags_of(script)} == grouped
-    assert all(action.help and action.help[-1] != "." for action in flags_of(script))
-    assert all(group.description for group in titled)
-    titles = [group.title for group in titled]
-    assert [title for title in titles if title in GROUPS] == GROUPS
-    help_text = parser.format_help()
-    assert all(f"--{action.dest}" in help_text for action in flags_of(script))
-    assert "accelerate launch" in help_text and "@file: a file of options" in help_text
-    assert "(default: [" not in help_text and "(default: (" not in help_text  # which nobody could type
-    told = [action for action in flags_of(script) if action.default is not None and action.default is not False]
-    assert help_text.count("(default:") >= len(told)
-
-
-def parts_used(script):
-    """The parts of a trainer, and those of the rooms that it names, but for what only lists or checks flags."""
-    rooms = [part for path in ROOT.glob("common/*.py") for part in ast.parse(path.read_text()).body]
-    parts, names = [], set()
-    waiting = ast.parse((ROOT / f"{script}.py").read_text()).body
-    while waiting:
-        waiting = [part for part in waiting if not names_of(part)[0].startswith(("parse_args", "check_"))]
-        parts += [part for part in waiting if names_of(part)[0] not in ("CHANGEABLE", "SETTINGS")]
-        new = {n.id for part in waiting for n in ast.walk(part) if isinstance(n, ast.Name)} - names
-        names |= new
-        waiting = [part for part in rooms if new & {*names_of(part)}]
-    return parts
-
-
-def names_of(part):
-    """What a part of a module defines."""
-    nodes = [node for target in getattr(part, "targets", ()) for node in ast.walk(target)]
-    return [part.name] if hasattr(part, "name") else [n.id for n in nodes if isinstance(n, ast.Name)] or [""]
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_every_flag_is_read_outside_the_parser(script):
-    nodes = [node for part in parts_used(script) for node in ast.walk(part)]
-    read = {n.attr for n in nodes if isinstance(n, ast.Attribute) and ast.unparse(n.value) in ("args", "self.args")}
-    read |= {n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)}  # getattr(args, name)
-    read |= {f"prodigy_{name}" for name in read}  # create_optimizer
-    assert not {action.dest for action in flags_of(script)} - read
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_banners_stand_in_the_same_order(script):
-    lines = (ROOT / f"{script}.py").read_text().splitlines()
-    rule = "# " + "-" * 117
-    banners = [lines[i][2:] for i in range(1, len(lines) - 1) if lines[i - 1] == lines[i + 1] == rule]
-    assert banners == BANNERS
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_functions_and_steps_stand_in_the_same_order(script):
-    text = (ROOT / f"{script}.py").read_text()
-    names = [node.name for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)]
-    assert [name for name in names if name in FUNCTIONS] == FUNCTIONS
-    steps = dict(re.findall(r"^    # (\d)\. (.*)$", text.split("\ndef main(args):\n")[1], re.M))
-    assert "".join(steps) == "12345678"
-    assert STEPS.items() <= steps.items()
-
-
-def test_a_flag_means_the_same_in_every_trainer():
-    seen = {}
-    for script in SCRIPTS:
-        for action in flags_of(script):
-            if action.dest in OWN.get(script, set()) | {"output_dir", "validation_image"}:
-                continue
-            meaning = action.default, action.help, list(action.choices or []), action.nargs
-            assert seen.setdefault(action.dest, meaning) == meaning, f"--{action.dest} of {script}"
-
-
-def test_no_function_stands_twice():
-    places = {}
-    for path in [*ROOT.glob("train_*.py"), *ROOT.glob("common/*.py")]:
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno > 2:
-                places.setdefault(ast.dump(node), []).append(f"{path.name}:{node.lineno} {node.name}")
-    assert not [where for where in places.values() if len(where) > 1]
-
-
-@pytest.mark.parametrize("path", [path for path in ROOT.glob("**/*.py") if ".venv" not in path.parts], ids=str)
-def test_no_file_is_longer_than_can_be_read(path):
-    lines = len(path.read_text().splitlines())
-    assert lines <= 2000
+def test_required_flags_are_asked_for(script, capsys):
+    required = [action.dest for action in flags_of(script) if action.required]
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(script).parse_args([])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert all(f"--{flag}" in error for flag in required)

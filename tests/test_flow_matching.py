@@ -18,7 +18,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
 
-from train_twinflow import sample_flow, time_grid
+from train_twinflow import sampling_loop, time_grid
 
 
 DEV = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
@@ -219,7 +219,7 @@ def test_sampling(sampler):
     untouched = noise.clone()
     cond, uncond = {"c": torch.tensor([0.5, -0.2, 1.0])}, {"c": torch.zeros(3)}
     seeds = [7, 8, 9]
-    fast = sample_flow(
+    fast = sampling_loop(
         *(smooth_model, noise, cond, uncond),
         generators=[torch.Generator().manual_seed(seed) for seed in seeds],
         **sampler,
@@ -240,7 +240,7 @@ def test_sampling(sampler):
 def test_the_second_order_is_for_velocities_at_a_time():
     for wrong in ({"style": "few"}, {"style": "any"}, {"style": "mul", "stochast_ratio": 0.5}):
         with pytest.raises(ValueError, match="needs style mul and stochast_ratio 0"):
-            sample_flow(smooth_model, torch.randn(1, 2), {"c": torch.zeros(1)}, steps=4, order=2, **wrong)
+            sampling_loop(smooth_model, torch.randn(1, 2), {"c": torch.zeros(1)}, steps=4, order=2, **wrong)
 
 
 def test_the_second_order_is_more_exact():
@@ -249,6 +249,6 @@ def test_the_second_order_is_more_exact():
     exact = math.exp(-1)
     noise = torch.ones(1, 1, dtype=torch.float64)
     grid = {"style": "mul", "steps": 40, "gaps": (1e-9, 0.0), "time_dist_ctrl": (1.0, 1.0, 1.0)}
-    errors = [abs(sample_flow(model, noise, {}, order=order, **grid).item() - exact) for order in (1, 2)]
+    errors = [abs(sampling_loop(model, noise, {}, order=order, **grid).item() - exact) for order in (1, 2)]
     print(f"error of order 1 {errors[0]:.5f}, of order 2 with as many passes {errors[1]:.5f} (bar: a third)")
     assert errors[1] < errors[0] / 3

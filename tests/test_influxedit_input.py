@@ -152,7 +152,7 @@ BAD = [
     ("--dataset_name x --mask_data_dir {masks}", "--mask_data_dir goes with --instance_data_dir, not with"),
     ("{split} --mode paint", "--mode: invalid choice: 'paint'"),
     ("{split} --resolution 512,8", "--resolution/--size: 8 is out of range"),
-    ("{split} --size 512,big", "invalid list of whole numbers value: '512,big'"),
+    ("{split} --size 512,big", "invalid resolutions value: '512,big'"),
     ("{split} --validation_width 40", "--validation_width 40 must be a multiple of 16, such as 32"),
     ("{split} --validation_image a.png", "--validation_image needs --validation_prompt"),
     (

@@ -23,7 +23,7 @@ from transformers import Qwen2VLImageProcessor
 
 import train_twinflow as twinflow
 from examples.twinflow import compare
-from examples.twinflow.generate import draw, load_velocity, trained_args
+from examples.twinflow.generate import generate, load_velocity, trained_args
 from train_twinflow import Flux
 
 
@@ -97,27 +97,27 @@ def test_every_backbone_trains_saves_and_draws(train, backbone_flags, short, pic
     assert np.isfinite(losses(tmp_path)).all()
     assert (tmp_path / "validation" / "step-000002.png").exists()
     image = Image.open(pictures / "1.png") if edit else None
-    (drawn,) = draw(tmp_path, ["a red circle"], steps=2, style="few", image=image)
+    (generated,) = generate(tmp_path, ["a red circle"], steps=2, style="few", image=image)
     side = int(trained_args(tmp_path).resolution)
-    assert drawn.size == (side, side)
+    assert generated.size == (side, side)
     saved = result(tmp_path)
     if training == "lora":
         assert all(key.startswith("transformer.") for key in saved)
         assert any("timestep_embedder.linear_1.lora_A" in key for key in saved)
         assert max(value.abs().max() for key, value in saved.items() if "lora_B" in key) > 0
-        check_stock_pipeline(backbone_flags[model_type], model_type, tmp_path, drawn, image)
+        check_stock_pipeline(backbone_flags[model_type], model_type, tmp_path)
     else:
         second = [key for key in saved if "target_timestep_embedder" in key]
         assert len(second) == 4
         assert all(saved[key].abs().max() > 0 for key in second)
 
 
-def check_stock_pipeline(flags, model_type, folder, drawn, image):
+def check_stock_pipeline(flags, model_type, folder):
     """The pipeline's own loader takes the LoRA file, and its transformer then computes what ours does."""
     args = trained_args(folder)
     backbone = twinflow.BACKBONES[model_type](args)
     without = {"vae": None, **({"processor": None} if model_type == "qwenimage-edit" else {})}
-    stock = getattr(diffusers, backbone.pipeline).from_pretrained(flags[1], **without)
+    stock = backbone.pipeline_class.from_pretrained(flags[1], **without)
     if model_type == "openuni":
         stock.transformer = backbone.load_transformer(torch.float32)
     plain = {name: p.clone() for name, p in stock.transformer.named_parameters()}
@@ -126,8 +126,8 @@ def check_stock_pipeline(flags, model_type, folder, drawn, image):
     predict = load_velocity(folder, backbone, args, torch.float32, torch.device("cpu"))
     backbone.load_transformer(torch.float32)
     torch.manual_seed(0)
-    side = args.resolution // backbone.factor
-    x, t = torch.randn(1, backbone.channels, side, side), torch.tensor([0.8])
+    side = args.resolution // backbone.vae_scale_factor
+    x, t = torch.randn(1, backbone.latent_channels, side, side), torch.tensor([0.8])
     cond = load_condition(folder, args, backbone)
     ours = predict(x, t, 0 * t, cond)
     with torch.no_grad():
@@ -143,8 +143,8 @@ def load_condition(folder, args, backbone):
     cond = TensorCache(folder / "encoded", twinflow.encoding_flags(args)).load("prompt", "a red circle", *about)
     cond = {name: value[None] for name, value in cond.items()}
     if about:
-        side = args.resolution // backbone.factor
-        cond["reference"] = torch.randn(1, backbone.channels, side, side)
+        side = args.resolution // backbone.vae_scale_factor
+        cond["reference"] = torch.randn(1, backbone.latent_channels, side, side)
     return cond
 
 
@@ -169,7 +169,7 @@ def test_openuni_reads_as_its_released_file_does(backbone_flags, tmp_path):
     (tmp_path / "prompts").write_text("a cat\n")
     args = twinflow.parse_args([str(flag) for flag in flags])
     backbone = twinflow.OpenUni(args)
-    text = backbone.load_text(torch.float32, torch.device("cpu"))
+    text = backbone.load_prompt_encoder(torch.float32, torch.device("cpu"))
     state = torch.load(args.openuni_checkpoint, weights_only=True)
     with torch.no_grad():
         found = backbone.encode_prompt(text, "a cat")["encoder_hidden_states"]
@@ -204,9 +204,9 @@ def test_the_second_time_embedding_changes_nothing_at_first_nor_at_the_time_itse
     flags += ["--reference_data_dir", "x"] if model_type == "qwenimage-edit" else []
     args = twinflow.parse_args([str(flag) for flag in flags])
     backbone = twinflow.BACKBONES[model_type](args)
-    side, torch_dtype = args.resolution // backbone.factor, torch.float32
+    side, torch_dtype = args.resolution // backbone.vae_scale_factor, torch.float32
     torch.manual_seed(0)
-    x, t = torch.randn(2, backbone.channels, side, side), torch.tensor([0.7, -0.4])
+    x, t = torch.randn(2, backbone.latent_channels, side, side), torch.tensor([0.7, -0.4])
     cond = {"encoder_hidden_states": torch.randn(2, 5, 32)}
     if model_type in ("flux", "sd3"):
         cond["pooled_projections"] = torch.randn(2, 32)
@@ -249,7 +249,7 @@ def test_lora_has_no_second_network_and_full_training_no_second_module(backbone_
             transformer.requires_grad_(True)
         modules = len(list(transformer.modules()))
         trained = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
-        teacher = twinflow.Teacher([p for p in transformer.parameters() if p.requires_grad], 0.99)
+        teacher = twinflow.EMATeacher([p for p in transformer.parameters() if p.requires_grad], 0.99)
         assert sum(tensor.numel() for tensor in teacher.tensors) == trained
         assert len(list(transformer.modules())) == modules
         before = [p.clone() for p in transformer.parameters()]
@@ -259,7 +259,7 @@ def test_lora_has_no_second_network_and_full_training_no_second_module(backbone_
         with teacher():
             assert all(torch.equal(a, b) for a, b in zip(before, transformer.parameters(), strict=True))
         assert all(torch.equal(a, b) for a, b in zip(moved, transformer.parameters(), strict=True))
-        teacher.update()
+        teacher.update_ema()
         with teacher():
             for a, b, p in zip(before, moved, transformer.parameters(), strict=True):
                 torch.testing.assert_close(p.data, a.lerp(b, 1 - 0.495))
@@ -515,8 +515,8 @@ def learn(train, scenes, folder, *method):
     vae = diffusers.AutoencoderKL.from_pretrained(compare.TOY / "vae", dtype=torch.float32)
     before, after = {}, {}
     for steps, style in compare.STYLES.items():
-        drawn = draw(folder, prompts, steps=steps, style=style, batch_size=64)
-        after[steps] = compare.measure(drawn, wanted, vae)
+        generated = generate(folder, prompts, steps=steps, style=style, batch_size=64)
+        after[steps] = compare.measure(generated, wanted, vae)
         before[steps] = compare.measure(compare.draw_base(prompts, steps), wanted, vae)
         cells = [f"{old:.3g} -> {new:.3g}" for old, new in zip(before[steps], after[steps], strict=True)]
         print(f"{steps:2} steps: all right {cells[0]} %, sharpness {cells[1]}, distance {cells[2]}")

@@ -12,7 +12,7 @@ import torch
 
 import train_twinflow as twinflow
 from examples.toy.world import sliced_wasserstein
-from train_twinflow import sample_flow
+from train_twinflow import sampling_loop
 
 
 KINDS = twinflow.KINDS
@@ -64,13 +64,20 @@ def test_a_batch_holds_every_kind_as_near_to_its_share_as_whole_numbers_come(bat
     assert error(counts.values()) == pytest.approx(best)
 
 
+def kinds_of(masks):
+    """The kind of each sample; every sample is of one."""
+    assert (torch.stack([masks[kind] for kind in KINDS]).sum(dim=0) == 1).all()
+    return [next(kind for kind in KINDS if masks[kind][i]) for i in range(len(masks["e2e"]))]
+
+
 def test_times_of_each_kind():
     args = method(probs=dict.fromkeys(KINDS, 1.0), consistc_ratio=0.7, time_dist_ctrl=(2.0, 5.0, 0.9))
     drawn = {kind: [] for kind in KINDS}
     for seed in range(400):
         generator = torch.Generator().manual_seed(seed)
-        for kind, t, target in zip(*twinflow.sample_times(10, args=args, generator=generator), strict=True):
-            drawn[kind].append((t.item(), target.item()))
+        masks, t, target_time = twinflow.sample_times(10, args=args, generator=generator)
+        for i, kind in enumerate(kinds_of(masks)):
+            drawn[kind].append((t[i].item(), target_time[i].item()))
     times = {kind: np.array(pairs).T for kind, pairs in drawn.items()}
     assert {kind: len(pairs) for kind, pairs in drawn.items()} == dict.fromkeys(KINDS, 800)
     assert (times["e2e"][0] == 1).all()
@@ -123,8 +130,8 @@ def test_consistency_target(order):
     F, x_t, v = (torch.randn(7, 3, 2, 2).double() for _ in range(3))  # noqa: N806
     cond = {"c": torch.randn(7)}
     t, target = t.double(), target.double()
-    displacement = twinflow.walk(smooth_model, x_t, t, target, v, cond, order=order)
-    fast = twinflow.consistency_target(F, displacement, v, t, target)
+    displacement = twinflow.multi_fwd(smooth_model, x_t, t, target, v, cond, order=order)
+    fast = twinflow.get_rcgm_target(F, displacement, v, t, target)
     assert torch.isfinite(fast).all()
     slow = slow_consistency_target(F, smooth_model, x_t, v, t, target, cond, order)
     torch.testing.assert_close(fast, slow, atol=1e-4, rtol=1e-4)
@@ -137,10 +144,10 @@ def test_the_mean_velocity_of_a_straight_path_is_its_own_target():
     t, target = torch.tensor([0.9, 0.5]).double(), torch.tensor([0.0, 0.2]).double()
     x_t = torch.randn(2, 2).double()
     exact = model(x_t, t, target, None)
-    displacement = twinflow.walk(model, x_t, t, target, exact, None, order=2)
-    torch.testing.assert_close(twinflow.consistency_target(exact, displacement, exact, t, target), exact)
+    displacement = twinflow.multi_fwd(model, x_t, t, target, exact, None, order=2)
+    torch.testing.assert_close(twinflow.get_rcgm_target(exact, displacement, exact, t, target), exact)
     wrong = exact + 0.001
-    moved = twinflow.consistency_target(wrong, displacement, exact, t, target)
+    moved = twinflow.get_rcgm_target(wrong, displacement, exact, t, target)
     torch.testing.assert_close(moved, wrong - 100 * (t - target)[:, None] * 0.001)  # towards the exact one
 
 
@@ -161,7 +168,7 @@ def test_losses():
     alpha, c = 1.0, 1e-3
     for loss_type in ("l2", "barron"):
         x = prediction.clone().requires_grad_()
-        losses = twinflow.distance(x, target, loss_type)
+        losses = twinflow.loss_func(x, target, loss_type)
         for i in range(5):
             m = ((prediction[i] - target[i]) ** 2).mean().item()
             weight = ((m / (c**2 + 1e-8)) / abs(alpha - 2) + 1) ** ((alpha - 2) / 2) / c
@@ -176,7 +183,7 @@ def test_rectification():
     prediction, x_t = torch.randn(4, 3, 2), torch.randn(4, 3, 2)
     cond = {"c": torch.randn(4)}
     args = method()
-    fast = twinflow.rectification(
+    fast = twinflow.dist_match(
         smooth_model, prediction, x_t, cond, args=args, generator=torch.Generator().manual_seed(3)
     )
     generator = torch.Generator().manual_seed(3)
@@ -234,7 +241,8 @@ def step(args, batch_size=10, seed=0):
 def slow_loss(model, latents, cond, uncond, args, seed=0):
     """The same step, one sample at a time, with the same draws."""
     generator = torch.Generator().manual_seed(seed)
-    kinds, times, targets = twinflow.sample_times(len(latents), args=args, generator=generator)
+    masks, times, targets = twinflow.sample_times(len(latents), args=args, generator=generator)
+    kinds = kinds_of(masks)
     own = [i for i in range(len(latents)) if args.image_free or kinds[i] == "adv"]
     own_noise = torch.randn(len(own), *latents.shape[1:], generator=generator) if own else None
     noise = torch.randn(latents.shape, generator=generator)
@@ -426,7 +434,7 @@ def quality(model, steps, style):
     real, noise = gaussians(2000, generator), torch.randn(2000, 2, generator=generator)
     generators = [torch.Generator().manual_seed(i) for i in range(2000)]
     with torch.no_grad():
-        drawn = sample_flow(model, noise, {}, steps=steps, style=style, generators=generators)
+        drawn = sampling_loop(model, noise, {}, steps=steps, style=style, generators=generators)
     near = torch.cdist(drawn, CENTRES).min(dim=1).values < 0.3
     return sliced_wasserstein(drawn.numpy(), real.numpy()), near.float().mean().item()
 

@@ -28,12 +28,12 @@ def load_pipeline(folder, dtype=None):
     dtype = dtype or (torch.bfloat16 if args["mixed_precision"] == "bf16" else torch.float32)
     pipeline = FillPipeline.from_pretrained(args["pretrained_model_name_or_path"], dtype=dtype)
     pipeline.load_lora_weights(folder)
-    pipeline.hide = args["mode"] == "mask"
+    pipeline.edit_mode = args["mode"] == "edit"
     return pipeline, args
 
 
 def edit(pipeline, prompts, images, **options):
-    """Pictures of the size of `images`, PIL ones of one size, in edit mode: `pipeline.hide` is False."""
+    """Pictures of the size of `images`, PIL ones of one size, in edit mode: with `pipeline.edit_mode`."""
     width, height = images[0].size
     masks = [Image.new("L", (width, height))] * len(images)
     return pipeline(prompts, image=images, mask_image=masks, width=width, height=height, **options).images

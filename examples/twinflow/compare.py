@@ -28,7 +28,7 @@ from diffusers import FluxPipeline
 from examples.toy.pretrain import encode, to_tensor
 from examples.toy.world import all_right, caption, random_scene, sliced_wasserstein
 from examples.toy.world import draw as draw_scene
-from examples.twinflow.generate import draw
+from examples.twinflow.generate import generate
 
 
 TOY = Path(__file__).parents[1] / "toy" / "flux"
@@ -107,7 +107,7 @@ def main():
         cells = []
         for steps in args.steps:
             if folder:
-                images = draw(folder, prompts, seed=args.seed, batch_size=64, steps=steps, style=STYLES[steps])
+                images = generate(folder, prompts, seed=args.seed, batch_size=64, steps=steps, style=STYLES[steps])
             else:
                 images = draw_base(prompts, steps, args.seed)
             cells.append("{:.0f} / {:.1f} / {:.3f}".format(*measure(images, scenes, vae)))

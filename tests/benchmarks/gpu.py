@@ -87,7 +87,7 @@ def run(model, args, device, compiled):
         compile_blocks(transformer)
     transformer.train()
     optimizer = create_optimizer(args, params)
-    side, size = args.resolution // backbone.factor, args.train_batch_size
+    side, size = args.resolution // backbone.vae_scale_factor, args.train_batch_size
     shape = {"device": device, "dtype": torch.bfloat16}
     x = torch.randn(size, model.channels, side, side, **shape)
     conditions = {name: torch.randn(size, *each, **shape) for name, each in model.conditions.items()}
