@@ -29,11 +29,25 @@ import re
 import shlex
 import time
 import tomllib
-from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from common.arguments import LR_SCHEDULERS, TRACKERS, Parser, Switch, fail, names_in, number
+from common.arguments import (
+    LR_SCHEDULERS,
+    TRACKERS,
+    Parser,
+    Switch,
+    comma_list,
+    decay_rate,
+    fail,
+    fraction,
+    in_range,
+    non_negative_float,
+    positive_float,
+    positive_int,
+)
 from common.checkpoints import (
     atomic_write,
     catch_signals,
@@ -53,15 +67,18 @@ from common.data import (
     IMAGE_SUFFIXES,
     INTERPOLATION,
     Example,
+    Size,
     StepSampler,
     check_captions,
-    check_pictures,
-    open_dataset,
-    picture_files,
+    file_example,
+    fit,
+    image_files,
     read_batches,
-    read_captions,
-    read_row,
-    read_text_file,
+    read_class_images,
+    read_dataset,
+    read_folder,
+    read_sizes,
+    read_text,
 )
 from common.flow_matching import (
     TIMESTEP_SAMPLING,
@@ -91,9 +108,8 @@ from common.lora import (
 from common.lora_formats import FLUX_LAYERS, LORA_FORMS, diffusers_state_dict, lora_header, lora_layers, write_lora
 from common.models import (
     QUANTIZATIONS,
-    check_shared_flags,
+    check_weights,
     compile_blocks,
-    first_device,
     load_model,
     load_scheduler,
     quantize_base,
@@ -123,7 +139,6 @@ from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import compute_loss_weighting_for_sd3, offload_models, parse_buckets_string
 from diffusers.utils import logging as diffusers_logging
-from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset
@@ -132,246 +147,314 @@ from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, T5Config,
 from transformers.utils import logging as transformers_logging
 
 
-KOHYA_FLAGS = {
-    "--network_dim": "--rank",
-    "--network_alpha": "--lora_alpha",
-    "--optimizer_type": "--optimizer",
-    "--lr_scheduler_num_cycles": "--lr_num_cycles",
-    "--max_train_epochs": "--num_train_epochs",
-}
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Arguments
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def parse_args(argv=None):
-    parser = Parser(__doc__, aliases=KOHYA_FLAGS)
-    count, size = number(int, 1), number(int, 16, 8192)
-    positive, not_negative = number(float, 0, above=True), number(float, 0)
-    share, decay = number(float, 0, 1), number(float, 0, 0.9999999)
-
-    arg = parser.add_argument_group("model", "what is trained, in which precision").add_argument
-    arg(
-        "--pretrained_model_name_or_path", required=True, metavar="MODEL", help="folder or hub id of a FLUX.1 pipeline"
+    parser = Parser(
+        description="Teaches FLUX.1 a subject or a style from a few images: DreamBooth LoRA, pivotal tuning, textual "
+        "inversion.",
+        epilog="""example:
+  accelerate launch train_dreambooth_flux_advanced.py @examples/dreambooth/low_memory.args \\
+    --pretrained_model_name_or_path=black-forest-labs/FLUX.1-dev --instance_data_dir=photos \\
+    --instance_prompt="a photo of sks dog" --validation_prompt="sks dog on the beach" --output_dir=sks-dog""",
     )
-    arg("--ae", type=Path, metavar="FILE", help="ae.safetensors, if MODEL is a file like flux1-dev.safetensors")
-    arg("--clip_l", type=Path, metavar="FILE", help="clip_l.safetensors, likewise")
-    arg("--t5xxl", type=Path, metavar="FILE", help="t5xxl_fp16.safetensors, likewise")
-    arg("--tokenizer_dir", type=Path, metavar="DIR", help="likewise a folder with FLUX.1's tokenizer and tokenizer_2")
+    side = in_range(int, 16, 8192)
+
+    arg = parser.add_argument_group("model", "the pretrained model, its precision and memory").add_argument
+    arg(
+        "--pretrained_model_name_or_path",
+        required=True,
+        metavar="MODEL",
+        help="folder or hub id of a FLUX.1 pipeline, or its transformer as a single .safetensors file",
+    )
+    arg("--ae", type=Path, metavar="FILE", help="ae.safetensors, if MODEL is a single file")
+    arg("--clip_l", type=Path, metavar="FILE", help="clip_l.safetensors, if MODEL is a single file")
+    arg("--t5xxl", type=Path, metavar="FILE", help="t5xxl_fp16.safetensors, if MODEL is a single file")
+    arg("--tokenizer_dir", type=Path, metavar="DIR", help="folder of FLUX.1's tokenizer and tokenizer_2, likewise")
     arg("--revision", help="revision of the model on the hub")
     arg("--variant", help="variant of the model's files, such as fp16")
-    arg("--cache_dir", help="where downloaded models and datasets are kept")
-    arg("--max_sequence_length", type=number(int, 1, 512), default=512, help="T5 tokens per prompt, schnell: to 256")
-    arg("--mixed_precision", choices=("no", "fp16", "bf16"), help="of frozen models; bf16 halves them on recent GPUs")
-    arg("--allow_tf32", action="store_true", help="faster, less exact float32 products on Ampere and later GPUs")
-    arg("--gradient_checkpointing", action="store_true", help="to fit memory: about half, a third more time per step")
-    arg("--quantize_base", choices=QUANTIZATIONS, default="none", help="frozen blocks in 4 or 8 bits, to fit memory")
-    arg("--compile", action="store_true", help="compile the blocks: minutes at first, then faster steps")
-    arg("--offload", action="store_true", help="what is frozen waits in main memory: text encoders by layers, the VAE")
-    arg("--fsdp", action="store_true", help="split weights and optimizer over the processes (FSDP2)")
-
-    arg = parser.add_argument_group("data", "a folder of pictures, or a dataset").add_argument
-    arg("--instance_data_dir", type=Path, help="folder of pictures; captions in .txt files, metadata.jsonl or none")
-    arg("--dataset_name", help="dataset on the hub, or a folder or file that `datasets` loads")
+    arg("--cache_dir", help="folder for downloaded models and datasets (default: the hub's own)")
+    arg("--max_sequence_length", type=in_range(int, 1, 512), default=512, help="T5 tokens per prompt; schnell: to 256")
+    arg("--mixed_precision", choices=("no", "fp16", "bf16"), help="bf16 halves the memory of frozen models")
     arg(
-        "--dataset_config",
-        type=Path,
-        metavar="DATA.TOML",
-        help="folders and their options as kohya's sd-scripts read it",
+        "--allow_tf32", action="store_true", help="faster, less exact float32 matrix products on Ampere and later GPUs"
     )
-    arg("--dataset_config_name", help="configuration of that dataset")
-    arg("--image_column", default="image", help="column of the dataset that holds the pictures")
-    arg("--caption_column", help="column of the dataset or of metadata.jsonl that holds captions")
-    arg("--instance_prompt", help="prompt of every picture without a caption: a photo of sks dog")
-    arg("--caption_dropout", type=share, default=0.0, help="share of captions left out, 0 to 1")
-    arg("--repeats", type=count, default=1, help="times each picture counts in an epoch, each with its own crop")
-    arg("--resolution", type=size, default=512, help="side in pixels that pictures are resized and cropped to")
-    arg("--aspect_ratio_buckets", metavar="H,W;H,W", help="sizes instead of resolution: each picture gets the nearest")
-    arg("--center_crop", action="store_true", help="crop the centre, not a part drawn once per picture and repeat")
-    arg("--random_flip", action="store_true", help="mirror half of the pictures; not for faces, text or logos")
-    arg("--image_interpolation_mode", choices=INTERPOLATION, default="lanczos", help="how pictures are resized")
-    arg("--train_batch_size", type=count, default=4, help="pictures per device and forward pass")
-    arg("--dataloader_num_workers", type=number(int, 0), default=0, help="processes that read pictures; 0: none extra")
-    arg("--cache_latents", action="store_true", help="encode pictures once, before training: saves time and memory")
-    arg("--cache_latents_to_disk", action="store_true", help="and keep them for later runs, by content: never stale")
-    arg("--cache_text_encoder_outputs_to_disk", action="store_true", help="keep the embeddings of prompts so too")
-    arg("--disk_cache_dir", type=Path, default="~/.cache/flux-trainers", help="folder where they are kept")
+    arg("--gradient_checkpointing", action="store_true", help="less memory, about a third more time per step")
+    arg("--quantize_base", choices=QUANTIZATIONS, default="none", help="frozen blocks in 4 (nf4) or 8 bits (int8)")
+    arg("--compile", action="store_true", help="torch.compile the blocks: minutes at the start, then faster steps")
+    arg("--offload", action="store_true", help="keep frozen models in CPU memory until they are used")
+    arg("--fsdp", action="store_true", help="shard weights, gradients and optimizer over the processes (FSDP2)")
 
-    arg = parser.add_argument_group("prior preservation", "keeps the class of the subject as it was").add_argument
-    arg("--with_prior_preservation", action="store_true", help="train on pictures of the class beside the subject's")
-    arg("--class_data_dir", type=Path, help="folder of class pictures; missing ones are drawn by the untrained model")
-    arg("--class_prompt", help="prompt of the class: a photo of a dog")
-    arg("--num_class_images", type=count, default=100, help="number of class pictures to have")
-    arg("--prior_loss_weight", type=not_negative, default=1.0, help="weight of their loss; more if the class changes")
-    arg("--sample_batch_size", type=count, default=4, help="class pictures drawn at a time")
-    arg("--prior_generation_precision", choices=("no", "fp32", "fp16", "bf16"), help="precision they are drawn in")
+    arg = parser.add_argument_group("data", "a folder of images, a dataset, or a data.toml").add_argument
+    arg("--instance_data_dir", type=Path, help="folder of images, with captions in .txt files or metadata.jsonl")
+    arg("--dataset_name", help="dataset on the hub, or a folder or file that `datasets` loads")
+    arg("--dataset_config", type=Path, metavar="DATA.TOML", help="folders and options as kohya's sd-scripts read them")
+    arg("--dataset_config_name", help="configuration of --dataset_name")
+    arg("--image_column", default="image", help="column of the dataset with the images")
+    arg("--caption_column", help="column of the dataset or of metadata.jsonl with the captions")
+    arg("--instance_prompt", help="prompt of every image without a caption, such as: a photo of sks dog")
+    arg("--caption_dropout", type=fraction, default=0.0, help="probability of training an image with an empty prompt")
+    arg("--repeats", type=positive_int, default=1, help="how often an epoch has each image, each time cropped anew")
+    arg("--resolution", type=side, default=512, help="side in pixels that images are resized and cropped to")
+    arg("--aspect_ratio_buckets", metavar="H,W;H,W", help="sizes instead of --resolution; an image gets the nearest")
+    arg("--center_crop", action="store_true", help="crop the centre (default: a random part, fixed for each image)")
+    arg("--random_flip", action="store_true", help="flip half of the images; not for faces, text or logos")
+    arg("--image_interpolation_mode", choices=INTERPOLATION, default="lanczos", help="how images are resized")
+    arg("--train_batch_size", type=positive_int, default=4, help="images per device and forward pass")
+    arg("--dataloader_num_workers", type=in_range(int, 0), default=0, help="processes that read images")
+    arg("--cache_latents", action="store_true", help="encode images once, before training: saves time and memory")
+    arg("--cache_latents_to_disk", action="store_true", help="keep latents for later runs, found by image content")
+    arg("--cache_text_encoder_outputs_to_disk", action="store_true", help="keep embeddings of prompts likewise")
+    arg("--disk_cache_dir", type=Path, default="~/.cache/flux-trainers", help="folder of what is kept for later runs")
+
+    arg = parser.add_argument_group(
+        "prior preservation", "class images, so that the class stays as it is"
+    ).add_argument
+    arg("--with_prior_preservation", action="store_true", help="train a class image with every instance image")
+    arg("--class_data_dir", type=Path, help="folder of class images; the untrained model generates missing ones")
+    arg("--class_prompt", help="prompt of the class images, such as: a photo of a dog")
+    arg("--num_class_images", type=positive_int, default=100, help="number of class images to use")
+    arg("--prior_loss_weight", type=non_negative_float, default=1.0, help="weight of the loss of class images")
+    arg("--sample_batch_size", type=positive_int, default=4, help="class images that are generated at a time")
+    arg("--prior_generation_precision", choices=("no", "fp32", "fp16", "bf16"), help="precision of generating them")
 
     arg = parser.add_argument_group("pivotal tuning", "what is trained in the text encoders").add_argument
-    arg("--train_text_encoder", action="store_true", help="train a LoRA for CLIP too")
-    arg("--train_text_encoder_ti", action="store_true", help="train new tokens for the subject (arXiv 2106.05744)")
-    arg("--enable_t5_ti", action="store_true", help="new tokens in T5 too, not in CLIP alone")
-    arg("--token_abstraction", default="TOK", help="words in prompts and captions that the new tokens stand for: A,B")
-    arg("--num_new_tokens_per_abstraction", type=count, help="new tokens for each (default: 2)")
+    arg("--train_text_encoder", action="store_true", help="train a LoRA in CLIP too")
+    arg(
+        "--train_text_encoder_ti",
+        action="store_true",
+        help="train embeddings of new tokens (arXiv 2106.05744) in CLIP",
+    )
+    arg("--enable_t5_ti", action="store_true", help="train embeddings of the new tokens in T5 too")
+    arg("--token_abstraction", default="TOK", help="words in prompts and captions that new tokens replace: A,B")
+    arg("--num_new_tokens_per_abstraction", type=positive_int, help="new tokens for each such word (default: 2)")
     arg(
         "--initializer_concept",
         metavar="WORDS",
-        help="what they start as, WORDS,WORDS or one for all (default: noise)",
+        help="words whose embeddings new tokens start with, one for all or one each: A,B (default: noise)",
     )
-    arg("--train_text_encoder_frac", type=share, default=1.0, help="share of the steps that train CLIP's LoRA")
-    arg("--train_text_encoder_ti_frac", type=share, default=0.5, help="share of the steps that train new tokens")
-    arg("--train_transformer_frac", type=share, default=1.0, help="share that trains the transformer; 0: only tokens")
+    arg("--train_text_encoder_frac", type=fraction, default=1.0, help="fraction of the steps that train CLIP's LoRA")
+    arg("--train_text_encoder_ti_frac", type=fraction, default=0.5, help="fraction of the steps that train new tokens")
+    arg("--train_transformer_frac", type=fraction, default=1.0, help="fraction that trains the transformer's LoRA")
 
     arg = parser.add_argument_group("lora", "the adapter").add_argument
-    arg("--rank", type=count, default=4, help="size of the adapter and what it can hold; 16 to 64 for detail")
-    arg("--lora_alpha", type=positive, default=4, help="the adapter counts lora_alpha / rank; usually the rank")
-    arg("--lora_dropout", type=number(float, 0, 0.99), default=0.0, help="share of its inputs dropped, 0 to 1")
+    arg("--rank", "--network_dim", type=positive_int, default=4, help="rank of the LoRA; 16 to 64 for more detail")
+    arg("--lora_alpha", "--network_alpha", type=positive_float, default=4, help="LoRA scale is lora_alpha / rank")
+    arg("--lora_dropout", type=in_range(float, 0, 0.99), default=0.0, help="dropout probability of the LoRA's inputs")
     arg(
         "--lora_layers",
         "--lora_blocks",
-        help="names of layers that get an adapter, such as attn.to_k,ff.net.2 (default: the usual ones)",
+        help="layers with a LoRA, such as attn.to_k,ff.net.2, or kohya for all linear layers in the blocks (default: "
+        "attention and feed-forward layers)",
     )
 
-    arg = parser.add_argument_group("noise", "which noise levels are trained, and how much each counts").add_argument
-    arg("--guidance_scale", type=not_negative, default=3.5, help="guidance that a guidance-distilled model is told")
-    arg("--timestep_sampling", choices=TIMESTEP_SAMPLING, default="sigma", help="sigma draws as weighting_scheme says")
-    arg("--weighting_scheme", choices=WEIGHTING_SCHEMES, default="none", help="density of noise levels or loss weight")
-    arg("--logit_mean", type=number(float, -100, 100), default=0.0, help="mean of logit_normal; below 0: more noise")
-    arg("--logit_std", type=positive, default=1.0, help="standard deviation of logit_normal")
-    arg("--mode_scale", type=number(float, -1, 1.75), default=1.29, help="scale of mode; 0: all levels equally")
-    arg("--sigmoid_scale", type=positive, default=1.0, help="spread of sigmoid, shift and flux_shift")
-    arg("--discrete_flow_shift", type=positive, default=3.0, help="s of shift; above 1: more noise")
+    arg = parser.add_argument_group("noise", "which noise levels are trained, and with which weight").add_argument
+    arg("--guidance_scale", type=non_negative_float, default=3.5, help="value for the guidance embedding (FLUX.1-dev)")
+    arg("--timestep_sampling", choices=TIMESTEP_SAMPLING, default="sigma", help="distribution of noise levels")
+    arg(
+        "--weighting_scheme", choices=WEIGHTING_SCHEMES, default="none", help="density in sigma, or weight of the loss"
+    )
+    arg("--logit_mean", type=in_range(float, -100, 100), default=0.0, help="mean of logit_normal; below 0: more noise")
+    arg("--logit_std", type=positive_float, default=1.0, help="standard deviation of logit_normal")
+    arg("--mode_scale", type=in_range(float, -1, 1.75), default=1.29, help="scale of mode; 0: uniform")
+    arg("--sigmoid_scale", type=positive_float, default=1.0, help="scale of sigmoid, shift and flux_shift")
+    arg("--discrete_flow_shift", type=positive_float, default=3.0, help="s of shift; above 1: more noise")
 
     arg = parser.add_argument_group("optimizer", "how the adapter is updated").add_argument
-    arg("--optimizer", type=str.lower, choices=("adamw", "prodigy"), default="AdamW", help="prodigy wants rate 1")
-    arg("--learning_rate", type=positive, default=1e-4, help="step size; less if the loss jumps; 1 for prodigy")
-    arg("--text_encoder_lr", type=positive, default=5e-6, help="step size for text encoders; Prodigy has one for all")
-    arg("--scale_lr", action="store_true", help="multiply it by batch size, accumulation and number of devices")
-    arg("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="course of the learning rate over the steps")
-    arg("--lr_warmup_steps", type=number(int, 0), default=500, help="steps until it is reached; none for constant")
-    arg("--lr_num_cycles", type=count, default=1, help="cycles of cosine_with_restarts")
-    arg("--lr_power", type=positive, default=1.0, help="power of polynomial; 1: a straight line")
-    arg("--use_8bit_adam", action="store_true", help="AdamW with 8-bit states (bitsandbytes), to fit memory")
-    arg("--adam_beta1", type=decay, default=0.9, help="decay of the gradient's mean, in Prodigy too")
-    arg("--adam_beta2", type=decay, default=0.999, help="decay of the gradient's square, in Prodigy too")
-    arg("--adam_weight_decay", type=not_negative, default=1e-4, help="weight decay, in Prodigy too")
-    arg("--adam_weight_decay_text_encoder", type=not_negative, default=1e-3, help="weight decay of text encoders")
-    arg("--adam_epsilon", type=positive, default=1e-8, help="added to the denominator, in Prodigy too")
-    arg("--prodigy_beta3", type=decay, help="decay of Prodigy's estimate (default: square root of adam_beta2)")
-    arg("--prodigy_decouple", action=Switch, default=True, help="weight decay as in AdamW")
-    arg("--prodigy_use_bias_correction", action=Switch, default=True, help="Adam's bias correction")
-    arg("--prodigy_safeguard_warmup", action=Switch, default=True, help="keep warm-up out of Prodigy's estimate")
-    arg("--max_grad_norm", type=positive, default=1.0, help="longer gradients are scaled down to this norm")
-    arg("--gradient_accumulation_steps", type=count, default=1, help="batches per step; in no more memory than one")
+    arg(
+        "--optimizer",
+        "--optimizer_type",
+        type=str.lower,
+        choices=("adamw", "prodigy"),
+        default="AdamW",
+        help="prodigy finds the learning rate itself: set --learning_rate 1",
+    )
+    arg("--learning_rate", type=positive_float, default=1e-4, help="lower it if the loss jumps; 1 for prodigy")
+    arg("--text_encoder_lr", type=positive_float, default=5e-6, help="learning rate of text encoders; not in prodigy")
+    arg("--scale_lr", action="store_true", help="multiply learning rates by batch size, accumulation and processes")
+    arg("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="schedule of the learning rate")
+    arg("--lr_warmup_steps", type=in_range(int, 0), default=500, help="linear warmup steps; constant has none")
+    arg(
+        "--lr_num_cycles",
+        "--lr_scheduler_num_cycles",
+        type=positive_int,
+        default=1,
+        help="cycles of cosine_with_restarts",
+    )
+    arg("--lr_power", type=positive_float, default=1.0, help="power of polynomial; 1: linear")
+    arg("--use_8bit_adam", action="store_true", help="AdamW with 8-bit states (bitsandbytes): less memory")
+    arg("--adam_beta1", type=decay_rate, default=0.9, help="decay of the mean of gradients, also in Prodigy")
+    arg("--adam_beta2", type=decay_rate, default=0.999, help="decay of the mean of squared gradients, also in Prodigy")
+    arg("--adam_weight_decay", type=non_negative_float, default=1e-4, help="weight decay, also in Prodigy")
+    arg("--adam_weight_decay_text_encoder", type=non_negative_float, default=1e-3, help="the same for text encoders")
+    arg("--adam_epsilon", type=positive_float, default=1e-8, help="epsilon of the denominator, also in Prodigy")
+    arg("--prodigy_beta3", type=decay_rate, help="decay of Prodigy's estimate (default: square root of adam_beta2)")
+    arg("--prodigy_decouple", action=Switch, default=True, help="decoupled weight decay, as in AdamW")
+    arg("--prodigy_use_bias_correction", action=Switch, default=True, help="bias correction, as in Adam")
+    arg("--prodigy_safeguard_warmup", action=Switch, default=True, help="keep warmup steps out of Prodigy's estimate")
+    arg("--max_grad_norm", type=positive_float, default=1.0, help="gradients are clipped to this norm")
+    arg("--gradient_accumulation_steps", type=positive_int, default=1, help="batches per optimizer step")
 
     arg = parser.add_argument_group("schedule and checkpoints", "how long, and what can be resumed").add_argument
-    arg("--seed", type=number(int, 0), default=0, help="of data order, crops, noise, adapter and validation")
-    arg("--num_train_epochs", type=count, default=1, help="passes over the data")
-    arg("--max_train_steps", type=count, help="updates of what is trained, instead of epochs")
-    arg("--checkpointing_steps", type=count, default=500, help="steps between checkpoints to resume from")
-    arg("--checkpoints_total_limit", type=count, help="checkpoints to keep, the newest (default: all)")
-    arg("--resume_from_checkpoint", metavar="CHECKPOINT", help="a checkpoint-N folder, or latest (if there is one)")
-    arg("--local_rank", type=int, default=-1, help="set by old launchers; LOCAL_RANK in the environment wins")
-
-    arg = parser.add_argument_group("validation", "pictures while training, which they never change").add_argument
-    arg("--validation_prompt", help="prompt to draw, first before training and last after it")
-    arg("--num_validation_images", type=count, default=4, help="pictures each time")
-    arg("--validation_epochs", type=count, default=50, help="epochs between validations")
-    arg("--validation_steps", type=count, help="steps between validations, instead of epochs")
-    arg("--final_validation_prompt", help="prompt to draw after training (default: validation_prompt)")
-    arg("--skip_final_inference", action="store_true", help="draw nothing after training")
-
-    arg = parser.add_argument_group("output and logging", "where everything goes").add_argument
-    arg("--output_dir", type=Path, default=Path("flux-dreambooth-lora"), help="folder of all results")
-    arg("--output_name", metavar="NAME", help="the LoRA is output_dir/NAME.safetensors, the rest in output_dir/NAME")
     arg(
-        "--save_format",
-        choices=LORA_FORMS[:2],
-        default="comfyui",
-        help="of NAME.safetensors; Forge and diffusers read both",
+        "--seed",
+        type=in_range(int, 0),
+        default=0,
+        help="random seed for data order, crops, noise, adapter init and validation",
     )
-    arg("--save_every_n_epochs", type=count, metavar="N", help="keep NAME-00000N.safetensors every N epochs too")
-    arg("--logging_dir", type=Path, default=Path("logs"), help="folder of the trackers' files in output_dir")
-    arg("--report_to", choices=TRACKERS, default="tensorboard", help="where curves and pictures are sent")
-    arg("--upcast_before_saving", action="store_true", help="save the adapter in float32, not in mixed_precision")
-    arg("--verbose", action="store_true", help="show what the libraries remark and their progress bars")
+    arg("--num_train_epochs", "--max_train_epochs", type=positive_int, default=1, help="passes over the data")
+    arg("--max_train_steps", type=positive_int, help="optimizer steps, instead of --num_train_epochs")
+    arg("--checkpointing_steps", type=positive_int, default=500, help="steps between checkpoints to resume from")
+    arg("--checkpoints_total_limit", type=positive_int, help="number of newest checkpoints to keep (default: all)")
+    arg("--resume_from_checkpoint", metavar="CHECKPOINT", help="a checkpoint-N folder, or latest (if there is one)")
+    arg("--local_rank", type=int, default=-1, help="set by old launchers; LOCAL_RANK in the environment has priority")
+
+    arg = parser.add_argument_group("validation", "images while training, without effect on it").add_argument
+    arg("--validation_prompt", help="prompt to generate before, during and after training")
+    arg("--num_validation_images", type=positive_int, default=4, help="images per validation")
+    arg("--validation_epochs", type=positive_int, default=50, help="epochs between validations")
+    arg("--validation_steps", type=positive_int, help="steps between validations, instead of --validation_epochs")
+    arg("--final_validation_prompt", help="prompt to generate after training (default: validation_prompt)")
+    arg("--skip_final_inference", action="store_true", help="generate no images after training")
+
+    arg = parser.add_argument_group("output and logging", "where results and logs are written").add_argument
+    arg("--output_dir", type=Path, default=Path("flux-dreambooth-lora"), help="folder of all results")
+    arg(
+        "--output_name", metavar="NAME", help="the LoRA becomes output_dir/NAME.safetensors, the rest output_dir/NAME/"
+    )
+    arg("--save_format", choices=LORA_FORMS[:2], default="comfyui", help="names of the tensors in NAME.safetensors")
+    arg("--save_every_n_epochs", type=positive_int, metavar="N", help="also save NAME-00000N.safetensors")
+    arg("--logging_dir", type=Path, default=Path("logs"), help="folder in output_dir for the trackers' files")
+    arg("--report_to", choices=TRACKERS, default="tensorboard", help="tracker of metrics and validation images")
+    arg("--upcast_before_saving", action="store_true", help="save the LoRA in float32, not in mixed_precision")
+    arg("--verbose", action="store_true", help="show the libraries' own messages and progress bars")
     arg("--push_to_hub", action="store_true", help="upload the results, without checkpoints and logs")
-    arg("--hub_token", help="token for it (default: that of `hf auth login`); it is written nowhere")
-    arg("--hub_model_id", help="repository for it (default: the name of output_dir)")
+    arg("--hub_token", help="Hub token (default: your login); never logged or saved")
+    arg("--hub_model_id", help="repository on the hub (default: the name of output_dir)")
 
     args = parser.parse_args(argv)
-    args.cache_latents |= args.cache_latents_to_disk
-    args.output_dir /= args.output_name or ""
-    parser.refuse(check_flags(args) + check_model(args) + check_output_dir(args))
+    if args.cache_latents_to_disk:
+        args.cache_latents = True
+    if args.output_name:
+        args.output_dir /= args.output_name
+    parser.refuse(
+        check_args(args) + check_hub(args) + check_weights(args) + check_model(args) + check_output_dir(args)
+    )
     return args
 
 
-def check_flags(args):
-    """Contradictions between flags, and flags without effect."""
+def check_args(args):
+    """Problems of the flags: those that contradict each other, and those that would have no effect."""
     problems = []
-    if sum(map(bool, (args.instance_data_dir, args.dataset_name, args.dataset_config))) != 1:
-        problems.append("exactly one of --instance_data_dir and --dataset_name is needed, or else --dataset_config")
+
+    # data
+    num_sources = sum(bool(source) for source in (args.instance_data_dir, args.dataset_name, args.dataset_config))
+    if num_sources != 1:
+        problems.append("exactly one of --instance_data_dir, --dataset_name and --dataset_config is needed")
+    if args.dataset_config_name and not args.dataset_name:
+        problems.append(f"--dataset_config_name {args.dataset_config_name} needs --dataset_name")
     if args.dataset_config:
-        idle = ("with_prior_preservation", "aspect_ratio_buckets", "center_crop", "caption_column", "scale_lr")
-        problems += [f"--{name} has no effect with --dataset_config" for name in idle if getattr(args, name)]
+        for flag in ("with_prior_preservation", "aspect_ratio_buckets", "center_crop", "caption_column", "scale_lr"):
+            if vars(args)[flag]:
+                problems.append(f"--{flag} has no effect with --dataset_config")
     if args.resolution % 16:
         nearest = args.resolution // 16 * 16
         problems.append(f"--resolution {args.resolution} must be a multiple of 16, such as {nearest}")
-    try:
-        odd = [f"{height},{width}" for height, width in buckets(args) if height % 16 or width % 16]
-        problems += [
-            f"--aspect_ratio_buckets: {size} is not two multiples of 16" for size in odd if not args.resolution % 16
-        ]
-    except ValueError:
-        problems.append(f"--aspect_ratio_buckets {args.aspect_ratio_buckets}: expected height,width;height,width")
-    if args.train_text_encoder and args.train_text_encoder_ti:
-        problems.append("--train_text_encoder and --train_text_encoder_ti exclude each other: choose one")
-    if not args.train_text_encoder_ti:
-        needy = ("enable_t5_ti", "initializer_concept", "num_new_tokens_per_abstraction")
-        problems += [f"--{name} needs --train_text_encoder_ti" for name in needy if getattr(args, name)]
-    if args.train_transformer_frac == 0 and not (args.train_text_encoder_ti and args.train_text_encoder_ti_frac):
-        problems.append("--train_transformer_frac 0 leaves nothing to train without --train_text_encoder_ti")
-    if args.train_text_encoder_ti_frac != 0.5 and not args.train_text_encoder_ti:
-        problems.append(
-            f"--train_text_encoder_ti_frac {args.train_text_encoder_ti_frac} needs --train_text_encoder_ti"
-        )
-    if args.train_text_encoder_frac < 1 and not args.train_text_encoder:
-        problems.append(f"--train_text_encoder_frac {args.train_text_encoder_frac} needs --train_text_encoder")
-    if args.num_new_tokens_per_abstraction and args.initializer_concept:
-        problems.append("--num_new_tokens_per_abstraction has no effect with --initializer_concept: leave one out")
-    concepts, abstractions = (len(names_in(text)) for text in (args.initializer_concept, args.token_abstraction))
-    if not 0 < len({*names_in(args.token_abstraction)}) == abstractions:
-        problems.append(f"--token_abstraction {args.token_abstraction!r}: one word, or several different ones: A,B")
-    if concepts not in (0, 1, abstractions):
-        problems.append(f"--initializer_concept names {concepts} concepts for {abstractions} of --token_abstraction")
-    if (args.save_every_n_epochs or args.save_format != "comfyui") and not args.output_name:
-        problems.append("--save_every_n_epochs and --save_format need --output_name")
-    if args.output_name and Path(args.output_name).name != args.output_name:
-        problems.append(f"--output_name {args.output_name} must be the name of a file, without folders")
+    if args.aspect_ratio_buckets is not None:
+        try:
+            for bucket in resolution_buckets(args):
+                if bucket.height % 16 or bucket.width % 16:
+                    size = f"{bucket.height},{bucket.width}"
+                    problems.append(f"--aspect_ratio_buckets: {size} must be two multiples of 16")
+        except ValueError:
+            problems.append(f"--aspect_ratio_buckets {args.aspect_ratio_buckets}: expected height,width;height,width")
     if args.cache_latents_to_disk or args.cache_text_encoder_outputs_to_disk:
         folder = args.disk_cache_dir.expanduser().absolute()
         parent = next(path for path in [folder, *folder.parents] if path.exists())
         if not (parent.is_dir() and os.access(parent, os.W_OK)):
-            problems.append(f"--disk_cache_dir {args.disk_cache_dir}: {parent} is no folder that can be written to")
-    return problems + check_shared_flags(args) + check_hub(args)
+            problems.append(f"--disk_cache_dir {args.disk_cache_dir}: {parent} is not a writable folder")
 
+    # prior preservation
+    if args.with_prior_preservation:
+        if not (args.class_data_dir and args.class_prompt):
+            problems.append("--with_prior_preservation needs --class_data_dir and --class_prompt")
+    elif args.class_data_dir or args.class_prompt:
+        problems.append("--class_data_dir and --class_prompt have no effect without --with_prior_preservation")
+    if args.class_data_dir and args.class_data_dir.exists() and not args.class_data_dir.is_dir():
+        problems.append(f"--class_data_dir {args.class_data_dir}: a file of this name is in the way")
+    if args.prior_generation_precision in ("no", "fp32") and args.mixed_precision in ("fp16", "bf16"):
+        problems.append(
+            f"--prior_generation_precision {args.prior_generation_precision}: the model is loaded in "
+            f"{args.mixed_precision}"
+        )
 
-def buckets(args):
-    """The (height, width) that pictures are cropped to."""
-    if args.aspect_ratio_buckets is None:
-        return [(args.resolution, args.resolution)]
-    return parse_buckets_string(args.aspect_ratio_buckets)
+    # pivotal tuning
+    if args.train_text_encoder and args.train_text_encoder_ti:
+        problems.append("--train_text_encoder and --train_text_encoder_ti exclude each other: choose one")
+    if not args.train_text_encoder_ti:
+        for flag in ("enable_t5_ti", "initializer_concept", "num_new_tokens_per_abstraction"):
+            if vars(args)[flag]:
+                problems.append(f"--{flag} needs --train_text_encoder_ti")
+        if args.train_text_encoder_ti_frac != 0.5:
+            problems.append(
+                f"--train_text_encoder_ti_frac {args.train_text_encoder_ti_frac} needs --train_text_encoder_ti"
+            )
+    if args.train_text_encoder_frac < 1 and not args.train_text_encoder:
+        problems.append(f"--train_text_encoder_frac {args.train_text_encoder_frac} needs --train_text_encoder")
+    for flag in ("train_text_encoder", "train_text_encoder_ti"):
+        if args.fsdp and vars(args)[flag]:
+            problems.append(f"--{flag} does not work with --fsdp: leave one out")
+    trains_new_tokens = args.train_text_encoder_ti and args.train_text_encoder_ti_frac > 0
+    if args.train_transformer_frac == 0 and not trains_new_tokens:
+        problems.append("--train_transformer_frac 0 leaves nothing to train without --train_text_encoder_ti")
+    if args.num_new_tokens_per_abstraction and args.initializer_concept:
+        problems.append("--num_new_tokens_per_abstraction has no effect with --initializer_concept: leave one out")
+    abstractions = comma_list(args.token_abstraction)
+    concepts = comma_list(args.initializer_concept)
+    if not abstractions or len(set(abstractions)) < len(abstractions):
+        problems.append(f"--token_abstraction {args.token_abstraction!r}: one word, or several different ones: A,B")
+    if len(concepts) > 1 and len(concepts) != len(abstractions):
+        problems.append(
+            f"--initializer_concept names {len(concepts)} concepts for {len(abstractions)} of --token_abstraction"
+        )
+
+    # noise, optimizer, precision
+    if args.weighting_scheme in ("logit_normal", "mode") and args.timestep_sampling != "sigma":
+        problems.append(f"--weighting_scheme {args.weighting_scheme} has no effect without --timestep_sampling sigma")
+    if args.optimizer == "prodigy":
+        if args.use_8bit_adam:
+            problems.append("--use_8bit_adam has no effect on --optimizer prodigy: leave one out")
+        if args.learning_rate <= 0.1:
+            problems.append(f"--learning_rate {args.learning_rate:g}: Prodigy finds the rate itself and wants about 1")
+    elif args.prodigy_beta3 is not None:
+        problems.append(f"--prodigy_beta3 has no effect on --optimizer {args.optimizer}: leave it out")
+    if args.mixed_precision == "fp16" and not torch.accelerator.is_available():
+        problems.append("--mixed_precision fp16 needs a GPU: use bf16 or no")
+
+    # validation and output
+    if args.validation_steps and not args.validation_prompt:
+        problems.append(f"--validation_steps {args.validation_steps} needs --validation_prompt")
+    if args.final_validation_prompt and args.skip_final_inference:
+        problems.append("--final_validation_prompt has no effect with --skip_final_inference: leave one out")
+    if (args.save_every_n_epochs or args.save_format != "comfyui") and not args.output_name:
+        problems.append("--save_every_n_epochs and --save_format need --output_name")
+    if args.output_name and Path(args.output_name).name != args.output_name:
+        problems.append(f"--output_name {args.output_name} must be the name of a file, without folders")
+    return problems
 
 
 def check_model(args):
     """Problems of --pretrained_model_name_or_path, --lora_layers and the disk, from the transformer's config alone."""
     flag = f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"
-    files = (args.ae, args.clip_l, args.t5xxl, args.tokenizer_dir)
-    if not is_single_file(args) and any(files):
-        return [f"--ae, --clip_l, --t5xxl and --tokenizer_dir belong to a .safetensors file, but: {flag}"]
-    if is_single_file(args) and (problems := check_single_files(args)):
-        return problems
+    if is_single_file(args):
+        problems = check_single_files(args)
+        if problems:
+            return problems
+    elif args.ae or args.clip_l or args.t5xxl or args.tokenizer_dir:
+        return [f"--ae, --clip_l, --t5xxl and --tokenizer_dir belong to a single .safetensors file, but: {flag}"]
     try:
         config = transformer_config(args)
     except (OSError, ValueError) as error:
@@ -386,15 +469,17 @@ def check_model(args):
         return [f"--max_sequence_length {args.max_sequence_length}: FLUX.1-schnell takes at most 256"]
     with torch.device("meta"):
         transformer = FluxTransformer2DModel.from_config(config)
-    targets = lora_target_modules(args, transformer)
-    unknown = unknown_layers(transformer, targets)
+    target_modules = lora_target_modules(args, transformer)
+    unknown = unknown_layers(transformer, target_modules)
     if unknown:
         return [
             f"--lora_layers: the transformer has no linear layer {', '.join(unknown)}; kohya means all in the blocks"
         ]
-    sizes = [sum(layer.weight.shape) for name, layer in target_layers(transformer, targets)]
-    needed = 16 * args.rank * sum(sizes)  # bytes of a checkpoint, its two moments and the result
-    return check_disk(args, needed)
+    num_params = 0
+    for _, layer in target_layers(transformer, target_modules):
+        num_params += args.rank * (layer.in_features + layer.out_features)
+    # 4 bytes each for a checkpoint's LoRA, its two moments, and the resulting file
+    return check_disk(args, 16 * num_params)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -549,8 +634,8 @@ def add_new_tokens(pipeline, args):
     if args.enable_t5_ti:
         text_encoders["t5"] = pipeline.text_encoder_2
         tokenizers["t5"] = pipeline.tokenizer_2
-    abstractions = names_in(args.token_abstraction)
-    concepts = names_in(args.initializer_concept) or [None]
+    abstractions = comma_list(args.token_abstraction)
+    concepts = comma_list(args.initializer_concept) or [None]
     if len(concepts) == 1:  # for all abstractions
         concepts = concepts * len(abstractions)
     embedding_handler.initialize_new_tokens(
@@ -604,7 +689,7 @@ def load_noise_scheduler(args):
 def lora_target_modules(args, transformer):
     """The layers that --lora_layers names; "kohya" means every linear layer in the blocks, as in its sd-scripts."""
     if args.lora_layers != "kohya":
-        return names_in(args.lora_layers) or list(FLUX_TARGET_MODULES)
+        return comma_list(args.lora_layers) or list(FLUX_TARGET_MODULES)
     layers = []
     for name, module in transformer.named_modules():
         if isinstance(module, torch.nn.Linear) and "transformer_blocks." in name:
@@ -661,454 +746,96 @@ def compute_loss(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-KOHYA_INTERPOLATION = {name: name for name in INTERPOLATION} | {
-    "linear": "bilinear",
-    "cubic": "bicubic",
-    "area": "box",
-}
-
-
-# What a value in --dataset_config must be, and whether one is.
-OPTION_KINDS = {
-    "true or false": lambda value: isinstance(value, bool),
-    "text": lambda value: isinstance(value, str),
-    "text that is not empty": lambda value: isinstance(value, str) and value != "",
-    "an extension such as .txt": lambda value: isinstance(value, str) and re.fullmatch(r"\.?\w[\w.-]*", value),
-    "a whole number from 0 to 10,000": lambda value: type(value) is int and 0 <= value <= 10_000,
-    "a whole number from 1 to 10,000": lambda value: type(value) is int and 1 <= value <= 10_000,
-    "a number from 0 to 1": lambda value: type(value) in (int, float) and 0 <= value <= 1,
-    "a multiple of 16 to 8192": lambda value: type(value) is int and 16 <= value <= 8192 and value % 16 == 0,
-    "a side or [width, height], multiples of 16 to 8192": lambda value: (
-        all(OPTION_KINDS["a multiple of 16 to 8192"](side) for side in (value if isinstance(value, list) else [value]))
-        and (not isinstance(value, list) or len(value) == 2)
-    ),
-    "lanczos, nearest, bilinear, linear, bicubic, cubic, area or box": lambda value: value in [*KOHYA_INTERPOLATION],
-}
-
-
-SWITCH, TEXT, SOME_TEXT, EXTENSION, FROM_0, FROM_1, SHARE, SIDE, SIZE, METHOD = OPTION_KINDS
-
-
-TABLES = {"general": "[general]", "datasets": "[[datasets]]", "subsets": "[[datasets.subsets]]"}
-
-
-ABOVE, ANYWHERE = ("general", "datasets"), tuple(TABLES)
-
-
-DATASET_OPTIONS = {  # in which tables, what, default; None: the command line's or derived
-    "resolution": (ABOVE, SIZE, None),
-    "batch_size": (ABOVE, FROM_1, None),
-    "enable_bucket": (ABOVE, SWITCH, False),
-    "min_bucket_reso": (ABOVE, FROM_1, None),
-    "max_bucket_reso": (ABOVE, FROM_1, None),
-    "bucket_reso_steps": (ABOVE, SIDE, 64),
-    "bucket_no_upscale": (ABOVE, SWITCH, False),
-    "resize_interpolation": (ANYWHERE, METHOD, None),
-    "num_repeats": (ANYWHERE, FROM_0, None),
-    "flip_aug": (ANYWHERE, SWITCH, None),
-    "random_crop": (ANYWHERE, SWITCH, False),
-    "caption_extension": (ANYWHERE, EXTENSION, None),
-    "class_tokens": (ANYWHERE, TEXT, None),
-    "caption_prefix": (ANYWHERE, TEXT, ""),
-    "caption_suffix": (ANYWHERE, TEXT, ""),
-    "enable_wildcard": (ANYWHERE, SWITCH, False),
-    "caption_separator": (ANYWHERE, SOME_TEXT, ","),
-    "secondary_separator": (ANYWHERE, TEXT, ""),
-    "keep_tokens": (ANYWHERE, FROM_0, 0),
-    "keep_tokens_separator": (ANYWHERE, TEXT, ""),
-    "shuffle_caption": (ANYWHERE, SWITCH, False),
-    "caption_tag_dropout_rate": (ANYWHERE, SHARE, 0.0),
-    "caption_dropout_rate": (ANYWHERE, SHARE, None),
-    "caption_dropout_every_n_epochs": (ANYWHERE, FROM_0, 0),
-    "image_dir": (("subsets",), SOME_TEXT, None),
-    "is_reg": (("subsets",), SWITCH, False),
-}
-
-
-REFUSED_OPTIONS = {  # the value that says what happens anyway, and why no other is taken
-    "alpha_mask": (False, "transparent parts become white"),
-    "cache_info": (False, "captions and sizes are read from the files every time"),
-    "color_aug": (False, "colours are kept as they are"),
-    "conditioning_data_dir": (None, "loss masks are not supported"),
-    "custom_attributes": ({}, "keep the class as it was with an is_reg subset"),
-    "debug_dataset": (None, "it is a flag of another trainer"),
-    "face_crop_aug_range": (None, "use random_crop, or crop the pictures beforehand"),
-    "metadata_file": (None, "give image_dir, with a caption file beside each picture"),
-    "network_multiplier": (1.0, "the adapter counts the same for all data"),
-    "prior_loss_weight": (None, "it is a flag: --prior_loss_weight"),
-    "token_warmup_min": (1, "captions do not grow with the steps"),
-    "token_warmup_step": (0, "captions do not grow with the steps"),
-    "validation_seed": (None, "no pictures are held out: judge by --validation_prompt"),
-    "validation_split": (0.0, "no pictures are held out: judge by --validation_prompt"),
-}
-
-
-@dataclass
-class ConfiguredExample(Example):
-    """An example with what --dataset_config says of it."""
-
-    options: dict = field(default_factory=dict)  # DATASET_OPTIONS
-    repeats: int = 1  # times in an epoch
-    dataset: int = 0  # batches keep to one
-    bucket: tuple[int, int] | None = None  # (height, width)
-
-    def sides(self):
-        """(width, height) of the resolution."""
-        return sides(self.options["resolution"])
-
-    def varies(self):
-        """Whether `prompt` is drawn anew for each sample."""
-        return any(self.options[name] for name in ("shuffle_caption", "enable_wildcard", "caption_tag_dropout_rate"))
-
-    def prompt(self, rng=None):
-        """The caption as a sample has it; without `rng` the first of all choices, unshuffled and whole."""
-        options, separator = self.options, self.options["caption_separator"]
-        pick = (lambda choices: choices[rng.integers(len(choices))]) if rng else (lambda choices: choices[0])
-        lines = self.caption.split("\n") if options["enable_wildcard"] else [self.caption]
-        caption = " ".join(filter(None, (options["caption_prefix"], pick(lines), options["caption_suffix"])))
-        if options["enable_wildcard"]:  # {a|b} is one of the two, {{ and }} are braces
-            choose = lambda match: pick(match[1].split("|")) if match[1] else match[0][0]  # noqa: E731
-            caption = re.sub(r"\{\{|\}\}|\{([^{}]+)\}", choose, caption)
-        keep, mark = options["keep_tokens"], options["keep_tokens_separator"]
-        shuffled, dropped = options["shuffle_caption"], options["caption_tag_dropout_rate"]
-        if shuffled or dropped or mark and mark in caption:
-            pieces = caption.split(mark, 2) if mark and mark in caption else [caption]
-            fixed, *others = [[p.strip() for p in piece.split(separator) if p.strip()] for piece in pieces]
-            fixed, flexible, tail = (fixed, *others, [])[:3] if others else (fixed[:keep], fixed[keep:], [])
-            if rng and shuffled:
-                flexible = [flexible[i] for i in rng.permutation(len(flexible))]
-            if rng and dropped:
-                flexible = [part for part in flexible if rng.random() >= dropped]
-            caption = ", ".join([*fixed, *flexible, *tail])
-        second = options["secondary_separator"]
-        return caption.replace(second, separator) if second else caption
-
-
-def default_options(args):
-    """DATASET_OPTIONS where --dataset_config is silent."""
-    return {name: default for name, (_, _, default) in DATASET_OPTIONS.items()} | {
-        "resolution": args.resolution,
-        "batch_size": args.train_batch_size,
-        "resize_interpolation": args.image_interpolation_mode,
-        "num_repeats": args.repeats,
-        "flip_aug": args.random_flip,
-        "random_crop": not (args.center_crop or args.dataset_config),
-        "caption_dropout_rate": args.caption_dropout,
-        "class_tokens": args.instance_prompt,
-    }
-
-
-def read_dataset_config(args):
-    """Examples of --dataset_config; an option is the subset's, else its dataset's, [general]'s, the command line's."""
-    path = args.dataset_config
-    try:
-        config = (json.loads if path.suffix == ".json" else tomllib.loads)(path.read_text("utf-8-sig"))
-        if path.suffix == ".json":
-            json.dumps(config, ensure_ascii=False).encode()  # half of a surrogate pair is no text
-    except (OSError, ValueError, RecursionError) as error:
-        return [], [f"--dataset_config {path}: cannot be read ({error})"]
-    if not isinstance(config, dict):
-        return [], [f"--dataset_config {path}: must hold general and datasets, not a {type(config).__name__}"]
-    general, datasets = config.get("general", {}), tables_in(config.get("datasets"))
-    problems = [f"{path}: {key} is neither [general] nor [[datasets]]" for key in config if key not in ABOVE]
-    problems += option_problems(f"{path}, [general]", general, "general")
-    if not datasets:
-        problems.append(f"{path}: no [[datasets]] table in it")
-    blocks = []
-    for count, dataset in enumerate(datasets, 1):
-        where, subsets = f"{path}, [[datasets]] {count}", tables_in(dataset.pop("subsets", None))
-        problems += option_problems(where, dataset, "datasets")
-        if not subsets:
-            problems.append(f"{where}: no [[datasets.subsets]] table in it")
-        subsets = [(f"{where}, subset {place}", subset) for place, subset in enumerate(subsets, 1)]
-        problems += [problem for subset in subsets for problem in option_problems(*subset, "subsets")]
-        blocks.append((where, dataset, subsets))
-    examples = []
-    for count, (where, dataset, subsets) in enumerate(blocks if not problems else []):
-        shared = default_options(args) | general | dataset
-        names = [subset["image_dir"] for _, subset in subsets]
-        problems += [f"{where}: image_dir {name} twice: use num_repeats" for name in {*names} if names.count(name) > 1]
-        problems += bucket_problems(where, shared)
-        found = []
-        for table, subset in subsets:
-            if (shared | subset)["num_repeats"] == 0:
-                continue
-            read, wrong = read_subset(table, shared | subset, path.parent)
-            found, problems = found + read, problems + wrong
-        if found and all(example.options["is_reg"] for example in found):
-            problems.append(f"{where}: is_reg pictures need a subset of others in the same dataset")
-        for example in balance(found):
-            example.dataset = count
-            examples.append(example)
-    return ([] if problems else examples), problems
-
-
-def tables_in(value):
-    """The tables of a list of tables, [] for anything else."""
-    return value if isinstance(value, list) and all(isinstance(table, dict) for table in value) else []
-
-
-def option_problems(where, table, level):
-    """What is wrong with the names and values in a table of --dataset_config."""
-    if not isinstance(table, dict):
-        return [f"{where} must be a table, not {table!r}"]
-    problems, allowed = [], [name for name, (levels, *_) in DATASET_OPTIONS.items() if level in levels]
-    for name, value in table.items():
-        if name in REFUSED_OPTIONS:
-            harmless, reason = REFUSED_OPTIONS[name]
-            problems += [f"{where}: {name} = {value!r} is not supported: {reason}"] if value != harmless else []
-        elif name not in allowed:
-            near = difflib.get_close_matches(name, DATASET_OPTIONS, 1)
-            hint = f"did you mean {near[0]}?" if near else "no option has this name"
-            if name in DATASET_OPTIONS:
-                hint = f"it belongs in {' or '.join(TABLES[place] for place in DATASET_OPTIONS[name][0])}"
-            problems.append(f"{where}: {name}: {hint} (allowed here: {', '.join(allowed)})")
-        elif not OPTION_KINDS[DATASET_OPTIONS[name][1]](value):
-            problems.append(f"{where}: {name} = {value!r} must be {DATASET_OPTIONS[name][1]}")
-    if level == "subsets" and "image_dir" not in table:
-        problems.append(f"{where}: image_dir is missing")
-    return problems
-
-
-def read_subset(where, options, beside):
-    """Examples of one subset; image_dir is relative to the working folder, or else to the file's, `beside`."""
-    named = Path(options["image_dir"])
-    with contextlib.suppress(RuntimeError):  # no such user
-        named = named.expanduser()
-    folder = next((path for path in (named, beside / named) if path.is_dir()), None)
-    if folder is None:
-        return [], [f"{where}: image_dir {named}: no such folder here or in {beside}"]
-    paths, problems = picture_files(folder)
-    problems += [] if paths else [f"{where}: image_dir {named}: no pictures ({', '.join(IMAGE_SUFFIXES)}) in it"]
-    suffix = "." + (options["caption_extension"] or "caption").lstrip(".")
-    strays = [path.with_suffix(".txt") for path in paths if not path.with_suffix(suffix).exists()]
-    strays = [] if options["caption_extension"] else [path for path in strays if path.exists()]
-    problems += [f'{path}: is it a caption? Say caption_extension = ".txt" or "{suffix}"' for path in strays[:1]]
-    examples = []
-    for path in paths:
-        caption, text_file = options["class_tokens"], path.with_suffix(suffix)
-        if text_file.exists():
-            text = read_text_file(text_file, problems)
-            if text is None:
-                continue
-            lines = [line.strip() for line in text.splitlines() if line.strip()]
-            caption = "\n".join(lines if options["enable_wildcard"] else lines[:1])
-            problems += [] if lines else [f"{text_file}: empty; delete it to use class_tokens"]
-        elif not caption:
-            problems.append(f"{path}: no caption: write {text_file.name}, or give class_tokens")
-        read = functools.partial(Image.open, path)
-        examples.append(ConfiguredExample(str(path), read, caption, options, repeats=options["num_repeats"]))
-    return (examples if not problems else []), problems
-
-
-def balance(examples):
-    """Regularisation pictures as often as the others together: in order, with their repeats, then all round again."""
-    own, others = ([e for e in examples if e.options["is_reg"] == kind] for kind in (False, True))
-    order = itertools.chain((e for e in others for _ in range(e.repeats)), itertools.cycle(others))
-    taken = Counter(map(id, itertools.islice(order, sum(example.repeats for example in own))))
-    for example in others:
-        example.repeats = taken[id(example)]
-    return [example for example in examples if example.repeats]
-
-
-def sides(resolution):
-    """(width, height) of a resolution in --dataset_config."""
-    return tuple(resolution) if isinstance(resolution, list) else (resolution, resolution)
-
-
-def bucket_problems(where, options):
-    """Limits of buckets that contradict the resolution."""
-    width, height = sides(options["resolution"])
-    low, high, step = (options[name] for name in ("min_bucket_reso", "max_bucket_reso", "bucket_reso_steps"))
-    if not options["enable_bucket"]:
-        return []
-    problems = [f"bucket_reso_steps {step} is more than the resolution"] if step > math.isqrt(width * height) else []
-    if not options["bucket_no_upscale"]:
-        problems += [f"min_bucket_reso {low} is more than the resolution"] if low and low > min(width, height) else []
-        problems += (
-            [f"max_bucket_reso {high} is less than the resolution"] if high and high < max(width, height) else []
-        )
-    return [f"{where}: {problem} {options['resolution']}" for problem in problems]
-
-
-@functools.cache
-def bucket_sizes(width, height, low, high, step):
-    """Sorted (height, width) in steps of `step` with about the area of width x height and sides from `low` to `high`.
-
-    Without limits, sides start at 256 (half of a smaller resolution) and go as far as the area does.
-    """
-    area, side = width * height, math.isqrt(width * height)
-    low = max((low or min(256, side // 2)) // step, 1) * step
-    high = math.ceil((high or area / low) / step) * step
-    sizes = {(side // step * step, side // step * step)}
-    for across in range(low, high + 1, step):
-        down = min(high, area // across // step * step)
-        sizes |= {(down, across), (across, down)} if down >= low else set()
-    return sorted(sizes)
-
-
-def dataset_bucket(size, options):
-    """The (height, width) that a picture of (width, height) `size` is resized to cover and cropped to."""
-    (width, height), (across, down), step = size, sides(options["resolution"]), options["bucket_reso_steps"]
-    if not options["enable_bucket"]:
-        return down, across
-    if not options["bucket_no_upscale"]:
-        sizes = bucket_sizes(across, down, options["min_bucket_reso"], options["max_bucket_reso"], step)
-        return min(sizes, key=lambda b: (b != (height, width), abs(b[1] / b[0] - width / height)))
-    if width * height > across * down:  # one side becomes a multiple of the step: the one that distorts less
-        ratio = width / height
-        wide, high = (round(math.sqrt(across * down * r)) // step * step for r in (ratio, 1 / ratio))
-        fits = [(wide, int(wide / ratio + 0.5)), (int(high * ratio + 0.5), high)]
-        width, height = min(fits, key=lambda s: abs(max(s[0] // step, 0.1) / max(s[1] // step, 0.1) - ratio))
-    if min(width, height) < step:
-        raise ValueError(f"{width} x {height} pixels are less than bucket_reso_steps {step}")
-    return height // step * step, width // step * step
-
-
-def find_examples(args):
-    """The training pictures with their captions, and what is wrong with them: (examples, problems)."""
-    sources = {"dataset_config": read_dataset_config, "dataset_name": read_dataset, "instance_data_dir": read_folder}
-    source = next(name for name in sources if getattr(args, name))
-    examples, problems = sources[source](args)
-    if not examples and not problems:
-        problems.append(f"--{source} {getattr(args, source)}: no pictures ({', '.join(IMAGE_SUFFIXES)}) in it")
-
-    sizes = buckets(args)
-
-    def look(example):
-        size = example.image().size
-        example.bucket = dataset_bucket(size, example.options) if args.dataset_config else nearest_bucket(size, sizes)
-
-    problems += check_pictures(examples + class_examples(args), look)
-    for example in examples:
-        if args.instance_prompt and isinstance(example.caption, str) and not example.caption.strip():
-            example.caption = None
-    captions = [example.caption or args.instance_prompt or "" for example in examples]
-    if args.train_text_encoder_ti:
-        names = names_in(args.token_abstraction)
-        used = {name for text in captions for name in match_any(names).findall(text)}
-        unused = [name for name in names if name not in used]
-        problems += [f"--token_abstraction {name}: in no caption and not in --instance_prompt" for name in unused]
-    if not args.dataset_config:
-        for example in examples:
-            example.options, example.repeats = default_options(args), args.repeats
-    return examples, problems + check_captions(examples, args)
-
-
-def nearest_bucket(size, sizes):
-    """Of (height, width) `sizes` the one nearest to a picture's (width, height) in aspect ratio, then in area."""
-    width, height = size
-
-    def distance(bucket):
-        across, down = math.log(width / bucket[1]), math.log(height / bucket[0])
-        return round(abs(across - down), 6), abs(across + down)
-
-    return min(sizes, key=distance)
-
-
-def class_examples(args):
-    """Examples of the pictures that --class_data_dir holds, at most --num_class_images."""
-    folder, options = args.class_data_dir, default_options(args)
-    paths = picture_files(folder)[0][: args.num_class_images] if folder and folder.is_dir() else []
-    return [
-        ConfiguredExample(str(path), functools.partial(Image.open, path), args.class_prompt, options) for path in paths
-    ]
-
-
-def read_folder(args):
-    """Examples of --instance_data_dir: captions from metadata.jsonl, else from the .txt file beside each picture."""
-    folder, examples = args.instance_data_dir, []
-    if not folder.is_dir():
-        return [], [f"--instance_data_dir {folder}: no such folder"]
-    paths, problems = picture_files(folder)
-    captions, flaws = read_captions(folder, paths, args)
-    for path in paths:
-        caption = captions.get(path.name)
-        if caption is None:
-            caption = read_text_file(path.with_suffix(".txt"), problems)
-        examples.append(ConfiguredExample(str(path), functools.partial(Image.open, path), caption))
-    return examples, problems + flaws
-
-
-def read_dataset(args):
-    """Examples of --dataset_name."""
-    columns = [args.image_column], list(filter(None, [args.caption_column]))
-    dataset, problems = open_dataset(args, lambda names: columns)
-    if problems:
-        return [], problems
-    captions = dataset[args.caption_column] if args.caption_column else [None] * len(dataset)
-    return [
-        ConfiguredExample(
-            f"{args.dataset_name}[{row}]", functools.partial(read_row, dataset, row, args.image_column), caption
-        )
-        for row, caption in enumerate(captions)
-    ], []
-
-
 class DreamBoothDataset(Dataset):
-    """Samples by (epoch, index): the posterior of the picture's latents if cached, else its pixels; and its caption.
-    With prior preservation, a list of two: the picture's and that of a class picture.
+    """Samples by (epoch, index): the posterior of an image's latents if it is cached, else its pixels; and its prompt.
 
-    Where a picture is cropped depends on (seed, index), whether it is mirrored and loses its caption on (seed, epoch,
-    index), and so does which class picture goes with it: neither workers, nor the cache, nor an interruption change
-    what is drawn.
+    With prior preservation, a list of two samples: that of the image and that of a class image.
+
+    Where an image is cropped depends on (seed, index) alone; whether it is flipped, its prompt and the class image
+    that goes with it depend on (seed, epoch, index). Neither workers nor caches nor an interruption change them.
     """
 
     def __init__(self, examples, args):
-        rounds = range(max((example.repeats for example in examples), default=0))
-        self.examples = [example for i in rounds for example in examples if i < example.repeats]
-        first = {}  # repeats of a picture that is cropped in the centre share its latents
-        self.pictures = [
-            i if example.options["random_crop"] else first.setdefault(id(example), i)
-            for i, example in enumerate(self.examples)
-        ]
-        self.class_examples = []
         self.args = args
-        self.moments = {}  # (index, bucket, flipped): [2C, h, w]; class pictures come after the examples
-
-    def image_keys(self):
-        """(index, bucket, flipped) of all that training can ask for."""
-        own = [(index, self.examples[index]) for index in dict.fromkeys(self.pictures)]
-        used = [(index, example.bucket, example.options["flip_aug"]) for index, example in own]
-        others, sizes = enumerate(self.class_examples, len(self.examples)), sorted({bucket for _, bucket, _ in used})
-        used += [(index, size, example.options["flip_aug"]) for index, example in others for size in sizes]
-        return [(*key, flipped) for *key, flips in used for flipped in ((False, True) if flips else (False,))]
-
-    def pixel_values(self, key):
-        """A picture, resized to cover its bucket, cropped and perhaps mirrored: [3, H, W] in [-1, 1]."""
-        index, (height, width), flipped = key
-        own = len(self.examples)
-        example = self.examples[index] if index < own else self.class_examples[index - own]
-        anywhere = np.random.default_rng((self.args.seed, index)).random(2)
-        centering = anywhere if example.options["random_crop"] else (0.5, 0.5)
-        method = Image.Resampling[KOHYA_INTERPOLATION[example.options["resize_interpolation"]].upper()]
-        image = ImageOps.fit(example.image(), (width, height), method, centering=tuple(centering))
-        image = ImageOps.mirror(image) if flipped else image
-        return to_tensor(image)
-
-    def __getitem__(self, position):
-        (epoch, index), args = position, self.args
-        rng = np.random.default_rng((args.seed, epoch, index))
-        drop, flip = rng.random(2)
-        example = self.examples[index]
-        bucket, options = example.bucket, example.options
-        key = self.pictures[index], bucket, bool(options["flip_aug"] and flip < 0.5)
-        every = options["caption_dropout_every_n_epochs"]
-        dropped = drop < options["caption_dropout_rate"] or every and (epoch + 1) % every == 0
-        weight = args.prior_loss_weight if options["is_reg"] else 1.0
-        samples = [self.sample(key, "" if dropped else example.prompt(rng), weight)]
-        if self.class_examples:
-            index, flip = len(self.examples) + int(rng.integers(len(self.class_examples))), rng.random()
-            key = index, bucket, bool(args.random_flip and flip < 0.5)
-            samples.append(self.sample(key, args.class_prompt, args.prior_loss_weight))
-        return samples
-
-    def sample(self, key, prompt, weight):
-        values = {"moments": self.moments[key]} if self.moments else {"pixel_values": self.pixel_values(key)}
-        return {"prompt": prompt, "loss_weight": torch.tensor(weight), **values}
+        self.class_examples = []
+        self.moments = {}  # {key of `image_keys`: [2C, h, w]} once latents are cached
+        self.examples = []
+        for repeat in range(max((example.repeats for example in examples), default=0)):
+            self.examples += [example for example in examples if example.repeats > repeat]
+        # the index whose crop an index has: repeats of an image that is cropped in the centre share its latents
+        self.crop_index = []
+        first_index = {}
+        for index, example in enumerate(self.examples):
+            if example.options["random_crop"]:
+                self.crop_index.append(index)
+            else:
+                self.crop_index.append(first_index.setdefault(id(example), index))
 
     def __len__(self):
         return len(self.examples)
+
+    def __getitem__(self, position):
+        epoch, index = position
+        example = self.examples[index]
+        options = example.options
+        # The order of the random draws is the resume contract: caption dropout, flip, what the prompt draws, the class
+        # image, its flip. Another order would make another run of the same seed.
+        rng = np.random.default_rng((self.args.seed, epoch, index))
+        dropout_draw, flip_draw = rng.random(2)
+        flipped = bool(options["flip_aug"] and flip_draw < 0.5)
+        every_n_epochs = options["caption_dropout_every_n_epochs"]
+        is_dropped = dropout_draw < options["caption_dropout_rate"]
+        if every_n_epochs and (epoch + 1) % every_n_epochs == 0:
+            is_dropped = True
+        prompt = "" if is_dropped else example.prompt(rng)
+        loss_weight = self.args.prior_loss_weight if options["is_reg"] else 1.0
+        samples = [self.sample((self.crop_index[index], example.bucket, flipped), prompt, loss_weight)]
+        if self.class_examples:
+            class_index = int(rng.integers(len(self.class_examples)))
+            flip_draw = rng.random()
+            flipped = bool(self.args.random_flip and flip_draw < 0.5)
+            key = (len(self.examples) + class_index, example.bucket, flipped)
+            samples.append(self.sample(key, self.args.class_prompt, self.args.prior_loss_weight))
+        return samples
+
+    def sample(self, key, prompt, loss_weight):
+        sample = {"prompt": prompt, "loss_weight": torch.tensor(loss_weight)}
+        if self.moments:
+            sample["moments"] = self.moments[key]
+        else:
+            sample["pixel_values"] = self.pixel_values(key)
+        return sample
+
+    def image_keys(self):
+        """(index, bucket, flipped) of every image that training can ask for; class images come after the examples."""
+        keys = []
+        buckets = set()
+        for index in dict.fromkeys(self.crop_index):
+            example = self.examples[index]
+            buckets.add(example.bucket)
+            keys.append((index, example.bucket, False))
+            if example.options["flip_aug"]:
+                keys.append((index, example.bucket, True))
+        for index in range(len(self.examples), len(self.examples) + len(self.class_examples)):
+            for bucket in sorted(buckets):
+                keys.append((index, bucket, False))
+                if self.args.random_flip:
+                    keys.append((index, bucket, True))
+        return keys
+
+    def pixel_values(self, key):
+        """An image, resized to cover its bucket, cropped and perhaps flipped: [3, H, W] in [-1, 1]."""
+        index, bucket, flipped = key
+        if index < len(self.examples):
+            example = self.examples[index]
+        else:
+            example = self.class_examples[index - len(self.examples)]
+        centering = (0.5, 0.5)
+        if example.options["random_crop"]:
+            centering = tuple(np.random.default_rng((self.args.seed, index)).random(2))
+        interpolation = example.options["resize_interpolation"]
+        interpolation = KOHYA_INTERPOLATION.get(interpolation, interpolation)
+        return to_tensor(fit(example.image(), bucket, interpolation, centering=centering, mirrored=flipped))
 
 
 def collate_fn(examples):
@@ -1118,6 +845,617 @@ def collate_fn(examples):
     for name in samples[0].keys() - {"prompt"}:
         batch[name] = torch.stack([sample[name] for sample in samples])
     return batch
+
+
+@dataclass
+class ConfiguredExample(Example):
+    """An example with the options of DATASET_OPTIONS, from --dataset_config or the flags."""
+
+    options: dict = field(default_factory=dict)
+    repeats: int = 1  # in an epoch
+    dataset: int = 0  # a batch holds images of one dataset
+    bucket: Size | None = None
+
+    @property
+    def resolution(self):
+        return parse_resolution(self.options["resolution"])
+
+    def varies(self):
+        """Whether `prompt` is another for each sample."""
+        options = self.options
+        return options["shuffle_caption"] or options["enable_wildcard"] or options["caption_tag_dropout_rate"] > 0
+
+    def prompt(self, rng=None):
+        """The caption as a sample has it, or without `rng` with the first of all choices, in order and complete.
+
+        The order of the random draws is the resume contract: line, choices from left to right, order of the tags,
+        dropout of each tag.
+        """
+        options = self.options
+        lines = self.caption.split("\n") if options["enable_wildcard"] else [self.caption]
+        parts = (options["caption_prefix"], choose(lines, rng), options["caption_suffix"])
+        caption = " ".join(part for part in parts if part)
+        if options["enable_wildcard"]:
+            caption = expand_wildcards(caption, rng)
+        has_keep_separator = options["keep_tokens_separator"] and options["keep_tokens_separator"] in caption
+        if has_keep_separator or options["shuffle_caption"] or options["caption_tag_dropout_rate"]:
+            caption = self.arrange_tags(caption, rng)
+        if options["secondary_separator"]:
+            caption = caption.replace(options["secondary_separator"], options["caption_separator"])
+        return caption
+
+    def arrange_tags(self, caption, rng):
+        """The caption's tags with ", " between them; those that are not kept in place are shuffled and dropped."""
+        options = self.options
+        keep_separator = options["keep_tokens_separator"]
+        tail = []
+        if keep_separator and keep_separator in caption:  # first ||| flexible, or first ||| flexible ||| tail
+            parts = [self.split_tags(part) for part in caption.split(keep_separator, 2)]
+            first, flexible = parts[:2]
+            if len(parts) == 3:
+                tail = parts[2]
+        else:
+            tags = self.split_tags(caption)
+            first = tags[: options["keep_tokens"]]
+            flexible = tags[options["keep_tokens"] :]
+        if rng is not None and options["shuffle_caption"]:
+            flexible = [flexible[i] for i in rng.permutation(len(flexible))]
+        if rng is not None and options["caption_tag_dropout_rate"]:
+            flexible = [tag for tag in flexible if rng.random() >= options["caption_tag_dropout_rate"]]
+        return ", ".join([*first, *flexible, *tail])
+
+    def split_tags(self, text):
+        return [tag.strip() for tag in text.split(self.options["caption_separator"]) if tag.strip()]
+
+
+def choose(choices, rng):
+    """One of the choices, or without `rng` the first."""
+    if rng is None:
+        return choices[0]
+    return choices[rng.integers(len(choices))]
+
+
+def expand_wildcards(caption, rng):
+    """{a|b} becomes a or b, {{ and }} become braces."""
+
+    def replacement(match):
+        choices = match[1]
+        if choices is None:
+            return match[0][0]
+        return choose(choices.split("|"), rng)
+
+    return re.sub(r"\{\{|\}\}|\{([^{}]+)\}", replacement, caption)
+
+
+def find_examples(args):
+    """(examples, problems): the training images with their captions, options and buckets."""
+    # 1. Read
+    examples, problems = read_examples(args)
+    sizes, unreadable = read_sizes(examples)
+    _, unreadable_class_images = read_sizes(class_examples(args))
+
+    # 2. Check, which changes nothing
+    problems += unreadable
+    problems += unreadable_class_images
+    problems += check_captions(examples, default=args.instance_prompt)
+    if args.train_text_encoder_ti:
+        problems += check_abstractions(examples, args)
+    if args.dataset_config:
+        problems += check_bucket_sizes(examples, sizes)
+
+    # 3. Assign captions, sizes and buckets
+    flag_buckets = resolution_buckets(args)
+    for example, size in zip(examples, sizes, strict=True):
+        if example.caption is None:
+            example.caption = args.instance_prompt
+        if size is None:  # unreadable
+            continue
+        example.size = size
+        if args.dataset_config:
+            example.bucket = choose_bucket(size, example.options)
+        else:
+            example.bucket = nearest_bucket(size, flag_buckets)
+    return examples, problems
+
+
+def read_examples(args):
+    """(examples, problems) of the one source that the flags name."""
+    if args.dataset_config:
+        examples, problems = read_dataset_config(args)
+        if not examples and not problems:
+            suffixes = ", ".join(IMAGE_SUFFIXES)
+            problems.append(f"--dataset_config {args.dataset_config}: no images ({suffixes}) in it")
+    else:
+        if args.dataset_name:
+            found, problems = read_dataset(
+                args.dataset_name,
+                source=f"--dataset_name {args.dataset_name}",
+                image_columns={"image": args.image_column},
+                caption_column=args.caption_column,
+                config_name=args.dataset_config_name,
+                cache_dir=args.cache_dir,
+            )
+        else:
+            found, problems = read_folder(args.instance_data_dir, caption_column=args.caption_column)
+        options = default_options(args)
+        examples = [configure(example, options) for example in found]
+    if args.instance_prompt:
+        for example in examples:
+            if isinstance(example.caption, str) and not example.caption.strip():
+                example.caption = None  # an empty caption stands for --instance_prompt
+    return examples, problems
+
+
+def configure(example, options):
+    return ConfiguredExample(
+        example.name, example.read, example.caption, options=options, repeats=options["num_repeats"]
+    )
+
+
+def class_examples(args):
+    """Examples of the images that --class_data_dir holds, at most --num_class_images."""
+    options = default_options(args)
+    found = read_class_images(args.class_data_dir, args.class_prompt, args.num_class_images)
+    return [configure(example, options) for example in found]
+
+
+def check_abstractions(examples, args):
+    """Problems of abstractions that no caption contains."""
+    abstractions = comma_list(args.token_abstraction)
+    used = set()
+    for example in examples:
+        caption = example.caption or args.instance_prompt
+        if isinstance(caption, str):
+            used.update(match_any(abstractions).findall(caption))
+    return [
+        f"--token_abstraction {abstraction}: in no caption and not in --instance_prompt"
+        for abstraction in abstractions
+        if abstraction not in used
+    ]
+
+
+def resolution_buckets(args):
+    """The sizes that --aspect_ratio_buckets or --resolution names. Raises ValueError if they are not numbers."""
+    if args.aspect_ratio_buckets is None:
+        return [Size(args.resolution, args.resolution)]
+    return [Size(height, width) for height, width in parse_buckets_string(args.aspect_ratio_buckets)]
+
+
+def nearest_bucket(size, buckets):
+    """The bucket nearest to an image in aspect ratio, then in area."""
+
+    def distance(bucket):
+        width_ratio = math.log(size.width / bucket.width)
+        height_ratio = math.log(size.height / bucket.height)
+        return round(abs(width_ratio - height_ratio), 6), abs(width_ratio + height_ratio)
+
+    return min(buckets, key=distance)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --dataset_config: the data.toml of kohya's sd-scripts
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+KOHYA_INTERPOLATION = {"linear": "bilinear", "cubic": "bicubic", "area": "box"}  # sd-scripts' names for PIL's methods
+
+
+@dataclass(frozen=True)
+class ValueType:
+    """What the value of an option must be: in words, after "must be", and as a check."""
+
+    description: str
+    accepts: Callable[[Any], bool]
+
+
+def is_switch(value):
+    return isinstance(value, bool)
+
+
+def is_text(value):
+    return isinstance(value, str)
+
+
+def is_non_empty_text(value):
+    return isinstance(value, str) and value != ""
+
+
+def is_count(value):
+    return is_whole_number(value, 0, 10_000)
+
+
+def is_positive_count(value):
+    return is_whole_number(value, 1, 10_000)
+
+
+def is_whole_number(value, minimum, maximum):
+    return type(value) is int and minimum <= value <= maximum  # not bool, which is an int
+
+
+def is_side(value):
+    return is_whole_number(value, 16, 8192) and value % 16 == 0
+
+
+def is_resolution(value):
+    if isinstance(value, list):
+        return len(value) == 2 and is_side(value[0]) and is_side(value[1])
+    return is_side(value)
+
+
+def is_fraction(value):
+    return type(value) in (int, float) and 0 <= value <= 1
+
+
+def is_extension(value):
+    return isinstance(value, str) and re.fullmatch(r"\.?\w[\w.-]*", value) is not None
+
+
+def is_interpolation(value):
+    return isinstance(value, str) and (value in INTERPOLATION or value in KOHYA_INTERPOLATION)
+
+
+SWITCH = ValueType("true or false", is_switch)
+TEXT = ValueType("text", is_text)
+NON_EMPTY_TEXT = ValueType("text that is not empty", is_non_empty_text)
+EXTENSION = ValueType("an extension such as .txt", is_extension)
+COUNT = ValueType("a whole number from 0 to 10,000", is_count)
+POSITIVE_COUNT = ValueType("a whole number from 1 to 10,000", is_positive_count)
+FRACTION = ValueType("a number from 0 to 1", is_fraction)
+SIDE = ValueType("a multiple of 16 to 8192", is_side)
+RESOLUTION = ValueType("a side or [width, height], multiples of 16 to 8192", is_resolution)
+METHOD = ValueType("lanczos, nearest, bilinear, linear, bicubic, cubic, area or box", is_interpolation)
+
+TABLE_NAMES = {"general": "[general]", "datasets": "[[datasets]]", "subsets": "[[datasets.subsets]]"}
+DATASET = ("general", "datasets")
+ANYWHERE = ("general", "datasets", "subsets")
+SUBSET = ("subsets",)
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option of --dataset_config: the tables it may stand in, what its value must be, its default.
+
+    The default None means the value of a flag (`default_options`), or that another rule decides.
+    """
+
+    tables: tuple[str, ...]
+    type: ValueType
+    default: Any = None
+
+
+DATASET_OPTIONS = {
+    "resolution": Option(DATASET, RESOLUTION),
+    "batch_size": Option(DATASET, POSITIVE_COUNT),
+    "enable_bucket": Option(DATASET, SWITCH, False),
+    "min_bucket_reso": Option(DATASET, POSITIVE_COUNT),
+    "max_bucket_reso": Option(DATASET, POSITIVE_COUNT),
+    "bucket_reso_steps": Option(DATASET, SIDE, 64),
+    "bucket_no_upscale": Option(DATASET, SWITCH, False),
+    "resize_interpolation": Option(ANYWHERE, METHOD),
+    "num_repeats": Option(ANYWHERE, COUNT),
+    "flip_aug": Option(ANYWHERE, SWITCH),
+    "random_crop": Option(ANYWHERE, SWITCH, False),
+    "caption_extension": Option(ANYWHERE, EXTENSION),
+    "class_tokens": Option(ANYWHERE, TEXT),
+    "caption_prefix": Option(ANYWHERE, TEXT, ""),
+    "caption_suffix": Option(ANYWHERE, TEXT, ""),
+    "enable_wildcard": Option(ANYWHERE, SWITCH, False),
+    "caption_separator": Option(ANYWHERE, NON_EMPTY_TEXT, ","),
+    "secondary_separator": Option(ANYWHERE, TEXT, ""),
+    "keep_tokens": Option(ANYWHERE, COUNT, 0),
+    "keep_tokens_separator": Option(ANYWHERE, TEXT, ""),
+    "shuffle_caption": Option(ANYWHERE, SWITCH, False),
+    "caption_tag_dropout_rate": Option(ANYWHERE, FRACTION, 0.0),
+    "caption_dropout_rate": Option(ANYWHERE, FRACTION),
+    "caption_dropout_every_n_epochs": Option(ANYWHERE, COUNT, 0),
+    "image_dir": Option(SUBSET, NON_EMPTY_TEXT),
+    "is_reg": Option(SUBSET, SWITCH, False),
+}
+
+
+class RefusedOption(NamedTuple):
+    """An option that is not supported: the one value that changes nothing here, and why no other is."""
+
+    neutral_value: Any
+    reason: str
+
+
+REFUSED_OPTIONS = {
+    "alpha_mask": RefusedOption(False, "transparent parts become white"),
+    "cache_info": RefusedOption(False, "captions and sizes are read from the files every time"),
+    "color_aug": RefusedOption(False, "colours are kept as they are"),
+    "conditioning_data_dir": RefusedOption(None, "loss masks are not supported"),
+    "custom_attributes": RefusedOption({}, "preserve the class with an is_reg subset"),
+    "debug_dataset": RefusedOption(None, "it is a flag of another trainer"),
+    "face_crop_aug_range": RefusedOption(None, "use random_crop, or crop the images beforehand"),
+    "metadata_file": RefusedOption(None, "give image_dir, with a caption file beside each image"),
+    "network_multiplier": RefusedOption(1.0, "the LoRA has the same scale for all data"),
+    "prior_loss_weight": RefusedOption(None, "it is a flag: --prior_loss_weight"),
+    "token_warmup_min": RefusedOption(1, "captions do not grow with the steps"),
+    "token_warmup_step": RefusedOption(0, "captions do not grow with the steps"),
+    "validation_seed": RefusedOption(None, "no images are held out: judge by --validation_prompt"),
+    "validation_split": RefusedOption(0.0, "no images are held out: judge by --validation_prompt"),
+}
+
+
+def default_options(args):
+    """The options that no table sets."""
+    options = {name: option.default for name, option in DATASET_OPTIONS.items()}
+    options["resolution"] = args.resolution
+    options["batch_size"] = args.train_batch_size
+    options["resize_interpolation"] = args.image_interpolation_mode
+    options["num_repeats"] = args.repeats
+    options["flip_aug"] = args.random_flip
+    options["random_crop"] = not args.center_crop and not args.dataset_config
+    options["caption_dropout_rate"] = args.caption_dropout
+    options["class_tokens"] = args.instance_prompt
+    return options
+
+
+def read_dataset_config(args):
+    """(examples, problems) of --dataset_config. An option is the subset's, else its dataset's, [general]'s, the flag's
+    or the default."""
+    path = args.dataset_config
+    try:
+        config = parse_dataset_config(path)
+    except (OSError, ValueError, RecursionError) as error:
+        return [], [f"--dataset_config {path}: cannot be read ({error})"]
+    problems = check_dataset_config(path, config)
+    if problems:
+        return [], problems
+    examples = []
+    for i, dataset in enumerate(config["datasets"]):
+        where = f"{path}, [[datasets]] {i + 1}"
+        own_options = {name: value for name, value in dataset.items() if name != "subsets"}
+        options = default_options(args) | config.get("general", {}) | own_options
+        image_dirs = [subset["image_dir"] for subset in dataset["subsets"]]
+        for name in dict.fromkeys(image_dirs):
+            if image_dirs.count(name) > 1:
+                problems.append(f"{where}: image_dir {name} twice: use num_repeats")
+        problems += check_bucket_options(where, options)
+        dataset_examples = []
+        for j, subset in enumerate(dataset["subsets"]):
+            subset_options = options | subset
+            if subset_options["num_repeats"] > 0:
+                found, subset_problems = read_subset(f"{where}, subset {j + 1}", subset_options, path.parent)
+                dataset_examples += found
+                problems += subset_problems
+        if dataset_examples and all(example.options["is_reg"] for example in dataset_examples):
+            problems.append(f"{where}: is_reg images need a subset of others in the same dataset")
+        balance_regularization(dataset_examples)
+        for example in dataset_examples:
+            example.dataset = i
+            if example.repeats > 0:
+                examples.append(example)
+    if problems:
+        return [], problems
+    return examples, []
+
+
+def parse_dataset_config(path):
+    """The content of a TOML or JSON file. Raises OSError, ValueError or RecursionError."""
+    text = path.read_text("utf-8-sig")
+    if path.suffix != ".json":
+        return tomllib.loads(text)
+    config = json.loads(text)
+    json.dumps(config, ensure_ascii=False).encode()  # JSON can hold half of a surrogate pair, which is not text
+    return config
+
+
+def check_dataset_config(path, config):
+    """Problems of the names and values in the file; no image is looked at."""
+    if not isinstance(config, dict):
+        return [f"--dataset_config {path}: must hold general and datasets, not a {type(config).__name__}"]
+    problems = []
+    for key in config:
+        if key not in ("general", "datasets"):
+            problems.append(f"{path}: {key} is neither [general] nor [[datasets]]")
+    problems += check_options(f"{path}, [general]", config.get("general", {}), "general")
+    datasets = config.get("datasets")
+    if not is_list_of_tables(datasets):
+        return [*problems, f"{path}: no [[datasets]] table in it"]
+    for i, dataset in enumerate(datasets):
+        where = f"{path}, [[datasets]] {i + 1}"
+        problems += check_options(where, {k: v for k, v in dataset.items() if k != "subsets"}, "datasets")
+        subsets = dataset.get("subsets")
+        if not is_list_of_tables(subsets):
+            problems.append(f"{where}: no [[datasets.subsets]] table in it")
+            continue
+        for j, subset in enumerate(subsets):
+            problems += check_options(f"{where}, subset {j + 1}", subset, "subsets")
+    return problems
+
+
+def is_list_of_tables(value):
+    return isinstance(value, list) and len(value) > 0 and all(isinstance(table, dict) for table in value)
+
+
+def check_options(where, table, table_name):
+    """Problems of the names and values in one table."""
+    if not isinstance(table, dict):
+        return [f"{where} must be a table, not {table!r}"]
+    problems = []
+    allowed = [name for name, option in DATASET_OPTIONS.items() if table_name in option.tables]
+    for name, value in table.items():
+        if name in REFUSED_OPTIONS:
+            refused = REFUSED_OPTIONS[name]
+            if value != refused.neutral_value:
+                problems.append(f"{where}: {name} = {value!r} is not supported: {refused.reason}")
+        elif name in allowed:
+            option = DATASET_OPTIONS[name]
+            if not option.type.accepts(value):
+                problems.append(f"{where}: {name} = {value!r} must be {option.type.description}")
+        else:
+            problems.append(f"{where}: {name}: {unknown_option_hint(name)} (allowed here: {', '.join(allowed)})")
+    if table_name == "subsets" and "image_dir" not in table:
+        problems.append(f"{where}: image_dir is missing")
+    return problems
+
+
+def unknown_option_hint(name):
+    if name in DATASET_OPTIONS:
+        return f"it belongs in {' or '.join(TABLE_NAMES[table] for table in DATASET_OPTIONS[name].tables)}"
+    similar = difflib.get_close_matches(name, DATASET_OPTIONS, 1)
+    if similar:
+        return f"did you mean {similar[0]}?"
+    return "no option has this name"
+
+
+def read_subset(where, options, config_dir):
+    """(examples, problems) of a subset. image_dir is relative to the working folder, or else to that of the file."""
+    image_dir = Path(options["image_dir"])
+    with contextlib.suppress(RuntimeError):  # ~name of a user who does not exist
+        image_dir = image_dir.expanduser()
+    folders = [folder for folder in (image_dir, config_dir / image_dir) if folder.is_dir()]
+    if not folders:
+        return [], [f"{where}: image_dir {image_dir}: no such folder here or in {config_dir}"]
+    paths, problems = image_files(folders[0])
+    if not paths:
+        problems.append(f"{where}: image_dir {image_dir}: no images ({', '.join(IMAGE_SUFFIXES)}) in it")
+    suffix = ".caption"
+    if options["caption_extension"]:
+        suffix = "." + options["caption_extension"].lstrip(".")
+    else:
+        text_files = [path.with_suffix(".txt") for path in paths if not path.with_suffix(suffix).exists()]
+        text_files = [path for path in text_files if path.exists()]
+        if text_files:
+            problems.append(f'{text_files[0]}: is it a caption? Set caption_extension = ".txt" or "{suffix}"')
+    examples = []
+    for path in paths:
+        try:
+            caption = read_subset_caption(path.with_suffix(suffix), options)
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        if not caption:
+            problems.append(f"{path}: no caption: write {path.stem}{suffix}, or give class_tokens")
+        examples.append(configure(file_example(path, caption), options))
+    return examples, problems
+
+
+def read_subset_caption(path, options):
+    """The caption file's first line, all lines with enable_wildcard, or without a file class_tokens. Raises ValueError
+    for a file that is empty or not text."""
+    text = read_text(path)
+    if text is None:
+        return options["class_tokens"]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"{path}: empty; delete it to use class_tokens")
+    if options["enable_wildcard"]:
+        return "\n".join(lines)
+    return lines[0]
+
+
+def balance_regularization(examples):
+    """Sets the repeats of the is_reg images of a dataset so that an epoch has as many of them as of the others.
+
+    They are taken in order, each as often as its num_repeats; if that is not enough, once more each, round by round.
+    """
+    regularization = [example for example in examples if example.options["is_reg"]]
+    num_missing = sum(example.repeats for example in examples if not example.options["is_reg"])
+    for example in regularization:
+        example.repeats = min(example.repeats, num_missing)
+        num_missing -= example.repeats
+    for example in itertools.islice(itertools.cycle(regularization), num_missing):
+        example.repeats += 1
+
+
+def parse_resolution(value):
+    """The Size of a side or of [width, height]."""
+    if isinstance(value, list):
+        width, height = value
+        return Size(height, width)
+    return Size(value, value)
+
+
+def check_bucket_options(where, options):
+    """Problems of limits of buckets that contradict the resolution."""
+    if not options["enable_bucket"]:
+        return []
+    resolution = parse_resolution(options["resolution"])
+    step = options["bucket_reso_steps"]
+    min_side = options["min_bucket_reso"]
+    max_side = options["max_bucket_reso"]
+    problems = []
+    if step > math.isqrt(resolution.height * resolution.width):
+        problems.append(f"bucket_reso_steps {step} is more than the resolution")
+    if not options["bucket_no_upscale"]:
+        if min_side and min_side > min(resolution):
+            problems.append(f"min_bucket_reso {min_side} is more than the resolution")
+        if max_side and max_side < max(resolution):
+            problems.append(f"max_bucket_reso {max_side} is less than the resolution")
+    return [f"{where}: {problem} {options['resolution']}" for problem in problems]
+
+
+def check_bucket_sizes(examples, sizes):
+    """Problems of images that are smaller than a step of the buckets."""
+    problems = []
+    for example, size in zip(examples, sizes, strict=True):
+        if size is not None and 0 in choose_bucket(size, example.options):
+            step = example.options["bucket_reso_steps"]
+            problems.append(f"{example.name}: at {size} pixels, a side of its bucket is less than {step} pixels")
+    return problems
+
+
+def choose_bucket(size, options):
+    """The size that an image of `size` is resized to cover and cropped to, as sd-scripts chooses it."""
+    resolution = parse_resolution(options["resolution"])
+    if not options["enable_bucket"]:
+        return resolution
+    area = resolution.height * resolution.width
+    step = options["bucket_reso_steps"]
+    if options["bucket_no_upscale"]:
+        return shrunk_bucket(size, area, step)
+    buckets = bucket_sizes(area, options["min_bucket_reso"], options["max_bucket_reso"], step)
+    if size in buckets:
+        return size
+    aspect_ratio = size.width / size.height
+    return min(buckets, key=lambda bucket: abs(bucket.width / bucket.height - aspect_ratio))
+
+
+@functools.cache
+def bucket_sizes(area, min_bucket_reso, max_bucket_reso, step):
+    """Sorted sizes of about `area` pixels whose sides are multiples of `step`.
+
+    Sides go from min_bucket_reso (None: 256, or half of a smaller resolution) to max_bucket_reso (None: as far as the
+    area goes).
+    """
+    side = math.isqrt(area)
+    if min_bucket_reso is None:
+        min_bucket_reso = min(256, side // 2)
+    min_side = max(min_bucket_reso // step, 1) * step
+    if max_bucket_reso is None:
+        max_bucket_reso = area / min_side
+    max_side = math.ceil(max_bucket_reso / step) * step
+    sizes = {Size(side // step * step, side // step * step)}
+    for width in range(min_side, max_side + 1, step):
+        height = min(max_side, area // width // step * step)
+        if height >= min_side:
+            sizes.add(Size(height, width))
+            sizes.add(Size(width, height))
+    return sorted(sizes)
+
+
+def shrunk_bucket(size, area, step):
+    """bucket_no_upscale: an image of more than `area` pixels shrinks to about that; then sides are rounded down to
+    multiples of `step`, to 0 for less than a step."""
+    if size.width * size.height > area:
+        aspect_ratio = size.width / size.height
+        # sd-scripts' rounding: one side becomes a multiple of the step and the other follows from it; of both ways,
+        # the one that changes the aspect ratio less
+        width = round(math.sqrt(area * aspect_ratio)) // step * step
+        height = round(math.sqrt(area * (1 / aspect_ratio))) // step * step
+        by_width = Size(int(width / aspect_ratio + 0.5), width)
+        by_height = Size(height, int(height * aspect_ratio + 0.5))
+
+        def distortion(candidate):
+            steps_across = max(candidate.width // step, 0.1)
+            steps_down = max(candidate.height // step, 0.1)
+            return abs(steps_across / steps_down - aspect_ratio)
+
+        size = min([by_width, by_height], key=distortion)
+    return Size(size.height // step * step, size.width // step * step)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1325,7 +1663,7 @@ def pipeline_arguments(prompt_encoder, prompt, args):
     }
 
 
-def log_validation(accelerator, transformer, vae, noise_scheduler, prompt_encoder, args, *, prompt, step):
+def log_validation(accelerator, transformer, vae, noise_scheduler, prompt_encoder, args, prompt, step):
     """Generates images of a prompt; they go to validation/step-N.png and to the trackers."""
     pipeline = create_pipeline(accelerator.unwrap_model(transformer), vae, noise_scheduler)
     with (
@@ -1358,15 +1696,16 @@ def save_named_lora(args, adapted_models, examples, is_dev, dtype, epoch=None):
     tag_counts = {}
     for example in instance_examples:
         counts = tag_counts.setdefault(Path(example.name).parent.name, {})
-        for tag in names_in(example.prompt().lower()):
+        for tag in comma_list(example.prompt().lower()):
             counts[tag] = counts.get(tag, 0) + example.repeats
     trigger_words = [example.options["class_tokens"] for example in instance_examples]
+    resolution = instance_examples[0].resolution
     path = lora_path(args, epoch)
     header = lora_header(
         layers,
         name=path.stem,
         base_model="flux-1-dev" if is_dev else "flux-1-schnell",
-        resolution=instance_examples[0].sides(),
+        resolution=(resolution.width, resolution.height),
         trigger_words=dict.fromkeys(filter(None, trigger_words)),
         captions=tag_counts,
     )
@@ -1517,7 +1856,7 @@ def training_stops(args, max_train_steps, checkpoint):
 def describe_run(args, examples, embedding_handler, text_params, text_encoder_stop):
     """{name: text} to be printed before training: data, new tokens, text encoders."""
     num_own_captions = sum(example.caption != example.options["class_tokens"] for example in examples)
-    sizes = sorted({"{} x {}".format(*example.sides()) for example in examples})
+    sizes = sorted({str(example.resolution) for example in examples})
     run_info = {"data": f"{len(examples)} images at {', '.join(sizes)} px, {num_own_captions} with their own captions"}
     if embedding_handler.abstractions:
         tokens = [f"{tokens} for {word}" for word, tokens in embedding_handler.abstractions.items()]
@@ -1652,7 +1991,8 @@ def main(args):
     if transformer is None:
         transformer = load_transformer(args, weight_dtype)
     num_base_params = sum(parameter.numel() for parameter in transformer.parameters())
-    quantize_base(transformer, weight_dtype, args.quantize_base).to(first_device(accelerator, args))
+    quantize_base(transformer, weight_dtype, args.quantize_base)
+    transformer.to("cpu" if args.fsdp else device)  # `shard` moves it block by block: it may not fit as a whole
     if args.train_transformer_frac > 0:
         add_lora(
             transformer,
@@ -1732,16 +2072,7 @@ def main(args):
     if prompt_encoder.trained and global_step >= text_encoder_stop:
         prompt_encoder.freeze(prompts)
     if args.validation_prompt and global_step == 0:
-        log_validation(
-            accelerator,
-            transformer,
-            vae,
-            noise_scheduler,
-            prompt_encoder,
-            args,
-            prompt=args.validation_prompt,
-            step=0,
-        )
+        log_validation(accelerator, transformer, vae, noise_scheduler, prompt_encoder, args, args.validation_prompt, 0)
     metrics = None
     if accelerator.is_main_process:
         metrics = open_metrics(args.output_dir / "metrics.jsonl", global_step)
@@ -1841,8 +2172,8 @@ def main(args):
                 noise_scheduler,
                 prompt_encoder,
                 args,
-                prompt=args.validation_prompt,
-                step=global_step,
+                args.validation_prompt,
+                global_step,
             )
         loss_sum = 0.0
         num_images = 0
@@ -1861,16 +2192,7 @@ def main(args):
         metrics.close()
         plot_metrics(args.output_dir)
     if final_prompt:
-        log_validation(
-            accelerator,
-            transformer,
-            vae,
-            noise_scheduler,
-            prompt_encoder,
-            args,
-            prompt=final_prompt,
-            step=global_step,
-        )
+        log_validation(accelerator, transformer, vae, noise_scheduler, prompt_encoder, args, final_prompt, global_step)
     example_prompt = final_prompt or args.instance_prompt or examples[0].prompt()
     if accelerator.is_main_process:
         save_model_card(args, weight_dtype, embedding_handler, example_prompt, embeddings_name, hub_repo)

@@ -23,14 +23,11 @@ output_dir then holds pytorch_lora_weights.safetensors for `FluxFillPipeline.loa
 """
 
 import argparse
-import functools
-import itertools
 import math
 import os
 import secrets
 import shlex
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,20 +60,20 @@ from common.checkpoints import (
     stop_interrupted,
 )
 from common.data import (
-    IMAGE_SUFFIXES,
     INTERPOLATION,
-    Example,
+    Size,
     StepSampler,
+    all_images,
     check_captions,
-    check_pictures,
     collate,
-    open_dataset,
-    picture_files,
+    file_example,
+    fit,
+    fit_mask,
     read_batches,
-    read_captions,
-    read_row,
-    read_text_file,
-    upright,
+    read_class_images,
+    read_dataset,
+    read_folder,
+    read_sizes,
 )
 from common.flow_matching import (
     TIMESTEP_SAMPLING,
@@ -135,7 +132,7 @@ from diffusers import (
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import compute_loss_weighting_for_sd3, offload_models
 from diffusers.utils import logging as diffusers_logging
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
@@ -401,6 +398,8 @@ def check_args(args):
             problems.append(f"--learning_rate {args.learning_rate:g}: Prodigy finds the rate itself and wants about 1")
     elif args.prodigy_beta3 is not None:
         problems.append(f"--prodigy_beta3 has no effect on --optimizer {args.optimizer}: leave it out")
+    if args.fsdp and args.train_text_encoder:
+        problems.append("--train_text_encoder does not work with --fsdp: leave one out")
     if args.mixed_precision == "fp16" and not torch.accelerator.is_available():
         problems.append("--mixed_precision fp16 needs a GPU: use bf16 or no")
 
@@ -587,259 +586,243 @@ def compute_loss(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class EditExample(Example):
-    """An example whose `partner` is its mask or its target."""
-
-    partner: "EditExample | None" = None
-    size: tuple[int, int] | None = None  # (width, height), upright
-
-    def check(self):
-        """Finds `size` and reads the whole file; raises what PIL raises for a damaged one.
-
-        PNG files are read without decoding them, JPEG files decoded at an eighth of their size: a folder of
-        thousands of pictures is checked in seconds.
-        """
-        image = self.read()
-        self.size = image.size
-        if image.format == "PNG" and image.fp and "exif" not in image.info:  # without fp it is decoded already
-            image.verify()
-            return
-        if image.getexif().get(0x0112, 1) >= 5:  # the camera was turned by a quarter
-            self.size = image.size[::-1]
-        image.draft(None, (1, 1))
-        upright(image)
-
-
 def find_examples(args):
-    """The training pictures with captions, masks or targets, and what is wrong with them: (examples, problems)."""
-    examples, problems = read_dataset(args) if args.dataset_name else read_folder(args)
-    if not examples and not problems:
-        source = (
-            f"--dataset_name {args.dataset_name}"
-            if args.dataset_name
-            else f"--instance_data_dir {args.instance_data_dir}"
-        )
-        problems.append(f"{source}: no pictures ({', '.join(IMAGE_SUFFIXES)}) in it")
-    every = examples + [example.partner for example in examples if example.partner] + class_examples(args)
-    every += validation_files(args, "validation_image")
+    """(training examples, problems). Each has its caption, its size and, in `images`, its target or mask."""
+    # 1. Read
+    examples, problems = read_examples(args)
+    images = all_images(examples) + class_examples(args) + validation_files(args, "validation_image")
     if not args.use_split_mask:
-        every += validation_files(args, "validation_mask")
-    problems += check_pictures(every, EditExample.check)
-    problems += [problem for example in examples if (problem := misfit(example, args))]
-    problems += check_captions(examples, args)
+        images += validation_files(args, "validation_mask")
+
+    # 2. Check
+    sizes, unreadable = read_sizes(images, decode=False)
+    size_of = {image.name: size for image, size in zip(images, sizes, strict=True)}  # None: not readable
+    problems += unreadable
+    for example in examples:
+        problems += check_partner_size(example, size_of)
+    problems += check_captions(examples, default=args.instance_prompt)
+
+    # 3. Assign
+    for example in examples:
+        example.size = size_of[example.name]
+        if example.caption is None:
+            example.caption = args.instance_prompt
     return examples, problems
 
 
-def misfit(example, args):
-    """What is wrong with the size of a target or with the shape of a mask, or None."""
-    if not (example.partner and example.partner.size and example.size) or example.partner.size == example.size:
-        return None
-    size, own = (" x ".join(map(str, picture.size)) for picture in (example.partner, example))
-    if args.mode == "edit":
-        return f"{example.partner.name}: a target must have the size of its picture, {own}, not {size}"
-    aspects = [width / height for width, height in (example.partner.size, example.size)]
-    if max(aspects) > 1.02 * min(aspects):
-        return f"{example.partner.name}: a mask must have the shape of its picture, {own}, not {size}"
-    return None
+def read_examples(args):
+    """(examples of --dataset_name or --instance_data_dir, problems), as the files have them."""
+    if args.dataset_name:
+        image_columns = {"image": args.image_column}
+        if args.target_column:
+            image_columns["target"] = args.target_column
+        if args.mask_column:
+            image_columns["mask"] = args.mask_column
+        return read_dataset(
+            args.dataset_name,
+            source=f"--dataset_name {args.dataset_name}",
+            image_columns=image_columns,
+            caption_column=args.caption_column,
+            config_name=args.dataset_config_name,
+            cache_dir=args.cache_dir,
+        )
+    return read_folder(
+        args.instance_data_dir,
+        caption_column=args.caption_column,
+        caption_dir=args.caption_data_dir,
+        partner_dirs={"target": args.target_data_dir, "mask": args.mask_data_dir},
+        sort_by_stem=True,
+    )
+
+
+def check_partner_size(example, size_of):
+    """Problems of an example's target, which must have its size, or mask, which must have its shape."""
+    problems = []
+    size = size_of[example.name]
+    for role, partner in example.images.items():
+        partner_size = size_of[partner.name]
+        if size is None or partner_size is None:
+            continue
+        if role == "target" and partner_size != size:
+            problems.append(f"{partner.name}: a target must have the size of its image, {size}, not {partner_size}")
+        if role == "mask":
+            aspect = size.width / size.height
+            mask_aspect = partner_size.width / partner_size.height
+            if max(aspect, mask_aspect) > 1.02 * min(aspect, mask_aspect):
+                problems.append(f"{partner.name}: a mask must have the shape of its image, {size}, not {partner_size}")
+    return problems
 
 
 def class_examples(args):
-    """Examples of the pictures that --class_data_dir holds, at most --num_class_images."""
-    folder = args.class_data_dir
-    paths = picture_files(folder)[0][: args.num_class_images] if folder and folder.is_dir() else []
-    return [EditExample(str(path), functools.partial(Image.open, path), args.class_prompt) for path in paths]
+    """Examples of the class images there are, at most --num_class_images."""
+    return read_class_images(args.class_data_dir, args.class_prompt, args.num_class_images)
 
 
-def read_folder(args):
-    """Examples of --instance_data_dir, with what the other folders hold under the same names.
-
-    Captions are in --caption_data_dir, else in metadata.jsonl, else in the .txt file beside each picture.
-    """
-    folder, examples = args.instance_data_dir, []
-    folders = {name: getattr(args, name) for name in ("instance_data_dir", "target_data_dir", "mask_data_dir")}
-    folders["caption_data_dir"] = args.caption_data_dir
-    absent = [f"--{name} {path}: no such folder" for name, path in folders.items() if path and not path.is_dir()]
-    if absent:
-        return [], absent
-    pictures, problems = pictures_in(folder)
-    captions, flaws = read_captions(folder, list(itertools.chain(*pictures.values())), args)
-    problems += flaws
-    partner_dir = args.target_data_dir if args.mode == "edit" else args.mask_data_dir
-    partners, flaws = pictures_in(partner_dir) if partner_dir else ({}, [])
-    problems += flaws
-    for stem, paths in sorted(pictures.items()):
-        found = partners.get(stem, [])
-        if partner_dir and len(found) != 1:
-            names = " and ".join(path.name for path in found) or "none"
-            problems.append(f"{paths[0]}: needs one picture {stem}.* in {partner_dir}, which has {names}")
-        if len(paths) > 1 and (partner_dir or args.caption_data_dir):
-            names = " and ".join(path.name for path in paths)
-            problems.append(f"{folder}: {names} differ only in their ending, and so have the same partners")
-        for path in paths:
-            caption, text_file = captions.get(path.name), path.with_suffix(".txt")
-            if args.caption_data_dir:
-                caption, text_file = None, args.caption_data_dir / f"{stem}.txt"
-            if caption is None:
-                caption = read_text_file(text_file, problems)
-            example = EditExample(str(path), functools.partial(Image.open, path), caption)
-            if found:
-                example.partner = EditExample(str(found[0]), functools.partial(Image.open, found[0]))
-            examples.append(example)
-    return examples, problems
+def size_at(long_edge: int, size: Size) -> Size:
+    """The training size, multiples of 16 pixels, of an image of `size` whose long edge becomes about `long_edge`."""
+    height = max(16, round(size.height * long_edge / max(size) / 16) * 16)
+    width = max(16, round(size.width * long_edge / max(size) / 16) * 16)
+    return Size(height, width)
 
 
-def pictures_in(folder):
-    """({stem: the pictures of this name in a folder}, problems)."""
-    pictures, (paths, problems) = {}, picture_files(folder)
-    for path in paths:
-        pictures.setdefault(path.stem, []).append(path)
-    return pictures, problems
-
-
-def read_dataset(args):
-    """Examples of --dataset_name."""
-    partner_column = args.target_column if args.mode == "edit" else args.mask_column
-    columns = list(filter(None, (args.image_column, partner_column))), list(filter(None, [args.caption_column]))
-    dataset, problems = open_dataset(args, lambda names: columns)
-    if problems:
-        return [], problems
-    captions = dataset[args.caption_column] if args.caption_column else [None] * len(dataset)
-
-    def example(row, column, **values):
-        name = f"{args.dataset_name}[{row}]" + ("" if column == args.image_column else f" {column}")
-        return EditExample(name, functools.partial(read_row, dataset, row, column), **values)
-
-    partners = [example(row, partner_column) if partner_column else None for row in range(len(dataset))]
-    return [
-        example(row, args.image_column, caption=caption, partner=partner)
-        for row, (caption, partner) in enumerate(zip(captions, partners, strict=True))
-    ], []
-
-
-def sides(size, long_edge):
-    """(height, width), multiples of 16, of a picture of `size` (width, height) with its longer side near `long_edge`.
-
-    All of them in pixels.
-    """
-    width, height = (max(16, round(side * long_edge / max(size) / 16) * 16) for side in size)
-    return height, width
-
-
-def split_mask(size, half):
-    """A mask of `size` (width, height) whose left or right half is white."""
-    width, height = size
-    mask, middle = Image.new("L", size), width // 2
-    mask.paste(255, (0, 0, middle, height) if half == "left" else (middle, 0, width, height))
+def split_mask(size: Size, half: str) -> Image.Image:
+    """A mask whose "left" or "right" half is white."""
+    middle = size.width // 2
+    mask = Image.new("L", (size.width, size.height), "black")
+    if half == "left":
+        mask.paste(255, (0, 0, middle, size.height))
+    else:
+        mask.paste(255, (middle, 0, size.width, size.height))
     return mask
 
 
-def binary(mask):
-    """A PIL mask as [1, H, W]: 1 where it is white and the picture to be generated, 0 where it is nearer to black."""
-    return torch.from_numpy(np.array(mask.convert("L")) >= 128).float()[None]
+class ImageKey(NamedTuple):
+    """An image as training uses it; with --cache_latents each is encoded once.
+
+    index     of the example; class images are counted on after the examples
+    size      to which the image is resized and cropped
+    mirrored  from left to right
+    view      image: as it is; target: the example's target; masked, left masked, right masked: the image without what
+              its mask or that half covers; nothing: no image
+    """
+
+    index: int | None
+    size: Size
+    mirrored: bool
+    view: str
 
 
 class EditDataset(Dataset):
-    """Samples by (epoch, index): the result and what is shown of the picture, the mask, the prompt.
+    """Samples by position (epoch, index), in batches of one long edge each.
 
-    Result and shown picture are two pictures [2, 3, H, W] in [-1, 1], or, if cached, the posteriors [2, 2C, h, w] of
-    their latents; the mask [1, H, W] is 1 where the result is to be generated. With prior preservation, a sample is a
-    list of two: the picture's and that of a class picture, of which nothing is shown.
+    A sample is a list: {"pixel_values" or "moments", "mask", "prompt"}, and with prior preservation the same of a
+    class image. pixel_values [2, 3, H, W] in [-1, 1] are the result to be generated and the input image; moments
+    [2, 2C, h, w] are the posteriors of their latents, if these are cached. mask [1, H, W] is 1 where the result is to
+    be generated. A class image is generated as a whole, from nothing.
 
-    Where a picture is cropped depends on (seed, index); its size on (seed, epoch, first index of its batch);
-    whether it is mirrored and loses its caption, its split mask and its class picture on (seed, epoch, index).
-    Neither workers, nor the cache, nor an interruption change what is drawn.
+    What is random depends on the seed and on
+
+        the crop                                              index
+        the long edge of a batch                              epoch and index of its first sample, 1
+        caption dropout, mirroring, split mask, class image   epoch and index, drawn in this order
+
+    so neither workers, nor the cache, nor an interruption change it. Exact resume relies on this order.
     """
 
     def __init__(self, examples, args):
         self.examples = examples * args.repeats
-        self.crops = len(examples) if args.center_crop else len(self.examples)  # different crops there are
-        self.class_examples = []
+        self.class_examples = []  # they are generated after this dataset is made
         self.args = args
-        self.moments = {}  # {picture key: [2C, h, w]}
+        self.moments = {}  # {ImageKey: posterior [2C, h, w]}, empty without --cache_latents
+        # with --center_crop, the repeats of an image are all cropped alike and need one key
+        self.num_crops = len(examples) if args.center_crop else len(self.examples)
         if args.mode == "edit":
-            self.result, self.views = "target", ["picture"]
+            self.result_view = "target"
+            self.input_views = ["image"]
         else:
-            halves = ["masked right"] if args.mask_only_right else ["masked left", "masked right"]
-            self.result, self.views = "picture", halves if args.use_split_mask else ["masked"]
-
-    def groups(self):
-        """What samples of one batch have in common: their (height, width) at every resolution."""
-        return [tuple(sides(example.size, edge) for edge in self.args.resolution) for example in self.examples]
-
-    def picture_keys(self):
-        """(index, (height, width), flipped, view) of all that training can ask for.
-
-        Class pictures come after the examples; the view is what is to be seen: the target, the picture, the picture
-        where a mask is black, or nothing.
-        """
-        own, groups = len(self.examples), self.groups()
-        flips = (False, True) if self.args.random_flip else (False,)
-        used = [
-            (index, bucket, view)
-            for index in range(self.crops)
-            for bucket in groups[index]
-            for view in (self.result, *self.views)
-        ]
-        buckets = sorted({bucket for group in groups for bucket in group}) if self.class_examples else []
-        used += [(own + i, bucket, "picture") for bucket in buckets for i in range(len(self.class_examples))]
-        keys = [(index, bucket, flipped, view) for index, bucket, view in used for flipped in flips]
-        return list(dict.fromkeys(keys)) + [(None, bucket, False, "nothing") for bucket in buckets]
-
-    def fit(self, image, key, method):
-        """A picture, resized to cover (height, width), cropped and perhaps mirrored, as `key` says."""
-        index, (height, width), flipped, _ = key
-        centering = (0.5, 0.5) if self.args.center_crop else np.random.default_rng((self.args.seed, index)).random(2)
-        image = ImageOps.fit(image, (width, height), method, centering=tuple(centering))
-        return ImageOps.mirror(image) if flipped else image
-
-    def pixel_values(self, key):
-        """What `key` of `picture_keys` shows: [3, H, W] in [-1, 1], 0 where it is masked."""
-        (index, (height, width), _, view), args = key, self.args
-        if view == "nothing":
-            return torch.zeros(3, height, width)
-        own, method = len(self.examples), Image.Resampling[args.image_interpolation_mode.upper()]
-        example = self.examples[index] if index < own else self.class_examples[index - own]
-        image = example.partner.image() if view == "target" else example.image()
-        pixels = to_tensor(self.fit(image, key, method))
-        return pixels * (1 - self.mask(key)) if view.startswith("masked") else pixels
-
-    def mask(self, key):
-        """The mask [1, H, W] of a sample that shows `key`: what is not shown of a masked picture, else everything."""
-        index, (height, width), _, view = key
-        if not view.startswith("masked"):
-            return torch.ones(1, height, width)
-        example, half = self.examples[index], view.removeprefix("masked").strip()
-        mask = split_mask(example.size, half) if half else example.partner.image()
-        return binary(self.fit(mask.convert("L"), key, Image.Resampling.NEAREST))
-
-    def __getitems__(self, positions):
-        """The samples of one batch, all in one of the resolutions."""
-        rng = np.random.default_rng((self.args.seed, *positions[0], 1))
-        edge = rng.choice(self.args.resolution)
-        return [self.sample(position, edge) for position in positions]
-
-    def sample(self, position, edge):
-        (epoch, index), args = position, self.args
-        rng = np.random.default_rng((args.seed, epoch, index))
-        drop, flip = rng.random(2)
-        view = self.views[rng.integers(len(self.views))]
-        example = self.examples[index]
-        place = index % self.crops, sides(example.size, edge), bool(args.random_flip and flip < 0.5)
-        prompt = "" if drop < args.caption_dropout else example.caption
-        samples = [self.pair((*place, self.result), (*place, view), prompt)]
-        if self.class_examples:
-            index, flip = len(self.examples) + int(rng.integers(len(self.class_examples))), rng.random()
-            place = index, place[1], bool(args.random_flip and flip < 0.5)
-            samples.append(self.pair((*place, "picture"), (None, place[1], False, "nothing"), args.class_prompt))
-        return samples
-
-    def pair(self, result, shown, prompt):
-        name, load = ("moments", self.moments.get) if self.moments else ("pixel_values", self.pixel_values)
-        return {name: torch.stack([load(result), load(shown)]), "mask": self.mask(shown), "prompt": prompt}
+            self.result_view = "image"
+            self.input_views = ["masked"]
+            if args.use_split_mask:
+                self.input_views = ["left masked", "right masked"]
+            if args.mask_only_right:
+                self.input_views = ["right masked"]
 
     def __len__(self):
         return len(self.examples)
+
+    def groups(self):
+        """The sizes of each example at all resolutions; the samples of a batch have the same."""
+        return [
+            tuple(size_at(long_edge, example.size) for long_edge in self.args.resolution) for example in self.examples
+        ]
+
+    def image_keys(self):
+        """Every `ImageKey` that training can ask for."""
+        groups = self.groups()
+        mirrorings = [False, True] if self.args.random_flip else [False]
+        keys = []
+        for index in range(self.num_crops):
+            for size in groups[index]:
+                for view in [self.result_view, *self.input_views]:
+                    keys += [ImageKey(index, size, mirrored, view) for mirrored in mirrorings]
+        if self.class_examples:
+            for size in sorted({size for group in groups for size in group}):
+                for i in range(len(self.class_examples)):
+                    index = len(self.examples) + i
+                    keys += [ImageKey(index, size, mirrored, "image") for mirrored in mirrorings]
+                keys.append(ImageKey(None, size, False, "nothing"))
+        return list(dict.fromkeys(keys))  # two resolutions can give a small image the same size
+
+    def example(self, key):
+        if key.index < len(self.examples):
+            return self.examples[key.index]
+        return self.class_examples[key.index - len(self.examples)]
+
+    def crop(self, key):
+        """The arguments of `fit` and `fit_mask` that an image, its target and its mask share."""
+        centering = (0.5, 0.5)
+        if not self.args.center_crop:
+            centering = np.random.default_rng((self.args.seed, key.index)).random(2)
+        return {"centering": centering, "mirrored": key.mirrored}
+
+    def pixel_values(self, key):
+        """The image of a key [3, H, W] in [-1, 1]; 0, which is gray, where it is masked, as in FluxFillPipeline."""
+        if key.view == "nothing":
+            return torch.zeros(3, *key.size)
+        example = self.example(key)
+        if key.view == "target":
+            example = example.images["target"]
+        image = fit(example.image(), key.size, self.args.image_interpolation_mode, **self.crop(key))
+        pixels = to_tensor(image)
+        if key.view.endswith("masked"):
+            pixels = pixels * (1 - self.mask(key))
+        return pixels
+
+    def mask(self, key):
+        """The mask [1, H, W] for the input image of a key: 1 where it is masked; 1 everywhere without a mask."""
+        if not key.view.endswith("masked"):
+            return torch.ones(1, *key.size)
+        example = self.example(key)
+        if key.view == "masked":
+            mask = example.images["mask"].image()
+        else:
+            mask = split_mask(example.size, half=key.view.removesuffix(" masked"))
+        return torch.from_numpy(fit_mask(mask, key.size, **self.crop(key))).float()[None]
+
+    def __getitems__(self, positions):
+        """The samples of one batch."""
+        rng = np.random.default_rng((self.args.seed, *positions[0], 1))
+        long_edge = rng.choice(self.args.resolution)
+        return [self.samples(position, long_edge) for position in positions]
+
+    def samples(self, position, long_edge):
+        """[the sample at a position], with prior preservation also that of a class image."""
+        epoch, index = position
+        example = self.examples[index]
+        size = size_at(long_edge, example.size)
+        rng = np.random.default_rng((self.args.seed, epoch, index))
+        dropout_draw, flip_draw = rng.random(2)
+        input_view = self.input_views[rng.integers(len(self.input_views))]
+
+        prompt = "" if dropout_draw < self.args.caption_dropout else example.caption
+        mirrored = bool(self.args.random_flip and flip_draw < 0.5)
+        result = ImageKey(index % self.num_crops, size, mirrored, self.result_view)
+        samples = [self.sample(result, result._replace(view=input_view), prompt)]
+
+        if self.class_examples:
+            class_index = len(self.examples) + int(rng.integers(len(self.class_examples)))
+            mirrored = bool(self.args.random_flip and rng.random() < 0.5)
+            result = ImageKey(class_index, size, mirrored, "image")
+            samples.append(self.sample(result, ImageKey(None, size, False, "nothing"), self.args.class_prompt))
+        return samples
+
+    def sample(self, result, shown, prompt):
+        """A sample: the keys of the result and of the input image that is shown, and the prompt."""
+        if self.moments:
+            images = {"moments": torch.stack([self.moments[result], self.moments[shown]])}
+        else:
+            images = {"pixel_values": torch.stack([self.pixel_values(result), self.pixel_values(shown)])}
+        return {**images, "mask": self.mask(shown), "prompt": prompt}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -874,9 +857,9 @@ def create_pipeline(transformer, vae, noise_scheduler):
 def pipeline_call(prompt_encoder, prompt, args, image=None, mask=None):
     """Arguments of the pipeline: edit `image` where `mask` is white, or, without both, generate a whole image."""
     if image is None:
-        height, width = sides((1, 1), max(args.resolution))
-        image = Image.new("RGB", (width, height), "white")
-        mask = Image.new("L", (width, height), "white")
+        size = size_at(max(args.resolution), Size(1, 1))
+        image = Image.new("RGB", (size.width, size.height), "white")
+        mask = Image.new("L", (size.width, size.height), "white")
     prompt_embeds, pooled_prompt_embeds = prompt_encoder.encode_prompts([prompt])
     return {
         "prompt_embeds": prompt_embeds,
@@ -891,8 +874,7 @@ def pipeline_call(prompt_encoder, prompt, args, image=None, mask=None):
 
 def validation_files(args, flag):
     """Examples of the image files that --validation_image or --validation_mask lists."""
-    paths = split_list(vars(args)[flag])
-    return [EditExample(f"--{flag} {path}", functools.partial(Image.open, path)) for path in paths]
+    return [file_example(Path(path), name=f"--{flag} {path}") for path in split_list(vars(args)[flag])]
 
 
 def validation_cases(args, examples):
@@ -908,21 +890,20 @@ def validation_cases(args, examples):
     images = validation_files(args, "validation_image") or examples[:1]
     masks = []
     if args.mode == "mask" and not args.use_split_mask:
-        masks = validation_files(args, "validation_mask") or [examples[0].partner]
-    size = (args.validation_width, args.validation_height)
+        masks = validation_files(args, "validation_mask") or [examples[0].images["mask"]]
+    size = Size(args.validation_height, args.validation_width)
     cases = []
     for i in range(max(len(prompts), len(images), len(masks))):
         prompt = prompts[i % len(prompts)]
-        image = ImageOps.fit(images[i % len(images)].image(), size, Image.Resampling.LANCZOS)
+        image = fit(images[i % len(images)].image(), size)
         if args.mode == "edit":
-            cases.append(ValidationCase(prompt, image, Image.new("L", size, "black")))
+            cases.append(ValidationCase(prompt, image, Image.new("L", image.size, "black")))
         elif args.use_split_mask:
             if not args.mask_only_right:
                 cases.append(ValidationCase(prompt, image, split_mask(size, "left")))
             cases.append(ValidationCase(prompt, image, split_mask(size, "right")))
         else:
-            mask = masks[i % len(masks)].image().convert("L")
-            mask = ImageOps.fit(mask, size, Image.Resampling.NEAREST)
+            mask = fit(masks[i % len(masks)].image().convert("L"), size, "nearest")
             cases.append(ValidationCase(prompt, image, mask))
     return cases
 
@@ -1199,7 +1180,7 @@ def main(args):
             draw_class_images(accelerator, pipeline, call, args, present=len(class_examples(args)))
             dataset.class_examples = class_examples(args)
         if args.cache_latents:
-            dataset.moments = cache_moments(accelerator, vae, dataset.picture_keys(), dataset.pixel_values)
+            dataset.moments = cache_moments(accelerator, vae, dataset.image_keys(), dataset.pixel_values)
     if transformer is None:
         transformer = load_model(FluxTransformer2DModel, "transformer", args, weight_dtype)
     base_size = transformer.num_parameters()

@@ -1,9 +1,10 @@
-"""Teaches FLUX.1 to follow image conditions: OminiControl (arXiv 2411.15098) and OminiControl2 (arXiv 2503.08280).
+"""Trains FLUX.1 to follow image conditions: OminiControl (arXiv 2411.15098) and OminiControl2 (arXiv 2503.08280).
 
-Conditions join the transformer's sequence as clean tokens beside text and noisy image, through the same frozen
-weights; a low-rank adapter acts on the condition tokens alone and is trained:
+Conditions join the transformer's sequence as clean tokens, beside text and noisy image, and pass the same frozen
+weights. A LoRA acts on the condition tokens alone and is trained:
 
-    x_t = (1 - t) x_0 + t ε        loss = || transformer([prompt; x_t at t; conditions at 0], t) - (ε - x_0) ||²
+    x_t = (1 - t) x_0 + t x_1      x_1 is noise
+    loss = || transformer(prompt, x_t at t, conditions at 0) - (x_1 - x_0) ||²
 
 One GPU, or all of them after `accelerate config`:
 
@@ -14,24 +15,55 @@ One GPU, or all of them after `accelerate config`:
       --max_train_steps=10000 --validation_prompt="a cat on a sofa" --validation_image=cat.png --output_dir=canny
 
 `output_dir` then holds `canny.safetensors`, whose header tells `examples/omini/generate.py` what it was trained for, a
-model card, the arguments (args.json), the loss (metrics.jsonl, loss.png), pictures (validation/) and checkpoints.
+model card, the arguments (args.json), the loss (metrics.jsonl, loss.png), images (validation/) and checkpoints.
+
+| paper                         | authors' code                  | here                                        |
+| ----------------------------- | ------------------------------ | ------------------------------------------- |
+| joint attention of branches   | group_mask, attn_forward       | group_mask, attn_forward                    |
+| double blocks                 | block_forward                  | OminiTransformerBlock                       |
+| single blocks                 | single_block_forward           | OminiSingleTransformerBlock                 |
+| the transformer               | transformer_forward            | OminiTransformer2DModel.transformer_forward |
+| LoRA on condition tokens only | specify_lora, adapters         | lora_linear, Branch.adapter                 |
+| LoRA on text and image        | main_adapter                   | main_adapter                                |
+| condition image               | convert_to_condition           | convert_to_condition                        |
+| condition                     | Condition                      | ConditionSpec (no image), ConditionTokens   |
+| its tokens                    | Condition.encode               | pack_conditions                             |
+| position shift and scale      | position_delta, position_scale | condition_ids                               |
+| feature reuse                 | kv_cache, cache_mode           | KVCache, KVCache.mode                       |
+| compact tokens                | condition_size, position_scale | --condition_size, --position_scale          |
+| token integration             | latent_mask                    | latent_mask, select_tokens                  |
+| guidance by the condition     | image_guidance_scale           | OminiTransformer2DModel.forward             |
+| loss                          | x_0, x_1, x_t, step            | compute_loss                                |
 """
 
 import argparse
 import functools
 import hashlib
-import importlib.metadata
-import io
+import importlib.util
 import json
 import math
+import os
 import re
 import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from common.arguments import LR_SCHEDULERS, TRACKERS, Parser, Switch, fail, number
+from common.arguments import (
+    LR_SCHEDULERS,
+    TRACKERS,
+    Parser,
+    Switch,
+    decay_rate,
+    fail,
+    fraction,
+    in_range,
+    non_negative_float,
+    positive_float,
+    positive_int,
+)
 from common.checkpoints import (
     atomic_write,
     catch_signals,
@@ -46,18 +78,21 @@ from common.checkpoints import (
     stop_interrupted,
 )
 from common.data import (
-    IMAGE_SUFFIXES,
     INTERPOLATION,
     Example,
+    Size,
     StepSampler,
     StreamedBatches,
-    check_pictures,
+    check_captions,
+    check_images,
+    file_example,
+    first_value,
     fit,
-    open_dataset,
-    picture_files,
+    fit_mask,
+    open_stream,
     read_batches,
-    read_row,
-    read_text_file,
+    read_dataset,
+    read_folder,
 )
 from common.flow_matching import (
     TIMESTEP_SAMPLING,
@@ -90,15 +125,12 @@ from common.lora import (
 )
 from common.models import (
     QUANTIZATIONS,
-    check_shared_flags,
-    create_lr_scheduler,
-    create_optimizer,
-    first_device,
+    check_weights,
+    compile_blocks,
     load_model,
     load_scheduler,
-    prepare_blocks,
     quantize_base,
-    start,
+    shard,
 )
 from common.text_encoders import PromptEncoder, load_text_pipeline
 from common.tracking import (
@@ -113,37 +145,62 @@ from common.tracking import (
     step_logs,
     write_model_card,
 )
-from common.validation import generate_images, sampling_pipeline, save_images, undisturbed
+from common.validation import generate_images, save_images, undisturbed
 
 import cv2
 import numpy as np
 import psutil
 import torch
 import torch.nn.functional as F
-from accelerate.utils import set_seed
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
+from diffusers.optimization import get_scheduler
 from diffusers.pipelines.flux.pipeline_flux import FluxPipelineOutput
 from diffusers.training_utils import compute_loss_weighting_for_sd3, offload_models
-from PIL import Image, ImageFilter, ImageOps
+from diffusers.utils import logging as diffusers_logging
+from PIL import Image, ImageFilter
 from safetensors import safe_open
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import MODEL_FOR_DEPTH_ESTIMATION_MAPPING, AutoConfig, T5Config
+from transformers.utils import logging as transformers_logging
 
+
+EXAMPLE = """example:
+    accelerate launch train_omini.py @examples/omini/low_memory.args \\
+      --instance_data_dir photos --condition_type canny --output_dir canny"""
 
 CONDITION_TYPES = (
-    *("canny", "coloring", "deblurring", "depth", "depth_pred", "fill", "sr"),
-    *("subject", "token_integration", "custom"),
+    "canny",
+    "coloring",
+    "deblurring",
+    "depth",
+    "depth_pred",
+    "fill",
+    "sr",
+    "subject",
+    "token_integration",
+    "custom",
 )
-RANDOM_CONDITIONS = ("deblurring", "fill", "token_integration")  # conditions drawn anew each time a picture is seen
-TARGET_MODULES = (  # all that image tokens pass: 14.5 million parameters at rank 4 on FLUX.1-dev
+RANDOM_CONDITIONS = ("deblurring", "fill", "token_integration")  # differ each time an image is seen
+SIDE_BY_SIDE_CONDITIONS = ("subject", "sr")  # stand to the left of the image, not upon it
+GIVEN_CONDITIONS = ("subject", "custom")  # come with the data; all others are made from the image itself
+MASKED_CONDITIONS = ("fill", "token_integration")
+DEPTH_CONDITIONS = ("depth", "depth_pred")
+
+# All layers that image tokens pass: 14.5 million parameters at rank 4 on FLUX.1-dev.
+TARGET_MODULES = (
     r"x_embedder|transformer_blocks\.\d+\.(norm1\.linear|attn\.to_[qkv]|attn\.to_out\.0|ff\.net\.2)"
     r"|single_transformer_blocks\.\d+\.(norm\.linear|proj_mlp|proj_out|attn\.to_[qkv])"
 )
-MAX_CHECKED = 2000  # pictures opened before training; of more, every n-th
+# Layers that condition tokens do not pass: those of text, of time, and the last ones, which only the image reaches.
+OTHER_LAYERS = r"context|attn\.(add_|to_add)|time_text_embed|^(norm|proj)_out"
+
+MAX_CHECKED = 2000  # examples whose images are read before training; of more, every n-th
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -151,18 +208,18 @@ MAX_CHECKED = 2000  # pictures opened before training; of more, every n-th
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def picture_size(text):
+def image_size(text):
     """An argparse type: "512" or "512,768" as (height, width) in pixels, multiples of a token's 16."""
-    parts = [int(part) for part in text.split(",")]
-    if len(parts) > 2 or any(part % PATCH or not PATCH <= part <= 8192 for part in parts):
+    sides = [int(part) for part in text.split(",")]
+    if len(sides) > 2 or any(side % PATCH or not PATCH <= side <= 8192 for side in sides):
         raise argparse.ArgumentTypeError(
             f"{text}: expected SIDE or HEIGHT,WIDTH, multiples of {PATCH} from 16 to 8192"
         )
-    return (parts[0], parts[-1])
+    return (sides[0], sides[-1])
 
 
 def offset(text):
-    """An argparse type: "dy,dx" as a pair of numbers."""
+    """An argparse type: "down,right" as a pair of numbers."""
     parts = text.split(",")
     if len(parts) != 2:
         raise argparse.ArgumentTypeError(f"{text}: expected a pair DOWN,RIGHT in tokens of 16 pixels, such as 0,-32")
@@ -170,106 +227,134 @@ def offset(text):
 
 
 def parse_args(argv=None):
-    parser = Parser(__doc__)
-    count = number(int, 1)
-    positive, not_negative = number(float, 0, above=True), number(float, 0)
-    share, decay = number(float, 0, 1), number(float, 0, 0.9999999)
+    parser = Parser(description="Trains FLUX.1 to follow image conditions (OminiControl).", epilog=EXAMPLE)
 
-    arg = parser.add_argument_group("model", "what is trained, in which precision").add_argument
+    arg = parser.add_argument_group("model", "which model is trained, in which precision").add_argument
     arg(
         "--pretrained_model_name_or_path", required=True, metavar="MODEL", help="folder or hub id of a FLUX.1 pipeline"
     )
     arg("--revision", help="revision of the model on the hub")
     arg("--variant", help="variant of the model's files, such as fp16")
-    arg("--cache_dir", help="where downloaded models and datasets are kept")
-    arg("--max_sequence_length", type=number(int, 1, 512), default=512, help="T5 tokens per prompt, schnell: to 256")
-    arg("--mixed_precision", choices=("no", "fp16", "bf16"), help="of frozen models; bf16 halves them on recent GPUs")
+    arg("--cache_dir", help="folder for downloaded models and datasets")
+    arg(
+        "--max_sequence_length",
+        type=in_range(int, 1, 512),
+        default=512,
+        help="T5 tokens per prompt, schnell: to 256",
+    )
+    arg(
+        "--mixed_precision",
+        choices=("no", "fp16", "bf16"),
+        help="precision of frozen models; bf16: half the memory",
+    )
     arg("--allow_tf32", action="store_true", help="faster, less exact float32 products on Ampere and later GPUs")
-    arg("--gradient_checkpointing", action="store_true", help="to fit memory: about half, a third more time per step")
-    arg("--quantize_base", choices=QUANTIZATIONS, default="none", help="frozen blocks in 4 or 8 bits, to fit memory")
-    arg("--compile", action="store_true", help="compile the blocks: minutes at first, then faster steps")
-    arg("--offload", action="store_true", help="what is frozen waits in main memory: text encoders by layers, the VAE")
-    arg("--fsdp", action="store_true", help="split weights and optimizer over the processes (FSDP2)")
+    arg("--gradient_checkpointing", action="store_true", help="about half the memory for a third more time per step")
+    arg("--quantize_base", choices=QUANTIZATIONS, default="none", help="keep the frozen blocks in 4 or 8 bits")
+    arg("--compile", action="store_true", help="compile the blocks: takes minutes at first, then steps are faster")
+    arg("--offload", action="store_true", help="keep frozen models in CPU memory until they are used")
+    arg("--fsdp", action="store_true", help="split weights and optimizer state over the processes (FSDP2)")
 
-    arg = parser.add_argument_group("data", "a folder of pictures, a dataset, or tars").add_argument
-    arg("--instance_data_dir", type=Path, help="folder of pictures; captions in .txt files, metadata.jsonl or none")
+    arg = parser.add_argument_group("data", "a folder of images, a dataset, or tar files").add_argument
+    arg("--instance_data_dir", type=Path, help="folder of images; captions in .txt files, metadata.jsonl or none")
     arg("--dataset_name", help="dataset on the hub, or a folder or file that `datasets` loads")
     arg("--dataset_config_name", help="configuration of that dataset")
-    arg("--data_files", nargs="+", metavar="TAR", help="webdataset tars or patterns: jpg pictures, json with a prompt")
+    arg("--data_files", nargs="+", metavar="TAR", help="webdataset tars or patterns: jpg images, json with a prompt")
     arg(
         "--dataset_class",
         metavar="FILE.py:CLASS",
-        help="your own dataset of image, description, condition_0 and so on",
+        help="your own dataset, with items of image, description, condition_0 and so on",
     )
-    arg("--streaming", action="store_true", help="read dataset_name or data_files while training; needs no disk")
-    arg("--shuffle_buffer", type=count, default=1000, help="samples among which streaming draws the next one")
-    arg("--image_column", default="image", help="column of the dataset that holds the pictures")
+    arg("--streaming", action="store_true", help="read dataset_name or data_files during training; needs no disk")
+    arg("--shuffle_buffer", type=positive_int, default=1000, help="samples that streaming shuffles at a time")
+    arg("--image_column", default="image", help="column of the dataset that holds the images")
     arg("--caption_column", help="column of the dataset or of metadata.jsonl that holds captions")
-    arg("--condition_column", nargs="+", help="column of the pictures of each custom condition; in metadata.jsonl too")
-    arg("--mask_column", help="column of the holes (white) of fill and token_integration (default: random rectangles)")
-    arg("--instance_prompt", help="prompt of every picture without a caption: a photo of sks dog")
-    arg("--image_interpolation_mode", choices=INTERPOLATION, default="lanczos", help="how pictures are resized")
-    arg("--train_batch_size", type=count, default=4, help="pictures per device and forward pass")
-    arg("--dataloader_num_workers", type=number(int, 0), default=0, help="processes that read pictures; 0: none extra")
-    arg("--cache_latents", action="store_true", help="encode pictures once, before training: saves time and memory")
+    arg(
+        "--condition_column",
+        nargs="+",
+        help="column of the dataset or of metadata.jsonl with the images of each custom condition",
+    )
+    arg("--mask_column", help="column of masks, white to generate, for fill and token_integration (default: random)")
+    arg("--instance_prompt", help="prompt of every image without a caption, such as a photo of sks dog")
+    arg("--image_interpolation_mode", choices=INTERPOLATION, default="lanczos", help="how images are resized")
+    arg("--train_batch_size", type=positive_int, default=4, help="images per device and forward pass")
+    arg(
+        "--dataloader_num_workers",
+        type=in_range(int, 0),
+        default=0,
+        help="processes that read images; 0: the main process",
+    )
+    arg("--cache_latents", action="store_true", help="encode images once, before training: saves time and memory")
     arg("--cache_prompts", action=Switch, default=True, help="embed every prompt once, before training")
 
-    arg = parser.add_argument_group("conditions", "what the image is to follow").add_argument
+    arg = parser.add_argument_group("conditions", "what the generated image follows").add_argument
     arg(
-        "--condition_type", nargs="+", required=True, choices=CONDITION_TYPES, help="one condition, or several at once"
+        "--condition_type",
+        nargs="+",
+        required=True,
+        choices=CONDITION_TYPES,
+        help="type of the condition, or of several at once",
     )
-    arg("--target_size", type=picture_size, default="512", metavar="SIZE", help="SIDE or HEIGHT,WIDTH of the image")
+    arg("--target_size", type=image_size, default="512", metavar="SIZE", help="SIDE or HEIGHT,WIDTH of the image")
     arg(
         "--condition_size",
         nargs="+",
-        type=picture_size,
+        type=image_size,
         metavar="SIZE",
-        help="of all conditions or of each (default: target_size, half of it for sr)",
+        help="size of all conditions, or of each (default: target_size, half of it for sr)",
     )
     arg(
         "--position_delta",
         nargs="+",
         type=offset,
         metavar="DOWN,RIGHT",
-        help="where all conditions or each are, in tokens of 16 px (default: on the image; subject, sr: left of it)",
+        help="shift of all conditions, or of each, in tokens of 16 px (default: 0,0; subject and sr: to its left)",
     )
     arg(
         "--position_scale",
         nargs="+",
-        type=positive,
+        type=positive_float,
         metavar="SCALE",
-        help="image tokens per condition token and direction (default: target_size / condition_size on the image, 1)",
+        help="image tokens per condition token and direction (default: target_size / condition_size, if not shifted)",
     )
-    arg("--independent_condition", action="store_true", help="conditions see only themselves: allows the kv_cache")
-    arg("--adapter_per_condition", action="store_true", help="a LoRA for each condition instead of one for all")
-    arg("--drop_text_prob", type=share, default=0.1, help="share of the samples without caption")
-    arg("--drop_image_prob", type=share, default=0.1, help="share of the samples with black conditions")
-    arg("--image_size", type=count, default=512, help="side of each picture of a subject pair side by side")
-    arg("--padding", type=number(int, 0), default=8, help="pixels around and between the pictures of a subject pair")
-    arg("--depth_model", default="LiheYoung/depth-anything-small-hf", help="depth estimator of transformers")
-    arg("--depth_batch_size", type=count, default=8, help="pictures per pass of the depth estimator")
+    arg(
+        "--independent_condition",
+        action="store_true",
+        help="condition tokens attend to themselves only, so generation can cache them",
+    )
+    arg("--adapter_per_condition", action="store_true", help="train one LoRA per condition, not one for all")
+    arg("--drop_text_prob", type=fraction, default=0.1, help="share of samples with an empty prompt")
+    arg("--drop_image_prob", type=fraction, default=0.1, help="share of samples with black conditions")
+    arg("--image_size", type=positive_int, default=512, help="side of each image of a side-by-side subject pair")
+    arg("--padding", type=in_range(int, 0), default=8, help="pixels around and between the images of a subject pair")
+    arg("--depth_model", default="LiheYoung/depth-anything-small-hf", help="depth estimation model of transformers")
+    arg("--depth_batch_size", type=positive_int, default=8, help="images per forward pass of the depth model")
 
     arg = parser.add_argument_group("lora", "the adapter").add_argument
-    arg("--rank", type=count, default=4, help="size of the adapter and what it can hold; 16 to 64 for detail")
-    arg("--lora_alpha", type=positive, help="the adapter counts lora_alpha / rank (default: rank)")
-    arg("--lora_dropout", type=number(float, 0, 0.99), default=0.0, help="share of its inputs dropped, 0 to 1")
-    arg("--target_modules", metavar="REGEX", help="its layers (default: all that condition tokens pass)")
-    arg("--lora_path", nargs="+", type=Path, metavar="FILE", help="adapters of an earlier run to go on from")
+    arg("--rank", type=positive_int, default=4, help="rank of the LoRA; 16 to 64 for more detail")
+    arg("--lora_alpha", type=positive_float, help="LoRA scale is lora_alpha / rank (default: rank)")
+    arg("--lora_dropout", type=in_range(float, 0, 0.99), default=0.0, help="dropout probability of the LoRA's inputs")
+    arg("--target_modules", metavar="REGEX", help="layers with LoRA (default: all that condition tokens pass)")
+    arg("--lora_path", nargs="+", type=Path, metavar="FILE", help="trained adapters to continue from")
 
-    arg = parser.add_argument_group("noise", "which noise levels are trained, and how much each counts").add_argument
-    arg("--guidance_scale", type=not_negative, default=1.0, help="guidance that a guidance-distilled model is told")
+    arg = parser.add_argument_group("noise", "which noise levels are trained, and how they are weighted").add_argument
+    arg(
+        "--guidance_scale",
+        type=non_negative_float,
+        default=1.0,
+        help="value passed to the guidance embedding (FLUX.1-dev)",
+    )
     arg(
         "--timestep_sampling",
         choices=TIMESTEP_SAMPLING,
         default="sigmoid",
-        help="sigma draws as weighting_scheme says",
+        help="distribution of noise levels; sigma: as weighting_scheme says",
     )
     arg("--weighting_scheme", choices=WEIGHTING_SCHEMES, default="none", help="density of noise levels or loss weight")
-    arg("--logit_mean", type=number(float, -100, 100), default=0.0, help="mean of logit_normal; below 0: more noise")
-    arg("--logit_std", type=positive, default=1.0, help="standard deviation of logit_normal")
-    arg("--mode_scale", type=number(float, -1, 1.75), default=1.29, help="scale of mode; 0: all levels equally")
-    arg("--sigmoid_scale", type=positive, default=1.0, help="spread of sigmoid, shift and flux_shift")
-    arg("--discrete_flow_shift", type=positive, default=3.0, help="s of shift; above 1: more noise")
+    arg("--logit_mean", type=in_range(float, -100, 100), default=0.0, help="mean of logit_normal; below 0: more noise")
+    arg("--logit_std", type=positive_float, default=1.0, help="standard deviation of logit_normal")
+    arg("--mode_scale", type=in_range(float, -1, 1.75), default=1.29, help="scale of mode; 0: uniform")
+    arg("--sigmoid_scale", type=positive_float, default=1.0, help="spread of sigmoid, shift and flux_shift")
+    arg("--discrete_flow_shift", type=positive_float, default=3.0, help="shift of shift; above 1: more noise")
 
     arg = parser.add_argument_group("optimizer", "how the adapter is updated").add_argument
     arg(
@@ -277,213 +362,123 @@ def parse_args(argv=None):
         type=str.lower,
         choices=("adamw", "prodigy", "sgd"),
         default="prodigy",
-        help="prodigy wants rate 1",
+        help="optimizer; prodigy needs learning_rate 1",
     )
-    arg("--learning_rate", type=positive, default=1.0, help="step size; 1 for prodigy, about 1e-4 for adamw")
-    arg("--scale_lr", action="store_true", help="multiply it by batch size, accumulation and number of devices")
-    arg("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="course of the learning rate over the steps")
-    arg("--lr_warmup_steps", type=number(int, 0), default=500, help="steps until it is reached; none for constant")
-    arg("--lr_num_cycles", type=count, default=1, help="cycles of cosine_with_restarts")
-    arg("--lr_power", type=positive, default=1.0, help="power of polynomial; 1: a straight line")
-    arg("--use_8bit_adam", action="store_true", help="AdamW with 8-bit states (bitsandbytes), to fit memory")
-    arg("--adam_beta1", type=decay, default=0.9, help="decay of the gradient's mean, in Prodigy too")
-    arg("--adam_beta2", type=decay, default=0.999, help="decay of the gradient's square, in Prodigy too")
-    arg("--adam_weight_decay", type=not_negative, default=0.01, help="weight decay, in Prodigy too")
-    arg("--adam_epsilon", type=positive, default=1e-8, help="added to the denominator, in Prodigy too")
-    arg("--prodigy_beta3", type=decay, help="decay of Prodigy's estimate (default: square root of adam_beta2)")
-    arg("--prodigy_decouple", action=Switch, default=True, help="weight decay as in AdamW")
-    arg("--prodigy_use_bias_correction", action=Switch, default=True, help="Adam's bias correction")
-    arg("--prodigy_safeguard_warmup", action=Switch, default=True, help="keep warm-up out of Prodigy's estimate")
-    arg("--max_grad_norm", type=positive, default=0.5, help="longer gradients are scaled down to this norm")
-    arg("--gradient_accumulation_steps", type=count, default=1, help="batches per step; in no more memory than one")
+    arg("--learning_rate", type=positive_float, default=1.0, help="step size; 1 for prodigy, about 1e-4 for adamw")
+    arg("--scale_lr", action="store_true", help="multiply learning_rate by batch size, accumulation and devices")
+    arg("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="learning rate schedule")
+    arg("--lr_warmup_steps", type=in_range(int, 0), default=500, help="linear warmup steps; constant has no warmup")
+    arg("--lr_num_cycles", type=positive_int, default=1, help="cycles of cosine_with_restarts")
+    arg("--lr_power", type=positive_float, default=1.0, help="power of polynomial; 1: linear")
+    arg("--use_8bit_adam", action="store_true", help="AdamW with 8-bit states (bitsandbytes), to save memory")
+    arg("--adam_beta1", type=decay_rate, default=0.9, help="decay of the first moment, also in Prodigy")
+    arg("--adam_beta2", type=decay_rate, default=0.999, help="decay of the second moment, also in Prodigy")
+    arg("--adam_weight_decay", type=non_negative_float, default=0.01, help="weight decay, also in Prodigy")
+    arg("--adam_epsilon", type=positive_float, default=1e-8, help="added to the denominator, also in Prodigy")
+    arg("--prodigy_beta3", type=decay_rate, help="decay of Prodigy's estimate (default: square root of adam_beta2)")
+    arg("--prodigy_decouple", action=Switch, default=True, help="decoupled weight decay, as in AdamW")
+    arg("--prodigy_use_bias_correction", action=Switch, default=True, help="Adam's bias correction in Prodigy")
+    arg("--prodigy_safeguard_warmup", action=Switch, default=True, help="keep warmup out of Prodigy's estimate")
+    arg("--max_grad_norm", type=positive_float, default=0.5, help="gradient norm above which gradients are clipped")
+    arg("--gradient_accumulation_steps", type=positive_int, default=1, help="forward passes per update")
 
     arg = parser.add_argument_group("schedule and checkpoints", "how long, and what can be resumed").add_argument
-    arg("--seed", type=number(int, 0), default=0, help="of data order, crops, noise, adapter and validation")
-    arg("--num_train_epochs", type=count, default=1, help="passes over the data")
-    arg("--max_train_steps", type=count, help="updates of what is trained, instead of epochs")
-    arg("--checkpointing_steps", type=count, default=500, help="steps between checkpoints to resume from")
-    arg("--checkpoints_total_limit", type=count, help="checkpoints to keep, the newest (default: all)")
-    arg("--resume_from_checkpoint", metavar="CHECKPOINT", help="a checkpoint-N folder, or latest (if there is one)")
+    arg(
+        "--seed",
+        type=in_range(int, 0),
+        default=0,
+        help="random seed for data order, noise, adapter init and validation",
+    )
+    arg("--num_train_epochs", type=positive_int, default=1, help="passes over the data")
+    arg("--max_train_steps", type=positive_int, help="number of updates; overrides num_train_epochs")
+    arg("--checkpointing_steps", type=positive_int, default=500, help="steps between checkpoints")
+    arg("--checkpoints_total_limit", type=positive_int, help="number of newest checkpoints to keep (default: all)")
+    arg(
+        "--resume_from_checkpoint",
+        metavar="CHECKPOINT",
+        help="checkpoint-N folder to continue from, or latest (starts anew if there is none)",
+    )
     arg("--local_rank", type=int, default=-1, help="set by old launchers; LOCAL_RANK in the environment wins")
 
-    arg = parser.add_argument_group("validation", "pictures while training, which they never change").add_argument
-    arg("--validation_prompt", help="prompt to draw, first before training and last after it")
+    arg = parser.add_argument_group("validation", "images while training; they never change it").add_argument
+    arg("--validation_prompt", help="prompt to generate from: before training, every validation_steps, and at the end")
     arg(
         "--validation_image",
         nargs="+",
         type=Path,
         metavar="IMAGE",
-        help="picture to make conditions of, or one for each",
+        help="image to make the conditions from, or one for each condition",
     )
-    arg("--num_validation_images", type=count, default=4, help="pictures each time")
-    arg("--validation_epochs", type=count, default=50, help="epochs between validations")
-    arg("--validation_steps", type=count, help="steps between validations, instead of epochs")
-    arg("--final_validation_prompt", help="prompt to draw after training (default: validation_prompt)")
-    arg("--skip_final_inference", action="store_true", help="draw nothing after training")
+    arg("--num_validation_images", type=positive_int, default=4, help="images per validation")
+    arg("--validation_epochs", type=positive_int, default=50, help="epochs between validations")
+    arg("--validation_steps", type=positive_int, help="steps between validations; overrides validation_epochs")
+    arg("--final_validation_prompt", help="prompt to generate from after training (default: validation_prompt)")
+    arg("--skip_final_inference", action="store_true", help="generate no images after training")
 
     arg = parser.add_argument_group("output and logging", "where everything goes").add_argument
     arg("--output_dir", type=Path, default=Path("flux-omini"), help="folder of all results")
-    arg("--logging_dir", type=Path, default=Path("logs"), help="folder of the trackers' files in output_dir")
-    arg("--report_to", choices=TRACKERS, default="tensorboard", help="where curves and pictures are sent")
+    arg("--logging_dir", type=Path, default=Path("logs"), help="folder for the trackers' files, in output_dir")
+    arg("--report_to", choices=TRACKERS, default="tensorboard", help="tracker of losses and images")
     arg("--upcast_before_saving", action="store_true", help="save the adapter in float32, not in mixed_precision")
-    arg("--verbose", action="store_true", help="show what the libraries remark and their progress bars")
+    arg("--verbose", action="store_true", help="show messages and progress bars of the libraries")
     arg("--push_to_hub", action="store_true", help="upload the results, without checkpoints and logs")
-    arg("--hub_token", help="token for it (default: that of `hf auth login`); it is written nowhere")
-    arg("--hub_model_id", help="repository for it (default: the name of output_dir)")
+    arg("--hub_token", help="Hub token (default: your login); never logged or saved")
+    arg("--hub_model_id", help="Hub repository (default: the name of output_dir)")
 
     args = parser.parse_args(argv)
-    parser.refuse(check_flags(args) + check_conditions(args) + check_model(args) + check_output_dir(args))
+    parser.refuse(
+        check_args(args) + check_conditions(args) + check_weights(args) + check_model(args) + check_output_dir(args)
+    )
     return args
 
 
-def check_flags(args):
-    """Contradictions between flags, and flags without effect."""
+def check_args(args):
+    """Problems of the flags: those that contradict each other, and those that would have no effect."""
     problems = []
+
+    # data
     sources = ("instance_data_dir", "dataset_name", "data_files", "dataset_class")
-    if sum(getattr(args, name) is not None for name in sources) != 1:
+    given = [name for name in sources if vars(args)[name] is not None]
+    if len(given) != 1:
         problems.append(f"exactly one of {', '.join(f'--{name}' for name in sources)} is needed")
-    if args.streaming and not (args.dataset_name or args.data_files):
-        problems.append("--streaming needs --dataset_name or --data_files")
-    if args.streaming and not args.max_train_steps:
-        problems.append("--streaming needs --max_train_steps: the length of a stream is not known")
-    if args.streaming and args.dataloader_num_workers:
-        problems.append(f"--dataloader_num_workers {args.dataloader_num_workers} has no effect with --streaming")
-    if args.streaming and args.cache_latents:
-        problems.append("--cache_latents needs all pictures before training: leave out --streaming")
+    if args.dataset_config_name and not args.dataset_name:
+        problems.append(f"--dataset_config_name {args.dataset_config_name} needs --dataset_name")
+    if args.streaming:
+        if not (args.dataset_name or args.data_files):
+            problems.append("--streaming needs --dataset_name or --data_files")
+        if not args.max_train_steps:
+            problems.append("--streaming needs --max_train_steps: the length of a stream is not known")
+        if args.dataloader_num_workers:
+            problems.append(f"--dataloader_num_workers {args.dataloader_num_workers} has no effect with --streaming")
+        if args.cache_latents:
+            problems.append("--cache_latents needs all images before training: leave out --streaming")
+        if args.validation_prompt and not args.validation_steps:
+            problems.append("--validation_prompt needs --validation_steps with --streaming")
+
+    # noise, optimizer, precision
+    if args.weighting_scheme in ("logit_normal", "mode") and args.timestep_sampling != "sigma":
+        problems.append(f"--weighting_scheme {args.weighting_scheme} has no effect without --timestep_sampling sigma")
+    if args.optimizer == "prodigy" and args.learning_rate <= 0.1:
+        problems.append(f"--learning_rate {args.learning_rate:g}: Prodigy finds the rate itself and wants about 1")
     if args.optimizer == "adamw" and args.learning_rate > 0.1:
         problems.append(f"--learning_rate {args.learning_rate:g} is Prodigy's: AdamW wants about 1e-4")
-    if args.streaming and args.validation_prompt and not args.validation_steps:
-        problems.append("--validation_prompt needs --validation_steps with --streaming")
-    prompted = args.validation_prompt or args.final_validation_prompt
-    if bool(prompted) != bool(args.validation_image):
+    if args.optimizer != "adamw" and args.use_8bit_adam:
+        problems.append(f"--use_8bit_adam has no effect on --optimizer {args.optimizer}: leave one out")
+    if args.optimizer != "prodigy" and args.prodigy_beta3 is not None:
+        problems.append(f"--prodigy_beta3 has no effect on --optimizer {args.optimizer}: leave it out")
+    if args.mixed_precision == "fp16" and not torch.accelerator.is_available():
+        problems.append("--mixed_precision fp16 needs a GPU: use bf16 or no")
+
+    # validation
+    has_prompt = bool(args.validation_prompt or args.final_validation_prompt)
+    if has_prompt != bool(args.validation_image):
         problems.append("--validation_prompt and --validation_image need each other")
-    return problems + check_shared_flags(args) + check_hub(args)
+    if args.validation_steps and not args.validation_prompt:
+        problems.append(f"--validation_steps {args.validation_steps} needs --validation_prompt")
+    if args.final_validation_prompt and args.skip_final_inference:
+        problems.append("--final_validation_prompt has no effect with --skip_final_inference: leave one out")
 
-
-def check_conditions(args):
-    """Problems of the flags that say what the conditions are, and of the files among them."""
-    types, problems = args.condition_type, []
-    for name in ("condition_size", "position_delta", "position_scale"):
-        given = getattr(args, name)
-        if given and len(given) not in (1, len(types)):
-            problems.append(
-                f"--{name} has {len(given)} values for the {len(types)} of --condition_type: give 1 or each"
-            )
-    if args.dataset_class and (args.position_delta or args.position_scale):
-        problems.append(
-            "--position_delta and --position_scale have no effect with --dataset_class: its items say where"
-        )
-    if args.dataset_class and set(types) != {"custom"}:
-        problems.append("--dataset_class brings its own conditions: --condition_type custom, once for each")
-    columns, custom = len(args.condition_column or ()), types.count("custom")
-    if not args.dataset_class and columns not in (custom, custom + types.count("subject")):
-        problems.append(f"--condition_column names {columns} columns for {custom} custom conditions")
-    if types.count("subject") > 1 and columns == custom:
-        problems.append("--condition_type subject goes once: a pair has one other side; or give --condition_column")
-    if args.dataset_class and columns:
-        problems.append("--condition_column has no effect with --dataset_class: its items carry condition_0, ...")
-    if args.mask_column and not {"fill", "token_integration"} & set(types):
-        problems.append(f"--mask_column {args.mask_column} needs --condition_type fill or token_integration")
-    if args.mask_column and args.dataset_class:
-        problems.append(f"--mask_column {args.mask_column} has no effect with --dataset_class")
-    if "depth_pred" in types and len(types) > 1:
-        problems.append("--condition_type depth_pred draws depth maps: it goes with no other condition")
-    if {"depth", "depth_pred"} & set(types) and args.streaming:
-        problems.append("--condition_type depth and depth_pred estimate depth before training: leave out --streaming")
-    if types.count("token_integration") > 1:
-        problems.append("--condition_type token_integration goes once: an image has one outside")
-    if {"fill", "token_integration"} & set(types) and min(args.target_size) < 2 * PATCH:
-        problems.append(f"--target_size {min(args.target_size)} leaves no room for a hole: at least {2 * PATCH}")
-    paths = len(args.validation_image or ())
-    if paths not in (0, 1, len(types)):
-        problems.append(f"--validation_image names {paths} pictures for {len(types)} conditions: give 1 or each")
-    problems += [
-        f"--validation_image {path}: no such file" for path in args.validation_image or () if not path.is_file()
-    ]
-    if problems:
-        return problems
-    for condition in condition_specs(args):
-        height, width = (round(side * condition.position_scale, 6) for side in condition.size)
-        aligned = condition.position_delta == (0, 0) and condition.type not in ("subject", "custom")
-        if condition.type == "token_integration" and (
-            condition.size != args.target_size or not aligned or height != condition.size[0]
-        ):
-            problems.append(
-                "--condition_type token_integration shares the image's tokens: no size or place of its own"
-            )
-        elif aligned and not args.position_scale and (height, width) != args.target_size:
-            size, target = ("x".join(map(str, each)) for each in (condition.size, args.target_size))
-            problems.append(
-                f"--condition_size {size} of {condition.type} is no scaled --target_size {target}: "
-                "give --position_scale"
-            )
-    return problems + check_depth_model(args)
-
-
-def check_lora_path(args, layers):
-    """Problems of --lora_path, whose files must hold adapters of the (name, module) in `layers`."""
-    adapters, problems = adapter_names(condition_specs(args)), []
-    if args.lora_path and len(args.lora_path) != len(adapters):
-        return [f"--lora_path names {len(args.lora_path)} files for {len(adapters)} adapters: {', '.join(adapters)}"]
-    wanted = {f"transformer.{name}.lora_A.weight": [args.rank, layer.in_features] for name, layer in layers}
-    wanted |= {f"transformer.{name}.lora_B.weight": [layer.out_features, args.rank] for name, layer in layers}
-    for path in args.lora_path or ():
-        try:
-            with safe_open(path, "pt") as file:
-                slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
-                found = {key: piece.get_shape() for key, piece in slices.items()}
-                dtypes = {piece.get_dtype() for piece in slices.values()}
-        except Exception as error:  # safetensors raises a kind of its own beside OSError
-            problems.append(f"--lora_path {path}: not a readable LoRA file ({error})")
-            continue
-        ranks = {shape[0] for key, shape in found.items() if ".lora_A." in key and shape}
-        if ranks != {args.rank}:
-            problems.append(f"--lora_path {path} has rank {', '.join(map(str, sorted(ranks)))}: --rank is {args.rank}")
-        elif found != wanted:
-            odd = sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
-            problems.append(f"--lora_path {path}: made for other layers than --target_modules, such as {odd[0]}")
-        elif not dtypes <= {"F64", "F32", "F16", "BF16"}:
-            problems.append(f"--lora_path {path}: its numbers are {', '.join(sorted(dtypes))}, not F32, F16 or BF16")
-    return problems
-
-
-def check_model(args):
-    """Problems of --pretrained_model_name_or_path, --target_modules and the disk, from the configs alone."""
-    flag = f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"
-    try:
-        config = FluxTransformer2DModel.load_config(
-            args.pretrained_model_name_or_path,
-            subfolder="transformer",
-            revision=args.revision,
-            cache_dir=args.cache_dir,
-        )
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        return [
-            f"{flag}: neither a folder with a FLUX pipeline nor a hub id like black-forest-labs/FLUX.1-dev ({reason})"
-        ]
-    if config.get("_class_name") != "FluxTransformer2DModel" or config.get("in_channels") != 64:
-        found = f"{config.get('_class_name')} with {config.get('in_channels')} input channels"
-        return [f"{flag}: holds a {found}, not FLUX.1-dev or -schnell"]
-    if not config["guidance_embeds"] and args.max_sequence_length > 256:
-        return [f"--max_sequence_length {args.max_sequence_length}: FLUX.1-schnell takes at most 256"]
-    with torch.device("meta"):
-        transformer = FluxTransformer2DModel.from_config(config)
-    targets = args.target_modules or TARGET_MODULES
-    try:
-        unknown = unknown_layers(transformer, targets)
-    except re.error as error:
-        return [f"--target_modules {targets}: not a regular expression ({error})"]
-    if unknown:
-        return [f"--target_modules {targets}: matches no linear layer of the transformer"]
-    layers = target_layers(transformer, targets)
-    text_side = [
-        name for name, _ in layers if re.search(r"context|attn\.(add_|to_add)|time_text_embed|^(norm|proj)_out", name)
-    ]
-    if text_side:
-        return [f"--target_modules {targets}: condition tokens do not pass {text_side[0]}; leave it out"]
-    needed = 16 * args.rank * sum(sum(layer.weight.shape) for _, layer in layers)
-    return check_disk(args, needed) or check_lora_path(args, layers)
+    return problems + check_hub(args)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -549,6 +544,7 @@ def pack_conditions(
         ids = condition_ids(height, width, spec.position_delta, spec.position_scale, latents.device)
         attention_mask = None
         if spec.type == "token_integration":
+            assert latent_mask is not None
             tokens, ids, attention_mask = select_tokens(tokens, ids, ~latent_mask)
         conditions.append(ConditionTokens(tokens, ids, spec.adapter, attention_mask))
     return conditions
@@ -635,7 +631,7 @@ def attn_forward(projections: list[Projections], branches: list[Branch]) -> list
     attn_outputs: list[torch.Tensor | None] = [None] * len(branches)
     for row, members in groups.items():
         attended = [each for each, allowed in zip(projections, row, strict=True) if allowed]
-        queries = [projections[i].query for i in members]
+        queries: Any = [projections[i].query for i in members]
         query = torch.cat(queries, dim=1)
         key = torch.cat([each.key for each in attended], dim=1)
         value = torch.cat([each.value for each in attended], dim=1)
@@ -660,7 +656,7 @@ def padding_mask(attended: list[Projections]) -> torch.Tensor | None:
     return torch.cat(masks, dim=1)[:, None, None]
 
 
-def lora_linear(layer: torch.nn.Module, hidden_states: torch.Tensor, adapter: str | None) -> torch.Tensor:
+def lora_linear(layer: Any, hidden_states: torch.Tensor, adapter: str | None) -> torch.Tensor:
     """A linear layer with the LoRA named `adapter` alone; of other LoRAs on the layer, nothing is computed."""
     if not hasattr(layer, "base_layer"):
         return layer(hidden_states)
@@ -672,17 +668,15 @@ def lora_linear(layer: torch.nn.Module, hidden_states: torch.Tensor, adapter: st
     return result
 
 
-def modulate(norm: torch.nn.Module, branch: Branch, num_parts: int) -> tuple[torch.Tensor, ...]:
+def modulate(norm: Any, branch: Branch, num_parts: int) -> tuple[torch.Tensor, ...]:
     """Shift, scale and gate vectors [B, 1, D] that an adaptive norm makes of a branch's own temb."""
     modulation = lora_linear(norm.linear, norm.silu(branch.temb), branch.adapter)
     return modulation[:, None].chunk(num_parts, dim=-1)
 
 
-def project(
-    attn: torch.nn.Module, hidden_states: torch.Tensor, branch: Branch, *, is_text=False, with_query=True
-) -> Projections:
+def project(attn: Any, hidden_states: torch.Tensor, branch: Branch, *, is_text=False, with_query=True) -> Projections:
     """Query, key and value of a branch. `is_text`: with the layers that a double block has for text."""
-    query = None
+    query: Any = None
     if is_text:
         to_q, to_k, to_v = attn.add_q_proj, attn.add_k_proj, attn.add_v_proj
         norm_q, norm_k = attn.norm_added_q, attn.norm_added_k
@@ -721,12 +715,13 @@ class OminiTransformerBlock(FluxTransformerBlock):
     """A double block: text passes weights of its own, image and conditions pass the others."""
 
     def forward(self, hidden_states: list[torch.Tensor], branches: list[Branch], cached: list[Projections]):
-        """The next hidden states [B, N, D] of each branch, and its query, key and value.
+        """The next hidden states [B, N, D] of each branch; and keys and values of conditions, to be cached.
 
         `cached` are keys and values of conditions that are not among the branches.
         """
         # 1. Adaptive norm, query, key and value of each branch
-        projections, modulations = [], []
+        projections = []
+        modulations = []
         for x, branch in zip(hidden_states, branches, strict=True):
             is_text = branch.name == "text"
             norm1 = self.norm1_context if is_text else self.norm1
@@ -751,7 +746,7 @@ class OminiTransformerBlock(FluxTransformerBlock):
             inner = F.gelu(lora_linear(ff.net[0].proj, normed, branch.adapter), approximate="tanh")
             x = x + gate_mlp * lora_linear(ff.net[2], inner, branch.adapter)
             results.append(clip_float16(x))
-        return results, projections
+        return results, projections[2:]
 
 
 class OminiSingleTransformerBlock(FluxSingleTransformerBlock):
@@ -767,7 +762,8 @@ class OminiSingleTransformerBlock(FluxSingleTransformerBlock):
         """As `OminiTransformerBlock`. From the last block, only the image goes on: of the other branches, only keys
         and values are computed there, and their next hidden states are None."""
         # 1. Adaptive norm, query, key and value of each branch
-        projections, modulated = [], []
+        projections = []
+        modulated = []
         for x, branch in zip(hidden_states, branches, strict=True):
             goes_on = branch.name == "image" or not is_last
             shift, scale, gate = modulate(self.norm, branch, 3)
@@ -789,7 +785,7 @@ class OminiSingleTransformerBlock(FluxSingleTransformerBlock):
             inner = torch.cat([attn_outputs[i], inner], dim=-1)
             x = hidden_states[i] + gate * lora_linear(self.proj_out, inner, branch.adapter)
             results.append(clip_float16(x))
-        return results, projections
+        return results, projections[2:]
 
 
 class OminiTransformer2DModel(FluxTransformer2DModel):
@@ -844,7 +840,7 @@ class OminiTransformer2DModel(FluxTransformer2DModel):
         }
         velocity = self.transformer_forward(**inputs, **options)
         if image_guidance_scale != 1:
-            negative_velocity = self.transformer_forward(**inputs, **{**options, **negative})
+            negative_velocity = self.transformer_forward(**inputs, **(options | negative))
             velocity = negative_velocity + image_guidance_scale * (velocity - negative_velocity)
         return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
 
@@ -887,7 +883,8 @@ class OminiTransformer2DModel(FluxTransformer2DModel):
             unguided = None if guidance is None else torch.ones_like(timestep)
             condition_temb = self.time_embedding(clean, unguided, pooled_projections, image.dtype)
             for condition, row in zip(conditions, rows[2:], strict=True):
-                rotary_emb, mask = self.rotary_embedding(condition.ids), condition.attention_mask
+                rotary_emb = self.rotary_embedding(condition.ids)
+                mask = condition.attention_mask
                 branches.append(Branch("condition", condition_temb, rotary_emb, condition.adapter, row, mask))
                 states.append(lora_linear(self.x_embedder, condition.hidden_states, condition.adapter))
 
@@ -919,7 +916,7 @@ class OminiTransformer2DModel(FluxTransformer2DModel):
         else:
             states, projections = block(states, branches, cached, *options)
         if cache is not None and cache.mode == "write":
-            cache.blocks.append([replace(each, query=None) for each in projections[2:]])
+            cache.blocks.append([replace(each, query=None) for each in projections])
         return states
 
     def time_embedding(
@@ -1121,201 +1118,200 @@ def compute_loss(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class ControlExample(Example):
-    """An example with the pictures of its subject or custom conditions, and its mask.
+# ---- conditions: what they are, their images, their checks ----
 
-    `places` are (position_delta, position_scale) of the conditions, if the data says so.
+
+def condition_specs(
+    args: argparse.Namespace, positions: Sequence[tuple[tuple[float, float], float]] | None = None
+) -> list[ConditionSpec]:
+    """The conditions of a run, in the order of --condition_type.
+
+    `positions` are (position_delta, position_scale) of each, where the data brings them (--dataset_class).
     """
-
-    conditions: list[Example] = field(default_factory=list)
-    mask: Example | None = None
-    places: tuple = ()
-
-
-def source_of(args):
-    """The flag that names the data, as it was given."""
-    sources = ("instance_data_dir", "dataset_name", "data_files", "dataset_class")
-    name, value = next((name, getattr(args, name)) for name in sources if getattr(args, name) is not None)
-    return f"--{name} {' '.join(value) if isinstance(value, list) else value}"
-
-
-def read_rows(args):
-    """[(name, row)] and problems; a row is {column: value}, in which pictures are functions that open them."""
-    if args.instance_data_dir:
-        return read_folder_rows(args)
-    return read_dataset_class(args) if args.dataset_class else read_dataset_rows(args)
-
-
-def read_folder_rows(args):
-    """Rows of --instance_data_dir: captions and more from metadata.jsonl, else captions from the .txt file beside."""
-    folder, rows, problems, listed = args.instance_data_dir, [], [], {}
-    if not folder.is_dir():
-        return [], [f"--instance_data_dir {folder}: no such folder"]
-    metadata = folder / "metadata.jsonl"
-    try:
-        lines = metadata.read_text("utf-8-sig").splitlines() if metadata.exists() else []
-        listed = {str(row.pop("file_name")): row for row in (json.loads(line) for line in lines if line.strip())}
-        json.dumps(listed, ensure_ascii=False).encode()  # half of a surrogate pair is no text
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        problems.append(f"{metadata}: each line must be JSON with file_name ({error!r})")
-    others = {str(row.get(column)) for row in listed.values() for column in picture_columns(args)[1:]}
-    paths, unread = picture_files(folder)
-    paths = [path for path in paths if path.name not in others]
-    problems += [f"{metadata}: no picture {n} in this folder" for n in sorted(listed.keys() - {p.name for p in paths})]
-    problems += unread
-    for path in paths:
-        row, text_file = dict(listed.get(path.name, {})), path.with_suffix(".txt")
-        for column in picture_columns(args)[1:]:
-            if not isinstance(row.get(column), str):
-                return [], [f"{metadata}: column {column} names no file for {path.name}"]
-            row[column] = functools.partial(Image.open, folder / row[column])
-        if path.name not in listed:
-            row["text"] = read_text_file(text_file, problems)
-        rows.append((str(path), {**row, "image": functools.partial(Image.open, path)}))
-    return rows, problems
+    specs = []
+    for i, condition_type in enumerate(args.condition_type):
+        size = value_for(args.condition_size, i)
+        if size is None:
+            size = args.target_size
+            if condition_type == "sr":
+                size = (args.target_size[0] // 2, args.target_size[1] // 2)
+        delta = value_for(args.position_delta, i)
+        if delta is None:
+            delta = (0, 0)
+            if condition_type in SIDE_BY_SIDE_CONDITIONS:
+                delta = (0, -size[1] // PATCH)
+        scale = value_for(args.position_scale, i)
+        if scale is None:
+            scale = args.target_size[0] / size[0] if delta == (0, 0) else 1.0
+        if positions:
+            delta, scale = positions[i]
+        specs.append(ConditionSpec(condition_type, size, delta, scale, adapter_name(args, i)))
+    return specs
 
 
-def read_dataset_rows(args):
-    """Rows of --dataset_name or --data_files."""
-    dataset, problems = open_rows(args)
-    if problems:
-        return [], problems
-    pictures = picture_columns(args, dataset.column_names)
-    texts = dataset.remove_columns([c for c, f in dataset.features.items() if type(f).__name__ == "Image"])
-    texts = texts.to_list() if texts.column_names else [{}] * len(dataset)
-    name = args.dataset_name or "--data_files"
-    return [
-        (f"{name}[{i}]", {**row, **{column: functools.partial(read_row, dataset, i, column) for column in pictures}})
-        for i, row in enumerate(texts)
-    ], []
+def value_for(values, i):
+    """The value of condition i of a flag that has one for all conditions, one for each, or none."""
+    if not values:
+        return None
+    return values[0] if len(values) == 1 else values[i]
 
 
-def open_rows(args):
-    """(dataset, problems) of --dataset_name or --data_files; with --streaming one of undecoded files."""
-
-    def columns(names):
-        return picture_columns(args, names), [name.split(".")[0] for name in [caption_column(args)] if name]
-
-    source = "webdataset" if args.data_files else args.dataset_name
-    return open_dataset(
-        args, columns, flag=source_of(args), source=source, data_files=args.data_files, streaming=args.streaming
-    )
+def adapter_name(args, i):
+    """The name of the LoRA that condition i passes."""
+    types = args.condition_type
+    if not args.adapter_per_condition:
+        return "_".join(types)
+    return types[i] if types.count(types[i]) == 1 else f"{types[i]}_{i}"
 
 
-def read_dataset_class(args):
-    """Rows of the user's own dataset, whose items are dictionaries."""
-    path, _, name = args.dataset_class.partition(":")
-    try:
-        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        dataset = getattr(module, name)()
-        read = functools.lru_cache(maxsize=1)(dataset.__getitem__)  # image and conditions of one and the same call
-        rows, number_of = [], len(args.condition_type)
-        for i in range(len(dataset)):
-            item = read(i)
-            found = sum(re.fullmatch(r"condition_\d+", key) is not None for key in item)
-            if found != number_of:
-                return [], [
-                    f"--dataset_class {args.dataset_class}: item {i} has {found} conditions for {number_of} "
-                    "of --condition_type"
-                ]
-            row = {key: functools.partial(read_item, read, i, key) for key in ("image", *condition_keys(number_of))}
-            places = tuple(
-                (tuple(map(float, item[f"position_delta_{n}"])), float(item.get(f"position_scale_{n}", 1.0)))
-                for n in range(number_of)
+def adapter_names(specs):
+    """The names of the adapters, each once, in the order of the conditions."""
+    return list(dict.fromkeys(spec.adapter for spec in specs))
+
+
+def check_conditions(args):
+    """Problems of the flags that say what the conditions are, and of the files among them."""
+    types = args.condition_type
+    problems = []
+    for name in ("condition_size", "position_delta", "position_scale"):
+        given = vars(args)[name]
+        if given and len(given) not in (1, len(types)):
+            problems.append(
+                f"--{name} has {len(given)} values for the {len(types)} of --condition_type: give 1 or each"
             )
-            rows.append((f"{args.dataset_class}[{i}]", {**row, "description": item["description"], "places": places}))
-    except Exception as error:  # whatever the user's file raises
-        return [], [f"--dataset_class {args.dataset_class}: cannot be read ({error!r})"]
-    return rows, []
 
-
-def read_item(read, i, key):
-    """A picture of the user's own dataset."""
-    return read(i)[key]
-
-
-def condition_keys(number_of):
-    return [f"condition_{i}" for i in range(number_of)]
-
-
-def open_bytes(file):
-    """A picture of a stream, {"bytes": ..., "path": ...}."""
-    return Image.open(io.BytesIO(file["bytes"]) if file["bytes"] else file["path"])
-
-
-def picture_columns(args, columns=()):
-    """The columns that hold pictures: image, conditions, mask. Tars have jpg, png or webp where there is no image."""
-    image = args.image_column
-    if args.data_files and image not in columns:
-        image = next((name for name in ("jpg", "jpeg", "png", "webp") if name in columns), image)
-    if args.instance_data_dir:
-        image = "image"
-    return [image, *(args.condition_column or ()), *([args.mask_column] if args.mask_column else ())]
-
-
-def caption_column(args):
-    return args.caption_column or ("json.prompt" if args.data_files else None)
-
-
-def lookup(row, column):
-    """The value of "a.b" in {"a": {"b": value}} or of a column of that whole name, None if there is none."""
-    if column in row:
-        return row[column]
-    for part in column.split("."):
-        row = row.get(part) if isinstance(row, dict) else None
-    return row
-
-
-def caption_of(row, columns, args):
-    """What the first of `columns` that there is says, else --instance_prompt."""
-    texts = (lookup(row, column) for column in columns)
-    return next((text for text in texts if text is not None), args.instance_prompt)
-
-
-def examples_of(name, row, args):
-    """The examples of a row: one, or for pairs of a subject side by side two, each picture once the condition."""
+    # conditions that come with the data
+    num_columns = len(args.condition_column or ())
+    num_custom = types.count("custom")
     if args.dataset_class:
-        pictures = [Example(f"{name}, {key}", row[key]) for key in condition_keys(len(args.condition_type))]
-        return [ControlExample(name, row["image"], row["description"], pictures, places=row["places"])]
-    columns = picture_columns(args, row)
-    image = row[columns[0]]
-    mask = Example(f"{name}, {args.mask_column}", row[args.mask_column]) if args.mask_column else None
-    pictures = [Example(f"{name}, {column}", row[column]) for column in args.condition_column or ()]
-    needed = sum(kind in ("subject", "custom") for kind in args.condition_type)
-    if needed == len(pictures):
-        names = [caption_column(args)] if caption_column(args) else ["text", "prompt", "caption"]
-        return [ControlExample(name, image, caption_of(row, names, args), pictures, mask)]
-    examples, place = [], args.condition_type[: args.condition_type.index("subject")].count("custom")
-    for side in (0, 1):
-        names = (f"description.description_{side}", f"description_{side}", args.caption_column or "text")
-        halves = [functools.partial(half_of, image, half, args.image_size, args.padding) for half in (side, 1 - side)]
-        others = [*pictures[:place], Example(f"{name}, other side", halves[1]), *pictures[place:]]
-        examples.append(ControlExample(f"{name}, side {side}", halves[0], caption_of(row, names, args), others, mask))
-    return examples
+        if args.position_delta or args.position_scale:
+            problems.append(
+                "--position_delta and --position_scale have no effect with --dataset_class: its items say where"
+            )
+        if set(types) != {"custom"}:
+            problems.append("--dataset_class brings its own conditions: --condition_type custom, once for each")
+        if num_columns:
+            problems.append("--condition_column has no effect with --dataset_class: its items carry condition_0, ...")
+        if args.mask_column:
+            problems.append(f"--mask_column {args.mask_column} has no effect with --dataset_class")
+    elif num_columns not in (num_custom, num_custom + types.count("subject")):
+        problems.append(f"--condition_column names {num_columns} columns for {num_custom} custom conditions")
+    if types.count("subject") > 1 and num_columns == num_custom:
+        problems.append("--condition_type subject goes once: a pair has one other side; or give --condition_column")
+
+    # masks and depth
+    is_masked = any(condition_type in MASKED_CONDITIONS for condition_type in types)
+    if args.mask_column and not is_masked:
+        problems.append(f"--mask_column {args.mask_column} needs --condition_type fill or token_integration")
+    if is_masked and min(args.target_size) < 2 * PATCH:
+        problems.append(f"--target_size {min(args.target_size)} leaves no room for a mask: at least {2 * PATCH}")
+    if types.count("token_integration") > 1:
+        problems.append("--condition_type token_integration goes once: an image has one outside")
+    if "depth_pred" in types and len(types) > 1:
+        problems.append("--condition_type depth_pred generates depth maps: it goes with no other condition")
+    if needs_depth(args) and args.streaming:
+        problems.append("--condition_type depth and depth_pred estimate depth before training: leave out --streaming")
+
+    # validation
+    paths = args.validation_image or []
+    if len(paths) not in (0, 1, len(types)):
+        problems.append(f"--validation_image names {len(paths)} images for {len(types)} conditions: give 1 or each")
+    for path in paths:
+        if not path.is_file():
+            problems.append(f"--validation_image {path}: no such file")
+    if problems:
+        return problems
+    return check_positions(args) + check_depth_model(args)
 
 
-def half_of(read, side, image_size, padding):
-    """The left (0) or right (1) picture, `image_size` square, of a pair with `padding` around and between."""
-    image, left = read(), padding + side * (image_size + padding)
-    if image.width < left + image_size or image.height < padding + image_size:
-        raise ValueError(
-            f"{image.width} x {image.height} pixels hold no pair of --image_size {image_size} and --padding {padding}"
-        )
-    return image.crop((left, padding, left + image_size, padding + image_size))
+def check_positions(args):
+    """Problems of conditions that lie upon the image without covering it exactly."""
+    problems = []
+    for spec in condition_specs(args):
+        height, width = (round(side * spec.position_scale, 6) for side in spec.size)
+        is_aligned = spec.position_delta == (0, 0) and spec.type not in GIVEN_CONDITIONS
+        if spec.type == "token_integration":
+            if not is_aligned or spec.size != args.target_size or spec.position_scale != 1:
+                problems.append(
+                    "--condition_type token_integration shares the image's tokens: no size or position of its own"
+                )
+        elif is_aligned and not args.position_scale and (height, width) != args.target_size:
+            size = "x".join(map(str, spec.size))
+            target_size = "x".join(map(str, args.target_size))
+            problems.append(
+                f"--condition_size {size} of {spec.type} is not --target_size {target_size} scaled: "
+                "give --position_scale"
+            )
+    return problems
 
 
-def streamed_examples(row, name, args):
-    """The examples of a row of a stream, whose pictures are files not yet decoded."""
-    pictures = picture_columns(args, row)
-    return examples_of(name, {**row, **{c: functools.partial(open_bytes, row[c]) for c in pictures}}, args)
+def convert_to_condition(
+    condition_type: str,
+    image: Image.Image,
+    *,
+    rng: np.random.Generator | None = None,
+    mask: np.ndarray | None = None,
+) -> Image.Image:
+    """The condition image, RGB, that is made from an RGB image of the condition's size.
+
+    `rng` gives the blur of deblurring. fill and token_integration are black where `mask`, boolean [H, W], is True.
+    depth is estimated beforehand, by `estimate_depth`; an image that is given is its own condition.
+    """
+    if condition_type == "canny":
+        return Image.fromarray(cv2.Canny(np.asarray(image), 100, 200)).convert("RGB")
+    if condition_type == "coloring":
+        return image.convert("L").convert("RGB")
+    if condition_type == "deblurring":
+        assert rng is not None
+        radius = int(rng.integers(1, 11))
+        return image.filter(ImageFilter.GaussianBlur(radius))
+    if condition_type in MASKED_CONDITIONS:
+        assert mask is not None
+        resized = Image.fromarray(mask).resize(image.size, Image.Resampling.NEAREST)
+        return Image.composite(Image.new("RGB", image.size), image, resized)
+    return image
+
+
+def random_mask(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """A random rectangle or, half of the time, all around it: boolean [height, width], neither full nor empty."""
+    mask_height = rng.integers(1, height)
+    mask_width = rng.integers(1, width)
+    top = rng.integers(0, height - mask_height + 1)
+    left = rng.integers(0, width - mask_width + 1)
+    mask = np.zeros((height, width), dtype=bool)
+    mask[top : top + mask_height, left : left + mask_width] = True
+    return ~mask if rng.random() < 0.5 else mask
+
+
+def to_latent_mask(mask: np.ndarray) -> np.ndarray:
+    """The tokens of which any pixel is in the mask: boolean [H, W] to [H / 16, W / 16]."""
+    height, width = mask.shape
+    return mask.reshape(height // PATCH, PATCH, width // PATCH, PATCH).any(axis=(1, 3))
+
+
+def to_pixel_mask(latent_mask: np.ndarray) -> np.ndarray:
+    """Boolean tokens [h, w] as pixels [16 h, 16 w]."""
+    return latent_mask.repeat(PATCH, axis=0).repeat(PATCH, axis=1)
+
+
+def check_mask(mask, args):
+    """What is wrong with a mask, an example, or None."""
+    latent_mask = to_latent_mask(fit_mask(mask.image(), args.target_size))
+    if latent_mask.all():
+        return f"{mask.name}: the mask is all white, in tokens of 16 pixels"
+    if not latent_mask.any():
+        return f"{mask.name}: the mask is all black, in tokens of 16 pixels"
+    return None
+
+
+def needs_depth(args):
+    """Whether depth maps of the images are needed."""
+    return any(condition_type in DEPTH_CONDITIONS for condition_type in args.condition_type)
 
 
 def check_depth_model(args):
     """Problems of --depth_model."""
-    if not {"depth", "depth_pred"} & set(args.condition_type):
+    if not needs_depth(args):
         return []
     try:
         config = AutoConfig.from_pretrained(args.depth_model, cache_dir=args.cache_dir, trust_remote_code=False)
@@ -1326,240 +1322,378 @@ def check_depth_model(args):
     return []
 
 
-def depth_file(image, args):
-    """Where the depth map of a picture of --target_size is kept."""
+def depth_path(image, args):
+    """Where the depth map of an image of --target_size is kept."""
     digest = hashlib.sha256(image.tobytes() + str((image.size, args.depth_model)).encode()).hexdigest()
     return args.output_dir / "depth" / f"{digest[:32]}.png"
 
 
 def estimate_depth(accelerator, examples, args):
-    """Depth maps of all pictures into output_dir/depth, by the processes together; what is there stays."""
+    """Writes the depth maps of all images to output_dir/depth; those that are there stay. The processes share it."""
     from transformers import pipeline
 
-    folder = args.output_dir / "depth"
-    folder.mkdir(parents=True, exist_ok=True)
-    where = {"device": accelerator.device, "model_kwargs": {"cache_dir": args.cache_dir}}
-    estimator = pipeline("depth-estimation", model=args.depth_model, trust_remote_code=False, **where)
+    estimator = pipeline(
+        "depth-estimation",
+        model=args.depth_model,
+        trust_remote_code=False,
+        device=accelerator.device,
+        model_kwargs={"cache_dir": args.cache_dir},
+    )
+    (args.output_dir / "depth").mkdir(parents=True, exist_ok=True)
     starts = list(range(0, len(examples), args.depth_batch_size))
-    with accelerator.split_between_processes(starts) as share:
-        for start in tqdm(share, desc="Estimating depth", unit="batch", disable=not accelerator.is_main_process):
+    with accelerator.split_between_processes(starts) as own_starts:
+        for start in tqdm(own_starts, desc="Estimating depth", unit="batch", disable=not accelerator.is_main_process):
             batch = examples[start : start + args.depth_batch_size]
-            images = [fit(example.image(), args.target_size, args) for example in batch]
-            images = [image for image in images if not depth_file(image, args).exists()]
-            for image, found in zip(
-                images, estimator(images, batch_size=args.depth_batch_size) if images else (), strict=True
-            ):
-                path = depth_file(image, args)
-                with atomic_write(path) as partial:
-                    found["depth"].convert("L").resize(image.size).save(partial, format="PNG")
+            images = [fit(each.image(), args.target_size, args.image_interpolation_mode) for each in batch]
+            images = [image for image in images if not depth_path(image, args).exists()]
+            if not images:
+                continue
+            results = estimator(images, batch_size=args.depth_batch_size)
+            for image, result in zip(images, results, strict=True):
+                with atomic_write(depth_path(image, args)) as partial:
+                    result["depth"].convert("L").resize(image.size).save(partial, format="PNG")
     accelerator.wait_for_everyone()
 
 
+# ---- reading: one function for each kind of data ----
+
+
 def find_examples(args):
-    """The training pictures with captions and conditions, and what is wrong with them: (examples, problems)."""
-    rows, problems = read_rows(args)
-    examples = [example for name, row in rows for example in examples_of(name, row, args)]
-    if not examples and not problems:
-        problems.append(f"{source_of(args)}: no pictures ({', '.join(IMAGE_SUFFIXES)}) in it")
-    problems += filter(None, map(caption_defect, examples))
-    looked_at = examples[:: 1 + len(examples) // MAX_CHECKED] + validation_examples(args)
-    problems += check_pictures(looked_at, functools.partial(defect, args=args))
-    places = {example.places for example in examples}
-    if len(places) > 1:
-        problems.append(f"{source_of(args)}: position_delta and position_scale differ between its items: {places}")
+    """Examples of the data with captions, target and condition images, and problems."""
+    # read
+    if args.instance_data_dir:
+        examples, problems = read_image_folder(args)
+    elif args.dataset_class:
+        examples, problems = read_dataset_class(args)
+    elif args.streaming:
+        examples, problems = read_first_of_stream(args)
+    else:
+        examples, problems = read_stored_dataset(args)
+
+    # check
+    every_nth = 1 + len(examples) // MAX_CHECKED
+    problems += check_captions(examples, default=args.instance_prompt)
+    problems += check_images(
+        examples[::every_nth] + validation_examples(args), functools.partial(check_example, args=args)
+    )
+    positions = {example.columns["positions"] for example in examples if args.dataset_class}
+    if len(positions) > 1:
+        problems.append(f"{source_of(args)}: position_delta and position_scale differ between its items: {positions}")
+
+    # assign
+    for example in examples:
+        if example.caption is None:
+            example.caption = args.instance_prompt
     return examples, problems
 
 
-def caption_defect(example):
-    """What is wrong with the caption of an example, or None."""
-    if example.caption is None:
-        return f"{example.name}: no caption; give --instance_prompt, captions in .txt files, or --caption_column"
-    if not (isinstance(example.caption, str) and example.caption.strip()):
-        return f"{example.name}: its caption must be text and not empty, not {example.caption!r}"
-    return None
+def source_of(args):
+    """The flag that names the data, with its value."""
+    if args.instance_data_dir:
+        return f"--instance_data_dir {args.instance_data_dir}"
+    if args.dataset_class:
+        return f"--dataset_class {args.dataset_class}"
+    if args.data_files:
+        return f"--data_files {' '.join(args.data_files)}"
+    return f"--dataset_name {args.dataset_name}"
 
 
-def defect(example, args):
-    """What is wrong with the pictures of an example, or None."""
-    picture = example
-    try:
-        size = example.image().size
-        for picture in example.conditions:
-            picture.image()
-        if example.mask:
-            picture = example.mask
-            if picture.read().size != size:
-                across, down = picture.read().size
-                return f"{picture.name}: the mask is {across} x {down} pixels, its picture {size[0]} x {size[1]}"
-            mask = to_latent_mask(read_mask(picture, args))
-            if mask.all() or not mask.any():
-                return f"{picture.name}: the mask is all {'white' if mask.all() else 'black'}, in tokens of 16 pixels"
-    except Exception as error:  # PIL's readers of formats raise of all kinds
-        return f"{picture.name}: not a readable picture ({error})"
+def read_image_folder(args):
+    """Examples of --instance_data_dir, whose metadata.jsonl names condition images and masks."""
+    examples, problems = read_folder(
+        args.instance_data_dir,
+        caption_column=args.caption_column,
+        partner_columns=condition_columns(args),
+        whole_rows=True,
+    )
+    return split_pairs(examples, args), problems
 
 
-# ---- conditions ----
+def read_stored_dataset(args):
+    """Examples of --dataset_name or --data_files."""
+    examples, problems = read_dataset(name=args.dataset_name or "--data_files", **dataset_settings(args))
+    return split_pairs(examples, args), problems
 
 
-SIDE_BY_SIDE_CONDITIONS = ("subject", "sr")  # conditions to the left of the image, not upon it
+def read_first_of_stream(args):
+    """The examples of the first row of a stream: what can be checked before training."""
+    stream, to_example, problems = open_stream(**dataset_settings(args))
+    if problems:
+        return [], problems
+    row = next(iter(stream), None)
+    if row is None:
+        return [], [f"{source_of(args)}: no samples in it"]
+    return split_pairs([to_example(row, "the first sample of the stream")], args), []
 
 
-def condition_specs(args, places=()):
-    """The conditions of a run in the order of --condition_type; `places` are (delta, scale) that the data brings."""
-    types, target, conditions = args.condition_type, args.target_size, []
-    each = lambda values, i: None if not values else values[0] if len(values) == 1 else values[i]  # noqa: E731
-    for i, kind in enumerate(types):
-        size = each(args.condition_size, i) or (tuple(side // 2 for side in target) if kind == "sr" else target)
-        delta = each(args.position_delta, i) or ((0, -size[1] // PATCH) if kind in SIDE_BY_SIDE_CONDITIONS else (0, 0))
-        scale = each(args.position_scale, i) or (target[0] / size[0] if delta == (0, 0) else 1.0)
-        delta, scale = places[i] if places else (delta, scale)
-        adapter = (
-            (kind if types.count(kind) == 1 else f"{kind}_{i}") if args.adapter_per_condition else "_".join(types)
+def streamed_batches(dataset, args, **processes):
+    """The batches of a stream, whose samples are checked as they come."""
+    stream, to_example, _ = open_stream(**dataset_settings(args))
+
+    def examples_of(row, name):
+        return split_pairs([to_example(row, name)], args)
+
+    return StreamedBatches(
+        stream,
+        examples_of,
+        dataset.checked_sample,
+        batch_size=args.train_batch_size,
+        shuffle_buffer=args.shuffle_buffer,
+        seed=args.seed,
+        **processes,
+    )
+
+
+def dataset_settings(args):
+    """What the `datasets` library is to load, and the columns that are read."""
+    image_columns = {"image": args.image_column, **condition_columns(args)}
+    caption_column = args.caption_column
+    if args.data_files:  # webdataset: members of a sample are named by the endings of their files
+        image_columns["image"] = [args.image_column, "jpg", "jpeg", "png", "webp"]
+        caption_column = caption_column or "json.prompt"
+    return {
+        "path": "webdataset" if args.data_files else args.dataset_name,
+        "source": source_of(args),
+        "image_columns": image_columns,
+        "caption_column": caption_column,
+        "config_name": args.dataset_config_name,
+        "data_files": args.data_files,
+        "cache_dir": args.cache_dir,
+    }
+
+
+def condition_columns(args):
+    """{role of an image: its column}, of custom conditions and, if there are columns enough, of subjects; and mask."""
+    columns = args.condition_column or []
+    types = args.condition_type
+    with_column = ("custom",) if len(columns) == types.count("custom") else GIVEN_CONDITIONS
+    roles = [f"condition_{i}" for i, condition_type in enumerate(types) if condition_type in with_column]
+    image_columns = dict(zip(roles, columns, strict=True))
+    if args.mask_column:
+        image_columns["mask"] = args.mask_column
+    return image_columns
+
+
+def split_pairs(examples, args):
+    """The examples; those of pairs side by side (subject) are two each, with each side once as the condition."""
+    needed = [f"condition_{i}" for i, each in enumerate(args.condition_type) if each in GIVEN_CONDITIONS]
+    if all(role in condition_columns(args) for role in needed):
+        return examples
+    subject = f"condition_{args.condition_type.index('subject')}"
+    sides = []
+    for pair in examples:
+        for side in (0, 1):
+            read_side = functools.partial(crop_side, pair, side, args.image_size, args.padding)
+            read_other = functools.partial(crop_side, pair, 1 - side, args.image_size, args.padding)
+            caption_columns = (f"description.description_{side}", f"description_{side}", args.caption_column or "text")
+            caption = first_value(pair.columns, caption_columns)
+            if not pair.columns:  # a .txt file
+                caption = pair.caption
+            example = Example(f"{pair.name}, side {side}", read_side, caption)
+            example.images = {**pair.images, subject: Example(f"{pair.name}, other side", read_other)}
+            sides.append(example)
+    return sides
+
+
+def crop_side(pair, side, image_size, padding):
+    """The left (0) or right (1) image, `image_size` square, of a pair with `padding` around and between."""
+    image = pair.read()
+    left = padding + side * (image_size + padding)
+    if image.width < left + image_size or image.height < padding + image_size:
+        raise ValueError(
+            f"{image.width} x {image.height} pixels hold no pair of --image_size {image_size} and --padding {padding}"
         )
-        conditions.append(ConditionSpec(kind, size, delta, scale, adapter))
-    return conditions
+    return image.crop((left, padding, left + image_size, padding + image_size))
 
 
-def adapter_names(conditions):
-    return list(dict.fromkeys(condition.adapter for condition in conditions))
+def read_dataset_class(args):
+    """Examples of the user's own dataset, whose items are dictionaries."""
+    path, _, name = args.dataset_class.partition(":")
+    num_conditions = len(args.condition_type)
+    examples = []
+    try:
+        module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+        module = importlib.util.module_from_spec(module_spec)
+        module_spec.loader.exec_module(module)
+        dataset = getattr(module, name)()
+        read_item = functools.lru_cache(maxsize=1)(dataset.__getitem__)  # image and conditions come from one call
+        for i in range(len(dataset)):
+            item = read_item(i)
+            found = sum(re.fullmatch(r"condition_\d+", key) is not None for key in item)
+            if found != num_conditions:
+                return [], [
+                    f"--dataset_class {args.dataset_class}: item {i} has {found} conditions for {num_conditions} "
+                    "of --condition_type"
+                ]
+            example_name = f"{args.dataset_class}[{i}]"
+            example = Example(example_name, functools.partial(read_key, read_item, i, "image"), item["description"])
+            positions = []
+            for n in range(num_conditions):
+                role = f"condition_{n}"
+                read = functools.partial(read_key, read_item, i, role)
+                example.images[role] = Example(f"{example_name}, {role}", read)
+                delta = tuple(float(value) for value in item[f"position_delta_{n}"])
+                positions.append((delta, float(item.get(f"position_scale_{n}", 1.0))))
+            example.columns["positions"] = tuple(positions)
+            examples.append(example)
+    except Exception as error:  # whatever the user's file raises
+        return [], [f"--dataset_class {args.dataset_class}: cannot be read ({error!r})"]
+    if not examples:
+        return [], [f"{source_of(args)}: no images in it"]
+    return examples, []
 
 
-def to_latent_mask(mask):
-    """The tokens of which any pixel is in the mask: boolean [H, W] to [H / 16, W / 16]."""
-    height, width = mask.shape
-    return mask.reshape(height // PATCH, PATCH, width // PATCH, PATCH).any(axis=(1, 3))
+def read_key(read_item, i, key):
+    """An image of the user's own dataset."""
+    return read_item(i)[key]
 
 
-def convert_to_condition(kind, image, *, rng=None, mask=None):
-    """The condition (PIL, RGB) that `kind` makes of a picture of the condition's size.
-
-    `rng` draws the blur of deblurring; `mask`, boolean [H, W], is what fill and token_integration black out.
-    """
-    if kind == "canny":
-        return Image.fromarray(cv2.Canny(np.asarray(image), 100, 200)).convert("RGB")
-    if kind == "coloring":
-        return image.convert("L").convert("RGB")
-    if kind == "deblurring":
-        return image.filter(ImageFilter.GaussianBlur(int(rng.integers(1, 11))))
-    if kind in ("fill", "token_integration"):
-        mask = Image.fromarray(mask).resize(image.size, Image.Resampling.NEAREST)
-        return Image.composite(Image.new("RGB", image.size), image, mask)
-    return image
-
-
-def random_mask(rng, rows, columns):
-    """A random rectangle, or half of the time all around it: boolean [rows, columns], never all or none."""
-    height, width = rng.integers(1, rows), rng.integers(1, columns)
-    top, left = rng.integers(0, rows - height + 1), rng.integers(0, columns - width + 1)
-    mask = np.zeros((rows, columns), dtype=bool)
-    mask[top : top + height, left : left + width] = True
-    return ~mask if rng.random() < 0.5 else mask
+def check_example(example, args):
+    """What is wrong with the images and the mask of an example, or None."""
+    sizes = {}
+    for role, image in {"image": example, **example.images}.items():
+        try:
+            sizes[role] = Size.of(image.image())
+        except Exception as error:  # PIL's readers of formats raise of all kinds
+            return f"{image.name}: not a readable image ({error})"
+    mask = example.images.get("mask")
+    if mask is None:
+        return None
+    if sizes["mask"] != sizes["image"]:
+        return f"{mask.name}: the mask is {sizes['mask']} pixels, its image {sizes['image']}"
+    return check_mask(mask, args)
 
 
-def read_mask(mask, args):
-    """What is white in a mask, cropped as its picture is: boolean [H, W] of --target_size."""
-    height, width = args.target_size
-    return np.asarray(ImageOps.fit(mask.image().convert("L"), (width, height), Image.Resampling.NEAREST)) > 127
+def validation_examples(args):
+    """--validation_image as one example, in a list; an empty list without."""
+    if not args.validation_image:
+        return []
+    types = args.condition_type
+    paths = args.validation_image
+    if len(paths) == 1:
+        paths = paths * len(types)
+    example = file_example(paths[0])
+    for i, path in enumerate(paths):
+        if types[i] in GIVEN_CONDITIONS:
+            example.images[f"condition_{i}"] = file_example(path)
+    return [example]
 
 
-def to_pixel_mask(tokens):
-    """Boolean tokens [h, w] as pixels [16 h, 16 w]."""
-    return tokens.repeat(PATCH, axis=0).repeat(PATCH, axis=1)
+# ---- samples ----
 
 
-class ControlDataset(Dataset):
-    """Samples by (epoch, index): prompt, image and conditions as pixels or, if cached, as posteriors of their latents.
+class OminiDataset(Dataset):
+    """Samples by (epoch, index): prompt, image and conditions. These are pixels or, if cached, posteriors of latents.
 
-    What of a sample is drawn by chance (mask, blur, what is left out) comes from (seed, epoch, index) alone: neither
-    workers, nor the cache, nor an interruption change it.
+    All that is random in a sample (what is dropped, mask, blur, in this order) depends on (seed, epoch, index) alone:
+    neither workers, nor the cache, nor an interruption change it. The order of these draws is what exact resume relies
+    on.
     """
 
     def __init__(self, examples, specs, args):
-        self.examples, self.specs, self.args = examples, specs, args
-        self.slots = ["image", *condition_keys(len(specs))]
-        self.fixed = [s for s, c in zip(self.slots[1:], specs, strict=True) if c.type not in RANDOM_CONDITIONS]
-        self.moments = {}  # (index, slot) or ("black", slot): [2C, h, w]
+        self.examples = examples
+        self.specs = specs
+        self.args = args
+        self.types = [spec.type for spec in specs]
+        self.roles = ["image", *(f"condition_{i}" for i in range(len(specs)))]
+        self.moments = {}  # {(index or "black", role): [2C, h, w]}, with --cache_latents
 
-    def fixed_keys(self):
-        """The keys of all pictures that are the same in each epoch."""
-        keys = [(index, slot) for index in range(len(self.examples)) for slot in ("image", *self.fixed)]
-        return keys + [("black", slot) for slot in self.fixed if self.args.drop_image_prob]
-
-    def fixed_pixels(self, key):
-        index, slot = key
-        return to_tensor(self.black(slot) if index == "black" else self.picture(self.examples[index], slot))
-
-    def black(self, slot):
-        return Image.new("RGB", self.specs[self.slots.index(slot) - 1].size[::-1])
-
-    def picture(self, example, slot, rng=None, mask=None):
-        """The image or condition of an example as a PIL image."""
-        args, number_of = self.args, self.slots.index(slot) - 1
-        kind = self.specs[number_of].type if number_of >= 0 else self.specs[0].type
-        size = self.specs[number_of].size if number_of >= 0 else args.target_size
-        if kind == ("depth_pred" if number_of < 0 else "depth"):
-            depth = Image.open(depth_file(fit(example.image(), args.target_size, args), args))
-            return depth.convert("RGB").resize(size[::-1])
-        if number_of < 0:
-            return fit(example.image(), size, args)
-        given = [c.type for c in self.specs[: number_of + 1] if c.type in ("subject", "custom")]
-        source = example.conditions[len(given) - 1] if kind in ("subject", "custom") else example
-        return convert_to_condition(kind, fit(source.image(), size, args), rng=rng, mask=mask)
-
-    def mask(self, example, rng):
-        """Pixels [H, W] of the image to be filled, None if no condition has a mask."""
-        types, (height, width) = [condition.type for condition in self.specs], self.args.target_size
-        if not {"fill", "token_integration"} & set(types):
-            return None
-        if example.mask:
-            mask = read_mask(example.mask, self.args)
-            return to_pixel_mask(to_latent_mask(mask)) if "token_integration" in types else mask
-        if "token_integration" in types:
-            return to_pixel_mask(random_mask(rng, height // PATCH, width // PATCH))
-        return random_mask(rng, height, width)
-
-    def checked_sample(self, example, epoch, index):
-        """`sample` of an example that was not looked at before."""
-        problem = caption_defect(example) or defect(example, self.args)
-        if problem:
-            raise ValueError(problem)
-        return self.sample(example, epoch, index)
-
-    def sample(self, example, epoch, index):
-        args, rng = self.args, np.random.default_rng((self.args.seed, epoch, index))
-        drop_text, drop_image = rng.random(2) < (args.drop_text_prob, args.drop_image_prob)
-        mask = self.mask(example, rng)
-        sample = {"prompt": "" if drop_text else example.caption, "moments": {}, "pixel_values": {}}
-        for slot in self.slots:
-            black = drop_image and slot != "image"
-            key = ("black" if black else index, slot)
-            if key in self.moments:
-                sample["moments"][slot] = self.moments[key]
-            else:
-                sample["pixel_values"][slot] = to_tensor(
-                    self.black(slot) if black else self.picture(example, slot, rng, mask)
-                )
-        if "token_integration" in (condition.type for condition in self.specs):
-            sample["latent_mask"] = torch.from_numpy(to_latent_mask(mask)).flatten()
-        return sample
+    def __len__(self):
+        return len(self.examples)
 
     def __getitem__(self, position):
         epoch, index = position
         return self.sample(self.examples[index], epoch, index)
 
-    def __len__(self):
-        return len(self.examples)
+    def checked_sample(self, example, epoch, index):
+        """`sample` of an example of a stream, which nothing has checked before. Raises ValueError."""
+        problems = check_captions([example], default=self.args.instance_prompt)
+        problem = problems[0] if problems else check_example(example, self.args)
+        if problem:
+            raise ValueError(problem)
+        if example.caption is None:
+            example.caption = self.args.instance_prompt
+        return self.sample(example, epoch, index)
 
+    def sample(self, example, epoch, index):
+        args = self.args
+        rng = np.random.default_rng((args.seed, epoch, index))
+        drop_text, drop_image = rng.random(2) < (args.drop_text_prob, args.drop_image_prob)
+        mask = self.mask(example, rng)
+        sample = {"prompt": "" if drop_text else example.caption, "moments": {}, "pixel_values": {}}
+        for role in self.roles:
+            is_black = drop_image and role != "image"
+            key = ("black" if is_black else index, role)
+            if key in self.moments:
+                sample["moments"][role] = self.moments[key]
+            elif is_black:
+                sample["pixel_values"][role] = to_tensor(self.black_image(role))
+            elif role == "image":
+                sample["pixel_values"][role] = to_tensor(self.target_image(example))
+            else:
+                sample["pixel_values"][role] = to_tensor(self.condition_image(example, role, rng, mask))
+        if "token_integration" in self.types:
+            sample["latent_mask"] = torch.from_numpy(to_latent_mask(mask)).flatten()
+        return sample
 
-def find_stream(args):
-    """The first examples of a stream, to check, and problems."""
-    stream, problems = open_rows(args)
-    row = None if problems else next(iter(stream), None)
-    if row is None:
-        return [], problems or [f"{source_of(args)}: no samples in it"]
-    examples = streamed_examples(row, "the first sample of the stream", args)
-    problems = [*map(caption_defect, examples), *(defect(e, args) for e in examples + validation_examples(args))]
-    return examples, [problem for problem in problems if problem]
+    def target_image(self, example):
+        """The image that is generated, of --target_size."""
+        if self.types == ["depth_pred"]:
+            return self.depth_map(example, self.args.target_size)
+        return fit(example.image(), self.args.target_size, self.args.image_interpolation_mode)
+
+    def condition_image(self, example, role, rng=None, mask=None):
+        """The image of a condition, of its size."""
+        spec = self.spec(role)
+        if spec.type == "depth":
+            return self.depth_map(example, spec.size)
+        source = example.images[role] if spec.type in GIVEN_CONDITIONS else example
+        image = fit(source.image(), spec.size, self.args.image_interpolation_mode)
+        return convert_to_condition(spec.type, image, rng=rng, mask=mask)
+
+    def depth_map(self, example, size):
+        """What `estimate_depth` has written for the image of an example."""
+        image = fit(example.image(), self.args.target_size, self.args.image_interpolation_mode)
+        depth = Image.open(depth_path(image, self.args))
+        return depth.convert("RGB").resize(size[::-1])
+
+    def black_image(self, role):
+        """What a dropped condition is replaced by."""
+        return Image.new("RGB", self.spec(role).size[::-1])
+
+    def mask(self, example, rng):
+        """True where the image is to be generated, [H, W] of --target_size; None if no condition has a mask."""
+        height, width = self.args.target_size
+        is_integrated = "token_integration" in self.types
+        if not is_integrated and "fill" not in self.types:
+            return None
+        if "mask" in example.images:
+            mask = fit_mask(example.images["mask"].image(), self.args.target_size)
+            return to_pixel_mask(to_latent_mask(mask)) if is_integrated else mask
+        if is_integrated:
+            return to_pixel_mask(random_mask(rng, height // PATCH, width // PATCH))
+        return random_mask(rng, height, width)
+
+    def spec(self, role):
+        """The ConditionSpec of a role, condition_0, condition_1, ..."""
+        return self.specs[self.roles.index(role) - 1]
+
+    def cached_keys(self):
+        """The keys in `moments` of all images that are the same in every epoch."""
+        fixed = [role for role in self.roles if role == "image" or self.spec(role).type not in RANDOM_CONDITIONS]
+        keys = [(index, role) for index in range(len(self.examples)) for role in fixed]
+        if self.args.drop_image_prob:
+            keys += [("black", role) for role in fixed if role != "image"]
+        return keys
+
+    def pixel_values(self, key):
+        """The image [3, H, W] in [-1, 1] of a key of `cached_keys`."""
+        index, role = key
+        if index == "black":
+            return to_tensor(self.black_image(role))
+        if role == "image":
+            return to_tensor(self.target_image(self.examples[index]))
+        return to_tensor(self.condition_image(self.examples[index], role))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1567,9 +1701,15 @@ def find_stream(args):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def add_adapters(transformer, conditions, args):
-    """A LoRA for each adapter of the conditions, as in --lora_path if given: {its name: that of its file}."""
-    files = {name: f"{name}.safetensors" for name in adapter_names(conditions)}
+# ---- adapters ----
+
+
+def add_adapters(transformer, specs, args):
+    """Adds the LoRA of each adapter of the conditions, with the weights in --lora_path if given.
+
+    Returns {adapter name: name of its file}.
+    """
+    files = {name: f"{name}.safetensors" for name in adapter_names(specs)}
     for name in files:
         add_lora(
             transformer,
@@ -1579,257 +1719,452 @@ def add_adapters(transformer, conditions, args):
             target_modules=args.target_modules or TARGET_MODULES,
             adapter_name=name,
         )
-    for name, path in zip(files, args.lora_path or (), strict=False):
-        load_lora(path.parent, {"transformer": transformer}, adapter_name=name, weight_name=path.name)
+    if args.lora_path:
+        for name, path in zip(files, args.lora_path, strict=True):
+            load_lora(path.parent, {"transformer": transformer}, adapter_name=name, weight_name=path.name)
     return files
 
 
-def validation_examples(args):
-    """--validation_image as an example, in a list; no example without."""
-    paths = args.validation_image or []
-    paths = paths * len(args.condition_type) if len(paths) == 1 else paths
-    pictures = [Example(str(path), functools.partial(Image.open, path)) for path in paths]
-    given = [p for p, kind in zip(pictures, args.condition_type, strict=False) if kind in ("subject", "custom")]
-    return [ControlExample(picture.name, picture.read, None, given) for picture in pictures[:1]]
+def check_model(args):
+    """Problems of --pretrained_model_name_or_path, --target_modules and the disk, from the configs alone."""
+    flag = f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"
+    try:
+        config = FluxTransformer2DModel.load_config(
+            args.pretrained_model_name_or_path,
+            subfolder="transformer",
+            revision=args.revision,
+            cache_dir=args.cache_dir,
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        return [
+            f"{flag}: neither a folder with a FLUX pipeline nor a hub id like black-forest-labs/FLUX.1-dev ({reason})"
+        ]
+    if config.get("_class_name") != "FluxTransformer2DModel" or config.get("in_channels") != 64:
+        found = f"{config.get('_class_name')} with {config.get('in_channels')} input channels"
+        return [f"{flag}: holds a {found}, not FLUX.1-dev or -schnell"]
+    if not config["guidance_embeds"] and args.max_sequence_length > 256:
+        return [f"--max_sequence_length {args.max_sequence_length}: FLUX.1-schnell takes at most 256"]
+    with torch.device("meta"):
+        transformer = FluxTransformer2DModel.from_config(config)
+    targets = args.target_modules or TARGET_MODULES
+    try:
+        unknown = unknown_layers(transformer, targets)
+    except re.error as error:
+        return [f"--target_modules {targets}: not a regular expression ({error})"]
+    if unknown:
+        return [f"--target_modules {targets}: matches no linear layer of the transformer"]
+    layers = target_layers(transformer, targets)
+    not_passed = [name for name, _ in layers if re.search(OTHER_LAYERS, name)]
+    if not_passed:
+        return [f"--target_modules {targets}: condition tokens do not pass {not_passed[0]}; leave it out"]
+    sizes = [sum(layer.weight.shape) for _, layer in layers]
+    needed = 16 * args.rank * sum(sizes)  # bytes of a checkpoint, its two moments and the result
+    return check_disk(args, needed) or check_lora_path(args, layers)
 
 
-def validate(accelerator, transformer, vae, noise_scheduler, prompt_encoder, dataset, args, *, prompt, step):
-    """Draws a prompt with the conditions of --validation_image and sends the pictures, conditions first, to
+def check_lora_path(args, layers):
+    """Problems of --lora_path, whose files must hold adapters of the (name, module) in `layers`."""
+    adapters = adapter_names(condition_specs(args))
+    paths = args.lora_path or []
+    if paths and len(paths) != len(adapters):
+        return [f"--lora_path names {len(paths)} files for {len(adapters)} adapters: {', '.join(adapters)}"]
+    expected = {}
+    for name, layer in layers:
+        expected[f"transformer.{name}.lora_A.weight"] = [args.rank, layer.in_features]
+        expected[f"transformer.{name}.lora_B.weight"] = [layer.out_features, args.rank]
+    problems = []
+    for path in paths:
+        shapes = {}
+        dtypes = set()
+        try:
+            with safe_open(path, "pt") as file:
+                for key in file.keys():  # noqa: SIM118 (it is no dict)
+                    tensor = file.get_slice(key)
+                    shapes[key] = tensor.get_shape()
+                    dtypes.add(tensor.get_dtype())
+        except Exception as error:  # safetensors raises a kind of its own beside OSError
+            problems.append(f"--lora_path {path}: not a readable LoRA file ({error})")
+            continue
+        ranks = {shape[0] for key, shape in shapes.items() if ".lora_A." in key and shape}
+        if ranks != {args.rank}:
+            problems.append(f"--lora_path {path} has rank {', '.join(map(str, sorted(ranks)))}: --rank is {args.rank}")
+        elif shapes != expected:
+            different = [key for key in {*shapes, *expected} if shapes.get(key) != expected.get(key)]
+            problems.append(
+                f"--lora_path {path}: made for other layers than --target_modules, such as {min(different)}"
+            )
+        elif not dtypes <= {"F64", "F32", "F16", "BF16"}:
+            problems.append(f"--lora_path {path}: its numbers are {', '.join(sorted(dtypes))}, not F32, F16 or BF16")
+    return problems
+
+
+def adapter_metadata(args, specs, adapter):
+    """What generation must know of an adapter, for the header of its file."""
+    own_specs = [asdict(spec) for spec in specs if spec.adapter == adapter]
+    run_info = {
+        "base_model": args.pretrained_model_name_or_path,
+        "target_size": args.target_size,
+        "independent_condition": args.independent_condition,
+        "max_sequence_length": args.max_sequence_length,
+        "depth_model": args.depth_model,
+        "conditions": own_specs,
+    }
+    return {"omini": json.dumps(run_info)}
+
+
+# ---- validation ----
+
+
+def log_validation(accelerator, transformer, vae, noise_scheduler, prompt_encoder, dataset, args, prompt, step):
+    """Generates images from `prompt` and the conditions of --validation_image, and sends them, conditions first, to
     validation/step-N.png and the trackers."""
-    (example,), rng = validation_examples(args), np.random.default_rng(args.seed)
+    (example,) = validation_examples(args)
+    rng = np.random.default_rng(args.seed)
     mask = dataset.mask(example, rng)
-    shown = [dataset.picture(example, slot, rng, mask) for slot in dataset.slots[1:]]
-    pipeline = sampling_pipeline(OminiPipeline, transformer, vae, noise_scheduler)
+    condition_images = [dataset.condition_image(example, role, rng, mask) for role in dataset.roles[1:]]
+    pipeline = OminiPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler.from_config(noise_scheduler.config),
+        vae=vae,
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        transformer=transformer,
+    )
+    height, width = args.target_size
     with (
         undisturbed(transformer, device=accelerator.device),
-        offload_models(vae, device=accelerator.device, offload=offloaded(args)),
+        offload_models(vae, device=accelerator.device, offload=args.offload or args.cache_latents),
     ):
         prompt_embeds, pooled_prompt_embeds = prompt_encoder.encode_prompts([prompt])
         call = {
             "prompt_embeds": prompt_embeds,
             "pooled_prompt_embeds": pooled_prompt_embeds,
             "specs": dataset.specs,
-            "condition_images": shown,
+            "condition_images": condition_images,
             "mask": mask if "token_integration" in args.condition_type else None,
-            "height": args.target_size[0],
-            "width": args.target_size[1],
+            "height": height,
+            "width": width,
             "independent_condition": args.independent_condition,
         }
         images = generate_images(accelerator, pipeline, [call] * args.num_validation_images, seed=args.seed)
-    captions = [f"condition: {condition.type}" for condition in dataset.specs]
+    captions = [f"condition: {spec.type}" for spec in dataset.specs]
     captions += [f"seed {args.seed + i}" for i in range(len(images))]
-    images = [image.resize(args.target_size[::-1]) for image in shown] + images
-    save_images(accelerator, args, images, captions, prompt=prompt, step=step)
+    shown = [image.resize((width, height)) for image in condition_images] + images
+    save_images(accelerator, args, shown, captions, prompt=prompt, step=step)
 
 
-def offloaded(args):
-    """Whether the VAE waits in main memory while the transformer works."""
-    return args.offload or args.cache_latents
+# ---- the run ----
 
 
-def adapter_metadata(args, conditions, adapter):
-    """What generation must know of an adapter, for the header of its file."""
-    own = [asdict(condition) for condition in conditions if condition.adapter == adapter]
-    about = {
-        "base_model": args.pretrained_model_name_or_path,
-        "target_size": args.target_size,
-        "independent_condition": args.independent_condition,
-        "max_sequence_length": args.max_sequence_length,
-        "depth_model": args.depth_model,
-        "conditions": own,
-    }
-    return {"omini": json.dumps(about)}
+MODEL_CARD = """
+# {name}
 
+A LoRA (rank {rank}) for {model}: generated images follow {conditions}, by OminiControl.
 
-def drawing_command(args, conditions, prompt):
-    """The command in examples/ that draws `prompt` with the adapters."""
-    folder = args.output_dir.resolve()
-    files = " ".join(shlex.quote(str(folder / f"{name}.safetensors")) for name in adapter_names(conditions))
-    mask = ' --mask "$MASK"' if {"fill", "token_integration"} & set(args.condition_type) else ""
-    return f'omini/generate.py {files} --prompt {shlex.quote(prompt)} --image "$IMAGE"{mask} --output image.png'
-
-
-def describe(args, command):
-    """README.md in the output folder: what was trained, and the command that draws with it."""
-    folder, kinds = args.output_dir.resolve(), ", ".join(args.condition_type)
-    height, width = args.target_size
-    about_mask = ", `MASK` is white where it is to be drawn anew" if "$MASK" in command else ""
-    description = f"""
-# {folder.name}
-
-For {args.pretrained_model_name_or_path}: LoRA of rank {args.rank} that makes it follow {kinds}, by OminiControl.
-
-`IMAGE` is a picture to make the conditions of ({height} x {width} pixels are cut out of it){about_mask}. In the
+`IMAGE` is the image to make the conditions from ({height} x {width} pixels are cut out of it){mask_note}. In the
 trainer's folder:
 
 ```bash
 python examples/{command}
 ```
 """
+
+
+def save_model_card(args, command):
+    """Writes README.md into the output folder: what was trained, and the command that generates with it."""
+    mask_note = ""
+    if "$MASK" in command:
+        mask_note = ", `MASK` is white where the image is to be generated"
+    height, width = args.target_size
+    description = MODEL_CARD.format(
+        name=args.output_dir.resolve().name,
+        rank=args.rank,
+        model=args.pretrained_model_name_or_path,
+        conditions=", ".join(args.condition_type),
+        height=height,
+        width=width,
+        mask_note=mask_note,
+        command=command,
+    )
     tags = ["image-to-image", "flux", "lora", "ominicontrol", "diffusers"]
     write_model_card(args, description, tags, args.pretrained_model_name_or_path)
 
 
-def check_prompts(args, prompts):
-    """Problems of keeping the embeddings of all prompts in main memory."""
-    problems = []
-    if args.cache_prompts and not args.streaming:
-        width = T5Config.from_pretrained(
-            args.pretrained_model_name_or_path,
-            subfolder="text_encoder_2",
-            revision=args.revision,
-            cache_dir=args.cache_dir,
-        ).d_model
-        needed = len(prompts) * args.max_sequence_length * width * (4 if args.mixed_precision in (None, "no") else 2)
-        if needed > psutil.virtual_memory().available:
-            problems.append(
-                f"--cache_prompts: {len(prompts)} prompts take {needed / 2**30:.0f} GiB of main memory, more than is "
-                "free: use --no-cache_prompts, or a smaller --max_sequence_length"
-            )
-    return problems
+def generate_command(args, specs, prompt, image='"$IMAGE"', mask='"$MASK"'):
+    """The command, below examples/, that generates from `prompt` with the adapters."""
+    folder = args.output_dir.resolve()
+    files = " ".join(shlex.quote(str(folder / f"{name}.safetensors")) for name in adapter_names(specs))
+    command = f"omini/generate.py {files} --prompt {shlex.quote(prompt)} --image {image}"
+    if any(condition_type in MASKED_CONDITIONS for condition_type in args.condition_type):
+        command += f" --mask {mask}"
+    return f"{command} --output image.png"
 
 
-def about_data(args, dataset):
-    """What of the data and its conditions is told before training."""
+def check_memory(args, prompts):
+    """Problems of keeping the embeddings of all prompts in CPU memory."""
+    if args.streaming or not args.cache_prompts:
+        return []
+    config = T5Config.from_pretrained(
+        args.pretrained_model_name_or_path,
+        subfolder="text_encoder_2",
+        revision=args.revision,
+        cache_dir=args.cache_dir,
+    )
+    bytes_per_number = 4 if args.mixed_precision in (None, "no") else 2
+    needed = len(prompts) * args.max_sequence_length * config.d_model * bytes_per_number
+    if needed <= psutil.virtual_memory().available:
+        return []
+    return [
+        f"--cache_prompts: {len(prompts)} prompts take {needed / 2**30:.0f} GiB of CPU memory, more than is free: use "
+        "--no-cache_prompts, or a smaller --max_sequence_length"
+    ]
+
+
+def describe_run(args, dataset):
+    """What the header says of this trainer's data and conditions, {label: text}."""
     amount = "a stream" if args.streaming else f"{len(dataset)} samples"
-    about = {"data": f"{amount} at {'x'.join(map(str, args.target_size))} px"}
-    for i, condition in enumerate(dataset.specs, start=1):
-        (height, width), (down, right) = condition.size, condition.position_delta
-        place = f"moved by {down:g},{right:g}, scale {condition.position_scale:g}, adapter {condition.adapter}"
-        about[f"follows{'' if i == 1 else f' {i}'}"] = f"{condition.type} of {height}x{width} px, {place}"
-    return about
+    run_info = {"data": f"{amount} at {'x'.join(map(str, args.target_size))} px"}
+    for i, spec in enumerate(dataset.specs, start=1):
+        label = "follows" if i == 1 else f"follows {i}"
+        height, width = spec.size
+        down, right = spec.position_delta
+        run_info[label] = (
+            f"{spec.type} of {height}x{width} px, moved by {down:g},{right:g}, scale {spec.position_scale:g}, "
+            f"adapter {spec.adapter}"
+        )
+    return run_info
+
+
+def create_optimizer(args, params_to_optimize):
+    """The optimizer of --optimizer; `params_to_optimize` are groups, each with its learning rate and weight decay."""
+    betas = (args.adam_beta1, args.adam_beta2)
+    if args.optimizer == "prodigy":
+        from prodigyopt import Prodigy
+
+        return Prodigy(
+            params_to_optimize,
+            betas=betas,
+            beta3=args.prodigy_beta3,
+            eps=args.adam_epsilon,
+            decouple=args.prodigy_decouple,
+            use_bias_correction=args.prodigy_use_bias_correction,
+            safeguard_warmup=args.prodigy_safeguard_warmup,
+        )
+    if args.optimizer == "sgd":
+        return torch.optim.SGD(params_to_optimize)
+    if args.use_8bit_adam:
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(params_to_optimize, betas=betas, eps=args.adam_epsilon)
+    return torch.optim.AdamW(params_to_optimize, betas=betas, eps=args.adam_epsilon)
 
 
 def main(args):
     # 1. Accelerator, logging, seed
-    accelerator, weight_dtype = start(args)
-    device, quiet = accelerator.device, not accelerator.is_main_process
+    if args.local_rank != -1:
+        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    if args.verbose:
+        diffusers_logging.set_verbosity_info()
+        transformers_logging.set_verbosity_info()
+    else:
+        diffusers_logging.disable_progress_bar()
+        transformers_logging.disable_progress_bar()
+
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # without it, processes started by torchrun on a CPU stay apart
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(args.output_dir, logging_dir=args.output_dir / args.logging_dir),
+        step_scheduler_with_optimizer=False,  # the schedule counts updates, whatever the number of processes
+    )
+    device = accelerator.device
+    weight_dtype = torch.float32  # of frozen models; what is trained stays in float32
+    if accelerator.mixed_precision == "fp16":
+        weight_dtype = torch.float16
+    elif accelerator.mixed_precision == "bf16":
+        weight_dtype = torch.bfloat16
     set_seed(args.seed)
 
     # 2. Data
-    examples, problems = find_stream(args) if args.streaming else find_examples(args)
-    specs = condition_specs(args, examples[0].places if examples else ())
-    dataset = ControlDataset(examples, specs, args)
-    num_processes, accumulation = accelerator.num_processes, args.gradient_accumulation_steps
-    total_batch_size = args.train_batch_size * accumulation * num_processes
-    processes = {"process_index": accelerator.process_index, "num_processes": num_processes}
+    examples, problems = find_examples(args)
+    if problems:
+        fail(accelerator, problems)
+    specs = condition_specs(args, examples[0].columns["positions"] if args.dataset_class else None)
+    dataset = OminiDataset(examples, specs, args)
+    processes = {"process_index": accelerator.process_index, "num_processes": accelerator.num_processes}
+    accumulation = args.gradient_accumulation_steps
+    total_batch_size = args.train_batch_size * accumulation * accelerator.num_processes
     if args.streaming:
-        sampler = (
-            None
-            if problems
-            else StreamedBatches(open_rows(args)[0], streamed_examples, dataset.checked_sample, args, **processes)
-        )
+        sampler = streamed_batches(dataset, args, **processes)
         steps_per_epoch = None
+        max_train_steps = args.max_train_steps
     else:
-        sampler = StepSampler([0] * len(examples), args.train_batch_size, seed=args.seed, **processes)
+        sampler = StepSampler([0] * len(dataset), args.train_batch_size, seed=args.seed, **processes)
         steps_per_epoch = math.ceil(sampler.steps_per_epoch / accumulation)
-    max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
+        max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
     validation_steps = args.validation_steps or args.validation_epochs * (steps_per_epoch or 1)
-    final_prompt = None if args.skip_final_inference else args.final_validation_prompt or args.validation_prompt
-    prompts = {example.caption for example in examples if not caption_defect(example)}
-    prompts |= {""} if args.drop_text_prob else set()
-    prompts = sorted(p for p in {*prompts, args.validation_prompt, final_prompt} if p is not None)
-    run = run_settings(args, len(dataset), num_processes)
+    final_prompt = None
+    if not args.skip_final_inference:
+        final_prompt = args.final_validation_prompt or args.validation_prompt
+    prompts = {example.caption for example in examples}
+    if args.drop_text_prob:
+        prompts.add("")
+    for prompt in (args.validation_prompt, final_prompt):
+        if prompt is not None:
+            prompts.add(prompt)
     checkpoint = checkpoint_to_resume(args.output_dir, args.resume_from_checkpoint)
-    problems += check_prompts(args, prompts) + check_run(accelerator, args, max_train_steps, checkpoint, run)
+    run = run_settings(args, len(dataset), accelerator.num_processes)
+    problems = check_memory(args, prompts) + check_run(accelerator, args, max_train_steps, checkpoint, run)
     if problems:
         fail(accelerator, problems)
     hub_repo = create_hub_repo(accelerator, args)
     args.output_dir.mkdir(parents=True, exist_ok=True)
 
-    # 3. Prompts, depth maps, latents: what makes them is gone before the transformer is loaded
-    cached = args.cache_prompts and not args.streaming
-    pipeline = load_text_pipeline(FluxPipeline, args, weight_dtype)
+    # 3. Prompts, depth maps, VAE and latents: what makes them is freed before the transformer is loaded
+    is_cached = args.cache_prompts and not args.streaming
     prompt_encoder = PromptEncoder(
         accelerator,
-        pipeline,
+        load_text_pipeline(FluxPipeline, args, weight_dtype),
         weight_dtype,
         max_sequence_length=args.max_sequence_length,
         offload=args.offload,
-        keep_encoders=not cached,
+        keep_encoders=not is_cached,
     )
-    if cached:
-        prompt_encoder.cache_prompts(prompts)
-    if {"depth", "depth_pred"} & set(args.condition_type):
+    if is_cached:
+        prompt_encoder.cache_prompts(sorted(prompts))
+    if needs_depth(args):
         estimate_depth(accelerator, examples + validation_examples(args), args)
-    vae = load_model(AutoencoderKL, "vae", args, weight_dtype).to(device)
+    offload_vae = args.offload or args.cache_latents
+    vae = load_model(AutoencoderKL, "vae", args, weight_dtype)
+    vae.to("cpu" if offload_vae else device)
     if args.cache_latents:
-        dataset.moments = cache_moments(accelerator, vae, dataset.fixed_keys(), dataset.fixed_pixels)
-    offload = offloaded(args)
-    vae.to("cpu" if offload else device)
+        with offload_models(vae, device=device, offload=offload_vae):
+            dataset.moments = cache_moments(accelerator, vae, dataset.cached_keys(), dataset.pixel_values)
 
     # 4. Transformer and LoRA
     noise_scheduler = load_scheduler(args)
     transformer = load_model(OminiTransformer2DModel, "transformer", args, weight_dtype)
     base_size = transformer.num_parameters()
-    quantize_base(transformer, weight_dtype, args.quantize_base).to(first_device(accelerator, args))
-    files, modules = add_adapters(transformer, specs, args), {"transformer": transformer}
-    prepare_blocks(transformer, args, device, weight_dtype)
+    guidance_embeds = transformer.config.guidance_embeds  # FLUX.1-dev was distilled with guidance, schnell was not
+    if args.quantize_base != "none":
+        quantize_base(transformer, weight_dtype, args.quantize_base)
+    transformer.to("cpu" if args.fsdp else device)  # `shard` moves it block by block: it may not fit as a whole
+    adapter_files = add_adapters(transformer, specs, args)
+    if args.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    if args.compile:
+        compile_blocks(transformer)
+    if args.fsdp:
+        shard(transformer, device, weight_dtype)
     lora_params = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
-    guided = transformer.config.guidance_embeds
+    adapted_models = {"transformer": transformer}
 
     # 5. Optimizer and schedule
-    optimizer = create_optimizer(args, lora_params, total_batch_size if args.scale_lr else 1)
-    lr_scheduler = create_lr_scheduler(args, optimizer, max_train_steps)
+    lr_scale = total_batch_size if args.scale_lr else 1
+    params_to_optimize = [
+        {"params": lora_params, "lr": args.learning_rate * lr_scale, "weight_decay": args.adam_weight_decay}
+    ]
+    optimizer = create_optimizer(args, params_to_optimize)
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=max_train_steps,
+        num_cycles=args.lr_num_cycles,
+        power=args.lr_power,
+    )
 
     # 6. Prepare and resume
     lr_scheduler = accelerator.prepare(lr_scheduler)
-    optimizer = optimizer if args.fsdp else accelerator.prepare(optimizer)
-    register_lora_checkpointing(accelerator, FluxPipeline, modules, optimizer, files)
+    if not args.fsdp:  # the transformer is not wrapped in DistributedDataParallel: `reduce_gradients` is all it needs
+        optimizer = accelerator.prepare(optimizer)
+    register_lora_checkpointing(accelerator, FluxPipeline, adapted_models, optimizer, adapter_files)
     global_step = load_checkpoint(accelerator, checkpoint, lr_scheduler)
-    sampler.start, sampler.stop = global_step * accumulation, max_train_steps * accumulation
+    sampler.start = global_step * accumulation
+    sampler.stop = max_train_steps * accumulation
     if args.streaming:
         train_dataloader = DataLoader(sampler, batch_size=None)
     else:
         train_dataloader = DataLoader(dataset, batch_sampler=sampler, num_workers=args.dataloader_num_workers)
 
     # 7. Train
-    print_header(
-        accelerator, args, about_data(args, dataset), lora_params, base_size, max_train_steps, steps_per_epoch
-    )
+    run_info = describe_run(args, dataset)
+    print_header(accelerator, args, run_info, lora_params, base_size, max_train_steps, steps_per_epoch)
     start_logging(accelerator, args, "omini", global_step)
-    draw = functools.partial(validate, accelerator, transformer, vae, noise_scheduler, prompt_encoder, dataset, args)
+    metrics = None
+    if accelerator.is_main_process:
+        metrics = open_metrics(args.output_dir / "metrics.jsonl", global_step)
     if args.validation_prompt and global_step == 0:
-        draw(prompt=args.validation_prompt, step=0)
-    metrics = open_metrics(args.output_dir / "metrics.jsonl", global_step) if accelerator.is_main_process else None
+        log_validation(
+            accelerator, transformer, vae, noise_scheduler, prompt_encoder, dataset, args, args.validation_prompt, 0
+        )
     transformer.train()
-    progress_bar = tqdm(total=max_train_steps, initial=global_step, desc="Training", unit="step", disable=quiet)
-    loss_sum, skipped, signals, started = 0.0, 0, catch_signals(), time.perf_counter()
+    progress_bar = tqdm(
+        total=max_train_steps,
+        initial=global_step,
+        desc="Training",
+        unit="step",
+        disable=not accelerator.is_main_process,
+    )
+    signals = catch_signals()
+    loss_sum = 0.0  # of the micro-steps since the last update
+    skipped_steps = 0  # in a row, because the loss was not finite
+    started = time.perf_counter()
+    # No loop over epochs: a run can resume at any micro-step. All that a micro-step draws at random (batch, masks,
+    # latents, noise, noise levels, dropout) depends on the seed and its number alone; the order of these draws is what
+    # exact resume relies on.
     for micro_step, batch in enumerate(read_batches(train_dataloader), start=sampler.start):
         with accelerator.accumulate(transformer):
-            generator = step_generator(args.seed, *divmod(micro_step, accumulation), accelerator.process_index)
-            torch.manual_seed(generator.initial_seed())  # dropout draws from the global generator
-            moments = {slot: values.to(device) for slot, values in batch["moments"].items()}
+            step, accumulated = divmod(micro_step, accumulation)
+            generator = step_generator(args.seed, step, accumulated, accelerator.process_index)
+            torch.manual_seed(generator.initial_seed())  # dropout uses the global generator
+
+            moments = {role: values.to(device) for role, values in batch["moments"].items()}
             if batch["pixel_values"]:
-                with offload_models(vae, device=device, offload=offload):
-                    moments |= {slot: encode_moments(vae, values) for slot, values in batch["pixel_values"].items()}
-            latents, *condition_latents = (
-                sample_latents(moments[slot], vae.config, generator) for slot in dataset.slots
-            )
+                with offload_models(vae, device=device, offload=offload_vae):
+                    for role, pixel_values in batch["pixel_values"].items():
+                        moments[role] = encode_moments(vae, pixel_values)
+            latents, *condition_latents = [
+                sample_latents(moments[role], vae.config, generator) for role in dataset.roles
+            ]
+            latent_mask = None
+            if "latent_mask" in batch:  # token_integration
+                latent_mask = batch["latent_mask"].to(device)
             prompt_embeds, pooled_prompt_embeds = prompt_encoder.encode_prompts(batch["prompt"])
+            guidance = None
+            if guidance_embeds:
+                guidance = torch.full((len(latents),), args.guidance_scale, device=device)
             with accelerator.autocast():
-                loss = compute_loss(
+                losses = compute_loss(
                     transformer,
                     latents,
                     condition_latents,
-                    batch["latent_mask"].to(device) if "latent_mask" in batch else None,
+                    latent_mask,
                     prompt_embeds,
                     pooled_prompt_embeds,
                     args=args,
                     specs=specs,
                     noise_scheduler=noise_scheduler,
-                    guidance=torch.full((len(latents),), args.guidance_scale, device=device) if guided else None,
+                    guidance=guidance,
                     generator=generator,
-                ).mean()
+                )
+                loss = losses.mean()
             accelerator.backward(loss)
             loss_sum = loss_sum + loss.detach() / accumulation
             if not accelerator.sync_gradients:
                 continue
+
             if not args.fsdp:
                 reduce_gradients(accelerator, lora_params)
             grad_norm = accelerator.clip_grad_norm_(lora_params, args.max_grad_norm)
-            totals = torch.stack([loss_sum, torch.tensor(float(len(signals)), device=device)])
-            mean_loss, interrupted = accelerator.reduce(totals, reduction="mean").tolist()
+            # one message between the processes carries the loss and whether any of them got a signal
+            stop_requested = torch.tensor(float(len(signals)), device=device)
+            reduced = accelerator.reduce(torch.stack([loss_sum, stop_requested]), reduction="mean")
+            mean_loss, stop_requested = reduced.tolist()
             # a gradient scaler (fp16) skips infinite gradients itself
             finite = math.isfinite(mean_loss) and (accelerator.scaler is not None or math.isfinite(grad_norm))
             if finite or accelerator.scaler is not None:
@@ -1838,43 +2173,64 @@ def main(args):
             optimizer.zero_grad()
 
         global_step += 1
-        skipped = 0 if finite else count_skipped(skipped, global_step)
+        if finite:
+            skipped_steps = 0
+        else:
+            skipped_steps = count_skipped(skipped_steps, global_step)
         logs = {"loss": mean_loss, **step_logs(optimizer, grad_norm, total_batch_size, started, device)}
         log_step(accelerator, progress_bar, metrics, global_step, logs)
         done = global_step == max_train_steps
-        if interrupted or global_step % args.checkpointing_steps == 0:
+        if stop_requested or global_step % args.checkpointing_steps == 0:
             checkpoint = save_checkpoint(accelerator, args.output_dir, global_step, run, args.checkpoints_total_limit)
-        if interrupted and not done:
-            transformer = draw = None  # see below
+        if stop_requested and not done:
+            transformer = None  # see the end of `main`
             stop_interrupted(accelerator, global_step, checkpoint, signals)
         if args.validation_prompt and global_step % validation_steps == 0 and not done:
-            draw(prompt=args.validation_prompt, step=global_step)
-        loss_sum, started = 0.0, time.perf_counter()
+            log_validation(
+                accelerator,
+                transformer,
+                vae,
+                noise_scheduler,
+                prompt_encoder,
+                dataset,
+                args,
+                args.validation_prompt,
+                global_step,
+            )
+        loss_sum = 0.0
+        started = time.perf_counter()
     progress_bar.close()
 
     # 8. Save and final validation
     save_dtype = torch.float32 if args.upcast_before_saving else weight_dtype
-    for name, file in files.items():
+    for name, file in adapter_files.items():
         metadata = adapter_metadata(args, specs, name)
         save_lora(
-            args.output_dir, FluxPipeline, modules, save_dtype, adapter_name=name, weight_name=file, metadata=metadata
+            args.output_dir,
+            FluxPipeline,
+            adapted_models,
+            save_dtype,
+            adapter_name=name,
+            weight_name=file,
+            metadata=metadata,
         )
-    shown_prompt = final_prompt or (examples[0].caption if examples else "a picture")
-    command = drawing_command(args, specs, shown_prompt)
     if accelerator.is_main_process:
         metrics.close()
         plot_metrics(args.output_dir)
     if final_prompt:
-        draw(prompt=final_prompt, step=global_step)
+        log_validation(
+            accelerator, transformer, vae, noise_scheduler, prompt_encoder, dataset, args, final_prompt, global_step
+        )
+    example_prompt = final_prompt or examples[0].caption
     if accelerator.is_main_process:
-        describe(args, command)
-    transformer = draw = None  # what DistributedDataParallel frees after the process group can hang in gloo
+        save_model_card(args, generate_command(args, specs, example_prompt))
+    transformer = None  # what FSDP holds must be freed before the process group: gloo can hang
     accelerator.free_memory()
     accelerator.end_training()
-    results = {f"{name} LoRA": file for name, file in files.items()}
-    results |= {"usage": "README.md", "loss": "loss.png", "pictures": "validation"}
-    shown = " ".join(shlex.quote(str(path)) for path in args.validation_image or ["IMAGE"])
-    command = command.replace('"$IMAGE"', shown).replace('"$MASK"', "MASK")
+    results = {f"{name} LoRA": file for name, file in adapter_files.items()}
+    results |= {"usage": "README.md", "loss": "loss.png", "images": "validation"}
+    images = " ".join(shlex.quote(str(path)) for path in args.validation_image or ["IMAGE"])
+    command = generate_command(args, specs, example_prompt, image=images, mask="MASK")
     finish(accelerator, args, global_step, results, command, hub_repo, ["depth/**"])
 
 

@@ -47,7 +47,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
 from common.arguments import (
@@ -55,10 +54,15 @@ from common.arguments import (
     TRACKERS,
     Parser,
     Switch,
+    comma_list,
+    decay_rate,
+    exit_if_unreadable,
     fail,
-    names_in,
-    number,
-    reading,
+    fraction,
+    in_range,
+    non_negative_float,
+    positive_float,
+    positive_int,
 )
 from common.checkpoints import (
     catch_signals,
@@ -77,14 +81,16 @@ from common.checkpoints import (
 )
 from common.data import (
     INTERPOLATION,
+    Example,
     StepSampler,
-    check_pictures,
-    open_dataset,
-    picture_files,
+    all_images,
+    check_captions,
+    file_example,
+    fit,
     read_batches,
-    read_row,
-    read_text_file,
-    upright,
+    read_dataset,
+    read_folder,
+    read_sizes,
 )
 from common.flow_matching import step_generator
 from common.latents import (
@@ -109,11 +115,11 @@ from common.models import (
     QUANTIZATIONS,
     check_weights,
     compile_blocks,
+    full_tensor,
     load_model,
     quantize_base,
     reshard,
     shard,
-    whole,
 )
 from common.text_encoders import load_text_pipeline
 from common.tracking import (
@@ -154,7 +160,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import free_memory, offload_models
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import save_torch_state_dict
-from PIL import Image, ImageOps
+from PIL import Image
 from safetensors import safe_open
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
@@ -165,6 +171,13 @@ from transformers.utils import logging as transformers_logging
 
 Conditions = dict[str, torch.Tensor]  # a prompt's embeddings by the names of the transformer's arguments
 Predict = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Conditions], torch.Tensor]  # F of (x_t, t, t', cond)
+
+DESCRIPTION = (
+    "Distils a text-to-image model into one that generates in 1, 2, 4 or N steps: TwinFlow (arXiv 2512.05150)."
+)
+EXAMPLE = """example:
+    accelerate launch train_twinflow.py @examples/twinflow/low_memory.args \\
+      --train_data_dir=photos --output_dir=flux-twinflow"""
 
 TRAINING = ("full", "lora")
 KINDS = ("e2e", "mul", "any", "adv", "one")  # of the samples of a batch, in their order, see `sample_times`
@@ -209,7 +222,7 @@ def probabilities(text: str) -> dict[str, float]:
         kind = kind.strip()
         if kind not in probs:
             raise argparse.ArgumentTypeError(f"{kind!r} is none of {', '.join(KINDS)}; such as e2e=1,adv=0.5")
-        probs[kind] = number(float, 0)(share)
+        probs[kind] = non_negative_float(share)
     if not any(probs.values()):
         raise argparse.ArgumentTypeError(f"{text} leaves no share above 0")
     return probs
@@ -224,109 +237,206 @@ def sampler_name(text: str) -> str:
 
 
 def parse_args(argv=None):
-    parser = Parser(__doc__)
-    count, size = number(int, 1), number(int, 16, 8192)
-    positive, not_negative = number(float, 0, above=True), number(float, 0)
-    share, decay = number(float, 0, 1), number(float, 0, 0.9999999)
+    parser = Parser(description=DESCRIPTION, epilog=EXAMPLE)
 
     arg = parser.add_argument_group("model", "which model is trained, in which precision").add_argument
     arg("--pretrained_model_name_or_path", required=True, metavar="MODEL", help="folder or hub id of a pipeline")
     arg("--model_type", choices=tuple(BACKBONES), default="flux", help="family of that pipeline")
-    arg("--training", choices=TRAINING, default="full", help="all weights, or an adapter; recipes lora-* set lora")
+    arg(
+        "--training",
+        choices=TRAINING,
+        default="full",
+        help="train all weights, or an adapter; recipes lora-* set lora",
+    )
     arg("--openuni_checkpoint", type=Path, metavar="FILE", help="openuni: its .pth file; MODEL is its Sana pipeline")
     arg("--openuni_llm", metavar="MODEL", help="openuni: its InternVL3, such as OpenGVLab/InternVL3-2B-hf")
     arg("--revision", help="revision of the model on the hub")
     arg("--variant", help="variant of the model's files, such as fp16")
     arg("--cache_dir", help="where downloaded models and datasets are stored")
-    arg("--max_sequence_length", type=number(int, 1, 512), default=512, help="tokens per prompt; schnell: up to 256")
-    arg("--mixed_precision", choices=("no", "fp16", "bf16"), help="of forward passes and of frozen weights")
+    arg(
+        "--max_sequence_length",
+        type=in_range(int, 1, 512),
+        default=512,
+        help="tokens per prompt; FLUX.1-schnell takes 256 at most",
+    )
+    arg("--mixed_precision", choices=("no", "fp16", "bf16"), help="precision of forward passes and frozen weights")
     arg("--allow_tf32", action="store_true", help="faster, less exact float32 matmuls on Ampere and later GPUs")
-    arg("--gradient_checkpointing", action="store_true", help="about half the memory, a third more time per step")
-    arg("--quantize_base", choices=QUANTIZATIONS, default="none", help="store frozen blocks in 4 or 8 bits (lora)")
+    arg(
+        "--gradient_checkpointing",
+        action="store_true",
+        help="recompute activations: about half the memory, a third more time",
+    )
+    arg(
+        "--quantize_base",
+        choices=QUANTIZATIONS,
+        default="none",
+        help="lora: quantize the frozen blocks to 4 or 8 bits",
+    )
     arg("--compile", action="store_true", help="compile the transformer blocks: minutes at first, then faster steps")
     arg("--offload", action="store_true", help="keep frozen models in CPU memory until they are used")
     arg("--fsdp", action="store_true", help="shard weights and optimizer over the processes (FSDP2)")
 
     arg = parser.add_argument_group("data", "images with captions, or prompts alone").add_argument
-    arg("--train_data_dir", type=Path, help="folder of images with .txt files, a caption a line; or of parquet files")
+    arg("--train_data_dir", type=Path, help="folder of images with .txt captions, one per line, or of parquet files")
     arg("--dataset_name", help="dataset on the hub, or a folder or file that `datasets` loads")
     arg("--dataset_config_name", help="configuration of that dataset")
     arg("--image_column", default="image", help="dataset column of the images")
     arg("--caption_column", help="dataset column of the captions (default: text)")
     arg("--reference_column", help="qwenimage-edit: dataset column of the images to edit")
     arg("--reference_data_dir", type=Path, help="qwenimage-edit: folder of the images to edit, same file names")
-    arg("--prompts_file", type=Path, help="image_free: text file with one prompt per line")
-    arg("--resolution", type=size, default=512, help="images are resized and cropped to this side, in pixels")
+    arg("--prompts_file", type=Path, help="--image_free: text file with one prompt per line")
+    arg(
+        "--resolution",
+        type=in_range(int, 16, 8192),
+        default=512,
+        help="images are resized and cropped to this side, in pixels",
+    )
     arg("--center_crop", action="store_true", help="crop the center; default: a random crop, fixed for each image")
     arg("--random_flip", action="store_true", help="mirror half of the images; not for faces, text or logos")
-    arg("--image_interpolation_mode", choices=INTERPOLATION, default="lanczos", help="how images are resized")
-    arg("--train_batch_size", type=count, default=4, help="samples per device and micro-step; 4 or more")
-    arg("--dataloader_num_workers", type=number(int, 0), default=0, help="processes that read images; 0: none extra")
+    arg("--image_interpolation_mode", choices=INTERPOLATION, default="lanczos", help="resampling filter")
+    arg("--train_batch_size", type=positive_int, default=4, help="samples per device and micro-step; 4 or more")
+    arg("--dataloader_num_workers", type=in_range(int, 0), default=0, help="processes that read images; 0: none extra")
     arg("--cache_latents", action="store_true", help="encode images once, before training: saves time and memory")
 
     arg = parser.add_argument_group("twinflow", "the method; --recipe sets these, flags you type win").add_argument
-    arg("--recipe", choices=tuple(RECIPES), default="twinflow", help="preset of the flags of this group")
-    arg("--probs", type=probabilities, default=TWINFLOW["probs"], help="shares of a batch: " + ", ".join(KINDS))
-    arg("--consistc_ratio", type=share, default=1.0, help="largest (t - t') / t; rectification needs 1")
-    arg("--estimate_order", type=number(int, 0, 8), default=2, help="steps of the RCGM target; 0: flow matching")
-    arg("--enhanced_ratio", type=not_negative, default=0.8, help="strength ω of the guidance in the target; 0: none")
-    arg("--enhanced_range", type=share, nargs=2, default=(0.0, 1.0), metavar=("FROM", "TO"), help="times t with it")
+    arg("--recipe", choices=tuple(RECIPES), default="twinflow", help="preset of flags of this group and of lora")
     arg(
-        "--ema_decay_rate", type=share, default=0.99, help="teacher: EMA of the model; 0: the model; 1: the frozen one"
+        "--probs",
+        type=probabilities,
+        default=TWINFLOW["probs"],
+        help="shares of the sample kinds in a batch: " + ", ".join(KINDS),
+    )
+    arg(
+        "--consistc_ratio",
+        type=fraction,
+        default=1.0,
+        help="largest (t - t') / t of any samples; rectification needs 1",
+    )
+    arg("--estimate_order", type=in_range(int, 0, 8), default=2, help="steps of the RCGM target; 0: flow matching")
+    arg(
+        "--enhanced_ratio",
+        type=non_negative_float,
+        default=0.8,
+        help="strength ω of the guidance in the target; 0: none",
+    )
+    arg(
+        "--enhanced_range",
+        type=fraction,
+        nargs=2,
+        default=(0.0, 1.0),
+        metavar=("FROM", "TO"),
+        help="times t whose target is guided",
+    )
+    arg(
+        "--ema_decay_rate",
+        type=fraction,
+        default=0.99,
+        help="of the teacher: 0 is the model itself, 1 the model before training, else a moving average",
     )
     arg("--loss_type", choices=("l2", "barron"), default="l2", help="squared error, or Barron's robust loss")
-    arg("--dist_match_cof", type=not_negative, default=1.0, help="weight of the rectification loss; 0: none")
+    arg("--dist_match_cof", type=non_negative_float, default=1.0, help="weight of the rectification loss; 0: none")
     arg("--image_free", action="store_true", help="train on the model's own samples of --prompts_file, no images")
     arg("--uncond_prompt", help="negative (unconditional) prompt of the guidance")
-    arg("--target_time_init", choices=("zero", "copy", "normal"), default="zero", help="init of the embedding of t'")
+    arg(
+        "--target_time_init",
+        choices=("zero", "copy", "normal"),
+        default="zero",
+        help="full: initialization of the target-time embedding",
+    )
 
     arg = parser.add_argument_group("lora", "the adapter").add_argument
-    arg("--rank", type=count, default=4, help="rank of the adapter; 16 to 64 for detail")
-    arg("--lora_alpha", type=positive, default=4, help="LoRA scale is lora_alpha / rank")
-    arg("--lora_dropout", type=number(float, 0, 0.99), default=0.0, help="dropout of the adapter's inputs")
-    arg("--lora_layers", "--lora_blocks", help="layers with an adapter, such as attn.to_k,ff.net.2 (default: usual)")
+    arg("--rank", type=positive_int, default=4, help="rank of the adapter; 16 to 64 for detail")
+    arg("--lora_alpha", type=positive_float, default=4, help="LoRA scale is lora_alpha / rank")
+    arg("--lora_dropout", type=in_range(float, 0, 0.99), default=0.0, help="dropout of the adapter's inputs")
+    arg(
+        "--lora_layers",
+        "--lora_blocks",
+        help="layers with an adapter, such as attn.to_k,ff.net.2 (default: by model type)",
+    )
 
     arg = parser.add_argument_group("noise", "which noise levels are trained").add_argument
-    arg("--guidance_scale", type=not_negative, default=3.5, help="value for the guidance embedding (FLUX.1-dev)")
-    arg("--time_dist_ctrl", type=positive, nargs=3, default=(1.0, 1.0, 1.0), help="a, b, c: times are c Beta(a, b)")
+    arg("--guidance_scale", type=non_negative_float, default=3.5, help="value for the guidance embedding (FLUX.1-dev)")
+    arg(
+        "--time_dist_ctrl",
+        type=positive_float,
+        nargs=3,
+        default=(1.0, 1.0, 1.0),
+        help="a b c: times t are c Beta(a, b)",
+    )
 
     arg = parser.add_argument_group("optimizer", "how the trained weights are updated").add_argument
-    arg("--optimizer", type=str.lower, choices=("adamw", "prodigy"), default="AdamW", help="prodigy wants rate 1")
-    arg("--learning_rate", type=positive, default=1e-4, help="lower it if the loss jumps; 1 for prodigy")
-    arg("--scale_lr", action="store_true", help="multiply it by batch size, accumulation steps and devices")
+    arg(
+        "--optimizer",
+        type=str.lower,
+        choices=("adamw", "prodigy"),
+        default="AdamW",
+        help="AdamW, or Prodigy, which estimates the learning rate",
+    )
+    arg("--learning_rate", type=positive_float, default=1e-4, help="learning rate; 1 for prodigy")
+    arg(
+        "--scale_lr",
+        action="store_true",
+        help="multiply the learning rate by batch size, accumulation steps and devices",
+    )
     arg("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="learning rate schedule")
-    arg("--lr_warmup_steps", type=number(int, 0), default=500, help="linear warmup steps; none for constant")
-    arg("--lr_num_cycles", type=count, default=1, help="cycles of cosine_with_restarts")
-    arg("--lr_power", type=positive, default=1.0, help="power of polynomial; 1: linear")
+    arg("--lr_warmup_steps", type=in_range(int, 0), default=500, help="linear warmup steps; constant has none")
+    arg("--lr_num_cycles", type=positive_int, default=1, help="cycles of cosine_with_restarts")
+    arg("--lr_power", type=positive_float, default=1.0, help="power of the polynomial schedule")
     arg("--use_8bit_adam", action="store_true", help="AdamW with 8-bit states (bitsandbytes), to save memory")
-    arg("--adam_beta1", type=decay, default=0.9, help="decay of the gradient's mean; Prodigy uses it too")
-    arg("--adam_beta2", type=decay, default=0.99, help="decay of the squared gradient's mean; Prodigy uses it too")
-    arg("--adam_weight_decay", type=not_negative, default=0.0, help="weight decay; Prodigy uses it too")
-    arg("--adam_epsilon", type=positive, default=1e-8, help="added to the denominator; Prodigy uses it too")
-    arg("--prodigy_beta3", type=decay, help="decay of Prodigy's estimate (default: square root of adam_beta2)")
+    arg("--adam_beta1", type=decay_rate, default=0.9, help="decay of the gradient's mean; Prodigy uses it too")
+    arg(
+        "--adam_beta2", type=decay_rate, default=0.99, help="decay of the squared gradient's mean; Prodigy uses it too"
+    )
+    arg("--adam_weight_decay", type=non_negative_float, default=0.0, help="weight decay; Prodigy uses it too")
+    arg("--adam_epsilon", type=positive_float, default=1e-8, help="added to the denominator; Prodigy uses it too")
+    arg("--prodigy_beta3", type=decay_rate, help="decay of Prodigy's estimate (default: square root of adam_beta2)")
     arg("--prodigy_decouple", action=Switch, default=True, help="decoupled weight decay, as in AdamW")
     arg("--prodigy_use_bias_correction", action=Switch, default=True, help="Adam's bias correction")
     arg("--prodigy_safeguard_warmup", action=Switch, default=True, help="keep warmup out of Prodigy's estimate")
-    arg("--max_grad_norm", type=positive, default=1.0, help="gradients are clipped to this norm")
-    arg("--gradient_accumulation_steps", type=count, default=1, help="micro-steps per update")
+    arg("--max_grad_norm", type=positive_float, default=1.0, help="gradients are clipped to this norm")
+    arg("--gradient_accumulation_steps", type=positive_int, default=1, help="micro-steps per update")
 
     arg = parser.add_argument_group("schedule and checkpoints", "how long, and what can be resumed").add_argument
-    arg("--seed", type=number(int, 0), default=0, help="for data order, crops, noise, adapter init and validation")
-    arg("--num_train_epochs", type=count, default=1, help="passes over the data, without --max_train_steps")
-    arg("--max_train_steps", type=count, help="updates of the weights (default: num_train_epochs)")
-    arg("--checkpointing_steps", type=count, default=500, help="steps between checkpoints to resume from")
-    arg("--checkpoints_total_limit", type=count, help="newest checkpoints to keep (default: all)")
+    arg(
+        "--seed",
+        type=in_range(int, 0),
+        default=0,
+        help="random seed for data order, crops, noise, adapter init and validation",
+    )
+    arg(
+        "--num_train_epochs",
+        type=positive_int,
+        default=1,
+        help="passes over the data, unless --max_train_steps is given",
+    )
+    arg("--max_train_steps", type=positive_int, help="number of updates; overrides --num_train_epochs")
+    arg("--checkpointing_steps", type=positive_int, default=500, help="steps between checkpoints to resume from")
+    arg("--checkpoints_total_limit", type=positive_int, help="newest checkpoints to keep (default: all)")
     arg("--resume_from_checkpoint", metavar="CHECKPOINT", help="a checkpoint-N folder, or latest (if there is one)")
     arg("--local_rank", type=int, default=-1, help="set by old launchers; LOCAL_RANK in the environment wins")
 
-    arg = parser.add_argument_group("validation", "images while training; training stays the same").add_argument
-    arg("--validation_prompt", help="prompt to generate, first before training and last after it")
-    arg("--validation_image", type=Path, help="qwenimage-edit: image to edit with it")
+    arg = parser.add_argument_group(
+        "validation", "images generated while training; they do not change it"
+    ).add_argument
+    arg("--validation_prompt", help="prompt to generate before, during and after training")
+    arg("--validation_image", type=Path, help="qwenimage-edit: image to edit with the prompt")
     samplers, name = ["few:1", "few:2", "any:4"], "STYLE:STEPS"
-    arg("--validation_samplers", type=sampler_name, nargs="+", default=samplers, metavar=name, help="few, any or mul")
-    arg("--num_validation_images", type=count, default=4, help="images per sampler")
-    arg("--validation_epochs", type=count, default=50, help="epochs between validations, without --validation_steps")
-    arg("--validation_steps", type=count, help="steps between validations (default: validation_epochs)")
+    arg(
+        "--validation_samplers",
+        type=sampler_name,
+        nargs="+",
+        default=samplers,
+        metavar=name,
+        help="sampling styles (few, any, mul) and steps",
+    )
+    arg("--num_validation_images", type=positive_int, default=4, help="images per sampler")
+    arg(
+        "--validation_epochs",
+        type=positive_int,
+        default=50,
+        help="epochs between validations, unless --validation_steps is given",
+    )
+    arg("--validation_steps", type=positive_int, help="steps between validations; overrides --validation_epochs")
 
     arg = parser.add_argument_group("output and logging", "where the results go").add_argument
     arg("--output_dir", type=Path, default=Path("twinflow"), help="folder of all results")
@@ -349,7 +459,7 @@ def chosen_defaults(argv: list[str] | None) -> dict:
 
     A first pass over the command line, so that --help of the second shows what a run would use.
     """
-    first = Parser(__doc__)
+    first = Parser()
     first.add_argument("--model_type", choices=tuple(BACKBONES), default="flux")
     first.add_argument("--recipe", choices=tuple(RECIPES), default="twinflow")
     first.add_argument("--training", choices=TRAINING)
@@ -523,7 +633,7 @@ def check_model(args) -> list[str]:
 
 def lora_targets(args) -> list[str]:
     """The linear layers that get an adapter."""
-    return names_in(args.lora_layers) or list(BACKBONES[args.model_type].targets)
+    return comma_list(args.lora_layers) or list(BACKBONES[args.model_type].targets)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -562,9 +672,6 @@ class Backbone:
     def load_prompt_encoder(self, dtype: torch.dtype, device: torch.device, **components):
         """The pipeline without transformer and VAE, frozen; `encode_prompt` takes it."""
         pipeline = load_text_pipeline(self.pipeline_class, self.args, dtype, **components)
-        for component in pipeline.components.values():
-            if isinstance(component, torch.nn.Module):
-                component.requires_grad_(False).eval()  # T5 has dropout
         if self.args.offload:
             pipeline.enable_group_offload(device, offload_type="leaf_level")
             return pipeline
@@ -706,7 +813,7 @@ class OpenUni(Sana):
         from transformers.models.siglip.modeling_siglip import SiglipEncoder
 
         source = self.args.openuni_llm
-        with reading(f"--openuni_llm {source}"):
+        with exit_if_unreadable(f"--openuni_llm {source}"):
             internvl = InternVLForConditionalGeneration.from_pretrained(
                 source, cache_dir=self.args.cache_dir, dtype=dtype, use_safetensors=True
             )
@@ -917,7 +1024,7 @@ def save_model(accelerator, folder: Path, model: torch.nn.Module, model_class: t
     """
     state_dict = {}
     for name, value in model.state_dict(keep_vars=True).items():
-        value = whole(value)  # gathers a sharded weight, on all processes
+        value = full_tensor(value)  # gathers a sharded weight, on all processes
         if accelerator.is_main_process:
             state_dict[name] = value.to("cpu", dtype, copy=True)
     if accelerator.is_main_process:
@@ -1393,192 +1500,189 @@ def sampling_loop(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class PromptExample:
-    """A picture and its captions; `read` and `read_reference` open the picture and the one it was edited from.
-
-    `stamp` changes when the files do: what was encoded of others is then not used.
-    """
-
-    name: str
-    captions: list[str]
-    read: Callable[[], Image.Image] | None = None
-    read_reference: Callable[[], Image.Image] | None = None
-    stamp: str = ""
-
-
-def read_prompts(path):
-    """Examples of --prompts_file."""
-    if not path.is_file():
-        return [], [f"--prompts_file {path}: no such file"]
-    try:
-        lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]
-    except (OSError, ValueError):
-        return [], [f"--prompts_file {path}: not UTF-8 text"]
-    return [PromptExample(f"{path}:{i + 1}", [line]) for i, line in enumerate(lines) if line], []
-
-
 def has_parquet(folder: Path | None) -> bool:
     """Whether a folder holds parquet files instead of images."""
     return folder is not None and any(folder.glob("*.parquet"))
 
 
-def read_captioned_folder(args):
-    """Examples of --train_data_dir, with captions from the .txt file beside each picture."""
-    folder, examples = args.train_data_dir, []
-    paths, problems = picture_files(folder)
-    for path in paths:
-        text_file, read_reference, files = path.with_suffix(".txt"), None, [path]
-        if not path.is_file():
-            problems.append(f"{path}: not a readable picture (no file)")
-            continue
-        text = read_text_file(text_file, problems)
-        if text is None and text_file.exists():
-            continue
-        if args.reference_data_dir:
-            reference = args.reference_data_dir / path.name
-            read_reference = functools.partial(Image.open, reference)
-            if not reference.is_file():
-                problems.append(f"--reference_data_dir: no {reference} for {path}")
-                continue
-            files.append(reference)
-        stamp = " ".join(f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)
-        captions = [line.strip() for line in (text or "").splitlines() if line.strip()]
-        examples.append(PromptExample(str(path), captions, functools.partial(Image.open, path), read_reference, stamp))
-    return examples, problems
-
-
-def read_captioned_dataset(args):
-    """Examples of --dataset_name, or of the parquet files in --train_data_dir."""
-    flag = f"--dataset_name {args.dataset_name}" if args.dataset_name else f"--train_data_dir {args.train_data_dir}"
-    if args.train_data_dir and not args.train_data_dir.is_dir():
-        return [], [f"{flag}: no such folder"]
-    caption_column = args.caption_column or "text"
-
-    def columns(names):
-        bytes_alone = args.image_column not in names and "image_bytes" in names
-        pictures = ["image_bytes" if bytes_alone else args.image_column, args.reference_column]
-        return [name for name in pictures if name], [caption_column]
-
-    source = {}
-    if not args.dataset_name:
-        source = {"source": "parquet", "data_files": sorted(map(str, args.train_data_dir.glob("*.parquet")))}
-    dataset, problems = open_dataset(args, columns, flag=flag, **source)
-    if problems:
-        return [], problems
-    pictures, _ = columns(dataset.column_names)
+def read_prompts(path: Path) -> tuple[list[Example], list[str]]:
+    """(examples without images, problems) of a text file with one prompt per line."""
+    if not path.is_file():
+        return [], [f"--prompts_file {path}: no such file"]
+    try:
+        lines = path.read_text("utf-8-sig").splitlines()
+    except (OSError, ValueError):
+        return [], [f"--prompts_file {path}: not UTF-8 text"]
     examples = []
-    for row, caption in enumerate(dataset[caption_column]):
-        readers = [functools.partial(read_row, dataset, row, column) for column in pictures]
-        name = f"{args.dataset_name or args.train_data_dir}[{row}]"
-        captions = caption if isinstance(caption, list) else [caption]
-        examples.append(PromptExample(name, captions, *readers, stamp=f"{dataset._fingerprint} {row}"))
-    return examples, []
+    for i, line in enumerate(lines, start=1):
+        prompt = line.strip()
+        if prompt:
+            examples.append(Example(f"{path}:{i}", caption=prompt))
+    return examples, [] if examples else [f"--prompts_file {path}: no prompts in it"]
 
 
-def find_examples(args):
-    """The training pictures with their captions, and what is wrong with them: (examples, problems)."""
+def read_examples(args) -> tuple[list[Example], list[str]]:
+    """(examples, problems) of the flags that say what is trained on; the image to edit is images["reference"]."""
     if args.image_free:
-        examples, problems = read_prompts(args.prompts_file)
-    elif args.train_data_dir and args.train_data_dir.is_dir() and not has_parquet(args.train_data_dir):
-        examples, problems = read_captioned_folder(args)
-    else:
-        examples, problems = read_captioned_dataset(args)
-    if not examples and not problems:
-        source = args.train_data_dir or args.dataset_name or args.prompts_file
-        problems.append(f"{source}: no {'prompts' if args.image_free else 'pictures'} in it")
+        return read_prompts(args.prompts_file)
+    folder = args.train_data_dir
+    if folder and not has_parquet(folder):
+        return read_folder(
+            folder,
+            flag="--train_data_dir",
+            caption_per_line=True,
+            use_metadata=False,
+            partner_dirs={"reference": args.reference_data_dir},
+            partner_match="name",
+        )
+    image_columns = {"image": (args.image_column, "image_bytes")}
+    if args.reference_column:
+        image_columns["reference"] = args.reference_column
+    caption_column = args.caption_column or "text"
+    if folder:
+        return read_dataset(
+            "parquet",
+            source=f"--train_data_dir {folder}",
+            name=str(folder),
+            image_columns=image_columns,
+            caption_column=caption_column,
+            data_files=sorted(map(str, folder.glob("*.parquet"))),
+            cache_dir=args.cache_dir,
+        )
+    return read_dataset(
+        args.dataset_name,
+        source=f"--dataset_name {args.dataset_name}",
+        image_columns=image_columns,
+        caption_column=caption_column,
+        config_name=args.dataset_config_name,
+        cache_dir=args.cache_dir,
+    )
 
-    def look(example):
-        for read in (example.read, example.read_reference):
-            if read:
-                upright(read())
 
-    problems += check_pictures(examples, look)
-    for example in examples:
-        wrong = [caption for caption in example.captions if not isinstance(caption, str) or not caption.strip()]
-        if wrong or not example.captions:
-            problems.append(f"{example.name}: its caption must be text and not empty, not {(wrong or [None])[0]!r}")
-    return examples, problems
+def check_examples(examples: list[Example], args) -> list[str]:
+    """Problems of images that cannot be read, and of captions."""
+    problems = []
+    if not args.image_free:
+        _, problems = read_sizes(all_images(examples))  # which decodes them
+    return problems + check_captions(examples, several=True, remedy="write it in a .txt file beside the image")
 
 
-def encoding_flags(args):
-    """All flags that decide what becomes of a prompt or a picture."""
-    names = ("pretrained_model_name_or_path", "model_type", "revision", "variant", "max_sequence_length", "seed")
-    names += ("resolution", "center_crop", "image_interpolation_mode", "mixed_precision", "openuni_checkpoint")
-    names += ("train_data_dir", "dataset_name", "dataset_config_name", "reference_data_dir", "openuni_llm")
-    return [str(getattr(args, name)) for name in names]
+def encoder_settings(args) -> list[str]:
+    """What the tensors of a prompt or an image depend on, beside the prompt or the image itself."""
+    return [
+        str(value)
+        for value in (
+            args.pretrained_model_name_or_path,
+            args.model_type,
+            args.revision,
+            args.variant,
+            args.openuni_checkpoint,
+            args.openuni_llm,
+            args.mixed_precision,
+            args.max_sequence_length,
+            args.seed,  # of random crops
+            args.resolution,
+            args.center_crop,
+            args.image_interpolation_mode,
+            args.train_data_dir,
+            args.dataset_name,
+            args.dataset_config_name,
+            args.reference_data_dir,
+        )
+    ]
+
+
+def prompt_key(prompt: str, reference: Example | None) -> tuple:
+    """The cache's key for a prompt; the prompt encoder of an edit sees the image to edit, too."""
+    if reference is None:
+        return ("prompt", prompt)
+    return ("prompt", prompt, reference.name, reference.stamp)
+
+
+def image_key(example: Example, index: int, flipped: bool) -> tuple:
+    """The cache's key for the latents of an image, whose random crop depends on its index."""
+    return ("image", index, flipped, example.stamp)
 
 
 class TwinFlowDataset(Dataset):
-    """Samples by (epoch, index): the conditions of a caption and of the unconditional prompt, {name: tensor}, and
-    what a picture is: its latents if cached, else its pixels; the same of the picture it was edited from.
+    """Samples by (epoch, index): {"cond": conditions, "uncond": conditions, ...} of a caption and of --uncond_prompt.
 
-    Where a picture is cropped depends on (seed, index), whether it is mirrored and which of its captions is taken on
-    (seed, epoch, index): neither workers, nor the cache, nor an interruption change what is drawn.
+    Beside them "latents" [C, h, w] if they are cached, else "pixel_values" [3, H, W]; for edits "reference" or
+    "reference_values" of the image to edit; nothing for image_free.
+
+    The crop of an image depends on (seed, index); flip and choice of a caption on (seed, epoch, index), in this order
+    of random draws. Workers, caches and interruptions therefore change no sample.
     """
 
-    def __init__(self, examples, encoded, args):
-        self.examples, self.encoded, self.args = examples, encoded, args
-        # every batch is full, for each holds all kinds of samples: the first pictures come twice in an epoch
-        self.length = -(-len(examples) // args.train_batch_size) * args.train_batch_size
-
-    def picture_keys(self):
-        """(index, flipped) of all that training can ask for."""
-        flips = (False, True) if self.args.random_flip else (False,)
-        return [(index, flipped) for index in range(len(self.examples)) for flipped in flips]
-
-    def pixel_values(self, key, reference=False):
-        """A picture, resized to cover the resolution, cropped and perhaps mirrored: [3, H, W] in [-1, 1]."""
-        (index, flipped), args = key, self.args
-        centering = (0.5, 0.5) if args.center_crop else np.random.default_rng((args.seed, index)).random(2)
-        example = self.examples[index]
-        image = upright((example.read_reference if reference else example.read)())
-        return to_pixels(image, args, tuple(centering), flipped)
-
-    def __getitem__(self, position):
-        (epoch, index), args = position, self.args
-        index %= len(self.examples)
-        rng, example = np.random.default_rng((args.seed, epoch, index)), self.examples[index]
-        caption = example.captions[rng.integers(len(example.captions))]
-        key = index, bool(args.random_flip and rng.random() < 0.5)
-        # the text encoder of an edit sees the picture too
-        about = (index, example.stamp) if example.read_reference else ()
-        prompts = {"cond": (caption, *about), "uncond": (args.uncond_prompt, *about)}
-        sample = {name: self.encoded.load("prompt", *prompt) for name, prompt in prompts.items()}
-        if args.cache_latents and not args.image_free:
-            sample |= self.encoded.load("picture", *key, example.stamp)
-        elif not args.image_free:
-            sample["pixel_values"] = self.pixel_values(key)
-            if example.read_reference:
-                sample["reference_values"] = self.pixel_values(key, reference=True)
-        return sample
+    def __init__(self, examples: list[Example], cache: TensorCache, args):
+        self.examples = examples
+        self.cache = cache
+        self.args = args
+        # every batch is full, as each holds all kinds of samples: the first images come twice in an epoch
+        num_batches = math.ceil(len(examples) / args.train_batch_size)
+        self.length = num_batches * args.train_batch_size
 
     def __len__(self):
         return self.length
 
+    def image_variants(self) -> list[tuple[int, bool]]:
+        """(index, flipped) of all that training can ask for."""
+        flips = (False, True) if self.args.random_flip else (False,)
+        return [(index, flipped) for index in range(len(self.examples)) for flipped in flips]
 
-def to_pixels(image, args, centering=(0.5, 0.5), flipped=False):
-    """A PIL image, resized to cover --resolution, cropped and perhaps mirrored: [3, H, W] in [-1, 1]."""
-    method = Image.Resampling[args.image_interpolation_mode.upper()]
-    image = ImageOps.fit(image, (args.resolution, args.resolution), method, centering=centering)
-    image = ImageOps.mirror(image) if flipped else image
-    return to_tensor(image)
+    def pixel_values(self, image: Example, index: int, flipped: bool) -> torch.Tensor:
+        """[3, H, W] in [-1, 1] of an example's image or its reference, which is cropped at the same place."""
+        centering = (0.5, 0.5)
+        if not self.args.center_crop:
+            centering = tuple(np.random.default_rng((self.args.seed, index)).random(2))
+        return to_pixels(image.image(), self.args, centering=centering, flipped=flipped)
+
+    def __getitem__(self, position: tuple[int, int]) -> dict:
+        epoch, index = position
+        index %= len(self.examples)
+        example = self.examples[index]
+        reference = example.images.get("reference")
+        rng = np.random.default_rng((self.args.seed, epoch, index))
+        caption = example.captions[rng.integers(len(example.captions))]
+        flipped = bool(self.args.random_flip and rng.random() < 0.5)
+        sample = {
+            "cond": self.cache.load(*prompt_key(caption, reference)),
+            "uncond": self.cache.load(*prompt_key(self.args.uncond_prompt, reference)),
+        }
+        if self.args.image_free:
+            return sample
+        if self.args.cache_latents:
+            sample |= self.cache.load(*image_key(example, index, flipped))
+            return sample
+        sample["pixel_values"] = self.pixel_values(example, index, flipped)
+        if reference is not None:
+            sample["reference_values"] = self.pixel_values(reference, index, flipped)
+        return sample
 
 
-def collate(examples):
-    """Tensors stacked; conditions {name: [B, ...]}, shorter texts padded with zeros, which their mask leaves out."""
-    batch = {name: torch.stack([e[name] for e in examples]) for name in examples[0] if name not in ("cond", "uncond")}
-    conditions = [example["cond"] for example in examples] + [example["uncond"] for example in examples]
-    stacked = stack_conditions(conditions)
-    batch["cond"], batch["uncond"] = (
-        {name: value.chunk(2)[half] for name, value in stacked.items()} for half in (0, 1)
-    )
-    return batch
+def to_pixels(image: Image.Image, args, *, centering=(0.5, 0.5), flipped: bool = False) -> torch.Tensor:
+    """[3, H, W] in [-1, 1] of an RGB image, resized to cover --resolution and cropped at `centering`."""
+    size = (args.resolution, args.resolution)
+    return to_tensor(fit(image, size, args.image_interpolation_mode, centering=centering, mirrored=flipped))
 
 
-def stack_conditions(conditions):
-    """{name: [B, ...]} of B conditions {name: [T, ...]}, padded with zeros to the longest."""
+def stack_conditions(conditions: list[Conditions]) -> Conditions:
+    """{name: [B, ...]} of B conditions {name: [T, ...]}, padded with zeros (masked) to the longest."""
     return {name: pad_sequence([c[name] for c in conditions], batch_first=True) for name in conditions[0]}
+
+
+def collate(samples: list[dict]) -> dict:
+    """A batch: tensors stacked, conditions {name: [B, ...]}, cond and uncond padded to one length."""
+    count = len(samples)
+    conditions = stack_conditions([sample["cond"] for sample in samples] + [sample["uncond"] for sample in samples])
+    batch = {
+        "cond": {name: value[:count] for name, value in conditions.items()},
+        "uncond": {name: value[count:] for name, value in conditions.items()},
+    }
+    for name in samples[0]:
+        if name not in batch:
+            batch[name] = torch.stack([sample[name] for sample in samples])
+    return batch
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1586,165 +1690,247 @@ def stack_conditions(conditions):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def encode_prompts(accelerator, backbone, dataset, encoded, args, dtype):
-    """Prompts, by the text encoders, which are gone afterwards, and not loaded where all is there already."""
-    text = functools.cache(functools.partial(backbone.load_prompt_encoder, dtype, accelerator.device))
-    prompts = []
-    for index, example in enumerate(dataset.examples):
-        about = (index, example.stamp) if example.read_reference else ()
-        prompts += [(prompt, *about) for prompt in (*example.captions, args.uncond_prompt)]
+def encode_prompts(accelerator, backbone: Backbone, dataset: TwinFlowDataset, cache: TensorCache, args, dtype) -> None:
+    """Fills the cache with the conditions of all prompts. Prompt encoders are loaded only if some are missing, and
+    freed afterwards."""
+    requests = {}  # {key of the cache: (prompt, example of the image to edit)}
+    for example in dataset.examples:
+        reference = example.images.get("reference")
+        for prompt in [*example.captions, args.uncond_prompt]:
+            requests[prompt_key(prompt, reference)] = (prompt, reference)
     if args.validation_prompt:
-        prompts.append((args.validation_prompt, *([str(args.validation_image)] if args.validation_image else [])))
+        reference = file_example(args.validation_image) if args.validation_image else None
+        requests[prompt_key(args.validation_prompt, reference)] = (args.validation_prompt, reference)
+
+    @functools.cache
+    def load_prompt_encoder():
+        return backbone.load_prompt_encoder(dtype, accelerator.device)
 
     @torch.no_grad()
-    def encode(kind, prompt, picture=None, stamp=None):  # the index of an example and its stamp, or a file
-        if isinstance(picture, int):
-            picture = upright(dataset.examples[picture].read_reference())
-        elif picture:
-            picture = upright(Image.open(picture))
-        return backbone.encode_prompt(text(), prompt, picture)
+    def encode(*key):
+        prompt, reference = requests[key]
+        image = None if reference is None else reference.image()
+        return backbone.encode_prompt(load_prompt_encoder(), prompt, image)
 
-    items = [("prompt", *prompt) for prompt in dict.fromkeys(prompts)]
-    encoded.fill(accelerator, items, encode, "Encoding prompts")
+    cache.fill(accelerator, list(requests), encode, "Encoding prompts")
 
 
-def cache_latents(accelerator, vae, dataset, encoded):
-    """Latents of every picture, as training can ask for it."""
+def cache_latents(accelerator, vae, dataset: TwinFlowDataset, cache: TensorCache) -> None:
+    """Fills the cache with the latents of all images that training can ask for."""
+    requests = {}  # {key of the cache: (index, flipped)}
+    for index, flipped in dataset.image_variants():
+        requests[image_key(dataset.examples[index], index, flipped)] = (index, flipped)
 
     @torch.no_grad()
-    def encode(kind, index, flipped, stamp):
-        key = index, flipped
-        tensors = {"latents": encode_images(vae, dataset.pixel_values(key)[None])[0]}
-        if dataset.examples[index].read_reference:
-            tensors["reference"] = encode_images(vae, dataset.pixel_values(key, reference=True)[None])[0]
+    def encode(*key):
+        index, flipped = requests[key]
+        example = dataset.examples[index]
+        tensors = {"latents": encode_images(vae, dataset.pixel_values(example, index, flipped)[None])[0]}
+        if "reference" in example.images:
+            reference_values = dataset.pixel_values(example.images["reference"], index, flipped)
+            tensors["reference"] = encode_images(vae, reference_values[None])[0]
         return tensors
 
-    items = [("picture", *key, dataset.examples[key[0]].stamp) for key in dataset.picture_keys()]
-    encoded.fill(accelerator, items, encode, "Caching latents")
+    cache.fill(accelerator, list(requests), encode, "Caching latents")
 
 
-def prepare_batch(batch, backbone, vae, args, device, offload):
+def prepare_batch(
+    batch: dict, backbone: Backbone, vae, args, device: torch.device, offload_vae: bool
+) -> tuple[torch.Tensor, Conditions, Conditions]:
     """(latents [B, C, h, w], conditions, unconditional conditions) of a batch, on the device."""
-    if args.image_free:
+    reference = None
+    if args.image_free:  # only the shape of the latents counts, see `prepare_inputs`
         side = args.resolution // backbone.vae_scale_factor
         latents = torch.zeros(args.train_batch_size, backbone.latent_channels, side, side, device=device)
-    elif "latents" in batch:
-        latents, reference = batch["latents"].to(device), batch.get("reference")
+    elif args.cache_latents:
+        latents = batch["latents"].to(device)
+        reference = batch.get("reference")
     else:
-        with torch.no_grad(), offload_models(vae, device=device, offload=offload):
+        with torch.no_grad(), offload_models(vae, device=device, offload=offload_vae):
             latents = encode_images(vae, batch["pixel_values"])
-            reference = encode_images(vae, batch["reference_values"]) if "reference_values" in batch else None
-    conditions = []
-    for kind in ("cond", "uncond"):
-        values = {name: value.to(device) for name, value in batch[kind].items()}
-        if not args.image_free and reference is not None:
-            values["reference"] = reference.to(device)
-        conditions.append(values)
-    return latents, *conditions
+            if "reference_values" in batch:
+                reference = encode_images(vae, batch["reference_values"])
+    cond = {name: value.to(device) for name, value in batch["cond"].items()}
+    uncond = {name: value.to(device) for name, value in batch["uncond"].items()}
+    if reference is not None:
+        cond["reference"] = reference.to(device)
+        uncond["reference"] = cond["reference"]
+    return latents, cond, uncond
 
 
-def validate(accelerator, predict, teacher, transformer, backbone, vae, encoded, args, *, step):
-    """Draws the validation prompt and sends the pictures to validation/step-N.png and the trackers."""
-    device, count = accelerator.device, args.num_validation_images
+def log_validation(
+    accelerator,
+    predict: Predict,
+    transformer,
+    teacher,
+    backbone: Backbone,
+    vae,
+    cache: TensorCache,
+    args,
+    *,
+    step: int,
+) -> None:
+    """Generates the validation prompt and sends the images to validation/step-N.png and the trackers.
+
+    `teacher()` is a context in which `predict` computes with the weights that are validated.
+    """
+    device = accelerator.device
+    count = args.num_validation_images
     side = args.resolution // backbone.vae_scale_factor
-    about = [str(args.validation_image)] if args.validation_image else []
-    cond = stack_conditions([encoded.load("prompt", args.validation_prompt, *about)] * count)
-    images, captions = [], []
-    offloaded = offload_models(vae, device=device, offload=args.offload or args.cache_latents or args.image_free)
-    with undisturbed(transformer, device=device), teacher(), offloaded:
-        if args.validation_image:
-            reference = to_pixels(upright(Image.open(args.validation_image)), args)[None]
-            cond["reference"] = encode_images(vae, reference).expand(count, -1, -1, -1)
+    latent_shape = (backbone.latent_channels, side, side)
+    reference = file_example(args.validation_image) if args.validation_image else None
+    cond = stack_conditions([cache.load(*prompt_key(args.validation_prompt, reference))] * count)
+    offload_vae = args.offload or args.cache_latents or args.image_free
+    images = []
+    captions = []
+    with (
+        undisturbed(transformer, device=device),
+        teacher(),
+        offload_models(vae, device=device, offload=offload_vae),
+    ):
+        if reference is not None:
+            reference_values = to_pixels(reference.image(), args)[None]
+            cond["reference"] = encode_images(vae, reference_values).expand(count, -1, -1, -1)
         cond = {name: value.to(device) for name, value in cond.items()}
         for sampler in args.validation_samplers:
             style, steps = sampler.split(":")
             generators = [torch.Generator().manual_seed(args.seed + i) for i in range(count)]
-            shape = backbone.latent_channels, side, side
-            noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
-            latents = sampling_loop(predict, noise, cond, steps=int(steps), style=style, generators=generators)
+            noise = torch.stack([torch.randn(latent_shape, generator=generator) for generator in generators])
+            latents = sampling_loop(
+                predict, noise.to(device), cond, steps=int(steps), style=style, generators=generators
+            )
             images += [to_image(decode_images(vae, part)) for part in latents.split(1)]
             captions += [f"{sampler}, seed {args.seed + i}" for i in range(count)]
     save_images(accelerator, args, images, captions, prompt=args.validation_prompt, step=step, columns=count)
 
 
-def drawing_command(args, prompt):
-    """The command in examples/ that draws `prompt` with the result."""
-    folder = shlex.quote(str(args.output_dir.resolve()))
-    image = " --image picture.png" if args.model_type == "qwenimage-edit" else ""
-    return f"twinflow/generate.py {folder} --prompt {shlex.quote(prompt)}{image} --steps 2"
+MODEL_CARD = """
+# {name}
 
-
-def describe(args, command):
-    """README.md in the output folder: what was trained on what, and the command that draws with it."""
-    folder = args.output_dir.resolve()
-    kind = f"LoRA of rank {args.rank} and alpha {args.lora_alpha:g}" if args.training == "lora" else "all weights"
-    description = f"""
-# {folder.name}
-
-For {args.pretrained_model_name_or_path} ({args.model_type}): {kind}, by TwinFlow, recipe {args.recipe}. It draws in 1,
-2, 4 or more steps, without guidance. From the folder of the trainer:
+{trained} of {model} ({model_type}), trained with TwinFlow (recipe {recipe}). It generates in 1, 2, 4 or more steps,
+without guidance. From the folder of the trainer:
 
 ```bash
 python examples/{command}
 ```
 """
+
+
+def save_model_card(args, command: str) -> None:
+    """Writes README.md into the output folder: what was trained, and the command that generates images with it."""
+    trained = "All weights"
+    if args.training == "lora":
+        trained = f"A LoRA of rank {args.rank} and alpha {args.lora_alpha:g}"
+    description = MODEL_CARD.format(
+        name=args.output_dir.resolve().name,
+        trained=trained,
+        model=args.pretrained_model_name_or_path,
+        model_type=args.model_type,
+        recipe=args.recipe,
+        command=command,
+    )
     tags = ["text-to-image", "twinflow", args.training, "diffusers"]
     write_model_card(args, description, tags, args.pretrained_model_name_or_path)
 
 
-def about_run(args, dataset):
-    """What of the data and the recipe is told before training."""
-    kinds = ", ".join(f"{count} {kind}" for kind, count in partition(args.train_batch_size, args.probs).items())
-    teachers = {0: "the model itself", 1: "the model before training"}
-    teacher = teachers.get(args.ema_decay_rate, f"moving average, decay {args.ema_decay_rate:g}")
-    what = "prompts" if args.image_free else "pictures"
+def generate_command(args, prompt: str) -> str:
+    """The command, below examples/, that generates an image of `prompt` with the result."""
+    folder = shlex.quote(str(args.output_dir.resolve()))
+    command = f"twinflow/generate.py {folder} --prompt {shlex.quote(prompt)}"
+    if args.model_type == "qwenimage-edit":
+        command += " --image image.png"
+    return f"{command} --steps 2"
+
+
+def describe_run(args, dataset: TwinFlowDataset) -> dict[str, str]:
+    """What the header says of the method and its data, {label: text}."""
+    counts = partition(args.train_batch_size, args.probs)
+    if args.ema_decay_rate == 0:
+        teacher = "the model itself"
+    elif args.ema_decay_rate == 1:
+        teacher = "the model before training"
+    else:
+        teacher = f"moving average, decay {args.ema_decay_rate:g}"
+    what = "prompts" if args.image_free else "images"
     return {
         "kind": f"{args.model_type}, {'all weights' if args.training == 'full' else 'LoRA'}",
         "recipe": f"{args.recipe}, order {args.estimate_order}, guidance {args.enhanced_ratio:g}",
-        "batch": kinds,
+        "batch": ", ".join(f"{count} {kind}" for kind, count in counts.items()),
         "teacher": teacher,
         "data": f"{len(dataset.examples)} {what} at {args.resolution} px",
     }
 
 
+def create_optimizer(args, params_to_optimize):
+    """The optimizer of --optimizer; `params_to_optimize` are groups, each with its learning rate and weight decay."""
+    betas = (args.adam_beta1, args.adam_beta2)
+    if args.optimizer == "prodigy":
+        from prodigyopt import Prodigy
+
+        return Prodigy(
+            params_to_optimize,
+            betas=betas,
+            beta3=args.prodigy_beta3,
+            eps=args.adam_epsilon,
+            decouple=args.prodigy_decouple,
+            use_bias_correction=args.prodigy_use_bias_correction,
+            safeguard_warmup=args.prodigy_safeguard_warmup,
+        )
+    if args.use_8bit_adam:
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(params_to_optimize, betas=betas, eps=args.adam_epsilon)
+    return torch.optim.AdamW(params_to_optimize, betas=betas, eps=args.adam_epsilon)
+
+
 def main(args):
     # 1. Accelerator, logging, seed
-    backbone = BACKBONES[args.model_type](args)
-    unused = DistributedDataParallelKwargs(find_unused_parameters=backbone.has_unused_parameters)
     if args.local_rank != -1:
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
-    for library_logging in (diffusers_logging, transformers_logging):
-        if args.verbose:
-            library_logging.set_verbosity_info()
-        else:
-            library_logging.disable_progress_bar()
+    if args.verbose:
+        diffusers_logging.set_verbosity_info()
+        transformers_logging.set_verbosity_info()
+    else:
+        diffusers_logging.disable_progress_bar()
+        transformers_logging.disable_progress_bar()
+
+    backbone = BACKBONES[args.model_type](args)
     accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),  # else torchrun's processes would not know of each other there
+        cpu=not torch.accelerator.is_available(),  # without it, processes started by torchrun on a CPU stay apart
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(args.output_dir, logging_dir=args.output_dir / args.logging_dir),
-        step_scheduler_with_optimizer=False,
-        kwargs_handlers=[unused],
+        step_scheduler_with_optimizer=False,  # the schedule counts updates, whatever the number of processes
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=backbone.has_unused_parameters)],
     )
-    dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16}
-    weight_dtype = dtypes.get(accelerator.mixed_precision, torch.float32)
-    device, quiet = accelerator.device, not accelerator.is_main_process
+    device = accelerator.device
+    weight_dtype = torch.float32  # of frozen models; what is trained stays in float32
+    if accelerator.mixed_precision == "fp16":
+        weight_dtype = torch.float16
+    elif accelerator.mixed_precision == "bf16":
+        weight_dtype = torch.bfloat16
     set_seed(args.seed)
 
     # 2. Data
-    examples, problems = find_examples(args)
-    encoded = TensorCache(args.output_dir / "encoded", encoding_flags(args))
-    dataset = TwinFlowDataset(examples, encoded, args)
-    num_processes, accumulation = accelerator.num_processes, args.gradient_accumulation_steps
-    total_batch_size = args.train_batch_size * accumulation * num_processes
-    processes = {"process_index": accelerator.process_index, "num_processes": num_processes}
-    sampler = StepSampler([0] * len(dataset), args.train_batch_size, seed=args.seed, **processes)
+    examples, problems = read_examples(args)
+    problems += check_examples(examples, args)
+    cache = TensorCache(args.output_dir / "encoded", encoder_settings(args))
+    dataset = TwinFlowDataset(examples, cache, args)
+    sampler = StepSampler(
+        [0] * len(dataset),  # one group: all images have one size
+        args.train_batch_size,
+        seed=args.seed,
+        process_index=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+    )
+    accumulation = args.gradient_accumulation_steps
+    total_batch_size = args.train_batch_size * accumulation * accelerator.num_processes
     steps_per_epoch = math.ceil(sampler.steps_per_epoch / accumulation)
     max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
     validation_steps = args.validation_steps or args.validation_epochs * steps_per_epoch
-    run = run_settings(args, len(examples), num_processes)
+    run = run_settings(args, len(examples), accelerator.num_processes)
     checkpoint = checkpoint_to_resume(args.output_dir, args.resume_from_checkpoint)
     problems += check_run(accelerator, args, max_train_steps, checkpoint, run)
     if problems:
@@ -1752,23 +1938,25 @@ def main(args):
     hub_repo = create_hub_repo(accelerator, args)
     args.output_dir.mkdir(parents=True, exist_ok=True)
 
-    # 3. Prompts and latents: text encoders and VAE are done before the transformer is loaded
-    encode_prompts(accelerator, backbone, dataset, encoded, args, weight_dtype)
+    # 3. Prompts and latents: encoded once; prompt encoders are freed before the transformer is loaded
+    encode_prompts(accelerator, backbone, dataset, cache, args, weight_dtype)
     free_memory()
-    offload = args.offload or args.cache_latents or args.image_free
-    vae = backbone.load_vae(weight_dtype).to("cpu" if offload else device)
+    offload_vae = args.offload or args.cache_latents or args.image_free
+    vae = backbone.load_vae(weight_dtype).to("cpu" if offload_vae else device)
     if args.cache_latents and not args.image_free:
-        with offload_models(vae, device=device, offload=offload):
-            cache_latents(accelerator, vae, dataset, encoded)
+        with offload_models(vae, device=device, offload=offload_vae):
+            cache_latents(accelerator, vae, dataset, cache)
 
-    # 4. Transformer, teacher
-    full = args.training == "full"
-    dtype = torch.float32 if full else weight_dtype  # of the weights; what is trained is always float32
+    # 4. Transformer: all weights and a second time embedding, or a LoRA
+    train_all = args.training == "full"
+    dtype = torch.float32 if train_all else weight_dtype  # of the transformer's own weights
     transformer = backbone.load_transformer(dtype)
     base_size = transformer.num_parameters()
-    quantize_base(transformer, dtype, args.quantize_base).to("cpu" if args.fsdp else device)
-    set_seed(args.seed)  # whatever was encoded, or found encoded, before
-    if full:
+    if args.quantize_base != "none":
+        quantize_base(transformer, dtype, args.quantize_base)
+    transformer.to("cpu" if args.fsdp else device)  # `shard` moves it block by block: it may not fit as a whole
+    set_seed(args.seed)  # the same initial weights, whether prompts and latents were encoded or found in the cache
+    if train_all:
         add_target_time(transformer, backbone.time_module, args.target_time_init)
         transformer.requires_grad_(True)
     else:
@@ -1788,27 +1976,15 @@ def main(args):
     params = {name: parameter for name, parameter in transformer.named_parameters() if parameter.requires_grad}
 
     # 5. Optimizer and schedule
-    learning_rate = args.learning_rate * total_batch_size if args.scale_lr else args.learning_rate
-    groups = [{"params": list(params.values()), "lr": learning_rate, "weight_decay": args.adam_weight_decay}]
-    betas = (args.adam_beta1, args.adam_beta2)
-    if args.optimizer == "prodigy":
-        from prodigyopt import Prodigy
-
-        optimizer = Prodigy(
-            groups,
-            betas=betas,
-            beta3=args.prodigy_beta3,
-            eps=args.adam_epsilon,
-            decouple=args.prodigy_decouple,
-            use_bias_correction=args.prodigy_use_bias_correction,
-            safeguard_warmup=args.prodigy_safeguard_warmup,
-        )
-    elif args.use_8bit_adam:
-        from bitsandbytes.optim import AdamW8bit
-
-        optimizer = AdamW8bit(groups, betas=betas, eps=args.adam_epsilon)
-    else:
-        optimizer = torch.optim.AdamW(groups, betas=betas, eps=args.adam_epsilon)
+    lr_scale = total_batch_size if args.scale_lr else 1
+    params_to_optimize = [
+        {
+            "params": list(params.values()),
+            "lr": args.learning_rate * lr_scale,
+            "weight_decay": args.adam_weight_decay,
+        }
+    ]
+    optimizer = create_optimizer(args, params_to_optimize)
     lr_scheduler = get_scheduler(
         args.lr_scheduler,
         optimizer,
@@ -1819,56 +1995,76 @@ def main(args):
     )
 
     # 6. Prepare and resume
-    bare = transformer
-    if args.fsdp:
+    unwrapped_transformer = transformer
+    if args.fsdp:  # `shard` has prepared the transformer
         lr_scheduler = accelerator.prepare(lr_scheduler)
     else:
         transformer, optimizer, lr_scheduler = accelerator.prepare(transformer, optimizer, lr_scheduler)
-    teacher = EMATeacher(params.values(), args.ema_decay_rate, functools.partial(reshard, bare))
-    pipeline_class = backbone.pipeline_class
+    teacher = EMATeacher(
+        params.values(), args.ema_decay_rate, on_swap=functools.partial(reshard, unwrapped_transformer)
+    )
     averages = dict(zip(params, teacher.tensors, strict=True)) if teacher.averages else {}
     if args.fsdp:
-        register_sharded_checkpointing(accelerator, bare, optimizer, averages)
-    elif full:
+        register_sharded_checkpointing(accelerator, unwrapped_transformer, optimizer, averages)
+    elif train_all:
         register_tensor_checkpointing(accelerator, {"model": params, "teacher": averages})
     else:
-        register_lora_checkpointing(accelerator, pipeline_class, {"transformer": bare}, optimizer)
+        adapted_models = {"transformer": unwrapped_transformer}
+        register_lora_checkpointing(accelerator, backbone.pipeline_class, adapted_models, optimizer)
         register_tensor_checkpointing(accelerator, {"teacher": averages})
     global_step = load_checkpoint(accelerator, checkpoint, lr_scheduler)
     teacher.restore_decay(global_step)
-    sampler.start, sampler.stop = global_step * accumulation, max_train_steps * accumulation
+    sampler.start = global_step * accumulation
+    sampler.stop = max_train_steps * accumulation
     train_dataloader = DataLoader(
         dataset, batch_sampler=sampler, collate_fn=collate, num_workers=args.dataloader_num_workers
     )
 
     # 7. Train
-    about = about_run(args, dataset)
-    print_header(accelerator, args, about, params.values(), base_size, max_train_steps, steps_per_epoch)
+    run_info = describe_run(args, dataset)
+    print_header(accelerator, args, run_info, params.values(), base_size, max_train_steps, steps_per_epoch)
     start_logging(accelerator, args, "twinflow", global_step)
+    metrics = None
+    if accelerator.is_main_process:
+        metrics = open_metrics(args.output_dir / "metrics.jsonl", global_step)
     predict = functools.partial(
         predict_velocity,
         transformer=transformer,
         backbone=backbone,
         dtype=dtype,
-        embeds_target_time=full,
+        embeds_target_time=train_all,
         autocast=accelerator.autocast,
     )
-    shown = teacher if 0 < args.ema_decay_rate < 1 else nullcontext  # whose pictures and weights are the result
-    draw = functools.partial(validate, accelerator, predict, shown, bare, backbone, vae, encoded, args)
+    result_weights = teacher if teacher.averages else nullcontext  # what is validated and saved
+    validate = functools.partial(
+        log_validation, accelerator, predict, unwrapped_transformer, result_weights, backbone, vae, cache, args
+    )
     if args.validation_prompt and global_step == 0:
-        draw(step=0)
-    signals = catch_signals()
-    metrics = open_metrics(args.output_dir / "metrics.jsonl", global_step) if accelerator.is_main_process else None
+        validate(step=0)
     transformer.train()
-    progress_bar = tqdm(total=max_train_steps, initial=global_step, desc="Training", unit="step", disable=quiet)
-    sums, skipped, started = {}, 0, time.perf_counter()
+    progress_bar = tqdm(
+        total=max_train_steps,
+        initial=global_step,
+        desc="Training",
+        unit="step",
+        disable=not accelerator.is_main_process,
+    )
+    signals = catch_signals()
+    sums = {}  # of the loss and its parts, since the last update
+    skipped_steps = 0  # in a row, because the loss was not finite
+    started = time.perf_counter()
+    # No loop over epochs: a run can resume at any micro-step. All that a micro-step draws at random (batch, crops,
+    # times, noise, dropout) depends on the seed and its number alone; the order of these draws is what exact resume
+    # relies on.
     for micro_step, batch in enumerate(read_batches(train_dataloader), start=sampler.start):
         with accelerator.accumulate(transformer):
-            generator = step_generator(args.seed, *divmod(micro_step, accumulation), accelerator.process_index)
-            torch.manual_seed(generator.initial_seed())
-            latents, cond, uncond = prepare_batch(batch, backbone, vae, args, device, offload)
-            loss, losses = compute_loss(
-                functools.partial(predict, seed=generator.initial_seed() if args.lora_dropout else None),
+            step, accumulated = divmod(micro_step, accumulation)
+            generator = step_generator(args.seed, step, accumulated, accelerator.process_index)
+            torch.manual_seed(generator.initial_seed())  # dropout uses the global generator
+            dropout_seed = generator.initial_seed() if args.lora_dropout else None  # one mask for all forward passes
+            latents, cond, uncond = prepare_batch(batch, backbone, vae, args, device, offload_vae)
+            loss, logged_losses = compute_loss(
+                functools.partial(predict, seed=dropout_seed),
                 teacher,
                 latents,
                 cond,
@@ -1877,14 +2073,17 @@ def main(args):
                 generator=generator,
             )
             accelerator.backward(loss)
-            for name, value in {"loss": loss.detach(), **losses}.items():
+            for name, value in {"loss": loss.detach(), **logged_losses}.items():
                 sums[name] = sums.get(name, 0.0) + value / accumulation
             if not accelerator.sync_gradients:
                 continue
+
             grad_norm = accelerator.clip_grad_norm_(params.values(), args.max_grad_norm)
-            totals = torch.stack([*sums.values(), torch.tensor(float(len(signals)), device=device)])
-            *means, interrupted = accelerator.reduce(totals, reduction="mean").tolist()
-            means = dict(zip(sums, means, strict=True))
+            # one message between the processes carries the losses and whether any of them got a signal
+            stop_requested = torch.tensor(float(len(signals)), device=device)
+            reduced = accelerator.reduce(torch.stack([*sums.values(), stop_requested]), reduction="mean")
+            *mean_losses, stop_requested = reduced.tolist()
+            means = dict(zip(sums, mean_losses, strict=True))
             # a gradient scaler (fp16) skips infinite gradients itself
             finite = math.isfinite(means["loss"]) and (accelerator.scaler is not None or math.isfinite(grad_norm))
             if finite or accelerator.scaler is not None:
@@ -1894,41 +2093,51 @@ def main(args):
             optimizer.zero_grad()
 
         global_step += 1
-        skipped = 0 if finite else count_skipped(skipped, global_step)
+        if finite:
+            skipped_steps = 0
+        else:
+            skipped_steps = count_skipped(skipped_steps, global_step)
         logs = {**means, **step_logs(optimizer, grad_norm, total_batch_size, started, device)}
         log_step(accelerator, progress_bar, metrics, global_step, logs)
         done = global_step == max_train_steps
-        if interrupted or global_step % args.checkpointing_steps == 0:
+        if stop_requested or global_step % args.checkpointing_steps == 0:
             checkpoint = save_checkpoint(accelerator, args.output_dir, global_step, run, args.checkpoints_total_limit)
-        if interrupted and not done:
-            transformer = predict = draw = None  # see below
+        if stop_requested and not done:
+            transformer = predict = validate = None  # see the end of `main`
             stop_interrupted(accelerator, global_step, checkpoint, signals)
         if args.validation_prompt and global_step % validation_steps == 0 and not done:
-            draw(step=global_step)
-        sums, started = {}, time.perf_counter()
+            validate(step=global_step)
+        sums = {}
+        started = time.perf_counter()
     progress_bar.close()
 
     # 8. Save and final validation
-    with shown():
-        save_dtype = torch.float32 if args.upcast_before_saving else weight_dtype
-        if full:
-            save_model(accelerator, args.output_dir / "transformer", bare, backbone.transformer_class, save_dtype)
+    save_dtype = torch.float32 if args.upcast_before_saving else weight_dtype
+    with result_weights():
+        if train_all:
+            folder = args.output_dir / "transformer"
+            save_model(accelerator, folder, unwrapped_transformer, backbone.transformer_class, save_dtype)
         else:
-            save_lora(args.output_dir, pipeline_class, {"transformer": bare}, save_dtype)
-    command = drawing_command(args, args.validation_prompt or examples[0].captions[0])
+            save_lora(args.output_dir, backbone.pipeline_class, {"transformer": unwrapped_transformer}, save_dtype)
     if accelerator.is_main_process:
         metrics.close()
         plot_metrics(args.output_dir)
     if args.validation_prompt:
-        draw(step=global_step)
+        validate(step=global_step)
+    command = generate_command(args, args.validation_prompt or examples[0].captions[0])
     if accelerator.is_main_process:
-        describe(args, command)
-    transformer = predict = draw = None  # what DistributedDataParallel frees after the process group can hang in gloo
+        save_model_card(args, command)
+    # DistributedDataParallel must be freed before the process group: gloo can hang otherwise
+    transformer = predict = validate = None
     accelerator.free_memory()
     accelerator.end_training()
-    result = "transformer" if full else "pytorch_lora_weights.safetensors"
-    results = {"result": result, "usage": "README.md", "loss": "loss.png", "pictures": "validation"}
-    finish(accelerator, args, global_step, results, command, hub_repo, ["encoded/**"])
+    results = {
+        "result": "transformer" if train_all else "pytorch_lora_weights.safetensors",
+        "usage": "README.md",
+        "loss": "loss.png",
+        "images": "validation",
+    }
+    finish(accelerator, args, global_step, results, command, hub_repo, unwanted=["encoded/**"])
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from common.checkpoints import atomic_write, register_sharded_checkpointing
-from common.models import is_sharded, whole
+from common.models import full_tensor, is_sharded
 
 import torch
 from accelerate import Accelerator
@@ -107,7 +107,8 @@ def adapter_weights(model: torch.nn.Module, adapter_name: str = "default") -> di
     """An adapter's weights {name: tensor}, in full; of a sharded model only if all processes ask for them."""
     state_dict = {}
     for name, value in model.state_dict(keep_vars=True).items():
-        state_dict[name] = whole(value) if value.requires_grad else value.detach()  # gathers what is trained alone
+        trained = value.requires_grad  # frozen weights are not gathered
+        state_dict[name] = full_tensor(value) if trained else value.detach()
     return get_peft_model_state_dict(model, state_dict, adapter_name)
 
 

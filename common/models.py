@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +9,12 @@ from common.arguments import reading
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, ProjectConfiguration
+from accelerate.utils import DistributedType
 from diffusers import FlowMatchEulerDiscreteScheduler
-from diffusers.optimization import get_scheduler
-from diffusers.utils import logging as diffusers_logging
 from safetensors import safe_open
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from transformers.utils import logging as transformers_logging
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -162,11 +158,6 @@ def compile_blocks(model: torch.nn.Module) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def first_device(accelerator: Accelerator, args: argparse.Namespace) -> torch.device:
-    """Where the transformer is kept before training: the CPU if it will be split, since it may not fit otherwise."""
-    return torch.device("cpu") if args.fsdp else accelerator.device
-
-
 def shard(transformer: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     """Splits the weights of each block over the processes (FSDP2), in place.
 
@@ -225,124 +216,6 @@ def check_processes(accelerator: Accelerator, args: argparse.Namespace) -> list[
     return problems
 
 
-# Scripts and helpers that still call these keep them here until they have moved.
-
-
-whole = full_tensor
-
-
-def local(parameter):
-    parameter = parameter.detach()
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
-
-
-def count_weights(parameters):
+def count_weights(parameters) -> int:
     """The number of weights, sharded or not."""
     return sum(parameter.numel() for parameter in parameters)
-
-
-def prepare_blocks(transformer, args, device, dtype):
-    """Gradient checkpointing, torch.compile and FSDP2, as far as the flags ask for them."""
-    if args.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
-    if args.compile:
-        compile_blocks(transformer)
-    if args.fsdp:
-        shard(transformer, device, dtype)
-
-
-def start(args, handlers=()):
-    """The Accelerator of a run, with `handlers` of accelerate's kwargs, and the dtype of the frozen models."""
-    if args.local_rank != -1:
-        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
-    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
-    for library in (diffusers_logging, transformers_logging):
-        library.set_verbosity_info() if args.verbose else library.disable_progress_bar()
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),  # else torchrun's processes would not know of each other there
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        mixed_precision=args.mixed_precision,
-        log_with=None if args.report_to == "none" else args.report_to,
-        project_config=ProjectConfiguration(args.output_dir, logging_dir=args.output_dir / args.logging_dir),
-        step_scheduler_with_optimizer=False,
-        kwargs_handlers=list(handlers),
-    )
-    dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16}
-    return accelerator, dtypes.get(accelerator.mixed_precision, torch.float32)
-
-
-def create_optimizer(args, params, scale=1, text_params=()):
-    """The optimizer that --optimizer names, over the parameters of the adapter (or model) and of text encoders.
-
-    Learning rates are multiplied by `scale`. Prodigy has one for all, as its authors ask.
-    """
-    groups = [{"params": params, "lr": args.learning_rate * scale, "weight_decay": args.adam_weight_decay}]
-    if text_params:
-        rate = args.learning_rate if args.optimizer == "prodigy" else args.text_encoder_lr
-        decay = args.adam_weight_decay_text_encoder
-        groups.append({"params": text_params, "lr": rate * scale, "weight_decay": decay})
-    groups = [group for group in groups if group["params"]]
-    shared = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-    if args.optimizer == "prodigy":
-        from prodigyopt import Prodigy
-
-        own = ("beta3", "decouple", "use_bias_correction", "safeguard_warmup")
-        return Prodigy(groups, **shared, **{name: getattr(args, f"prodigy_{name}") for name in own})
-    if args.optimizer == "sgd":
-        return torch.optim.SGD(groups)
-    if args.use_8bit_adam:
-        from bitsandbytes.optim import AdamW8bit
-
-        return AdamW8bit(groups, **shared)
-    return torch.optim.AdamW(groups, **shared)
-
-
-def create_lr_scheduler(args, optimizer, max_train_steps):
-    """The course of the learning rate that --lr_scheduler names, over the steps of the run."""
-    return get_scheduler(
-        args.lr_scheduler,
-        optimizer,
-        num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=max_train_steps,
-        num_cycles=args.lr_num_cycles,
-        power=args.lr_power,
-    )
-
-
-def check_shared_flags(args):
-    """Contradictions between flags that all or most trainers have, flags without effect, unreadable weights."""
-    problems = []
-    if args.dataset_config_name and not args.dataset_name:
-        problems.append(f"--dataset_config_name {args.dataset_config_name} needs --dataset_name")
-    if args.optimizer != "adamw" and args.use_8bit_adam:
-        problems.append(f"--use_8bit_adam has no effect on --optimizer {args.optimizer}: leave one out")
-    if args.optimizer == "prodigy" and args.learning_rate <= 0.1:
-        problems.append(f"--learning_rate {args.learning_rate:g}: Prodigy finds the rate itself and wants about 1")
-    if args.optimizer != "prodigy" and args.prodigy_beta3 is not None:
-        problems.append(f"--prodigy_beta3 has no effect on --optimizer {args.optimizer}: leave it out")
-    if args.mixed_precision == "fp16" and not torch.accelerator.is_available():
-        problems.append("--mixed_precision fp16 needs a GPU: use bf16 or no")
-    densities = ("logit_normal", "mode")
-    if "timestep_sampling" in args and args.timestep_sampling != "sigma" and args.weighting_scheme in densities:
-        problems.append(f"--weighting_scheme {args.weighting_scheme} has no effect without --timestep_sampling sigma")
-    if "validation_epochs" in args and args.validation_steps and not args.validation_prompt:
-        problems.append(f"--validation_steps {args.validation_steps} needs --validation_prompt")
-    if "final_validation_prompt" in args and args.final_validation_prompt and args.skip_final_inference:
-        problems.append("--final_validation_prompt has no effect with --skip_final_inference: leave one out")
-    problems += check_prior_flags(args) if "with_prior_preservation" in args else []
-    return problems + check_weights(args)
-
-
-def check_prior_flags(args):
-    """Problems of the flags of prior preservation."""
-    problems, folder = [], args.class_data_dir
-    if args.with_prior_preservation and not (folder and args.class_prompt):
-        problems.append("--with_prior_preservation needs --class_data_dir and --class_prompt")
-    if not args.with_prior_preservation and (folder or args.class_prompt):
-        problems.append("--class_data_dir and --class_prompt have no effect without --with_prior_preservation")
-    if args.prior_generation_precision in ("no", "fp32") and args.mixed_precision in ("fp16", "bf16"):
-        precision = args.prior_generation_precision
-        problems.append(f"--prior_generation_precision {precision}: the model is loaded in {args.mixed_precision}")
-    if folder and folder.exists() and not folder.is_dir():
-        problems.append(f"--class_data_dir {folder}: a file of this name is in the way")
-    return problems

@@ -46,7 +46,9 @@ INLINE = re.compile(r"`((?:python|pytest|accelerate launch) [^`]*|(?:tests/run|e
 
 NOT_RUN = {
     "accelerate config": "asks its user questions",
+    "diff": "of what tests/same_weights.py printed",
     "docker": "needs a daemon and the network",
+    "git": "makes another checkout",
     "hf": "needs the network",
     "pip": "installs; what it would install runs this test",
     "pytest": "these tests themselves",
@@ -59,6 +61,7 @@ NOT_RUN = {
     "examples/omini/download_subjects.sh": "needs the network",
     "examples/omini/download_text_to_image.sh": "needs the network",
     "python tests/benchmarks/": "minutes; tests/run.sh --all runs them",
+    "python tests/same_weights.py": "minutes, of two checkouts",
     "python examples/toy/pretrain.py": "more than an hour",
     "python examples/estimate_memory.py": "seconds to minutes each; tests/test_estimate_memory.py runs it",
 }

@@ -15,8 +15,9 @@ from train_dreambooth_flux_advanced import (
     DATASET_OPTIONS,
     REFUSED_OPTIONS,
     ConfiguredExample,
+    Size,
     bucket_sizes,
-    dataset_bucket,
+    choose_bucket,
     default_options,
 )
 
@@ -180,16 +181,16 @@ def test_dropout_of_an_epoch_and_of_a_share(read):
 
 
 def test_bucket_lists_are_the_known_ones():
-    narrow = bucket_sizes(1024, 1024, 256, 1024, 64)
-    wide = bucket_sizes(1024, 1024, 256, 2048, 64)
+    narrow = bucket_sizes(1024**2, 256, 1024, 64)
+    wide = bucket_sizes(1024**2, 256, 2048, 64)
     assert (len(narrow), len(wide)) == (25, 41)
     assert {(768, 1344), (832, 1216)} <= set(wide)
-    default = bucket_sizes(1024, 1024, None, None, 64)
+    default = bucket_sizes(1024**2, None, None, 64)
     areas = [height * width / 1024**2 for height, width in default]
     assert min(areas) > 0.8  # a side is a multiple of 64
     assert max(areas) <= 1
     assert set(map(tuple, map(reversed, default))) == set(default)
-    assert {(32, 128), (128, 32)} <= set(bucket_sizes(64, 64, None, None, 16))
+    assert {(32, 128), (128, 32)} <= set(bucket_sizes(64**2, None, None, 16))
 
 
 # size of the picture, options, (height, width) of its bucket
@@ -210,7 +211,8 @@ BUCKETS = [
 @pytest.mark.parametrize(("size", "options", "bucket"), BUCKETS)
 def test_pictures_go_to_these_buckets(read, size, options, bucket):
     args, *_ = read(toml())
-    assert dataset_bucket(size, default_options(args) | {"resolution": 1024} | options) == bucket
+    width, height = size
+    assert choose_bucket(Size(height, width), default_options(args) | {"resolution": 1024} | options) == bucket
 
 
 def repeats(examples, folder):
@@ -346,21 +348,21 @@ BAD = [
     ("[[datasets]]\nbucket_reso_steps = 24\n{s}", "bucket_reso_steps = 24 must be a multiple of 16"),
     ("[[datasets]]\n{s}color_aug = true", "color_aug = True is not supported: colours are kept as they are"),
     ("[[datasets]]\n{s}alpha_mask = true", "alpha_mask = True is not supported: transparent parts become white"),
-    ("[[datasets]]\nvalidation_split = 0.1\n{s}", "validation_split = 0.1 is not supported: no pictures are held out"),
+    ("[[datasets]]\nvalidation_split = 0.1\n{s}", "validation_split = 0.1 is not supported: no images are held out"),
     ("[general]\nprior_loss_weight = 0.5\n[[datasets]]\n{s}", "it is a flag: --prior_loss_weight"),
     ("[[datasets]]\n{s}metadata_file = 'm.json'", "metadata_file = 'm.json' is not supported: give image_dir"),
     ("[[datasets]]\n{s}token_warmup_step = 5", "token_warmup_step = 5 is not supported"),
     ("[[datasets]]\n[[datasets.subsets]]\nclass_tokens = 'x'", "subset 1: image_dir is missing"),
     ("[[datasets]]\n{s}{s}", "[[datasets]] 1: image_dir one twice: use num_repeats"),
     ("[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'gone'", "image_dir gone: no such folder here or in"),
-    ("[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'empty'", "image_dir empty: no pictures (.png, "),
+    ("[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'empty'", "image_dir empty: no images (.png, "),
     ("[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'bare'", "bare/0.png: no caption: write 0.caption, or give"),
-    ("[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'txt'\nclass_tokens='x'", 'Say caption_extension = ".txt"'),
+    ("[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'txt'\nclass_tokens='x'", 'Set caption_extension = ".txt"'),
     ("[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'blank'", "blank/0.caption: empty; delete it to use class"),
     ("[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'utf16'", "utf16/0.caption: not UTF-8 text"),
     ("[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'phone'\nclass_tokens='x'", "phone/1.heic: save it as PNG"),
-    ("[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'broken'\nclass_tokens='x'", "0.png: not a readable picture"),
-    ("[[datasets]]\n{s}is_reg = true", "is_reg pictures need a subset of others in the same dataset"),
+    ("[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'broken'\nclass_tokens='x'", "0.png: not a readable image"),
+    ("[[datasets]]\n{s}is_reg = true", "is_reg images need a subset of others in the same dataset"),
     ("[[datasets]]\nresolution = 64\nenable_bucket = true\nmin_bucket_reso = 128\n{s}", "min_bucket_reso 128 is more"),
     ("[[datasets]]\nresolution = 64\nenable_bucket = true\nmax_bucket_reso = 32\n{s}", "max_bucket_reso 32 is less"),
     (
@@ -369,9 +371,9 @@ BAD = [
     ),
     (
         "[[datasets]]\nresolution = 64\nenable_bucket = true\nbucket_no_upscale = true\n{s}",
-        "one/0.png: not a readable picture (48 x 32 pixels are less than bucket_reso_steps 64)",
+        "one/0.png: at 48 x 32 pixels, a side of its bucket is less than 64 pixels",
     ),
-    ("[[datasets]]\n{s}num_repeats = 0", "--dataset_config data.toml: no pictures (.png, "),
+    ("[[datasets]]\n{s}num_repeats = 0", "--dataset_config data.toml: no images (.png, "),
 ]
 
 

@@ -38,7 +38,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_family import SCRIPTS
 
-from train_dreambooth_flux_advanced import DATASET_OPTIONS, OPTION_KINDS, REFUSED_OPTIONS
+from train_dreambooth_flux_advanced import DATASET_OPTIONS, REFUSED_OPTIONS
 
 
 DREAMBOOTH, INFLUX, OMINI, TWINFLOW = SCRIPTS
@@ -285,7 +285,7 @@ def read(arguments, tiny_pipeline):
             dataset = module.DreamBoothDataset(examples, args)
             prompts = [dataset[0, i][0]["prompt"] for i in range(len(dataset))]
         elif module.__name__ == OMINI:
-            dataset = module.ControlDataset(examples, module.conditions_of(args), args)
+            dataset = module.OminiDataset(examples, module.condition_specs(args), args)
             prompts = [dataset[0, i]["prompt"] for i in range(len(dataset))]
         elif module.__name__ == INFLUX:
             dataset = module.EditDataset(examples, args)
@@ -427,7 +427,7 @@ def dataset_config(draw):
     places = [subset, dataset, config["general"], config]
     for _ in range(draw(st.integers(0, 3))):
         place = draw(st.sampled_from(places))
-        options = [name for name, (levels, *_) in DATASET_OPTIONS.items() if "general" in levels]
+        options = [name for name, option in DATASET_OPTIONS.items() if "general" in option.tables]
         options = [*DATASET_OPTIONS] if place is subset else options
         others = [
             *DATASET_OPTIONS,
@@ -438,9 +438,9 @@ def dataset_config(draw):
             "general",
         ]
         name = draw(st.sampled_from(options * 4 + others))
-        _, kind, _ = DATASET_OPTIONS.get(name, (0, None, 0))
+        option = DATASET_OPTIONS.get(name)
         values = [True, False, *TEXTS, *NUMBERS, *LISTS]
-        values = [value for value in values if kind and OPTION_KINDS[kind](value)]
+        values = [value for value in values if option and option.type.accepts(value)]
         place[name] = draw(st.sampled_from(values) if values and draw(st.integers(0, 5)) else ODD_VALUES)
     return ".json", draw(st.one_of(st.just(json.dumps(config).encode()), damaged([json.dumps(config).encode()])))
 

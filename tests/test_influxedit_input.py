@@ -157,7 +157,7 @@ BAD = [
     ("{split} --validation_image a.png", "--validation_image needs --validation_prompt"),
     (
         "{split} --validation_prompt a --validation_image {nowhere}",
-        "--validation_image {nowhere}: not a readable picture",
+        "--validation_image {nowhere}: not a readable image",
     ),
     (
         "{split} --validation_prompt a;b --validation_image x,y,z",
@@ -175,7 +175,7 @@ BAD = [
     ),
     (
         "{split} --loss_mask_weight 0 --with_prior_preservation --class_data_dir {targets} --class_prompt x",
-        "--loss_mask_weight 0 leaves nothing of the class pictures",
+        "--loss_mask_weight 0 leaves nothing of the class images",
     ),
     ("{split} --seed 4294967296", "--seed: 4294967296 is out of range"),
     ("{split} --rank 1000000000", "MiB free, which one checkpoint takes"),
@@ -189,14 +189,14 @@ BAD = [
         "checkpoint-5: seed was 1 there and is 2 now",
     ),
     ("{split} --with_prior_preservation", "--with_prior_preservation needs --class_data_dir and"),
-    ("{split} --instance_data_dir {empty}", "--instance_data_dir {empty}: no pictures (.png, "),
+    ("{split} --instance_data_dir {empty}", "--instance_data_dir {empty}: no images (.png, "),
     ("{split} --caption_data_dir {nowhere}", "--caption_data_dir {nowhere}: no such folder"),
-    ("{edit} --target_data_dir {missing}", "{images}/2.png: needs one picture 2.* in {missing}, which has none"),
-    ("{edit} --target_data_dir {doubled}", "{images}/0.png: needs one picture 0.* in {doubled}, which has 0.jpg"),
-    ("{edit} --target_data_dir {broken}", "{broken}/3.png: not a readable picture"),
-    ("{edit} --target_data_dir {cut}", "{cut}/1.jpg: not a readable picture"),
-    ("{edit} --target_data_dir {small}", "{small}/0.png: a target must have the size of its picture, 48 x 32, not"),
-    ("{mask} --mask_data_dir {oblong}", "{oblong}/0.png: a mask must have the shape of its picture, 48 x 32, not"),
+    ("{edit} --target_data_dir {missing}", "{images}/2.png: needs one image 2.* in {missing}, which has none"),
+    ("{edit} --target_data_dir {doubled}", "{images}/0.png: needs one image 0.* in {doubled}, which has 0.jpg"),
+    ("{edit} --target_data_dir {broken}", "{broken}/3.png: not a readable image"),
+    ("{edit} --target_data_dir {cut}", "{cut}/1.jpg: not a readable image"),
+    ("{edit} --target_data_dir {small}", "{small}/0.png: a target must have the size of its image, 48 x 32, not"),
+    ("{mask} --mask_data_dir {oblong}", "{oblong}/0.png: a mask must have the shape of its image, 48 x 32, not"),
     ("{split} --caption_data_dir {silent}", "no caption for {images}/1.png: give"),
     (
         "{split} --caption_data_dir {blank}",
@@ -245,7 +245,7 @@ def test_all_flaws_of_the_data_come_in_one_message(train, world, no_models, caps
         train(SCRIPT, *flags.format(**world).split(), "--target_data_dir", targets, "--caption_data_dir", captions)
     error = capsys.readouterr().err.split("error:")[1]
     for problem in (
-        *("0.* in", "which has 0.jpg and 0.png", "2.* in", "3.png: not a readable picture"),
+        *("0.* in", "which has 0.jpg and 0.png", "2.* in", "3.png: not a readable image"),
         *("4.png: a target must have the size", "1.png: its caption must be text and not empty"),
     ):
         assert problem in error
@@ -268,8 +268,8 @@ def test_ten_thousand_pictures_are_checked_in_seconds(train, tiny_fill, no_model
     seconds = 10 * (time.perf_counter() - started)
     error = capsys.readouterr().err
     print(f"10,000 pairs of 512 px would take {seconds:.0f} s (bar 60)")
-    assert "999.png: needs one picture" in error
-    assert "Reading pictures" in error
+    assert "999.png: needs one image" in error
+    assert "Reading images" in error
     assert seconds < 60
 
 
@@ -284,6 +284,12 @@ def dataset_of(tiny_fill, *flags):
     examples, problems = influxedit.find_examples(args)
     assert not problems
     return influxedit.EditDataset(examples, args), args
+
+
+def partner_of(example):
+    """Its target or its mask."""
+    (partner,) = example.images.values()
+    return partner
 
 
 def fitted(example, shape):
@@ -302,7 +308,7 @@ def test_partners_are_found_by_name_whatever_their_type(tiny_fill, pairs):
     dataset, _ = dataset_of(tiny_fill, "--mode", "edit", *folders, "--caption_data_dir", pairs / "captions")
     for example in dataset.examples:
         stem = Path(example.name).stem
-        assert Path(example.partner.name).stem == stem
+        assert Path(partner_of(example).name).stem == stem
         assert example.caption == (pairs / "captions" / f"{stem}.txt").read_text()
 
 
@@ -365,7 +371,7 @@ def test_in_edit_mode_the_mask_is_white_and_all_is_shown(tiny_fill, pairs):
         assert torch.equal(sample["mask"], torch.ones_like(sample["mask"]))
         result, shown = sample["pixel_values"]
         assert torch.equal(shown, fitted(example, shown.shape))
-        assert torch.equal(result, fitted(example.partner, shown.shape))
+        assert torch.equal(result, fitted(partner_of(example), shown.shape))
 
 
 @pytest.mark.parametrize("flag", ["--resolution", "--size"])
@@ -382,8 +388,8 @@ def test_one_size_is_drawn_per_batch(tiny_fill, pairs, flag):
         again = influxedit.collate(dataset.__getitems__(positions))
         assert torch.equal(batch["pixel_values"], again["pixel_values"])
     assert shapes == {(32, 32), (64, 64), (96, 96), (16, 32), (48, 64), (64, 96)}
-    assert influxedit.sides((1536, 1024), 1024) == (688, 1024)
-    assert influxedit.sides((10, 1000), 512) == (512, 16)
+    assert influxedit.size_at(1024, influxedit.Size(1024, 1536)) == (688, 1024)
+    assert influxedit.size_at(512, influxedit.Size(1000, 10)) == (512, 16)
 
 
 def test_validation_lists_are_broadcast(tiny_fill, pairs):

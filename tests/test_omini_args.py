@@ -63,7 +63,7 @@ BAD = [
     ("--target_size 40", "--target_size: 40: expected SIDE or HEIGHT,WIDTH, multiples of 16"),
     ("--condition_size 32,40", "--condition_size: 32,40: expected SIDE or HEIGHT,WIDTH, multiples of 16"),
     ("--condition_size 32 32", "--condition_size has 2 values for the 1 of --condition_type"),
-    ("--target_size 64 --condition_size 32,16", "--condition_size 32x16 of canny is no scaled --target_size 64x64"),
+    ("--target_size 64 --condition_size 32,16", "--condition_size 32x16 of canny is not --target_size 64x64 scaled"),
     ("--position_delta 4", "--position_delta: 4: expected a pair DOWN,RIGHT in tokens of 16 pixels"),
     ("--position_delta 0,1 0,2", "--position_delta has 2 values for the 1 of --condition_type"),
     ("--position_scale 0", "--position_scale: 0 is out of range: it must be above 0"),
@@ -72,7 +72,7 @@ BAD = [
     ("--condition_type custom --condition_column pose", "names no file for 0.png"),
     (
         "--condition_type custom --condition_column pose --instance_data_dir {posed}",
-        "{posed}/a.png, pose: not a readable picture",
+        "{posed}/a.png, pose: not a readable image",
     ),
     ("--mask_column hole", "--mask_column hole needs --condition_type fill or token_integration"),
     (
@@ -85,12 +85,12 @@ BAD = [
     ),
     (
         "--condition_type fill --mask_column hole --instance_data_dir {small}",
-        "{small}/a.png, hole: the mask is 16 x 16 pixels, its picture 32 x 32",
+        "{small}/a.png, hole: the mask is 16 x 16 pixels, its image 32 x 32",
     ),
     ("--condition_type token_integration --condition_size 16", "token_integration shares the image's tokens"),
     ("--condition_type token_integration --position_delta 0,-2", "token_integration shares the image's tokens"),
-    ("--condition_type token_integration --target_size 16", "--target_size 16 leaves no room for a hole"),
-    ("--condition_type depth_pred canny", "depth_pred draws depth maps: it goes with no other condition"),
+    ("--condition_type token_integration --target_size 16", "--target_size 16 leaves no room for a mask"),
+    ("--condition_type depth_pred canny", "depth_pred generates depth maps: it goes with no other condition"),
     ("--condition_type subject --image_size 32 --padding 4 --instance_prompt x", "hold no pair of --image_size 32"),
     ("--pretrained_model_name_or_path {fill}", "holds a FluxTransformer2DModel with 384 input channels"),
     ("--pretrained_model_name_or_path {nowhere}", "neither a folder with a FLUX pipeline nor a hub id"),
@@ -111,8 +111,8 @@ BAD = [
     ("--streaming", "--streaming needs --dataset_name or --data_files"),
     ("--validation_prompt x", "--validation_prompt and --validation_image need each other"),
     ("--validation_prompt x --validation_image {nowhere}", "--validation_image {nowhere}: no such file"),
-    ("--instance_data_dir {empty}", "--instance_data_dir {empty}: no pictures"),
-    ("--instance_data_dir {bare}", "{bare}/a.png: no caption"),
+    ("--instance_data_dir {empty}", "--instance_data_dir {empty}: no images"),
+    ("--instance_data_dir {bare}", "no caption for {bare}/a.png"),
     ("--instance_data_dir {nowhere}", "--instance_data_dir {nowhere}: no such folder"),
     ("--dataset_name x/y", "exactly one of --instance_data_dir, --dataset_name, --data_files, --dataset_class"),
     ("--output_dir {file}", "a file of this name is in the way"),
@@ -128,7 +128,7 @@ OWN_SOURCE = [
     ("--data_files {truncated_tar}", "--data_files {truncated_tar}: cannot be loaded"),
     ("--data_files {nowhere}", "--data_files {nowhere}: cannot be loaded"),
     ("--data_files {nowhere} --streaming", "--streaming needs --max_train_steps"),
-    ("--data_files {nowhere} --streaming --max_train_steps 1 --cache_latents", "--cache_latents needs all pictures"),
+    ("--data_files {nowhere} --streaming --max_train_steps 1 --cache_latents", "--cache_latents needs all images"),
     (
         "--data_files {nowhere} --streaming --max_train_steps 1 --condition_type depth",
         "depth and depth_pred estimate depth before training",
@@ -151,7 +151,7 @@ OWN_SOURCE = [
     ),
     (
         "--dataset_class {data_py}:Arrays --condition_type custom",
-        "{data_py}:Arrays[0], condition_0: not a readable picture",
+        "{data_py}:Arrays[0], condition_0: not a readable image",
     ),
     (
         "--dataset_class {data_py}:Moving --condition_type custom --position_delta 0,1",

@@ -60,10 +60,10 @@ def omini_pipeline(model):
 def load(model, paths):
     pipeline = omini_pipeline(model)
     pipeline.set_progress_bar_config(disable=True)
-    about = generate.read_metadata(list(paths.values()))
+    _, specs = generate.read_metadata(list(paths.values()))
     for name, path in paths.items():
         pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name)
-    return pipeline, about
+    return pipeline, specs
 
 
 def picture(height=32, width=32):
@@ -90,8 +90,8 @@ def test_without_conditions_it_is_flux_pipeline(tiny_model):
 def test_the_stock_pipeline_generates_with_conditions_and_cache(tiny_model, adapter):
     """FluxPipeline hands joint_attention_kwargs to the transformer: conditions and cache need no pipeline of ours."""
     paths = adapter("canny", independent_condition=True)
-    pipeline, about = load(tiny_model, paths)
-    call = {**SETTINGS, "prompt": ["a circle"], "specs": about["conditions"], "condition_images": [picture()]}
+    pipeline, specs = load(tiny_model, paths)
+    call = {**SETTINGS, "prompt": ["a circle"], "specs": specs, "condition_images": [picture()]}
     expected = pipeline(**call, independent_condition=True, kv_cache=True, generator=seeded()).images
 
     stock = FluxPipeline(**pipeline.components)
@@ -99,7 +99,7 @@ def test_the_stock_pipeline_generates_with_conditions_and_cache(tiny_model, adap
     moments = omini.encode_moments(pipeline.vae, omini.to_tensor(picture())[None])
     latents = mean_latents(moments, pipeline.vae.config)
     joint_attention_kwargs = {
-        "conditions": omini.pack_conditions([latents], about["conditions"]),
+        "conditions": omini.pack_conditions([latents], specs),
         "independent_condition": True,
         "cache": omini.KVCache(),
     }
@@ -111,11 +111,11 @@ def test_the_stock_pipeline_generates_with_conditions_and_cache(tiny_model, adap
 
 def test_kv_cache_draws_the_same_and_is_refused_for_dependent_adapters(tiny_model, adapter, tmp_path, capsys):
     paths = adapter("canny", "coloring", adapter_per_condition=True, independent_condition=True)
-    pipeline, about = load(tiny_model, paths)
+    pipeline, specs = load(tiny_model, paths)
     call = {
         **SETTINGS,
         "prompt": ["a circle"],
-        "specs": about["conditions"],
+        "specs": specs,
         "condition_images": [picture(), picture()],
         "independent_condition": True,
         "image_guidance_scale": 1.5,
@@ -144,12 +144,12 @@ def test_kv_cache_draws_the_same_and_is_refused_for_dependent_adapters(tiny_mode
 
 
 def test_both_passes_of_image_guidance_obey_the_same_rule(tiny_model, adapter, monkeypatch):
-    pipeline, about = load(tiny_model, adapter("canny", independent_condition=True))
+    pipeline, specs = load(tiny_model, adapter("canny", independent_condition=True))
     seen, honest = [], OminiTransformer2DModel.transformer_forward
     monkeypatch.setattr(
         OminiTransformer2DModel, "transformer_forward", lambda self, **k: seen.append(k) or honest(self, **k)
     )
-    call = {**SETTINGS, "prompt": ["a circle"], "specs": about["conditions"], "condition_images": [picture()]}
+    call = {**SETTINGS, "prompt": ["a circle"], "specs": specs, "condition_images": [picture()]}
     pipeline(**{**call, "num_inference_steps": 1}, independent_condition=True, image_guidance_scale=2.0)
     first, second = seen
     assert first["independent_condition"] is second["independent_condition"] is True
@@ -189,8 +189,8 @@ def test_training_validation_and_generation_put_conditions_in_the_same_place(
 
 def test_token_integration_with_masks_of_any_shape(tiny_model, adapter, tmp_path):
     """Not square; what is outside the mask stays, what is inside depends on the seed; a batch is its samples."""
-    pipeline, about = load(tiny_model, adapter("token_integration"))
-    conditions = [ConditionSpec("token_integration", (48, 64), adapter="token_integration")]
+    pipeline, _ = load(tiny_model, adapter("token_integration"))
+    specs = [ConditionSpec("token_integration", (48, 64), adapter="token_integration")]
     masks = np.zeros((4, 48, 64), dtype=bool)
     masks[0, 3:9, 3:40] = masks[1, :, 20:25] = masks[2, 40, 60] = True
     masks[3] = np.hypot(*np.mgrid[-24:24, -32:32]) < 15
@@ -200,7 +200,7 @@ def test_token_integration_with_masks_of_any_shape(tiny_model, adapter, tmp_path
         )
         for mask in masks
     ]
-    call = {**SETTINGS, "height": 48, "width": 64, "specs": conditions}
+    call = {**SETTINGS, "height": 48, "width": 64, "specs": specs}
 
     def draw(rows, seeds):
         return pipeline(
@@ -260,7 +260,7 @@ def test_a_style_beside_a_control_adapter(tiny_model, adapter, tmp_path):
 def test_adapters_of_different_target_sizes_cover_the_same_image(adapter):
     (canny,) = adapter("canny").values()
     (large,) = adapter("subject", folder="large", target_size=(64, 64)).values()
-    beside = generate.read_metadata([canny, large])["conditions"][1]
+    beside = generate.read_metadata([canny, large])[1][1]
     assert (beside.size, beside.position_delta, beside.position_scale) == ((32, 32), (0, -2), 1)
 
 
@@ -280,14 +280,14 @@ def test_what_cannot_be_drawn_is_said(adapter, tmp_path, capsys):
     save_file({"a": torch.zeros(1)}, plain)
     for flags, message in (
         ([canny], "exactly one of --image and --condition is needed"),
-        ([canny, "--image", image, image], "2 pictures for 1 conditions: canny"),
+        ([canny, "--image", image, image], "2 images for 1 conditions: canny"),
         ([canny, "--image", str(tmp_path / "no.png")], "no.png: no such file"),
         ([str(plain), "--image", image], "its header names no conditions"),
         ([canny, other, "--image", image], "trained with another --independent_condition"),
         ([canny, canny, "--image", image], "two of the adapters have the same name"),
         ([canny, "--image", image, "--mask", mask], "--mask has no effect"),
         ([fill, "--image", image], "--mask is needed"),
-        ([fill, "--image", image, "--mask", mask], "is (16, 16) pixels"),
+        ([fill, "--image", image, "--mask", mask], "is 16 x 16 pixels"),
         ([fill, "--image", image, "--mask", white], "is all white"),
         ([canny, "--image", image, "--size", "40", "32"], "--size 40 32: both must be multiples of 16"),
     ):

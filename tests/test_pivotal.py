@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from common import tracking, validation
+from common.data import Size
 
 import pytest
 import torch
@@ -370,8 +371,11 @@ def test_batches_keep_to_one_bucket_and_pictures_to_the_nearest(train, flags, tm
     train(SCRIPT, *flags, *buckets, *PRIOR, "--class_data_dir", tmp_path / "class", "--output_dir", tmp_path / "run")
     assert {shape[2:] for shape in shapes} == {(4, 6), (4, 4), (6, 4)}
     for size, bucket in {(48, 32): (32, 48), (40, 64): (48, 32), (33, 37): (32, 32), (1000, 10): (32, 48)}.items():
-        assert dreambooth.nearest_bucket(size, [(32, 48), (32, 32), (48, 32)]) == bucket
-    assert dreambooth.nearest_bucket((1000, 1010), [(512, 512), (1024, 1024)]) == (1024, 1024)
+        width, height = size
+        buckets = [Size(32, 48), Size(32, 32), Size(48, 32)]
+        assert dreambooth.nearest_bucket(Size(height, width), buckets) == bucket
+    squares = [Size(512, 512), Size(1024, 1024)]
+    assert dreambooth.nearest_bucket(Size(height=1010, width=1000), squares) == (1024, 1024)
 
 
 def test_the_hub_gets_results_and_no_file_the_token(train, flags, tmp_path, monkeypatch):

@@ -285,7 +285,7 @@ def test_a_cache_folder_that_cannot_be_is_said_at_once(tmp_path, tiny_model, pic
     with pytest.raises(SystemExit) as stop:
         dreambooth.parse_args([str(flag) for flag in [*flags, "--disk_cache_dir", tmp_path / "file" / "cache"]])
     assert stop.value.code == 2
-    assert f"{tmp_path / 'file'} is no folder that can be written to" in capsys.readouterr().err
+    assert f"{tmp_path / 'file'} is not a writable folder" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -457,9 +457,12 @@ def test_files_that_are_not_the_right_ones_are_named(published, tmp_path, pictur
         (single(files, ae=tmp_path / "cut.safetensors"), "cut.safetensors: not a whole safetensors file"),
         (single(files, t5xxl=tmp_path / "page.safetensors"), "page.safetensors: not a whole safetensors file"),
         (single(files, clip_l=files / "ae.safetensors"), "ae.safetensors: holds no text_model.embeddings"),
-        (single(files, t5xxl=tmp_path / "scaled.safetensors"), "scaled fp8 is not read: take the 16-bit file"),
-        (single(files, tokenizer_dir=None), "--tokenizer_dir None: needed with folders tokenizer and tokenizer_2"),
-        (single(files, pretrained_model_name_or_path=folder), "belong to a .safetensors file, but: --pretrained"),
+        (single(files, t5xxl=tmp_path / "scaled.safetensors"), "scaled fp8 is not supported: use the 16-bit file"),
+        (single(files, tokenizer_dir=None), "--tokenizer_dir None: must hold the folders tokenizer and tokenizer_2"),
+        (
+            single(files, pretrained_model_name_or_path=folder),
+            "belong to a single .safetensors file, but: --pre",
+        ),
     ]
     for flags, message in rows:
         with pytest.raises(SystemExit) as stop:

@@ -88,7 +88,9 @@ def test_training_reads_what_the_stock_pipeline_prepares(tiny_fill, modes):
             continue
         flip = Image.Transpose.FLIP_LEFT_RIGHT
         upright = torch.equal(sample["pixel_values"][0], influxedit.to_tensor(example.image()))
-        picture, mask = (p.image() if upright else p.image().transpose(flip) for p in (example, example.partner))
+        picture, mask = (
+            p.image() if upright else p.image().transpose(flip) for p in (example, example.images["mask"])
+        )
         pixels = pipeline.image_processor.preprocess(picture, 32, 32)
         mask = pipeline.mask_processor.preprocess(mask, 32, 32)
         generator = torch.Generator().manual_seed(0)
@@ -301,7 +303,7 @@ def test_the_files_alone_draw_the_last_validation_image(
     for trained in (False, True):
         if trained:
             pipeline.load_lora_weights(run)
-        holes = {"mask": Image.open(mask), "split": influxedit.split_mask((48, 32), "right")}
+        holes = {"mask": Image.open(mask), "split": influxedit.split_mask(influxedit.Size(32, 48), "right")}
         with monkeypatch.context() as patch:
             if mode == "edit":  # as the model card says
                 prepare_mask_latents = pipeline.prepare_mask_latents

@@ -23,7 +23,6 @@ from safetensors.torch import load_file
 
 import train_omini as omini
 from examples.toy.world import caption, draw, random_scene
-from train_omini import open_rows
 
 
 SCRIPT = "train_omini"
@@ -324,9 +323,11 @@ def test_a_stream_gives_every_sample_once_per_epoch_to_one_process(flags, tars):
     def sample(example, epoch, index):
         return {"id": (epoch, example.caption)}
 
+    class Dataset:
+        checked_sample = staticmethod(sample)
+
     for rank in range(2):
-        stream = open_rows(args)[0]
-        batches = omini.StreamedBatches(stream, sample, args, process_index=rank, num_processes=2)
+        batches = omini.streamed_batches(Dataset, args, process_index=rank, num_processes=2)
         batches.stop = 5
         seen += [(int(batch["id"][0][0]), batch["id"][1][0]) for batch in batches]
     assert len(seen) == 10
@@ -348,12 +349,12 @@ def test_subject_pairs_give_two_samples_each(flags, tmp_path):
     args = omini.parse_args([str(flag) for flag in [*without_source(flags), *pair]])
     examples, problems = omini.find_examples(args)
     assert not problems
-    dataset = omini.ControlDataset(examples, omini.condition_specs(args), args)
+    dataset = omini.OminiDataset(examples, omini.condition_specs(args), args)
     red, blue = (255, 0, 0), (0, 0, 255)
     assert [example.caption for example in examples] == ["left", "right"]
     for example, target, condition in zip(examples, (red, blue), (blue, red), strict=True):
-        for slot, color in (("image", target), ("condition_0", condition)):
-            assert dataset.picture(example, slot).getcolors() == [(32 * 32, color)]
+        assert dataset.target_image(example).getcolors() == [(32 * 32, target)]
+        assert dataset.condition_image(example, "condition_0").getcolors() == [(32 * 32, condition)]
     assert dataset.specs[0].position_delta == (0, -2)
 
 
@@ -369,10 +370,10 @@ def test_custom_columns_keep_their_order_around_a_subject(flags, tmp_path):
     args = omini.parse_args([str(flag) for flag in [*without_source(flags), *kinds]])
     examples, problems = omini.find_examples(args)
     assert not problems
-    dataset = omini.ControlDataset(examples, omini.condition_specs(args), args)
+    dataset = omini.OminiDataset(examples, omini.condition_specs(args), args)
     for example, other in zip(examples, ((0, 0, 255), (255, 0, 0)), strict=True):
-        assert dataset.picture(example, "condition_1").getcolors() == [(32 * 32, other)]
-        assert dataset.picture(example, "condition_2").getcolors() == [(32 * 32, (255, 255, 255))]
+        assert dataset.condition_image(example, "condition_1").getcolors() == [(32 * 32, other)]
+        assert dataset.condition_image(example, "condition_2").getcolors() == [(32 * 32, (255, 255, 255))]
 
 
 def test_a_random_items_image_and_condition_are_of_one_call(flags, tmp_path):
@@ -385,7 +386,7 @@ def test_a_random_items_image_and_condition_are_of_one_call(flags, tmp_path):
     args = omini.parse_args([str(flag) for flag in [*without_source(flags), *own]])
     examples, problems = omini.find_examples(args)
     assert not problems
-    dataset = omini.ControlDataset(examples, omini.condition_specs(args), args)
+    dataset = omini.OminiDataset(examples, omini.condition_specs(args), args)
     for index in range(3):
         values = dataset[0, index]["pixel_values"]
         assert torch.equal(values["image"], values["condition_0"])
@@ -435,7 +436,7 @@ def test_a_class_of_ones_own_and_columns_of_a_folder(train, flags, pictures, tmp
     examples, problems = omini.find_examples(args)
     assert not problems
     assert len(examples) == 5
-    assert all(np.array_equal(example.image(), example.conditions[0].image()) for example in examples)
+    assert all(np.array_equal(example.image(), example.images["condition_0"].image()) for example in examples)
 
 
 def test_a_datasets_folder_with_masks_of_any_shape(train, flags, pictures, tmp_path):

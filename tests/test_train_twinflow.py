@@ -7,7 +7,9 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
+from common.data import file_example
 from common.latents import TensorCache
 
 import diffusers
@@ -139,10 +141,11 @@ def check_stock_pipeline(flags, model_type, folder):
 
 
 def load_condition(folder, args, backbone):
-    about = [args.validation_image] if args.model_type == "qwenimage-edit" else []
-    cond = TensorCache(folder / "encoded", twinflow.encoding_flags(args)).load("prompt", "a red circle", *about)
+    reference = file_example(Path(args.validation_image)) if args.model_type == "qwenimage-edit" else None
+    cache = TensorCache(folder / "encoded", twinflow.encoder_settings(args))
+    cond = cache.load(*twinflow.prompt_key("a red circle", reference))
     cond = {name: value[None] for name, value in cond.items()}
-    if about:
+    if reference:
         side = args.resolution // backbone.vae_scale_factor
         cond["reference"] = torch.randn(1, backbone.latent_channels, side, side)
     return cond

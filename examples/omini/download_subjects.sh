@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Subjects200K for subject-driven generation: pairs of pictures side by side, with two captions each.
+# Subjects200K for subject-driven generation: pairs of images side by side, with two captions each.
 #     examples/omini/download_subjects.sh [folder] [number of parquet files, default 2, all is 0]
 set -euo pipefail
 folder=${1:-data/Subjects200K}

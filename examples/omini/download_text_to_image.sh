@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# text-to-image-2M for conditions made of any picture: webdataset tars of 512 px pictures with prompts.
+# text-to-image-2M for conditions made from any image: webdataset tars of 512 px images with prompts.
 #     examples/omini/download_text_to_image.sh [folder] [number of tars, default 2, all is 0]
 set -euo pipefail
 folder=${1:-data/text-to-image-2M}

@@ -1,30 +1,30 @@
-"""Draws pictures that follow conditions, with the adapters of train_omini.py.
+"""Generates images that follow conditions, with the adapters of train_omini.py.
 
     python examples/omini/generate.py canny/canny.safetensors --prompt "a cat on a sofa" --image cat.png
     python examples/omini/generate.py fill/fill.safetensors --prompt "a hat" --image cat.png --mask mask.png
 
-The files' headers say what was trained, so the condition types, sizes, positions and attention rule need not be
-repeated. --image is a picture to make each condition of, as in training; --condition is the condition itself.
+The files' headers say what was trained: condition types, sizes, positions and the attention rule need not be repeated.
+--image is an image to make each condition from, as in training; --condition is the condition itself.
 """
 
 import argparse
-import functools
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from safetensors import safe_open
 
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from common.data import Example
+from common.data import Size, fit, fit_mask, open_image, upright
 from common.latents import PATCH
 
 from train_omini import (
+    MASKED_CONDITIONS,
     ConditionSpec,
     OminiPipeline,
     OminiTransformer2DModel,
@@ -36,42 +36,48 @@ from train_omini import (
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0],
-        epilog=__doc__.split("\n\n")[1],
+        description="Generates images that follow conditions, with the adapters of train_omini.py.",
+        epilog="The adapters' headers say what was trained: types, sizes and positions of the conditions.",
         formatter_class=argparse.RawTextHelpFormatter,
     )
     parser.add_argument("adapters", nargs="+", type=Path, help="adapter files of train_omini.py")
-    parser.add_argument("--prompt", required=True, nargs="+", help="prompts, one picture each")
-    parser.add_argument("--image", nargs="+", type=Path, help="picture to make all conditions of, or one for each")
+    parser.add_argument("--prompt", required=True, nargs="+", help="prompts, one image each")
+    parser.add_argument("--image", nargs="+", type=Path, help="image to make all conditions from, or one for each")
     parser.add_argument("--condition", nargs="+", type=Path, help="the conditions themselves, one for each")
-    parser.add_argument("--mask", type=Path, help="hole of fill or token_integration: white where to draw")
-    parser.add_argument("--pretrained_model_name_or_path", help="base model (default: the one that was trained on)")
+    parser.add_argument("--mask", type=Path, help="mask of fill or token_integration: white where to generate")
+    parser.add_argument("--pretrained_model_name_or_path", help="base model (default: as trained)")
     parser.add_argument("--size", nargs=2, type=int, metavar=("WIDTH", "HEIGHT"), help="default: as trained")
     parser.add_argument("--style_lora", type=Path, help="LoRA that text and image pass, beside the conditions' own")
-    parser.add_argument("--depth_model", help="depth estimator (default: the one that was trained with)")
-    parser.add_argument("--num_inference_steps", type=int, default=28, help="4 for schnell")
-    parser.add_argument("--guidance_scale", type=float, default=3.5)
+    parser.add_argument("--depth_model", help="depth estimation model (default: as trained)")
+    parser.add_argument("--num_inference_steps", type=int, default=28, help="denoising steps; 4 for schnell")
+    parser.add_argument("--guidance_scale", type=float, default=3.5, help="value passed to the guidance embedding")
     parser.add_argument("--image_guidance_scale", type=float, default=1.0, help="above 1: away from black conditions")
-    parser.add_argument("--kv_cache", action="store_true", help="compute the conditions once: for independent ones")
+    parser.add_argument("--kv_cache", action="store_true", help="compute independent conditions only once")
     parser.add_argument("--force", action="store_true", help="kv_cache also for adapters not trained for it")
     parser.add_argument(
         "--dtype", choices=("float32", "float16", "bfloat16"), help="default: bfloat16 on an accelerator"
     )
-    parser.add_argument("--max_sequence_length", type=int, help="default: as trained")
-    parser.add_argument("--seed", type=int, default=0, help="of the first picture; the next adds 1")
+    parser.add_argument("--max_sequence_length", type=int, help="T5 tokens per prompt (default: as trained)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the first image; the next adds 1")
     parser.add_argument("--output", type=Path, default=Path("image.png"), help="several prompts: image-0.png, ...")
     args = parser.parse_args(argv)
     try:
-        args.about = read_metadata(args.adapters)
-        check(args)
+        args.run_info, args.specs = read_metadata(args.adapters)
+        check_args(args)
+        args.height, args.width = args.size[::-1] if args.size else args.run_info["target_size"]
+        args.pixel_mask = read_mask(args) if args.mask else None
     except ValueError as error:
         parser.error(str(error))
     return args
 
 
 def read_metadata(paths):
-    """What the adapters' headers say, as one: the conditions of all, in the order of the files."""
-    about = None
+    """What the adapters' headers say: (that of the first file, the specs of all conditions in the order of the files).
+
+    Conditions of an adapter that was trained at another target_size than the first are scaled to it.
+    """
+    run_info = None
+    specs = []
     for path in paths:
         try:
             with safe_open(path, "pt") as file:
@@ -80,142 +86,148 @@ def read_metadata(paths):
             raise ValueError(f"{path}: not a readable LoRA file ({error})") from None
         if text is None:
             raise ValueError(f"{path}: its header names no conditions, it is not an adapter of train_omini.py")
-        own = json.loads(text)
-        own["conditions"] = [
-            ConditionSpec(**{k: tuple(v) if isinstance(v, list) else v for k, v in each.items()})
-            for each in own["conditions"]
-        ]
-        if about is None:
-            about = {**own, "conditions": []}
-        if own["independent_condition"] != about["independent_condition"]:
+        own_info = json.loads(text)
+        run_info = run_info or own_info
+        if own_info["independent_condition"] != run_info["independent_condition"]:
             raise ValueError(f"{path}: trained with another --independent_condition than {paths[0]}")
-        sizes = own["target_size"], about["target_size"]
-        about["conditions"] += [scaled(condition, *sizes) for condition in own["conditions"]]
-    names = [condition.adapter for condition in about["conditions"]]
+        for fields in own_info["conditions"]:
+            spec = ConditionSpec(**{name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()})
+            specs.append(scaled(spec, own_info["target_size"], run_info["target_size"]))
+    names = [spec.adapter for spec in specs]
     if len(set(names)) != len(paths):
         raise ValueError(f"two of the adapters have the same name: {', '.join(names)}")
-    return about
+    return run_info, specs
 
 
-def upright(path):
-    """A picture (PIL, RGB) as its owner sees it."""
-    return Example(str(path), functools.partial(Image.open, path)).image()
-
-
-def check(args):
-    """Raises ValueError for what cannot be drawn."""
-    conditions = args.about["conditions"]
-    kinds = [condition.type for condition in conditions]
-    if args.kv_cache and not args.about["independent_condition"] and not args.force:
+def check_args(args):
+    """Raises ValueError for flags that contradict each other or the adapters, and for files that are not there."""
+    types = [spec.type for spec in args.specs]
+    if args.kv_cache and not args.run_info["independent_condition"] and not args.force:
         raise ValueError(
             "--kv_cache needs adapters trained with --independent_condition: these look at the image as it changes; "
             "leave it out, or --force an approximation"
         )
     if (args.image is None) == (args.condition is None):
         raise ValueError("exactly one of --image and --condition is needed")
-    given = args.image or args.condition
-    if len(given) != len(kinds) and not (args.image and len(given) == 1):
-        raise ValueError(f"{len(given)} pictures for {len(kinds)} conditions: {', '.join(kinds)}")
-    holes = {"fill", "token_integration"} & set(kinds)
-    if args.mask and not holes:
+    paths = args.image or args.condition
+    is_shared = args.image is not None and len(paths) == 1
+    if len(paths) != len(types) and not is_shared:
+        raise ValueError(f"{len(paths)} images for {len(types)} conditions: {', '.join(types)}")
+    is_masked = any(condition_type in MASKED_CONDITIONS for condition_type in types)
+    if args.mask and not is_masked:
         raise ValueError("--mask has no effect: no adapter is of fill or token_integration")
-    if not args.mask and ("token_integration" in kinds or (holes and args.image)):
-        raise ValueError("--mask is needed: white where the picture is to be drawn")
-    for path in [*given, *([args.mask] if args.mask else []), *([args.style_lora] if args.style_lora else [])]:
-        if not path.exists():
+    if not args.mask and ("token_integration" in types or (is_masked and args.image)):
+        raise ValueError("--mask is needed: white where the image is to be generated")
+    for path in (*paths, args.mask, args.style_lora):
+        if path is not None and not path.exists():
             raise ValueError(f"{path}: no such file")
-    args.height, args.width = args.size[::-1] if args.size else args.about["target_size"]
-    if args.height % PATCH or args.width % PATCH:
-        raise ValueError(f"--size {args.width} {args.height}: both must be multiples of {PATCH}")
-    if args.mask:
-        mask, size = upright(args.mask), upright(given[0]).size
-        if mask.size != size:
-            raise ValueError(f"--mask {args.mask} is {mask.size} pixels, {given[0]} {size}")
-        mask = ImageOps.fit(mask.convert("L"), (args.width, args.height), Image.Resampling.NEAREST)
-        args.pixel_mask = np.asarray(mask) > 127
-        if "token_integration" in kinds:
-            args.pixel_mask = to_pixel_mask(to_latent_mask(args.pixel_mask))
-        if args.pixel_mask.all() or not args.pixel_mask.any():
-            raise ValueError(f"--mask {args.mask} is all {'white' if args.pixel_mask.all() else 'black'}")
+    if args.size and any(side % PATCH for side in args.size):
+        raise ValueError(f"--size {args.size[0]} {args.size[1]}: both must be multiples of {PATCH}")
 
 
-def scaled(condition, trained, size):
-    """A condition trained with an image of size `trained`, for one of another (height, width): as large in it."""
-    if tuple(trained) == tuple(size):
-        return condition
-    across = tuple(
-        round(own * new / old / PATCH) * PATCH for own, new, old in zip(condition.size, size, trained, strict=True)
+def read_mask(args):
+    """--mask at the size of the image, boolean [H, W]: whole tokens for token_integration. Raises ValueError."""
+    image_path = (args.image or args.condition)[0]
+    mask = upright(open_image(args.mask))
+    image = upright(open_image(image_path))
+    if mask.size != image.size:
+        raise ValueError(f"--mask {args.mask} is {Size.of(mask)} pixels, {image_path} {Size.of(image)}")
+    pixel_mask = fit_mask(mask, (args.height, args.width))
+    if "token_integration" in [spec.type for spec in args.specs]:
+        pixel_mask = to_pixel_mask(to_latent_mask(pixel_mask))
+    if pixel_mask.all():
+        raise ValueError(f"--mask {args.mask} is all white")
+    if not pixel_mask.any():
+        raise ValueError(f"--mask {args.mask} is all black")
+    return pixel_mask
+
+
+def scaled(spec, trained_size, size):
+    """The spec of a condition trained for an image of `trained_size`, for one of another (height, width): it covers
+    the same part of the image."""
+    if tuple(trained_size) == tuple(size):
+        return spec
+    height, width = (
+        round(side * new / old / PATCH) * PATCH for side, new, old in zip(spec.size, size, trained_size, strict=True)
     )
-    down, right = (delta * new / old for delta, new, old in zip(condition.position_delta, size, trained, strict=True))
-    return ConditionSpec(condition.type, across, (down, right), condition.position_scale, condition.adapter)
+    down, right = (delta * new / old for delta, new, old in zip(spec.position_delta, size, trained_size, strict=True))
+    return replace(spec, size=(height, width), position_delta=(down, right))
 
 
-def condition_pictures(args, conditions):
-    """The picture (PIL) of each condition."""
-    given = args.image or args.condition
-    given = given * len(conditions) if len(given) == 1 else given
-    rng, pictures = np.random.default_rng(args.seed), []
-    for condition, path in zip(conditions, given, strict=True):
-        picture = ImageOps.fit(upright(path), condition.size[::-1], Image.Resampling.LANCZOS)
-        if args.condition is None and condition.type == "depth":
-            from transformers import pipeline
+def read_condition_images(args, specs):
+    """The image (PIL) of each condition."""
+    paths = args.image or args.condition
+    if len(paths) == 1:
+        paths = paths * len(specs)
+    rng = np.random.default_rng(args.seed)
+    images = []
+    for spec, path in zip(specs, paths, strict=True):
+        image = fit(upright(open_image(path)), spec.size)
+        if args.image and spec.type == "depth":
+            image = estimate_depth(image, args.depth_model or args.run_info["depth_model"])
+        elif args.image or spec.type == "token_integration":
+            image = convert_to_condition(spec.type, image, rng=rng, mask=args.pixel_mask)
+        images.append(image)
+    return images
 
-            estimator = pipeline("depth-estimation", model=args.depth_model or args.about["depth_model"])
-            picture = estimator(picture)["depth"].convert("RGB")
-            picture = picture.resize(condition.size[::-1])
-        elif args.condition is None or condition.type == "token_integration":
-            picture = convert_to_condition(condition.type, picture, rng=rng, mask=getattr(args, "pixel_mask", None))
-        pictures.append(picture)
-    return pictures
+
+def estimate_depth(image, model):
+    """The depth map of an image, of its size."""
+    from transformers import pipeline
+
+    depth = pipeline("depth-estimation", model=model)(image)["depth"]
+    return depth.convert("RGB").resize(image.size)
 
 
 def load_pipeline(args):
-    """The base model with all adapters, and the names of those that text and image pass."""
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    """(the base model with all adapters, the name of the one that text and image pass)."""
+    device = torch.device("cpu")
+    if torch.accelerator.is_available():
+        device = torch.accelerator.current_accelerator()
     dtype = getattr(torch, args.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
-    model = args.pretrained_model_name_or_path or args.about["base_model"]
+    model = args.pretrained_model_name_or_path or args.run_info["base_model"]
     transformer = OminiTransformer2DModel.from_pretrained(model, subfolder="transformer", dtype=dtype)
     pipeline = OminiPipeline.from_pretrained(model, transformer=transformer, dtype=dtype)
-    names = list(dict.fromkeys(condition.adapter for condition in args.about["conditions"]))
+    names = list(dict.fromkeys(spec.adapter for spec in args.specs))
     for path, name in zip(args.adapters, names, strict=True):
         pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name)
-    if args.style_lora:
-        path = args.style_lora
-        file = {"weight_name": path.name} if path.is_file() else {}
-        pipeline.load_lora_weights(path.parent if path.is_file() else path, **file, adapter_name="style")
-        pipeline.transformer.set_adapter([*names, "style"])
-        layers = [
-            name for name, layer in pipeline.transformer.named_modules() if "style" in getattr(layer, "lora_A", ())
-        ]
-        unread = [name for name in layers if name.startswith("time_text_embed")]
-        if unread:
-            raise SystemExit(
-                f"--style_lora {path}: {unread[0]} is shared with the conditions, a style cannot change it"
-            )
-    return pipeline.to(device), "style" if args.style_lora else None
+    if args.style_lora is None:
+        return pipeline.to(device), None
+
+    path = args.style_lora
+    if path.is_file():
+        pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name="style")
+    else:
+        pipeline.load_lora_weights(path, adapter_name="style")
+    transformer.set_adapter([*names, "style"])
+    for name, layer in transformer.named_modules():
+        if name.startswith("time_text_embed") and "style" in getattr(layer, "lora_A", ()):
+            raise SystemExit(f"--style_lora {path}: {name} is shared with the conditions, a style cannot change it")
+    return pipeline.to(device), "style"
 
 
 def main(argv=None):
     args = parse_args(argv)
-    about, size = args.about, (args.height, args.width)
-    conditions = [scaled(condition, about["target_size"], size) for condition in about["conditions"]]
-    pictures = condition_pictures(args, conditions)
+    size = (args.height, args.width)
+    specs = [scaled(spec, args.run_info["target_size"], size) for spec in args.specs]
+    condition_images = read_condition_images(args, specs)
+    is_integrated = "token_integration" in [spec.type for spec in specs]
     pipeline, main_adapter = load_pipeline(args)
     for i, prompt in enumerate(args.prompt):
         image = pipeline(
             [prompt],
-            specs=conditions,
-            condition_images=pictures,
-            mask=args.pixel_mask if "token_integration" in [condition.type for condition in conditions] else None,
+            specs=specs,
+            condition_images=condition_images,
+            mask=args.pixel_mask if is_integrated else None,
             height=args.height,
             width=args.width,
             num_inference_steps=args.num_inference_steps,
             guidance_scale=args.guidance_scale,
             image_guidance_scale=args.image_guidance_scale,
-            independent_condition=about["independent_condition"],
+            independent_condition=args.run_info["independent_condition"],
             main_adapter=main_adapter,
             kv_cache=args.kv_cache,
-            max_sequence_length=args.max_sequence_length or about["max_sequence_length"],
+            max_sequence_length=args.max_sequence_length or args.run_info["max_sequence_length"],
             generator=torch.Generator().manual_seed(args.seed + i),
         ).images[0]
         path = args.output if len(args.prompt) == 1 else args.output.with_stem(f"{args.output.stem}-{i}")
