@@ -1145,7 +1145,7 @@ def sample_times(
         mul       t' = t - U t min(0.05, r)   a small step
         any, adv  t' = t - U t r              any step; adv samples are used at (-t, -t)
         one       t' = 0                      one step from any time
-    All tensors are on the CPU, where indexing by a mask does not wait for a GPU.
+    All are on the CPU: how many samples a mask has is known without waiting for a GPU.
     """
     # The order of random draws is the resume contract: t, then t' of any, then t' of mul, each for the whole batch.
     a, b, c = args.time_dist_ctrl
@@ -1355,8 +1355,8 @@ def compute_loss(
     # Guidance: v + ω (F(x_t, t, t, cond) - F(x_t, t, t, uncond)), by the teacher, at times in --enhanced_range.
     guided = masks["guided"]
     evaluated = guided.clone()
-    if real.any() and not guided.any():  # processes wait for each other in a forward pass: all must make it
-        evaluated[real.nonzero()[0]] = True
+    if real.any() and not guided.any():
+        evaluated[real.nonzero()[0]] = True  # not used; sharded processes must make the same number of forward passes
     if args.enhanced_ratio and evaluated.any():
         with torch.no_grad(), teacher():
             enhanced = enhance_target(
@@ -1372,11 +1372,12 @@ def compute_loss(
         if guided.any():
             target[guided] = enhanced
 
-    # S of the RCGM target. Before F, as swapping weights between its forward and backward pass would be an error.
+    # S, the displacement of the RCGM target, by the teacher. Its weights are swapped in place, which must not happen
+    # between a forward pass with gradient and its backward pass.
     any_step = masks["e2e"] | masks["any"] | masks["one"]
     use_rcgm = args.estimate_order > 0 and bool(any_step.any())
     if use_rcgm:
-        stepping_model = nullcontext if frozen_teacher else teacher
+        stepping_model = nullcontext if frozen_teacher else teacher  # a frozen teacher only guides
         with torch.no_grad(), stepping_model():
             displacement = multi_fwd(
                 predict,
@@ -1388,6 +1389,7 @@ def compute_loss(
                 order=args.estimate_order,
             )
 
+    # Target of all but adv: sg(F) - clamp(G, -1, 1), or without RCGM the velocity as it is.
     prediction = predict(x_t, t, target_time, cond)
     if use_rcgm:
         target[real] = get_rcgm_target(prediction[real], displacement, target[real], t[real], target_time[real])

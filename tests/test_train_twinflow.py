@@ -520,7 +520,7 @@ def learn(train, scenes, folder, *method):
     for steps, style in compare.STYLES.items():
         generated = generate(folder, prompts, steps=steps, style=style, batch_size=64)
         after[steps] = compare.measure(generated, wanted, vae)
-        before[steps] = compare.measure(compare.draw_base(prompts, steps), wanted, vae)
+        before[steps] = compare.measure(compare.generate_with_base(prompts, steps), wanted, vae)
         cells = [f"{old:.3g} -> {new:.3g}" for old, new in zip(before[steps], after[steps], strict=True)]
         print(f"{steps:2} steps: all right {cells[0]} %, sharpness {cells[1]}, distance {cells[2]}")
     return before, after

@@ -1,12 +1,12 @@
-"""Measures what train_twinflow.py made of the toy FLUX, beside the toy FLUX itself, at 1, 2, 4 and 20 steps.
+"""Measures models that train_twinflow.py trained from the toy FLUX, beside the toy FLUX, at 1, 2, 4 and 20 steps.
 
-    python examples/twinflow/compare.py --make_data scenes     # pictures to train on
+    python examples/twinflow/compare.py --make_data scenes     # images to train on
     python examples/twinflow/compare.py OUTPUT_DIR [OUTPUT_DIR ...] --output compare.png
 
-Per number of steps: pictures in which background, foreground and shape are as the prompt says (percent); sharpness,
-the mean of the largest 5 % of differences between neighbouring pixels; sliced Wasserstein distance of VAE latents to
-those of drawn scenes of the same prompts. One can rise while another falls: blurred pictures please a classifier,
-guidance raises scores and narrows the spread.
+Per number of steps: images whose background, foreground and shape match the prompt (percent); sharpness, the mean of
+the largest 5 % of differences between neighbouring pixels; sliced Wasserstein distance of VAE latents to those of
+rendered scenes of the same prompts. One can improve while another gets worse: blurred images still satisfy a
+classifier, and guidance raises scores but narrows the spread.
 """
 
 import argparse
@@ -36,7 +36,7 @@ STYLES = {1: "few", 2: "few", 4: "any", 20: "mul"}
 
 
 def make_data(folder, count=1500, seed=5):
-    """Drawn scenes with captions, as the toy FLUX was pretrained on."""
+    """Rendered scenes with captions, as the toy FLUX was pretrained on."""
     folder.mkdir(parents=True)
     rng = random.Random(seed)
     for i in range(count):
@@ -51,8 +51,8 @@ def scenes_and_prompts(count, seed):
     return scenes, [caption(scene) for scene in scenes]
 
 
-def draw_base(prompts, steps, seed=0):
-    """The toy FLUX' own pictures in `steps` steps of its own scheduler."""
+def generate_with_base(prompts, steps, seed=0):
+    """Images of the toy FLUX itself in `steps` steps of its own scheduler."""
     pipeline = FluxPipeline.from_pretrained(TOY)
     pipeline.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
@@ -71,55 +71,59 @@ def sharpness(images):
 
 
 def measure(images, scenes, vae, seed=0):
-    """(percent all right, sharpness, distance of latents) of pictures drawn for scenes."""
+    """(percent all right, sharpness, distance of latents) of images generated for scenes.
+
+    The distance is to scenes of the same colours and kinds of shapes, at other places and sizes: prompts name neither.
+    """
     rng = random.Random(f"reference/{seed}")
-    drawn = []
-    for scene in scenes:  # the prompt names colours and kind; size and place are free
-        shape = scene.shapes[0]
-        other = random_scene(rng, pair=0, outline=0).shapes[0]
-        drawn.append(draw_scene(type(scene)(scene.background, (type(other)(shape.kind, shape.color, *place(other)),))))
-    latents = [encode(vae, to_tensor(part)).flatten(1).double().numpy() for part in (images, drawn)]
-    return all_right(images, scenes), sharpness(images), sliced_wasserstein(*latents)
-
-
-def place(shape):
-    return shape.x, shape.y, shape.r
+    rendered = []
+    for scene in scenes:
+        prompted = scene.shapes[0]
+        placed = random_scene(rng, pair=0, outline=0).shapes[0]
+        shape = type(prompted)(prompted.kind, prompted.color, placed.x, placed.y, placed.r)
+        rendered.append(draw_scene(type(scene)(scene.background, (shape,))))
+    image_latents = encode(vae, to_tensor(images)).flatten(1).double().numpy()
+    rendered_latents = encode(vae, to_tensor(rendered)).flatten(1).double().numpy()
+    return all_right(images, scenes), sharpness(images), sliced_wasserstein(image_latents, rendered_latents)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folders", type=Path, nargs="*", help="output folders of train_twinflow.py")
-    parser.add_argument("--make_data", type=Path, metavar="FOLDER", help="only draw scenes into this folder")
-    parser.add_argument("--count", type=int, help="pictures per cell (default: 256), or scenes (default: 1500)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, nargs="+", default=list(STYLES), choices=list(STYLES))
-    parser.add_argument("--output", type=Path, help="picture of some of them")
+    parser.add_argument("--make_data", type=Path, metavar="FOLDER", help="only render scenes into this folder")
+    parser.add_argument("--count", type=int, help="images per cell (default: 256), or scenes (default: 1500)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of prompts and images")
+    parser.add_argument(
+        "--steps", type=int, nargs="+", default=list(STYLES), choices=list(STYLES), help="numbers of steps"
+    )
+    parser.add_argument("--output", type=Path, help="file for a grid of some of the images")
     args = parser.parse_args()
     if args.make_data:
         make_data(args.make_data, args.count or 1500)
         return
     vae = FluxPipeline.from_pretrained(TOY).vae.float()
     scenes, prompts = scenes_and_prompts(args.count or 256, args.seed)
-    print("| model | " + " | ".join(f"{n} step{'s' * (n > 1)}" for n in args.steps) + " |")
+    headings = ["1 step" if steps == 1 else f"{steps} steps" for steps in args.steps]
+    print(f"| model | {' | '.join(headings)} |")
     print("| --- |" + " --- |" * len(args.steps))
-    shown = []
+    grid_images = []
+    grid_captions = []
     for folder in (None, *args.folders):
+        name = folder.name if folder else "base"
         cells = []
         for steps in args.steps:
             if folder:
                 images = generate(folder, prompts, seed=args.seed, batch_size=64, steps=steps, style=STYLES[steps])
             else:
-                images = draw_base(prompts, steps, args.seed)
-            cells.append("{:.0f} / {:.1f} / {:.3f}".format(*measure(images, scenes, vae)))
-            name = folder.name if folder else "base"
-            shown += [
-                (image, f"{name}, {steps}: {prompt}") for image, prompt in zip(images[:8], prompts, strict=False)
-            ]
-        print(f"| {folder.name if folder else 'base'} | " + " | ".join(cells) + " |", flush=True)
+                images = generate_with_base(prompts, steps, args.seed)
+            percent, sharp, distance = measure(images, scenes, vae)
+            cells.append(f"{percent:.0f} / {sharp:.1f} / {distance:.3f}")
+            for image, prompt in zip(images[:8], prompts, strict=False):
+                grid_images.append(image)
+                grid_captions.append(f"{name}, {steps}: {prompt}")
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
     if args.output:
-        image_grid([image for image, _ in shown], [text for _, text in shown], columns=8, min_width=96).save(
-            args.output
-        )
+        image_grid(grid_images, grid_captions, columns=8, min_width=96).save(args.output)
 
 
 if __name__ == "__main__":
