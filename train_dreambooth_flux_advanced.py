@@ -1,6 +1,6 @@
-"""Teaches FLUX.1 a subject or a style from a few pictures: DreamBooth LoRA (arXiv 2208.12242, 2106.09685).
+"""Teaches FLUX.1 a subject or a style from a few images: DreamBooth LoRA, pivotal tuning, textual inversion.
 
-The frozen transformer predicts the velocity of a noisy latent, a low-rank adapter beside its layers is trained:
+The transformer predicts the velocity of a noisy latent. It stays frozen; a LoRA in its layers is trained:
 
     x_σ = (1 - σ) x_0 + σ ε        loss = w(σ) || transformer(x_σ, σ, prompt) - (ε - x_0) ||²
 
@@ -14,9 +14,17 @@ One GPU, or all of them after `accelerate config`:
       --validation_prompt="sks dog on the beach" --output_dir=sks-dog
 
 `output_dir` then holds `pytorch_lora_weights.safetensors` for `FluxPipeline.load_lora_weights`, a model card, the
-arguments (args.json), the loss (metrics.jsonl, loss.png), pictures (validation/) and checkpoints to resume from.
+arguments (args.json), the loss (metrics.jsonl, loss.png), images (validation/) and checkpoints to resume from.
+
+    paper                                     in diffusers' script      here
+    LoRA (2106.09685)                         LoraConfig                common/lora.py add_lora
+    flow matching (2403.03206)                get_sigmas, target        compute_loss
+    DreamBooth, prior loss (2208.12242, (2))  prior_loss                instance_loss + prior_loss in main
+    textual inversion (2208.01618)            TokenEmbeddingsHandler    TokenEmbeddingsHandler
+    pivotal tuning (2106.05744)               pivoted_te, pivoted_tr    training_stops, PromptEncoder.freeze
 """
 
+import argparse
 import contextlib
 import difflib
 import functools
@@ -99,7 +107,7 @@ from common.latents import (
 from common.lora import (
     FLUX_TARGET_MODULES,
     add_lora,
-    reduce_gradients,
+    average_gradients,
     register_lora_checkpointing,
     save_lora,
     target_layers,
@@ -128,7 +136,7 @@ from common.tracking import (
     step_logs,
     write_model_card,
 )
-from common.validation import draw_class_images, generate_images, save_images, undisturbed
+from common.validation import generate_class_images, generate_images, save_images, undisturbed
 
 import numpy as np
 import torch
@@ -554,7 +562,7 @@ class TokenEmbeddingsHandler:
             first_new_id = len(tokenizer)
             tokenizer.add_tokens(new_tokens)
             table = embedding.weight.float()
-            # noise is drawn for every row, used or not
+            # noise for every row, used or not: the number of random draws does not depend on the concepts
             rows = torch.randn(len(new_tokens), table.shape[1], generator=generator) * table.std()
             for row, token_id in enumerate(initial_ids[name]):
                 if token_id is not None:
@@ -703,12 +711,20 @@ def lora_target_modules(args, transformer):
 
 
 def compute_loss(
-    transformer, latents, prompt_embeds, pooled_prompt_embeds, *, args, noise_scheduler, guidance, generator
-):
-    """The flow matching loss [B] of each sample of a batch.
+    transformer: torch.nn.Module,
+    latents: torch.Tensor,
+    prompt_embeds: torch.Tensor,
+    pooled_prompt_embeds: torch.Tensor,
+    *,
+    args: argparse.Namespace,
+    noise_scheduler: FlowMatchEulerDiscreteScheduler,
+    guidance: torch.Tensor | None,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    """The flow matching loss [B] of each sample of a batch (arXiv 2403.03206).
 
     latents [B, C, h, w] are normalised, prompt_embeds [B, T, D], pooled_prompt_embeds [B, P]; guidance [B], or None
-    for a model without guidance embedding. Noise and noise levels are drawn from `generator`, a CPU one.
+    for a model without guidance embedding. Noise and noise levels come from `generator`, which is on the CPU.
     """
     batch_size, _, height, width = latents.shape
     noise = torch.randn(latents.shape, generator=generator).to(latents.device)
@@ -725,7 +741,8 @@ def compute_loss(
         sigmoid_scale=args.sigmoid_scale,
         discrete_flow_shift=args.discrete_flow_shift,
     ).to(latents.device)
-    latents, noise = pack_latents(latents), pack_latents(noise)
+    latents = pack_latents(latents)  # [B, h/2 * w/2, 4C]
+    noise = pack_latents(noise)
     model_pred = transformer(
         hidden_states=add_noise(latents, noise, sigmas).to(prompt_embeds.dtype),
         timestep=sigmas,
@@ -1913,7 +1930,7 @@ def main(args):
     requested_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
     stops = training_stops(args, requested_steps, checkpoint)
     text_encoder_stop, transformer_stop = stops
-    # fewer than requested if nothing is left to train: textual inversion alone ends with --train_text_encoder_ti_frac
+    # fewer than requested where nothing is left to train: new tokens alone are done after --train_text_encoder_ti_frac
     max_train_steps = max(text_encoder_stop, transformer_stop)
     validation_steps = args.validation_steps or args.validation_epochs * steps_per_epoch
     run = run_settings(args, len(train_dataset), accelerator.num_processes)
@@ -1967,7 +1984,6 @@ def main(args):
         disk_cache_dir=args.disk_cache_dir.expanduser() if args.cache_text_encoder_outputs_to_disk else None,
         rewrite_prompt=embedding_handler.replace_abstractions,
     )
-    del pipeline
     prompt_encoder.cache_prompts(prompts)
 
     # 4. Scheduler, VAE, class images, latents, transformer, LoRA
@@ -1980,9 +1996,18 @@ def main(args):
             transformer = load_transformer(args, weight_dtype).to(device)
             pipeline = create_pipeline(transformer, vae, noise_scheduler)
             arguments = pipeline_arguments(prompt_encoder, args.class_prompt, args)
-            draw_class_images(accelerator, pipeline, arguments, args, present=len(class_examples(args)))
+            generate_class_images(
+                accelerator,
+                pipeline,
+                arguments,
+                folder=args.class_data_dir,
+                num_images=args.num_class_images,
+                num_present=len(class_examples(args)),
+                batch_size=args.sample_batch_size,
+                seed=args.seed,
+                precision=args.prior_generation_precision,
+            )
             train_dataset.class_examples = class_examples(args)
-            del pipeline
         if args.cache_latents:
             folder = args.disk_cache_dir.expanduser() if args.cache_latents_to_disk else None
             train_dataset.moments = cache_moments(
@@ -2117,17 +2142,21 @@ def main(args):
                     guidance=guidance,
                     generator=generator,
                 )
-            losses = losses * batch["loss_weight"].to(device)
-            # instance_loss + prior_loss: the mean over the instance images and, with prior preservation, the mean over
-            # as many class images behind them. One sum over both rounds alike with and without class images.
-            num_instance_images = len(losses) // 2 if args.with_prior_preservation else len(losses)
-            loss = losses.sum() / num_instance_images
+            losses = losses * batch["loss_weight"].to(device)  # 1, of class images prior_loss_weight
+            if args.with_prior_preservation:
+                # instance_loss + prior_loss: each is the mean of one half of the losses, see `collate_fn`, so their
+                # sum is twice the mean of all
+                num_instance_images = len(losses) // 2
+                loss = 2 * losses.mean()
+            else:
+                num_instance_images = len(losses)
+                loss = losses.mean()
             accelerator.backward(loss)
             loss_sum = loss_sum + loss.detach() / accumulation
             num_images += num_instance_images * accelerator.num_processes
             if not accelerator.sync_gradients:
                 continue
-            reduce_gradients(accelerator, text_params)
+            average_gradients(accelerator, text_params)
             if global_step >= transformer_stop:
                 for parameter in lora_params:
                     parameter.grad = None
@@ -2165,16 +2194,8 @@ def main(args):
             transformer = None  # see the end
             stop_interrupted(accelerator, global_step, checkpoint, signals)
         if args.validation_prompt and global_step % validation_steps == 0 and not is_done:
-            log_validation(
-                accelerator,
-                transformer,
-                vae,
-                noise_scheduler,
-                prompt_encoder,
-                args,
-                args.validation_prompt,
-                global_step,
-            )
+            prompt = args.validation_prompt
+            log_validation(accelerator, transformer, vae, noise_scheduler, prompt_encoder, args, prompt, global_step)
         loss_sum = 0.0
         num_images = 0
         step_started = time.perf_counter()

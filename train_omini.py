@@ -116,8 +116,8 @@ from common.latents import (
 )
 from common.lora import (
     add_lora,
+    average_gradients,
     load_lora,
-    reduce_gradients,
     register_lora_checkpointing,
     save_lora,
     target_layers,
@@ -231,9 +231,9 @@ def parse_args(argv=None):
 
     arg = parser.add_argument_group("model", "which model is trained, in which precision").add_argument
     arg(
-        "--pretrained_model_name_or_path", required=True, metavar="MODEL", help="folder or hub id of a FLUX.1 pipeline"
+        "--pretrained_model_name_or_path", required=True, metavar="MODEL", help="folder or Hub id of a FLUX.1 pipeline"
     )
-    arg("--revision", help="revision of the model on the hub")
+    arg("--revision", help="revision of the model on the Hub")
     arg("--variant", help="variant of the model's files, such as fp16")
     arg("--cache_dir", help="folder for downloaded models and datasets")
     arg(
@@ -245,18 +245,22 @@ def parse_args(argv=None):
     arg(
         "--mixed_precision",
         choices=("no", "fp16", "bf16"),
-        help="precision of frozen models; bf16: half the memory",
+        help="precision of frozen models; bf16 halves memory",
     )
     arg("--allow_tf32", action="store_true", help="faster, less exact float32 products on Ampere and later GPUs")
-    arg("--gradient_checkpointing", action="store_true", help="about half the memory for a third more time per step")
-    arg("--quantize_base", choices=QUANTIZATIONS, default="none", help="keep the frozen blocks in 4 or 8 bits")
-    arg("--compile", action="store_true", help="compile the blocks: takes minutes at first, then steps are faster")
+    arg(
+        "--gradient_checkpointing",
+        action="store_true",
+        help="recompute activations: about half the memory, a third more time",
+    )
+    arg("--quantize_base", choices=QUANTIZATIONS, default="none", help="store frozen blocks in 4 or 8 bits")
+    arg("--compile", action="store_true", help="compile the transformer's blocks: minutes once, then faster steps")
     arg("--offload", action="store_true", help="keep frozen models in CPU memory until they are used")
-    arg("--fsdp", action="store_true", help="split weights and optimizer state over the processes (FSDP2)")
+    arg("--fsdp", action="store_true", help="shard weights and optimizer state over the processes (FSDP2)")
 
     arg = parser.add_argument_group("data", "a folder of images, a dataset, or tar files").add_argument
     arg("--instance_data_dir", type=Path, help="folder of images; captions in .txt files, metadata.jsonl or none")
-    arg("--dataset_name", help="dataset on the hub, or a folder or file that `datasets` loads")
+    arg("--dataset_name", help="dataset on the Hub, or a folder or file that `datasets` loads")
     arg("--dataset_config_name", help="configuration of that dataset")
     arg("--data_files", nargs="+", metavar="TAR", help="webdataset tars or patterns: jpg images, json with a prompt")
     arg(
@@ -275,7 +279,7 @@ def parse_args(argv=None):
     )
     arg("--mask_column", help="column of masks, white to generate, for fill and token_integration (default: random)")
     arg("--instance_prompt", help="prompt of every image without a caption, such as a photo of sks dog")
-    arg("--image_interpolation_mode", choices=INTERPOLATION, default="lanczos", help="how images are resized")
+    arg("--image_interpolation_mode", choices=INTERPOLATION, default="lanczos", help="filter for resizing images")
     arg("--train_batch_size", type=positive_int, default=4, help="images per device and forward pass")
     arg(
         "--dataloader_num_workers",
@@ -330,7 +334,7 @@ def parse_args(argv=None):
     arg("--depth_batch_size", type=positive_int, default=8, help="images per forward pass of the depth model")
 
     arg = parser.add_argument_group("lora", "the adapter").add_argument
-    arg("--rank", type=positive_int, default=4, help="rank of the LoRA; 16 to 64 for more detail")
+    arg("--rank", type=positive_int, default=4, help="rank of the LoRA: its capacity and size; 16 to 64 for detail")
     arg("--lora_alpha", type=positive_float, help="LoRA scale is lora_alpha / rank (default: rank)")
     arg("--lora_dropout", type=in_range(float, 0, 0.99), default=0.0, help="dropout probability of the LoRA's inputs")
     arg("--target_modules", metavar="REGEX", help="layers with LoRA (default: all that condition tokens pass)")
@@ -347,14 +351,16 @@ def parse_args(argv=None):
         "--timestep_sampling",
         choices=TIMESTEP_SAMPLING,
         default="sigmoid",
-        help="distribution of noise levels; sigma: as weighting_scheme says",
+        help="distribution of noise levels; sigma: as --weighting_scheme says",
     )
-    arg("--weighting_scheme", choices=WEIGHTING_SCHEMES, default="none", help="density of noise levels or loss weight")
+    arg(
+        "--weighting_scheme", choices=WEIGHTING_SCHEMES, default="none", help="density of noise levels, or loss weight"
+    )
     arg("--logit_mean", type=in_range(float, -100, 100), default=0.0, help="mean of logit_normal; below 0: more noise")
     arg("--logit_std", type=positive_float, default=1.0, help="standard deviation of logit_normal")
     arg("--mode_scale", type=in_range(float, -1, 1.75), default=1.29, help="scale of mode; 0: uniform")
     arg("--sigmoid_scale", type=positive_float, default=1.0, help="spread of sigmoid, shift and flux_shift")
-    arg("--discrete_flow_shift", type=positive_float, default=3.0, help="shift of shift; above 1: more noise")
+    arg("--discrete_flow_shift", type=positive_float, default=3.0, help="s of shift; above 1: more noise")
 
     arg = parser.add_argument_group("optimizer", "how the adapter is updated").add_argument
     arg(
@@ -362,25 +368,30 @@ def parse_args(argv=None):
         type=str.lower,
         choices=("adamw", "prodigy", "sgd"),
         default="prodigy",
-        help="optimizer; prodigy needs learning_rate 1",
+        help="prodigy finds the learning rate itself: set --learning_rate 1",
     )
-    arg("--learning_rate", type=positive_float, default=1.0, help="step size; 1 for prodigy, about 1e-4 for adamw")
-    arg("--scale_lr", action="store_true", help="multiply learning_rate by batch size, accumulation and devices")
+    arg("--learning_rate", type=positive_float, default=1.0, help="learning rate; 1 for prodigy, about 1e-4 for adamw")
+    arg("--scale_lr", action="store_true", help="multiply the learning rate by the total batch size")
     arg("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="learning rate schedule")
-    arg("--lr_warmup_steps", type=in_range(int, 0), default=500, help="linear warmup steps; constant has no warmup")
+    arg("--lr_warmup_steps", type=in_range(int, 0), default=500, help="linear warmup steps; constant has none")
     arg("--lr_num_cycles", type=positive_int, default=1, help="cycles of cosine_with_restarts")
     arg("--lr_power", type=positive_float, default=1.0, help="power of polynomial; 1: linear")
     arg("--use_8bit_adam", action="store_true", help="AdamW with 8-bit states (bitsandbytes), to save memory")
-    arg("--adam_beta1", type=decay_rate, default=0.9, help="decay of the first moment, also in Prodigy")
-    arg("--adam_beta2", type=decay_rate, default=0.999, help="decay of the second moment, also in Prodigy")
+    arg("--adam_beta1", type=decay_rate, default=0.9, help="decay of the gradient's running mean, also in Prodigy")
+    arg("--adam_beta2", type=decay_rate, default=0.999, help="decay of the squared gradient's mean, also in Prodigy")
     arg("--adam_weight_decay", type=non_negative_float, default=0.01, help="weight decay, also in Prodigy")
     arg("--adam_epsilon", type=positive_float, default=1e-8, help="added to the denominator, also in Prodigy")
     arg("--prodigy_beta3", type=decay_rate, help="decay of Prodigy's estimate (default: square root of adam_beta2)")
     arg("--prodigy_decouple", action=Switch, default=True, help="decoupled weight decay, as in AdamW")
     arg("--prodigy_use_bias_correction", action=Switch, default=True, help="Adam's bias correction in Prodigy")
     arg("--prodigy_safeguard_warmup", action=Switch, default=True, help="keep warmup out of Prodigy's estimate")
-    arg("--max_grad_norm", type=positive_float, default=0.5, help="gradient norm above which gradients are clipped")
-    arg("--gradient_accumulation_steps", type=positive_int, default=1, help="forward passes per update")
+    arg("--max_grad_norm", type=positive_float, default=0.5, help="clip gradients to this norm")
+    arg(
+        "--gradient_accumulation_steps",
+        type=positive_int,
+        default=1,
+        help="batches per update: a larger batch in the memory of one",
+    )
 
     arg = parser.add_argument_group("schedule and checkpoints", "how long, and what can be resumed").add_argument
     arg(
@@ -390,18 +401,18 @@ def parse_args(argv=None):
         help="random seed for data order, noise, adapter init and validation",
     )
     arg("--num_train_epochs", type=positive_int, default=1, help="passes over the data")
-    arg("--max_train_steps", type=positive_int, help="number of updates; overrides num_train_epochs")
+    arg("--max_train_steps", type=positive_int, help="number of updates; overrides --num_train_epochs")
     arg("--checkpointing_steps", type=positive_int, default=500, help="steps between checkpoints")
     arg("--checkpoints_total_limit", type=positive_int, help="number of newest checkpoints to keep (default: all)")
     arg(
         "--resume_from_checkpoint",
         metavar="CHECKPOINT",
-        help="checkpoint-N folder to continue from, or latest (starts anew if there is none)",
+        help="a checkpoint-N folder, or latest (if there is one)",
     )
     arg("--local_rank", type=int, default=-1, help="set by old launchers; LOCAL_RANK in the environment wins")
 
     arg = parser.add_argument_group("validation", "images while training; they never change it").add_argument
-    arg("--validation_prompt", help="prompt to generate from: before training, every validation_steps, and at the end")
+    arg("--validation_prompt", help="prompt to generate before, during and after training")
     arg(
         "--validation_image",
         nargs="+",
@@ -411,17 +422,17 @@ def parse_args(argv=None):
     )
     arg("--num_validation_images", type=positive_int, default=4, help="images per validation")
     arg("--validation_epochs", type=positive_int, default=50, help="epochs between validations")
-    arg("--validation_steps", type=positive_int, help="steps between validations; overrides validation_epochs")
-    arg("--final_validation_prompt", help="prompt to generate from after training (default: validation_prompt)")
+    arg("--validation_steps", type=positive_int, help="steps between validations; overrides --validation_epochs")
+    arg("--final_validation_prompt", help="prompt to generate after training (default: validation_prompt)")
     arg("--skip_final_inference", action="store_true", help="generate no images after training")
 
     arg = parser.add_argument_group("output and logging", "where everything goes").add_argument
-    arg("--output_dir", type=Path, default=Path("flux-omini"), help="folder of all results")
-    arg("--logging_dir", type=Path, default=Path("logs"), help="folder for the trackers' files, in output_dir")
-    arg("--report_to", choices=TRACKERS, default="tensorboard", help="tracker of losses and images")
-    arg("--upcast_before_saving", action="store_true", help="save the adapter in float32, not in mixed_precision")
-    arg("--verbose", action="store_true", help="show messages and progress bars of the libraries")
-    arg("--push_to_hub", action="store_true", help="upload the results, without checkpoints and logs")
+    arg("--output_dir", type=Path, default=Path("flux-omini"), help="folder for all results")
+    arg("--logging_dir", type=Path, default=Path("logs"), help="folder for the trackers' files, inside output_dir")
+    arg("--report_to", choices=TRACKERS, default="tensorboard", help="trackers for metrics and validation images")
+    arg("--upcast_before_saving", action="store_true", help="save the LoRA in float32 instead of --mixed_precision")
+    arg("--verbose", action="store_true", help="show the libraries' messages and progress bars")
+    arg("--push_to_hub", action="store_true", help="upload the results to the Hub, without checkpoints and logs")
     arg("--hub_token", help="Hub token (default: your login); never logged or saved")
     arg("--hub_model_id", help="Hub repository (default: the name of output_dir)")
 
@@ -2080,7 +2091,7 @@ def main(args):
 
     # 6. Prepare and resume
     lr_scheduler = accelerator.prepare(lr_scheduler)
-    if not args.fsdp:  # the transformer is not wrapped in DistributedDataParallel: `reduce_gradients` is all it needs
+    if not args.fsdp:  # the transformer is not wrapped in DistributedDataParallel: `average_gradients` is all it needs
         optimizer = accelerator.prepare(optimizer)
     register_lora_checkpointing(accelerator, FluxPipeline, adapted_models, optimizer, adapter_files)
     global_step = load_checkpoint(accelerator, checkpoint, lr_scheduler)
@@ -2159,7 +2170,7 @@ def main(args):
                 continue
 
             if not args.fsdp:
-                reduce_gradients(accelerator, lora_params)
+                average_gradients(accelerator, lora_params)
             grad_norm = accelerator.clip_grad_norm_(lora_params, args.max_grad_norm)
             # one message between the processes carries the loss and whether any of them got a signal
             stop_requested = torch.tensor(float(len(signals)), device=device)

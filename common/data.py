@@ -25,7 +25,6 @@ import json
 import math
 import sys
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -33,10 +32,9 @@ from typing import Any, Literal, NamedTuple
 import fsspec
 import numpy as np
 import torch
-from PIL import EpsImagePlugin, ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from safetensors import SafetensorError
 from torch.utils.data import IterableDataset, Sampler, default_collate
-from tqdm.auto import tqdm
 from tqdm.contrib.concurrent import thread_map
 
 
@@ -99,8 +97,6 @@ def fit(
     mirrored: bool = False,
 ) -> Image.Image:
     """The image resized to cover `size` (height, width), cropped at `centering` (x, y in [0, 1]), perhaps mirrored."""
-    if not isinstance(interpolation, str):  # used by train_omini until it gives the mode
-        interpolation = interpolation.image_interpolation_mode
     height, width = size
     method = Image.Resampling[interpolation.upper()]
     image = ImageOps.fit(image, (width, height), method, centering=(centering[0], centering[1]))
@@ -188,8 +184,6 @@ def check_captions(
 
     With `several`, a caption may be a list of texts, one of which is taken each time (TwinFlow).
     """
-    if hasattr(default, "instance_prompt"):  # used by train_dreambooth and train_influxedit until they assign captions
-        return _check_captions(examples, default)
     problems = []
     missing = [example.name for example in examples if example.caption is None]
     if missing and default is None:
@@ -739,19 +733,15 @@ class StreamedBatches(IterableDataset):
     def __init__(
         self,
         stream: Any,
-        examples_of: Callable[..., list[Example]],
+        examples_of: Callable[[dict, str], list[Example]],
         sample: Callable[[Example, int, int], dict],
-        args: Any = None,
         *,
-        batch_size: int = 1,
-        shuffle_buffer: int = 1000,
-        seed: int = 0,
+        batch_size: int,
+        shuffle_buffer: int,
+        seed: int,
         process_index: int,
         num_processes: int,
     ):
-        if args is not None:  # used by train_omini until it gives values
-            batch_size, shuffle_buffer, seed = args.train_batch_size, args.shuffle_buffer, args.seed
-            examples_of = functools.partial(examples_of, args=args)
         self.stream = stream.shuffle(seed=seed, buffer_size=shuffle_buffer)
         self.examples_of = examples_of
         self.sample = sample
@@ -785,116 +775,3 @@ class StreamedBatches(IterableDataset):
             if len(batch) == self.batch_size:
                 yield default_collate(batch)
                 batch = []
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Old names, used by the scripts until they adopt: picture_files -> image_files; read_text_file -> read_text;
-# read_captions -> read_folder; check_pictures -> check_images, read_sizes; open_dataset, read_row -> read_dataset,
-# open_stream; fit(.., args), check_captions(.., args), StreamedBatches(.., args) -> the same with values.
-# They go when no script imports them.
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-EpsImagePlugin.gs_binary = False  # until every file is opened by open_image
-
-
-def picture_files(folder):
-    """(the pictures in a folder, sorted paths; problems of those of a kind that is not read)."""
-    paths = sorted(folder.iterdir())
-    unread = [path for path in paths if path.suffix.lower() in UNREAD_SUFFIXES]
-    problems = [f"{path}: save it as PNG or JPEG, {path.suffix} is not read" for path in unread]
-    return [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES], problems
-
-
-def read_text_file(path, problems):
-    """The text of a file, without space around it; None if there is no file, and a problem if it holds no text."""
-    try:
-        return path.read_text("utf-8-sig").strip() if path.exists() else None
-    except (OSError, ValueError):
-        problems.append(f"{path}: not UTF-8 text")
-        return None
-
-
-def read_captions(folder, paths, args):
-    """({name of a picture: caption} in metadata.jsonl of a folder with pictures `paths`, problems)."""
-    captions, metadata = {}, folder / "metadata.jsonl"
-    try:
-        lines = metadata.read_text("utf-8-sig").splitlines() if metadata.exists() else []
-        rows = [json.loads(line) for line in lines if line.strip()]
-        column = args.caption_column or next((c for c in ("text", "prompt", "caption") if rows and c in rows[0]), None)
-        captions = {str(row["file_name"]): row[column] for row in rows}
-        json.dumps(rows, ensure_ascii=False).encode()  # half of a surrogate pair is no text
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        return captions, [
-            f"{metadata}: each line must be JSON with file_name and a caption, see --caption_column ({error!r})"
-        ]
-    problems = [
-        f"{metadata}: no picture {name} in this folder" for name in sorted(captions.keys() - {p.name for p in paths})
-    ]
-    if args.caption_column and not rows:
-        problems.append(f"--caption_column {args.caption_column}: no {metadata} that has columns")
-    return captions, problems
-
-
-def _check_captions(examples, args):
-    """Problems of examples without caption, to which --instance_prompt is given, or with one that is no text."""
-    problems, bare = [], [example.name for example in examples if example.caption is None]
-    if bare and args.instance_prompt is None:
-        names = ", ".join(bare[:3]) + (f" and {len(bare) - 3} more" if len(bare) > 3 else "")
-        problems.append(f"no caption for {names}: give --instance_prompt, captions in .txt files, or --caption_column")
-    for example in examples:
-        example.caption = args.instance_prompt if example.caption is None else example.caption
-        if example.caption is not None and not (isinstance(example.caption, str) and example.caption.strip()):
-            problems.append(f"{example.name}: its caption must be text and not empty, not {example.caption!r}")
-    return problems
-
-
-def check_pictures(examples, look):
-    """Problems of the pictures of examples: what look(example) returns (None: nothing is wrong) or raises."""
-
-    def defect(example):
-        try:
-            return look(example)
-        except Exception as error:  # PIL's readers of formats raise of all kinds
-            return f"{example.name}: not a readable picture ({error})"
-
-    with ThreadPoolExecutor() as pool:
-        checks = pool.map(defect, examples)
-        checks = tqdm(checks, total=len(examples), desc="Reading pictures", unit="image", leave=False)
-        return [problem for problem in checks if problem]
-
-
-def open_dataset(args, columns, *, flag=None, source=None, data_files=None, streaming=False):
-    """(dataset, problems): the train split of --dataset_name, or of what `flag` names, `source` and `data_files` say.
-
-    columns([name, ...]) returns those of pictures and of captions, (list, list), among the names of all. Pictures are
-    decoded when their row is read, those of a stream are {"bytes": ..., "path": ...}.
-    """
-    import datasets
-
-    datasets.disable_progress_bars()
-    flag = flag or f"--dataset_name {args.dataset_name}"
-    try:
-        dataset = datasets.load_dataset(
-            source or args.dataset_name,
-            args.dataset_config_name,
-            data_files=data_files,
-            split="train",
-            cache_dir=args.cache_dir,
-            streaming=streaming,
-        )
-        found = dataset.column_names or list(next(iter(dataset)))
-        pictures, texts = columns(found)
-        absent = [name for name in (*pictures, *texts) if name not in found]
-        if absent:
-            return None, [f"{flag}: no column {', '.join(absent)}; it has {', '.join(found)}"]
-        for column in pictures:
-            dataset = dataset.cast_column(column, datasets.Image(decode=not streaming))
-    except Exception as error:  # a missing, gated, empty or malformed dataset each raises its own kind
-        return None, [f"{flag}: cannot be loaded ({error})"]
-    return dataset, []
-
-
-def read_row(dataset, row, column):
-    """A picture of a dataset; those in other columns are not decoded."""
-    return dataset.select_columns(column)[row][column]

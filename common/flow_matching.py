@@ -1,9 +1,12 @@
-"""Flow matching: noise levels, the noisy sample, the weight of its loss, the generator of a step.
+"""Flow matching: noise levels, noisy samples, the weighted error, and the random generator of a step.
 
-x_σ = (1 - σ) x_0 + σ ε,   the model predicts v = ε - x_0,   σ in [0, 1], timestep t = 1000 σ
+    x_σ = (1 - σ) x_0 + σ ε        target of the model: v = ε - x_0        σ in [0, 1], timestep t = 1000 σ
+
+x_0 are clean latents, ε is noise from N(0, 1).
 """
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,41 +19,47 @@ TIMESTEP_SAMPLING = ("sigma", "uniform", "sigmoid", "shift", "flux_shift")
 WEIGHTING_SCHEMES = ("none", "sigma_sqrt", "logit_normal", "mode", "cosmap")
 
 
-def step_generator(seed, step, micro_step=0, process_index=0):
-    """The CPU generator that all of one micro-step's randomness comes from: equal arguments, equal draws."""
+def step_generator(seed: int, step: int, micro_step: int = 0, process_index: int = 0) -> torch.Generator:
+    """The generator that all random numbers of one micro-step come from; it depends on the arguments alone.
+
+    A run that is resumed at a step therefore continues exactly, without a saved random state. The generator is on the
+    CPU, so every device gets the same numbers.
+    """
     entropy = np.random.SeedSequence([seed, step, micro_step, process_index])
-    return torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> 1))
+    state = entropy.generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state >> 1))  # manual_seed takes 63 bits
 
 
 def sample_sigmas(
-    batch_size,
+    batch_size: int,
     *,
-    noise_scheduler,
-    image_seq_len,
-    generator,
-    timestep_sampling="sigma",
-    weighting_scheme="none",
-    logit_mean=0.0,
-    logit_std=1.0,
-    mode_scale=1.29,
-    sigmoid_scale=1.0,
-    discrete_flow_shift=3.0,
-):
+    noise_scheduler: Any,
+    image_seq_len: int,
+    generator: torch.Generator,
+    timestep_sampling: str = "sigma",
+    weighting_scheme: str = "none",
+    logit_mean: float = 0.0,
+    logit_std: float = 1.0,
+    mode_scale: float = 1.29,
+    sigmoid_scale: float = 1.0,
+    discrete_flow_shift: float = 3.0,
+) -> torch.Tensor:
     """Noise levels σ [batch_size] in (0, 1], float32.
 
-    `timestep_sampling`, with y = sigmoid(sigmoid_scale n), n ~ N(0, 1):
-        sigma       the scheduler's own 1000 levels, picked by the density of `weighting_scheme` (arXiv 2403.03206)
+    `timestep_sampling` is one of, with y = sigmoid(sigmoid_scale n) and n ~ N(0, 1):
+        sigma       the scheduler's own 1000 levels, with the density of `weighting_scheme`: uniform for none,
+                    sigma_sqrt and cosmap, else logit_normal or mode of arXiv 2403.03206, section 3.1
         uniform     U(0, 1)
         sigmoid     y
-        shift       s y / (1 + (s - 1) y) with s = discrete_flow_shift
-        flux_shift  the same with s = exp(μ), μ as FluxPipeline computes it from `image_seq_len` tokens
+        shift       `shift_sigmas` of y by discrete_flow_shift
+        flux_shift  `shift_sigmas` of y by exp(μ), which FluxPipeline uses for an image of `image_seq_len` tokens
     """
     if timestep_sampling == "sigma":
-        density = compute_density_for_timestep_sampling(
+        u = compute_density_for_timestep_sampling(  # in [0, 1]
             weighting_scheme, batch_size, logit_mean, logit_std, mode_scale, generator=generator
         )
         num_levels = noise_scheduler.config.num_train_timesteps
-        indices = (density * num_levels).long().clamp(0, num_levels - 1)  # a density can reach 1.0
+        indices = (u * num_levels).long().clamp(0, num_levels - 1)  # u can be 1.0
         return noise_scheduler.sigmas[indices]
     if timestep_sampling == "uniform":
         sigmas = 1 - torch.rand(batch_size, generator=generator)  # never 0
@@ -63,13 +72,13 @@ def sample_sigmas(
     return sigmas
 
 
-def shift_sigmas(sigmas, shift):
+def shift_sigmas(sigmas: torch.Tensor, shift: float) -> torch.Tensor:
     """Noise levels moved towards 1 by `shift` > 1, towards 0 by `shift` < 1 (arXiv 2403.03206, eq. 23)."""
     return shift * sigmas / (1 + (shift - 1) * sigmas)
 
 
-def add_noise(latents, noise, sigmas):
-    """x_σ = (1 - σ) x_0 + σ ε, with one σ per sample: sigmas [B], the others [B, ...]."""
+def add_noise(latents: torch.Tensor, noise: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
+    """x_σ = (1 - σ) x_0 + σ ε for latents x_0 [B, ...] and noise ε [B, ...], with one σ per sample, `sigmas` [B]."""
     sigmas = sigmas.view(-1, *[1] * (latents.ndim - 1)).to(latents)
     return (1 - sigmas) * latents + sigmas * noise
 

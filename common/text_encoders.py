@@ -4,8 +4,8 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from common.arguments import reading
-from common.latents import disk_cached, fingerprint
+from common.arguments import exit_if_unreadable
+from common.latents import TensorCache, fingerprint
 
 import torch
 from accelerate import Accelerator
@@ -63,7 +63,7 @@ class PromptEncoder:
         self.encoders = {name: getattr(pipeline, attribute) for name, attribute in ENCODER_ATTRIBUTES.items()}
         self.trained = set(trained)
         self.never_trained = self.encoders.keys() - self.trained
-        self.fingerprints: dict[str, bytes] = {}
+        self.disk_caches: dict[str, TensorCache] = {}
         self.cached: dict[str, dict[str, torch.Tensor]] = {name: {} for name in self.encoders}  # {prompt: on the CPU}
         if offload:
             pipeline.enable_group_offload(
@@ -141,23 +141,25 @@ class PromptEncoder:
     def _encode_through_disk(self, encoder_name: str, prompt: str) -> torch.Tensor:
         """The embedding [1, ...] of a prompt on the CPU, from the disk if an earlier run left it there."""
 
-        def encode() -> torch.Tensor:
-            return self.encode_with(encoder_name, [prompt]).cpu()
+        def encode() -> dict[str, torch.Tensor]:
+            return {"value": self.encode_with(encoder_name, [prompt]).cpu()}
 
         if self.disk_cache_dir is None or encoder_name not in self.never_trained:
-            return encode()
-        if encoder_name not in self.fingerprints:
-            self.fingerprints[encoder_name] = fingerprint(self.encoders[encoder_name])
+            return encode()["value"]
+        if encoder_name not in self.disk_caches:
+            identity = fingerprint(self.encoders[encoder_name])
+            self.disk_caches[encoder_name] = TensorCache(self.disk_cache_dir, identity)
         text = self.rewrite_prompt(prompt) if self.rewrite_prompt else prompt
-        settings = f"{self.max_sequence_length} {self.dtype} {self.accelerator.mixed_precision} {text}"
-        return disk_cached(self.disk_cache_dir, self.fingerprints[encoder_name] + settings.encode(), encode)
+        key = f"{self.max_sequence_length} {self.dtype} {self.accelerator.mixed_precision} {text}".encode()
+        return self.disk_caches[encoder_name].load_or_encode(key, encode=encode)["value"]
 
 
 def load_text_pipeline(
     pipeline_class: type[DiffusionPipeline], args: Any, dtype: torch.dtype, **components: Any
 ) -> DiffusionPipeline:
     """The pipeline of --pretrained_model_name_or_path with frozen text encoders, without transformer and VAE."""
-    with reading(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}: its text encoders"):
+    flag = f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"
+    with exit_if_unreadable(f"{flag}: its text encoders"):
         pipeline = pipeline_class.from_pretrained(
             args.pretrained_model_name_or_path,
             transformer=None,

@@ -1,4 +1,4 @@
-"""Writes OUTPUT_DIR/report.html about a trainer's run: pictures, curves, settings and files in one page.
+"""Writes OUTPUT_DIR/report.html about a trainer's run: images, curves, settings and files in one page.
 
 python examples/report.py OUTPUT_DIR
 
@@ -22,9 +22,14 @@ import numpy as np
 from PIL import Image
 
 
-POINTS = 3000  # of a curve in the page; of longer runs each is the mean of several steps
-LARGE = 400_000  # bytes of a picture that is kept as it is; larger ones become WebP of at most 2048 pixels
-NAMES = {
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from common.metrics import mean_window, read_metrics, running_mean
+
+
+MAX_POINTS = 3000  # of a curve in the page; in longer runs a point is the mean of several steps
+MAX_IMAGE_BYTES = 400_000  # a larger image becomes WebP of at most 2048 pixels
+CHART_TITLES = {
     "loss": "loss",
     "lr": "learning rate",
     "prodigy_d": "Prodigy's d",
@@ -35,7 +40,7 @@ NAMES = {
 
 
 class Template(string.Template):
-    """A template without a meaning for the `$` of JavaScript."""
+    """A template whose placeholders start with @@: JavaScript has its own use for $."""
 
     delimiter = "@@"
 
@@ -49,114 +54,146 @@ def read_json(path):
     return value if isinstance(value, dict) else {}
 
 
-def read_metrics(path):
-    """The rows of metrics.jsonl that are whole, in the order of their steps."""
-    rows = {}
-    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
-        try:
-            row = json.loads(line)
-            rows[row["step"]] = {name: float(value) for name, value in row.items()}
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            continue  # torn by a crash
-    return [rows[step] for step in sorted(rows)]
-
-
-def running_mean(values, window):
-    """The exponential mean of about `window` values; those that are no numbers are passed over."""
-    decay, mean, weight, means = 1 - 1 / window, 0.0, 0.0, []
-    for value in values:
-        if math.isfinite(value):
-            mean, weight = decay * mean + (1 - decay) * value, decay * weight + 1 - decay
-        means.append(mean / weight if weight else math.nan)
-    return np.array(means)
-
-
-def curves_of(rows):
-    """What the page plots: {"steps": [...], "charts": [{"name", "lines": {name: [value or None]}}]}."""
-    every = -(-len(rows) // POINTS)
-
-    def thinned(values):
-        parts = [values[i : i + every] for i in range(0, len(values), every)]
-        means = [np.mean(part[np.isfinite(part)]) if np.isfinite(part).any() else math.nan for part in parts]
-        return [float(f"{value:.5g}") if math.isfinite(value) else None for value in means]
-
-    charts, window = [], max(1, min(50, len(rows) // 10))
-    for name in dict.fromkeys([*NAMES, *(name for row in rows for name in row)]):
-        values = np.array([row.get(name, math.nan) for row in rows])
+def charts_of(rows):
+    """What the page plots: {"steps": [...], "last", "charts": [{"name", "lines": {name: [value or None]}, "log"}]}."""
+    steps_per_point = math.ceil(len(rows) / MAX_POINTS)
+    window = mean_window(len(rows))
+    names = dict.fromkeys(CHART_TITLES)  # in this order, before whatever else was logged
+    for row in rows:
+        names |= dict.fromkeys(row)
+    charts = []
+    for name in names:
+        values = np.array([row.get(name, math.nan) for row in rows], float)
         if name == "step" or not np.isfinite(values).any():
             continue
-        lines = {"": thinned(values)}
-        if name not in ("lr", "prodigy_d", "peak_memory_gb"):
-            means = thinned(running_mean(values, window))
-            lines = {f"each {every} steps" if every > 1 else "each step": lines[""], f"mean of {window}": means}
+        points = averaged(values, steps_per_point)
+        if name in ("lr", "prodigy_d", "peak_memory_gb"):
+            lines = {"": points}
+        else:
+            each = f"each {steps_per_point} steps" if steps_per_point > 1 else "each step"
+            mean = averaged(np.array(running_mean(values, window)), steps_per_point)
+            lines = {each: points, f"mean of {window}": mean}
         log = name in ("lr", "prodigy_d") and 0 < 100 * values.min() < values.max()
-        charts.append({"name": NAMES.get(name, name), "lines": lines, "log": bool(log)})
-    return {"steps": [int(row["step"]) for row in rows[::every]], "last": int(rows[-1]["step"]), "charts": charts}
+        charts.append({"name": CHART_TITLES.get(name, name), "lines": lines, "log": bool(log)})
+    steps = [int(row["step"]) for row in rows[::steps_per_point]]
+    return {"steps": steps, "last": int(rows[-1]["step"]), "charts": charts}
 
 
-def picture(path):
-    """A picture as a data: address; None if it cannot be read."""
+def averaged(values, count):
+    """The mean of the finite ones of each `count` values, with five digits; None where there is none."""
+    points = []
+    for i in range(0, len(values), count):
+        part = values[i : i + count]
+        finite = part[np.isfinite(part)]
+        points.append(float(f"{np.mean(finite):.5g}") if len(finite) else None)
+    return points
+
+
+def image_url(path):
+    """An image as a data: address; None if it cannot be read."""
     try:
-        data, kind = path.read_bytes(), "png"
+        data = path.read_bytes()
+        form = "png"
         with Image.open(io.BytesIO(data)) as image:
             image.load()
-            if len(data) > LARGE:
+            if len(data) > MAX_IMAGE_BYTES:
                 image.thumbnail((2048, 2048))
-                image.convert("RGB").save(buffer := io.BytesIO(), "WEBP", quality=90)
-                data, kind = buffer.getvalue(), "webp"
+                buffer = io.BytesIO()
+                image.convert("RGB").save(buffer, "WEBP", quality=90)
+                data = buffer.getvalue()
+                form = "webp"
     except (OSError, ValueError, SyntaxError) as error:
         print(f"{path}: left out, {error}", file=sys.stderr)
         return None
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+    return f"data:image/{form};base64,{base64.b64encode(data).decode()}"
 
 
-def size_of(path):
-    """Bytes of a file or a folder, to be read."""
+def readable_size(path):
+    """The size of a file or folder in words, such as 1.3 MB."""
     files = path.rglob("*") if path.is_dir() else [path]
     size = sum(file.stat().st_size for file in files if file.is_file())
-    unit = min(3, int(math.log(max(size, 1), 1000)))
-    return f"{size / 1000**unit:.{min(unit, 1)}f} {('B', 'kB', 'MB', 'GB')[unit]}"
+    if size < 1000:
+        return f"{size} B"
+    for unit in ("kB", "MB", "GB"):
+        size /= 1000
+        if size < 1000 or unit == "GB":
+            break
+    return f"{size:.1f} {unit}"
 
 
 def table(rows):
-    """Two columns, escaped."""
-    words = lambda value: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)  # noqa: E731
-    rows = [(html.escape(str(name)).replace("_", "_<wbr>"), html.escape(words(value))) for name, value in rows]
-    return f"<table>{''.join(f'<tr><th>{name}</th><td>{value}</td></tr>' for name, value in rows)}</table>"
+    """An HTML table of (name, value) pairs, escaped."""
+    cells = []
+    for name, value in rows:
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        breakable = html.escape(str(name)).replace("_", "_<wbr>")
+        cells.append(f"<tr><th>{breakable}</th><td>{html.escape(text)}</td></tr>")
+    return f"<table>{''.join(cells)}</table>"
+
+
+def natural_order(path):
+    """A key that sorts checkpoint-200 before checkpoint-1000."""
+    return [int(part) if part.isdecimal() else part.lower() for part in re.split(r"(\d+)", path.name)]
+
+
+def files_table(folder):
+    files = [path for path in folder.iterdir() if not path.name.startswith(".") and path.name != "report.html"]
+    rows = []
+    for path in sorted(files, key=natural_order):
+        link = f'<a href="{quote(path.name)}">{html.escape(path.name)}</a>'
+        rows.append(f"<tr><th>{link}</th><td>{readable_size(path)}</td></tr>")
+    return f"<table>{''.join(rows)}</table>"
+
+
+def settings_html(values, changed):
+    """The flags that were changed, and the others behind a click."""
+    others = table((name, value) for name, value in sorted(values.items()) if name not in changed)
+    if not changed:
+        return others
+    first = table((name, value) for name, value in values.items() if name in changed)
+    more = len(values) - len(changed)
+    return f"{first}<details><summary>{more} more, as by default</summary>{others}</details>"
+
+
+def validation_images(folder):
+    """The grids of validation/ that can be read: [{"step", "src"}], in the order of their steps."""
+    images = []
+    for path in sorted(folder.glob("validation/step-*.png")):
+        step = path.stem.removeprefix("step-")
+        src = image_url(path) if step.isdecimal() else None
+        if src:
+            images.append({"step": int(step), "src": src})
+    return images
 
 
 def page(folder):
     """The HTML of the report."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
-    rows, record = read_metrics(folder / "metrics.jsonl"), read_json(folder / "args.json")
-    if not rows:
+    by_step = {row["step"]: row for row in read_metrics(folder / "metrics.jsonl")}
+    if not by_step:
         raise ValueError(f"{folder}: no metrics.jsonl with steps in it, so it is not the output folder of a run")
-    values, changed = record.get("args", {}), record.get("changed", [])
-    paths = {path.stem[5:]: path for path in sorted(folder.glob("validation/step-*.png")) if path.stem[5:].isdecimal()}
-    shown = [{"step": int(step), "src": src} for step, path in paths.items() if (src := picture(path))]
-    names = [path.name[11:] for path in folder.glob("checkpoint-*")]
-    checkpoints = sorted(int(name) for name in names if name.isdecimal() and int(name) <= rows[-1]["step"])
-    marks = [(name, step) for name, step in record.get("marks", {}).items() if step < rows[-1]["step"]]
-    data = json.dumps({**curves_of(rows), "checkpoints": checkpoints, "marks": marks, "pictures": shown})
-    speed, losses = [row.get("images_per_second", math.nan) for row in rows], [row["loss"] for row in rows]
+    rows = [by_step[step] for step in sorted(by_step)]
+    last_step = rows[-1]["step"]
+    record = read_json(folder / "args.json")
+    values = record.get("args", {})
+    checkpoints = [path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")]
+    checkpoints = sorted(int(step) for step in checkpoints if step.isdecimal() and int(step) <= last_step)
+    data = charts_of(rows)
+    data["checkpoints"] = checkpoints
+    data["marks"] = [(label, step) for label, step in record.get("marks", {}).items() if step < last_step]
+    data["pictures"] = validation_images(folder)
+
+    mean_losses = running_mean([row["loss"] for row in rows], mean_window(len(rows)))
+    speeds = np.array([row.get("images_per_second", math.nan) for row in rows])
+    speeds = speeds[np.isfinite(speeds)]
     facts = {
-        "steps": f"{int(rows[-1]['step'])}",
-        "loss": f"{running_mean(losses, max(1, min(50, len(rows) // 10)))[-1]:.4g}",
-        "images per second": f"{np.nanmedian(speed):.3g}" if np.isfinite(speed).any() else "-",
+        "steps": f"{int(last_step)}",
+        "loss": f"{mean_losses[-1]:.4g}",
+        "images per second": f"{np.median(speeds):.3g}" if len(speeds) else "-",
         "peak memory": f"{max(row.get('peak_memory_gb', 0) for row in rows):.2f} GiB",
         "checkpoints": f"{len(checkpoints)}",
     }
-    files = [path for path in folder.iterdir() if path.name[0] != "." and path.name != "report.html"]
-    natural = lambda path: [int(p) if p.isdecimal() else p.lower() for p in re.split(r"(\d+)", path.name)]  # noqa: E731
-    files.sort(key=natural)  # 200 before 1000
-    links = "".join(
-        f'<tr><th><a href="{quote(path.name)}">{html.escape(path.name)}</a></th><td>{size_of(path)}</td></tr>'
-        for path in files
-    )
-    settings = table((name, values[name]) for name in values if name in changed)
-    others = table((name, value) for name, value in sorted(values.items()) if name not in changed)
-    more = f"<details><summary>{len(values) - len(changed)} more, as by default</summary>{others}</details>"
     template = Path(__file__).with_suffix(".html").read_text()
     script = re.search("<script>(.*)</script>", template, re.DOTALL)[1].encode()
     return Template(template).substitute(
@@ -164,10 +201,10 @@ def page(folder):
         model=html.escape(str(values.get("pretrained_model_name_or_path", ""))),
         prompt=html.escape(str(values.get("validation_prompt") or "")),
         facts="".join(f"<div><b>{value}</b>{name}</div>" for name, value in facts.items()),
-        settings=settings + more if changed else others,
-        files=f"<table>{links}</table>",
+        settings=settings_html(values, record.get("changed", [])),
+        files=files_table(folder),
         versions=table(record.get("versions", {}).items()),
-        data=data.replace("<", "\\u003c"),
+        data=json.dumps(data).replace("<", "\\u003c"),
         hash=base64.b64encode(hashlib.sha256(script).digest()).decode(),
     )
 

@@ -21,7 +21,7 @@ from common.checkpoints import (
     register_tensor_checkpointing,
     save_checkpoint,
 )
-from common.latents import TensorCache, disk_cached
+from common.latents import TensorCache
 from common.lora import add_lora, load_lora, register_lora_checkpointing, save_lora, target_layers
 from common.lora_formats import LORA_FORMS, lora_layers, write_lora
 
@@ -729,7 +729,8 @@ def test_caches(tmp_path, count):
     """What a crash of the machine left of a cached file is made anew."""
     accelerator, value = Accelerator(cpu=True), torch.arange(6.0)
     cache = TensorCache(tmp_path, ["a model"])
-    disk_cached(tmp_path, b"key", lambda: value)
+    bytes_cache = TensorCache(tmp_path, b"a model")
+    bytes_cache.save({"a": value}, b"key")
     (file,) = tmp_path.glob("*.safetensors")
     cache.fill(accelerator, [("picture",)], lambda name: {"a": value}, "Encoding")
     wholes = [path.read_bytes() for path in (file, cache.path("picture"))]
@@ -739,7 +740,8 @@ def test_caches(tmp_path, count):
             path.write_bytes(content)
         cache.fill(accelerator, [("picture",)], lambda name: {"a": value}, "Encoding")
         assert torch.equal(cache.load("picture")["a"], value)
-        assert torch.equal(disk_cached(tmp_path, b"key", lambda: value), value)
+        found = bytes_cache.load_or_encode(b"key", encode=lambda: {"a": value})
+        assert torch.equal(found["a"], value)
 
     cuts = st.sampled_from(wholes).flatmap(lambda whole: st.integers(0, len(whole) - 1).map(lambda n: whole[:n]))
     fuzz(count, prop, st.one_of(cuts, st.binary(max_size=60), st.just(bytes(len(wholes[0])))))

@@ -2,7 +2,6 @@
 
 from types import SimpleNamespace as FrozenConfig
 
-from common.data import read_row
 from common.latents import (
     TensorCache,
     decode_images,
@@ -17,13 +16,11 @@ from common.latents import (
     unpack_latents,
 )
 
-import datasets
 import pytest
 import tiny_backbones
 import torch
 from accelerate import Accelerator
 from diffusers import FluxFillPipeline, FluxPipeline
-from PIL import Image
 
 from train_influxedit import pack_fill_condition
 from train_omini import select_tokens
@@ -149,15 +146,3 @@ def test_the_tensor_cache_keeps_what_it_has(tmp_path):
 def test_pixels_to_an_image():
     pixels = torch.tensor([-1.2, -1.0, 0.0, 1.0]).repeat(1, 3, 2, 1)
     assert [to_image(pixels).getpixel((x, 1)) for x in range(4)] == [(v, v, v) for v in (0, 0, 128, 255)]
-
-
-def test_only_the_asked_picture_of_a_row_is_decoded(pictures, monkeypatch):
-    paths = [str(path) for path in sorted(pictures.glob("*.png"))[:2]]
-    rows = datasets.Dataset.from_dict({"image": paths[:1], "target": paths[1:]})
-    rows = rows.cast_column("image", datasets.Image()).cast_column("target", datasets.Image())
-    decoded, honest = [], datasets.Image.decode_example
-    monkeypatch.setattr(
-        datasets.Image, "decode_example", lambda self, value, **k: decoded.append(value) or honest(self, value, **k)
-    )
-    assert read_row(rows, 0, "target").size == Image.open(paths[1]).size
-    assert len(decoded) == 1

@@ -39,7 +39,7 @@ def test_a_run_says_what_matters_and_nothing_else(script, short_runs, pictures, 
     assert labels[:2] == ["model", "trained"] and {"data", "steps", "numbers", "output"} <= {*labels}
     expected = re.search(r"expected (\d\d:\d\d) more, (\d+\.\d) GiB of memory", done.stdout)
     assert expected and float(expected[2]) > 0.1
-    files, report, command = re.split("See how it went:|Draw with it:", closing)
+    files, report, command = re.split("See how it went:|Generate with it:", closing)
     program = "python" if activated else sys.executable
     assert [shlex.split(report)[0], shlex.split(command)[0]] == [program] * 2
     assert run(shlex.split(report)[1:]).returncode == 0

@@ -329,7 +329,7 @@ def test_the_files_alone_draw_the_last_validation_image(
         monkeypatch.chdir(tmp_path)
         exec(compile(snippet, "README.md", "exec"), {})
         assert Image.open("image.png").size == (48, 32)
-    words = shlex.split(capsys.readouterr().out.split("Draw with it:\n")[1])[1:]
+    words = shlex.split(capsys.readouterr().out.split("Generate with it:\n")[1])[1:]
     more = ["--num_inference_steps", "50", "--output", str(tmp_path / "edited")]
     monkeypatch.setattr("sys.argv", [*words, *more])
     generate.main()

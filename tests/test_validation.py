@@ -7,7 +7,8 @@ import random
 import re
 import time
 
-from common.tracking import log_step, open_metrics, plot_metrics, running_mean
+from common.metrics import running_mean
+from common.tracking import log_step, open_metrics, plot_metrics
 from common.validation import generate_images, image_grid, undisturbed, wrap
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""Makes training folders of fill50k, ControlNet's 50,000 circles: outlines, filled circles and prompts.
+"""Sorts fill50k, ControlNet's 50,000 circles, into training folders: outlines, filled circles and prompts.
 
     python examples/influxedit/prepare_fill_circles.py                                  # downloads the archive
     python examples/influxedit/prepare_fill_circles.py --zip fill50k.zip --count 2000   # takes a file, part of it
@@ -9,7 +9,7 @@
     data/my_fill50k/prompts/0.txt             "pale golden rod circle with old lace background"
     data/my_fill50k/prompts_combined/0.txt    the same after --prefix
 
-A download or a preparation that was interrupted continues where it was when the command is given again.
+Running the command again continues an interrupted download or preparation.
 """
 
 import argparse
@@ -63,7 +63,7 @@ def download(url, path):
 
 
 def check_members(archive, max_bytes):
-    """Raises BadArchive for members that have no place in a data set, before anything is written."""
+    """Raises BadArchive for members that are not safe to unpack, before anything is written."""
     total = sum(member.file_size for member in archive.infolist())
     if total > max_bytes:
         raise BadArchive(f"unpacks to {total:,} bytes, more than the {max_bytes:,} of --max_gigabytes")
@@ -77,7 +77,7 @@ def check_members(archive, max_bytes):
 
 
 def rows_of(archive):
-    """[{"source", "target", "prompt"}] of the archive's prompt.json, its paths made those of members."""
+    """The rows {"source", "target", "prompt"} of the archive's prompt.json; the paths are names of members."""
     names = set(archive.namelist())
     lists = [name for name in names if PurePosixPath(name).name == "prompt.json"]
     if len(lists) != 1:
@@ -86,7 +86,8 @@ def rows_of(archive):
         lines = archive.read(lists[0]).decode().splitlines()
     except (UnicodeDecodeError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:  # RuntimeError: encrypted
         raise BadArchive(f"{lists[0]}: not readable ({error})") from error
-    folder, rows = PurePosixPath(lists[0]).parent, []
+    folder = PurePosixPath(lists[0]).parent
+    rows = []
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
@@ -101,7 +102,7 @@ def rows_of(archive):
 
 
 def combine(left, right):
-    """Two pictures side by side, the right one resized to the size of the left one."""
+    """Two images side by side, the right one resized to the size of the left one."""
     combined = Image.new("RGB", (2 * left.width, left.height))
     combined.paste(left, (0, 0))
     combined.paste(right.resize(left.size), (left.width, 0))
@@ -116,7 +117,7 @@ def write(path, save):
 
 
 def prepare(zip_path, output, *, count=None, prefix=PREFIX, max_bytes=10 * 2**30):
-    """Writes the folders; a sample whose last file is there is left as it is. Returns how many samples there are."""
+    """Writes the folders and returns the number of samples; finished samples of an earlier run are kept."""
     try:
         archive = zipfile.ZipFile(zip_path)
     except zipfile.BadZipFile as error:
@@ -134,10 +135,12 @@ def prepare(zip_path, output, *, count=None, prefix=PREFIX, max_bytes=10 * 2**30
             if last.exists() and last.read_text() == prefix + row["prompt"]:
                 continue
             try:
-                pictures = [Image.open(archive.open(row[key])).convert("RGB") for key in ("source", "target")]
+                outline = Image.open(archive.open(row["source"])).convert("RGB")
+                filled = Image.open(archive.open(row["target"])).convert("RGB")
             except (OSError, SyntaxError, zlib.error, zipfile.BadZipFile, Image.DecompressionBombError) as error:
-                raise BadArchive(f"{row['source']} or {row['target']}: not a readable picture ({error})") from error
-            for name, image in zip(names, (*pictures, combine(*pictures)), strict=False):
+                raise BadArchive(f"{row['source']} or {row['target']}: not a readable image ({error})") from error
+            images = {"train_A": outline, "train_B": filled, "train_combined": combine(outline, filled)}
+            for name, image in images.items():
                 write(folders[name] / f"{stem}.png", lambda path, image=image: image.save(path, "PNG"))
             write(folders["prompts"] / f"{stem}.txt", lambda path, row=row: path.write_text(row["prompt"]))
             write(last, lambda path, row=row: path.write_text(prefix + row["prompt"]))
@@ -150,7 +153,7 @@ def main():
     parser.add_argument("--url", default=URL)
     parser.add_argument("--output", type=Path, default=Path("data/my_fill50k"))
     parser.add_argument("--count", type=int, help="take only the first samples")
-    parser.add_argument("--prefix", default=PREFIX, help="put before the prompts of combined pictures")
+    parser.add_argument("--prefix", default=PREFIX, help="text before the prompts of side-by-side images")
     parser.add_argument("--max_gigabytes", type=float, default=10.0, help="refuse archives that unpack to more")
     args = parser.parse_args()
     path = args.zip or args.output / "fill50k.zip"

@@ -1,9 +1,9 @@
-"""Draws a small fill50k: outlines of circles, the same circles filled, and what their colours are, in one zip file.
+"""Makes a small fill50k: outlines of circles, the same circles filled and captions, in one zip file.
 
     python examples/influxedit/toy_circles.py toy_circles.zip --count 500
 
-The archive is laid out as fill50k.zip, so that prepare_fill_circles.py takes it instead. `score` tells
-how well a model turned outlines into filled circles.
+The archive has the layout of fill50k.zip, so prepare_fill_circles.py reads it. `score` measures how well a model
+turned outlines into filled circles.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from examples.toy.world import (
 
 
 def random_circle(rng):
-    """(outline, filled): a white outline on black and the same circle in two colours, as scenes of the toy world."""
+    """(outline, filled): a white outline on black and the same circle in two colors, as scenes of the toy world."""
     r = rng.uniform(0.15, 0.3)
     x, y = rng.uniform(r + 0.02, 0.98 - r), rng.uniform(r + 0.02, 0.98 - r)
     color, background = rng.sample(COLOR_NAMES, 2)
@@ -47,21 +47,25 @@ def prompt_of(scene):
 
 
 def score(images, scenes):
-    """{"circle", "background": share of images with the right colour, "outline": mean IoU of the discs}, 0 to 100."""
-    rows = [
-        (
-            foreground_of(image) == scene.shapes[0].color,
-            background_of(image) == scene.background,
-            iou(foreground_mask(image), mask_of(scene, *image.size)),
-        )
-        for image, scene in zip(images, scenes, strict=True)
-    ]
-    return dict(zip(("circle", "background", "outline"), (100 * np.mean(rows, axis=0)).tolist(), strict=True))
+    """{"circle", "background": share of images with the right color, "outline": mean IoU of the discs}, 0 to 100."""
+    right_circles = []
+    right_backgrounds = []
+    overlaps = []
+    for image, scene in zip(images, scenes, strict=True):
+        right_circles.append(foreground_of(image) == scene.shapes[0].color)
+        right_backgrounds.append(background_of(image) == scene.background)
+        overlaps.append(iou(foreground_mask(image), mask_of(scene, *image.size)))
+    return {
+        "circle": 100 * float(np.mean(right_circles)),
+        "background": 100 * float(np.mean(right_backgrounds)),
+        "outline": 100 * float(np.mean(overlaps)),
+    }
 
 
 def write_archive(path, *, count, size=64, seed=0):
-    """A zip file of `count` pairs of pictures with their prompts, laid out as fill50k.zip."""
-    rng, lines = random.Random(seed), []
+    """A zip file of `count` image pairs with their prompts, in the layout of fill50k.zip."""
+    rng = random.Random(seed)
+    lines = []
     with zipfile.ZipFile(path, "w") as archive:
         for i in range(count):
             scenes = random_circle(rng)

@@ -16,12 +16,11 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 
 # isort: split
-from common.data import upright
+from common.data import open_image, upright
 from common.latents import decode_images, encode_images, to_image
 
 import torch
 from diffusers.training_utils import free_memory
-from PIL import Image
 
 from train_twinflow import (
     BACKBONES,
@@ -146,7 +145,7 @@ def main():
         args.folder,
         args.prompt,
         seed=args.seed,
-        image=upright(Image.open(args.image)) if args.image else None,
+        image=upright(open_image(args.image)) if args.image else None,
         size=args.size,
         steps=args.steps,
         style=args.style or default_style(args.steps),
