@@ -107,7 +107,7 @@ from common.latents import (
 from common.lora import (
     FLUX_TARGET_MODULES,
     add_lora,
-    reduce_gradients,
+    average_gradients,
     register_lora_checkpointing,
     save_lora,
     target_layers,
@@ -137,7 +137,7 @@ from common.tracking import (
     step_logs,
     write_model_card,
 )
-from common.validation import draw_class_images, generate_images, save_images, undisturbed
+from common.validation import generate_class_images, generate_images, save_images, undisturbed
 
 import numpy as np
 import torch
@@ -1994,7 +1994,17 @@ def main(args):
             transformer = load_transformer(args, weight_dtype).to(device)
             pipeline = create_pipeline(transformer, vae, noise_scheduler)
             arguments = pipeline_arguments(prompt_encoder, args.class_prompt, args)
-            draw_class_images(accelerator, pipeline, arguments, args, present=len(class_examples(args)))
+            generate_class_images(
+                accelerator,
+                pipeline,
+                arguments,
+                folder=args.class_data_dir,
+                num_images=args.num_class_images,
+                num_present=len(class_examples(args)),
+                batch_size=args.sample_batch_size,
+                seed=args.seed,
+                precision=args.prior_generation_precision,
+            )
             train_dataset.class_examples = class_examples(args)
         if args.cache_latents:
             folder = args.disk_cache_dir.expanduser() if args.cache_latents_to_disk else None
@@ -2129,21 +2139,21 @@ def main(args):
                     guidance=guidance,
                     generator=generator,
                 )
-            losses = losses * batch["loss_weight"].to(device)  # 1, of class images prior_loss_weight
+            losses = losses * batch["loss_weight"].to(device)  # prior_loss_weight for images of the class, else 1
             if args.with_prior_preservation:
-                # instance_loss + prior_loss: each is the mean of one half of the losses, see `collate_fn`, so their
-                # sum is twice the mean of all
-                num_instance_images = len(losses) // 2
-                loss = 2 * losses.mean()
+                instance_losses, prior_losses = losses.chunk(2)  # `collate_fn` puts class images behind the others
+                instance_loss = instance_losses.mean()
+                prior_loss = prior_losses.mean()
+                loss = instance_loss + prior_loss
             else:
-                num_instance_images = len(losses)
+                instance_losses = losses
                 loss = losses.mean()
             accelerator.backward(loss)
             loss_sum = loss_sum + loss.detach() / accumulation
-            num_images += num_instance_images * accelerator.num_processes
+            num_images += len(instance_losses) * accelerator.num_processes
             if not accelerator.sync_gradients:
                 continue
-            reduce_gradients(accelerator, text_params)
+            average_gradients(accelerator, text_params)
             if global_step >= transformer_stop:
                 for parameter in lora_params:
                     parameter.grad = None

@@ -87,7 +87,7 @@ from common.latents import cache_moments, encode_moments, image_ids, pack_latent
 from common.lora import (
     FLUX_TARGET_MODULES,
     add_lora,
-    reduce_gradients,
+    average_gradients,
     register_lora_checkpointing,
     save_lora,
     target_layers,
@@ -115,7 +115,7 @@ from common.tracking import (
     step_logs,
     write_model_card,
 )
-from common.validation import draw_class_images, generate_images, image_grid, save_images, undisturbed
+from common.validation import generate_class_images, generate_images, image_grid, save_images, undisturbed
 
 import numpy as np
 import torch
@@ -1175,7 +1175,17 @@ def main(args):
             transformer = load_model(FluxTransformer2DModel, "transformer", args, weight_dtype).to(device)
             pipeline = create_pipeline(transformer, vae, noise_scheduler)
             call = pipeline_call(prompt_encoder, args.class_prompt, args)
-            draw_class_images(accelerator, pipeline, call, args, present=len(class_examples(args)))
+            generate_class_images(
+                accelerator,
+                pipeline,
+                call,
+                folder=args.class_data_dir,
+                num_images=args.num_class_images,
+                num_present=len(class_examples(args)),
+                batch_size=args.sample_batch_size,
+                seed=args.seed,
+                precision=args.prior_generation_precision,
+            )
             dataset.class_examples = class_examples(args)
         if args.cache_latents:
             dataset.moments = cache_moments(accelerator, vae, dataset.image_keys(), dataset.pixel_values)
@@ -1310,7 +1320,7 @@ def main(args):
             if not accelerator.sync_gradients:
                 continue
 
-            reduce_gradients(accelerator, text_lora_params)
+            average_gradients(accelerator, text_lora_params)
             grad_norm = accelerator.clip_grad_norm_([*lora_params, *text_lora_params], args.max_grad_norm)
             # one message between the processes carries the loss and whether any of them got a signal
             stop_requested = torch.tensor(float(len(signals)), device=device)

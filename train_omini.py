@@ -116,8 +116,8 @@ from common.latents import (
 )
 from common.lora import (
     add_lora,
+    average_gradients,
     load_lora,
-    reduce_gradients,
     register_lora_checkpointing,
     save_lora,
     target_layers,
@@ -2091,7 +2091,7 @@ def main(args):
 
     # 6. Prepare and resume
     lr_scheduler = accelerator.prepare(lr_scheduler)
-    if not args.fsdp:  # the transformer is not wrapped in DistributedDataParallel: `reduce_gradients` is all it needs
+    if not args.fsdp:  # the transformer is not wrapped in DistributedDataParallel: `average_gradients` is all it needs
         optimizer = accelerator.prepare(optimizer)
     register_lora_checkpointing(accelerator, FluxPipeline, adapted_models, optimizer, adapter_files)
     global_step = load_checkpoint(accelerator, checkpoint, lr_scheduler)
@@ -2170,7 +2170,7 @@ def main(args):
                 continue
 
             if not args.fsdp:
-                reduce_gradients(accelerator, lora_params)
+                average_gradients(accelerator, lora_params)
             grad_norm = accelerator.clip_grad_norm_(lora_params, args.max_grad_norm)
             # one message between the processes carries the loss and whether any of them got a signal
             stop_requested = torch.tensor(float(len(signals)), device=device)

@@ -2026,9 +2026,6 @@ def main(args):
     run_info = describe_run(args, dataset)
     print_header(accelerator, args, run_info, params.values(), base_size, max_train_steps, steps_per_epoch)
     start_logging(accelerator, args, "twinflow", global_step)
-    metrics = None
-    if accelerator.is_main_process:
-        metrics = open_metrics(args.output_dir / "metrics.jsonl", global_step)
     predict = functools.partial(
         predict_velocity,
         transformer=transformer,
@@ -2043,6 +2040,10 @@ def main(args):
     )
     if args.validation_prompt and global_step == 0:
         validate(step=0)
+    signals = catch_signals()
+    metrics = None
+    if accelerator.is_main_process:
+        metrics = open_metrics(args.output_dir / "metrics.jsonl", global_step)
     transformer.train()
     progress_bar = tqdm(
         total=max_train_steps,
@@ -2051,7 +2052,6 @@ def main(args):
         unit="step",
         disable=not accelerator.is_main_process,
     )
-    signals = catch_signals()
     sums = {}  # of the loss and its parts, since the last update
     skipped_steps = 0  # in a row, because the loss was not finite
     started = time.perf_counter()

@@ -72,10 +72,7 @@ class Parser(argparse.ArgumentParser):
     `description` and `epilog` are printed as they are; the epilog is an example command.
     """
 
-    def __init__(self, doc: str = "", aliases=(), *, description: str = "", epilog: str = ""):
-        if doc:  # the form before every script passed description and epilog
-            description = doc.split("\n\n")[0]
-            epilog = "example:" + doc.split("`accelerate config`:\n")[1].split("\n\n`output_dir`")[0]
+    def __init__(self, *, description: str = "", epilog: str = ""):
         super().__init__(
             usage="%(prog)s [options] [@file]; --help explains them",
             description=description,
@@ -84,17 +81,12 @@ class Parser(argparse.ArgumentParser):
             fromfile_prefix_chars="@",
             allow_abbrev=False,
         )
-        self.aliases = dict(aliases)
-
-    def own_names(self, words):
-        parts = [word.partition("=") for word in words]
-        return [self.aliases.get(name, name) + equals + value for name, equals, value in parts]
 
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
-        return self.own_names(shlex.split(arg_line, comments=True))
+        return shlex.split(arg_line, comments=True)
 
     def parse_args(self, argv: Sequence[str] | None = None) -> Arguments:  # type: ignore[override]
-        words = self.own_names(sys.argv[1:] if argv is None else argv)
+        words = sys.argv[1:] if argv is None else argv
         args = Arguments()
         try:
             super().parse_args(words, args)
@@ -177,7 +169,4 @@ def exit_if_unreadable(source: object) -> Iterator[None]:
         raise SystemExit(2) from error
 
 
-# The names before every script used those above.
-number = in_range
-names_in = comma_list
-reading = exit_if_unreadable
+reading = exit_if_unreadable  # the name in models.py and checkpoints.py

@@ -71,11 +71,13 @@ def encode_images(vae: Vae, pixel_values: Tensor) -> Tensor:
 
     For AutoencoderKL (FLUX.1, SD3), AutoencoderDC (Sana) and AutoencoderKLQwenImage; one image at a time, as above.
     """
+    is_video_vae = isinstance(vae, AutoencoderKLQwenImage)  # its images are videos [B, 3, 1, H, W] of one frame
+    is_deterministic = isinstance(vae, AutoencoderDC)
     latents = []
     for image in pixel_values.to(vae.device, vae.dtype).split(1):
-        if isinstance(vae, AutoencoderKLQwenImage):  # its images are videos [B, 3, 1, H, W] of one frame
+        if is_video_vae:
             latents.append(vae.encode(image.unsqueeze(2)).latent_dist.mode().squeeze(2))
-        elif isinstance(vae, AutoencoderDC):  # deterministic
+        elif is_deterministic:
             latents.append(vae.encode(image).latent)
         else:
             latents.append(vae.encode(image).latent_dist.mode())
@@ -88,7 +90,8 @@ def decode_images(vae: Vae, latents: Tensor) -> Tensor:
     """Images [B, 3, H, W] in about [-1, 1] from what `encode_images` returns."""
     shift, scale = latent_statistics(vae)
     latents = (latents / scale + shift).to(vae.dtype)
-    if isinstance(vae, AutoencoderKLQwenImage):
+    is_video_vae = isinstance(vae, AutoencoderKLQwenImage)
+    if is_video_vae:
         return vae.decode(latents.unsqueeze(2)).sample.squeeze(2)
     return vae.decode(latents).sample
 

@@ -211,6 +211,3 @@ def average_gradients(accelerator: Accelerator, parameters: Iterable[torch.nn.Pa
     sizes = [gradient.numel() for gradient in gradients]
     for gradient, part in zip(gradients, mean.split(sizes), strict=True):
         gradient.copy_(part.view_as(gradient))
-
-
-reduce_gradients = average_gradients  # the name before every script used the one above

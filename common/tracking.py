@@ -84,16 +84,6 @@ def print_header(
             accelerator.print(f"  {label:9}{text}")
 
 
-def about_text(args, text_params, stop=None):
-    """{what: text} for `print_header` of what is trained in text encoders, until step `stop`."""
-    until = "" if stop is None else f", trained until step {stop}"
-    size = count_weights(text_params)
-    lines = {"text": f"{size:,} parameters in text encoders{until}" if size else ""}
-    if text_params and args.optimizer == "prodigy" and args.text_encoder_lr != args.learning_rate:
-        lines["Prodigy"] = f"has one learning rate for all, {args.learning_rate:g}: --text_encoder_lr is not used"
-    return lines
-
-
 def start_logging(
     accelerator: Accelerator, args: Any, project: str, last_step: int, marks: Mapping[str, int] | None = None
 ) -> None:

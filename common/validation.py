@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image, ImageDraw, ImageFont
 from tqdm.auto import tqdm
 
@@ -38,19 +37,6 @@ def undisturbed(*models: torch.nn.Module, device: torch.device) -> Iterator[None
         np.random.set_state(numpy_state)
         for module, mode in modes:
             module.training = mode
-
-
-def sampling_pipeline(pipeline_class, transformer, vae, noise_scheduler):
-    """A pipeline around the models in training, without text encoders and with a scheduler of its own."""
-    return pipeline_class(
-        scheduler=FlowMatchEulerDiscreteScheduler.from_config(noise_scheduler.config),
-        vae=vae,
-        text_encoder=None,
-        tokenizer=None,
-        text_encoder_2=None,
-        tokenizer_2=None,
-        transformer=transformer,
-    )
 
 
 def generate_images(
@@ -84,11 +70,11 @@ def generate_class_images(
     num_present: int,
     batch_size: int,
     seed: int,
-    dtype: torch.dtype | None = None,
+    precision: str | None = None,
 ) -> None:
     """Generates class images for prior preservation, until `folder`, which holds `num_present`, has `num_images`.
 
-    `arguments` are the pipeline's for the class prompt; `dtype` is that of autocast (None: as in training). Image i
+    `arguments` are the pipeline's for the class prompt; `precision` is fp16, bf16 or that of training. Image i
     depends on (seed, i) alone and is written whole or not at all, so an interrupted run continues where it was. A
     batch with one missing image is generated as a whole, because rounding depends on the batch size.
     """
@@ -105,10 +91,13 @@ def generate_class_images(
 
     pipeline.set_progress_bar_config(disable=True)
     device = accelerator.device
-    precision = torch.autocast(device.type, dtype) if dtype else accelerator.autocast()
-    sharing = accelerator.split_between_processes(batches)
+    autocast = accelerator.autocast()
+    dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16}
+    if precision in dtypes:
+        autocast = torch.autocast(device.type, dtypes[precision])
+    sharing: Any = accelerator.split_between_processes(batches)
     quiet = not missing or not accelerator.is_main_process
-    with undisturbed(pipeline.transformer, device=device), precision, sharing as share:
+    with undisturbed(pipeline.transformer, device=device), autocast, sharing as share:
         for batch in tqdm(share, desc="Generating class images", unit="batch", disable=quiet):
             generators = [step_generator(seed, i) for i in batch]
             images = pipeline(**arguments, num_images_per_prompt=len(batch), generator=generators).images
@@ -117,21 +106,6 @@ def generate_class_images(
                     with atomic_write(paths[i]) as partial:
                         image.save(partial, format="PNG")
     accelerator.wait_for_everyone()
-
-
-def draw_class_images(accelerator, pipeline, call, args, present):
-    """The form of `generate_class_images` before the scripts call that."""
-    generate_class_images(
-        accelerator,
-        pipeline,
-        call,
-        folder=args.class_data_dir,
-        num_images=args.num_class_images,
-        num_present=present,
-        batch_size=args.sample_batch_size,
-        seed=args.seed,
-        dtype={"fp16": torch.float16, "bf16": torch.bfloat16}.get(args.prior_generation_precision),
-    )
 
 
 def save_images(

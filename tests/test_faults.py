@@ -441,8 +441,8 @@ def test_a_full_disk_is_one_message_and_costs_nothing(runs, flags_of, small_disk
 PRIOR = ["--with_prior_preservation", "--class_prompt", "a circle", "--num_class_images", 2]
 ALSO_FULL = [  # trainer, function, what the message names, flags
     (SCRIPTS[0], "cache_moments", ".safetensors", ["--cache_latents_to_disk", "--disk_cache_dir", "{disk}/cache"]),
-    (SCRIPTS[0], "draw_class_images", "class-0000", [*PRIOR, "--class_data_dir", "{disk}/class"]),
-    (SCRIPTS[2], "draw_class_images", "class-0000", [*PRIOR, "--class_data_dir", "{disk}/class"]),
+    (SCRIPTS[0], "generate_class_images", "class-0000", [*PRIOR, "--class_data_dir", "{disk}/class"]),
+    (SCRIPTS[2], "generate_class_images", "class-0000", [*PRIOR, "--class_data_dir", "{disk}/class"]),
     (SCRIPTS[0], "save_named_lora", "name.safetensors", ["--output_name", "name", "--output_dir", "{disk}"]),
     (SCRIPTS[3], "encode_prompts", "encoded", []),
     (SCRIPTS[3], "save_model", "transformer", ["--training", "full", "--output_dir", "{disk}/run"]),
@@ -568,7 +568,7 @@ def test_a_signal_while_training_or_drawing_saves_and_ends(runs, flags_of, tmp_p
 EARLY = [
     *((script, "cache_moments", ["--cache_latents"]) for script in SCRIPTS[:3]),
     (SCRIPTS[3], "cache_latents", ["--cache_latents"]),
-    *((script, "draw_class_images", []) for script in (SCRIPTS[0], SCRIPTS[2])),
+    *((script, "generate_class_images", []) for script in (SCRIPTS[0], SCRIPTS[2])),
     *((script, "load_checkpoint", []) for script in SCRIPTS),
 ]
 
@@ -577,7 +577,7 @@ EARLY = [
 @pytest.mark.parametrize(("script", "function", "extra"), EARLY)
 def test_a_signal_before_training_ends_at_once(runs, short_runs, tmp_path, script, function, extra):
     flags = [*short_runs[script], *extra, "--output_dir", tmp_path / "run"]
-    if function == "draw_class_images":
+    if function == "generate_class_images":
         flags += [*PRIOR, "--class_data_dir", tmp_path / "class"]
     for number in (signal.SIGTERM, signal.SIGINT):
         runs.start(script, flags, "pause", function, 1, str(tmp_path / "marker"), 30)

@@ -140,7 +140,7 @@ def test_the_pivot_comes_within_one_epoch_and_ends_all_training_of_the_rows(trai
     rows, clipped, reduced, unsynced = [], [], [], []
     handler, clip = dreambooth.TokenEmbeddingsHandler, Accelerator.clip_grad_norm_
     retract = handler.retract_embeddings
-    reduce, no_sync = dreambooth.reduce_gradients, Accelerator.no_sync
+    reduce, no_sync = dreambooth.average_gradients, Accelerator.no_sync
     monkeypatch.setattr(
         handler,
         "retract_embeddings",
@@ -153,7 +153,7 @@ def test_the_pivot_comes_within_one_epoch_and_ends_all_training_of_the_rows(trai
             clipped.append(sum(p.grad is not None for p in params)) or clip(self, params, limit)
         ),
     )
-    monkeypatch.setattr(dreambooth, "reduce_gradients", lambda *args: reduced.append(len(rows)) or reduce(*args))
+    monkeypatch.setattr(dreambooth, "average_gradients", lambda *args: reduced.append(len(rows)) or reduce(*args))
     monkeypatch.setattr(Accelerator, "no_sync", lambda self, model: unsynced.append(model) or no_sync(self, model))
     steps = ("--repeats", 4, "--train_batch_size", 1, "--gradient_accumulation_steps", 2, "--max_train_steps", 6)
     run = tmp_path / "run"

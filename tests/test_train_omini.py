@@ -182,7 +182,7 @@ def test_two_processes_resume_bit_for_bit(flags, tmp_path):
 
 
 def test_the_mean_gradient_of_two_processes(tmp_path):
-    """Each process has its own gradient; after reduce_gradients both have the mean."""
+    """Each process has its own gradient; after average_gradients both have the mean."""
     code = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
 import torch
@@ -192,7 +192,7 @@ accelerator = Accelerator(cpu=True)
 parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((2, 3), 4, 1)]
 for i, parameter in enumerate(parameters[:2]):
     parameter.grad = torch.full_like(parameter, 10.0 * i + accelerator.process_index)
-train_omini.reduce_gradients(accelerator, parameters)
+train_omini.average_gradients(accelerator, parameters)
 assert [p.grad.unique().tolist() for p in parameters[:2]] == [[0.5], [10.5]], [p.grad for p in parameters]
 assert parameters[2].grad is None
 accelerator.wait_for_everyone()  # gloo aborts a process that still talks to one that has left
