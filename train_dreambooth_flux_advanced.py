@@ -2142,18 +2142,18 @@ def main(args):
                     guidance=guidance,
                     generator=generator,
                 )
-            losses = losses * batch["loss_weight"].to(device)  # 1, of class images prior_loss_weight
+            losses = losses * batch["loss_weight"].to(device)  # prior_loss_weight for images of the class, else 1
             if args.with_prior_preservation:
-                # instance_loss + prior_loss: each is the mean of one half of the losses, see `collate_fn`, so their
-                # sum is twice the mean of all
-                num_instance_images = len(losses) // 2
-                loss = 2 * losses.mean()
+                instance_losses, prior_losses = losses.chunk(2)  # `collate_fn` puts class images behind the others
+                instance_loss = instance_losses.mean()
+                prior_loss = prior_losses.mean()
+                loss = instance_loss + prior_loss
             else:
-                num_instance_images = len(losses)
+                instance_losses = losses
                 loss = losses.mean()
             accelerator.backward(loss)
             loss_sum = loss_sum + loss.detach() / accumulation
-            num_images += num_instance_images * accelerator.num_processes
+            num_images += len(instance_losses) * accelerator.num_processes
             if not accelerator.sync_gradients:
                 continue
             average_gradients(accelerator, text_params)

@@ -261,6 +261,14 @@ def arguments(tiny_model, tiny_fill, tmp_path_factory):
     return lambda script, *flags: copy.copy(parse(script, *flags))
 
 
+def find_examples(module, args):
+    """(examples, problems) of a trainer's data."""
+    if module.__name__ != TWINFLOW:
+        return module.find_examples(args)
+    examples, problems = module.read_examples(args)
+    return examples, problems + module.check_examples(examples, args)
+
+
 FOLDER_FLAG = {TWINFLOW: "train_data_dir"}
 
 
@@ -273,7 +281,7 @@ def read(arguments, tiny_pipeline):
         args = arguments(script, f"--{name}", ROOT, *flags)
         setattr(args, name, folder)
         before = snapshot(folder.parent)
-        examples, problems = module.find_examples(args)
+        examples, problems = find_examples(module, args)
         if not problems:
             use(module, examples, args)
         assert snapshot(folder.parent) == before
@@ -289,13 +297,13 @@ def read(arguments, tiny_pipeline):
             prompts = [dataset[0, i]["prompt"] for i in range(len(dataset))]
         elif module.__name__ == INFLUX:
             dataset = module.EditDataset(examples, args)
-            for key in dataset.picture_keys():
+            for key in dataset.image_keys():
                 dataset.pixel_values(key)
             prompts = [example.caption for example in examples]
         else:
             dataset = module.TwinFlowDataset(examples, None, args)
-            for key in dataset.picture_keys():
-                dataset.pixel_values(key)
+            for index, flipped in dataset.image_variants():
+                dataset.pixel_values(examples[index], index, flipped)
             prompts = [caption for example in examples for caption in example.captions]
         tokenize(prompts)
 
@@ -387,7 +395,7 @@ def test_what_is_no_file_in_a_folder(read, folder):
 def test_prompts_file(arguments, read, tmp_path, count):
     def prop(content):
         (tmp_path / "prompts").write_bytes(content)
-        examples, problems = importlib.import_module(TWINFLOW).find_examples(args)
+        examples, problems = find_examples(importlib.import_module(TWINFLOW), args)
         assert all(str(tmp_path / "prompts") in problem for problem in problems)
         if not problems:
             read.tokenize([example.captions[0] for example in examples])
