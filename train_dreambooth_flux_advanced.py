@@ -118,7 +118,6 @@ from common.models import (
     QUANTIZATIONS,
     check_weights,
     compile_blocks,
-    first_device,
     load_model,
     load_scheduler,
     quantize_base,
@@ -413,6 +412,9 @@ def check_args(args):
             )
     if args.train_text_encoder_frac < 1 and not args.train_text_encoder:
         problems.append(f"--train_text_encoder_frac {args.train_text_encoder_frac} needs --train_text_encoder")
+    for flag in ("train_text_encoder", "train_text_encoder_ti"):
+        if args.fsdp and vars(args)[flag]:
+            problems.append(f"--{flag} does not work with --fsdp: leave one out")
     trains_new_tokens = args.train_text_encoder_ti and args.train_text_encoder_ti_frac > 0
     if args.train_transformer_frac == 0 and not trains_new_tokens:
         problems.append("--train_transformer_frac 0 leaves nothing to train without --train_text_encoder_ti")
@@ -2014,7 +2016,8 @@ def main(args):
     if transformer is None:
         transformer = load_transformer(args, weight_dtype)
     num_base_params = sum(parameter.numel() for parameter in transformer.parameters())
-    quantize_base(transformer, weight_dtype, args.quantize_base).to(first_device(accelerator, args))
+    quantize_base(transformer, weight_dtype, args.quantize_base)
+    transformer.to("cpu" if args.fsdp else device)  # `shard` moves it block by block: it may not fit as a whole
     if args.train_transformer_frac > 0:
         add_lora(
             transformer,
@@ -2139,18 +2142,18 @@ def main(args):
                     guidance=guidance,
                     generator=generator,
                 )
-            losses = losses * batch["loss_weight"].to(device)  # 1, of class images prior_loss_weight
+            losses = losses * batch["loss_weight"].to(device)  # prior_loss_weight for images of the class, else 1
             if args.with_prior_preservation:
-                # instance_loss + prior_loss: each is the mean of one half of the losses, see `collate_fn`, so their
-                # sum is twice the mean of all
-                num_instance_images = len(losses) // 2
-                loss = 2 * losses.mean()
+                instance_losses, prior_losses = losses.chunk(2)  # `collate_fn` puts class images behind the others
+                instance_loss = instance_losses.mean()
+                prior_loss = prior_losses.mean()
+                loss = instance_loss + prior_loss
             else:
-                num_instance_images = len(losses)
+                instance_losses = losses
                 loss = losses.mean()
             accelerator.backward(loss)
             loss_sum = loss_sum + loss.detach() / accumulation
-            num_images += num_instance_images * accelerator.num_processes
+            num_images += len(instance_losses) * accelerator.num_processes
             if not accelerator.sync_gradients:
                 continue
             average_gradients(accelerator, text_params)

@@ -398,6 +398,8 @@ def check_args(args):
             problems.append(f"--learning_rate {args.learning_rate:g}: Prodigy finds the rate itself and wants about 1")
     elif args.prodigy_beta3 is not None:
         problems.append(f"--prodigy_beta3 has no effect on --optimizer {args.optimizer}: leave it out")
+    if args.fsdp and args.train_text_encoder:
+        problems.append("--train_text_encoder does not work with --fsdp: leave one out")
     if args.mixed_precision == "fp16" and not torch.accelerator.is_available():
         problems.append("--mixed_precision fp16 needs a GPU: use bf16 or no")
 

@@ -72,6 +72,7 @@ from common.checkpoints import (
     checkpoint_to_resume,
     count_skipped,
     load_checkpoint,
+    register_sharded_checkpointing,
     register_tensor_checkpointing,
     run_settings,
     save_checkpoint,
@@ -114,12 +115,11 @@ from common.models import (
     QUANTIZATIONS,
     check_weights,
     compile_blocks,
+    full_tensor,
     load_model,
-    local,
     quantize_base,
     reshard,
     shard,
-    whole,
 )
 from common.text_encoders import load_text_pipeline
 from common.tracking import (
@@ -1024,7 +1024,7 @@ def save_model(accelerator, folder: Path, model: torch.nn.Module, model_class: t
     """
     state_dict = {}
     for name, value in model.state_dict(keep_vars=True).items():
-        value = whole(value)  # gathers a sharded weight, on all processes
+        value = full_tensor(value)  # gathers a sharded weight, on all processes
         if accelerator.is_main_process:
             state_dict[name] = value.to("cpu", dtype, copy=True)
     if accelerator.is_main_process:
@@ -1058,8 +1058,8 @@ class EMATeacher:
         return 0 < self.decay_rate < 1
 
     def trained_tensors(self) -> list[torch.Tensor]:
-        """The trained tensors, or this process' shards; read anew each time, as wrapping a model may move them."""
-        return [local(parameter) for parameter in self.parameters]
+        """The trained tensors themselves, sharded or not; read anew each time, as wrapping a model may move them."""
+        return [parameter.detach() for parameter in self.parameters]
 
     @torch.no_grad()
     def swap_weights(self) -> None:
@@ -2005,15 +2005,15 @@ def main(args):
     teacher = EMATeacher(
         params.values(), args.ema_decay_rate, on_swap=functools.partial(reshard, unwrapped_transformer)
     )
-    tensor_sets = {}  # what a checkpoint holds as tensors, {name: function that returns one for each of `params`}
-    if train_all or args.fsdp:
-        tensor_sets["model"] = teacher.trained_tensors
+    averages = dict(zip(params, teacher.tensors, strict=True)) if teacher.averages else {}
+    if args.fsdp:
+        register_sharded_checkpointing(accelerator, unwrapped_transformer, optimizer, averages)
+    elif train_all:
+        register_tensor_checkpointing(accelerator, {"model": params, "teacher": averages})
     else:
         adapted_models = {"transformer": unwrapped_transformer}
         register_lora_checkpointing(accelerator, backbone.pipeline_class, adapted_models, optimizer)
-    if teacher.averages:
-        tensor_sets["teacher"] = lambda: teacher.tensors
-    register_tensor_checkpointing(accelerator, tensor_sets, params, optimizer)
+        register_tensor_checkpointing(accelerator, {"teacher": averages})
     global_step = load_checkpoint(accelerator, checkpoint, lr_scheduler)
     teacher.restore_decay(global_step)
     sampler.start = global_step * accumulation

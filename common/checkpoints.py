@@ -1,8 +1,8 @@
-"""The folder of a run: atomic files, checkpoints that are whole or absent, resume, signals."""
+"""The folder of a run: what may change on resume, checkpoints that are complete or absent, signals, atomic files."""
 
+import argparse
 import hashlib
 import json
-import math
 import os
 import re
 import secrets
@@ -10,150 +10,232 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 from common.arguments import reading
-from common.models import check_processes, local
+from common.models import check_processes
 
 import torch
+import torch.distributed.checkpoint as dcp
+from accelerate import Accelerator
+from accelerate.scheduler import AcceleratedScheduler
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch.distributed.tensor import DTensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
 
-MAX_SKIPPED_STEPS = 10  # in a row, for want of a finite loss
+# ---------------------------------------------------------------------------------------------------------------------
+# Identity of a run: what must be the same when it is resumed
+# ---------------------------------------------------------------------------------------------------------------------
 
-# Flags that a resumed run may change: they do not touch what a step computes, or only how many there are.
-CHANGEABLE = {
-    *("allow_tf32", "cache_dir", "gradient_checkpointing", "offload", "dataloader_num_workers", "depth_batch_size"),
-    *("cache_latents", "cache_latents_to_disk", "cache_text_encoder_outputs_to_disk", "disk_cache_dir"),
-    *("cache_prompts", "prior_generation_precision", "sample_batch_size"),
-    *("max_train_steps", "num_train_epochs", "checkpointing_steps", "checkpoints_total_limit", "local_rank"),
-    *("validation_prompt", "validation_image", "validation_mask", "validation_steps", "validation_epochs"),
-    *("num_validation_images", "validation_width", "validation_height", "validation_samplers"),
-    *("final_validation_prompt", "skip_final_inference", "resume_from_checkpoint"),
-    *("output_dir", "output_name", "save_format", "save_every_n_epochs", "logging_dir", "report_to", "verbose"),
-    *("upcast_before_saving", "push_to_hub", "hub_token", "hub_model_id"),
-}
+# Every other flag belongs to the identity of a run: with another value the resumed run would not end in the weights
+# of the uninterrupted one.
+CHANGEABLE = frozenset(
+    {
+        # Where and how fast the same numbers are computed
+        "allow_tf32",
+        "cache_dir",
+        "cache_latents",
+        "cache_latents_to_disk",
+        "cache_prompts",
+        "cache_text_encoder_outputs_to_disk",
+        "dataloader_num_workers",
+        "depth_batch_size",
+        "disk_cache_dir",
+        "gradient_checkpointing",
+        "local_rank",
+        "offload",
+        "prior_generation_precision",
+        "sample_batch_size",
+        # How long the run is and when it saves
+        "checkpointing_steps",
+        "checkpoints_total_limit",
+        "max_train_steps",
+        "num_train_epochs",
+        "resume_from_checkpoint",
+        "save_every_n_epochs",
+        # Validation: it leaves no trace in training
+        "final_validation_prompt",
+        "num_validation_images",
+        "skip_final_inference",
+        "validation_epochs",
+        "validation_height",
+        "validation_image",
+        "validation_mask",
+        "validation_prompt",
+        "validation_samplers",
+        "validation_steps",
+        "validation_width",
+        # Where results go and in which form
+        "hub_model_id",
+        "hub_token",
+        "logging_dir",
+        "output_dir",
+        "output_name",
+        "push_to_hub",
+        "report_to",
+        "save_format",
+        "upcast_before_saving",
+        "verbose",
+    }
+)
 
-CHECKSUMS = "checksums.json"  # of a checkpoint's files
+
+def run_settings(args: argparse.Namespace, num_samples: int, num_processes: int) -> dict[str, Any]:
+    """{name: value} of all that must be the same when the run is resumed; flags as text."""
+    settings: dict[str, Any] = {name: str(value) for name, value in vars(args).items() if name not in CHANGEABLE}
+    settings["the number of samples"] = num_samples
+    settings["the number of processes"] = num_processes
+    return settings
 
 
-def run_settings(args, num_samples, num_processes):
-    """{name: text} of all that must be the same when the run is resumed."""
-    run = {name: str(value) for name, value in vars(args).items() if name not in CHANGEABLE}
-    return run | {"the number of samples": num_samples, "the number of processes": num_processes}
+# ---------------------------------------------------------------------------------------------------------------------
+# Checks before a run: they write nothing and return problems as sentences
+# ---------------------------------------------------------------------------------------------------------------------
 
 
-def check_disk(args, needed):
-    """Problems of --output_dir if its disk has less free than the bytes that a checkpoint and the result take."""
-    parent = next(path for path in [args.output_dir, *args.output_dir.absolute().parents] if path.exists())
-    if shutil.disk_usage(parent).free >= needed:
+def nearest_folder(path: Path) -> Path:
+    """The path itself if it exists, or the nearest folder above it that does."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def check_disk(args: argparse.Namespace, needed: int) -> list[str]:
+    """A problem if the disk of --output_dir has less free than `needed`, the bytes of a checkpoint and the result."""
+    if shutil.disk_usage(nearest_folder(args.output_dir)).free >= needed:
         return []
     return [f"--output_dir {args.output_dir}: less than {needed / 2**20:.0f} MiB free, which one checkpoint takes"]
 
 
-def check_output_dir(args):
+def check_output_dir(args: argparse.Namespace) -> list[str]:
     """Problems of --output_dir and --resume_from_checkpoint."""
-    folder, checkpoint = args.output_dir, checkpoint_to_resume(args.output_dir, args.resume_from_checkpoint)
+    folder = args.output_dir
     if folder.exists() and not folder.is_dir():
         return [f"--output_dir {folder}: a file of this name is in the way"]
-    parent = next(path for path in [folder, *folder.absolute().parents] if path.exists())
-    if not os.access(parent, os.W_OK):
+    if not os.access(nearest_folder(folder), os.W_OK):
         return [f"--output_dir {folder}: no permission to write there"]
-    found = find_checkpoints(folder)
-    if checkpoint is None and found:
+    checkpoints = find_checkpoints(folder)
+    checkpoint = checkpoint_to_resume(folder, args.resume_from_checkpoint)
+    if checkpoint is None:
+        if not checkpoints:
+            return []
         return [
-            f"--output_dir {folder} holds {found[-1].name} of an earlier run: continue it with "
+            f"--output_dir {folder} holds {checkpoints[-1].name} of an earlier run: continue it with "
             "--resume_from_checkpoint latest, delete it, or choose another folder"
         ]
-    if checkpoint is None:
-        return []
-    if checkpoint in found and not (checkpoint / "trainer_state.json").is_file():
-        return checkpoint_damage(checkpoint)
-    if not (checkpoint / "trainer_state.json").is_file():
+    if not (checkpoint / STATE_FILE).is_file():
+        if checkpoint in checkpoints:
+            return checkpoint_damage(checkpoint)
         return [f"--resume_from_checkpoint {checkpoint}: no checkpoint there; use latest, or a checkpoint-N folder"]
-    if found and checkpoint.resolve() != found[-1].resolve():
+    if checkpoints and checkpoint.resolve() != checkpoints[-1].resolve():
         return [
-            f"--output_dir {folder} holds {found[-1].name}, later than {checkpoint}: delete what is later, or choose "
-            "another folder"
+            f"--output_dir {folder} holds {checkpoints[-1].name}, later than {checkpoint}: delete what is later, or "
+            "choose another folder"
         ]
     return []
 
 
-def check_run(accelerator, args, max_train_steps, checkpoint, run):
-    """Problems that show once the data and the processes are known."""
+def check_run(
+    accelerator: Accelerator,
+    args: argparse.Namespace,
+    max_train_steps: int,
+    checkpoint: Path | None,
+    run: Mapping[str, Any],
+) -> list[str]:
+    """Problems that show once the data and the processes are known; `run` are its `run_settings`."""
     problems = check_processes(accelerator, args)
     if args.lr_scheduler != "constant" and args.lr_warmup_steps >= max_train_steps > 0:
-        warmup = args.lr_warmup_steps
-        problems.append(f"--lr_warmup_steps {warmup} must be less than the {max_train_steps} steps of the run")
+        problems.append(
+            f"--lr_warmup_steps {args.lr_warmup_steps} must be less than the {max_train_steps} steps of the run"
+        )
     return problems + checkpoint_conflicts(checkpoint, run)
 
 
-def checkpoint_conflicts(checkpoint, state):
-    """What keeps a run with this `state` from continuing the checkpoint (or None) exactly, as a list of sentences."""
+def checkpoint_conflicts(checkpoint: Path | None, run: Mapping[str, Any]) -> list[str]:
+    """What keeps a run with these settings from continuing the checkpoint exactly. None: nothing to continue."""
     if checkpoint is None:
         return []
-    damage, saved = checkpoint_damage(checkpoint), checkpoint_state(checkpoint)
-    return damage or [
-        f"--resume_from_checkpoint {checkpoint}: {name} was {saved.get(name)} there and is {value} now"
-        for name, value in state.items()
-        if saved.get(name, value) != value
-    ]
+    damage = checkpoint_damage(checkpoint)
+    if damage:
+        return damage
+    saved = checkpoint_state(checkpoint)
+    problems = []
+    for name, value in run.items():
+        if name in saved and saved[name] != value:
+            problems.append(
+                f"--resume_from_checkpoint {checkpoint}: {name} was {saved[name]} there and is {value} now"
+            )
+    return problems
 
 
-def checkpoint_damage(checkpoint):
-    """The files of a checkpoint that are not as `save_checkpoint` left them, in a sentence; [] if all are."""
+# ---------------------------------------------------------------------------------------------------------------------
+# Finding and verifying checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
+
+STATE_FILE = "trainer_state.json"  # the step and the settings of the run
+CHECKSUMS = "checksums.json"  # {file: SHA-256} of all other files
+
+
+def find_checkpoints(output_dir: Path | str) -> list[Path]:
+    """The folders checkpoint-N in `output_dir`, oldest first. What has this name was complete when it got it."""
+    folders = [folder for folder in Path(output_dir).glob("checkpoint-*") if folder.name[11:].isdecimal()]
+    return sorted(folders, key=lambda folder: int(folder.name[11:]))
+
+
+def checkpoint_to_resume(output_dir: Path | str, resume_from_checkpoint: str | None) -> Path | None:
+    """The folder that --resume_from_checkpoint names: None without the flag, or for "latest" without a checkpoint."""
+    if not resume_from_checkpoint:
+        return None
+    if resume_from_checkpoint == "latest":
+        checkpoints = find_checkpoints(output_dir)
+        return checkpoints[-1] if checkpoints else None
+    inside = Path(output_dir) / resume_from_checkpoint  # diffusers' scripts take the name alone
+    return inside if inside.is_dir() else Path(resume_from_checkpoint)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file; {} if it is absent, damaged or something else."""
     try:
-        saved = json.loads((checkpoint / CHECKSUMS).read_text())
+        value = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError):
-        saved = None
-    found = checksums(checkpoint)
-    if not isinstance(saved, dict) or "trainer_state.json" not in saved:
-        saved = {CHECKSUMS: ""}
-    damaged = [name for name, digest in saved.items() if found.get(name) != digest]
-    if not checkpoint_state(checkpoint) and "trainer_state.json" not in damaged:
-        damaged.append("trainer_state.json")
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def checkpoint_state(checkpoint: Path) -> dict[str, Any]:
+    """The run's settings as `save_checkpoint` got them, with global_step; {} if the file is damaged."""
+    state = read_json(checkpoint / STATE_FILE)
+    return state if type(state.get("global_step")) is int else {}
+
+
+def checkpoint_damage(checkpoint: Path) -> list[str]:
+    """The files of a checkpoint that are not as `save_checkpoint` left them, in one sentence; [] if all are."""
+    saved = read_json(checkpoint / CHECKSUMS)
+    if STATE_FILE not in saved:  # the list itself is damaged: nothing else can be said
+        damaged = [CHECKSUMS]
+    else:
+        found = checksums(checkpoint)
+        damaged = [name for name, digest in saved.items() if found.get(name) != digest]
+    if not checkpoint_state(checkpoint) and STATE_FILE not in damaged:
+        damaged.append(STATE_FILE)
     if not damaged:
         return []
-    folders = find_checkpoints(checkpoint.parent)
-    earlier = [folder.name for folder in folders if folder.name != checkpoint.name]
-    remedy = f"go on from {earlier[-1]}" if earlier else "start anew"
+    others = [folder.name for folder in find_checkpoints(checkpoint.parent) if folder.name != checkpoint.name]
+    remedy = f"continue from {others[-1]}" if others else "start again"
     return [
         f"--resume_from_checkpoint {checkpoint}: {', '.join(damaged)} missing or damaged; delete {checkpoint} and "
         f"{remedy} with --resume_from_checkpoint latest"
     ]
 
 
-def checkpoint_state(checkpoint):
-    """What `save_checkpoint` was given as `state`, with global_step; {} if trainer_state.json is damaged."""
-    try:
-        state = json.loads((checkpoint / "trainer_state.json").read_text())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return state if isinstance(state, dict) and type(state.get("global_step")) is int else {}
-
-
-def checkpoint_to_resume(output_dir, resume_from_checkpoint):
-    """The folder that --resume_from_checkpoint means: None without the flag, or for "latest" without a checkpoint."""
-    if resume_from_checkpoint == "latest":
-        return next(reversed(find_checkpoints(output_dir)), None)
-    if not resume_from_checkpoint:
-        return None
-    inside = Path(output_dir) / resume_from_checkpoint  # diffusers' scripts take the name alone
-    return inside if inside.is_dir() else Path(resume_from_checkpoint)
-
-
-def find_checkpoints(output_dir):
-    """The complete checkpoints in `output_dir`, oldest first."""
-    folders = [folder for folder in Path(output_dir).glob("checkpoint-*") if folder.name[11:].isdecimal()]
-    return sorted(folders, key=lambda folder: int(folder.name[11:]))
-
-
-def checksums(folder):
-    """{name: SHA-256} of the files in a folder."""
+def checksums(folder: Path) -> dict[str, str]:
+    """{name: SHA-256} of the files in a folder and below."""
     digests = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         with path.open("rb") as file:
@@ -161,160 +243,217 @@ def checksums(folder):
     return digests
 
 
-def save_checkpoint(accelerator, output_dir, step, state, total_limit=None):
-    """Saves the run to `output_dir`/checkpoint-`step`, then deletes the oldest beyond `total_limit`.
+# ---------------------------------------------------------------------------------------------------------------------
+# Saving and loading
+# ---------------------------------------------------------------------------------------------------------------------
 
-    The folder is written beside its place, flushed to the disk and renamed: it is complete or absent whenever the
-    machine stops. `state` (JSON) says what a step means in this run, see `checkpoint_conflicts`. To be called by all
-    processes.
+
+def save_checkpoint(
+    accelerator: Accelerator,
+    output_dir: Path | str,
+    step: int,
+    run: Mapping[str, Any],
+    total_limit: int | None = None,
+) -> Path:
+    """Saves the run as `output_dir`/checkpoint-`step`, then deletes the oldest ones beyond `total_limit`.
+
+    `step` counts the updates of the optimizer, those that were skipped included: a resumed run begins with update
+    `step` + 1. `run` are its `run_settings`, compared on resume, with more that a script wants back (JSON).
+
+    Guaranteed whenever the process or the machine stops: a folder named checkpoint-N is complete, because it is
+    written under another name, flushed to the disk and renamed; and no checkpoint is deleted before a newer one is
+    complete. To be called by all processes.
     """
     output_dir = Path(output_dir)
-    checkpoint, partial = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.partial"
-    with writing(checkpoint, partial):
-        if accelerator.is_main_process:
-            for left in output_dir.glob(".checkpoint-*.partial"):  # by a run that was killed
-                shutil.rmtree(left)
-            partial.mkdir(parents=True)
-            (partial / "trainer_state.json").write_text(json.dumps({"global_step": step, **state}, indent=2))
-        accelerator.wait_for_everyone()
-        accelerator.save_state(partial)
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            (partial / CHECKSUMS).write_text(json.dumps(checksums(partial), indent=2))
-            for path in [*partial.rglob("*"), partial]:
-                flush_to_disk(path)
-            partial.rename(checkpoint)
-            flush_to_disk(output_dir)
-    if accelerator.is_main_process:
-        for folder in find_checkpoints(output_dir)[: -total_limit if total_limit else 0]:
-            doomed = folder.rename(folder.with_name(f".{folder.name}.partial"))
-            shutil.rmtree(doomed)
+    checkpoint = output_dir / f"checkpoint-{step}"
+    partial = output_dir / f".checkpoint-{step}.partial"
+    try:
+        with writing(checkpoint):
+            if accelerator.is_main_process:
+                for leftover in output_dir.glob(".checkpoint-*.partial"):  # of a run that was killed
+                    shutil.rmtree(leftover)
+                partial.mkdir(parents=True)
+                (partial / STATE_FILE).write_text(json.dumps({"global_step": step, **run}, indent=2))
+            accelerator.wait_for_everyone()
+            accelerator.save_state(str(partial))
+            accelerator.wait_for_everyone()  # all have written their part
+            if accelerator.is_main_process:
+                (partial / CHECKSUMS).write_text(json.dumps(checksums(partial), indent=2))
+                for path in [*partial.rglob("*"), partial]:
+                    flush_to_disk(path)
+                partial.rename(checkpoint)
+                flush_to_disk(output_dir)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if accelerator.is_main_process and total_limit:
+        for folder in find_checkpoints(output_dir)[:-total_limit]:
+            to_delete = folder.rename(folder.with_name(f".{folder.name}.partial"))
+            shutil.rmtree(to_delete)
     accelerator.wait_for_everyone()
     return checkpoint
 
 
-def load_checkpoint(accelerator, checkpoint, lr_scheduler):
-    """Restores what `save_checkpoint` saved and returns its step; step 0 for None.
+def load_checkpoint(accelerator: Accelerator, checkpoint: Path | None, lr_scheduler: AcceleratedScheduler) -> int:
+    """Restores what `save_checkpoint` saved and returns its step; 0 for None.
 
     Ends the run with exit code 2 if the files do not fit the models and the optimizer.
     """
     if checkpoint is None:
         return 0
     with reading(checkpoint):
-        accelerator.load_state(checkpoint)
+        accelerator.load_state(str(checkpoint))
     optimizer = lr_scheduler.scheduler.optimizer
-    for group, rate in zip(optimizer.param_groups, lr_scheduler.get_last_lr(), strict=True):
-        group["lr"] = rate  # a sharded optimizer is restored without it
+    for group, learning_rate in zip(optimizer.param_groups, lr_scheduler.get_last_lr(), strict=True):
+        group["lr"] = learning_rate  # no tensor of the optimizer's state, so not restored with a sharded one
     accelerator.print(f"Resuming from {checkpoint}")
     return checkpoint_state(checkpoint)["global_step"]
 
 
-def register_tensor_checkpointing(accelerator, sets, parameters, optimizer=None):
-    """Makes checkpoints hold tensors of a run, not the models that were prepared: state.safetensors.
+def register_tensor_checkpointing(accelerator: Accelerator, tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+    """Makes checkpoints hold these tensors, {kind: {name: tensor}}, instead of the models that were prepared.
 
-    sets {kind: function} return one tensor for each of `parameters` {name: parameter}, to be restored in place. With
-    sharded parameters, or DeepSpeed's `zero_parts`, each process writes its part, and that of the optimizer's state,
-    to state-N.safetensors.
+    They go to state.safetensors and come back in place. Every process has all of them, so the main process writes
+    them; a file that reshards, as that of `register_sharded_checkpointing`, would be a folder of parts with one part.
+    The optimizer's state is saved by accelerate.
     """
-    sharded = any(isinstance(parameter, DTensor) for parameter in parameters.values())
-    file_name = f"state-{accelerator.process_index}.safetensors" if sharded else "state.safetensors"
+    file_name = "state.safetensors"
 
-    def save(models, weights, output_dir):
-        tensors = {
-            f"{kind}/{name}": value for kind in sets for name, value in zip(parameters, sets[kind](), strict=True)
-        }
-        for name, parameter in parameters.items() if sharded else ():
-            tensors |= {f"optimizer/{name}/{key}": local(v) for key, v in optimizer.state[parameter].items()}
-        if tensors and (sharded or accelerator.is_main_process):
-            tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-            save_file(tensors, Path(output_dir) / file_name)
-        weights.clear()
+    def live_tensors() -> dict[str, torch.Tensor]:
+        found = {}
+        for kind, named in tensors.items():
+            for name, tensor in named.items():
+                found[f"{kind}/{name}"] = tensor.detach()
+        return found
+
+    def save(models: list, weights: list, output_dir: str) -> None:
+        found = live_tensors()
+        if found and accelerator.is_main_process:
+            save_file({name: value.cpu().contiguous() for name, value in found.items()}, Path(output_dir) / file_name)
+        weights.clear()  # accelerate would save them too
 
     @torch.no_grad()
-    def load(models, input_dir):
-        tensors = load_file(Path(input_dir) / file_name) if sets else {}
-        for kind in sets:
-            for name, value in zip(parameters, sets[kind](), strict=True):
-                value.copy_(tensors.pop(f"{kind}/{name}"))
-        for key, value in tensors.items():
-            _, name, entry = key.split("/")
-            value = value if entry == "step" else like_parameter(value, parameters[name])
-            optimizer.state[parameters[name]][entry] = value
+    def load(models: list, input_dir: str) -> None:
+        found = live_tensors()
+        saved = load_file(Path(input_dir) / file_name) if found else {}
+        for name, value in found.items():
+            value.copy_(saved[name])
         models.clear()
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)
 
 
-def like_parameter(value, parameter):
-    """This process' part of a tensor that is sharded as `parameter` is, or one of `zero_parts`."""
-    if not isinstance(parameter, DTensor):
-        return value.to(parameter.device)
-    shape = {"shape": parameter.shape, "stride": parameter.stride()}
-    return DTensor.from_local(value.to(local(parameter).device), parameter.device_mesh, parameter.placements, **shape)
+def register_sharded_checkpointing(
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    teacher: Mapping[str, torch.Tensor] | None = None,
+) -> None:
+    """Makes checkpoints hold a model that is split over the processes, as far as it is trained, and its optimizer.
 
-
-def catch_signals():
-    """The list that SIGINT and SIGTERM append themselves to; another one, two seconds later, ends the process at once.
-
-    Until then it is the same one: of a signal to all processes, torchrun sends each of its own another.
+    `teacher` {name: tensor}, split like the model, is saved with it. Each process writes its part as safetensors to
+    the folder sharded/, by torch.distributed.checkpoint, whose parts any number of processes can read. All tensors
+    come back in place.
     """
-    signals, first = [], math.inf
+    folder_name = "sharded"
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
-    def catch(number, frame):
-        nonlocal first
-        first = min(first, time.monotonic())
-        signals.append(number)
-        if time.monotonic() > first + 2:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
+    def model_tensors() -> dict[str, torch.Tensor]:
+        found = {f"model.{name}": parameter.detach() for name, parameter in trained.items()}
+        for name, tensor in (teacher or {}).items():
+            found[f"teacher.{name}"] = tensor
+        return found
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, catch)
-    return signals
+    def optimizer_tensors() -> dict[str, torch.Tensor]:
+        options = StateDictOptions(flatten_optimizer_state_dict=True)
+        flat = get_optimizer_state_dict(model, optimizer, options=options)
+        return {f"optimizer.{name}": value for name, value in flat.items() if isinstance(value, torch.Tensor)}
 
+    def save(models: list, weights: list, output_dir: str) -> None:
+        found = model_tensors()
+        if optimizer.state:  # it is empty before the first step, and asking for it would take one
+            found |= optimizer_tensors()
+        with own_errors():
+            writer = dcp.HuggingFaceStorageWriter(str(Path(output_dir) / folder_name), save_distributed=True)
+            dcp.save(found, storage_writer=writer)
+        weights.clear()
 
-def count_skipped(skipped, step):
-    """One more step in a row without a finite loss; ends the run after MAX_SKIPPED_STEPS of them."""
-    skipped += 1
-    if skipped == MAX_SKIPPED_STEPS:
-        raise SystemExit(
-            f"\nStopped at step {step}: the last {skipped} losses were not finite. Checkpoints are intact."
-        )
-    return skipped
+    def load(models: list, input_dir: str) -> None:
+        reader = dcp.HuggingFaceStorageReader(str(Path(input_dir) / folder_name))
+        saved = reader.read_metadata().state_dict_metadata
+        found = model_tensors()
+        if any(name.startswith("optimizer.") for name in saved):
+            found |= optimizer_tensors()
+        with own_errors():
+            dcp.load(found, storage_reader=reader)
+        models.clear()
 
-
-def stop_interrupted(accelerator, step, checkpoint, signals):
-    """Ends a run that a signal interrupted, on this process or another."""
-    accelerator.free_memory()
-    accelerator.end_training()
-    accelerator.print(f"\nInterrupted at step {step}, saved {checkpoint}; go on with --resume_from_checkpoint latest")
-    raise SystemExit(128 + signals[0] if signals else 1)
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
 
 
 @contextmanager
-def writing(path, partial=None):
-    """Ends the run with one message if `path` cannot be written within it.
-
-    `partial`, the file or folder that was to become it, does not outlive an error of any kind.
-    """
-    path = Path(path).absolute()
+def own_errors() -> Iterator[None]:
+    """Raises a process' own error, where torch.distributed.checkpoint packs those of all into a BaseException."""
     try:
         yield
-    except BaseException as error:
-        free = shutil.disk_usage(next(folder for folder in path.parents if folder.exists())).free
-        if partial:
-            shutil.rmtree(partial, ignore_errors=True)
-            with suppress(OSError):
-                partial.unlink()
-        of_torch_save = re.search("PytorchStreamWriter|iostream|unexpected pos", str(error))
-        if not (of_torch_save or isinstance(error, OSError | SafetensorError)):
-            raise
-        reason = "writing failed" if of_torch_save else getattr(error, "strerror", None) or str(error)
+    except dcp.CheckpointException as error:
+        wrapped = next(iter(error.failures.values()))
+        raise wrapped[0] from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stopping before the end
+# ---------------------------------------------------------------------------------------------------------------------
+
+MAX_SKIPPED_STEPS = 10  # in a row, because the loss was not finite
+
+
+def catch_signals() -> list[int]:
+    """Collects SIGINT and SIGTERM in the list that it returns, so that the training loop can save and stop.
+
+    A signal more than two seconds after the first one ends the process at once. Those that come sooner count as the
+    same one: Ctrl-C reaches torchrun and its processes, and torchrun sends them another signal.
+    """
+    signals: list[int] = []
+    times: list[float] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        signals.append(number)
+        times.append(time.monotonic())
+        if times[-1] - times[0] > 2:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+    signal.signal(signal.SIGINT, handle)
+    signal.signal(signal.SIGTERM, handle)
+    return signals
+
+
+def count_skipped(num_skipped: int, step: int) -> int:
+    """`num_skipped` + 1, the steps in a row that were skipped; ends the run if these are MAX_SKIPPED_STEPS."""
+    num_skipped += 1
+    if num_skipped == MAX_SKIPPED_STEPS:
         raise SystemExit(
-            f"\n{Path(sys.argv[0]).name}: error: {path} cannot be written ({reason}); {free / 2**20:.1f} MiB are free "
-            "there. Checkpoints are intact: make room and go on with --resume_from_checkpoint latest"
-        ) from None
+            f"\nStopped at step {step}: the last {num_skipped} losses were not finite. Checkpoints are intact."
+        )
+    return num_skipped
+
+
+def stop_interrupted(accelerator: Accelerator, step: int, checkpoint: Path, signals: list[int]) -> None:
+    """Ends a run that a signal interrupted, on this process (128 + its number) or another (1), after it was saved."""
+    accelerator.free_memory()
+    accelerator.end_training()
+    accelerator.print(
+        f"\nInterrupted at step {step}, saved {checkpoint}; continue with --resume_from_checkpoint latest"
+    )
+    raise SystemExit(128 + signals[0] if signals else 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing files
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -339,7 +478,33 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
 
 
-def flush_to_disk(path):
+@contextmanager
+def writing(path: Path | str) -> Iterator[None]:
+    """Ends the run with one message if `path`, a file or a folder, cannot be written within the context."""
+    path = Path(path).absolute()
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = write_error(error)
+        if reason is None:
+            raise
+        free = shutil.disk_usage(nearest_folder(path.parent)).free
+        raise SystemExit(
+            f"\n{Path(sys.argv[0]).name}: error: {path} cannot be written ({reason}); {free / 2**20:.1f} MiB are free "
+            "there. Checkpoints are intact: free some space, then continue with --resume_from_checkpoint latest"
+        ) from None
+
+
+def write_error(error: Exception) -> str | None:
+    """Why a file could not be written; None for an error of another kind."""
+    if isinstance(error, OSError | SafetensorError):
+        return getattr(error, "strerror", None) or str(error)
+    if re.search("PytorchStreamWriter|iostream|unexpected pos", str(error)):  # torch.save's RuntimeError
+        return "writing failed"
+    return None
+
+
+def flush_to_disk(path: Path) -> None:
     """fsync of a file or folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

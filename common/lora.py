@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from common.checkpoints import atomic_write, register_tensor_checkpointing
-from common.models import is_sharded, local, whole
+from common.checkpoints import atomic_write, register_sharded_checkpointing
+from common.models import full_tensor, is_sharded
 
 import torch
 from accelerate import Accelerator
@@ -107,7 +107,8 @@ def adapter_weights(model: torch.nn.Module, adapter_name: str = "default") -> di
     """An adapter's weights {name: tensor}, in full; of a sharded model only if all processes ask for them."""
     state_dict = {}
     for name, value in model.state_dict(keep_vars=True).items():
-        state_dict[name] = whole(value) if value.requires_grad else value.detach()  # gathers what is trained alone
+        trained = value.requires_grad  # frozen weights are not gathered
+        state_dict[name] = full_tensor(value) if trained else value.detach()
     return get_peft_model_state_dict(model, state_dict, adapter_name)
 
 
@@ -173,26 +174,29 @@ def load_lora(
         raise ValueError(f"the LoRA in {directory} holds layers this run does not train: {', '.join(unused)}")
 
 
-def register_lora_checkpointing(accelerator, pipeline_class, modules, optimizer, files=None):
-    """Makes `accelerator.save_state` and `load_state` handle the adapters alone, not the frozen models around them.
+def register_lora_checkpointing(
+    accelerator: Accelerator,
+    pipeline_class: type,
+    modules: dict[str, torch.nn.Module],
+    optimizer: torch.optim.Optimizer,
+    files: dict[str, str] | None = None,
+) -> None:
+    """Makes checkpoints hold the adapters of {"transformer": model, ...} alone, not the frozen models around them.
 
-    `files`, {adapter name: file name}, names the adapters if there is another than "default". With a sharded model,
-    each process handles its part of the adapter and of the optimizer's state.
+    They are LoRA files as `save_lora` writes them: `files` {adapter name: file name}, one named "default" without.
+    Where the transformer is split over the processes, each saves its part of its adapters and of the optimizer.
     """
-    if any(map(is_sharded, modules.values())):
-        named = [pair for model in modules.values() for pair in model.named_parameters()]
-        parameters = {name: parameter for name, parameter in named if parameter.requires_grad}
-        parts = {"adapter": lambda: [local(parameter) for parameter in parameters.values()]}
-        register_tensor_checkpointing(accelerator, parts, parameters, optimizer)
+    if is_sharded(modules["transformer"]):
+        register_sharded_checkpointing(accelerator, modules["transformer"], optimizer)
         return
     files = files or {"default": LORA_WEIGHT_NAME_SAFE}
 
-    def save(models, weights, output_dir):
+    def save(models: list, weights: list, output_dir: str) -> None:
         for adapter_name, weight_name in files.items():
             save_lora(output_dir, pipeline_class, modules, adapter_name=adapter_name, weight_name=weight_name)
-        weights.clear()
+        weights.clear()  # accelerate would save the whole models too
 
-    def load(models, input_dir):
+    def load(models: list, input_dir: str) -> None:
         for adapter_name, weight_name in files.items():
             load_lora(input_dir, modules, adapter_name=adapter_name, weight_name=weight_name)
         models.clear()

@@ -1,31 +1,34 @@
-"""Frozen models: loading, quantization, compilation, splitting over processes."""
+"""Models: loading, quantization, compilation, splitting over processes (FSDP2)."""
 
+import argparse
 import json
-import os
 from pathlib import Path
+from typing import Any
 
 from common.arguments import reading
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, ProjectConfiguration
+from accelerate.utils import DistributedType
 from diffusers import FlowMatchEulerDiscreteScheduler
-from diffusers.optimization import get_scheduler
-from diffusers.utils import logging as diffusers_logging
 from safetensors import safe_open
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from transformers.utils import logging as transformers_logging
 
 
-QUANTIZATIONS = ("none", "nf4", "int8")
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading
+# ---------------------------------------------------------------------------------------------------------------------
 
 
-def load_model(model_class, subfolder, args, dtype):
-    """A frozen part of the pipeline, on the CPU."""
+def load_model(model_class: Any, subfolder: str, args: argparse.Namespace, dtype: torch.dtype) -> Any:
+    """A part of the pipeline that --pretrained_model_name_or_path names, frozen, on the CPU.
+
+    Ends the run with exit code 2 if it cannot be read or if its file lacks weights.
+    """
     with reading(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}: its {subfolder}"):
-        model, found = model_class.from_pretrained(
+        model, loaded = model_class.from_pretrained(
             args.pretrained_model_name_or_path,
             subfolder=subfolder,
             revision=args.revision,
@@ -35,101 +38,132 @@ def load_model(model_class, subfolder, args, dtype):
             use_safetensors=True,
             output_loading_info=True,
         )
-        if missing := sorted(found["missing_keys"]):  # which would be random
-            raise ValueError(f"its file lacks {missing[0]}" + f" and {len(missing) - 1} more" * (len(missing) > 1))
+        missing = sorted(loaded["missing_keys"])
+        if missing:  # they would have random values
+            others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise ValueError(f"its file lacks {missing[0]}{others}")
     return model.requires_grad_(False)
 
 
-def load_scheduler(args):
-    """The scheduler that the model was made with."""
+def load_scheduler(args: argparse.Namespace) -> Any:
+    """The FlowMatchEulerDiscreteScheduler of the pipeline that --pretrained_model_name_or_path names."""
     return FlowMatchEulerDiscreteScheduler.from_pretrained(
         args.pretrained_model_name_or_path, subfolder="scheduler", revision=args.revision, cache_dir=args.cache_dir
     )
 
 
-def check_weights(args):
-    """Problems of the weights in a local folder of a pipeline, of whose files the headers alone are read."""
-    folder, problems = Path(args.pretrained_model_name_or_path), []
-    flag = f"--pretrained_model_name_or_path {folder}"
-    parts = [folder / "transformer", folder / "vae", *sorted(folder.glob("text_encoder*"))]
-    for part in parts if (parts[0] / "config.json").is_file() else ():  # else it is no pipeline
-        files = [*part.glob("*.safetensors.index*.json"), *part.glob("*.safetensors")]
-        if not files:
-            problems.append(f"{flag}: {part} holds no .safetensors; other weights are not read, save it anew as these")
-        for file in files:
-            try:
-                if file.suffix == ".json":
-                    shards = {part / name for name in json.loads(file.read_text())["weight_map"].values()}
-                    files += sorted(shards.difference(files))
-                else:
-                    with safe_open(file, "pt"):
-                        pass
-            except Exception as error:  # each kind of file raises its own
-                reason = (str(error) or repr(error)).splitlines()[0]
-                problems.append(f"{flag}: {file} cannot be read ({reason}): copy or download it again")
+def check_weights(args: argparse.Namespace) -> list[str]:
+    """Problems of the weights in a local folder of a pipeline; of each file only the header is read."""
+    folder = Path(args.pretrained_model_name_or_path)
+    if not (folder / "transformer" / "config.json").is_file():
+        return []  # a name on the hub, or no pipeline
+    problems = []
+    for part in [folder / "transformer", folder / "vae", *sorted(folder.glob("text_encoder*"))]:
+        for problem in weight_problems(part):
+            problems.append(f"--pretrained_model_name_or_path {folder}: {problem}")
     return problems
 
 
-def repeated_blocks(model):
-    """The blocks that a transformer of diffusers consists of, such as FLUX.1's double and single ones."""
-    lists = [part for name, part in model.named_children() if name.endswith("blocks")]
-    return [block for blocks in lists for block in blocks]
+def weight_problems(folder: Path) -> list[str]:
+    """Problems of the .safetensors of one model, and of the files that its index names."""
+    files = [*folder.glob("*.safetensors.index*.json"), *folder.glob("*.safetensors")]
+    if not files:
+        return [f"{folder} holds no .safetensors, the only weights that are read: save them in this format"]
+    problems = []
+    for file in files:  # grows by what an index names
+        try:
+            if file.suffix == ".json":
+                named = {folder / name for name in json.loads(file.read_text())["weight_map"].values()}
+                files += sorted(named.difference(files))
+            else:
+                with safe_open(file, "pt"):
+                    pass
+        except Exception as error:  # each kind of file raises its own
+            reason = (str(error) or repr(error)).splitlines()[0]
+            problems.append(f"{file} cannot be read ({reason}): copy or download it again")
+    return problems
 
 
-def quantize_base(model, dtype, kind="nf4"):
-    """Replaces the linear layers of a frozen model's blocks by bitsandbytes' 4-bit NormalFloat (nf4, arXiv 2305.14314)
-    or 8-bit (int8, arXiv 2208.07339) ones that compute in `dtype`, as plain ones do under autocast. The weights shrink
-    once the model is moved to its device. Of "none", the model stays as it is."""
-    from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
+# ---------------------------------------------------------------------------------------------------------------------
+# Quantization and compilation
+# ---------------------------------------------------------------------------------------------------------------------
 
-    layers = [pair for pair in model.named_modules() if isinstance(pair[1], torch.nn.Linear) and "blocks." in pair[0]]
-    for name, layer in layers if kind != "none" else ():
-        shape = {"input_features": layer.in_features, "output_features": layer.out_features}
-        shape |= {"bias": layer.bias is not None, "device": "meta"}
-        if kind == "nf4":
-            new = Linear4bit(**shape, compute_dtype=dtype, quant_type="nf4")
-            new.weight = Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
-            new.support_avx512bf16_for_cpu = False  # validation would leave weights in a form that gives no gradients
-        else:
-            new = Linear8bitLt(**shape, has_fp16_weights=False)
-            new.weight = Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
-            new.register_forward_hook(forget_input)
-        new.register_forward_pre_hook(lambda layer, args: args[0].to(dtype))  # which the output is of, too
-        new.bias = layer.bias
-        parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, new)
+QUANTIZATIONS = ("none", "nf4", "int8")
+
+
+def repeated_blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The blocks of a diffusers transformer, such as FLUX.1's double and single ones."""
+    blocks = []
+    for name, module in model.named_children():
+        if name.endswith("blocks"):
+            blocks += list(module.children())
+    return blocks
+
+
+def quantize_base(model: torch.nn.Module, dtype: torch.dtype, quantization: str = "nf4") -> torch.nn.Module:
+    """Quantizes the linear layers in a frozen model's blocks by bitsandbytes; in place, "none" changes nothing.
+
+    nf4: 4-bit NormalFloat (arXiv 2305.14314); int8: LLM.int8() (arXiv 2208.07339). The layers compute in `dtype`, as
+    plain ones do under autocast. Their weights shrink when the model is moved to its device.
+    """
+    if quantization == "none":
+        return model
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, torch.nn.Linear) and "blocks." in name:
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, quantized_layer(layer, dtype, quantization))
     return model
 
 
-def forget_input(layer, args, output):
-    """Lets go of the input that bitsandbytes keeps of an int8 layer until the backward pass, checkpointed or not.
+def quantized_layer(layer: torch.nn.Linear, dtype: torch.dtype, quantization: str) -> torch.nn.Module:
+    """bitsandbytes' layer with the weight and bias of a linear one."""
+    from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 
-    Only a gradient of the weight would need it. What is compiled keeps what it needs.
+    has_bias = layer.bias is not None
+    weight: Any = layer.weight.data
+    if quantization == "nf4":
+        new: Any = Linear4bit(
+            layer.in_features, layer.out_features, has_bias, compute_dtype=dtype, quant_type="nf4", device="meta"
+        )
+        new.weight = Params4bit(weight, requires_grad=False, quant_type="nf4")  # pyright: ignore[reportCallIssue]
+        new.support_avx512bf16_for_cpu = False  # validation would leave weights in a form that gives no gradients
+    else:
+        new = Linear8bitLt(layer.in_features, layer.out_features, has_bias, has_fp16_weights=False, device="meta")
+        new.weight = Int8Params(weight, requires_grad=False, has_fp16_weights=False)  # pyright: ignore[reportCallIssue]
+        new.register_forward_hook(forget_input)
+    new.register_forward_pre_hook(lambda layer, args: args[0].to(dtype))  # the output has the dtype of the input
+    new.bias = layer.bias
+    return new
+
+
+def forget_input(layer: torch.nn.Module, args: tuple, output: torch.Tensor) -> None:
+    """Frees the input that bitsandbytes keeps for the backward pass of an int8 layer; a forward hook.
+
+    Only the weight's gradient would need it, and the weight is frozen. Compiled code keeps what it needs by itself.
     """
     if not torch.compiler.is_compiling() and output.grad_fn is not None:
-        output.grad_fn.A = None  # on a CPU
-        output.grad_fn.tensors = (None, None, None)
+        node: Any = output.grad_fn
+        node.A = None  # on a CPU
+        node.tensors = (None, None, None)  # on a GPU
 
 
-def compile_blocks(model):
-    """torch.compile of a transformer's blocks, in place: each kind is compiled once, whatever their number."""
+def compile_blocks(model: torch.nn.Module) -> None:
+    """torch.compile of a transformer's blocks, in place: blocks of one class share one compilation."""
     for block in repeated_blocks(model):
         block.compile()
 
 
-def prepare_blocks(transformer, args, device, dtype):
-    """Gradient checkpointing, torch.compile and FSDP2, as far as the flags ask for them."""
-    if args.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
-    if args.compile:
-        compile_blocks(transformer)
-    if args.fsdp:
-        shard(transformer, device, dtype)
+# ---------------------------------------------------------------------------------------------------------------------
+# Splitting over processes (FSDP2)
+# ---------------------------------------------------------------------------------------------------------------------
 
 
-def shard(transformer, device, dtype):
-    """Splits the weights of each block, of any dtype, over the processes (FSDP2); a block is gathered while it
-    computes, in `dtype`, on `device`. Parameters are other objects afterwards."""
+def shard(transformer: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Splits the weights of each block over the processes (FSDP2), in place.
+
+    A block is gathered while it computes, in `dtype`, on `device`. The parameters are new objects (DTensor)
+    afterwards, so an optimizer is made after this.
+    """
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     policy = MixedPrecisionPolicy(
         param_dtype=dtype if dtype != torch.float32 else None,
@@ -140,36 +174,32 @@ def shard(transformer, device, dtype):
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
 
 
-def is_sharded(model):
-    """Whether a model's weights are split over the processes by `shard`."""
+def is_sharded(model: torch.nn.Module) -> bool:
+    """Whether `shard` has split the model's weights."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
-def reshard(model):
-    """Lets a sharded model compute with its weights as they are after a change in place, not with gathered ones."""
-    for module in model.modules() if isinstance(model, FSDPModule) else ():
+def reshard(model: torch.nn.Module) -> None:
+    """Drops gathered weights, so that a sharded model sees a change of its own weights in place."""
+    for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
-def count_weights(parameters):
-    """The number of weights, sharded or not."""
-    return sum(parameter.numel() for parameter in parameters)
+def full_tensor(value: torch.Tensor) -> torch.Tensor:
+    """A sharded parameter gathered from all processes, which all must call; any other one as it is."""
+    value = value.detach()
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def first_device(accelerator, args):
-    """Where a transformer waits before training: on the CPU if its weights are to be split, for they may not fit."""
-    return torch.device("cpu") if args.fsdp else accelerator.device
-
-
-def check_processes(accelerator, args):
-    """Problems of the kind and number of processes."""
-    supported = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-    problems, kind = [], accelerator.distributed_type
-    if kind not in supported:
+def check_processes(accelerator: Accelerator, args: argparse.Namespace) -> list[str]:
+    """Problems of the launcher's settings, and of flags that do not work together with --fsdp."""
+    problems = []
+    launched_as = accelerator.distributed_type
+    if launched_as not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
         problems.append(
-            f"{kind.value}: not supported, choose multi-GPU without it in accelerate config and --fsdp for memory, "
-            "which splits weights, gradients and optimizer over the processes (FSDP2)"
+            f"{launched_as.value}: not supported, choose multi-GPU without it in accelerate config and --fsdp for "
+            "memory, which splits weights, gradients and optimizer over the processes (FSDP2)"
         )
     if not args.fsdp:
         return problems
@@ -179,119 +209,13 @@ def check_processes(accelerator, args):
         problems.append("--mixed_precision fp16 does not work with --fsdp: use bf16")
     if args.optimizer == "prodigy":
         problems.append("--optimizer prodigy does not work with --fsdp: use adamw")
-    refused = ("use_8bit_adam", "train_text_encoder", "train_text_encoder_ti")
-    problems += [
-        f"--{flag} does not work with --fsdp: leave one out" for flag in refused if getattr(args, flag, False)
-    ]
+    if args.use_8bit_adam:
+        problems.append("--use_8bit_adam does not work with --fsdp: leave one out")
     if args.quantize_base != "none":
         problems.append(f"--quantize_base {args.quantize_base} does not work with --fsdp: leave one out")
     return problems
 
 
-def whole(value):
-    """A sharded parameter in full, which all processes must ask for; others as they are."""
-    value = value.detach()
-    return value.full_tensor() if isinstance(value, DTensor) else value
-
-
-def local(parameter):
-    """The part of a sharded parameter that this process holds; others as they are."""
-    parameter = parameter.detach()
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
-
-
-def start(args, handlers=()):
-    """The Accelerator of a run, with `handlers` of accelerate's kwargs, and the dtype of the frozen models."""
-    if args.local_rank != -1:
-        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
-    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
-    for library in (diffusers_logging, transformers_logging):
-        library.set_verbosity_info() if args.verbose else library.disable_progress_bar()
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),  # else torchrun's processes would not know of each other there
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        mixed_precision=args.mixed_precision,
-        log_with=None if args.report_to == "none" else args.report_to,
-        project_config=ProjectConfiguration(args.output_dir, logging_dir=args.output_dir / args.logging_dir),
-        step_scheduler_with_optimizer=False,
-        kwargs_handlers=list(handlers),
-    )
-    dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16}
-    return accelerator, dtypes.get(accelerator.mixed_precision, torch.float32)
-
-
-def create_optimizer(args, params, scale=1, text_params=()):
-    """The optimizer that --optimizer names, over the parameters of the adapter (or model) and of text encoders.
-
-    Learning rates are multiplied by `scale`. Prodigy has one for all, as its authors ask.
-    """
-    groups = [{"params": params, "lr": args.learning_rate * scale, "weight_decay": args.adam_weight_decay}]
-    if text_params:
-        rate = args.learning_rate if args.optimizer == "prodigy" else args.text_encoder_lr
-        decay = args.adam_weight_decay_text_encoder
-        groups.append({"params": text_params, "lr": rate * scale, "weight_decay": decay})
-    groups = [group for group in groups if group["params"]]
-    shared = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-    if args.optimizer == "prodigy":
-        from prodigyopt import Prodigy
-
-        own = ("beta3", "decouple", "use_bias_correction", "safeguard_warmup")
-        return Prodigy(groups, **shared, **{name: getattr(args, f"prodigy_{name}") for name in own})
-    if args.optimizer == "sgd":
-        return torch.optim.SGD(groups)
-    if args.use_8bit_adam:
-        from bitsandbytes.optim import AdamW8bit
-
-        return AdamW8bit(groups, **shared)
-    return torch.optim.AdamW(groups, **shared)
-
-
-def create_lr_scheduler(args, optimizer, max_train_steps):
-    """The course of the learning rate that --lr_scheduler names, over the steps of the run."""
-    return get_scheduler(
-        args.lr_scheduler,
-        optimizer,
-        num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=max_train_steps,
-        num_cycles=args.lr_num_cycles,
-        power=args.lr_power,
-    )
-
-
-def check_shared_flags(args):
-    """Contradictions between flags that all or most trainers have, flags without effect, unreadable weights."""
-    problems = []
-    if args.dataset_config_name and not args.dataset_name:
-        problems.append(f"--dataset_config_name {args.dataset_config_name} needs --dataset_name")
-    if args.optimizer != "adamw" and args.use_8bit_adam:
-        problems.append(f"--use_8bit_adam has no effect on --optimizer {args.optimizer}: leave one out")
-    if args.optimizer == "prodigy" and args.learning_rate <= 0.1:
-        problems.append(f"--learning_rate {args.learning_rate:g}: Prodigy finds the rate itself and wants about 1")
-    if args.optimizer != "prodigy" and args.prodigy_beta3 is not None:
-        problems.append(f"--prodigy_beta3 has no effect on --optimizer {args.optimizer}: leave it out")
-    if args.mixed_precision == "fp16" and not torch.accelerator.is_available():
-        problems.append("--mixed_precision fp16 needs a GPU: use bf16 or no")
-    densities = ("logit_normal", "mode")
-    if "timestep_sampling" in args and args.timestep_sampling != "sigma" and args.weighting_scheme in densities:
-        problems.append(f"--weighting_scheme {args.weighting_scheme} has no effect without --timestep_sampling sigma")
-    if "validation_epochs" in args and args.validation_steps and not args.validation_prompt:
-        problems.append(f"--validation_steps {args.validation_steps} needs --validation_prompt")
-    if "final_validation_prompt" in args and args.final_validation_prompt and args.skip_final_inference:
-        problems.append("--final_validation_prompt has no effect with --skip_final_inference: leave one out")
-    problems += check_prior_flags(args) if "with_prior_preservation" in args else []
-    return problems + check_weights(args)
-
-
-def check_prior_flags(args):
-    """Problems of the flags of prior preservation."""
-    problems, folder = [], args.class_data_dir
-    if args.with_prior_preservation and not (folder and args.class_prompt):
-        problems.append("--with_prior_preservation needs --class_data_dir and --class_prompt")
-    if not args.with_prior_preservation and (folder or args.class_prompt):
-        problems.append("--class_data_dir and --class_prompt have no effect without --with_prior_preservation")
-    if args.prior_generation_precision in ("no", "fp32") and args.mixed_precision in ("fp16", "bf16"):
-        precision = args.prior_generation_precision
-        problems.append(f"--prior_generation_precision {precision}: the model is loaded in {args.mixed_precision}")
-    if folder and folder.exists() and not folder.is_dir():
-        problems.append(f"--class_data_dir {folder}: a file of this name is in the way")
-    return problems
+def count_weights(parameters) -> int:
+    """The number of weights, sharded or not."""
+    return sum(parameter.numel() for parameter in parameters)

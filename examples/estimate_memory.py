@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 # isort: split
 from common.latents import encode_images
 from common.lora import FLUX_TARGET_MODULES, add_lora
-from common.models import QUANTIZATIONS, check_processes, create_optimizer, local, quantize_base, shard
+from common.models import QUANTIZATIONS, check_processes, quantize_base, shard
 
 import bitsandbytes
 import diffusers
@@ -48,18 +48,6 @@ GIB = 2**30
 CARDS = (12, 16, 24, 40, 80)  # GB
 RESERVE = 1.0  # GiB of a card for the driver, cuBLAS and the gaps between tensors
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-# What the memory of a step does not depend on, as create_optimizer wants it.
-OPTIMIZER = {
-    "learning_rate": 1.0,
-    "adam_weight_decay": 0.0,
-    "adam_beta1": 0.9,
-    "adam_beta2": 0.999,
-    "adam_epsilon": 1e-8,
-    "prodigy_beta3": None,
-    "prodigy_decouple": True,
-    "prodigy_use_bias_correction": True,
-    "prodigy_safeguard_warmup": True,
-}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -323,6 +311,19 @@ def build(create, dtype, fake, adapt=lambda module: None):
     return module
 
 
+def create_optimizer(args, parameters):
+    """The optimizer of --optimizer, with default settings: its memory does not depend on them."""
+    if args.optimizer == "prodigy":
+        from prodigyopt import Prodigy
+
+        return Prodigy(parameters)
+    if args.optimizer == "sgd":
+        return torch.optim.SGD(parameters)
+    if args.use_8bit_adam:
+        return bitsandbytes.optim.AdamW8bit(parameters)
+    return torch.optim.AdamW(parameters)
+
+
 def optimizer_bytes(args):
     """(state, what a step needs besides) of the optimizer in bytes per trained number, from two steps on real ones."""
     with LiveMemory() as memory:
@@ -376,7 +377,11 @@ def training_step(model, args, fake):
                 activations = memory.live - before
                 loss.backward()
                 transformer.zero_grad()
-    trained = sum(local(parameter).nbytes for parameter in transformer.parameters() if parameter.requires_grad)
+    trained = 0
+    for parameter in transformer.parameters():
+        if parameter.requires_grad:
+            part = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            trained += part.nbytes
     return {"before": before, "trained": trained, "activations": activations, "peak": memory.peak}
 
 
@@ -454,7 +459,6 @@ def parse_args(argv=None):
     arg("--fsdp", action="store_true")
     arg("--device", choices=("cuda", "cpu"), default="cuda", help="whose way to compute is assumed")
     arg("--table", action="store_true", help="print as Markdown what fits in which card")
-    parser.set_defaults(**OPTIMIZER)
     args = parser.parse_args(argv)
     kind = DistributedType.MULTI_GPU if args.num_processes > 1 else DistributedType.NO
     scaler = "of gradients" if args.mixed_precision == "fp16" else None

@@ -19,9 +19,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from common.lora import add_lora
-from common.models import create_optimizer, quantize_base
+from common.models import quantize_base
 
-from examples.estimate_memory import DTYPES, MODELS, estimate, parse_args
+from examples.estimate_memory import DTYPES, MODELS, create_optimizer, estimate, parse_args
 from train_twinflow import BACKBONES, add_target_time
 
 

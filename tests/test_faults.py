@@ -558,7 +558,7 @@ def test_a_signal_while_training_or_drawing_saves_and_ends(runs, flags_of, tmp_p
         assert runs.end() == 128 + number, runs.output()[-3000:]
         output = runs.output()
         assert "Traceback" not in output, output[-3000:]
-        assert f"Interrupted at step {step}, saved {folder / f'checkpoint-{step}'}; go on with" in output
+        assert f"Interrupted at step {step}, saved {folder / f'checkpoint-{step}'}; continue with" in output
         assert list(checkpoints(folder)) == [step]
         assert runs.run(script, [*flags, folder, "--resume_from_checkpoint", "latest"]) == 0, runs.output()
         assert results(folder) == results(tmp_path / "whole")

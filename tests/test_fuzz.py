@@ -261,6 +261,14 @@ def arguments(tiny_model, tiny_fill, tmp_path_factory):
     return lambda script, *flags: copy.copy(parse(script, *flags))
 
 
+def find_examples(module, args):
+    """(examples, problems) of a trainer's data."""
+    if module.__name__ != TWINFLOW:
+        return module.find_examples(args)
+    examples, problems = module.read_examples(args)
+    return examples, problems + module.check_examples(examples, args)
+
+
 FOLDER_FLAG = {TWINFLOW: "train_data_dir"}
 
 
@@ -273,7 +281,7 @@ def read(arguments, tiny_pipeline):
         args = arguments(script, f"--{name}", ROOT, *flags)
         setattr(args, name, folder)
         before = snapshot(folder.parent)
-        examples, problems = module.find_examples(args)
+        examples, problems = find_examples(module, args)
         if not problems:
             use(module, examples, args)
         assert snapshot(folder.parent) == before
@@ -289,13 +297,13 @@ def read(arguments, tiny_pipeline):
             prompts = [dataset[0, i]["prompt"] for i in range(len(dataset))]
         elif module.__name__ == INFLUX:
             dataset = module.EditDataset(examples, args)
-            for key in dataset.picture_keys():
+            for key in dataset.image_keys():
                 dataset.pixel_values(key)
             prompts = [example.caption for example in examples]
         else:
             dataset = module.TwinFlowDataset(examples, None, args)
-            for key in dataset.picture_keys():
-                dataset.pixel_values(key)
+            for index, flipped in dataset.image_variants():
+                dataset.pixel_values(examples[index], index, flipped)
             prompts = [caption for example in examples for caption in example.captions]
         tokenize(prompts)
 
@@ -387,7 +395,7 @@ def test_what_is_no_file_in_a_folder(read, folder):
 def test_prompts_file(arguments, read, tmp_path, count):
     def prop(content):
         (tmp_path / "prompts").write_bytes(content)
-        examples, problems = importlib.import_module(TWINFLOW).find_examples(args)
+        examples, problems = find_examples(importlib.import_module(TWINFLOW), args)
         assert all(str(tmp_path / "prompts") in problem for problem in problems)
         if not problems:
             read.tokenize([example.captions[0] for example in examples])
@@ -602,8 +610,7 @@ def saved(adapter, tmp_path_factory):
     optimizer = torch.optim.AdamW(parameters)
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
     register_lora_checkpointing(accelerator, FluxPipeline, {"transformer": adapter[0]}, optimizer)
-    average = {"average": lambda: [parameter.detach() for parameter in parameters]}
-    register_tensor_checkpointing(accelerator, average, {f"p{i}": p for i, p in enumerate(parameters)})
+    register_tensor_checkpointing(accelerator, {"average": {f"p{i}": p for i, p in enumerate(parameters)}})
     optimizer, schedule = accelerator.prepare(optimizer, schedule)
     for step in (1, 2):
         for parameter in parameters:
@@ -639,7 +646,7 @@ def test_checkpoints(saved, tmp_path, capsys, count):
         for problem in problems:
             assert str(checkpoint) in problem
             assert name in problem or name == CHECKSUMS  # which may name another
-            assert "go on from checkpoint-1" in problem
+            assert "continue from checkpoint-1" in problem
         if name != CHECKSUMS:  # as if it had been saved like that
             (checkpoint / CHECKSUMS).unlink()
             (checkpoint / CHECKSUMS).write_text(json.dumps(checksums(checkpoint)))
@@ -713,7 +720,7 @@ def test_a_run_with_a_damaged_checkpoint(train, run_flags, script, tmp_path, cap
         error = capsys.readouterr().err.split("error: ")[1]
         assert stop.value.code == 2
         assert path.name in error
-        assert f"delete {checkpoint} and go on from checkpoint-1" in error
+        assert f"delete {checkpoint} and continue from checkpoint-1" in error
         assert snapshot(tmp_path) == before
         path.write_bytes(whole)
     shutil.rmtree(checkpoint)

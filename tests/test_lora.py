@@ -280,8 +280,8 @@ def test_tensors_of_a_run_go_into_checkpoints_and_come_back_in_place(tiny, tmp_p
     accelerator = Accelerator(cpu=True)
     parameters = dict(tiny.transformer.named_parameters())
     average = [torch.randn_like(parameter) for parameter in parameters.values()]
-    sets = {"model": lambda: [p.detach() for p in parameters.values()], "teacher": lambda: average}
-    register_tensor_checkpointing(accelerator, sets, parameters)
+    named = dict(zip(parameters, average, strict=True))
+    register_tensor_checkpointing(accelerator, {"model": parameters, "teacher": named})
     before, kept = run(tiny.transformer), [tensor.clone() for tensor in average]
     checkpoint = save_checkpoint(accelerator, tmp_path, 1, {})
     assert sorted(path.name for path in checkpoint.glob("*.safetensors")) == ["state.safetensors"]

@@ -12,14 +12,18 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+from common.checkpoints import register_sharded_checkpointing, save_checkpoint
+from common.models import full_tensor, shard
+
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedType
 from conftest import ROOT
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from examples.toy.world import caption, draw, random_scene
 
@@ -126,6 +130,56 @@ def test_a_sharded_run_resumes_bit_for_bit_on_as_many_processes(flags_of, tmp_pa
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
 
 
+def reshard(folder, processes, steps):
+    """Trains a small sharded model for `steps`, or loads the checkpoint in `folder`, and then takes one more step.
+
+    The main process of `processes` writes the weights to a file in `folder`.
+    """
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Linear(7, 3))
+    model[0].bias.requires_grad_(False)
+    accelerator = Accelerator(cpu=True)
+    shard(model, accelerator.device, torch.float32)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    teacher = {name: parameter.detach() * 2 for name, parameter in trained.items()}
+    optimizer = torch.optim.AdamW(trained.values(), lr=0.1)
+    register_sharded_checkpointing(accelerator, model, optimizer, teacher)
+    if steps is None:
+        for tensor in (*trained.values(), *teacher.values()):
+            tensor.detach().zero_()
+        accelerator.load_state(folder / "checkpoint-3")
+
+    def step():
+        for parameter in trained.values():
+            parameter.grad = parameter.detach().clone()
+        optimizer.step()
+
+    for _ in range(steps or 0):
+        step()
+    if steps is not None:
+        save_checkpoint(accelerator, folder, 3, {})
+    step()
+    tensors = {name: full_tensor(parameter) for name, parameter in trained.items()}
+    tensors |= {f"teacher.{name}": full_tensor(tensor) for name, tensor in teacher.items()}
+    if accelerator.is_main_process:
+        save_file(tensors, folder / f"{processes}-{steps}.safetensors")
+
+
+@pytest.mark.parametrize("steps", [3, 0])  # 0: the optimizer has no state yet
+def test_a_sharded_checkpoint_loads_bit_for_bit_on_any_number_of_processes(tmp_path, steps):
+    assert launch("reshard", [tmp_path, 2, steps], processes=2).returncode == 0
+    files = [path.relative_to(tmp_path / "checkpoint-3") for path in (tmp_path / "checkpoint-3").rglob("*")]
+    assert sum(path.suffix == ".safetensors" for path in files) == 2
+    assert {path.suffix for path in files if path.parent.name == "sharded"} == {".safetensors"}
+    saved = load_file(tmp_path / f"2-{steps}.safetensors")
+    assert len(saved) == 6
+    for processes in (1, 2, 3):
+        loading = launch("reshard", [tmp_path, processes], processes=processes)
+        assert loading.returncode == 0, loading.stderr[-3000:]
+        loaded = load_file(tmp_path / f"{processes}-None.safetensors")
+        assert all(torch.equal(loaded[name], value) for name, value in saved.items())
+
+
 @pytest.mark.parametrize("name", ["8_gpus", "8_gpus_fsdp2"])
 def test_accelerate_reads_the_config_files(name):
     config = load_config_from_file(str(ACCELERATE / f"{name}.yaml"))
@@ -165,6 +219,9 @@ def test_the_commands_of_the_readme_and_config_files_parse(short_runs, tmp_path)
 
 
 if __name__ == "__main__":
+    if sys.argv[1] == "reshard":
+        reshard(Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]) if len(sys.argv) > 4 else None)
+        sys.exit()
     trainer = importlib.import_module(sys.argv[1])
     trainer.step_generator = one_stream(trainer)
     trainer.main(trainer.parse_args(sys.argv[2:]))

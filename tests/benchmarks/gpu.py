@@ -22,9 +22,9 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from common.lora import add_lora
-from common.models import compile_blocks, create_optimizer, quantize_base
+from common.models import compile_blocks, quantize_base
 
-from examples.estimate_memory import GIB, MODELS, estimate, parse_args, training_step
+from examples.estimate_memory import GIB, MODELS, create_optimizer, estimate, parse_args, training_step
 from train_twinflow import BACKBONES
 
 
