@@ -214,8 +214,3 @@ def check_processes(accelerator: Accelerator, args: argparse.Namespace) -> list[
     if args.quantize_base != "none":
         problems.append(f"--quantize_base {args.quantize_base} does not work with --fsdp: leave one out")
     return problems
-
-
-def count_weights(parameters) -> int:
-    """The number of weights, sharded or not."""
-    return sum(parameter.numel() for parameter in parameters)

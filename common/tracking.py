@@ -17,7 +17,6 @@ from typing import Any
 from common.arguments import fail
 from common.checkpoints import atomic_write, find_checkpoints, writing
 from common.metrics import mean_window, read_metrics, running_mean
-from common.models import count_weights
 
 import numpy as np
 import torch
@@ -66,7 +65,7 @@ def print_header(
 
     `batch` is the number of images per forward pass where it is not --train_batch_size.
     """
-    num_trained = count_weights(params)
+    num_trained = sum(parameter.numel() for parameter in params)
     share = min(1, num_trained / base_size)  # a full fine-tuning that adds layers trains more than the base has
     accumulation = args.gradient_accumulation_steps
     devices = f"{accelerator.num_processes} {accelerator.device.type}"
