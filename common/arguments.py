@@ -167,6 +167,3 @@ def exit_if_unreadable(source: object) -> Iterator[None]:
         reason = (str(error) or repr(error)).splitlines()[0]
         print(f"{Path(sys.argv[0]).name}: error: {source} cannot be loaded: {reason}", file=sys.stderr)
         raise SystemExit(2) from error
-
-
-reading = exit_if_unreadable  # the name in models.py and checkpoints.py

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from common.arguments import reading
+from common.arguments import exit_if_unreadable
 from common.models import check_processes
 
 import torch
@@ -301,7 +301,7 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path | None, lr_schedu
     """
     if checkpoint is None:
         return 0
-    with reading(checkpoint):
+    with exit_if_unreadable(checkpoint):
         accelerator.load_state(str(checkpoint))
     optimizer = lr_scheduler.scheduler.optimizer
     for group, learning_rate in zip(optimizer.param_groups, lr_scheduler.get_last_lr(), strict=True):

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from common.arguments import reading
+from common.arguments import exit_if_unreadable
 
 import torch
 from accelerate import Accelerator
@@ -27,7 +27,7 @@ def load_model(model_class: Any, subfolder: str, args: argparse.Namespace, dtype
 
     Ends the run with exit code 2 if it cannot be read or if its file lacks weights.
     """
-    with reading(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}: its {subfolder}"):
+    with exit_if_unreadable(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}: its {subfolder}"):
         model, loaded = model_class.from_pretrained(
             args.pretrained_model_name_or_path,
             subfolder=subfolder,
