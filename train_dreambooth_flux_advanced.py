@@ -2016,7 +2016,8 @@ def main(args):
     if transformer is None:
         transformer = load_transformer(args, weight_dtype)
     num_base_params = sum(parameter.numel() for parameter in transformer.parameters())
-    quantize_base(transformer, weight_dtype, args.quantize_base)
+    if args.quantize_base != "none":
+        quantize_base(transformer, weight_dtype, args.quantize_base)
     transformer.to("cpu" if args.fsdp else device)  # `shard` moves it block by block: it may not fit as a whole
     if args.train_transformer_frac > 0:
         add_lora(
