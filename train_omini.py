@@ -1422,7 +1422,9 @@ def read_image_folder(args):
 
 def read_stored_dataset(args):
     """Examples of --dataset_name or --data_files."""
-    examples, problems = read_dataset(name=args.dataset_name or "--data_files", **dataset_settings(args))
+    examples, problems = read_dataset(
+        name=args.dataset_name or "--data_files", whole_rows=True, **dataset_settings(args)
+    )
     return split_pairs(examples, args), problems
 
 

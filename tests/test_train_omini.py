@@ -336,7 +336,8 @@ def test_a_stream_gives_every_sample_once_per_epoch_to_one_process(flags, tars):
     assert captions[0] == captions[1]
 
 
-def test_subject_pairs_give_two_samples_each(flags, tmp_path):
+@pytest.mark.parametrize("source", ["--instance_data_dir", "--dataset_name"])
+def test_subject_pairs_give_two_samples_each(flags, tmp_path, source):
     folder = tmp_path / "pairs"
     folder.mkdir()
     image = Image.new("RGB", (2 * 32 + 3 * 4, 32 + 2 * 4), "black")
@@ -345,7 +346,7 @@ def test_subject_pairs_give_two_samples_each(flags, tmp_path):
     image.save(folder / "a.png")
     record = {"file_name": "a.png", "description": {"description_0": "left", "description_1": "right"}}
     (folder / "metadata.jsonl").write_text(json.dumps(record) + "\n")
-    pair = ("--condition_type", "subject", "--image_size", 32, "--padding", 4, "--instance_data_dir", folder)
+    pair = ("--condition_type", "subject", "--image_size", 32, "--padding", 4, source, folder)
     args = omini.parse_args([str(flag) for flag in [*without_source(flags), *pair]])
     examples, problems = omini.find_examples(args)
     assert not problems
@@ -356,6 +357,18 @@ def test_subject_pairs_give_two_samples_each(flags, tmp_path):
         assert dataset.target_image(example).getcolors() == [(32 * 32, target)]
         assert dataset.condition_image(example, "condition_0").getcolors() == [(32 * 32, condition)]
     assert dataset.specs[0].position_delta == (0, -2)
+
+
+def test_a_stored_dataset_finds_its_captions_without_a_caption_column(flags, pictures, tmp_path):
+    folder = tmp_path / "stored"
+    folder.mkdir()
+    shutil.copy(pictures / "1.png", folder / "a.png")
+    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": "a circle"}) + "\n")
+    source = ("--condition_type", "canny", "--dataset_name", folder)
+    args = omini.parse_args([str(flag) for flag in [*without_source(flags), *source]])
+    examples, problems = omini.find_examples(args)
+    assert not problems
+    assert [example.caption for example in examples] == ["a circle"]
 
 
 def test_custom_columns_keep_their_order_around_a_subject(flags, tmp_path):
