@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from diffusers.optimization import SchedulerType
@@ -26,7 +27,13 @@ class Switch(argparse.BooleanOptionalAction):
         super().__init__(*args, **kwargs)
         self.nargs = "?"
 
-    def __call__(self, parser, namespace, values, option_string=None):
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
         word = str(values or "true").lower()
         if word not in ("true", "false"):
             parser.error(f"{option_string} {values}: expected True or False, or nothing")
@@ -35,22 +42,22 @@ class Switch(argparse.BooleanOptionalAction):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows every default that is set, as it would be typed, and each name of a flag once: `--rank, --network_dim N`.
+    """Prints each flag as `--rank, --network_dim N`, and its default as it would be typed, unless it is None or False.
 
-    The first two methods are those that argparse's own formatters override.
+    argparse's own formatters override these private methods too.
     """
 
-    def _get_help_string(self, action):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default is None or action.default is False:
             return action.help
         if isinstance(action.default, (list, tuple)):
             return f"{action.help} (default: {' '.join(map(str, action.default))})"
         return super()._get_help_string(action)
 
-    def _get_default_metavar_for_optional(self, action):
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
         return METAVARS.get(getattr(action.type, "__name__", ""), "TEXT")
 
-    def _format_action_invocation(self, action):
+    def _format_action_invocation(self, action: argparse.Action) -> str:
         names = ", ".join(action.option_strings)
         if action.nargs == 0 or isinstance(action, Switch):
             return names
@@ -114,11 +121,13 @@ def changed_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
     return changed
 
 
-def in_range(kind: type, minimum: float, maximum: float = math.inf, *, above: bool = False) -> Callable[[str], float]:
+def in_range(
+    number_type: type, minimum: float, maximum: float = math.inf, *, above: bool = False
+) -> Callable[[str], float]:
     """An argparse type: a finite int or float of at least (or `above`) the minimum and at most the maximum."""
 
-    def parse(text):
-        value = kind(text)
+    def parse(text: str) -> float:
+        value = number_type(text)
         too_small = value <= minimum if above else value < minimum
         if too_small or value > maximum or not math.isfinite(value):
             limit = f"above {minimum}" if above else f"at least {minimum}"
@@ -127,7 +136,7 @@ def in_range(kind: type, minimum: float, maximum: float = math.inf, *, above: bo
             raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {limit}")
         return value
 
-    parse.__name__ = "whole number" if kind is int else "number"  # argparse: invalid whole number value
+    parse.__name__ = "whole number" if number_type is int else "number"  # argparse: invalid whole number value
     return parse
 
 
@@ -163,7 +172,7 @@ def exit_if_unreadable(source: object) -> Iterator[None]:
     """Ends the run with one message and exit code 2 if loading `source` within the block raises an error."""
     try:
         yield
-    except Exception as error:  # each kind of file raises its own
+    except Exception as error:  # every file format raises its own exceptions
         reason = (str(error) or repr(error)).splitlines()[0]
         print(f"{Path(sys.argv[0]).name}: error: {source} cannot be loaded: {reason}", file=sys.stderr)
         raise SystemExit(2) from error

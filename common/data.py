@@ -78,7 +78,7 @@ def open_image(file: Path | str | io.BytesIO) -> Image.Image:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """An RGB image as its owner sees it: turned as EXIF says, transparent parts white, 16-bit grey as bright as is."""
+    """The RGB image that a viewer shows: rotated as EXIF says, transparent parts white, 16-bit grey scaled to 8."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16-bit grey, which PIL would clip to white
         image = Image.fromarray((np.asarray(image) / 257).astype(np.uint8))
@@ -195,8 +195,8 @@ def check_captions(
         texts = example.captions if several else [example.caption]
         invalid = [text for text in texts if not isinstance(text, str) or not text.strip()]
         if invalid or not texts:
-            shown = invalid[0] if invalid else example.caption
-            problems.append(f"{example.name}: its caption must be text and not empty, not {shown!r}")
+            wrong = invalid[0] if invalid else example.caption
+            problems.append(f"{example.name}: its caption must be text and not empty, not {wrong!r}")
     return problems
 
 
@@ -222,10 +222,10 @@ def read_sizes(examples: Sequence[Example], *, decode: bool = True) -> tuple[lis
 def map_examples(function: Callable[[Example], Any], examples: Sequence[Example]) -> list[tuple[Any, str | None]]:
     """[(function(example), None), or (None, problem) where it raises], by a pool of threads, with a progress bar."""
 
-    def attempt(example):
+    def attempt(example: Example) -> tuple[Any, str | None]:
         try:
             return function(example), None
-        except Exception as error:  # PIL's readers of formats raise of all kinds
+        except Exception as error:  # PIL's decoders raise many exception types
             return None, f"{example.name}: not a readable image ({error})"
 
     return thread_map(attempt, examples, desc="Reading images", unit="image", leave=False)
@@ -398,9 +398,11 @@ def read_folder(
     problems += [f"{metadata}: no image {name} in this folder" for name in absent]
     if use_metadata and not whole_rows and not unread:
         problems += check_caption_column(metadata, rows, caption_column)
-    columns = [caption_column] if caption_column else list(CAPTION_COLUMNS)
-    if rows and not whole_rows:
-        columns = [caption_column or first_column(rows) or CAPTION_COLUMNS[0]]
+    columns = list(CAPTION_COLUMNS)
+    if caption_column:
+        columns = [caption_column]
+    elif rows and not whole_rows:  # every line has its caption in the column that the first line uses
+        columns = [first_column(rows) or CAPTION_COLUMNS[0]]
 
     partners = {}
     for role, partner_dir in partner_dirs.items():
@@ -414,17 +416,21 @@ def read_folder(
         row = rows.get(path.name, {})
         text_file = caption_dir / f"{path.stem}.txt" if caption_dir else path.with_suffix(".txt")
         caption = None if caption_dir else first_value(row, columns)
-        if caption is None and not (whole_rows and path.name in rows):
+        has_whole_row = whole_rows and path.name in rows  # its caption may be in a further column
+        if caption is None and not has_whole_row:
             try:
-                caption = read_text(text_file)
+                text = read_text(text_file)
             except ValueError as error:
                 problems.append(str(error))
                 continue
-            if whole_rows:
-                row = {"text": caption}
+            if whole_rows:  # the file stands in for a line of metadata.jsonl
+                row = {"text": text}
                 caption = first_value(row, columns)
-            elif caption is not None and caption_per_line:
-                caption = [line.strip() for line in caption.splitlines() if line.strip()]
+            elif caption_per_line and text is not None:
+                lines = [line.strip() for line in text.splitlines()]
+                caption = [line for line in lines if line]
+            else:
+                caption = text
         example = file_example(path, caption)
         example.columns = {name: value for name, value in row.items() if name not in partner_columns.values()}
         for role in partner_dirs:
@@ -528,7 +534,7 @@ def load_rows(
         others = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
         for column in dict.fromkeys([*columns.values(), *others]):
             dataset = dataset.cast_column(column, datasets.Image(decode=False))
-    except Exception as error:  # a missing, gated, empty or malformed dataset each raises its own kind
+    except Exception as error:  # a missing, gated, empty or malformed dataset each raises its own exception
         return None, {}, [f"{source}: cannot be loaded ({error})"]
     return dataset, columns, []
 
@@ -673,7 +679,7 @@ def read_batches(dataloader: Iterable) -> Iterator:
 class StepSampler(Sampler):
     """Batches of (epoch, index) for the micro-steps `start` to `stop` of one process.
 
-    Every epoch is a new order of all samples, drawn from (seed, epoch) and cut into batches, each of one of the
+    Every epoch is a new random order of all samples, from (seed, epoch), cut into batches, each of one of the
     `groups` (the bucket of each sample), that go round the processes; what a micro-step trains on is the same however
     often training was interrupted before it. `batch_size` is a number, or {group: number}.
     """
@@ -709,7 +715,7 @@ class StepSampler(Sampler):
             batches += [members[i : i + size] for i in range(0, len(members), size)]
         return [batches[i] for i in rng.permutation(len(batches))]
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         batches = []
         for step in range(self.start, self.stop):
             epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
@@ -718,7 +724,7 @@ class StepSampler(Sampler):
             batch = step_of_epoch * self.num_processes + self.process_index
             yield [(epoch, index) for index in batches[batch % len(batches)]]
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.stop - self.start
 
 
@@ -763,7 +769,7 @@ class StreamedBatches(IterableDataset):
                     index += 1
             epoch += 1
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[dict[str, Any]]:
         batch = []
         for count, (example, epoch, index) in enumerate(self.examples()):
             micro_step, process = divmod(count // self.batch_size, self.num_processes)

@@ -1,5 +1,6 @@
 """Pixels to VAE latents to packed tokens and back, position ids, and the cache of what encoders made."""
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Hashable, Iterable, Mapping
@@ -110,18 +111,20 @@ def image_ids(height: int, width: int, device: torch.device | None = None) -> Te
     return FluxPipeline._prepare_latent_image_ids(None, height // 2, width // 2, device, torch.float32)
 
 
-# Between PIL images and tensors in [-1, 1]. Resizing and cropping are the datasets' own.
-image_processor = VaeImageProcessor(do_resize=False)
+@functools.cache
+def image_processor() -> VaeImageProcessor:
+    """diffusers' conversion between PIL images and tensors in [-1, 1], without resizing; data.py crops."""
+    return VaeImageProcessor(do_resize=False)
 
 
 def to_tensor(image: Image.Image) -> Tensor:
     """An RGB image as [3, H, W] in [-1, 1], float32."""
-    return image_processor.preprocess(image)[0]
+    return image_processor().preprocess(image)[0]
 
 
 def to_image(pixels: Tensor) -> Image.Image:
     """The PIL image of pixels [1, 3, H, W] in about [-1, 1]."""
-    images: Any = image_processor.postprocess(pixels.float(), output_type="pil")
+    images: Any = image_processor().postprocess(pixels.float(), output_type="pil")
     return images[0]
 
 
@@ -192,7 +195,7 @@ def cache_moments(
     posteriors are kept there for later runs, by the image's pixels and the VAE's weights.
     """
 
-    def encode(pixels):
+    def encode(pixels: Tensor) -> dict[str, Tensor]:
         return {"value": encode_moments(vae, pixels[None])[0].cpu()}
 
     cache = TensorCache(folder, fingerprint(vae)) if folder else None

@@ -139,7 +139,7 @@ def save_lora(
     if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
         return
 
-    def write(state_dict, filename):
+    def write(state_dict: dict[str, torch.Tensor], filename: str) -> None:
         header = {"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(settings, indent=2, sort_keys=True)}
         # not by save_file, whose files other users cannot read
         Path(filename).write_bytes(save(state_dict, {**header, **(metadata or {})}))
@@ -185,9 +185,11 @@ def register_lora_checkpointing(
 
     They are LoRA files as `save_lora` writes them: `files` {adapter name: file name}, one named "default" without.
     Where the transformer is split over the processes, each saves its part of its adapters and of the optimizer.
+    `modules` may be empty (DreamBooth's textual inversion alone): then checkpoints hold no models.
     """
-    if is_sharded(modules["transformer"]):
-        register_sharded_checkpointing(accelerator, modules["transformer"], optimizer)
+    transformer = modules.get("transformer")
+    if transformer is not None and is_sharded(transformer):
+        register_sharded_checkpointing(accelerator, transformer, optimizer)
         return
     files = files or {"default": LORA_WEIGHT_NAME_SAFE}
 

@@ -302,18 +302,20 @@ def split_layer(name: str, layer: LoraLayer) -> dict[str, LoraLayer]:
         return {full_name(name): layer}
 
     parts = kohya_parts[kohya_name]
-    names = [f"transformer.{part.replace('#', number)}" for part in parts]
-    rows = split_rows(layer.up, parts, width=layer.down.shape[1])
-    ups = [swap_halves(part, part_rows) for part, part_rows in zip(parts, rows, strict=True)]
-    columns = block_columns(ups)
-    if columns is None:
-        return {
-            name: LoraLayer(layer.down.clone(), up.clone(), layer.alpha) for name, up in zip(names, ups, strict=True)
-        }
+    ups = {}
+    for part, rows in zip(parts, split_rows(layer.up, parts, width=layer.down.shape[1]), strict=True):
+        part_name = f"transformer.{part.replace('#', number)}"
+        ups[part_name] = swap_halves(part, rows)
+    columns = block_columns(list(ups.values()))
     split = {}
-    for name, up, own in zip(names, ups, columns, strict=True):
-        if own.any():
-            split[name] = LoraLayer(layer.down[own], up[:, own], layer.scale * int(own.sum()))
+    if columns is None:
+        for part_name, up in ups.items():
+            split[part_name] = LoraLayer(layer.down.clone(), up.clone(), layer.alpha)
+        return split
+    for (part_name, up), is_own in zip(ups.items(), columns, strict=True):
+        part_rank = int(is_own.sum())
+        if part_rank > 0:
+            split[part_name] = LoraLayer(layer.down[is_own], up[:, is_own], layer.scale * part_rank)
     return split
 
 

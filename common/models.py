@@ -78,7 +78,7 @@ def weight_problems(folder: Path) -> list[str]:
             else:
                 with safe_open(file, "pt"):
                     pass
-        except Exception as error:  # each kind of file raises its own
+        except Exception as error:  # every file format raises its own exceptions
             reason = (str(error) or repr(error)).splitlines()[0]
             problems.append(f"{file} cannot be read ({reason}): copy or download it again")
     return problems
@@ -101,13 +101,11 @@ def repeated_blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
 
 
 def quantize_base(model: torch.nn.Module, dtype: torch.dtype, quantization: str = "nf4") -> torch.nn.Module:
-    """Quantizes the linear layers in a frozen model's blocks by bitsandbytes; in place, "none" changes nothing.
+    """Quantizes the linear layers in a frozen model's blocks by bitsandbytes, in place.
 
     nf4: 4-bit NormalFloat (arXiv 2305.14314); int8: LLM.int8() (arXiv 2208.07339). The layers compute in `dtype`, as
     plain ones do under autocast. Their weights shrink when the model is moved to its device.
     """
-    if quantization == "none":
-        return model
     for name, layer in list(model.named_modules()):
         if isinstance(layer, torch.nn.Linear) and "blocks." in name:
             parent, _, attribute = name.rpartition(".")

@@ -59,7 +59,7 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 class Model:
     """The parts of a pipeline; parts are functions that build them."""
 
-    backbone: str  # of common.flow_matching: how the transformer is called
+    backbone: str  # a key of train_twinflow.BACKBONES, which call the transformer
     transformer: type
     config: dict
     conditions: dict  # shapes without the batch dimension
@@ -352,7 +352,8 @@ def training_step(model, args, fake):
             add_target_time(transformer, backbone.time_module, "copy")
             transformer.requires_grad_(True)
             return
-        quantize_base(transformer, dtype, args.quantize_base)
+        if args.quantize_base != "none":
+            quantize_base(transformer, dtype, args.quantize_base)
         add_lora(transformer, rank=args.rank, alpha=args.rank, dropout=0.0, target_modules=model.targets)
 
     with LiveMemory() as memory:

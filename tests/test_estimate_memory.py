@@ -54,7 +54,8 @@ def train(model, args, steps=2):
         add_target_time(transformer, backbone.time_module, "copy")
         transformer.requires_grad_(True)
     else:
-        quantize_base(transformer, dtype, args.quantize_base).to("cpu")
+        if args.quantize_base != "none":
+            quantize_base(transformer, dtype, args.quantize_base).to("cpu")
         add_lora(transformer, rank=args.rank, alpha=args.rank, dropout=0.0, target_modules=model.targets)
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()

@@ -173,7 +173,9 @@ def test_a_quantized_layer_keeps_no_input_and_computes_what_bitsandbytes_does(ti
 @pytest.mark.parametrize("kind", ["none", "nf4", "int8"])
 def test_hidden_states_between_blocks_are_of_the_dtype_of_autocast(tiny, kind):
     model = copy.deepcopy(tiny.transformer).requires_grad_(False).to(torch.bfloat16)
-    model = with_random_lora(quantize_base(model, torch.bfloat16, kind).to("cpu"))
+    if kind != "none":
+        quantize_base(model, torch.bfloat16, kind).to("cpu")
+    model = with_random_lora(model)
     found = []
     for block in repeated_blocks(model):
         block.register_forward_hook(lambda block, args, outputs: found.extend(output.dtype for output in outputs))

@@ -79,7 +79,8 @@ def run(model, args, device, compiled):
     with device:
         transformer = model.transformer(**model.config).requires_grad_(False)
     torch.set_default_dtype(torch.float32)
-    quantize_base(transformer, torch.bfloat16, args.quantize_base).to(device)
+    if args.quantize_base != "none":
+        quantize_base(transformer, torch.bfloat16, args.quantize_base).to(device)
     params = add_lora(transformer, rank=args.rank, alpha=args.rank, dropout=0.0, target_modules=model.targets)
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
