@@ -43,7 +43,6 @@ import inspect
 import math
 import os
 import shlex
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -459,14 +458,12 @@ def chosen_defaults(argv: list[str] | None) -> dict:
 
     A first pass over the command line, so that --help of the second shows what a run would use.
     """
-    first = Parser()
+    first = Parser(add_help=False)
     first.add_argument("--model_type", choices=tuple(BACKBONES), default="flux")
     first.add_argument("--recipe", choices=tuple(RECIPES), default="twinflow")
     first.add_argument("--training", choices=TRAINING)
-    words = sys.argv[1:] if argv is None else argv
-    words = [word for word in words if word not in ("-h", "--help")]
     try:
-        chosen, _ = first.parse_known_args(words)
+        chosen, _ = first.parse_known_args(argv)
     except (ValueError, RecursionError):  # an unreadable @file, which the second pass reports
         return {}
     backbone = BACKBONES[chosen.model_type]
@@ -1712,7 +1709,15 @@ def collate(samples: list[dict]) -> dict:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def encode_prompts(accelerator, backbone: Backbone, dataset: TwinFlowDataset, cache: TensorCache, args, dtype) -> None:
+def encode_prompts(
+    accelerator,
+    backbone: Backbone,
+    dataset: TwinFlowDataset,
+    cache: TensorCache,
+    validation_reference: Example | None,
+    args,
+    dtype: torch.dtype,
+) -> None:
     """Fills the cache with the conditions of all prompts. Prompt encoders are loaded only if some are missing, and
     freed afterwards."""
     requests = {}  # {key of the cache: (prompt, example of the image to edit)}
@@ -1721,8 +1726,8 @@ def encode_prompts(accelerator, backbone: Backbone, dataset: TwinFlowDataset, ca
         for prompt in [*example.captions, args.uncond_prompt]:
             requests[prompt_key(prompt, reference)] = (prompt, reference)
     if args.validation_prompt:
-        reference = file_example(args.validation_image) if args.validation_image else None
-        requests[prompt_key(args.validation_prompt, reference)] = (args.validation_prompt, reference)
+        key = prompt_key(args.validation_prompt, validation_reference)
+        requests[key] = (args.validation_prompt, validation_reference)
 
     @functools.cache
     def load_prompt_encoder():
@@ -1788,6 +1793,7 @@ def log_validation(
     backbone: Backbone,
     vae,
     cache: TensorCache,
+    reference: Example | None,
     args,
     *,
     step: int,
@@ -1800,7 +1806,6 @@ def log_validation(
     count = args.num_validation_images
     side = args.resolution // backbone.vae_scale_factor
     latent_shape = (backbone.latent_channels, side, side)
-    reference = file_example(args.validation_image) if args.validation_image else None
     cond = stack_conditions([cache.load(*prompt_key(args.validation_prompt, reference))] * count)
     offload_vae = args.offload or args.cache_latents or args.image_free
     images = []
@@ -1961,7 +1966,9 @@ def main(args):
     args.output_dir.mkdir(parents=True, exist_ok=True)
 
     # 3. Prompts and latents: encoded once; prompt encoders are freed before the transformer is loaded
-    encode_prompts(accelerator, backbone, dataset, cache, args, weight_dtype)
+    # read once: the cache's keys change when the file does
+    validation_reference = file_example(args.validation_image) if args.validation_image else None
+    encode_prompts(accelerator, backbone, dataset, cache, validation_reference, args, weight_dtype)
     free_memory()
     offload_vae = args.offload or args.cache_latents or args.image_free
     vae = backbone.load_vae(weight_dtype).to("cpu" if offload_vae else device)
@@ -2062,7 +2069,16 @@ def main(args):
     )
     result_weights = teacher if teacher.is_moving_average else nullcontext  # what is validated and saved
     validate = functools.partial(
-        log_validation, accelerator, predict, unwrapped_transformer, result_weights, backbone, vae, cache, args
+        log_validation,
+        accelerator,
+        predict,
+        unwrapped_transformer,
+        result_weights,
+        backbone,
+        vae,
+        cache,
+        validation_reference,
+        args,
     )
     if args.validation_prompt and global_step == 0:
         validate(step=0)

@@ -380,7 +380,10 @@ def register_sharded_checkpointing(
         weights.clear()
 
     def load(models: list, input_dir: str) -> None:
-        reader = dcp.HuggingFaceStorageReader(str(Path(input_dir) / folder_name))
+        folder = Path(input_dir) / folder_name
+        if not folder.is_dir():
+            raise ValueError(f"no folder {folder_name} in it: it was saved without --fsdp, or by an earlier version")
+        reader = dcp.HuggingFaceStorageReader(str(folder))
         saved = reader.read_metadata().state_dict_metadata
         found = model_tensors()
         if any(name.startswith("optimizer.") for name in saved):
@@ -457,13 +460,15 @@ def stop_interrupted(accelerator: Accelerator, step: int, checkpoint: Path, sign
 
 
 @contextmanager
-def atomic_write(path: Path | str) -> Iterator[Path]:
+def atomic_write(path: Path | str, *, durable: bool = True) -> Iterator[Path]:
     """Writes a file as a whole or not at all: `with atomic_write(path) as partial:` fill the file `partial`.
 
     `partial` is a hidden file beside `path`, whose folder is created. At the end it is flushed to the disk and
     renamed, so `path` is the old file or the complete new one whenever the machine stops. Its name is its own, so
     several processes may write the same `path`. After an error it is removed, and where the disk is full or read-only
     the run ends with one message, see `writing`.
+
+    Files that can be made again, such as a cache's, need not be `durable`: these are not flushed.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
@@ -471,7 +476,8 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield partial
-            flush_to_disk(partial)
+            if durable:
+                flush_to_disk(partial)
             partial.replace(path)
     finally:
         with suppress(OSError):

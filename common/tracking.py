@@ -346,7 +346,7 @@ def create_hub_repo(accelerator: Accelerator, args: Any) -> str | None:
 
 def push_to_hub(args: Any, repo_id: str, unwanted: Sequence[str] = (), beside: Path | None = None) -> None:
     """Uploads the output folder, without checkpoints, logs and the patterns `unwanted`, and the file `beside` it."""
-    ignored = ["checkpoint-*/**", ".*", f"{args.logging_dir}/**", *unwanted]
+    ignored = ["checkpoint-*/**", ".*", "*/.*", f"{args.logging_dir}/**", *unwanted]
     hub = HfApi(token=args.hub_token)
     try:
         hub.upload_folder(repo_id=repo_id, folder_path=args.output_dir, ignore_patterns=ignored)
