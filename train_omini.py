@@ -89,6 +89,7 @@ from common.data import (
     first_value,
     fit,
     fit_mask,
+    open_image,
     open_stream,
     read_batches,
     read_dataset,
