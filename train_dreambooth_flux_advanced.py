@@ -2232,7 +2232,7 @@ def main(args):
     }
     command = f"dreambooth/generate.py {shlex.quote(str(args.output_dir))} --prompt {shlex.quote(example_prompt)}"
     file_beside = lora if args.output_name and lora.exists() else None
-    finish(accelerator, args, global_step, results, command, hub_repo, beside=file_beside)
+    finish(accelerator, args, global_step, results, command, hub_repo, extra_file=file_beside)
 
 
 if __name__ == "__main__":
