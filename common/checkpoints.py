@@ -480,7 +480,10 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
 
 @contextmanager
 def writing(path: Path | str) -> Iterator[None]:
-    """Ends the run with one message if `path`, a file or a folder, cannot be written within the context."""
+    """Ends the run with one message if `path`, a file or a folder, cannot be written within the context.
+
+    For what `atomic_write` cannot replace as one file: folders, files that grow, and those that trackers write.
+    """
     path = Path(path).absolute()
     try:
         yield

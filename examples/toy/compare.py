@@ -34,7 +34,7 @@ def sample(pipeline, prompts, seed):
 
 
 def evaluate(pipeline, subject, *, count=32, seed=0, replace=lambda prompt: prompt):
-    """Subject score, the share of known scenes that are right (both 0 to 100), some (image, prompt) pairs of each.
+    """Subject score, the share of known scenes that are right (both 0 to 100), and some (image, prompt) pairs of each.
 
     `replace` puts trained tokens in the place of the subject's name.
     """
