@@ -78,6 +78,7 @@ from common.data import (
     Size,
     StepSampler,
     check_captions,
+    collate,
     file_example,
     fit,
     image_files,
@@ -176,61 +177,82 @@ def parse_args(argv=None):
         "--pretrained_model_name_or_path",
         required=True,
         metavar="MODEL",
-        help="folder or hub id of a FLUX.1 pipeline, or its transformer as a single .safetensors file",
+        help="folder or Hub id of a FLUX.1 pipeline, or its transformer as a single .safetensors file",
     )
     arg("--ae", type=Path, metavar="FILE", help="ae.safetensors, if MODEL is a single file")
     arg("--clip_l", type=Path, metavar="FILE", help="clip_l.safetensors, if MODEL is a single file")
     arg("--t5xxl", type=Path, metavar="FILE", help="t5xxl_fp16.safetensors, if MODEL is a single file")
-    arg("--tokenizer_dir", type=Path, metavar="DIR", help="folder of FLUX.1's tokenizer and tokenizer_2, likewise")
-    arg("--revision", help="revision of the model on the hub")
-    arg("--variant", help="variant of the model's files, such as fp16")
-    arg("--cache_dir", help="folder for downloaded models and datasets (default: the hub's own)")
-    arg("--max_sequence_length", type=in_range(int, 1, 512), default=512, help="T5 tokens per prompt; schnell: to 256")
-    arg("--mixed_precision", choices=("no", "fp16", "bf16"), help="bf16 halves the memory of frozen models")
     arg(
-        "--allow_tf32", action="store_true", help="faster, less exact float32 matrix products on Ampere and later GPUs"
+        "--tokenizer_dir",
+        type=Path,
+        metavar="DIR",
+        help="folder of FLUX.1's tokenizer and tokenizer_2, if MODEL is a single file",
     )
-    arg("--gradient_checkpointing", action="store_true", help="less memory, about a third more time per step")
-    arg("--quantize_base", choices=QUANTIZATIONS, default="none", help="frozen blocks in 4 (nf4) or 8 bits (int8)")
-    arg("--compile", action="store_true", help="torch.compile the blocks: minutes at the start, then faster steps")
+    arg("--revision", help="revision of the model on the Hub")
+    arg("--variant", help="variant of the model's files, such as fp16")
+    arg("--cache_dir", help="folder for downloaded models and datasets")
+    arg("--max_sequence_length", type=in_range(int, 1, 512), default=512, help="T5 tokens per prompt, schnell: to 256")
+    arg("--mixed_precision", choices=("no", "fp16", "bf16"), help="precision of frozen models; bf16 halves memory")
+    arg("--allow_tf32", action="store_true", help="faster, less exact float32 products on Ampere and later GPUs")
+    arg(
+        "--gradient_checkpointing",
+        action="store_true",
+        help="recompute activations: about half the memory, a third more time",
+    )
+    arg("--quantize_base", choices=QUANTIZATIONS, default="none", help="store frozen blocks in 4 or 8 bits")
+    arg("--compile", action="store_true", help="compile the transformer's blocks: minutes once, then faster steps")
     arg("--offload", action="store_true", help="keep frozen models in CPU memory until they are used")
-    arg("--fsdp", action="store_true", help="shard weights, gradients and optimizer over the processes (FSDP2)")
+    arg("--fsdp", action="store_true", help="shard weights and optimizer state over the processes (FSDP2)")
 
     arg = parser.add_argument_group("data", "a folder of images, a dataset, or a data.toml").add_argument
-    arg("--instance_data_dir", type=Path, help="folder of images, with captions in .txt files or metadata.jsonl")
-    arg("--dataset_name", help="dataset on the hub, or a folder or file that `datasets` loads")
+    arg("--instance_data_dir", type=Path, help="folder of images; captions in .txt files or metadata.jsonl")
+    arg("--dataset_name", help="dataset on the Hub, or a folder or file that `datasets` loads")
     arg("--dataset_config", type=Path, metavar="DATA.TOML", help="folders and options as kohya's sd-scripts read them")
-    arg("--dataset_config_name", help="configuration of --dataset_name")
-    arg("--image_column", default="image", help="column of the dataset with the images")
-    arg("--caption_column", help="column of the dataset or of metadata.jsonl with the captions")
-    arg("--instance_prompt", help="prompt of every image without a caption, such as: a photo of sks dog")
-    arg("--caption_dropout", type=fraction, default=0.0, help="probability of training an image with an empty prompt")
-    arg("--repeats", type=positive_int, default=1, help="how often an epoch has each image, each time cropped anew")
+    arg("--dataset_config_name", help="configuration of that dataset")
+    arg("--image_column", default="image", help="column of the dataset that holds the images")
+    arg("--caption_column", help="column of the dataset or of metadata.jsonl that holds captions")
+    arg("--instance_prompt", help="prompt of every image without a caption, such as a photo of sks dog")
+    arg("--caption_dropout", type=fraction, default=0.0, help="probability of training on an empty caption, 0 to 1")
+    arg("--repeats", type=positive_int, default=1, help="times each image is used per epoch, each with its own crop")
     arg("--resolution", type=side, default=512, help="side in pixels that images are resized and cropped to")
     arg("--aspect_ratio_buckets", metavar="H,W;H,W", help="sizes instead of --resolution; an image gets the nearest")
-    arg("--center_crop", action="store_true", help="crop the centre (default: a random part, fixed for each image)")
-    arg("--random_flip", action="store_true", help="flip half of the images; not for faces, text or logos")
-    arg("--image_interpolation_mode", choices=INTERPOLATION, default="lanczos", help="how images are resized")
+    arg("--center_crop", action="store_true", help="crop the center (default: a random part, fixed for each image)")
+    arg("--random_flip", action="store_true", help="mirror half of the samples; not for faces, text or logos")
+    arg("--image_interpolation_mode", choices=INTERPOLATION, default="lanczos", help="filter for resizing images")
     arg("--train_batch_size", type=positive_int, default=4, help="images per device and forward pass")
-    arg("--dataloader_num_workers", type=in_range(int, 0), default=0, help="processes that read images")
+    arg(
+        "--dataloader_num_workers",
+        type=in_range(int, 0),
+        default=0,
+        help="processes that read images; 0: the main process",
+    )
     arg("--cache_latents", action="store_true", help="encode images once, before training: saves time and memory")
     arg("--cache_latents_to_disk", action="store_true", help="keep latents for later runs, found by image content")
-    arg("--cache_text_encoder_outputs_to_disk", action="store_true", help="keep embeddings of prompts likewise")
-    arg("--disk_cache_dir", type=Path, default="~/.cache/flux-trainers", help="folder of what is kept for later runs")
+    arg("--cache_text_encoder_outputs_to_disk", action="store_true", help="keep prompt embeddings for later runs")
+    arg(
+        "--disk_cache_dir",
+        type=Path,
+        default="~/.cache/flux-trainers",
+        help="folder of the latents and embeddings that are kept for later runs",
+    )
 
     arg = parser.add_argument_group(
         "prior preservation", "class images, so that the class stays as it is"
     ).add_argument
-    arg("--with_prior_preservation", action="store_true", help="train a class image with every instance image")
-    arg("--class_data_dir", type=Path, help="folder of class images; the untrained model generates missing ones")
+    arg("--with_prior_preservation", action="store_true", help="also train on images of the class, see --class_prompt")
+    arg("--class_data_dir", type=Path, help="folder of class images; missing ones are generated before training")
     arg("--class_prompt", help="prompt of the class images, such as: a photo of a dog")
     arg("--num_class_images", type=positive_int, default=100, help="number of class images to use")
-    arg("--prior_loss_weight", type=non_negative_float, default=1.0, help="weight of the loss of class images")
-    arg("--sample_batch_size", type=positive_int, default=4, help="class images that are generated at a time")
-    arg("--prior_generation_precision", choices=("no", "fp32", "fp16", "bf16"), help="precision of generating them")
+    arg("--prior_loss_weight", type=non_negative_float, default=1.0, help="weight of the class images' loss")
+    arg("--sample_batch_size", type=positive_int, default=4, help="class images generated at a time")
+    arg(
+        "--prior_generation_precision",
+        choices=("no", "fp32", "fp16", "bf16"),
+        help="precision for generating class images (default: --mixed_precision)",
+    )
 
     arg = parser.add_argument_group("pivotal tuning", "what is trained in the text encoders").add_argument
-    arg("--train_text_encoder", action="store_true", help="train a LoRA in CLIP too")
+    arg("--train_text_encoder", action="store_true", help="also train a LoRA on CLIP")
     arg(
         "--train_text_encoder_ti",
         action="store_true",
@@ -246,10 +268,21 @@ def parse_args(argv=None):
     )
     arg("--train_text_encoder_frac", type=fraction, default=1.0, help="fraction of the steps that train CLIP's LoRA")
     arg("--train_text_encoder_ti_frac", type=fraction, default=0.5, help="fraction of the steps that train new tokens")
-    arg("--train_transformer_frac", type=fraction, default=1.0, help="fraction that trains the transformer's LoRA")
+    arg(
+        "--train_transformer_frac",
+        type=fraction,
+        default=1.0,
+        help="fraction of the steps that train the transformer's LoRA",
+    )
 
     arg = parser.add_argument_group("lora", "the adapter").add_argument
-    arg("--rank", "--network_dim", type=positive_int, default=4, help="rank of the LoRA; 16 to 64 for more detail")
+    arg(
+        "--rank",
+        "--network_dim",
+        type=positive_int,
+        default=4,
+        help="rank of the LoRA: its capacity and size; 16 to 64 for detail",
+    )
     arg("--lora_alpha", "--network_alpha", type=positive_float, default=4, help="LoRA scale is lora_alpha / rank")
     arg("--lora_dropout", type=in_range(float, 0, 0.99), default=0.0, help="dropout probability of the LoRA's inputs")
     arg(
@@ -260,15 +293,25 @@ def parse_args(argv=None):
     )
 
     arg = parser.add_argument_group("noise", "which noise levels are trained, and with which weight").add_argument
-    arg("--guidance_scale", type=non_negative_float, default=3.5, help="value for the guidance embedding (FLUX.1-dev)")
-    arg("--timestep_sampling", choices=TIMESTEP_SAMPLING, default="sigma", help="distribution of noise levels")
     arg(
-        "--weighting_scheme", choices=WEIGHTING_SCHEMES, default="none", help="density in sigma, or weight of the loss"
+        "--guidance_scale",
+        type=non_negative_float,
+        default=3.5,
+        help="value passed to the guidance embedding (FLUX.1-dev)",
+    )
+    arg(
+        "--timestep_sampling",
+        choices=TIMESTEP_SAMPLING,
+        default="sigma",
+        help="distribution of noise levels; sigma: as --weighting_scheme says",
+    )
+    arg(
+        "--weighting_scheme", choices=WEIGHTING_SCHEMES, default="none", help="density of noise levels, or loss weight"
     )
     arg("--logit_mean", type=in_range(float, -100, 100), default=0.0, help="mean of logit_normal; below 0: more noise")
     arg("--logit_std", type=positive_float, default=1.0, help="standard deviation of logit_normal")
     arg("--mode_scale", type=in_range(float, -1, 1.75), default=1.29, help="scale of mode; 0: uniform")
-    arg("--sigmoid_scale", type=positive_float, default=1.0, help="scale of sigmoid, shift and flux_shift")
+    arg("--sigmoid_scale", type=positive_float, default=1.0, help="spread of sigmoid, shift and flux_shift")
     arg("--discrete_flow_shift", type=positive_float, default=3.0, help="s of shift; above 1: more noise")
 
     arg = parser.add_argument_group("optimizer", "how the adapter is updated").add_argument
@@ -280,10 +323,17 @@ def parse_args(argv=None):
         default="AdamW",
         help="prodigy finds the learning rate itself: set --learning_rate 1",
     )
-    arg("--learning_rate", type=positive_float, default=1e-4, help="lower it if the loss jumps; 1 for prodigy")
-    arg("--text_encoder_lr", type=positive_float, default=5e-6, help="learning rate of text encoders; not in prodigy")
-    arg("--scale_lr", action="store_true", help="multiply learning rates by batch size, accumulation and processes")
-    arg("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="schedule of the learning rate")
+    arg(
+        "--learning_rate", type=positive_float, default=1e-4, help="learning rate; 1 for prodigy, about 1e-4 for adamw"
+    )
+    arg(
+        "--text_encoder_lr",
+        type=positive_float,
+        default=5e-6,
+        help="learning rate of the text encoders; unused by prodigy",
+    )
+    arg("--scale_lr", action="store_true", help="multiply learning rates by the total batch size")
+    arg("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="learning rate schedule")
     arg("--lr_warmup_steps", type=in_range(int, 0), default=500, help="linear warmup steps; constant has none")
     arg(
         "--lr_num_cycles",
@@ -293,18 +343,28 @@ def parse_args(argv=None):
         help="cycles of cosine_with_restarts",
     )
     arg("--lr_power", type=positive_float, default=1.0, help="power of polynomial; 1: linear")
-    arg("--use_8bit_adam", action="store_true", help="AdamW with 8-bit states (bitsandbytes): less memory")
-    arg("--adam_beta1", type=decay_rate, default=0.9, help="decay of the mean of gradients, also in Prodigy")
-    arg("--adam_beta2", type=decay_rate, default=0.999, help="decay of the mean of squared gradients, also in Prodigy")
+    arg("--use_8bit_adam", action="store_true", help="AdamW with 8-bit states (bitsandbytes), to save memory")
+    arg("--adam_beta1", type=decay_rate, default=0.9, help="decay of the gradient's running mean, also in Prodigy")
+    arg("--adam_beta2", type=decay_rate, default=0.999, help="decay of the squared gradient's mean, also in Prodigy")
     arg("--adam_weight_decay", type=non_negative_float, default=1e-4, help="weight decay, also in Prodigy")
-    arg("--adam_weight_decay_text_encoder", type=non_negative_float, default=1e-3, help="the same for text encoders")
-    arg("--adam_epsilon", type=positive_float, default=1e-8, help="epsilon of the denominator, also in Prodigy")
+    arg(
+        "--adam_weight_decay_text_encoder",
+        type=non_negative_float,
+        default=1e-3,
+        help="weight decay of the text encoders",
+    )
+    arg("--adam_epsilon", type=positive_float, default=1e-8, help="added to the denominator, also in Prodigy")
     arg("--prodigy_beta3", type=decay_rate, help="decay of Prodigy's estimate (default: square root of adam_beta2)")
     arg("--prodigy_decouple", action=Switch, default=True, help="decoupled weight decay, as in AdamW")
-    arg("--prodigy_use_bias_correction", action=Switch, default=True, help="bias correction, as in Adam")
-    arg("--prodigy_safeguard_warmup", action=Switch, default=True, help="keep warmup steps out of Prodigy's estimate")
-    arg("--max_grad_norm", type=positive_float, default=1.0, help="gradients are clipped to this norm")
-    arg("--gradient_accumulation_steps", type=positive_int, default=1, help="batches per optimizer step")
+    arg("--prodigy_use_bias_correction", action=Switch, default=True, help="Adam's bias correction in Prodigy")
+    arg("--prodigy_safeguard_warmup", action=Switch, default=True, help="keep warmup out of Prodigy's estimate")
+    arg("--max_grad_norm", type=positive_float, default=1.0, help="clip gradients to this norm")
+    arg(
+        "--gradient_accumulation_steps",
+        type=positive_int,
+        default=1,
+        help="batches per update: a larger batch in the memory of one",
+    )
 
     arg = parser.add_argument_group("schedule and checkpoints", "how long, and what can be resumed").add_argument
     arg(
@@ -314,34 +374,34 @@ def parse_args(argv=None):
         help="random seed for data order, crops, noise, adapter init and validation",
     )
     arg("--num_train_epochs", "--max_train_epochs", type=positive_int, default=1, help="passes over the data")
-    arg("--max_train_steps", type=positive_int, help="optimizer steps, instead of --num_train_epochs")
-    arg("--checkpointing_steps", type=positive_int, default=500, help="steps between checkpoints to resume from")
+    arg("--max_train_steps", type=positive_int, help="number of updates; overrides --num_train_epochs")
+    arg("--checkpointing_steps", type=positive_int, default=500, help="steps between checkpoints")
     arg("--checkpoints_total_limit", type=positive_int, help="number of newest checkpoints to keep (default: all)")
     arg("--resume_from_checkpoint", metavar="CHECKPOINT", help="a checkpoint-N folder, or latest (if there is one)")
-    arg("--local_rank", type=int, default=-1, help="set by old launchers; LOCAL_RANK in the environment has priority")
+    arg("--local_rank", type=int, default=-1, help="set by old launchers; LOCAL_RANK in the environment wins")
 
     arg = parser.add_argument_group("validation", "images while training, without effect on it").add_argument
     arg("--validation_prompt", help="prompt to generate before, during and after training")
     arg("--num_validation_images", type=positive_int, default=4, help="images per validation")
     arg("--validation_epochs", type=positive_int, default=50, help="epochs between validations")
-    arg("--validation_steps", type=positive_int, help="steps between validations, instead of --validation_epochs")
+    arg("--validation_steps", type=positive_int, help="steps between validations; overrides --validation_epochs")
     arg("--final_validation_prompt", help="prompt to generate after training (default: validation_prompt)")
     arg("--skip_final_inference", action="store_true", help="generate no images after training")
 
     arg = parser.add_argument_group("output and logging", "where results and logs are written").add_argument
-    arg("--output_dir", type=Path, default=Path("flux-dreambooth-lora"), help="folder of all results")
+    arg("--output_dir", type=Path, default=Path("flux-dreambooth-lora"), help="folder for all results")
     arg(
         "--output_name", metavar="NAME", help="the LoRA becomes output_dir/NAME.safetensors, the rest output_dir/NAME/"
     )
     arg("--save_format", choices=LORA_FORMS[:2], default="comfyui", help="names of the tensors in NAME.safetensors")
     arg("--save_every_n_epochs", type=positive_int, metavar="N", help="also save NAME-00000N.safetensors")
-    arg("--logging_dir", type=Path, default=Path("logs"), help="folder in output_dir for the trackers' files")
-    arg("--report_to", choices=TRACKERS, default="tensorboard", help="tracker of metrics and validation images")
-    arg("--upcast_before_saving", action="store_true", help="save the LoRA in float32, not in mixed_precision")
-    arg("--verbose", action="store_true", help="show the libraries' own messages and progress bars")
-    arg("--push_to_hub", action="store_true", help="upload the results, without checkpoints and logs")
+    arg("--logging_dir", type=Path, default=Path("logs"), help="folder for the trackers' files, inside output_dir")
+    arg("--report_to", choices=TRACKERS, default="tensorboard", help="trackers for metrics and validation images")
+    arg("--upcast_before_saving", action="store_true", help="save the LoRA in float32 instead of --mixed_precision")
+    arg("--verbose", action="store_true", help="show the libraries' messages and progress bars")
+    arg("--push_to_hub", action="store_true", help="upload the results to the Hub, without checkpoints and logs")
     arg("--hub_token", help="Hub token (default: your login); never logged or saved")
-    arg("--hub_model_id", help="repository on the hub (default: the name of output_dir)")
+    arg("--hub_model_id", help="Hub repository (default: the name of output_dir)")
 
     args = parser.parse_args(argv)
     if args.cache_latents_to_disk:
@@ -468,7 +528,7 @@ def check_model(args):
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         return [
-            f"{flag}: neither a folder with a FLUX pipeline nor a hub id like black-forest-labs/FLUX.1-dev ({reason})"
+            f"{flag}: neither a folder with a FLUX pipeline nor a Hub id like black-forest-labs/FLUX.1-dev ({reason})"
         ]
     if config.get("_class_name") != "FluxTransformer2DModel" or config.get("in_channels") != 64:
         found = f"{config.get('_class_name')} with {config.get('in_channels')} input channels"
@@ -477,17 +537,17 @@ def check_model(args):
         return [f"--max_sequence_length {args.max_sequence_length}: FLUX.1-schnell takes at most 256"]
     with torch.device("meta"):
         transformer = FluxTransformer2DModel.from_config(config)
-    target_modules = lora_target_modules(args, transformer)
+    target_modules = lora_targets(args, transformer)
     unknown = unknown_layers(transformer, target_modules)
     if unknown:
         return [
             f"--lora_layers: the transformer has no linear layer {', '.join(unknown)}; kohya means all in the blocks"
         ]
-    num_params = 0
+    lora_size = 0
     for _, layer in target_layers(transformer, target_modules):
-        num_params += args.rank * (layer.in_features + layer.out_features)
-    # 4 bytes each for a checkpoint's LoRA, its two moments, and the resulting file
-    return check_disk(args, 16 * num_params)
+        lora_size += args.rank * (layer.in_features + layer.out_features)
+    bytes_needed = 4 * 4 * lora_size  # float32: a checkpoint holds the LoRA and Adam's two moments; and the result
+    return check_disk(args, bytes_needed)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -694,7 +754,7 @@ def load_noise_scheduler(args):
     return load_scheduler(args)
 
 
-def lora_target_modules(args, transformer):
+def lora_targets(args, transformer):
     """The layers that --lora_layers names; "kohya" means every linear layer in the blocks, as in its sd-scripts."""
     if args.lora_layers != "kohya":
         return comma_list(args.lora_layers) or list(FLUX_TARGET_MODULES)
@@ -723,7 +783,7 @@ def compute_loss(
 ) -> torch.Tensor:
     """The flow matching loss [B] of each sample of a batch (arXiv 2403.03206).
 
-    latents [B, C, h, w] are normalised, prompt_embeds [B, T, D], pooled_prompt_embeds [B, P]; guidance [B], or None
+    latents [B, C, h, w] are normalized, prompt_embeds [B, T, D], pooled_prompt_embeds [B, P]; guidance [B], or None
     for a model without guidance embedding. Noise and noise levels come from `generator`, which is on the CPU.
     """
     batch_size, _, height, width = latents.shape
@@ -768,7 +828,7 @@ class DreamBoothDataset(Dataset):
 
     With prior preservation, a list of two samples: that of the image and that of a class image.
 
-    Where an image is cropped depends on (seed, index) alone; whether it is flipped, its prompt and the class image
+    Where an image is cropped depends on (seed, index) alone; whether it is mirrored, its prompt and the class image
     that goes with it depend on (seed, epoch, index). Neither workers nor caches nor an interruption change them.
     """
 
@@ -777,16 +837,19 @@ class DreamBoothDataset(Dataset):
         self.class_examples = []
         self.moments = {}  # {key of `image_keys`: [2C, h, w]} once latents are cached
         self.examples = []
-        for repeat in range(max((example.repeats for example in examples), default=0)):
-            self.examples += [example for example in examples if example.repeats > repeat]
-        # the index whose crop an index has: repeats of an image that is cropped in the centre share its latents
-        self.crop_index = []
+        max_repeats = max((example.repeats for example in examples), default=0)
+        # round after round, each with the examples that have repeats left
+        for repeat in range(max_repeats):
+            for example in examples:
+                if example.repeats > repeat:
+                    self.examples.append(example)
+        self.crop_index = {}  # {index: the index whose crop it has}; center crops of an image share its first latents
         first_index = {}
         for index, example in enumerate(self.examples):
             if example.options["random_crop"]:
-                self.crop_index.append(index)
+                self.crop_index[index] = index
             else:
-                self.crop_index.append(first_index.setdefault(id(example), index))
+                self.crop_index[index] = first_index.setdefault(id(example), index)
 
     def __len__(self):
         return len(self.examples)
@@ -799,19 +862,19 @@ class DreamBoothDataset(Dataset):
         # image, its flip. Another order would make another run of the same seed.
         rng = np.random.default_rng((self.args.seed, epoch, index))
         dropout_draw, flip_draw = rng.random(2)
-        flipped = bool(options["flip_aug"] and flip_draw < 0.5)
+        mirrored = bool(options["flip_aug"] and flip_draw < 0.5)
         every_n_epochs = options["caption_dropout_every_n_epochs"]
         is_dropped = dropout_draw < options["caption_dropout_rate"]
         if every_n_epochs and (epoch + 1) % every_n_epochs == 0:
             is_dropped = True
         prompt = "" if is_dropped else example.prompt(rng)
         loss_weight = self.args.prior_loss_weight if options["is_reg"] else 1.0
-        samples = [self.sample((self.crop_index[index], example.bucket, flipped), prompt, loss_weight)]
+        samples = [self.sample((self.crop_index[index], example.bucket, mirrored), prompt, loss_weight)]
         if self.class_examples:
             class_index = int(rng.integers(len(self.class_examples)))
             flip_draw = rng.random()
-            flipped = bool(self.args.random_flip and flip_draw < 0.5)
-            key = (len(self.examples) + class_index, example.bucket, flipped)
+            mirrored = bool(self.args.random_flip and flip_draw < 0.5)
+            key = (len(self.examples) + class_index, example.bucket, mirrored)
             samples.append(self.sample(key, self.args.class_prompt, self.args.prior_loss_weight))
         return samples
 
@@ -824,10 +887,10 @@ class DreamBoothDataset(Dataset):
         return sample
 
     def image_keys(self):
-        """(index, bucket, flipped) of every image that training can ask for; class images come after the examples."""
+        """(index, bucket, mirrored) of every image that training can ask for; class images come after the examples."""
         keys = []
         buckets = set()
-        for index in dict.fromkeys(self.crop_index):
+        for index in dict.fromkeys(self.crop_index.values()):
             example = self.examples[index]
             buckets.add(example.bucket)
             keys.append((index, example.bucket, False))
@@ -841,8 +904,8 @@ class DreamBoothDataset(Dataset):
         return keys
 
     def pixel_values(self, key):
-        """An image, resized to cover its bucket, cropped and perhaps flipped: [3, H, W] in [-1, 1]."""
-        index, bucket, flipped = key
+        """An image, resized to cover its bucket, cropped and perhaps mirrored: [3, H, W] in [-1, 1]."""
+        index, bucket, mirrored = key
         if index < len(self.examples):
             example = self.examples[index]
         else:
@@ -852,16 +915,7 @@ class DreamBoothDataset(Dataset):
             centering = tuple(np.random.default_rng((self.args.seed, index)).random(2))
         interpolation = example.options["resize_interpolation"]
         interpolation = KOHYA_INTERPOLATION.get(interpolation, interpolation)
-        return to_tensor(fit(example.image(), bucket, interpolation, centering=centering, mirrored=flipped))
-
-
-def collate_fn(examples):
-    """A batch of samples: first those of the instance images, then, with prior preservation, the class images."""
-    samples = [sample for position in zip(*examples, strict=True) for sample in position]
-    batch = {"prompt": [sample["prompt"] for sample in samples]}
-    for name in samples[0].keys() - {"prompt"}:
-        batch[name] = torch.stack([sample[name] for sample in samples])
-    return batch
+        return to_tensor(fit(example.image(), bucket, interpolation, centering=centering, mirrored=mirrored))
 
 
 @dataclass
@@ -948,12 +1002,11 @@ def find_examples(args):
     """(examples, problems): the training images with their captions, options and buckets."""
     # 1. Read
     examples, problems = read_examples(args)
-    sizes, unreadable = read_sizes(examples)
-    _, unreadable_class_images = read_sizes(class_examples(args))
+    sizes, unreadable = read_sizes(examples + class_examples(args))
+    sizes = sizes[: len(examples)]
 
     # 2. Check, which changes nothing
     problems += unreadable
-    problems += unreadable_class_images
     problems += check_captions(examples, default=args.instance_prompt)
     if args.train_text_encoder_ti:
         problems += check_abstractions(examples, args)
@@ -1180,7 +1233,7 @@ class RefusedOption(NamedTuple):
 REFUSED_OPTIONS = {
     "alpha_mask": RefusedOption(False, "transparent parts become white"),
     "cache_info": RefusedOption(False, "captions and sizes are read from the files every time"),
-    "color_aug": RefusedOption(False, "colours are kept as they are"),
+    "color_aug": RefusedOption(False, "colors are kept as they are"),
     "conditioning_data_dir": RefusedOption(None, "loss masks are not supported"),
     "custom_attributes": RefusedOption({}, "preserve the class with an is_reg subset"),
     "debug_dataset": RefusedOption(None, "it is a flag of another trainer"),
@@ -1273,7 +1326,8 @@ def check_dataset_config(path, config):
         return [*problems, f"{path}: no [[datasets]] table in it"]
     for i, dataset in enumerate(datasets):
         where = f"{path}, [[datasets]] {i + 1}"
-        problems += check_options(where, {k: v for k, v in dataset.items() if k != "subsets"}, "datasets")
+        own_options = {name: value for name, value in dataset.items() if name != "subsets"}
+        problems += check_options(where, own_options, "datasets")
         subsets = dataset.get("subsets")
         if not is_list_of_tables(subsets):
             problems.append(f"{where}: no [[datasets.subsets]] table in it")
@@ -1670,7 +1724,8 @@ def create_pipeline(transformer, vae, noise_scheduler):
     )
 
 
-def pipeline_arguments(prompt_encoder, prompt, args):
+def pipeline_call(prompt_encoder, prompt, args):
+    """Arguments of the pipeline: generate an image of --resolution from a prompt."""
     prompt_embeds, pooled_prompt_embeds = prompt_encoder.encode_prompts([prompt])
     return {
         "prompt_embeds": prompt_embeds,
@@ -1687,8 +1742,8 @@ def log_validation(accelerator, transformer, vae, noise_scheduler, prompt_encode
         undisturbed(transformer, device=accelerator.device),
         offload_models(vae, device=accelerator.device, offload=args.offload or args.cache_latents),
     ):
-        arguments = pipeline_arguments(prompt_encoder, prompt, args)
-        images = generate_images(accelerator, pipeline, [arguments] * args.num_validation_images, seed=args.seed)
+        call = pipeline_call(prompt_encoder, prompt, args)
+        images = generate_images(accelerator, pipeline, [call] * args.num_validation_images, seed=args.seed)
     captions = [f"seed {args.seed + i}" for i in range(len(images))]
     save_images(accelerator, args, images, captions, prompt=prompt, step=step)
 
@@ -1778,7 +1833,7 @@ image.save("image.png")
 
 def save_model_card(args, dtype, embedding_handler, prompt, embeddings_name, hub_repo=None):
     """Writes README.md: what was trained, and code that generates `prompt`, with the files in the output folder or,
-    with `hub_repo`, those on the hub."""
+    with `hub_repo`, those on the Hub."""
     folder = args.output_dir.resolve()
     lora = lora_path(args).resolve()
     base_model = args.pretrained_model_name_or_path
@@ -1835,8 +1890,8 @@ def create_optimizer(args, params_to_optimize):
         return Prodigy(
             params_to_optimize,
             betas=betas,
-            eps=args.adam_epsilon,
             beta3=args.prodigy_beta3,
+            eps=args.adam_epsilon,
             decouple=args.prodigy_decouple,
             use_bias_correction=args.prodigy_use_bias_correction,
             safeguard_warmup=args.prodigy_safeguard_warmup,
@@ -1880,7 +1935,7 @@ def describe_run(args, examples, embedding_handler, text_params, text_encoder_st
         run_info["tokens"] = f"{', '.join(tokens)} in {' and '.join(embedding_handler.embeddings)}"
     if text_params:
         num_params = sum(parameter.numel() for parameter in text_params)
-        run_info["text"] = f"{num_params:,} parameters in text encoders, trained until step {text_encoder_stop}"
+        run_info["text encoders"] = f"{num_params:,} parameters, trained until step {text_encoder_stop}"
         if args.optimizer == "prodigy" and args.text_encoder_lr != args.learning_rate:
             run_info["Prodigy"] = (
                 f"uses one learning rate for all parameters, {args.learning_rate:g}: --text_encoder_lr is not used"
@@ -1888,26 +1943,33 @@ def describe_run(args, examples, embedding_handler, text_params, text_encoder_st
     return run_info
 
 
+def generate_command(args, prompt):
+    """The command, below examples/, that generates an image with the result."""
+    return f"dreambooth/generate.py {shlex.quote(str(args.output_dir))} --prompt {shlex.quote(prompt)}"
+
+
 def main(args):
     # 1. Accelerator, logging, seed
-    if args.local_rank != -1:  # old launchers pass a flag instead of the environment variable
+    if args.local_rank != -1:
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
-    for library_logging in (diffusers_logging, transformers_logging):
-        if args.verbose:
-            library_logging.set_verbosity_info()
-        else:
-            library_logging.disable_progress_bar()
+    if args.verbose:
+        diffusers_logging.set_verbosity_info()
+        transformers_logging.set_verbosity_info()
+    else:
+        diffusers_logging.disable_progress_bar()
+        transformers_logging.disable_progress_bar()
+
     accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),  # without it, processes of torchrun on CPUs would not join
+        cpu=not torch.accelerator.is_available(),  # without it, processes started by torchrun on a CPU stay apart
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(args.output_dir, logging_dir=args.output_dir / args.logging_dir),
-        step_scheduler_with_optimizer=False,  # steps are counted over all processes together
+        step_scheduler_with_optimizer=False,  # the schedule counts updates, whatever the number of processes
     )
     device = accelerator.device
-    weight_dtype = torch.float32
+    weight_dtype = torch.float32  # of frozen models; what is trained stays in float32
     if accelerator.mixed_precision == "fp16":
         weight_dtype = torch.float16
     elif accelerator.mixed_precision == "bf16":
@@ -1916,10 +1978,10 @@ def main(args):
 
     # 2. Data
     examples, problems = find_examples(args)
-    train_dataset = DreamBoothDataset(examples, args)
+    dataset = DreamBoothDataset(examples, args)
     accumulation = args.gradient_accumulation_steps
     sampler = StepSampler(
-        [(example.dataset, example.bucket) for example in train_dataset.examples],
+        [(example.dataset, example.bucket) for example in dataset.examples],
         {(example.dataset, example.bucket): example.options["batch_size"] for example in examples},
         seed=args.seed,
         process_index=accelerator.process_index,
@@ -1933,7 +1995,7 @@ def main(args):
     # fewer than requested where nothing is left to train: new tokens alone are done after --train_text_encoder_ti_frac
     max_train_steps = max(text_encoder_stop, transformer_stop)
     validation_steps = args.validation_steps or args.validation_epochs * steps_per_epoch
-    run = run_settings(args, len(train_dataset), accelerator.num_processes)
+    run = run_settings(args, len(dataset), accelerator.num_processes)
     if args.dataset_config and not problems:
         run["the hash of --dataset_config"] = hashlib.sha256(args.dataset_config.read_bytes()).hexdigest()[:16]
     problems += check_run(accelerator, args, max_train_steps, checkpoint, run)
@@ -1942,9 +2004,14 @@ def main(args):
     hub_repo = create_hub_repo(accelerator, args)
     args.output_dir.mkdir(parents=True, exist_ok=True)
 
-    # 3. Prompts: frozen text encoders embed them once and are freed before the transformer is loaded
-    final_prompt = None if args.skip_final_inference else args.final_validation_prompt or args.validation_prompt
-    prompts = {prompt for prompt in (args.validation_prompt, final_prompt, args.class_prompt) if prompt}
+    # 3. Prompts: embedded once; frozen text encoders are freed before the transformer is loaded
+    final_prompt = None
+    if not args.skip_final_inference:
+        final_prompt = args.final_validation_prompt or args.validation_prompt
+    prompts = set()
+    for prompt in (args.validation_prompt, final_prompt, args.class_prompt):
+        if prompt:
+            prompts.add(prompt)
     has_varying_prompts = False
     for example in examples:
         if example.varies():
@@ -1986,20 +2053,21 @@ def main(args):
     )
     prompt_encoder.cache_prompts(prompts)
 
-    # 4. Scheduler, VAE, class images, latents, transformer, LoRA
+    # 4. Models: VAE, class images and cached latents; then the transformer and its LoRA
     noise_scheduler = load_noise_scheduler(args)
     offload_vae = args.offload or args.cache_latents
-    vae = load_vae(args, weight_dtype).to("cpu" if offload_vae else device)
+    vae = load_vae(args, weight_dtype)
+    vae.to("cpu" if offload_vae else device)
     transformer = None
     with offload_models(vae, device=device, offload=offload_vae):
         if args.with_prior_preservation:
             transformer = load_transformer(args, weight_dtype).to(device)
             pipeline = create_pipeline(transformer, vae, noise_scheduler)
-            arguments = pipeline_arguments(prompt_encoder, args.class_prompt, args)
+            call = pipeline_call(prompt_encoder, args.class_prompt, args)
             generate_class_images(
                 accelerator,
                 pipeline,
-                arguments,
+                call,
                 folder=args.class_data_dir,
                 num_images=args.num_class_images,
                 num_present=len(class_examples(args)),
@@ -2007,25 +2075,25 @@ def main(args):
                 seed=args.seed,
                 precision=args.prior_generation_precision,
             )
-            train_dataset.class_examples = class_examples(args)
+            dataset.class_examples = class_examples(args)
         if args.cache_latents:
             folder = args.disk_cache_dir.expanduser() if args.cache_latents_to_disk else None
-            train_dataset.moments = cache_moments(
-                accelerator, vae, train_dataset.image_keys(), train_dataset.pixel_values, folder
-            )
+            dataset.moments = cache_moments(accelerator, vae, dataset.image_keys(), dataset.pixel_values, folder)
     if transformer is None:
         transformer = load_transformer(args, weight_dtype)
-    num_base_params = sum(parameter.numel() for parameter in transformer.parameters())
+    base_size = transformer.num_parameters()
+    guidance_embeds = transformer.config.guidance_embeds  # FLUX.1-dev was distilled with guidance, -schnell was not
     if args.quantize_base != "none":
         quantize_base(transformer, weight_dtype, args.quantize_base)
     transformer.to("cpu" if args.fsdp else device)  # `shard` moves it block by block: it may not fit as a whole
+
     if args.train_transformer_frac > 0:
         add_lora(
             transformer,
             rank=args.rank,
             alpha=args.lora_alpha,
             dropout=args.lora_dropout,
-            target_modules=lora_target_modules(args, transformer),
+            target_modules=lora_targets(args, transformer),
         )
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
@@ -2036,24 +2104,25 @@ def main(args):
     lora_params = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     if lora_params:
         adapted_models = {"transformer": transformer, **adapted_models}
-    has_guidance = transformer.config.guidance_embeds  # FLUX.1-dev, not -schnell
-    save_dtype = torch.float32 if args.upcast_before_saving else weight_dtype
 
     # 5. Optimizer and schedule
-    learning_rate = args.learning_rate
-    # Prodigy's authors ask for one learning rate
-    text_encoder_lr = args.learning_rate if args.optimizer == "prodigy" else args.text_encoder_lr
-    if args.scale_lr:
-        total_batch_size = args.train_batch_size * accumulation * accelerator.num_processes
-        learning_rate *= total_batch_size
-        text_encoder_lr *= total_batch_size
+    total_batch_size = args.train_batch_size * accumulation * accelerator.num_processes
+    lr_scale = total_batch_size if args.scale_lr else 1
     params_to_optimize = []
     if lora_params:
-        group = {"params": lora_params, "lr": learning_rate, "weight_decay": args.adam_weight_decay}
-        params_to_optimize.append(group)
+        params_to_optimize.append(
+            {"params": lora_params, "lr": args.learning_rate * lr_scale, "weight_decay": args.adam_weight_decay}
+        )
     if text_params:
-        group = {"params": text_params, "lr": text_encoder_lr, "weight_decay": args.adam_weight_decay_text_encoder}
-        params_to_optimize.append(group)
+        # Prodigy estimates one step size for all groups, so they need the same learning rate
+        text_encoder_lr = args.learning_rate if args.optimizer == "prodigy" else args.text_encoder_lr
+        params_to_optimize.append(
+            {
+                "params": text_params,
+                "lr": text_encoder_lr * lr_scale,
+                "weight_decay": args.adam_weight_decay_text_encoder,
+            }
+        )
     optimizer = create_optimizer(args, params_to_optimize)
     lr_scheduler = get_scheduler(
         args.lr_scheduler,
@@ -2065,7 +2134,7 @@ def main(args):
     )
 
     # 6. Prepare and resume
-    if args.fsdp:  # `shard` has prepared the transformer, and the optimizer holds sharded parameters
+    if args.fsdp:  # `shard` has prepared the transformer
         lr_scheduler = accelerator.prepare(lr_scheduler)
     elif not lora_params:  # DistributedDataParallel refuses a model without trained parameters
         optimizer, lr_scheduler = accelerator.prepare(optimizer, lr_scheduler)
@@ -2074,39 +2143,28 @@ def main(args):
     register_lora_checkpointing(accelerator, FluxPipeline, adapted_models, optimizer)
     embedding_handler.register_checkpointing(accelerator)
     global_step = load_checkpoint(accelerator, checkpoint, lr_scheduler)
+    if prompt_encoder.trained and global_step >= text_encoder_stop:  # the run resumes behind the pivot
+        prompt_encoder.freeze(prompts)
     sampler.start = global_step * accumulation
     sampler.stop = max_train_steps * accumulation
     train_dataloader = DataLoader(
-        train_dataset, batch_sampler=sampler, collate_fn=collate_fn, num_workers=args.dataloader_num_workers
+        dataset, batch_sampler=sampler, collate_fn=collate, num_workers=args.dataloader_num_workers
     )
-    run_info = describe_run(args, examples, embedding_handler, text_params, text_encoder_stop)
-    batch_sizes = sorted({example.options["batch_size"] for example in examples})
-    print_header(
-        accelerator,
-        args,
-        run_info,
-        lora_params,
-        num_base_params,
-        max_train_steps,
-        steps_per_epoch,
-        " or ".join(str(batch_size) for batch_size in batch_sizes),
-    )
-    marks = {"pivot: text encoders frozen": text_encoder_stop, "transformer frozen": transformer_stop}
-    start_logging(accelerator, args, "dreambooth-flux", global_step, marks)
 
     # 7. Train
-    if prompt_encoder.trained and global_step >= text_encoder_stop:
-        prompt_encoder.freeze(prompts)
-    if args.validation_prompt and global_step == 0:
-        log_validation(accelerator, transformer, vae, noise_scheduler, prompt_encoder, args, args.validation_prompt, 0)
+    save_dtype = torch.float32 if args.upcast_before_saving else weight_dtype
+    run_info = describe_run(args, examples, embedding_handler, text_params, text_encoder_stop)
+    batch_sizes = sorted({example.options["batch_size"] for example in examples})
+    batch = " or ".join(str(batch_size) for batch_size in batch_sizes)
+    print_header(accelerator, args, run_info, lora_params, base_size, max_train_steps, steps_per_epoch, batch)
+    marks = {"pivot: text encoders frozen": text_encoder_stop, "transformer frozen": transformer_stop}
+    start_logging(accelerator, args, "dreambooth-flux", global_step, marks)
+    signals = catch_signals()  # before the validation: a signal during it, too, saves a checkpoint, after one update
     metrics = None
     if accelerator.is_main_process:
         metrics = open_metrics(args.output_dir / "metrics.jsonl", global_step)
-    signals = catch_signals()
-    num_skipped_steps = 0
-    loss_sum = 0.0
-    num_images = 0
-    step_started = time.perf_counter()
+    if args.validation_prompt and global_step == 0:
+        log_validation(accelerator, transformer, vae, noise_scheduler, prompt_encoder, args, args.validation_prompt, 0)
     transformer.train()
     progress_bar = tqdm(
         total=max_train_steps,
@@ -2115,14 +2173,20 @@ def main(args):
         unit="step",
         disable=not accelerator.is_main_process,
     )
-    # No loop over epochs: the sampler counts micro-steps from 0 to the last, so a resumed run starts at any of them.
-    # All randomness of a micro-step comes from its own generator, and in this order: the latents' posterior, noise,
-    # noise levels, then dropout. To change the order is to change what a resumed run trains.
+    loss_sum = 0.0  # of the micro-steps since the last update
+    num_images = 0  # in them, on all processes, without class images
+    skipped_steps = 0  # in a row, because the loss was not finite
+    started = time.perf_counter()
+    # No loop over epochs: a run can resume at any micro-step. All that a micro-step draws at random (batch, crops,
+    # latents, noise levels, dropout) depends on the seed and its number alone; the order of these draws is what exact
+    # resume relies on.
     for micro_step, batch in enumerate(read_batches(train_dataloader), start=sampler.start):
         with accelerator.accumulate(transformer):
-            generator = step_generator(args.seed, *divmod(micro_step, accumulation), accelerator.process_index)
+            step, accumulated = divmod(micro_step, accumulation)
+            generator = step_generator(args.seed, step, accumulated, accelerator.process_index)
             torch.manual_seed(generator.initial_seed())  # dropout uses the global generator
-            if "moments" in batch:
+
+            if args.cache_latents:
                 moments = batch["moments"].to(device)
             else:
                 with offload_models(vae, device=device, offload=offload_vae):
@@ -2130,7 +2194,7 @@ def main(args):
             latents = sample_latents(moments, vae.config, generator)
             prompt_embeds, pooled_prompt_embeds = prompt_encoder.encode_prompts(batch["prompt"])
             guidance = None
-            if has_guidance:
+            if guidance_embeds:
                 guidance = torch.full((len(latents),), args.guidance_scale, device=device)
             with accelerator.autocast():
                 losses = compute_loss(
@@ -2143,12 +2207,13 @@ def main(args):
                     guidance=guidance,
                     generator=generator,
                 )
-            losses = losses * batch["loss_weight"].to(device)  # prior_loss_weight for images of the class, else 1
+            # --prior_loss_weight is part of the sample, 1 for others: is_reg images of --dataset_config have it too
+            losses = losses * batch["loss_weight"].to(device)
             if args.with_prior_preservation:
-                instance_losses, prior_losses = losses.chunk(2)  # `collate_fn` puts class images behind the others
+                instance_losses, prior_losses = losses.chunk(2)  # `collate` puts class images behind the others
                 instance_loss = instance_losses.mean()
                 prior_loss = prior_losses.mean()
-                loss = instance_loss + prior_loss
+                loss = instance_loss + prior_loss  # weighted above
             else:
                 instance_losses = losses
                 loss = losses.mean()
@@ -2157,17 +2222,19 @@ def main(args):
             num_images += len(instance_losses) * accelerator.num_processes
             if not accelerator.sync_gradients:
                 continue
+
             average_gradients(accelerator, text_params)
             if global_step >= transformer_stop:
                 for parameter in lora_params:
                     parameter.grad = None
             grad_norm = accelerator.clip_grad_norm_([*lora_params, *text_params], args.max_grad_norm)
-            totals = torch.stack([loss_sum, torch.tensor(float(len(signals)), device=device)])
-            mean_loss, stop_requested = accelerator.reduce(totals, reduction="mean").tolist()
-            is_finite = math.isfinite(mean_loss)
-            if accelerator.scaler is None:  # a gradient scaler (fp16) skips infinite gradients itself
-                is_finite = is_finite and math.isfinite(grad_norm)
-            if is_finite or accelerator.scaler is not None:
+            # one message between the processes carries the loss and whether any of them got a signal
+            stop_requested = torch.tensor(float(len(signals)), device=device)
+            reduced = accelerator.reduce(torch.stack([loss_sum, stop_requested]), reduction="mean")
+            mean_loss, stop_requested = reduced.tolist()
+            # a gradient scaler (fp16) skips infinite gradients itself
+            finite = math.isfinite(mean_loss) and (accelerator.scaler is not None or math.isfinite(grad_norm))
+            if finite or accelerator.scaler is not None:
                 optimizer.step()
                 if prompt_encoder.trained:
                     embedding_handler.retract_embeddings()
@@ -2177,34 +2244,37 @@ def main(args):
         global_step += 1
         if prompt_encoder.trained and global_step == text_encoder_stop:
             prompt_encoder.freeze(prompts)
-        num_skipped_steps = 0 if is_finite else count_skipped(num_skipped_steps, global_step)
-        logs = {"loss": mean_loss, **step_logs(optimizer, grad_norm, num_images, step_started, device)}
+        if finite:
+            skipped_steps = 0
+        else:
+            skipped_steps = count_skipped(skipped_steps, global_step)
+        logs = {"loss": mean_loss, **step_logs(optimizer, grad_norm, num_images, started, device)}
         log_step(accelerator, progress_bar, metrics, global_step, logs)
-        is_done = global_step == max_train_steps
-        epoch, step_of_epoch = divmod(global_step, steps_per_epoch)
-        is_epoch_to_save = args.save_every_n_epochs and step_of_epoch == 0 and epoch % args.save_every_n_epochs == 0
-        if is_epoch_to_save and adapted_models and not is_done:
-            save_named_lora(args, adapted_models, examples, has_guidance, save_dtype, epoch)
+        done = global_step == max_train_steps
+        if args.save_every_n_epochs and adapted_models and not done:
+            epoch, step_of_epoch = divmod(global_step, steps_per_epoch)
+            if step_of_epoch == 0 and epoch % args.save_every_n_epochs == 0:
+                save_named_lora(args, adapted_models, examples, guidance_embeds, save_dtype, epoch)
         # after the file of the epoch, which a run that is resumed from this checkpoint does not write
         if stop_requested or global_step % args.checkpointing_steps == 0:
             state = run | {"trained_until": stops}
             checkpoint = save_checkpoint(
                 accelerator, args.output_dir, global_step, state, args.checkpoints_total_limit
             )
-        if stop_requested and not is_done:
-            transformer = None  # see the end
+        if stop_requested and not done:
+            transformer = None  # see the end of `main`
             stop_interrupted(accelerator, global_step, checkpoint, signals)
-        if args.validation_prompt and global_step % validation_steps == 0 and not is_done:
+        if args.validation_prompt and global_step % validation_steps == 0 and not done:
             prompt = args.validation_prompt
             log_validation(accelerator, transformer, vae, noise_scheduler, prompt_encoder, args, prompt, global_step)
         loss_sum = 0.0
         num_images = 0
-        step_started = time.perf_counter()
+        started = time.perf_counter()
     progress_bar.close()
 
     # 8. Save and final validation
     if args.output_name and adapted_models:
-        save_named_lora(args, adapted_models, examples, has_guidance, save_dtype)
+        save_named_lora(args, adapted_models, examples, guidance_embeds, save_dtype)
     else:
         save_lora(args.output_dir, FluxPipeline, adapted_models, save_dtype)
     embeddings_name = f"{args.output_dir.resolve().name}_emb.safetensors"
@@ -2218,21 +2288,28 @@ def main(args):
     example_prompt = final_prompt or args.instance_prompt or examples[0].prompt()
     if accelerator.is_main_process:
         save_model_card(args, weight_dtype, embedding_handler, example_prompt, embeddings_name, hub_repo)
-    transformer = None  # gloo can hang if DistributedDataParallel is freed after the process group
+    transformer = None  # DistributedDataParallel must be freed before the process group: gloo can hang otherwise
     accelerator.free_memory()
     accelerator.end_training()
     lora = lora_path(args)
     results = {
         "LoRA": lora.absolute(),
         "tokens": embeddings_name,
-        "words": "embeddings",
+        "per-word embeddings": "embeddings",
         "usage": "README.md",
         "loss": "loss.png",
         "images": "validation",
     }
-    command = f"dreambooth/generate.py {shlex.quote(str(args.output_dir))} --prompt {shlex.quote(example_prompt)}"
     file_beside = lora if args.output_name and lora.exists() else None
-    finish(accelerator, args, global_step, results, command, hub_repo, extra_file=file_beside)
+    finish(
+        accelerator,
+        args,
+        global_step,
+        results,
+        generate_command(args, example_prompt),
+        hub_repo,
+        extra_file=file_beside,
+    )
 
 
 if __name__ == "__main__":

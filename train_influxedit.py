@@ -170,10 +170,19 @@ def parse_args(argv=None):
     arg("--revision", help="revision of the model on the Hub")
     arg("--variant", help="variant of the model's files, such as fp16")
     arg("--cache_dir", help="folder for downloaded models and datasets")
-    arg("--max_sequence_length", type=in_range(int, 1, 512), default=512, help="T5 tokens per prompt, longer are cut")
+    arg(
+        "--max_sequence_length",
+        type=in_range(int, 1, 512),
+        default=512,
+        help="T5 tokens per prompt; longer prompts are cut",
+    )
     arg("--mixed_precision", choices=("no", "fp16", "bf16"), help="precision of frozen models; bf16 halves memory")
-    arg("--allow_tf32", action="store_true", help="use TF32 matrix products: faster, less exact; Ampere GPUs or later")
-    arg("--gradient_checkpointing", action="store_true", help="halve activation memory, a step takes a third longer")
+    arg("--allow_tf32", action="store_true", help="faster, less exact float32 products on Ampere and later GPUs")
+    arg(
+        "--gradient_checkpointing",
+        action="store_true",
+        help="recompute activations: about half the memory, a third more time",
+    )
     arg("--quantize_base", choices=QUANTIZATIONS, default="none", help="store frozen blocks in 4 or 8 bits")
     arg("--compile", action="store_true", help="compile the transformer's blocks: minutes once, then faster steps")
     arg("--offload", action="store_true", help="keep frozen models in CPU memory until they are used")
@@ -185,12 +194,12 @@ def parse_args(argv=None):
     arg("--mask_data_dir", type=Path, help="folder of masks for mask mode, named alike; white parts are generated")
     arg("--caption_data_dir", type=Path, help="folder of captions: .txt files, named like the input images")
     arg("--dataset_name", help="dataset on the Hub, or a folder or file that `datasets` loads")
-    arg("--dataset_config_name", help="configuration of --dataset_name")
+    arg("--dataset_config_name", help="configuration of that dataset")
     arg("--image_column", default="image", help="column of --dataset_name with the input images")
     arg("--target_column", help="column of --dataset_name with the target images, for edit mode")
     arg("--mask_column", help="column of --dataset_name with the masks, for mask mode")
-    arg("--caption_column", help="column of --dataset_name or of metadata.jsonl with the captions")
-    arg("--instance_prompt", help="caption of images that have none, such as: a photo of sks dog")
+    arg("--caption_column", help="column of the dataset or of metadata.jsonl that holds captions")
+    arg("--instance_prompt", help="prompt of every image without a caption, such as a photo of sks dog")
     arg("--caption_dropout", type=fraction, default=0.0, help="probability of training on an empty caption, 0 to 1")
     arg("--repeats", type=positive_int, default=1, help="times each image is used per epoch, each with its own crop")
     arg(
@@ -205,8 +214,13 @@ def parse_args(argv=None):
     arg("--random_flip", action="store_true", help="mirror half of the samples; not for faces, text or logos")
     arg("--image_interpolation_mode", choices=INTERPOLATION, default="lanczos", help="filter for resizing images")
     arg("--train_batch_size", type=positive_int, default=4, help="images per device and forward pass")
-    arg("--dataloader_num_workers", type=in_range(int, 0), default=0, help="processes that load images; 0: none extra")
-    arg("--cache_latents", action="store_true", help="encode all images once before training: saves time and memory")
+    arg(
+        "--dataloader_num_workers",
+        type=in_range(int, 0),
+        default=0,
+        help="processes that read images; 0: the main process",
+    )
+    arg("--cache_latents", action="store_true", help="encode images once, before training: saves time and memory")
 
     arg = parser.add_argument_group("prior preservation", "keeps what the model knows of a class").add_argument
     arg("--with_prior_preservation", action="store_true", help="also train on images of the class, see --class_prompt")
@@ -255,7 +269,7 @@ def parse_args(argv=None):
     )
     arg("--logit_mean", type=in_range(float, -100, 100), default=0.0, help="mean of logit_normal; below 0: more noise")
     arg("--logit_std", type=positive_float, default=1.0, help="standard deviation of logit_normal")
-    arg("--mode_scale", type=in_range(float, -1, 1.75), default=1.29, help="scale of the mode scheme; 0: uniform")
+    arg("--mode_scale", type=in_range(float, -1, 1.75), default=1.29, help="scale of mode; 0: uniform")
     arg("--sigmoid_scale", type=positive_float, default=1.0, help="spread of sigmoid, shift and flux_shift")
     arg("--discrete_flow_shift", type=positive_float, default=3.0, help="s of shift; above 1: more noise")
 
@@ -265,25 +279,27 @@ def parse_args(argv=None):
         type=str.lower,
         choices=("adamw", "prodigy"),
         default="AdamW",
-        help="prodigy: set the rate to 1",
+        help="prodigy finds the learning rate itself: set --learning_rate 1",
     )
-    arg("--learning_rate", type=positive_float, default=1e-4, help="peak learning rate; about 1 for prodigy")
+    arg(
+        "--learning_rate", type=positive_float, default=1e-4, help="learning rate; 1 for prodigy, about 1e-4 for adamw"
+    )
     arg("--text_encoder_lr", type=positive_float, default=5e-6, help="learning rate of CLIP's LoRA; unused by prodigy")
     arg("--scale_lr", action="store_true", help="multiply learning rates by the total batch size")
     arg("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="learning rate schedule")
-    arg("--lr_warmup_steps", type=in_range(int, 0), default=500, help="linear warmup steps; constant has no warmup")
+    arg("--lr_warmup_steps", type=in_range(int, 0), default=500, help="linear warmup steps; constant has none")
     arg("--lr_num_cycles", type=positive_int, default=1, help="cycles of cosine_with_restarts")
-    arg("--lr_power", type=positive_float, default=1.0, help="exponent of polynomial; 1: linear")
+    arg("--lr_power", type=positive_float, default=1.0, help="power of polynomial; 1: linear")
     arg("--use_8bit_adam", action="store_true", help="AdamW with 8-bit states (bitsandbytes), to save memory")
-    arg("--adam_beta1", type=decay_rate, default=0.9, help="decay of the gradient's running mean, also in prodigy")
-    arg("--adam_beta2", type=decay_rate, default=0.999, help="decay of the squared gradient's mean, also in prodigy")
-    arg("--adam_weight_decay", type=non_negative_float, default=1e-4, help="weight decay, also in prodigy")
+    arg("--adam_beta1", type=decay_rate, default=0.9, help="decay of the gradient's running mean, also in Prodigy")
+    arg("--adam_beta2", type=decay_rate, default=0.999, help="decay of the squared gradient's mean, also in Prodigy")
+    arg("--adam_weight_decay", type=non_negative_float, default=1e-4, help="weight decay, also in Prodigy")
     arg("--adam_weight_decay_text_encoder", type=non_negative_float, default=1e-3, help="weight decay of CLIP's LoRA")
-    arg("--adam_epsilon", type=positive_float, default=1e-8, help="added to the denominator, also in prodigy")
-    arg("--prodigy_beta3", type=decay_rate, help="decay of prodigy's step size (default: square root of adam_beta2)")
+    arg("--adam_epsilon", type=positive_float, default=1e-8, help="added to the denominator, also in Prodigy")
+    arg("--prodigy_beta3", type=decay_rate, help="decay of Prodigy's estimate (default: square root of adam_beta2)")
     arg("--prodigy_decouple", action=Switch, default=True, help="decoupled weight decay, as in AdamW")
-    arg("--prodigy_use_bias_correction", action=Switch, default=True, help="Adam's bias correction in prodigy")
-    arg("--prodigy_safeguard_warmup", action=Switch, default=True, help="keep warmup from raising prodigy's step size")
+    arg("--prodigy_use_bias_correction", action=Switch, default=True, help="Adam's bias correction in Prodigy")
+    arg("--prodigy_safeguard_warmup", action=Switch, default=True, help="keep warmup out of Prodigy's estimate")
     arg("--max_grad_norm", type=positive_float, default=1.0, help="clip gradients to this norm")
     arg(
         "--gradient_accumulation_steps",
@@ -300,7 +316,7 @@ def parse_args(argv=None):
     )
     arg("--num_train_epochs", type=positive_int, default=1, help="passes over the data")
     arg("--max_train_steps", type=positive_int, help="number of updates; overrides --num_train_epochs")
-    arg("--checkpointing_steps", type=positive_int, default=500, help="updates between checkpoints")
+    arg("--checkpointing_steps", type=positive_int, default=500, help="steps between checkpoints")
     arg("--checkpoints_total_limit", type=positive_int, help="number of newest checkpoints to keep (default: all)")
     arg("--resume_from_checkpoint", metavar="CHECKPOINT", help="a checkpoint-N folder, or latest (if there is one)")
     arg("--local_rank", type=int, default=-1, help="set by old launchers; LOCAL_RANK in the environment wins")
@@ -310,7 +326,7 @@ def parse_args(argv=None):
     arg("--validation_image", help="input images for these prompts, separated alike (default: the first of the data)")
     arg("--validation_mask", help="masks for these prompts, separated alike; split masks need none")
     arg("--num_validation_images", type=positive_int, default=1, help="images per prompt")
-    arg("--validation_steps", type=positive_int, default=50, help="updates between validations")
+    arg("--validation_steps", type=positive_int, default=50, help="steps between validations")
     arg("--validation_width", type=image_edge, default=1024, help="width of validation images in pixels")
     arg("--validation_height", type=image_edge, default=1024, help="height of validation images in pixels")
 
@@ -576,7 +592,9 @@ def compute_loss(
     weighting = compute_loss_weighting_for_sd3(args.weighting_scheme, sigmas=sigmas)
     token_weights = None
     if args.loss_mask_weight != 1:
-        masked_share = condition[..., latents.shape[-1] :].mean(dim=-1)  # of the pixels of each token, [B, N]
+        num_latent_channels = latents.shape[-1]  # of a condition token: these come first, then its mask pixels
+        mask_pixels = condition[..., num_latent_channels:]
+        masked_share = mask_pixels.mean(dim=-1)  # [B, N]
         token_weights = 1 + (args.loss_mask_weight - 1) * masked_share
     return weighted_mse(model_pred, target, weighting, token_weights)
 
@@ -804,25 +822,31 @@ class EditDataset(Dataset):
         dropout_draw, flip_draw = rng.random(2)
         input_view = self.input_views[rng.integers(len(self.input_views))]
 
-        prompt = "" if dropout_draw < self.args.caption_dropout else example.caption
+        prompt = example.caption
+        if dropout_draw < self.args.caption_dropout:
+            prompt = ""
         mirrored = bool(self.args.random_flip and flip_draw < 0.5)
-        result = ImageKey(index % self.num_crops, size, mirrored, self.result_view)
-        samples = [self.sample(result, result._replace(view=input_view), prompt)]
+        result_key = ImageKey(index % self.num_crops, size, mirrored, self.result_view)
+        input_key = result_key._replace(view=input_view)
+        samples = [self.sample(result_key, input_key, prompt)]
 
         if self.class_examples:
             class_index = len(self.examples) + int(rng.integers(len(self.class_examples)))
             mirrored = bool(self.args.random_flip and rng.random() < 0.5)
-            result = ImageKey(class_index, size, mirrored, "image")
-            samples.append(self.sample(result, ImageKey(None, size, False, "nothing"), self.args.class_prompt))
+            result_key = ImageKey(class_index, size, mirrored, "image")
+            input_key = ImageKey(None, size, False, "nothing")
+            samples.append(self.sample(result_key, input_key, self.args.class_prompt))
         return samples
 
-    def sample(self, result, shown, prompt):
-        """A sample: the keys of the result and of the input image that is shown, and the prompt."""
+    def sample(self, result_key, input_key, prompt):
+        """One sample: the images of two keys, the mask of the input image, and the prompt."""
+        sample = {"mask": self.mask(input_key), "prompt": prompt}
+        keys = [result_key, input_key]
         if self.moments:
-            images = {"moments": torch.stack([self.moments[result], self.moments[shown]])}
+            sample["moments"] = torch.stack([self.moments[key] for key in keys])
         else:
-            images = {"pixel_values": torch.stack([self.pixel_values(result), self.pixel_values(shown)])}
-        return {**images, "mask": self.mask(shown), "prompt": prompt}
+            sample["pixel_values"] = torch.stack([self.pixel_values(key) for key in keys])
+        return sample
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1056,7 +1080,7 @@ def describe_run(args, examples, text_lora_params):
     run_info = {"data": f"{len(examples)} images with {partners} at {edges} px, {captioned} with their own captions"}
     if text_lora_params:
         count = sum(parameter.numel() for parameter in text_lora_params)
-        run_info["text"] = f"{count:,} parameters in text encoders"
+        run_info["text encoders"] = f"{count:,} parameters"
         if args.optimizer == "prodigy" and args.text_encoder_lr != args.learning_rate:
             run_info["Prodigy"] = f"has one learning rate, {args.learning_rate:g}: --text_encoder_lr is not used"
     return run_info
@@ -1082,6 +1106,17 @@ def create_optimizer(args, params_to_optimize):
 
         return AdamW8bit(params_to_optimize, betas=betas, eps=args.adam_epsilon)
     return torch.optim.AdamW(params_to_optimize, betas=betas, eps=args.adam_epsilon)
+
+
+def generate_command(args, prompt):
+    """The command, below examples/, that applies the result to an image."""
+    command = f"influxedit/generate.py {shlex.quote(str(args.output_dir))} --prompt {shlex.quote(prompt)}"
+    images = split_list(args.validation_image) or ["IMAGE"]
+    command += f" --image {shlex.quote(images[0])}"
+    if args.mode == "mask" and not args.use_split_mask:
+        masks = split_list(args.validation_mask) or ["MASK"]
+        command += f" --mask {shlex.quote(masks[0])}"
+    return command
 
 
 def main(args):
@@ -1117,7 +1152,7 @@ def main(args):
 
     # 2. Data
     examples, problems = find_examples(args)
-    if problems:
+    if problems:  # what `check_run` reads, the steps of an epoch, follows from the sizes of readable images
         fail(accelerator, problems)
     dataset = EditDataset(examples, args)
     sampler = StepSampler(
@@ -1260,6 +1295,7 @@ def main(args):
     run_info = describe_run(args, examples, text_lora_params)
     print_header(accelerator, args, run_info, lora_params, base_size, max_train_steps, steps_per_epoch)
     start_logging(accelerator, args, "influxedit", global_step)
+    signals = catch_signals()  # before the validation: a signal during it, too, saves a checkpoint, after one update
     metrics = None
     if accelerator.is_main_process:
         metrics = open_metrics(args.output_dir / "metrics.jsonl", global_step)
@@ -1273,7 +1309,6 @@ def main(args):
         unit="step",
         disable=not accelerator.is_main_process,
     )
-    signals = catch_signals()
     loss_sum = 0.0  # of the micro-steps since the last update
     skipped_steps = 0  # in a row, because the loss was not finite
     started = time.perf_counter()
@@ -1292,8 +1327,8 @@ def main(args):
                 with offload_models(vae, device=device, offload=offload_vae):
                     moments = encode_moments(vae, batch["pixel_values"].flatten(0, 1)).unflatten(0, (-1, 2))
             latents = sample_latents(moments[:, 0], vae.config, generator)
-            shown_latents = sample_latents(moments[:, 1], vae.config, generator)
-            condition = pack_fill_condition(shown_latents, batch["mask"].to(device))
+            input_latents = sample_latents(moments[:, 1], vae.config, generator)
+            condition = pack_fill_condition(input_latents, batch["mask"].to(device))
             prompt_embeds, pooled_prompt_embeds = prompt_encoder.encode_prompts(batch["prompt"])
             guidance = None
             if guidance_embeds:
@@ -1375,17 +1410,6 @@ def main(args):
         "images": "validation",
     }
     finish(accelerator, args, global_step, results, generate_command(args, example_prompt), hub_repo)
-
-
-def generate_command(args, prompt):
-    """The command, below examples/, that applies the result to an image."""
-    command = f"influxedit/generate.py {shlex.quote(str(args.output_dir))} --prompt {shlex.quote(prompt)}"
-    images = split_list(args.validation_image) or ["IMAGE"]
-    command += f" --image {shlex.quote(images[0])}"
-    if args.mode == "mask" and not args.use_split_mask:
-        masks = split_list(args.validation_mask) or ["MASK"]
-        command += f" --mask {shlex.quote(masks[0])}"
-    return command
 
 
 if __name__ == "__main__":

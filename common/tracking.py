@@ -80,7 +80,7 @@ def print_header(
     }
     for label, text in lines.items():
         if text:
-            accelerator.print(f"  {label:11}{text}")
+            accelerator.print(f"  {label:15}{text}")
 
 
 def start_logging(

@@ -85,10 +85,10 @@ BAD = [
     ("--dataset_config_name small", "--dataset_config_name small needs --dataset_name"),
     (
         "--pretrained_model_name_or_path {nowhere}",
-        "neither a folder with a FLUX pipeline nor a hub id",
+        "neither a folder with a FLUX pipeline nor a Hub id",
     ),
-    ("--pretrained_model_name_or_path {pictures}", "neither a folder with a FLUX pipeline nor a hub id"),
-    ("--pretrained_model_name_or_path nobody/no-such-model", "neither a folder with a FLUX pipeline nor a hub id"),
+    ("--pretrained_model_name_or_path {pictures}", "neither a folder with a FLUX pipeline nor a Hub id"),
+    ("--pretrained_model_name_or_path nobody/no-such-model", "neither a folder with a FLUX pipeline nor a Hub id"),
     (
         "--pretrained_model_name_or_path {fill}",
         "holds a FluxTransformer2DModel with 384 input channels, not FLUX.1-dev",
@@ -203,7 +203,7 @@ def test_all_problems_come_in_one_message(world, no_models, train, capsys):
     with pytest.raises(SystemExit):
         train("train_dreambooth_flux_advanced", *flags.format(**world).split())
     error = capsys.readouterr().err.split("error:")[1]
-    for problem in ("exactly one of", "nor a hub id", "needs --validation_prompt", "multiple of 16", "in the way"):
+    for problem in ("exactly one of", "nor a Hub id", "needs --validation_prompt", "multiple of 16", "in the way"):
         assert problem in error
 
 

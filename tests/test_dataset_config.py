@@ -346,7 +346,7 @@ BAD = [
     ("[[datasets]]\n{s}caption_dropout_rate = 2", "caption_dropout_rate = 2 must be a number from 0 to 1"),
     ("[[datasets]]\n{s}resize_interpolation = 'best'", "resize_interpolation = 'best' must be lanczos, nearest"),
     ("[[datasets]]\nbucket_reso_steps = 24\n{s}", "bucket_reso_steps = 24 must be a multiple of 16"),
-    ("[[datasets]]\n{s}color_aug = true", "color_aug = True is not supported: colours are kept as they are"),
+    ("[[datasets]]\n{s}color_aug = true", "color_aug = True is not supported: colors are kept as they are"),
     ("[[datasets]]\n{s}alpha_mask = true", "alpha_mask = True is not supported: transparent parts become white"),
     ("[[datasets]]\nvalidation_split = 0.1\n{s}", "validation_split = 0.1 is not supported: no images are held out"),
     ("[general]\nprior_loss_weight = 0.5\n[[datasets]]\n{s}", "it is a flag: --prior_loss_weight"),
