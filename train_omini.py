@@ -187,7 +187,7 @@ CONDITION_TYPES = (
     "custom",
 )
 RANDOM_CONDITIONS = ("deblurring", "fill", "token_integration")  # differ each time an image is seen
-SIDE_BY_SIDE_CONDITIONS = ("subject", "sr")  # stand to the left of the image, not upon it
+SIDE_BY_SIDE_CONDITIONS = ("subject", "sr")  # positioned to the left of the image; other conditions lie on it
 GIVEN_CONDITIONS = ("subject", "custom")  # come with the data; all others are made from the image itself
 MASKED_CONDITIONS = ("fill", "token_integration")
 DEPTH_CONDITIONS = ("depth", "depth_pred")
@@ -492,6 +492,85 @@ def check_args(args):
     return problems + check_hub(args)
 
 
+def check_model(args):
+    """Problems of --pretrained_model_name_or_path, --target_modules and the disk, from the configs alone."""
+    flag = f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"
+    try:
+        config = FluxTransformer2DModel.load_config(
+            args.pretrained_model_name_or_path,
+            subfolder="transformer",
+            revision=args.revision,
+            cache_dir=args.cache_dir,
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        return [
+            f"{flag}: neither a folder with a FLUX pipeline nor a Hub id like black-forest-labs/FLUX.1-dev ({reason})"
+        ]
+    if config.get("_class_name") != "FluxTransformer2DModel" or config.get("in_channels") != 64:
+        found = f"{config.get('_class_name')} with {config.get('in_channels')} input channels"
+        return [f"{flag}: holds a {found}, not FLUX.1-dev or -schnell"]
+    if not config["guidance_embeds"] and args.max_sequence_length > 256:
+        return [f"--max_sequence_length {args.max_sequence_length}: FLUX.1-schnell takes at most 256"]
+    with torch.device("meta"):
+        transformer = FluxTransformer2DModel.from_config(config)
+    targets = lora_targets(args)
+    try:
+        unknown = unknown_layers(transformer, targets)
+    except re.error as error:
+        return [f"--target_modules {targets}: not a regular expression ({error})"]
+    if unknown:
+        return [f"--target_modules {targets}: matches no linear layer of the transformer"]
+    layers = target_layers(transformer, targets)
+    not_passed = [name for name, _ in layers if re.search(OTHER_LAYERS, name)]
+    if not_passed:
+        return [f"--target_modules {targets}: condition tokens do not pass {not_passed[0]}; leave it out"]
+    sizes = [sum(layer.weight.shape) for _, layer in layers]
+    needed = 16 * args.rank * sum(sizes)  # bytes of a checkpoint, its two moments and the result
+    return check_disk(args, needed) or check_lora_path(args, layers)
+
+
+def check_lora_path(args, layers):
+    """Problems of --lora_path, whose files must hold adapters of the (name, module) in `layers`."""
+    adapters = adapter_names(condition_specs(args))
+    paths = args.lora_path or []
+    if paths and len(paths) != len(adapters):
+        return [f"--lora_path names {len(paths)} files for {len(adapters)} adapters: {', '.join(adapters)}"]
+    expected = {}
+    for name, layer in layers:
+        expected[f"transformer.{name}.lora_A.weight"] = [args.rank, layer.in_features]
+        expected[f"transformer.{name}.lora_B.weight"] = [layer.out_features, args.rank]
+    problems = []
+    for path in paths:
+        shapes = {}
+        dtypes = set()
+        try:
+            with safe_open(path, "pt") as file:
+                for key in file.keys():  # noqa: SIM118 (it is no dict)
+                    tensor = file.get_slice(key)
+                    shapes[key] = tensor.get_shape()
+                    dtypes.add(tensor.get_dtype())
+        except Exception as error:  # safetensors raises several exception types
+            problems.append(f"--lora_path {path}: not a readable LoRA file ({error})")
+            continue
+        ranks = {shape[0] for key, shape in shapes.items() if ".lora_A." in key and shape}
+        if ranks != {args.rank}:
+            problems.append(f"--lora_path {path} has rank {', '.join(map(str, sorted(ranks)))}: --rank is {args.rank}")
+        elif shapes != expected:
+            different = [key for key in {*shapes, *expected} if shapes.get(key) != expected.get(key)]
+            problems.append(
+                f"--lora_path {path}: made for other layers than --target_modules, such as {min(different)}"
+            )
+        elif not dtypes <= {"F64", "F32", "F16", "BF16"}:
+            problems.append(f"--lora_path {path}: its numbers are {', '.join(sorted(dtypes))}, not F32, F16 or BF16")
+    return problems
+
+
+def lora_targets(args):
+    """The layers with a LoRA, as a regular expression: --target_modules, or all that condition tokens pass."""
+    return args.target_modules or TARGET_MODULES
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Model
 # ---------------------------------------------------------------------------------------------------------------------
@@ -643,15 +722,13 @@ def attn_forward(projections: list[Projections], branches: list[Branch]) -> list
     for row, members in groups.items():
         attended = [each for each, allowed in zip(projections, row, strict=True) if allowed]
         queries: Any = [projections[i].query for i in members]
-        query = torch.cat(queries, dim=1)
-        key = torch.cat([each.key for each in attended], dim=1)
-        value = torch.cat([each.value for each in attended], dim=1)
-        attn_output = F.scaled_dot_product_attention(
-            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=padding_mask(attended)
-        )
-        attn_output = attn_output.transpose(1, 2).flatten(2)
-        lengths = [each.shape[1] for each in queries]
-        for i, part in zip(members, attn_output.split(lengths, dim=1), strict=True):
+        query = torch.cat(queries, dim=1).transpose(1, 2)  # [B, heads, N, d]
+        key = torch.cat([each.key for each in attended], dim=1).transpose(1, 2)
+        value = torch.cat([each.value for each in attended], dim=1).transpose(1, 2)
+        attn_output = F.scaled_dot_product_attention(query, key, value, attn_mask=padding_mask(attended))
+        attn_output = attn_output.transpose(1, 2).flatten(2)  # [B, N, heads * d], the members one after another
+        num_tokens = [each.shape[1] for each in queries]
+        for i, part in zip(members, attn_output.split(num_tokens, dim=1), strict=True):
             attn_outputs[i] = part
     return attn_outputs
 
@@ -757,7 +834,7 @@ class OminiTransformerBlock(FluxTransformerBlock):
             inner = F.gelu(lora_linear(ff.net[0].proj, normed, branch.adapter), approximate="tanh")
             x = x + gate_mlp * lora_linear(ff.net[2], inner, branch.adapter)
             results.append(clip_float16(x))
-        return results, projections[2:]
+        return results, projections[2:]  # after text and image: the conditions
 
 
 class OminiSingleTransformerBlock(FluxSingleTransformerBlock):
@@ -796,7 +873,7 @@ class OminiSingleTransformerBlock(FluxSingleTransformerBlock):
             inner = torch.cat([attn_outputs[i], inner], dim=-1)
             x = hidden_states[i] + gate * lora_linear(self.proj_out, inner, branch.adapter)
             results.append(clip_float16(x))
-        return results, projections[2:]
+        return results, projections[2:]  # after text and image: the conditions
 
 
 class OminiTransformer2DModel(FluxTransformer2DModel):
@@ -909,9 +986,10 @@ class OminiTransformer2DModel(FluxTransformer2DModel):
             cache.mode = "read"
 
         # 4. Only the image leaves the model
-        modulation = lora_linear(self.norm_out.linear, self.norm_out.silu(temb).to(states[1].dtype), main_adapter)
+        image = states[1]
+        modulation = lora_linear(self.norm_out.linear, self.norm_out.silu(temb).to(image.dtype), main_adapter)
         scale, shift = modulation[:, None].chunk(2, dim=-1)
-        normed = self.norm_out.norm(states[1]) * (1 + scale) + shift
+        normed = self.norm_out.norm(image) * (1 + scale) + shift
         velocity = lora_linear(self.proj_out, normed, main_adapter)
         if latent_mask is not None:
             selected = velocity.flatten(0, 1) if attention_mask is None else velocity[attention_mask]
@@ -1208,16 +1286,18 @@ def check_conditions(args):
     elif num_columns not in (num_custom, num_custom + types.count("subject")):
         problems.append(f"--condition_column names {num_columns} columns for {num_custom} custom conditions")
     if types.count("subject") > 1 and num_columns == num_custom:
-        problems.append("--condition_type subject goes once: a pair has one other side; or give --condition_column")
+        problems.append(
+            "--condition_type subject can be given once for side-by-side pairs, or more often with --condition_column"
+        )
 
     # masks and depth
     is_masked = any(condition_type in MASKED_CONDITIONS for condition_type in types)
     if args.mask_column and not is_masked:
         problems.append(f"--mask_column {args.mask_column} needs --condition_type fill or token_integration")
     if is_masked and min(args.target_size) < 2 * PATCH:
-        problems.append(f"--target_size {min(args.target_size)} leaves no room for a mask: at least {2 * PATCH}")
+        problems.append(f"--target_size {min(args.target_size)} is too small for a mask: at least {2 * PATCH}")
     if types.count("token_integration") > 1:
-        problems.append("--condition_type token_integration goes once: an image has one outside")
+        problems.append("--condition_type token_integration can be given only once")
     if "depth_pred" in types and len(types) > 1:
         problems.append("--condition_type depth_pred generates depth maps: it goes with no other condition")
     if needs_depth(args) and args.streaming:
@@ -1236,7 +1316,7 @@ def check_conditions(args):
 
 
 def check_positions(args):
-    """Problems of conditions that lie upon the image without covering it exactly."""
+    """Problems of conditions that lie on the image without covering it exactly."""
     problems = []
     for spec in condition_specs(args):
         height, width = (round(side * spec.position_scale, 6) for side in spec.size)
@@ -1366,7 +1446,7 @@ def estimate_depth(accelerator, examples, args):
     accelerator.wait_for_everyone()
 
 
-# ---- reading: one function for each kind of data ----
+# ---- reading: one function for each source of data ----
 
 
 def find_examples(args):
@@ -1387,9 +1467,12 @@ def find_examples(args):
     problems += check_images(
         examples[::every_nth] + validation_examples(args), functools.partial(check_example, args=args)
     )
-    positions = {example.columns["positions"] for example in examples if args.dataset_class}
-    if len(positions) > 1:
-        problems.append(f"{source_of(args)}: position_delta and position_scale differ between its items: {positions}")
+    if args.dataset_class:
+        positions = {example.columns["positions"] for example in examples}
+        if len(positions) > 1:
+            problems.append(
+                f"{source_of(args)}: position_delta and position_scale differ between its items: {positions}"
+            )
 
     # assign
     for example in examples:
@@ -1478,9 +1561,13 @@ def dataset_settings(args):
 def condition_columns(args):
     """{role of an image: its column}, of custom conditions and, if there are columns enough, of subjects; and mask."""
     columns = args.condition_column or []
-    types = args.condition_type
-    with_column = ("custom",) if len(columns) == types.count("custom") else GIVEN_CONDITIONS
-    roles = [f"condition_{i}" for i, condition_type in enumerate(types) if condition_type in with_column]
+    with_column = GIVEN_CONDITIONS
+    if len(columns) == args.condition_type.count("custom"):
+        with_column = ("custom",)
+    roles = []
+    for i, condition_type in enumerate(args.condition_type):
+        if condition_type in with_column:
+            roles.append(f"condition_{i}")
     image_columns = dict(zip(roles, columns, strict=True))
     if args.mask_column:
         image_columns["mask"] = args.mask_column
@@ -1567,7 +1654,7 @@ def check_example(example, args):
     for role, image in {"image": example, **example.images}.items():
         try:
             sizes[role] = Size.of(image.image())
-        except Exception as error:  # PIL's readers of formats raise of all kinds
+        except Exception as error:  # PIL raises several exception types
             return f"{image.name}: not a readable image ({error})"
     mask = example.images.get("mask")
     if mask is None:
@@ -1631,7 +1718,8 @@ class OminiDataset(Dataset):
     def sample(self, example, epoch, index):
         args = self.args
         rng = np.random.default_rng((args.seed, epoch, index))
-        drop_text, drop_image = rng.random(2) < (args.drop_text_prob, args.drop_image_prob)
+        drop_text = rng.random() < args.drop_text_prob
+        drop_image = rng.random() < args.drop_image_prob
         mask = self.mask(example, rng)
         sample = {"prompt": "" if drop_text else example.caption, "moments": {}, "pixel_values": {}}
         for role in self.roles:
@@ -1691,7 +1779,7 @@ class OminiDataset(Dataset):
         """The ConditionSpec of a role, condition_0, condition_1, ..."""
         return self.specs[self.roles.index(role) - 1]
 
-    def cached_keys(self):
+    def image_keys(self):
         """The keys in `moments` of all images that are the same in every epoch."""
         fixed = [role for role in self.roles if role == "image" or self.spec(role).type not in RANDOM_CONDITIONS]
         keys = [(index, role) for index in range(len(self.examples)) for role in fixed]
@@ -1700,7 +1788,7 @@ class OminiDataset(Dataset):
         return keys
 
     def pixel_values(self, key):
-        """The image [3, H, W] in [-1, 1] of a key of `cached_keys`."""
+        """The image [3, H, W] in [-1, 1] of a key of `image_keys`."""
         index, role = key
         if index == "black":
             return to_tensor(self.black_image(role))
@@ -1729,87 +1817,13 @@ def add_adapters(transformer, specs, args):
             rank=args.rank,
             alpha=args.lora_alpha or args.rank,
             dropout=args.lora_dropout,
-            target_modules=args.target_modules or TARGET_MODULES,
+            target_modules=lora_targets(args),
             adapter_name=name,
         )
     if args.lora_path:
         for name, path in zip(files, args.lora_path, strict=True):
             load_lora(path.parent, {"transformer": transformer}, adapter_name=name, weight_name=path.name)
     return files
-
-
-def check_model(args):
-    """Problems of --pretrained_model_name_or_path, --target_modules and the disk, from the configs alone."""
-    flag = f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"
-    try:
-        config = FluxTransformer2DModel.load_config(
-            args.pretrained_model_name_or_path,
-            subfolder="transformer",
-            revision=args.revision,
-            cache_dir=args.cache_dir,
-        )
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        return [
-            f"{flag}: neither a folder with a FLUX pipeline nor a hub id like black-forest-labs/FLUX.1-dev ({reason})"
-        ]
-    if config.get("_class_name") != "FluxTransformer2DModel" or config.get("in_channels") != 64:
-        found = f"{config.get('_class_name')} with {config.get('in_channels')} input channels"
-        return [f"{flag}: holds a {found}, not FLUX.1-dev or -schnell"]
-    if not config["guidance_embeds"] and args.max_sequence_length > 256:
-        return [f"--max_sequence_length {args.max_sequence_length}: FLUX.1-schnell takes at most 256"]
-    with torch.device("meta"):
-        transformer = FluxTransformer2DModel.from_config(config)
-    targets = args.target_modules or TARGET_MODULES
-    try:
-        unknown = unknown_layers(transformer, targets)
-    except re.error as error:
-        return [f"--target_modules {targets}: not a regular expression ({error})"]
-    if unknown:
-        return [f"--target_modules {targets}: matches no linear layer of the transformer"]
-    layers = target_layers(transformer, targets)
-    not_passed = [name for name, _ in layers if re.search(OTHER_LAYERS, name)]
-    if not_passed:
-        return [f"--target_modules {targets}: condition tokens do not pass {not_passed[0]}; leave it out"]
-    sizes = [sum(layer.weight.shape) for _, layer in layers]
-    needed = 16 * args.rank * sum(sizes)  # bytes of a checkpoint, its two moments and the result
-    return check_disk(args, needed) or check_lora_path(args, layers)
-
-
-def check_lora_path(args, layers):
-    """Problems of --lora_path, whose files must hold adapters of the (name, module) in `layers`."""
-    adapters = adapter_names(condition_specs(args))
-    paths = args.lora_path or []
-    if paths and len(paths) != len(adapters):
-        return [f"--lora_path names {len(paths)} files for {len(adapters)} adapters: {', '.join(adapters)}"]
-    expected = {}
-    for name, layer in layers:
-        expected[f"transformer.{name}.lora_A.weight"] = [args.rank, layer.in_features]
-        expected[f"transformer.{name}.lora_B.weight"] = [layer.out_features, args.rank]
-    problems = []
-    for path in paths:
-        shapes = {}
-        dtypes = set()
-        try:
-            with safe_open(path, "pt") as file:
-                for key in file.keys():  # noqa: SIM118 (it is no dict)
-                    tensor = file.get_slice(key)
-                    shapes[key] = tensor.get_shape()
-                    dtypes.add(tensor.get_dtype())
-        except Exception as error:  # safetensors raises a kind of its own beside OSError
-            problems.append(f"--lora_path {path}: not a readable LoRA file ({error})")
-            continue
-        ranks = {shape[0] for key, shape in shapes.items() if ".lora_A." in key and shape}
-        if ranks != {args.rank}:
-            problems.append(f"--lora_path {path} has rank {', '.join(map(str, sorted(ranks)))}: --rank is {args.rank}")
-        elif shapes != expected:
-            different = [key for key in {*shapes, *expected} if shapes.get(key) != expected.get(key)]
-            problems.append(
-                f"--lora_path {path}: made for other layers than --target_modules, such as {min(different)}"
-            )
-        elif not dtypes <= {"F64", "F32", "F16", "BF16"}:
-            problems.append(f"--lora_path {path}: its numbers are {', '.join(sorted(dtypes))}, not F32, F16 or BF16")
-    return problems
 
 
 def adapter_metadata(args, specs, adapter):
@@ -1829,6 +1843,22 @@ def adapter_metadata(args, specs, adapter):
 # ---- validation ----
 
 
+def pipeline_call(prompt_encoder, prompt, args, specs, condition_images, mask):
+    """Arguments of the pipeline: generate `prompt` with the image of each condition."""
+    height, width = args.target_size
+    prompt_embeds, pooled_prompt_embeds = prompt_encoder.encode_prompts([prompt])
+    return {
+        "prompt_embeds": prompt_embeds,
+        "pooled_prompt_embeds": pooled_prompt_embeds,
+        "specs": specs,
+        "condition_images": condition_images,
+        "mask": mask if "token_integration" in args.condition_type else None,
+        "height": height,
+        "width": width,
+        "independent_condition": args.independent_condition,
+    }
+
+
 def log_validation(accelerator, transformer, vae, noise_scheduler, prompt_encoder, dataset, args, prompt, step):
     """Generates images from `prompt` and the conditions of --validation_image, and sends them, conditions first, to
     validation/step-N.png and the trackers."""
@@ -1845,25 +1875,15 @@ def log_validation(accelerator, transformer, vae, noise_scheduler, prompt_encode
         tokenizer_2=None,
         transformer=transformer,
     )
-    height, width = args.target_size
     with (
         undisturbed(transformer, device=accelerator.device),
         offload_models(vae, device=accelerator.device, offload=args.offload or args.cache_latents),
     ):
-        prompt_embeds, pooled_prompt_embeds = prompt_encoder.encode_prompts([prompt])
-        call = {
-            "prompt_embeds": prompt_embeds,
-            "pooled_prompt_embeds": pooled_prompt_embeds,
-            "specs": dataset.specs,
-            "condition_images": condition_images,
-            "mask": mask if "token_integration" in args.condition_type else None,
-            "height": height,
-            "width": width,
-            "independent_condition": args.independent_condition,
-        }
+        call = pipeline_call(prompt_encoder, prompt, args, dataset.specs, condition_images, mask)
         images = generate_images(accelerator, pipeline, [call] * args.num_validation_images, seed=args.seed)
     captions = [f"condition: {spec.type}" for spec in dataset.specs]
     captions += [f"seed {args.seed + i}" for i in range(len(images))]
+    height, width = args.target_size
     shown = [image.resize((width, height)) for image in condition_images] + images
     save_images(accelerator, args, shown, captions, prompt=prompt, step=step)
 
@@ -1940,7 +1960,7 @@ def describe_run(args, dataset):
     amount = "a stream" if args.streaming else f"{len(dataset)} samples"
     run_info = {"data": f"{amount} at {'x'.join(map(str, args.target_size))} px"}
     for i, spec in enumerate(dataset.specs, start=1):
-        label = "follows" if i == 1 else f"follows {i}"
+        label = "condition" if i == 1 else f"condition {i}"
         height, width = spec.size
         down, right = spec.position_delta
         run_info[label] = (
@@ -2004,15 +2024,15 @@ def main(args):
 
     # 2. Data
     examples, problems = find_examples(args)
-    if problems:
-        fail(accelerator, problems)
-    specs = condition_specs(args, examples[0].columns["positions"] if args.dataset_class else None)
+    positions = None
+    if args.dataset_class and examples:
+        positions = examples[0].columns["positions"]
+    specs = condition_specs(args, positions)
     dataset = OminiDataset(examples, specs, args)
     processes = {"process_index": accelerator.process_index, "num_processes": accelerator.num_processes}
     accumulation = args.gradient_accumulation_steps
     total_batch_size = args.train_batch_size * accumulation * accelerator.num_processes
     if args.streaming:
-        sampler = streamed_batches(dataset, args, **processes)
         steps_per_epoch = None
         max_train_steps = args.max_train_steps
     else:
@@ -2023,7 +2043,7 @@ def main(args):
     final_prompt = None
     if not args.skip_final_inference:
         final_prompt = args.final_validation_prompt or args.validation_prompt
-    prompts = {example.caption for example in examples}
+    prompts = {example.caption for example in examples if isinstance(example.caption, str)}
     if args.drop_text_prob:
         prompts.add("")
     for prompt in (args.validation_prompt, final_prompt):
@@ -2031,9 +2051,11 @@ def main(args):
             prompts.add(prompt)
     checkpoint = checkpoint_to_resume(args.output_dir, args.resume_from_checkpoint)
     run = run_settings(args, len(dataset), accelerator.num_processes)
-    problems = check_memory(args, prompts) + check_run(accelerator, args, max_train_steps, checkpoint, run)
+    problems += check_memory(args, prompts) + check_run(accelerator, args, max_train_steps, checkpoint, run)
     if problems:
         fail(accelerator, problems)
+    if args.streaming:
+        sampler = streamed_batches(dataset, args, **processes)
     hub_repo = create_hub_repo(accelerator, args)
     args.output_dir.mkdir(parents=True, exist_ok=True)
 
@@ -2056,7 +2078,7 @@ def main(args):
     vae.to("cpu" if offload_vae else device)
     if args.cache_latents:
         with offload_models(vae, device=device, offload=offload_vae):
-            dataset.moments = cache_moments(accelerator, vae, dataset.cached_keys(), dataset.pixel_values)
+            dataset.moments = cache_moments(accelerator, vae, dataset.image_keys(), dataset.pixel_values)
 
     # 4. Transformer and LoRA
     noise_scheduler = load_scheduler(args)
@@ -2108,6 +2130,7 @@ def main(args):
     run_info = describe_run(args, dataset)
     print_header(accelerator, args, run_info, lora_params, base_size, max_train_steps, steps_per_epoch)
     start_logging(accelerator, args, "omini", global_step)
+    signals = catch_signals()
     metrics = None
     if accelerator.is_main_process:
         metrics = open_metrics(args.output_dir / "metrics.jsonl", global_step)
@@ -2123,7 +2146,6 @@ def main(args):
         unit="step",
         disable=not accelerator.is_main_process,
     )
-    signals = catch_signals()
     loss_sum = 0.0  # of the micro-steps since the last update
     skipped_steps = 0  # in a row, because the loss was not finite
     started = time.perf_counter()
@@ -2237,7 +2259,7 @@ def main(args):
     example_prompt = final_prompt or examples[0].caption
     if accelerator.is_main_process:
         save_model_card(args, generate_command(args, specs, example_prompt))
-    transformer = None  # what FSDP holds must be freed before the process group: gloo can hang
+    transformer = None  # what FSDP holds must be freed before the process group: gloo can hang otherwise
     accelerator.free_memory()
     accelerator.end_training()
     results = {f"{name} LoRA": file for name, file in adapter_files.items()}

@@ -14,7 +14,7 @@ corrects its one-step samples. There is no second network and no discriminator.
 | x, z, x_t                    | x, z, x_t                    | latents, noise, x_t                                |
 | t, t'                        | t, tt                        | t, target_time                                     |
 | F(x_t, t, t')                | forward, F_th_t              | predict (`predict_velocity`), prediction           |
-| kinds of samples             | probs, prepare_inputs        | --probs, `sample_times`, `prepare_inputs`          |
+| types of samples             | probs, prepare_inputs        | --probs, `sample_times`, `prepare_inputs`          |
 | guided velocity              | enhance_target               | `enhance_target`                                   |
 | any-step target, order N     | multi_fwd, get_rcgm_target   | `multi_fwd`, `get_rcgm_target`                     |
 | rectification Δ              | dist_match                   | `dist_match`                                       |
@@ -180,7 +180,7 @@ EXAMPLE = """example:
       --train_data_dir=photos --output_dir=flux-twinflow"""
 
 TRAINING = ("full", "lora")
-KINDS = ("e2e", "mul", "any", "adv", "one")  # of the samples of a batch, in their order, see `sample_times`
+SAMPLE_TYPES = ("e2e", "mul", "any", "adv", "one")  # of the samples of a batch, in their order, see `sample_times`
 
 TWINFLOW = {
     "probs": "e2e=1,mul=1,any=1,adv=1",
@@ -215,14 +215,15 @@ RECIPES = {
 
 
 def probabilities(text: str) -> dict[str, float]:
-    """An argparse type: e2e=1,adv=0.5 as {kind: share}; kinds that are not named get 0."""
-    probs = dict.fromkeys(KINDS, 0.0)
+    """An argparse type: e2e=1,adv=0.5 as {sample type: share}; types that are not named get 0."""
+    probs = dict.fromkeys(SAMPLE_TYPES, 0.0)
     for item in text.split(","):
-        kind, _, share = item.partition("=")
-        kind = kind.strip()
-        if kind not in probs:
-            raise argparse.ArgumentTypeError(f"{kind!r} is none of {', '.join(KINDS)}; such as e2e=1,adv=0.5")
-        probs[kind] = non_negative_float(share)
+        sample_type, _, share = item.partition("=")
+        sample_type = sample_type.strip()
+        if sample_type not in probs:
+            names = ", ".join(SAMPLE_TYPES)
+            raise argparse.ArgumentTypeError(f"{sample_type!r} is none of {names}; such as e2e=1,adv=0.5")
+        probs[sample_type] = non_negative_float(share)
     if not any(probs.values()):
         raise argparse.ArgumentTypeError(f"{text} leaves no share above 0")
     return probs
@@ -240,7 +241,7 @@ def parse_args(argv=None):
     parser = Parser(description=DESCRIPTION, epilog=EXAMPLE)
 
     arg = parser.add_argument_group("model", "which model is trained, in which precision").add_argument
-    arg("--pretrained_model_name_or_path", required=True, metavar="MODEL", help="folder or hub id of a pipeline")
+    arg("--pretrained_model_name_or_path", required=True, metavar="MODEL", help="folder or Hub id of a pipeline")
     arg("--model_type", choices=tuple(BACKBONES), default="flux", help="family of that pipeline")
     arg(
         "--training",
@@ -250,7 +251,7 @@ def parse_args(argv=None):
     )
     arg("--openuni_checkpoint", type=Path, metavar="FILE", help="openuni: its .pth file; MODEL is its Sana pipeline")
     arg("--openuni_llm", metavar="MODEL", help="openuni: its InternVL3, such as OpenGVLab/InternVL3-2B-hf")
-    arg("--revision", help="revision of the model on the hub")
+    arg("--revision", help="revision of the model on the Hub")
     arg("--variant", help="variant of the model's files, such as fp16")
     arg("--cache_dir", help="where downloaded models and datasets are stored")
     arg(
@@ -278,7 +279,7 @@ def parse_args(argv=None):
 
     arg = parser.add_argument_group("data", "images with captions, or prompts alone").add_argument
     arg("--train_data_dir", type=Path, help="folder of images with .txt captions, one per line, or of parquet files")
-    arg("--dataset_name", help="dataset on the hub, or a folder or file that `datasets` loads")
+    arg("--dataset_name", help="dataset on the Hub, or a folder or file that `datasets` loads")
     arg("--dataset_config_name", help="configuration of that dataset")
     arg("--image_column", default="image", help="dataset column of the images")
     arg("--caption_column", help="dataset column of the captions (default: text)")
@@ -304,7 +305,7 @@ def parse_args(argv=None):
         "--probs",
         type=probabilities,
         default=TWINFLOW["probs"],
-        help="shares of the sample kinds in a batch: " + ", ".join(KINDS),
+        help="shares of the sample types in a batch: " + ", ".join(SAMPLE_TYPES),
     )
     arg(
         "--consistc_ratio",
@@ -420,13 +421,12 @@ def parse_args(argv=None):
     ).add_argument
     arg("--validation_prompt", help="prompt to generate before, during and after training")
     arg("--validation_image", type=Path, help="qwenimage-edit: image to edit with the prompt")
-    samplers, name = ["few:1", "few:2", "any:4"], "STYLE:STEPS"
     arg(
         "--validation_samplers",
         type=sampler_name,
         nargs="+",
-        default=samplers,
-        metavar=name,
+        default=["few:1", "few:2", "any:4"],
+        metavar="STYLE:STEPS",
         help="sampling styles (few, any, mul) and steps",
     )
     arg("--num_validation_images", type=positive_int, default=4, help="images per sampler")
@@ -450,7 +450,7 @@ def parse_args(argv=None):
 
     parser.set_defaults(**chosen_defaults(argv))
     args = parser.parse_args(argv)
-    parser.refuse(check_flags(args) + check_model(args) + check_output_dir(args))
+    parser.refuse(check_args(args) + check_model(args) + check_output_dir(args))
     return args
 
 
@@ -481,7 +481,7 @@ def chosen_defaults(argv: list[str] | None) -> dict:
     return defaults
 
 
-def check_flags(args) -> list[str]:
+def check_args(args) -> list[str]:
     """Contradictions between flags, and flags without effect."""
     problems = check_method(args) + check_data_flags(args)
     backbone = BACKBONES[args.model_type]
@@ -562,7 +562,8 @@ def check_method(args) -> list[str]:
     smallest = max(4, sum(share > 0 for share in probs.values()))
     if args.train_batch_size < smallest:
         problems.append(
-            f"--train_batch_size {args.train_batch_size}: each batch holds all kinds of --probs, at least {smallest}"
+            f"--train_batch_size {args.train_batch_size}: each batch holds all sample types of --probs, "
+            f"at least {smallest}"
         )
     if args.ema_decay_rate < 1 <= args.enhanced_ratio:
         problems.append(
@@ -578,7 +579,7 @@ def check_method(args) -> list[str]:
     if args.estimate_order >= 2 and not probs["any"]:
         problems.append(f"--estimate_order {args.estimate_order} takes steps between any times: --probs needs any=1")
     if args.estimate_order == 0:
-        untrained = [kind for kind in ("e2e", "any", "one") if probs[kind]]
+        untrained = [sample_type for sample_type in ("e2e", "any", "one") if probs[sample_type]]
         rectified = args.consistc_ratio == 1 and args.dist_match_cof > 0
         if untrained == ["e2e"] and rectified:  # which is a loss on e2e alone
             untrained = []
@@ -610,7 +611,7 @@ def check_model(args) -> list[str]:
         )
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        return [f"{flag}: neither a folder with a pipeline nor a hub id like {backbone.example} ({reason})"]
+        return [f"{flag}: neither a folder with a pipeline nor a Hub id like {backbone.example} ({reason})"]
     if config.get("_class_name") != expected:
         return [f"{flag}: holds a {config.get('_class_name')}, --model_type {args.model_type} a {expected}"]
     if args.model_type == "flux" and not config["guidance_embeds"] and args.max_sequence_length > 256:
@@ -654,7 +655,7 @@ class Backbone:
     pipeline_class: type[DiffusionPipeline]
     transformer_class: type[ModelMixin]
     vae_class: type[ModelMixin]
-    example: str  # a model of this family on the hub
+    example: str  # a model of this family on the Hub
     targets: tuple[str, ...]  # the linear layers that get an adapter
     time_module = "time_text_embed"  # the part of the transformer that embeds t
     vae_scale_factor = 8  # pixels per latent
@@ -1053,7 +1054,7 @@ class EMATeacher:
         self.tensors = [tensor.clone() for tensor in self.trained_tensors()] if decay_rate else []
 
     @property
-    def averages(self) -> bool:
+    def is_moving_average(self) -> bool:
         """Whether the teacher is a moving average, which is then also what is validated and saved."""
         return 0 < self.decay_rate < 1
 
@@ -1085,7 +1086,7 @@ class EMATeacher:
     @torch.no_grad()
     def update_ema(self, step_taken: bool = True) -> None:
         """Moves the average after an optimizer step; if that was skipped, only the decay moves on."""
-        if not self.averages:
+        if not self.is_moving_average:
             return
         self.decay = ramp_decay(self.decay, self.decay_rate)
         if step_taken:
@@ -1093,7 +1094,7 @@ class EMATeacher:
 
     def restore_decay(self, global_step: int) -> None:
         """The decay as it is after `global_step` updates."""
-        if self.averages:
+        if self.is_moving_average:
             for _ in range(global_step):
                 self.decay = ramp_decay(self.decay, self.decay_rate)
 
@@ -1120,25 +1121,31 @@ STYLES = {  # of `sampling_loop`: the time that each prediction is made for, and
 
 
 def partition(batch_size: int, probs: dict[str, float]) -> dict[str, int]:
-    """{kind: number of samples}: as near to the shares as whole numbers come, one at least of each with a share."""
-    kinds = [kind for kind in KINDS if probs[kind] > 0]
-    total = sum(probs[kind] for kind in kinds)
-    shares = {kind: batch_size * probs[kind] / total for kind in kinds}
-    counts = {kind: max(1, math.floor(shares[kind])) for kind in kinds}
+    """{sample type: number of samples} of a batch: its shares rounded to whole numbers that sum to `batch_size`.
+
+    Each type with a share above 0 gets at least one sample.
+    """
+    types = [sample_type for sample_type in SAMPLE_TYPES if probs[sample_type] > 0]
+    total = sum(probs[sample_type] for sample_type in types)
+    shares = {}
+    counts = {}
+    for sample_type in types:
+        shares[sample_type] = batch_size * probs[sample_type] / total
+        counts[sample_type] = max(1, math.floor(shares[sample_type]))
     while sum(counts.values()) < batch_size:
-        most_short = max(kinds, key=lambda kind: shares[kind] - counts[kind])
-        counts[most_short] += 1
+        furthest_below = max(types, key=lambda sample_type: shares[sample_type] - counts[sample_type])
+        counts[furthest_below] += 1
     while sum(counts.values()) > batch_size:
-        reducible = [kind for kind in kinds if counts[kind] > 1]
-        most_over = max(reducible, key=lambda kind: counts[kind] - shares[kind])
-        counts[most_over] -= 1
+        reducible = [sample_type for sample_type in types if counts[sample_type] > 1]
+        furthest_above = max(reducible, key=lambda sample_type: counts[sample_type] - shares[sample_type])
+        counts[furthest_above] -= 1
     return counts
 
 
 def sample_times(
     batch_size: int, *, args, generator: torch.Generator
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
-    """Masks {kind: bool [B]} of the kinds of samples, times t [B] and target times t' [B], 0 <= t' <= t <= 1, float32.
+    """Masks {sample type: bool [B]}, times t [B] and target times t' [B], 0 <= t' <= t <= 1, float32.
 
     t ~ c Beta(a, b) with a, b, c = --time_dist_ctrl; r = --consistc_ratio; U ~ U(0, 1)
         e2e       t = 1, t' = 0               one step from noise to data
@@ -1158,10 +1165,10 @@ def sample_times(
     counts = partition(batch_size, args.probs)
     masks = {}
     start = 0
-    for kind in KINDS:
-        stop = start + counts.get(kind, 0)
-        masks[kind] = torch.zeros(batch_size, dtype=torch.bool)
-        masks[kind][start:stop] = True
+    for sample_type in SAMPLE_TYPES:
+        stop = start + counts.get(sample_type, 0)
+        masks[sample_type] = torch.zeros(batch_size, dtype=torch.bool)
+        masks[sample_type][start:stop] = True
         start = stop
 
     t[masks["e2e"]] = 1.0
@@ -1354,9 +1361,11 @@ def compute_loss(
 
     # Guidance: v + ω (F(x_t, t, t, cond) - F(x_t, t, t, uncond)), by the teacher, at times in --enhanced_range.
     guided = masks["guided"]
-    evaluated = guided.clone()
-    if real.any() and not guided.any():
-        evaluated[real.nonzero()[0]] = True  # not used; sharded processes must make the same number of forward passes
+    evaluated = guided
+    if not guided.any():
+        # Sharded processes must make equally many forward passes: evaluate one real sample and do not use the result.
+        evaluated = torch.zeros_like(real)
+        evaluated[real.nonzero()[:1, 0]] = True
     if args.enhanced_ratio and evaluated.any():
         with torch.no_grad(), teacher():
             enhanced = enhance_target(
@@ -1396,12 +1405,20 @@ def compute_loss(
 
     # Any-step loss, and at negative times the flow matching loss of own samples (adv):
     # w d(F(x_t, t, t'), target) with w = tan((1 - (|t| - |t'|)) π / 2.5) + 1; w = 1 for adv.
-    weight = torch.tan((1 - (t.abs() - target_time.abs())) * math.pi / 2.5) + 1
+    gap = t.abs() - target_time.abs()
+    weight = torch.tan((1 - gap) * math.pi / 2.5) + 1
     weight[masks["adv"]] = 1.0
     losses = weight * loss_func(prediction, target, args.loss_type)
-    trained = torch.ones_like(real) if args.estimate_order else masks["mul"] | masks["adv"]
+    if args.estimate_order:
+        trained = torch.ones_like(real)
+    else:  # flow matching: the samples whose target is the velocity itself
+        trained = masks["mul"] | masks["adv"]
     loss = losses[trained].mean()
-    logs = {f"loss_{kind}": losses[masks[kind]].detach().mean() for kind in KINDS if masks[kind].any()}
+    logs = {}
+    for sample_type in SAMPLE_TYPES:
+        mask = masks[sample_type]
+        if mask.any():
+            logs[f"loss_{sample_type}"] = losses[mask].detach().mean()
 
     # Rectification: d(F(z, 1, 0), sg(F(z, 1, 0) - Δ)).
     e2e = masks["e2e"]
@@ -1419,8 +1436,11 @@ def time_grid(steps: int, gaps: tuple[float, float], time_dist_ctrl: tuple[float
     """Times [steps + 1], float64, from noise to 0: 1 - (1 - (1 - u^a)^b)^c for even u between the gaps at both ends, a
     power of Kumaraswamy's distribution function, then 0."""
     a, b, c = time_dist_ctrl
-    num_nodes = steps + 1 if gaps[1] == 0 else steps  # without a gap at data, the last node is the 0 that follows
-    u = torch.linspace(gaps[0], 1 - gaps[1], num_nodes, dtype=torch.float64)[:steps]
+    if gaps[1] == 0:
+        # the last of steps + 1 even nodes is the time 0 appended below
+        u = torch.linspace(gaps[0], 1, steps + 1, dtype=torch.float64)[:-1]
+    else:
+        u = torch.linspace(gaps[0], 1 - gaps[1], steps, dtype=torch.float64)
     times = 1 - (1 - (1 - u**a) ** b) ** c
     return torch.cat([times, torch.zeros(1, dtype=torch.float64)])
 
@@ -1620,14 +1640,14 @@ class TwinFlowDataset(Dataset):
         self.examples = examples
         self.cache = cache
         self.args = args
-        # every batch is full, as each holds all kinds of samples: the first images come twice in an epoch
+        # every batch is full, as each holds all types of samples: the first images come twice in an epoch
         num_batches = math.ceil(len(examples) / args.train_batch_size)
         self.length = num_batches * args.train_batch_size
 
     def __len__(self):
         return self.length
 
-    def image_variants(self) -> list[tuple[int, bool]]:
+    def image_keys(self) -> list[tuple[int, bool]]:
         """(index, flipped) of all that training can ask for."""
         flips = (False, True) if self.args.random_flip else (False,)
         return [(index, flipped) for index in range(len(self.examples)) for flipped in flips]
@@ -1720,7 +1740,7 @@ def encode_prompts(accelerator, backbone: Backbone, dataset: TwinFlowDataset, ca
 def cache_latents(accelerator, vae, dataset: TwinFlowDataset, cache: TensorCache) -> None:
     """Fills the cache with the latents of all images that training can ask for."""
     requests = {}  # {key of the cache: (index, flipped)}
-    for index, flipped in dataset.image_variants():
+    for index, flipped in dataset.image_keys():
         requests[image_key(dataset.examples[index], index, flipped)] = (index, flipped)
 
     @torch.no_grad()
@@ -1855,9 +1875,9 @@ def describe_run(args, dataset: TwinFlowDataset) -> dict[str, str]:
         teacher = f"moving average, decay {args.ema_decay_rate:g}"
     what = "prompts" if args.image_free else "images"
     return {
-        "kind": f"{args.model_type}, {'all weights' if args.training == 'full' else 'LoRA'}",
+        "model": f"{args.model_type}, {'all weights' if args.training == 'full' else 'LoRA'}",
         "recipe": f"{args.recipe}, order {args.estimate_order}, guidance {args.enhanced_ratio:g}",
-        "batch": ", ".join(f"{count} {kind}" for kind, count in counts.items()),
+        "batch": ", ".join(f"{count} {sample_type}" for sample_type, count in counts.items()),
         "teacher": teacher,
         "data": f"{len(dataset.examples)} {what} at {args.resolution} px",
     }
@@ -2005,7 +2025,9 @@ def main(args):
     teacher = EMATeacher(
         params.values(), args.ema_decay_rate, on_swap=functools.partial(reshard, unwrapped_transformer)
     )
-    averages = dict(zip(params, teacher.tensors, strict=True)) if teacher.averages else {}
+    averages = {}
+    if teacher.is_moving_average:
+        averages = dict(zip(params, teacher.tensors, strict=True))
     if args.fsdp:
         register_sharded_checkpointing(accelerator, unwrapped_transformer, optimizer, averages)
     elif train_all:
@@ -2026,6 +2048,10 @@ def main(args):
     run_info = describe_run(args, dataset)
     print_header(accelerator, args, run_info, params.values(), base_size, max_train_steps, steps_per_epoch)
     start_logging(accelerator, args, "twinflow", global_step)
+    signals = catch_signals()
+    metrics = None
+    if accelerator.is_main_process:
+        metrics = open_metrics(args.output_dir / "metrics.jsonl", global_step)
     predict = functools.partial(
         predict_velocity,
         transformer=transformer,
@@ -2034,16 +2060,12 @@ def main(args):
         embeds_target_time=train_all,
         autocast=accelerator.autocast,
     )
-    result_weights = teacher if teacher.averages else nullcontext  # what is validated and saved
+    result_weights = teacher if teacher.is_moving_average else nullcontext  # what is validated and saved
     validate = functools.partial(
         log_validation, accelerator, predict, unwrapped_transformer, result_weights, backbone, vae, cache, args
     )
     if args.validation_prompt and global_step == 0:
         validate(step=0)
-    signals = catch_signals()
-    metrics = None
-    if accelerator.is_main_process:
-        metrics = open_metrics(args.output_dir / "metrics.jsonl", global_step)
     transformer.train()
     progress_bar = tqdm(
         total=max_train_steps,

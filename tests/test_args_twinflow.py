@@ -41,10 +41,10 @@ def world(tiny_model, pictures, tmp_path):
 PICTURES, PROMPTS = "--train_data_dir {pictures}", "--image_free --recipe image-free --prompts_file {prompts}"
 # flags, and what the message must say
 BAD = [
-    ("--train_batch_size 3", "--train_batch_size 3: each batch holds all kinds of --probs, at least 4"),
+    ("--train_batch_size 3", "--train_batch_size 3: each batch holds all sample types of --probs, at least 4"),
     (
         "--probs e2e=1,mul=1,any=1,adv=1,one=1",
-        "--train_batch_size 4: each batch holds all kinds of --probs, at least 5",
+        "--train_batch_size 4: each batch holds all sample types of --probs, at least 5",
     ),
     ("--probs e2e=1,two=1", "--probs: 'two' is none of e2e, mul, any, adv, one"),
     ("--probs e2e=-1", "--probs: -1 is out of range"),
@@ -90,7 +90,7 @@ BAD = [
     ("--output_dir {file}", "a file of this name is in the way"),
     ("--output_dir {earlier}", "holds checkpoint-5 of an earlier run: continue it with"),
     ("--output_dir {earlier} --resume_from_checkpoint latest", "enhanced_ratio was 0.5 there and is 0.8 now"),
-    ("--pretrained_model_name_or_path {nowhere}", "neither a folder with a pipeline nor a hub id like black-forest"),
+    ("--pretrained_model_name_or_path {nowhere}", "neither a folder with a pipeline nor a Hub id like black-forest"),
     ("--train_data_dir {nowhere}", "--train_data_dir {nowhere}: no such folder"),
     ("--train_data_dir {empty}", "--train_data_dir {empty}: no images"),
     ("--train_data_dir {bare}", "no caption for {bare}/a.png: write it in a .txt file beside the image"),

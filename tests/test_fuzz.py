@@ -302,7 +302,7 @@ def read(arguments, tiny_pipeline):
             prompts = [example.caption for example in examples]
         else:
             dataset = module.TwinFlowDataset(examples, None, args)
-            for index, flipped in dataset.image_variants():
+            for index, flipped in dataset.image_keys():
                 dataset.pixel_values(examples[index], index, flipped)
             prompts = [caption for example in examples for caption in example.captions]
         tokenize(prompts)

@@ -89,12 +89,12 @@ BAD = [
     ),
     ("--condition_type token_integration --condition_size 16", "token_integration shares the image's tokens"),
     ("--condition_type token_integration --position_delta 0,-2", "token_integration shares the image's tokens"),
-    ("--condition_type token_integration --target_size 16", "--target_size 16 leaves no room for a mask"),
+    ("--condition_type token_integration --target_size 16", "--target_size 16 is too small for a mask"),
     ("--condition_type depth_pred canny", "depth_pred generates depth maps: it goes with no other condition"),
     ("--condition_type subject --image_size 32 --padding 4 --instance_prompt x", "hold no pair of --image_size 32"),
     ("--pretrained_model_name_or_path {fill}", "holds a FluxTransformer2DModel with 384 input channels"),
-    ("--pretrained_model_name_or_path {nowhere}", "neither a folder with a FLUX pipeline nor a hub id"),
-    ("--condition_type subject subject", "--condition_type subject goes once"),
+    ("--pretrained_model_name_or_path {nowhere}", "neither a folder with a FLUX pipeline nor a Hub id"),
+    ("--condition_type subject subject", "--condition_type subject can be given once"),
     ("--condition_type depth --depth_model {nowhere}", "--depth_model {nowhere}: cannot be loaded"),
     ("--condition_type depth --depth_model {model}/text_encoder_2", "is a t5, which estimates no depth"),
     ("--instance_data_dir {listed}", "{listed}/a.png: its caption must be text and not empty, not ['x']"),
@@ -192,7 +192,7 @@ def test_all_problems_come_in_one_message(world, no_models, train, capsys):
     with pytest.raises(SystemExit):
         train("train_omini", *flags.format(**world).split())
     error = capsys.readouterr().err.split("error:")[1]
-    for problem in ("exactly one of", "nor a hub id", "--condition_column names 0", "in the way", "has no effect"):
+    for problem in ("exactly one of", "nor a Hub id", "--condition_column names 0", "in the way", "has no effect"):
         assert problem in error
 
 

@@ -15,13 +15,13 @@ from examples.toy.world import sliced_wasserstein
 from train_twinflow import sampling_loop
 
 
-KINDS = twinflow.KINDS
+SAMPLE_TYPES = twinflow.SAMPLE_TYPES
 
 
 def method(**changes):
     """Arguments of the method, as `compute_loss` reads them."""
     args = {
-        "probs": dict.fromkeys(KINDS, 1.0),
+        "probs": dict.fromkeys(SAMPLE_TYPES, 1.0),
         "consistc_ratio": 1.0,
         "estimate_order": 2,
         "enhanced_ratio": 0.8,
@@ -54,7 +54,7 @@ PROBS = [
 @pytest.mark.parametrize("batch_size", range(4, 18))
 def test_a_batch_holds_every_kind_as_near_to_its_share_as_whole_numbers_come(batch_size, probs):
     counts = twinflow.partition(batch_size, probs)
-    kinds = [kind for kind in KINDS if probs[kind]]
+    kinds = [kind for kind in SAMPLE_TYPES if probs[kind]]
     assert list(counts) == kinds
     assert sum(counts.values()) == batch_size
     shares = [batch_size * probs[kind] / sum(probs.values()) for kind in kinds]
@@ -66,20 +66,20 @@ def test_a_batch_holds_every_kind_as_near_to_its_share_as_whole_numbers_come(bat
 
 def kinds_of(masks):
     """The kind of each sample; every sample is of one."""
-    assert (torch.stack([masks[kind] for kind in KINDS]).sum(dim=0) == 1).all()
-    return [next(kind for kind in KINDS if masks[kind][i]) for i in range(len(masks["e2e"]))]
+    assert (torch.stack([masks[kind] for kind in SAMPLE_TYPES]).sum(dim=0) == 1).all()
+    return [next(kind for kind in SAMPLE_TYPES if masks[kind][i]) for i in range(len(masks["e2e"]))]
 
 
 def test_times_of_each_kind():
-    args = method(probs=dict.fromkeys(KINDS, 1.0), consistc_ratio=0.7, time_dist_ctrl=(2.0, 5.0, 0.9))
-    drawn = {kind: [] for kind in KINDS}
+    args = method(probs=dict.fromkeys(SAMPLE_TYPES, 1.0), consistc_ratio=0.7, time_dist_ctrl=(2.0, 5.0, 0.9))
+    drawn = {kind: [] for kind in SAMPLE_TYPES}
     for seed in range(400):
         generator = torch.Generator().manual_seed(seed)
         masks, t, target_time = twinflow.sample_times(10, args=args, generator=generator)
         for i, kind in enumerate(kinds_of(masks)):
             drawn[kind].append((t[i].item(), target_time[i].item()))
     times = {kind: np.array(pairs).T for kind, pairs in drawn.items()}
-    assert {kind: len(pairs) for kind, pairs in drawn.items()} == dict.fromkeys(KINDS, 800)
+    assert {kind: len(pairs) for kind, pairs in drawn.items()} == dict.fromkeys(SAMPLE_TYPES, 800)
     assert (times["e2e"][0] == 1).all()
     assert (times["e2e"][1] == 0).all()
     assert (times["one"][1] == 0).all()
