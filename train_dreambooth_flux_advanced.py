@@ -2301,9 +2301,8 @@ def main(args):
         "images": "validation",
     }
     file_beside = lora if args.output_name and lora.exists() else None
-    finish(
-        accelerator, args, global_step, results, generate_command(args, example_prompt), hub_repo, beside=file_beside
-    )
+    command = generate_command(args, example_prompt)
+    finish(accelerator, args, global_step, results, command, hub_repo, extra_file=file_beside)
 
 
 if __name__ == "__main__":

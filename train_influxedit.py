@@ -20,6 +20,17 @@ On one GPU, or on all of them after `accelerate config`:
 
 output_dir then holds pytorch_lora_weights.safetensors for `FluxFillPipeline.load_lora_weights`, a model card
 (README.md), args.json, metrics.jsonl and loss.png, validation images and checkpoints.
+
+| FluxFillPipeline     | InFluxEdit's code               | here                          |
+| -------------------- | ------------------------------- | ----------------------------- |
+| latents              | noisy_model_input               | noisy_latents                 |
+| masked_image         | masked_images                   | EditDataset.pixel_values      |
+| mask_image           | masks, --use_split_mask         | EditDataset.mask, split_mask  |
+| masked_image_latents | masked_image_latents            | input_latents                 |
+| prepare_mask_latents | masked_image_latents with mask  | pack_fill_condition           |
+| the pipeline         | FluxFillEditPipeline            | FillPipeline                  |
+|                      | target = noise - model_input    | target in compute_loss        |
+|                      | loss, prior_loss                | instance_loss, prior_loss     |
 """
 
 import argparse

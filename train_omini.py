@@ -2042,7 +2042,7 @@ def main(args):
     final_prompt = None
     if not args.skip_final_inference:
         final_prompt = args.final_validation_prompt or args.validation_prompt
-    prompts = {example.caption for example in examples if isinstance(example.caption, str)}
+    prompts = {example.caption for example in examples if isinstance(example.caption, str)}  # others are problems
     if args.drop_text_prob:
         prompts.add("")
     for prompt in (args.validation_prompt, final_prompt):
@@ -2129,7 +2129,7 @@ def main(args):
     run_info = describe_run(args, dataset)
     print_header(accelerator, args, run_info, lora_params, base_size, max_train_steps, steps_per_epoch)
     start_logging(accelerator, args, "omini", global_step)
-    signals = catch_signals()
+    signals = catch_signals()  # before the validation: a signal during it, too, saves a checkpoint, after one update
     metrics = None
     if accelerator.is_main_process:
         metrics = open_metrics(args.output_dir / "metrics.jsonl", global_step)

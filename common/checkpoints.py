@@ -311,7 +311,7 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path | None, lr_schedu
 
 
 def register_tensor_checkpointing(accelerator: Accelerator, tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
-    """Makes checkpoints hold these tensors, {kind: {name: tensor}}, instead of the models that were prepared.
+    """Makes checkpoints hold these tensors, {prefix: {name: tensor}}, instead of the models that were prepared.
 
     They go to state.safetensors and come back in place. Every process has all of them, so the main process writes
     them; a file that reshards, as that of `register_sharded_checkpointing`, would be a folder of parts with one part.
@@ -321,9 +321,9 @@ def register_tensor_checkpointing(accelerator: Accelerator, tensors: Mapping[str
 
     def live_tensors() -> dict[str, torch.Tensor]:
         found = {}
-        for kind, named in tensors.items():
+        for prefix, named in tensors.items():
             for name, tensor in named.items():
-                found[f"{kind}/{name}"] = tensor.detach()
+                found[f"{prefix}/{name}"] = tensor.detach()
         return found
 
     def save(models: list, weights: list, output_dir: str) -> None:
@@ -486,7 +486,10 @@ def atomic_write(path: Path | str, *, durable: bool = True) -> Iterator[Path]:
 
 @contextmanager
 def writing(path: Path | str) -> Iterator[None]:
-    """Ends the run with one message if `path`, a file or a folder, cannot be written within the context."""
+    """Ends the run with one message if `path`, a file or a folder, cannot be written within the context.
+
+    For what `atomic_write` cannot replace as one file: folders, files that grow, and those that trackers write.
+    """
     path = Path(path).absolute()
     try:
         yield
@@ -502,7 +505,7 @@ def writing(path: Path | str) -> Iterator[None]:
 
 
 def write_error(error: Exception) -> str | None:
-    """Why a file could not be written; None for an error of another kind."""
+    """Why a file could not be written; None for an error that has another cause."""
     if isinstance(error, OSError | SafetensorError):
         return getattr(error, "strerror", None) or str(error)
     if re.search("PytorchStreamWriter|iostream|unexpected pos", str(error)):  # torch.save's RuntimeError

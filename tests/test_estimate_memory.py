@@ -159,7 +159,7 @@ def test_flags_have_the_effects_they_are_for():
     assert of("--num_processes", "2")[0]["reducer"] == rows["LoRA"]
     with_vae, pictures = estimate(model_like("FLUX.1-dev", 2), parse_args([]))
     assert with_vae["VAE"] > 0 == estimate(model_like("FLUX.1-dev", 2), parse_args(["--offload"]))[0]["VAE"]
-    assert pictures["encoding pictures"] > peaks["encoding pictures"]
+    assert pictures["encoding images"] > peaks["encoding images"]
 
 
 def test_fsdp_splits_what_full_training_holds():

@@ -550,8 +550,9 @@ def test_a_signal_while_training_or_drawing_saves_and_ends(runs, flags_of, tmp_p
     number, marker = getattr(signal, name), tmp_path / "marker"
     flags = [*flags_of[script], "--max_train_steps", 9, "--dataloader_num_workers", 2, "--output_dir"]
     assert runs.run(script, [*flags, tmp_path / "whole"]) == 0, runs.output()
-    for function, nth, step in (("log_step", 3, 4), ("save_images", 2, 5)):  # the latter within step 4's validation
-        folder = tmp_path / function
+    # within the validations before step 1 and after step 4, and between two of them
+    for function, nth, step in (("save_images", 1, 1), ("log_step", 3, 4), ("save_images", 2, 5)):
+        folder = tmp_path / f"{function}-{nth}"
         runs.start(script, [*flags, folder], "pause", function, nth, str(marker), 1)
         runs.wait_for(marker.exists)
         marker.unlink()
