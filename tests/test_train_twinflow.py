@@ -527,7 +527,7 @@ def learn(train, scenes, folder, *method):
 
 
 @pytest.mark.parametrize(
-    ("training_steps", "bars"), [(40, (20, 45)), pytest.param(120, (30, 50), marks=pytest.mark.slow)]
+    ("training_steps", "bars"), [(20, (30, 50)), pytest.param(120, (30, 50), marks=pytest.mark.slow)]
 )
 def test_it_learns_to_generate_in_one_step(train, scenes, tmp_path, training_steps, bars):
     flags = [
