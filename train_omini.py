@@ -2130,7 +2130,7 @@ def main(args):
     run_info = describe_run(args, dataset)
     print_header(accelerator, args, run_info, lora_params, base_size, max_train_steps, steps_per_epoch)
     start_logging(accelerator, args, "omini", global_step)
-    signals = catch_signals()
+    signals = catch_signals()  # before the validation: a signal during it, too, saves a checkpoint, after one update
     metrics = None
     if accelerator.is_main_process:
         metrics = open_metrics(args.output_dir / "metrics.jsonl", global_step)
