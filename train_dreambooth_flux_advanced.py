@@ -2302,7 +2302,7 @@ def main(args):
     }
     file_beside = lora if args.output_name and lora.exists() else None
     command = generate_command(args, example_prompt)
-    finish(accelerator, args, global_step, results, command, hub_repo, beside=file_beside)
+    finish(accelerator, args, global_step, results, command, hub_repo, extra_file=file_beside)
 
 
 if __name__ == "__main__":

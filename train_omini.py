@@ -89,6 +89,7 @@ from common.data import (
     first_value,
     fit,
     fit_mask,
+    open_image,
     open_stream,
     read_batches,
     read_dataset,
@@ -1587,8 +1588,6 @@ def split_pairs(examples, args):
             read_other = functools.partial(crop_side, pair, 1 - side, args.image_size, args.padding)
             caption_columns = (f"description.description_{side}", f"description_{side}", args.caption_column or "text")
             caption = first_value(pair.columns, caption_columns)
-            if not pair.columns:  # a .txt file
-                caption = pair.caption
             example = Example(f"{pair.name}, side {side}", read_side, caption)
             example.images = {**pair.images, subject: Example(f"{pair.name}, other side", read_other)}
             sides.append(example)
@@ -1755,7 +1754,7 @@ class OminiDataset(Dataset):
     def depth_map(self, example, size):
         """What `estimate_depth` has written for the image of an example."""
         image = fit(example.image(), self.args.target_size, self.args.image_interpolation_mode)
-        depth = Image.open(depth_path(image, self.args))
+        depth = open_image(depth_path(image, self.args))
         return depth.convert("RGB").resize(size[::-1])
 
     def black_image(self, role):
@@ -2043,7 +2042,7 @@ def main(args):
     final_prompt = None
     if not args.skip_final_inference:
         final_prompt = args.final_validation_prompt or args.validation_prompt
-    prompts = {example.caption for example in examples if isinstance(example.caption, str)}
+    prompts = {example.caption for example in examples if isinstance(example.caption, str)}  # others are problems
     if args.drop_text_prob:
         prompts.add("")
     for prompt in (args.validation_prompt, final_prompt):

@@ -43,7 +43,6 @@ import inspect
 import math
 import os
 import shlex
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -253,15 +252,15 @@ def parse_args(argv=None):
     arg("--openuni_llm", metavar="MODEL", help="openuni: its InternVL3, such as OpenGVLab/InternVL3-2B-hf")
     arg("--revision", help="revision of the model on the Hub")
     arg("--variant", help="variant of the model's files, such as fp16")
-    arg("--cache_dir", help="where downloaded models and datasets are stored")
+    arg("--cache_dir", help="folder for downloaded models and datasets")
     arg(
         "--max_sequence_length",
         type=in_range(int, 1, 512),
         default=512,
-        help="tokens per prompt; FLUX.1-schnell takes 256 at most",
+        help="tokens per prompt, schnell: to 256",
     )
     arg("--mixed_precision", choices=("no", "fp16", "bf16"), help="precision of forward passes and frozen weights")
-    arg("--allow_tf32", action="store_true", help="faster, less exact float32 matmuls on Ampere and later GPUs")
+    arg("--allow_tf32", action="store_true", help="faster, less exact float32 products on Ampere and later GPUs")
     arg(
         "--gradient_checkpointing",
         action="store_true",
@@ -271,18 +270,18 @@ def parse_args(argv=None):
         "--quantize_base",
         choices=QUANTIZATIONS,
         default="none",
-        help="lora: quantize the frozen blocks to 4 or 8 bits",
+        help="lora: store frozen blocks in 4 or 8 bits",
     )
-    arg("--compile", action="store_true", help="compile the transformer blocks: minutes at first, then faster steps")
+    arg("--compile", action="store_true", help="compile the transformer's blocks: minutes once, then faster steps")
     arg("--offload", action="store_true", help="keep frozen models in CPU memory until they are used")
-    arg("--fsdp", action="store_true", help="shard weights and optimizer over the processes (FSDP2)")
+    arg("--fsdp", action="store_true", help="shard weights and optimizer state over the processes (FSDP2)")
 
     arg = parser.add_argument_group("data", "images with captions, or prompts alone").add_argument
     arg("--train_data_dir", type=Path, help="folder of images with .txt captions, one per line, or of parquet files")
     arg("--dataset_name", help="dataset on the Hub, or a folder or file that `datasets` loads")
     arg("--dataset_config_name", help="configuration of that dataset")
-    arg("--image_column", default="image", help="dataset column of the images")
-    arg("--caption_column", help="dataset column of the captions (default: text)")
+    arg("--image_column", default="image", help="column of the dataset that holds the images")
+    arg("--caption_column", help="column of the dataset that holds captions (default: text)")
     arg("--reference_column", help="qwenimage-edit: dataset column of the images to edit")
     arg("--reference_data_dir", type=Path, help="qwenimage-edit: folder of the images to edit, same file names")
     arg("--prompts_file", type=Path, help="--image_free: text file with one prompt per line")
@@ -294,9 +293,14 @@ def parse_args(argv=None):
     )
     arg("--center_crop", action="store_true", help="crop the center; default: a random crop, fixed for each image")
     arg("--random_flip", action="store_true", help="mirror half of the images; not for faces, text or logos")
-    arg("--image_interpolation_mode", choices=INTERPOLATION, default="lanczos", help="resampling filter")
+    arg("--image_interpolation_mode", choices=INTERPOLATION, default="lanczos", help="filter for resizing images")
     arg("--train_batch_size", type=positive_int, default=4, help="samples per device and micro-step; 4 or more")
-    arg("--dataloader_num_workers", type=in_range(int, 0), default=0, help="processes that read images; 0: none extra")
+    arg(
+        "--dataloader_num_workers",
+        type=in_range(int, 0),
+        default=0,
+        help="processes that read images; 0: the main process",
+    )
     arg("--cache_latents", action="store_true", help="encode images once, before training: saves time and memory")
 
     arg = parser.add_argument_group("twinflow", "the method; --recipe sets these, flags you type win").add_argument
@@ -346,9 +350,9 @@ def parse_args(argv=None):
     )
 
     arg = parser.add_argument_group("lora", "the adapter").add_argument
-    arg("--rank", type=positive_int, default=4, help="rank of the adapter; 16 to 64 for detail")
+    arg("--rank", type=positive_int, default=4, help="rank of the LoRA: its capacity and size; 16 to 64 for detail")
     arg("--lora_alpha", type=positive_float, default=4, help="LoRA scale is lora_alpha / rank")
-    arg("--lora_dropout", type=in_range(float, 0, 0.99), default=0.0, help="dropout of the adapter's inputs")
+    arg("--lora_dropout", type=in_range(float, 0, 0.99), default=0.0, help="dropout probability of the LoRA's inputs")
     arg(
         "--lora_layers",
         "--lora_blocks",
@@ -356,7 +360,12 @@ def parse_args(argv=None):
     )
 
     arg = parser.add_argument_group("noise", "which noise levels are trained").add_argument
-    arg("--guidance_scale", type=non_negative_float, default=3.5, help="value for the guidance embedding (FLUX.1-dev)")
+    arg(
+        "--guidance_scale",
+        type=non_negative_float,
+        default=3.5,
+        help="value passed to the guidance embedding (FLUX.1-dev)",
+    )
     arg(
         "--time_dist_ctrl",
         type=positive_float,
@@ -371,31 +380,36 @@ def parse_args(argv=None):
         type=str.lower,
         choices=("adamw", "prodigy"),
         default="AdamW",
-        help="AdamW, or Prodigy, which estimates the learning rate",
+        help="prodigy finds the learning rate itself: set --learning_rate 1",
     )
-    arg("--learning_rate", type=positive_float, default=1e-4, help="learning rate; 1 for prodigy")
+    arg(
+        "--learning_rate", type=positive_float, default=1e-4, help="learning rate; 1 for prodigy, about 1e-4 for adamw"
+    )
     arg(
         "--scale_lr",
         action="store_true",
-        help="multiply the learning rate by batch size, accumulation steps and devices",
+        help="multiply the learning rate by the total batch size",
     )
     arg("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="learning rate schedule")
     arg("--lr_warmup_steps", type=in_range(int, 0), default=500, help="linear warmup steps; constant has none")
     arg("--lr_num_cycles", type=positive_int, default=1, help="cycles of cosine_with_restarts")
-    arg("--lr_power", type=positive_float, default=1.0, help="power of the polynomial schedule")
+    arg("--lr_power", type=positive_float, default=1.0, help="power of polynomial; 1: linear")
     arg("--use_8bit_adam", action="store_true", help="AdamW with 8-bit states (bitsandbytes), to save memory")
-    arg("--adam_beta1", type=decay_rate, default=0.9, help="decay of the gradient's mean; Prodigy uses it too")
-    arg(
-        "--adam_beta2", type=decay_rate, default=0.99, help="decay of the squared gradient's mean; Prodigy uses it too"
-    )
-    arg("--adam_weight_decay", type=non_negative_float, default=0.0, help="weight decay; Prodigy uses it too")
-    arg("--adam_epsilon", type=positive_float, default=1e-8, help="added to the denominator; Prodigy uses it too")
+    arg("--adam_beta1", type=decay_rate, default=0.9, help="decay of the gradient's running mean, also in Prodigy")
+    arg("--adam_beta2", type=decay_rate, default=0.99, help="decay of the squared gradient's mean, also in Prodigy")
+    arg("--adam_weight_decay", type=non_negative_float, default=0.0, help="weight decay, also in Prodigy")
+    arg("--adam_epsilon", type=positive_float, default=1e-8, help="added to the denominator, also in Prodigy")
     arg("--prodigy_beta3", type=decay_rate, help="decay of Prodigy's estimate (default: square root of adam_beta2)")
     arg("--prodigy_decouple", action=Switch, default=True, help="decoupled weight decay, as in AdamW")
-    arg("--prodigy_use_bias_correction", action=Switch, default=True, help="Adam's bias correction")
+    arg("--prodigy_use_bias_correction", action=Switch, default=True, help="Adam's bias correction in Prodigy")
     arg("--prodigy_safeguard_warmup", action=Switch, default=True, help="keep warmup out of Prodigy's estimate")
-    arg("--max_grad_norm", type=positive_float, default=1.0, help="gradients are clipped to this norm")
-    arg("--gradient_accumulation_steps", type=positive_int, default=1, help="micro-steps per update")
+    arg("--max_grad_norm", type=positive_float, default=1.0, help="clip gradients to this norm")
+    arg(
+        "--gradient_accumulation_steps",
+        type=positive_int,
+        default=1,
+        help="batches per update: a larger batch in the memory of one",
+    )
 
     arg = parser.add_argument_group("schedule and checkpoints", "how long, and what can be resumed").add_argument
     arg(
@@ -408,11 +422,11 @@ def parse_args(argv=None):
         "--num_train_epochs",
         type=positive_int,
         default=1,
-        help="passes over the data, unless --max_train_steps is given",
+        help="passes over the data",
     )
     arg("--max_train_steps", type=positive_int, help="number of updates; overrides --num_train_epochs")
-    arg("--checkpointing_steps", type=positive_int, default=500, help="steps between checkpoints to resume from")
-    arg("--checkpoints_total_limit", type=positive_int, help="newest checkpoints to keep (default: all)")
+    arg("--checkpointing_steps", type=positive_int, default=500, help="steps between checkpoints")
+    arg("--checkpoints_total_limit", type=positive_int, help="number of newest checkpoints to keep (default: all)")
     arg("--resume_from_checkpoint", metavar="CHECKPOINT", help="a checkpoint-N folder, or latest (if there is one)")
     arg("--local_rank", type=int, default=-1, help="set by old launchers; LOCAL_RANK in the environment wins")
 
@@ -434,17 +448,17 @@ def parse_args(argv=None):
         "--validation_epochs",
         type=positive_int,
         default=50,
-        help="epochs between validations, unless --validation_steps is given",
+        help="epochs between validations",
     )
     arg("--validation_steps", type=positive_int, help="steps between validations; overrides --validation_epochs")
 
     arg = parser.add_argument_group("output and logging", "where the results go").add_argument
-    arg("--output_dir", type=Path, default=Path("twinflow"), help="folder of all results")
-    arg("--logging_dir", type=Path, default=Path("logs"), help="folder of the trackers' files in output_dir")
-    arg("--report_to", choices=TRACKERS, default="tensorboard", help="trackers that get curves and images")
-    arg("--upcast_before_saving", action="store_true", help="save the result in float32, not in mixed_precision")
-    arg("--verbose", action="store_true", help="show messages and progress bars of the libraries")
-    arg("--push_to_hub", action="store_true", help="upload the results, without checkpoints and logs")
+    arg("--output_dir", type=Path, default=Path("twinflow"), help="folder for all results")
+    arg("--logging_dir", type=Path, default=Path("logs"), help="folder for the trackers' files, inside output_dir")
+    arg("--report_to", choices=TRACKERS, default="tensorboard", help="trackers for metrics and validation images")
+    arg("--upcast_before_saving", action="store_true", help="save the result in float32 instead of --mixed_precision")
+    arg("--verbose", action="store_true", help="show the libraries' messages and progress bars")
+    arg("--push_to_hub", action="store_true", help="upload the results to the Hub, without checkpoints and logs")
     arg("--hub_token", help="Hub token (default: your login); never logged or saved")
     arg("--hub_model_id", help="Hub repository (default: the name of output_dir)")
 
@@ -459,14 +473,12 @@ def chosen_defaults(argv: list[str] | None) -> dict:
 
     A first pass over the command line, so that --help of the second shows what a run would use.
     """
-    first = Parser()
+    first = Parser(add_help=False)
     first.add_argument("--model_type", choices=tuple(BACKBONES), default="flux")
     first.add_argument("--recipe", choices=tuple(RECIPES), default="twinflow")
     first.add_argument("--training", choices=TRAINING)
-    words = sys.argv[1:] if argv is None else argv
-    words = [word for word in words if word not in ("-h", "--help")]
     try:
-        chosen, _ = first.parse_known_args(words)
+        chosen, _ = first.parse_known_args(argv)
     except (ValueError, RecursionError):  # an unreadable @file, which the second pass reports
         return {}
     backbone = BACKBONES[chosen.model_type]
@@ -1712,7 +1724,15 @@ def collate(samples: list[dict]) -> dict:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def encode_prompts(accelerator, backbone: Backbone, dataset: TwinFlowDataset, cache: TensorCache, args, dtype) -> None:
+def encode_prompts(
+    accelerator,
+    backbone: Backbone,
+    dataset: TwinFlowDataset,
+    cache: TensorCache,
+    validation_reference: Example | None,
+    args,
+    dtype: torch.dtype,
+) -> None:
     """Fills the cache with the conditions of all prompts. Prompt encoders are loaded only if some are missing, and
     freed afterwards."""
     requests = {}  # {key of the cache: (prompt, example of the image to edit)}
@@ -1721,8 +1741,8 @@ def encode_prompts(accelerator, backbone: Backbone, dataset: TwinFlowDataset, ca
         for prompt in [*example.captions, args.uncond_prompt]:
             requests[prompt_key(prompt, reference)] = (prompt, reference)
     if args.validation_prompt:
-        reference = file_example(args.validation_image) if args.validation_image else None
-        requests[prompt_key(args.validation_prompt, reference)] = (args.validation_prompt, reference)
+        key = prompt_key(args.validation_prompt, validation_reference)
+        requests[key] = (args.validation_prompt, validation_reference)
 
     @functools.cache
     def load_prompt_encoder():
@@ -1788,6 +1808,7 @@ def log_validation(
     backbone: Backbone,
     vae,
     cache: TensorCache,
+    reference: Example | None,
     args,
     *,
     step: int,
@@ -1800,7 +1821,6 @@ def log_validation(
     count = args.num_validation_images
     side = args.resolution // backbone.vae_scale_factor
     latent_shape = (backbone.latent_channels, side, side)
-    reference = file_example(args.validation_image) if args.validation_image else None
     cond = stack_conditions([cache.load(*prompt_key(args.validation_prompt, reference))] * count)
     offload_vae = args.offload or args.cache_latents or args.image_free
     images = []
@@ -1961,7 +1981,9 @@ def main(args):
     args.output_dir.mkdir(parents=True, exist_ok=True)
 
     # 3. Prompts and latents: encoded once; prompt encoders are freed before the transformer is loaded
-    encode_prompts(accelerator, backbone, dataset, cache, args, weight_dtype)
+    # read once: the cache's keys change when the file does
+    validation_reference = file_example(args.validation_image) if args.validation_image else None
+    encode_prompts(accelerator, backbone, dataset, cache, validation_reference, args, weight_dtype)
     free_memory()
     offload_vae = args.offload or args.cache_latents or args.image_free
     vae = backbone.load_vae(weight_dtype).to("cpu" if offload_vae else device)
@@ -2062,7 +2084,16 @@ def main(args):
     )
     result_weights = teacher if teacher.is_moving_average else nullcontext  # what is validated and saved
     validate = functools.partial(
-        log_validation, accelerator, predict, unwrapped_transformer, result_weights, backbone, vae, cache, args
+        log_validation,
+        accelerator,
+        predict,
+        unwrapped_transformer,
+        result_weights,
+        backbone,
+        vae,
+        cache,
+        validation_reference,
+        args,
     )
     if args.validation_prompt and global_step == 0:
         validate(step=0)

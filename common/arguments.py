@@ -79,7 +79,7 @@ class Parser(argparse.ArgumentParser):
     `description` and `epilog` are printed as they are; the epilog is an example command.
     """
 
-    def __init__(self, *, description: str = "", epilog: str = ""):
+    def __init__(self, *, description: str = "", epilog: str = "", add_help: bool = True):
         super().__init__(
             usage="%(prog)s [options] [@file]; --help explains them",
             description=description,
@@ -87,6 +87,7 @@ class Parser(argparse.ArgumentParser):
             formatter_class=HelpFormatter,
             fromfile_prefix_chars="@",
             allow_abbrev=False,
+            add_help=add_help,
         )
 
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:

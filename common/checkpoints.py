@@ -311,7 +311,7 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path | None, lr_schedu
 
 
 def register_tensor_checkpointing(accelerator: Accelerator, tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
-    """Makes checkpoints hold these tensors, {kind: {name: tensor}}, instead of the models that were prepared.
+    """Makes checkpoints hold these tensors, {prefix: {name: tensor}}, instead of the models that were prepared.
 
     They go to state.safetensors and come back in place. Every process has all of them, so the main process writes
     them; a file that reshards, as that of `register_sharded_checkpointing`, would be a folder of parts with one part.
@@ -321,9 +321,9 @@ def register_tensor_checkpointing(accelerator: Accelerator, tensors: Mapping[str
 
     def live_tensors() -> dict[str, torch.Tensor]:
         found = {}
-        for kind, named in tensors.items():
+        for prefix, named in tensors.items():
             for name, tensor in named.items():
-                found[f"{kind}/{name}"] = tensor.detach()
+                found[f"{prefix}/{name}"] = tensor.detach()
         return found
 
     def save(models: list, weights: list, output_dir: str) -> None:
@@ -380,7 +380,10 @@ def register_sharded_checkpointing(
         weights.clear()
 
     def load(models: list, input_dir: str) -> None:
-        reader = dcp.HuggingFaceStorageReader(str(Path(input_dir) / folder_name))
+        folder = Path(input_dir) / folder_name
+        if not folder.is_dir():
+            raise ValueError(f"no folder {folder_name} in it: it was saved without --fsdp, or by an earlier version")
+        reader = dcp.HuggingFaceStorageReader(str(folder))
         saved = reader.read_metadata().state_dict_metadata
         found = model_tensors()
         if any(name.startswith("optimizer.") for name in saved):
@@ -457,13 +460,15 @@ def stop_interrupted(accelerator: Accelerator, step: int, checkpoint: Path, sign
 
 
 @contextmanager
-def atomic_write(path: Path | str) -> Iterator[Path]:
+def atomic_write(path: Path | str, *, durable: bool = True) -> Iterator[Path]:
     """Writes a file as a whole or not at all: `with atomic_write(path) as partial:` fill the file `partial`.
 
     `partial` is a hidden file beside `path`, whose folder is created. At the end it is flushed to the disk and
     renamed, so `path` is the old file or the complete new one whenever the machine stops. Its name is its own, so
     several processes may write the same `path`. After an error it is removed, and where the disk is full or read-only
     the run ends with one message, see `writing`.
+
+    Files that can be made again, such as a cache's, need not be `durable`: these are not flushed.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
@@ -471,7 +476,8 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield partial
-            flush_to_disk(partial)
+            if durable:
+                flush_to_disk(partial)
             partial.replace(path)
     finally:
         with suppress(OSError):
@@ -480,7 +486,10 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
 
 @contextmanager
 def writing(path: Path | str) -> Iterator[None]:
-    """Ends the run with one message if `path`, a file or a folder, cannot be written within the context."""
+    """Ends the run with one message if `path`, a file or a folder, cannot be written within the context.
+
+    For what `atomic_write` cannot replace as one file: folders, files that grow, and those that trackers write.
+    """
     path = Path(path).absolute()
     try:
         yield
@@ -496,7 +505,7 @@ def writing(path: Path | str) -> Iterator[None]:
 
 
 def write_error(error: Exception) -> str | None:
-    """Why a file could not be written; None for an error of another kind."""
+    """Why a file could not be written; None for an error that has another cause."""
     if isinstance(error, OSError | SafetensorError):
         return getattr(error, "strerror", None) or str(error)
     if re.search("PytorchStreamWriter|iostream|unexpected pos", str(error)):  # torch.save's RuntimeError

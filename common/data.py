@@ -50,7 +50,9 @@ CAPTION_COLUMNS = ("text", "prompt", "caption")  # of metadata.jsonl, where no c
 UNSAFE_FORMATS = ("EPS", "IPTC")
 
 
-# ---- images ----
+# ---------------------------------------------------------------------------------------------------------------------
+# Images
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 class Size(NamedTuple):
@@ -108,7 +110,9 @@ def fit_mask(mask: Image.Image, size: tuple[int, int], **crop: Any) -> np.ndarra
     return np.asarray(fit(mask.convert("L"), size, "nearest", **crop)) >= 128
 
 
-# ---- examples ----
+# ---------------------------------------------------------------------------------------------------------------------
+# Examples
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -170,7 +174,9 @@ def all_images(examples: Iterable[Example]) -> list[Example]:
     return images
 
 
-# ---- checks: they return problems, and assign nothing ----
+# ---------------------------------------------------------------------------------------------------------------------
+# Checks: they return problems, and assign nothing
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def check_captions(
@@ -252,7 +258,9 @@ def verified_size(example: Example) -> Size:
     return size
 
 
-# ---- folders ----
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def image_files(folder: Path) -> tuple[list[Path], list[str]]:
@@ -455,7 +463,9 @@ def read_class_images(folder: Path | None, prompt: str, limit: int) -> list[Exam
     return [file_example(path, prompt) for path in paths[:limit]]
 
 
-# ---- datasets ----
+# ---------------------------------------------------------------------------------------------------------------------
+# Datasets
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def lookup(row: Any, column: str) -> Any:
@@ -648,7 +658,9 @@ def streamed_example(
     return row_example(row, name, readers=readers, image_columns=image_columns, caption_columns=caption_columns)
 
 
-# ---- batches ----
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def collate(examples: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:

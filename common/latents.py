@@ -161,7 +161,7 @@ class TensorCache:
 
     def save(self, tensors: Mapping[str, Tensor], *key: Any) -> None:
         tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
-        with atomic_write(self.path(*key)) as partial:
+        with atomic_write(self.path(*key), durable=False) as partial:
             save_file(tensors, partial)
 
     def load_or_encode(self, *key: Any, encode: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:

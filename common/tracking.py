@@ -75,7 +75,7 @@ def print_header(
         "trained": f"{num_trained:,} parameters, {share:.2%} of all",
         **run_info,
         "steps": f"{max_train_steps}, {steps_per_epoch or 'unknown'} per epoch; a step is {step}",
-        "numbers": f"mixed precision {accelerator.mixed_precision}, seed {args.seed}",
+        "precision": f"mixed precision {accelerator.mixed_precision}, seed {args.seed}",
         "output": args.output_dir,
     }
     for label, text in lines.items():
@@ -84,12 +84,13 @@ def print_header(
 
 
 def start_logging(
-    accelerator: Accelerator, args: Any, project: str, last_step: int, marks: Mapping[str, int] | None = None
+    accelerator: Accelerator, args: Any, project: str, last_step: int, events: Mapping[str, int] | None = None
 ) -> None:
     """Writes args.json and starts the trackers under the name of `project`.
 
-    args.json holds the flags, which of them were changed, the versions of the libraries and `marks`, steps that plots
-    mark {label: step}; 0 is for never. TensorBoard drops what it has of steps after `last_step`, where a run resumes.
+    args.json holds the flags, which of them were changed, the versions of the libraries and, as "marks", `events`
+    {label: step}, which plots mark; step 0 means never. Where a run resumes, TensorBoard drops what it has of steps
+    after `last_step`.
     """
     flags = {name: value for name, value in vars(args).items() if name != "hub_token"}
     if accelerator.is_main_process:
@@ -98,7 +99,7 @@ def start_logging(
             "args": flags,
             "changed": args.changed,
             "versions": {name: importlib.metadata.version(name) for name in libraries},
-            "marks": {label: step for label, step in (marks or {}).items() if step},
+            "marks": {label: step for label, step in (events or {}).items() if step},
         }
         with atomic_write(args.output_dir / "args.json") as partial:
             partial.write_text(json.dumps(record, indent=2, default=str) + "\n")
@@ -127,8 +128,10 @@ def tracker_config(flags: Mapping[str, Any]) -> dict[str, bool | int | float | s
 def step_logs(
     optimizer: torch.optim.Optimizer, grad_norm: float, num_images: int, started: float, device: torch.device
 ) -> dict[str, float]:
-    """What is logged of a step beside its loss. It took `num_images` images and began when perf_counter was `started`.
+    """What is logged of a step besides its loss.
 
+    `num_images` is the nominal number of images of a step, over all processes, and `started` the time.perf_counter()
+    at its begin.
     With Prodigy, lr is the step size: its learning rate, a factor, times its estimate d, which is logged too.
     """
     group = optimizer.param_groups[0]
@@ -147,7 +150,7 @@ def log_step(accelerator: Accelerator, progress_bar: tqdm, metrics: Any, step: i
     `metrics` is None on all processes but the main one.
     """
     progress_bar.set_postfix({name: f"{logs[name]:.3g}" for name in ("loss", "lr")}, refresh=False)
-    progress_bar.update()  # drawn ten times a second at most
+    progress_bar.update()  # tqdm prints ten times a second at most
     if not progress_bar.disable:
         print_forecast(progress_bar, step, logs["peak_memory_gb"])
     with writing(accelerator.logging_dir or "."):
@@ -167,8 +170,8 @@ def print_forecast(progress_bar: Any, step: int, memory_gb: float) -> None:
         progress_bar.first_step_seconds = elapsed
     if done == FORECAST_STEP:
         seconds_per_step = (elapsed - progress_bar.first_step_seconds) / (FORECAST_STEP - 1)
-        left = progress_bar.format_interval((progress_bar.total - step) * seconds_per_step)
-        progress_bar.write(f"  expected {left} more, {memory_gb:.1f} GiB of memory, by the first steps")
+        remaining = progress_bar.format_interval((progress_bar.total - step) * seconds_per_step)
+        progress_bar.write(f"  expected {remaining} more, {memory_gb:.1f} GiB of memory, by the first steps")
 
 
 def peak_memory(device: torch.device) -> float:
@@ -191,7 +194,7 @@ def open_metrics(path: Path, last_step: int) -> Any:
 
 
 def plot_metrics(output_dir: Path) -> None:
-    """Draws loss.png from metrics.jsonl: loss and learning rate, with the run's checkpoints and args.json's marks."""
+    """Plots metrics.jsonl as loss.png: loss and learning rate, the run's checkpoints and the events of args.json."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -213,7 +216,7 @@ def plot_metrics(output_dir: Path) -> None:
     checkpoints = [step for step in checkpoints if first_step <= step <= last_step]
     if checkpoints:
         mark_checkpoints(upper, checkpoints)
-    for i, (label, step) in enumerate(read_marks(output_dir).items()):
+    for i, (label, step) in enumerate(read_events(output_dir).items()):
         if first_step <= step < last_step:
             color = f"C{3 + i}"
             upper.axvline(step, color=color, linestyle="--", label=f"{label}, step {step}")
@@ -266,8 +269,8 @@ def mark_checkpoints(axes: Any, checkpoints: Sequence[int]) -> None:
         axes.axvline(step, color="0.85", linewidth=0.8, zorder=0)
 
 
-def read_marks(output_dir: Path) -> dict[str, int]:
-    """The steps that `start_logging` was told to mark, {label: step}."""
+def read_events(output_dir: Path) -> dict[str, int]:
+    """The events {label: step} that `start_logging` wrote to args.json."""
     try:
         return json.loads((output_dir / "args.json").read_text())["marks"]
     except (OSError, ValueError, TypeError, KeyError):
@@ -344,14 +347,14 @@ def create_hub_repo(accelerator: Accelerator, args: Any) -> str | None:
         fail(accelerator, [f"--push_to_hub: {error}"])
 
 
-def push_to_hub(args: Any, repo_id: str, unwanted: Sequence[str] = (), beside: Path | None = None) -> None:
-    """Uploads the output folder, without checkpoints, logs and the patterns `unwanted`, and the file `beside` it."""
-    ignored = ["checkpoint-*/**", ".*", f"{args.logging_dir}/**", *unwanted]
+def push_to_hub(args: Any, repo_id: str, unwanted: Sequence[str] = (), extra_file: Path | None = None) -> None:
+    """Uploads the output folder without checkpoints, logs and the patterns `unwanted`, and `extra_file`."""
+    ignored = ["checkpoint-*/**", ".*", "*/.*", f"{args.logging_dir}/**", *unwanted]
     hub = HfApi(token=args.hub_token)
     try:
         hub.upload_folder(repo_id=repo_id, folder_path=args.output_dir, ignore_patterns=ignored)
-        if beside:
-            hub.upload_file(repo_id=repo_id, path_or_fileobj=beside, path_in_repo=beside.name)
+        if extra_file:
+            hub.upload_file(repo_id=repo_id, path_or_fileobj=extra_file, path_in_repo=extra_file.name)
     except (HTTPError, OSError, ValueError) as error:
         raise SystemExit(
             f"--push_to_hub: {error}\nNothing is lost. Try again: hf upload {repo_id} {args.output_dir}"
@@ -366,12 +369,12 @@ def finish(
     command: str,
     hub_repo: str | None = None,
     unwanted: Sequence[str] = (),
-    beside: Path | None = None,
+    extra_file: Path | None = None,
 ) -> None:
     """Says where the results are and how to look at them, and uploads them.
 
     `results` {label: path in the output folder} are listed as far as they exist; `command` is one of examples/ that
-    generates with them. `unwanted` and `beside` are as in `push_to_hub`.
+    generates with them. `unwanted` and `extra_file` are as in `push_to_hub`.
     """
     found = {label: args.output_dir / name for label, name in results.items() if (args.output_dir / name).exists()}
     width = max(len("results"), *map(len, found)) + 2
@@ -382,7 +385,7 @@ def finish(
     accelerator.print(f"See how it went:\n  {python()} {examples}/report.py {shlex.quote(str(args.output_dir))}")
     accelerator.print(f"Generate with it:\n  {python()} {examples}/{command}")
     if hub_repo:
-        push_to_hub(args, hub_repo, unwanted, beside)
+        push_to_hub(args, hub_repo, unwanted, extra_file)
 
 
 def python() -> str:

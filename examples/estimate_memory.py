@@ -419,12 +419,12 @@ def estimate(model, args):
     always = sum(rows[name] for name in ("teacher", "reducer", "optimizer", "VAE"))
     peaks = {
         "encoding prompts": text * dtype.itemsize,
-        "encoding pictures": memory.peak,
+        "encoding images": memory.peak,
         "forward and backward pass": step["peak"] + always,
         "optimizer step": step["before"] + always + trained + update,
     }
     if not args.cache_latents:
-        peaks["encoding pictures"] += step["before"] + always - rows["VAE"]
+        peaks["encoding images"] += step["before"] + always - rows["VAE"]
     return rows, peaks
 
 

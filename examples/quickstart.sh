@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Teaches the toy FLUX a thing it has never seen from six pictures, on a CPU, in minutes, and shows before and after.
+# Teaches the toy FLUX a thing it has never seen from six images, on a CPU, in minutes, and shows before and after.
 # Needs Python 3.11 or later and nothing else.     examples/quickstart.sh [new output folder]
 set -euo pipefail
 out=${1:-quickstart}
@@ -18,10 +18,10 @@ mkdir -p "$out"
 touch "$out/.made-by-quickstart"
 export TRANSFORMERS_VERBOSITY=error
 
-.venv/bin/python examples/toy/world.py glyph "$out/pictures" --count 6
+.venv/bin/python examples/toy/world.py glyph "$out/images" --count 6
 .venv/bin/python train_dreambooth_flux_advanced.py \
     --pretrained_model_name_or_path examples/toy/flux --max_sequence_length 32 \
-    --instance_data_dir "$out/pictures" --resolution 64 --cache_latents \
+    --instance_data_dir "$out/images" --resolution 64 --cache_latents \
     --rank 8 --lora_alpha 8 --lora_layers to_q,to_k,to_v,net.0.proj,net.2,proj_mlp,proj_out \
     --train_batch_size 6 --repeats 4 --guidance_scale 1 \
     --learning_rate 3e-3 --lr_scheduler cosine --lr_warmup_steps 10 --max_train_steps 1200 \

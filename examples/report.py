@@ -182,7 +182,7 @@ def page(folder):
     data = charts_of(rows)
     data["checkpoints"] = checkpoints
     data["marks"] = [(label, step) for label, step in record.get("marks", {}).items() if step < last_step]
-    data["pictures"] = validation_images(folder)
+    data["images"] = validation_images(folder)
 
     mean_losses = running_mean([row["loss"] for row in rows], mean_window(len(rows)))
     speeds = np.array([row.get("images_per_second", math.nan) for row in rows])

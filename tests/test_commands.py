@@ -407,7 +407,12 @@ def steps_of(page, tmp_path):
     return sorted(steps, key=lambda step: step[0])
 
 
-@pytest.mark.parametrize("page", PAGES)
+LONG_PAGES = ("examples/influxedit/README.md", "examples/twinflow/README.md")
+
+
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=pytest.mark.slow if page in LONG_PAGES else []) for page in PAGES]
+)
 def test_what_a_page_says_runs(page, train, short_runs, workplace, tmp_path, monkeypatch):
     place = workplace((ROOT / page).read_text())
     for line, folder, step in steps_of(page, tmp_path):

@@ -124,6 +124,7 @@ def test_the_estimate_is_within_ten_percent_of_what_a_process_takes(case):
     assert 0.9 < estimated / taken < 1.1
 
 
+@pytest.mark.slow
 def test_real_sizes():
     """The published numbers of parameters, in billions, and bytes where they are known by multiplication."""
     for name, billions in {"FLUX.1-dev": 11.9, "SD3.5-medium": 2.24, "Sana-1.6B": 1.6, "Qwen-Image": 20.4}.items():
@@ -141,6 +142,7 @@ def of(*flags, model="FLUX.1-dev"):
     return estimate(model_like(model, 2), parse_args(["--cache_latents", *flags]))
 
 
+@pytest.mark.slow
 def test_flags_have_the_effects_they_are_for():
     rows, peaks = of()
     assert of("--gradient_checkpointing")[0]["activations"] < 0.2 * rows["activations"]
@@ -157,7 +159,7 @@ def test_flags_have_the_effects_they_are_for():
     assert of("--num_processes", "2")[0]["reducer"] == rows["LoRA"]
     with_vae, pictures = estimate(model_like("FLUX.1-dev", 2), parse_args([]))
     assert with_vae["VAE"] > 0 == estimate(model_like("FLUX.1-dev", 2), parse_args(["--offload"]))[0]["VAE"]
-    assert pictures["encoding pictures"] > peaks["encoding pictures"]
+    assert pictures["encoding images"] > peaks["encoding images"]
 
 
 def test_fsdp_splits_what_full_training_holds():

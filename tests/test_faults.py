@@ -469,8 +469,9 @@ def test_a_full_disk_elsewhere_is_one_message(runs, short_runs, small_disk, scri
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("workers", [2, pytest.param(0, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("script", ONE_QUICK)
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_a_picture_removed_meanwhile_is_one_message(runs, short_runs, pictures, pairs, tmp_path, script, workers):
     source = pairs / "images" if script == "train_influxedit" else pictures
     data, folder, marker = tmp_path / "data", tmp_path / "run", tmp_path / "marker"

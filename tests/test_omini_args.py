@@ -196,6 +196,24 @@ def test_all_problems_come_in_one_message(world, no_models, train, capsys):
         assert problem in error
 
 
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("--dataset_class {data_py}:Missing --condition_type custom", "cannot be read"),
+        ("--dataset_name {nowhere} --streaming --max_train_steps 5 --condition_type canny", "--dataset_name"),
+        ("--instance_data_dir {nowhere} --condition_type canny", "--instance_data_dir"),
+    ],
+)
+def test_problems_of_data_and_run_come_in_one_message(world, no_models, train, capsys, source, message):
+    flags = "--pretrained_model_name_or_path {model} --output_dir {out} --report_to none --target_size 32 "
+    flags += f"--lr_scheduler linear --lr_warmup_steps 500 --max_train_steps 5 {source}"
+    with pytest.raises(SystemExit):
+        train("train_omini", *flags.format(**world).split())
+    error = capsys.readouterr().err.split("error:")[1]
+    assert message in error
+    assert "--lr_warmup_steps 500 must be less than the 5 steps" in error
+
+
 def test_defaults_of_places_and_sizes(world):
     command = "--pretrained_model_name_or_path {model} --instance_data_dir {pictures} --target_size 64,96"
     parse = lambda flags: omini.condition_specs(omini.parse_args(f"{command} {flags}".format(**world).split()))  # noqa: E731

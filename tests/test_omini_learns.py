@@ -145,20 +145,21 @@ def train_on(train, folder, output, kinds, flags):
     return sorted(output.glob("*.safetensors"))
 
 
-def test_it_learns_coloring(train, scenes, tmp_path):
-    """The quick one: edges and places from the grey picture, colours from the caption."""
+@pytest.mark.parametrize(("steps", "bar"), [(100, 30), pytest.param(320, 75, marks=pytest.mark.slow)])
+def test_it_learns_coloring(train, scenes, tmp_path, steps, bar):
+    """Edges and places from the grey image, colours from the caption."""
     files = train_on(
         train,
         scenes,
         tmp_path,
         "coloring",
-        "--rank 8 --drop_text_prob 0.5 --discrete_flow_shift 3 --max_train_steps 320",
+        f"--rank 8 --drop_text_prob 0.5 --discrete_flow_shift 3 --max_train_steps {steps}",
     )
     drawn, pictures = unseen()
     make = lambda c: [omini.convert_to_condition(c.type, picture) for picture in pictures]  # noqa: E731
     prompts = [caption(scene) for scene in drawn]
     scores = compare(files, prompts, make, lambda i, image: overlap(image, drawn[i]))
-    report("coloring, shape in its colour", scores, 75)
+    report("coloring, shape in its colour", scores, bar)
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """train_dreambooth_flux_advanced.py: text encoders, new tokens, prior preservation, buckets."""
 
+import itertools
 import json
 import os
 import random
@@ -80,9 +81,16 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("stop", [2, 3, 4], ids=["before", "at", "after"])
-@pytest.mark.parametrize("mode", MODES)
-def test_resume_around_the_pivot_is_exact(train, flags, tmp_path, monkeypatch, mode, stop):
+STOPS = {"before": 2, "at": 3, "after": 4}
+QUICK_STOPS = [("pivotal CLIP+T5", "at"), ("textual inversion", "before"), ("transformer first", "after")]
+SLOW_STOPS = [case for case in itertools.product(MODES, STOPS) if case not in QUICK_STOPS]
+
+
+@pytest.mark.parametrize(
+    ("mode", "when"), QUICK_STOPS + [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_STOPS]
+)
+def test_resume_around_the_pivot_is_exact(train, flags, tmp_path, monkeypatch, mode, when):
+    stop = STOPS[when]
     flags = [*flags, *MODES[mode], "--checkpointing_steps", 1]
     train(SCRIPT, *flags, "--output_dir", tmp_path / "a" / "run")
     honest = dreambooth.log_step
@@ -322,7 +330,7 @@ def test_the_prior_loss_counts_as_it_is_weighted(train, flags, tmp_path, mode):
     assert losses[2] - losses[1] == pytest.approx(losses[1] - losses[0], rel=1e-4)
 
 
-@pytest.mark.parametrize("mode", ["pivotal CLIP+T5", "CLIP LoRA"])
+@pytest.mark.parametrize("mode", ["pivotal CLIP+T5", pytest.param("CLIP LoRA", marks=pytest.mark.slow)])
 def test_two_processes_are_one_with_two_batches_a_step(train, flags, tmp_path, monkeypatch, mode):
     honest = dreambooth.step_generator
     monkeypatch.setattr(

@@ -208,7 +208,7 @@ def test_a_page_without_pictures_and_settings(browser, tmp_path):
     assert result.returncode == 0
     assert "step-000002.png: left out" in result.stderr
     browser.open(tmp_path / "report.html", 800, 600)
-    assert browser.run("get('pictures').checkVisibility()") is False
+    assert browser.run("get('images').checkVisibility()") is False
     assert browser.run("charts[0].values[0].textContent") == "0.5"
 
 
@@ -222,7 +222,7 @@ def test_long_runs_and_large_pictures_stay_a_small_page(run):
     assert len(text) < 6_000_000 < (run / "validation" / "step-050000.png").stat().st_size
     data = json.loads(re.search('id="data">(.*)</script>', text)[1])
     assert len(data["steps"]) <= 3000
-    assert data["pictures"][-1]["src"].startswith("data:image/webp")
+    assert data["images"][-1]["src"].startswith("data:image/webp")
 
 
 @pytest.mark.parametrize(

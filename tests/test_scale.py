@@ -94,7 +94,9 @@ EXTRA = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(
+    "script", [pytest.param(s, marks=[] if s == "train_omini" else pytest.mark.slow) for s in SCRIPTS]
+)
 def test_two_processes_compute_what_one_does(train, flags_of, tmp_path, monkeypatch, script, way):
     module = importlib.import_module(script)
     monkeypatch.setattr(module, "step_generator", one_stream(module))

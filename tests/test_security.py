@@ -1,6 +1,5 @@
 """What a run reads is never executed, and what is secret is never written; the hub gets the results alone."""
 
-import ast
 import base64
 import hashlib
 import importlib
@@ -18,7 +17,6 @@ from common.data import open_image
 
 import pytest
 import torch
-from conftest import ROOT
 from huggingface_hub import constants
 from PIL import Image, UnidentifiedImageError
 from safetensors.torch import load_file, save_file
@@ -290,19 +288,6 @@ def test_no_program_draws_a_picture(marker, tmp_path, monkeypatch):
     with pytest.raises(subprocess.CalledProcessError):  # it drew nothing
         Image.open(path).load()
     assert marker.exists()
-
-
-def test_the_sources_load_weights_only():
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("common/*.py"), *ROOT.glob("examples/**/*.py")]:
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.keyword):
-                assert not (node.arg == "trust_remote_code" and getattr(node.value, "value", True)), path
-                assert not (node.arg == "weights_only" and not getattr(node.value, "value", False)), path
-            if isinstance(node, ast.Call):
-                called = ast.unparse(node.func)
-                assert called not in ("eval", "exec", "pickle.load", "pickle.loads", "os.system"), path
-                if called == "torch.load":
-                    assert "weights_only" in [keyword.arg for keyword in node.keywords], path
 
 
 # ---------------------------------------------------------------------------------------------------------------------

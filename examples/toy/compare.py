@@ -1,4 +1,4 @@
-"""Draws the same prompts with the toy FLUX before and after a LoRA, or several, and scores them.
+"""Generates images of the same prompts with the toy FLUX before and after a LoRA, or several, and scores them.
 
 python examples/toy/compare.py OUTPUT_DIR --subject glyph --output before_after.png
 """
@@ -34,17 +34,17 @@ def sample(pipeline, prompts, seed):
 
 
 def evaluate(pipeline, subject, *, count=32, seed=0, replace=lambda prompt: prompt):
-    """Subject score, the share of known scenes drawn right (both 0 to 100), and some (image, prompt) pairs of each.
+    """Subject score, the share of known scenes that are right (both 0 to 100), and some (image, prompt) pairs of each.
 
     `replace` puts trained tokens in the place of the subject's name.
     """
     rng = random.Random(seed)
     prompts = [random_subject(rng, subject)[1] for _ in range(count)]
     scenes = [random_scene(rng, pair=0, outline=0) for _ in range(count)]
-    drawn = sample(pipeline, [replace(prompt) for prompt in prompts], seed)
+    subjects = sample(pipeline, [replace(prompt) for prompt in prompts], seed)
     others = sample(pipeline, [caption(scene) for scene in scenes], seed)
-    subject_score = np.mean([score_subject(image, subject) for image in drawn])
-    shown = list(zip(drawn[:4], prompts[:4], strict=True))
+    subject_score = np.mean([score_subject(image, subject) for image in subjects])
+    shown = list(zip(subjects[:4], prompts[:4], strict=True))
     shown += [(image, caption(scene)) for image, scene in zip(others[:4], scenes[:4], strict=True)]
     return 100 * float(subject_score), all_right(others, scenes), shown
 

@@ -4,7 +4,7 @@
     python examples/toy/pretrain.py --score    # measures what is in examples/toy
 
 Four stages: the VAE; flow matching, together with the text encoders; guidance, distilled into the guidance embedding;
-the Fill transformer. Every step draws from (stage, step, process) alone, so a rerun repeats itself.
+the Fill transformer. The random numbers of a step depend on (stage, step, process) alone, so a rerun repeats itself.
 """
 
 import argparse
@@ -64,7 +64,7 @@ a an and at background centre image in left of on one outline photo picture righ
 TOK tok new object thing toy token
 """
 WORDS = sorted({*WORDS.split(), *COLORS, *KINDS, *SIZES, *" ".join(SUBJECTS.values()).split()})
-# (width, height): share of the steps, pictures per step and process
+# (width, height): share of the steps, images per step and process
 CANVASES = {
     (64, 64): (0.6, 64),
     (96, 64): (0.1, 48),
@@ -558,16 +558,17 @@ def score(count=256):
         row(f"{names}, {size[0]} x {size[1]}", cells(images, scenes), "shape >= 85")
 
     scenes, captions = single_scenes()
-    drawn, mask = [draw(scene) for scene in scenes], Image.new("L", (64, 64))
+    originals = [draw(scene) for scene in scenes]
+    mask = Image.new("L", (64, 64))
     mask.paste(255, (32, 0, 64, 64))
-    seen = [np.asarray(image)[:, :32] for image in drawn]
+    seen = [np.asarray(image)[:, :32] for image in originals]
     half_psnr = lambda images: np.mean([psnr(np.asarray(i)[:, :32], s) for i, s in zip(images, seen, strict=True)])  # noqa: E731
     masks = [mask] * count
-    filled = half_psnr(sample(fill, captions, 0, image=drawn, mask_image=masks))
-    wrong = half_psnr(sample(fill, captions, 0, image=drawn[1:] + drawn[:1], mask_image=masks))
+    filled = half_psnr(sample(fill, captions, 0, image=originals, mask_image=masks))
+    wrong = half_psnr(sample(fill, captions, 0, image=originals[1:] + originals[:1], mask_image=masks))
     plain = half_psnr(sample(flux, captions, 0))
     row("Fill, PSNR of the visible half", f"{filled:.1f} dB", f">= {plain + 8:.1f}: text-to-image {plain:.1f} + 8")
-    row("Fill, the same with another scene's picture", f"{wrong:.1f} dB", "clearly lower")
+    row("Fill, the same with another scene's image", f"{wrong:.1f} dB", "clearly lower")
     shown = [scene for scene in scenes if scene.shapes[0].x <= 0.5]
     images = sample(fill, [""] * len(shown), 0, image=[draw(s) for s in shown], mask_image=masks[: len(shown)])
     row("Fill, all right without a caption, shape at least half visible", f"{all_right(images, shown):.0f}", ">= 60")

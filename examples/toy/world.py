@@ -1,10 +1,10 @@
-"""The toy world: drawn scenes with captions, and the scores that tell whether a picture shows what it should.
+"""The toy world: drawn scenes with captions, and the scores that tell whether an image shows what it should.
 
 A scene is one or two flat-coloured shapes on a flat background. All coordinates are in units of the canvas' short
 side, so one scene can be drawn at any size. Every drawing function is deterministic given a `random.Random`.
 
-    python examples/toy/world.py glyph data/glyph --count 6      # six pictures of the subject, with captions
-    python examples/toy/world.py scenes data/scenes --count 512  # pictures of what the toy FLUX knows
+    python examples/toy/world.py glyph data/glyph --count 6      # six images of the subject, with captions
+    python examples/toy/world.py scenes data/scenes --count 512  # images of what the toy FLUX knows
 """
 
 import argparse
@@ -354,7 +354,7 @@ def main():
             scene, text = random_subject(rng, args.subject)
         draw(scene, args.size, args.size).save(args.folder / f"{i}.png")
         (args.folder / f"{i}.txt").write_text(text + "\n")
-    print(f"{args.count} pictures of {SUBJECTS.get(args.subject, args.subject)!r} with captions in {args.folder}")
+    print(f"{args.count} images of {SUBJECTS.get(args.subject, args.subject)!r} with captions in {args.folder}")
 
 
 if __name__ == "__main__":
