@@ -633,7 +633,7 @@ def find_examples(args):
 
     # 3. Assign
     for example in examples:
-        example.size = size_of[example.name]
+        example.size = size_of[example.name] or Size(16, 16)  # an unreadable image is among the problems
         if example.caption is None:
             example.caption = args.instance_prompt
     return examples, problems
@@ -1163,8 +1163,6 @@ def main(args):
 
     # 2. Data
     examples, problems = find_examples(args)
-    if problems:  # what `check_run` reads, the steps of an epoch, follows from the sizes of readable images
-        fail(accelerator, problems)
     dataset = EditDataset(examples, args)
     sampler = StepSampler(
         dataset.groups(),
@@ -1178,7 +1176,7 @@ def main(args):
     steps_per_epoch = math.ceil(sampler.steps_per_epoch / accumulation)
     max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
     run = run_settings(args, len(dataset), accelerator.num_processes)
-    problems = check_run(accelerator, args, max_train_steps, checkpoint, run)
+    problems += check_run(accelerator, args, max_train_steps, checkpoint, run)
     if problems:
         fail(accelerator, problems)
     hub_repo = create_hub_repo(accelerator, args)

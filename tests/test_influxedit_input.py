@@ -241,12 +241,22 @@ def test_all_flaws_of_the_data_come_in_one_message(train, world, no_models, caps
     )
     captions = copy_of(pairs / "captions", tmp_path / "words", _1__txt=b" ")
     flags = "--pretrained_model_name_or_path {model} --output_dir {out} --mode edit --instance_data_dir {images}"
+    warmup = ("--lr_scheduler", "cosine", "--max_train_steps", 9, "--lr_warmup_steps", 9)
     with pytest.raises(SystemExit):
-        train(SCRIPT, *flags.format(**world).split(), "--target_data_dir", targets, "--caption_data_dir", captions)
+        train(
+            SCRIPT,
+            *flags.format(**world).split(),
+            "--target_data_dir",
+            targets,
+            "--caption_data_dir",
+            captions,
+            *warmup,
+        )
     error = capsys.readouterr().err.split("error:")[1]
     for problem in (
         *("0.* in", "which has 0.jpg and 0.png", "2.* in", "3.png: not a readable image"),
         *("4.png: a target must have the size", "1.png: its caption must be text and not empty"),
+        "--lr_warmup_steps 9 must be less than the 9 steps",
     ):
         assert problem in error
 
