@@ -474,7 +474,7 @@ def learn(train, circles, run, mode, *extra):
 
 
 @pytest.mark.parametrize(
-    ("steps", "color_bar", "outline_bar"), [(250, 80, 45), pytest.param(400, 90, 60, marks=pytest.mark.slow)]
+    ("steps", "color_bar", "outline_bar"), [(250, 90, 50), pytest.param(400, 90, 60, marks=pytest.mark.slow)]
 )
 def test_it_learns_an_edit(train, circles, tmp_path, steps, color_bar, outline_bar):
     short = ("--max_train_steps", steps, "--learning_rate", 3e-3, "--lr_warmup_steps", 10)
