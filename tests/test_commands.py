@@ -407,7 +407,7 @@ def steps_of(page, tmp_path):
     return sorted(steps, key=lambda step: step[0])
 
 
-LONG_PAGES = ("examples/influxedit/README.md", "examples/twinflow/README.md")
+LONG_PAGES = [f"examples/{name}/README.md" for name in ("influxedit", "omini", "twinflow")]
 
 
 @pytest.mark.parametrize(

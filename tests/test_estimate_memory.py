@@ -112,7 +112,8 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", [pytest.param(c, marks=[] if c == "lora" else pytest.mark.slow) for c in CASES])
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
 def test_the_estimate_is_within_ten_percent_of_what_a_process_takes(case):
     name, layers, flags = CASES[case]
     flags = [*flags.split(), "--rank", "4", "--cache_latents", "--device", "cpu"]

@@ -402,7 +402,7 @@ def flags_of(short_runs, pictures):
     return flags
 
 
-SOME = [pytest.param(SCRIPTS[0], [FULL[3], FULL[10]], id="two cases")]
+SOME = [pytest.param(SCRIPTS[0], [FULL[3]], id="one case")]
 SOME += [pytest.param(script, FULL, id=script, marks=pytest.mark.slow) for script in SCRIPTS]
 
 

@@ -318,7 +318,9 @@ def test_class_images_are_drawn_once_and_the_rest_after_an_interruption(train, f
     assert_equal(results(tmp_path / "a"), results(tmp_path / "b"))
 
 
-@pytest.mark.parametrize("mode", [None, "pivotal CLIP", "CLIP LoRA"])
+@pytest.mark.parametrize(
+    "mode", [None, *(pytest.param(m, marks=pytest.mark.slow) for m in ("pivotal CLIP", "CLIP LoRA"))]
+)
 def test_the_prior_loss_counts_as_it_is_weighted(train, flags, tmp_path, mode):
     losses = {}
     prior = (*PRIOR, "--class_data_dir", tmp_path / "class", "--max_train_steps", 1, *MODES.get(mode, []))
@@ -330,7 +332,8 @@ def test_the_prior_loss_counts_as_it_is_weighted(train, flags, tmp_path, mode):
     assert losses[2] - losses[1] == pytest.approx(losses[1] - losses[0], rel=1e-4)
 
 
-@pytest.mark.parametrize("mode", ["pivotal CLIP+T5", pytest.param("CLIP LoRA", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["pivotal CLIP+T5", "CLIP LoRA"])
 def test_two_processes_are_one_with_two_batches_a_step(train, flags, tmp_path, monkeypatch, mode):
     honest = dreambooth.step_generator
     monkeypatch.setattr(
