@@ -441,6 +441,7 @@ def test_a_failed_upload_says_where_the_results_are(train, flags, tmp_path, monk
     assert (tmp_path / "run" / LORA).exists()
 
 
+@pytest.mark.slow
 def test_generate_and_the_model_cards_snippet_run_as_they_stand(train, flags, tmp_path, monkeypatch):
     import numpy as np
 

@@ -115,7 +115,8 @@ def test_two_processes_compute_what_one_does(train, flags_of, tmp_path, monkeypa
     assert len(list((tmp_path / "two" / "validation").glob("*.png"))) == 2
 
 
-@pytest.mark.parametrize("script", [SCRIPTS[0], *(pytest.param(s, marks=pytest.mark.slow) for s in SCRIPTS[1:])])
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_a_sharded_run_resumes_bit_for_bit_on_as_many_processes(flags_of, tmp_path, script):
     flags = [*flags_of[script], "--fsdp", "--checkpointing_steps", 2, "--lr_scheduler", "cosine"]
     flags += ["--lr_warmup_steps", 1, "--max_train_steps", 4, "--output_dir"]
@@ -167,7 +168,7 @@ def reshard(folder, processes, steps):
         save_file(tensors, folder / f"{processes}-{steps}.safetensors")
 
 
-@pytest.mark.parametrize("steps", [3, 0])  # 0: the optimizer has no state yet
+@pytest.mark.parametrize("steps", [3, pytest.param(0, marks=pytest.mark.slow)])  # 0: the optimizer has no state yet
 def test_a_sharded_checkpoint_loads_bit_for_bit_on_any_number_of_processes(tmp_path, steps):
     assert launch("reshard", [tmp_path, 2, steps], processes=2).returncode == 0
     files = [path.relative_to(tmp_path / "checkpoint-3") for path in (tmp_path / "checkpoint-3").rglob("*")]

@@ -214,7 +214,7 @@ def quickstart_flags():
     return script.split("--cache_latents")[1].split("--validation_prompt")[0].replace("\\\n", " ")
 
 
-@pytest.mark.parametrize(("steps", "bar"), [(300, 35), pytest.param(1200, 60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("steps", "bar"), [(200, 25), pytest.param(1200, 60, marks=pytest.mark.slow)])
 def test_it_learns_a_subject(train, glyph_pictures, tmp_path, steps, bar):
     """With the quickstart's flags; a quarter of its steps already shows that the subject is learned."""
     from examples.toy.compare import HERE, evaluate

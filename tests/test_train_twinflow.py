@@ -280,7 +280,9 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", ["full", "lora-2order", pytest.param("lora-1order-teacher", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "way", ["full", *(pytest.param(way, marks=pytest.mark.slow) for way in ("lora-2order", "lora-1order-teacher"))]
+)
 def test_a_killed_run_resumes_bit_for_bit(train, flags, tmp_path, way):
     flags = [*flags, *WAYS[way], "--checkpointing_steps", 2]
     train(SCRIPT, *flags, "--output_dir", tmp_path / "whole")
@@ -475,6 +477,7 @@ def test_two_processes_compute_what_one_does(train, flags, tmp_path, monkeypatch
         torch.testing.assert_close(result(tmp_path / "two")[key], value, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_sharded_run_resumes_bit_for_bit(flags, tmp_path):
     flags = [*flags, "--fsdp", "--checkpointing_steps", 2, "--cache_latents", "--lr_scheduler", "cosine"]
     flags += ["--lr_warmup_steps", 1]
@@ -506,7 +509,7 @@ def scenes(tmp_path_factory):
     return folder
 
 
-def learn(train, scenes, folder, *method):
+def learn(train, scenes, folder, *method, sampling_steps=tuple(compare.STYLES)):
     """Trains the toy FLUX; {steps: (percent all right, sharpness, distance)} before and after, of 64 pictures."""
     train(
         SCRIPT,
@@ -517,7 +520,8 @@ def learn(train, scenes, folder, *method):
     wanted, prompts = compare.scenes_and_prompts(64, 0)
     vae = diffusers.AutoencoderKL.from_pretrained(compare.TOY / "vae", dtype=torch.float32)
     before, after = {}, {}
-    for steps, style in compare.STYLES.items():
+    for steps in sampling_steps:
+        style = compare.STYLES[steps]
         generated = generate(folder, prompts, steps=steps, style=style, batch_size=64)
         after[steps] = compare.measure(generated, wanted, vae)
         before[steps] = compare.measure(compare.generate_with_base(prompts, steps), wanted, vae)
@@ -540,7 +544,7 @@ def test_it_learns_to_generate_in_one_step(train, scenes, tmp_path, training_ste
         "--enhanced_ratio",
         4,
     ]
-    before, after = learn(train, scenes, tmp_path, *flags)
+    before, after = learn(train, scenes, tmp_path, *flags, sampling_steps=(1, 2))
     print(f"bars: 1 step {bars[0]} (the model itself under 20), 2 steps {bars[1]} (under 45)")
     assert before[1][0] < 20
     assert before[2][0] < 45
