@@ -7,6 +7,7 @@ import pytest
 
 
 SCRIPTS = ["train_dreambooth_flux_advanced", "train_omini", "train_influxedit", "train_twinflow"]
+ONE_QUICK = [SCRIPTS[0], *(pytest.param(script, marks=pytest.mark.slow) for script in SCRIPTS[1:])]
 
 
 def losses(folder):
@@ -18,7 +19,7 @@ def difference(folder, other):
     return float((np.abs(losses(folder) - losses(other)) / losses(other)).max())
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", ONE_QUICK)
 def test_checkpointing_offload_and_8_bit_states_compute_nearly_the_same(train, short_runs, script, tmp_path):
     for name, extra, bar in (
         ("plain", (), 0),
@@ -33,7 +34,7 @@ def test_checkpointing_offload_and_8_bit_states_compute_nearly_the_same(train, s
         assert found <= bar
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", ONE_QUICK)
 def test_a_quantized_base_trains_near_the_plain_one(train, short_runs, script, tmp_path):
     for kind, bar in (("none", 0), ("int8", 0.01), ("nf4", 0.1)):
         train(script, *short_runs[script], "--quantize_base", kind, "--output_dir", tmp_path / kind)
@@ -43,7 +44,8 @@ def test_a_quantized_base_trains_near_the_plain_one(train, short_runs, script, t
         assert (found > 0) == (kind != "none")
 
 
-@pytest.mark.parametrize("script", [SCRIPTS[0], *(pytest.param(s, marks=pytest.mark.slow) for s in SCRIPTS[1:])])
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_compiled_blocks_compute_the_same(train, short_runs, script, tmp_path):
     for name, extra in (("plain", ()), ("compiled", ("--compile",))):
         train(script, *short_runs[script], *extra, "--output_dir", tmp_path / name)

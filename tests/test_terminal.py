@@ -22,7 +22,7 @@ def run(command, **environment):
     )
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [SCRIPTS[0], *(pytest.param(s, marks=pytest.mark.slow) for s in SCRIPTS[1:])])
 def test_a_run_says_what_matters_and_nothing_else(script, short_runs, pictures, tmp_path):
     flags = [*short_runs[script], "--validation_prompt", "a circle", "--num_validation_images", 1]
     if script in ("train_omini", "train_influxedit"):

@@ -66,7 +66,11 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize(
     ("optimizer", "moment"),
-    [*((name, "checkpoint-4") for name in OPTIMIZERS), ("AdamW", ".checkpoint-4.partial")],
+    [
+        ("AdamW", "checkpoint-4"),
+        ("AdamW", ".checkpoint-4.partial"),
+        *(pytest.param(name, "checkpoint-4", marks=pytest.mark.slow) for name in OPTIMIZERS if name != "AdamW"),
+    ],
 )
 def test_a_killed_run_resumes_bit_for_bit(train, flags, tmp_path, optimizer, moment):
     flags = [
@@ -239,6 +243,7 @@ def test_it_learns_a_subject(train, glyph_pictures, tmp_path, steps, bar):
     assert after >= bar
 
 
+@pytest.mark.slow
 def test_two_processes_resume_bit_for_bit_and_draw_their_own_noise(flags, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

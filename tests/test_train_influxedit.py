@@ -260,7 +260,7 @@ def test_a_run_killed_without_a_seed_resumes_bit_for_bit(train, modes, tmp_path)
     assert_equal(weights(tmp_path / "whole"), weights(tmp_path / "run"))
 
 
-@pytest.mark.parametrize("mode", ["edit", "mask", "split"])
+@pytest.mark.parametrize("mode", ["edit", *(pytest.param(m, marks=pytest.mark.slow) for m in ("mask", "split"))])
 def test_caching_and_validation_do_not_change_training(train, modes, tmp_path, mode):
     runs = {
         "plain": [],
@@ -474,7 +474,7 @@ def learn(train, circles, run, mode, *extra):
 
 
 @pytest.mark.parametrize(
-    ("steps", "color_bar", "outline_bar"), [(250, 90, 50), pytest.param(400, 90, 60, marks=pytest.mark.slow)]
+    ("steps", "color_bar", "outline_bar"), [(200, 85, 45), pytest.param(400, 90, 60, marks=pytest.mark.slow)]
 )
 def test_it_learns_an_edit(train, circles, tmp_path, steps, color_bar, outline_bar):
     short = ("--max_train_steps", steps, "--learning_rate", 3e-3, "--lr_warmup_steps", 10)
