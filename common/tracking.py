@@ -377,7 +377,7 @@ def finish(
     generates with them. `unwanted` and `extra_file` are as in `push_to_hub`.
     """
     found = {label: args.output_dir / name for label, name in results.items() if (args.output_dir / name).exists()}
-    width = max(len("results"), *map(len, found)) + 2
+    width = max([len("results"), *map(len, found)]) + 2  # nothing is found by a process that is ahead of the main one
     accelerator.print(f"Trained {step} steps. In {args.output_dir}:")
     for label, path in found.items():
         accelerator.print(f"  {label:{width}}{path}")

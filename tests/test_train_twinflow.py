@@ -488,10 +488,11 @@ def test_a_sharded_run_resumes_bit_for_bit(flags, tmp_path):
     )
     assert_equal(result(tmp_path / "whole"), result(tmp_path / "parts"))
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
-    shards = [load_file(tmp_path / "whole" / "checkpoint-4" / f"state-{rank}.safetensors") for rank in (0, 1)]
+    shards = [load_file(file) for file in (tmp_path / "whole" / "checkpoint-4" / "sharded").glob("*.safetensors")]
+    assert len(shards) == 2
     whole = sum(value.numel() for value in result(tmp_path / "whole").values())
     for kind in ("model", "teacher"):
-        held = [sum(v.numel() for k, v in shard.items() if k.startswith(f"{kind}/")) for shard in shards]
+        held = [sum(v.numel() for k, v in shard.items() if k.startswith(f"{kind}.")) for shard in shards]
         assert sum(held) == whole
         assert max(held) < 0.6 * whole
 
@@ -531,7 +532,7 @@ def learn(train, scenes, folder, *method, sampling_steps=tuple(compare.STYLES)):
 
 
 @pytest.mark.parametrize(
-    ("training_steps", "bars"), [(20, (30, 50)), pytest.param(120, (30, 50), marks=pytest.mark.slow)]
+    ("training_steps", "bars"), [(40, (40, 60)), pytest.param(120, (30, 50), marks=pytest.mark.slow)]
 )
 def test_it_learns_to_generate_in_one_step(train, scenes, tmp_path, training_steps, bars):
     flags = [
