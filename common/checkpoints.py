@@ -10,7 +10,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -83,6 +83,21 @@ CHANGEABLE = frozenset(
         "verbose",
     }
 )
+
+
+def read_run_args(folder: Path, flags: Collection[str]) -> dict[str, Any]:
+    """The flags of the run whose folder this is, from its args.json.
+
+    Raises ValueError if one of `flags` is not among them: they were written by another trainer, or are damaged.
+    """
+    path = folder / "args.json"
+    args = read_json(path).get("args")
+    if not isinstance(args, dict):
+        raise ValueError(f"{path}: holds no flags of a run, it is damaged or of another program")
+    missing = [flag for flag in flags if flag not in args]
+    if missing:
+        raise ValueError(f"{folder}: a run of another trainer, its args.json has no {', '.join(missing)}")
+    return args
 
 
 def run_settings(args: argparse.Namespace, num_samples: int, num_processes: int) -> dict[str, Any]:
@@ -180,6 +195,7 @@ def checkpoint_conflicts(checkpoint: Path | None, run: Mapping[str, Any]) -> lis
 
 STATE_FILE = "trainer_state.json"  # the step and the settings of the run
 CHECKSUMS = "checksums.json"  # {file: SHA-256} of all other files
+TENSORS_FILE = "state.safetensors"  # see `register_tensor_checkpointing`
 
 
 def find_checkpoints(output_dir: Path | str) -> list[Path]:
@@ -313,11 +329,10 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path | None, lr_schedu
 def register_tensor_checkpointing(accelerator: Accelerator, tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
     """Makes checkpoints hold these tensors, {prefix: {name: tensor}}, instead of the models that were prepared.
 
-    They go to state.safetensors and come back in place. Every process has all of them, so the main process writes
+    They go to TENSORS_FILE and come back in place. Every process has all of them, so the main process writes
     them; a file that reshards, as that of `register_sharded_checkpointing`, would be a folder of parts with one part.
     The optimizer's state is saved by accelerate.
     """
-    file_name = "state.safetensors"
 
     def live_tensors() -> dict[str, torch.Tensor]:
         found = {}
@@ -329,13 +344,15 @@ def register_tensor_checkpointing(accelerator: Accelerator, tensors: Mapping[str
     def save(models: list, weights: list, output_dir: str) -> None:
         found = live_tensors()
         if found and accelerator.is_main_process:
-            save_file({name: value.cpu().contiguous() for name, value in found.items()}, Path(output_dir) / file_name)
+            save_file(
+                {name: value.cpu().contiguous() for name, value in found.items()}, Path(output_dir) / TENSORS_FILE
+            )
         weights.clear()  # accelerate would save them too
 
     @torch.no_grad()
     def load(models: list, input_dir: str) -> None:
         found = live_tensors()
-        saved = load_file(Path(input_dir) / file_name) if found else {}
+        saved = load_file(Path(input_dir) / TENSORS_FILE) if found else {}
         for name, value in found.items():
             value.copy_(saved[name])
         models.clear()

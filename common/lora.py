@@ -6,7 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from common.checkpoints import atomic_write, register_sharded_checkpointing
+from common.checkpoints import (
+    TENSORS_FILE,
+    atomic_write,
+    find_checkpoints,
+    read_json,
+    register_sharded_checkpointing,
+)
 from common.models import full_tensor, is_sharded
 
 import torch
@@ -14,6 +20,7 @@ from accelerate import Accelerator
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import safe_open
 from safetensors.torch import load_file, save
 
 
@@ -172,6 +179,67 @@ def load_lora(
     unused = [key for key in state_dict if key.partition(".")[0] not in modules]
     if unused:
         raise ValueError(f"the LoRA in {directory} holds layers this run does not train: {', '.join(unused)}")
+
+
+def find_lora(path: str | Path) -> tuple[Path, Path | None]:
+    """(the LoRA file that `path` means, the run's folder, which holds args.json; None for a file without a run).
+
+    `path` is a run's folder, a checkpoint-N of it, or the file itself. The file of a folder is the one that args.json
+    names (--output_name NAME: NAME.safetensors beside the folder or, downloaded from the Hub, in it), else
+    pytorch_lora_weights.safetensors, else the only other LoRA there.
+
+    Raises FileNotFoundError if there is none and ValueError if there are several or the file is damaged, so that
+    nobody draws with the base model unawares.
+    """
+    found = Path(path).absolute()  # a file is not resolved: in the Hub's cache it is a link to one without a suffix
+    if not found.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder")
+    if found.is_dir():
+        found = found.resolve()
+    lora = found if found.is_file() else lora_of_folder(found)
+    try:
+        with safe_open(lora, "pt") as file:
+            keys = list(file.keys())
+    except Exception as error:  # safetensors raises a kind of its own beside OSError
+        raise ValueError(f"{lora}: not a readable LoRA file ({error})") from None
+    if not any("lora" in key.lower() for key in keys):
+        raise ValueError(f"{lora}: holds no LoRA")
+    return lora, run_of(lora) if found.is_file() else run_of(found / lora.name)
+
+
+def lora_of_folder(folder: Path) -> Path:
+    """The LoRA file of a run's folder or a checkpoint, see `find_lora`."""
+    args = read_json(folder / "args.json").get("args")
+    name = args.get("output_name") if isinstance(args, dict) else None
+    wanted = [folder / LORA_WEIGHT_NAME_SAFE]
+    if name:
+        wanted = [folder.with_name(f"{name}.safetensors"), folder / f"{name}.safetensors"]
+    for file in wanted:
+        if file.is_file():
+            return file
+    others = sorted(folder.glob("*.safetensors"))
+    others = [file for file in others if file.name != TENSORS_FILE and not file.stem.endswith("_emb")]
+    if len(others) == 1 and not name:
+        return others[0]
+    if others:
+        names = ", ".join(file.name for file in others)
+        raise ValueError(f"{folder}: no {wanted[0].name}; name one of the files in it: {names}")
+    checkpoints = find_checkpoints(folder)
+    hint = f"; {checkpoints[-1]} is its last checkpoint" if checkpoints else ""
+    raise FileNotFoundError(f"{wanted[0]}: no such file, so {folder} has no LoRA to draw with{hint}")
+
+
+def run_of(lora: Path) -> Path | None:
+    """The folder with args.json of the run that wrote a file: NAME/ beside NAME.safetensors or NAME-000010.safetensors
+    (an epoch's), the file's own, or the one above a checkpoint's; None if there is none."""
+    name = re.sub(r"-\d{6}$", "", lora.stem)
+    folders = [lora.with_name(name), lora.parent]
+    if lora.parent.name.startswith("checkpoint-"):
+        folders.append(lora.parent.parent)
+    for folder in folders:
+        if (folder / "args.json").is_file():
+            return folder
+    return None
 
 
 def register_lora_checkpointing(

@@ -5,10 +5,11 @@ import json
 import weakref
 from contextlib import nullcontext
 
-from common.checkpoints import find_checkpoints, register_tensor_checkpointing, save_checkpoint
+from common.checkpoints import find_checkpoints, read_run_args, register_tensor_checkpointing, save_checkpoint
 from common.lora import (
     FLUX_TARGET_MODULES,
     add_lora,
+    find_lora,
     load_lora,
     register_lora_checkpointing,
     save_lora,
@@ -22,6 +23,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import FluxPipeline, FluxTransformer2DModel
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from examples.estimate_memory import as_on_gpu
 from train_twinflow import save_model
@@ -292,3 +294,67 @@ def test_tensors_of_a_run_go_into_checkpoints_and_come_back_in_place(tiny, tmp_p
     accelerator.load_state(checkpoint)
     assert torch.equal(run(tiny.transformer), before)
     assert all(torch.equal(a, b) for a, b in zip(average, kept, strict=True))
+
+
+def make_run(folder, *files, output_name=None):
+    """A folder as a run leaves it, with one-tensor files for its weights."""
+    folder.mkdir(parents=True)
+    (folder / "args.json").write_text(json.dumps({"args": {"mode": "edit", "output_name": output_name}}))
+    for file in files:
+        (folder / file).parent.mkdir(exist_ok=True)
+        save_file({"transformer.x.lora_A.weight": torch.zeros(1, 1)}, folder / file)
+    return folder
+
+
+LORA = "pytorch_lora_weights.safetensors"
+
+
+def test_a_run_a_checkpoint_and_a_file_name_a_lora(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "run", LORA, f"checkpoint-4/{LORA}", "run_emb.safetensors")
+    assert find_lora(run) == (run / LORA, run)
+    assert find_lora(run / LORA) == (run / LORA, run)
+    assert find_lora(run / "checkpoint-4") == (run / "checkpoint-4" / LORA, run)
+    assert find_lora(run / "checkpoint-4" / LORA) == (run / "checkpoint-4" / LORA, run)
+    monkeypatch.chdir(run)
+    assert find_lora(".") == (run / LORA, run)
+    (run / LORA).rename(tmp_path / "bare.safetensors")
+    assert find_lora(tmp_path / "bare.safetensors") == (tmp_path / "bare.safetensors", None)
+
+    named = make_run(tmp_path / "out" / "cat", "../cat.safetensors", "../cat-000002.safetensors", output_name="cat")
+    lora = tmp_path / "out" / "cat.safetensors"
+    assert find_lora(named) == find_lora(lora) == (lora, named)
+    assert find_lora(tmp_path / "out" / "cat-000002.safetensors")[1] == named
+    omini = make_run(tmp_path / "omini", "canny.safetensors")
+    assert find_lora(omini) == (omini / "canny.safetensors", omini)
+
+
+def test_no_lora_is_one_line_and_never_another_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="absent: no such file"):
+        find_lora(tmp_path / "absent")
+    gone = make_run(tmp_path / "gone", f"checkpoint-4/{LORA}", "gone_emb.safetensors")
+    with pytest.raises(FileNotFoundError, match=f"{LORA}.*checkpoint-4 is its last checkpoint"):
+        find_lora(gone)
+    named = make_run(tmp_path / "out" / "cat", LORA, output_name="cat")
+    with pytest.raises(ValueError, match=r"no cat\.safetensors"):
+        find_lora(named)
+    two = make_run(tmp_path / "two", "canny.safetensors", "depth.safetensors")
+    with pytest.raises(ValueError, match=r"canny\.safetensors, depth\.safetensors"):
+        find_lora(two)
+    other = tmp_path / "vae.safetensors"
+    save_file({"decoder.weight": torch.zeros(1)}, other)
+    with pytest.raises(ValueError, match="holds no LoRA"):
+        find_lora(other)
+    lora = two / "canny.safetensors"
+    lora.write_bytes(lora.read_bytes()[:-2])
+    with pytest.raises(ValueError, match="not a readable LoRA"):
+        find_lora(lora)
+
+
+def test_the_flags_of_another_trainers_run_are_not_taken(tmp_path):
+    run = make_run(tmp_path / "run")
+    assert read_run_args(run, ["mode"])["mode"] == "edit"
+    with pytest.raises(ValueError, match="another trainer.*token_abstraction"):
+        read_run_args(run, ["mode", "token_abstraction"])
+    (run / "args.json").write_text("{")
+    with pytest.raises(ValueError, match="damaged"):
+        read_run_args(run, ["mode"])
