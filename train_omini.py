@@ -83,6 +83,7 @@ from common.data import (
     Size,
     StepSampler,
     StreamedBatches,
+    all_images,
     check_captions,
     check_images,
     file_example,
@@ -198,8 +199,14 @@ TARGET_MODULES = (
     r"x_embedder|transformer_blocks\.\d+\.(norm1\.linear|attn\.to_[qkv]|attn\.to_out\.0|ff\.net\.2)"
     r"|single_transformer_blocks\.\d+\.(norm\.linear|proj_mlp|proj_out|attn\.to_[qkv])"
 )
+# OminiControl's published pattern names it, but the single blocks of diffusers' FLUX have no such layer.
+ABSENT_LAYER = "single_transformer_blocks.0.attn.to_out"
 # Layers that condition tokens do not pass: those of text, of time, and the last ones, which only the image reaches.
 OTHER_LAYERS = r"context|attn\.(add_|to_add)|time_text_embed|^(norm|proj)_out"
+
+# Subjects200K grades each pair, 0 to 5; the authors train on pairs that have the best grade in all three.
+QUALITY_SCORES = ("compositeStructure", "objectConsistency", "imageQuality")
+BEST_QUALITY = 5
 
 MAX_CHECKED = 2000  # examples whose images are read before training; of more, every n-th
 
@@ -312,7 +319,8 @@ def parse_args(argv=None):
         nargs="+",
         type=offset,
         metavar="DOWN,RIGHT",
-        help="shift of all conditions, or of each, in tokens of 16 px (default: 0,0; subject and sr: to its left)",
+        help="shift of all conditions, or of each, in tokens of 16 px (default: 0,0; subject and sr: side by side to "
+        "the left of the image)",
     )
     arg(
         "--position_scale",
@@ -331,6 +339,12 @@ def parse_args(argv=None):
     arg("--drop_image_prob", type=fraction, default=0.1, help="share of samples with black conditions")
     arg("--image_size", type=positive_int, default=512, help="side of each image of a side-by-side subject pair")
     arg("--padding", type=in_range(int, 0), default=8, help="pixels around and between the images of a subject pair")
+    arg(
+        "--quality_filter",
+        action=Switch,
+        default=True,
+        help="leave out pairs whose quality_assessment (a column of Subjects200K) has a score below 5",
+    )
     arg("--depth_model", default="LiheYoung/depth-anything-small-hf", help="depth estimation model of transformers")
     arg("--depth_batch_size", type=positive_int, default=8, help="images per forward pass of the depth model")
 
@@ -419,7 +433,7 @@ def parse_args(argv=None):
         nargs="+",
         type=Path,
         metavar="IMAGE",
-        help="image to make the conditions from, or one for each condition",
+        help="image to make all conditions from, or one for each, in the order of --condition_type",
     )
     arg("--num_validation_images", type=positive_int, default=4, help="images per validation")
     arg("--validation_epochs", type=positive_int, default=50, help="epochs between validations")
@@ -521,7 +535,10 @@ def check_model(args):
     except re.error as error:
         return [f"--target_modules {targets}: not a regular expression ({error})"]
     if unknown:
-        return [f"--target_modules {targets}: matches no linear layer of the transformer"]
+        return [f"--target_modules {targets}: matches no linear layer of the transformer{backslash_hint(targets)}"]
+    problems = check_alternatives(transformer, targets)
+    if problems:
+        return problems
     layers = target_layers(transformer, targets)
     not_passed = [name for name, _ in layers if re.search(OTHER_LAYERS, name)]
     if not_passed:
@@ -529,6 +546,46 @@ def check_model(args):
     sizes = [sum(layer.weight.shape) for _, layer in layers]
     needed = 16 * args.rank * sum(sizes)  # bytes of a checkpoint, its two moments and the result
     return check_disk(args, needed) or check_lora_path(args, layers)
+
+
+def check_alternatives(transformer, pattern):
+    """A problem for each of the alternatives a|b|c of a pattern that matches no layer."""
+    problems = []
+    for alternative in alternatives_of(pattern):
+        if not re.fullmatch(alternative, ABSENT_LAYER) and not target_layers(transformer, alternative):
+            problems.append(
+                f"--target_modules: its part {alternative} matches no linear layer of the transformer"
+                f"{backslash_hint(alternative)}"
+            )
+    return problems
+
+
+def alternatives_of(pattern):
+    """The alternatives of a regular expression, "a" and "b" of "a|b" or "(a|b)"; those within a group stay whole."""
+    tokens = re.findall(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|.", pattern, re.DOTALL)  # an escape or a [set] is one token
+    parts = [""]
+    depth = 0
+    for token in tokens:
+        depth += (token == "(") - (token == ")")
+        if token == "|" and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += token
+    group = re.fullmatch(r"\((?:\?:)?(.*)\)", pattern, re.DOTALL)
+    if len(parts) > 1 or group is None:
+        return parts
+    try:
+        re.compile(group[1])
+    except re.error:  # two groups, (a)(b)
+        return parts
+    return alternatives_of(group[1])
+
+
+def backslash_hint(pattern):
+    """What to do about a doubled backslash, as in a text that yaml reads in double quotes."""
+    if r"\\" not in pattern:
+        return ""
+    return r"; \\ stands for a backslash in a layer's name: write a single one, as yaml reads it within double quotes"
 
 
 def check_lora_path(args, layers):
@@ -1219,6 +1276,7 @@ def condition_specs(
     `positions` are (position_delta, position_scale) of each, where the data brings them (--dataset_class).
     """
     specs = []
+    left = 0  # where the images to the left of the generated one begin, in its tokens
     for i, condition_type in enumerate(args.condition_type):
         size = value_for(args.condition_size, i)
         if size is None:
@@ -1229,7 +1287,8 @@ def condition_specs(
         if delta is None:
             delta = (0, 0)
             if condition_type in SIDE_BY_SIDE_CONDITIONS:
-                delta = (0, -size[1] // PATCH)
+                left -= size[1] // PATCH
+                delta = (0, left)
         scale = value_for(args.position_scale, i)
         if scale is None:
             scale = args.target_size[0] / size[0] if delta == (0, 0) else 1.0
@@ -1462,11 +1521,16 @@ def find_examples(args):
     else:
         examples, problems = read_stored_dataset(args)
 
-    # check
-    every_nth = 1 + len(examples) // MAX_CHECKED
-    problems += check_captions(examples, default=args.instance_prompt)
+    # check what is trained on
+    used = [example for example in examples if not is_left_out(example, args)]
+    if examples and not used:
+        problems.append(
+            f"{source_of(args)}: none of {len(examples)} samples has the best quality: use --no-quality_filter"
+        )
+    every_nth = 1 + len(used) // MAX_CHECKED
+    problems += check_captions(used, default=args.instance_prompt)
     problems += check_images(
-        examples[::every_nth] + validation_examples(args), functools.partial(check_example, args=args)
+        used[::every_nth] + validation_examples(args), functools.partial(check_example, args=args)
     )
     if args.dataset_class:
         positions = {example.columns["positions"] for example in examples}
@@ -1480,6 +1544,14 @@ def find_examples(args):
         if example.caption is None:
             example.caption = args.instance_prompt
     return examples, problems
+
+
+def is_left_out(example, args):
+    """Whether an example has scores of its quality, and --quality_filter leaves it out for one of them."""
+    if not args.quality_filter or "quality_assessment" not in example.columns:
+        return False
+    scores = example.columns["quality_assessment"] or {}
+    return any((scores.get(name) or 0) < BEST_QUALITY for name in QUALITY_SCORES)
 
 
 def source_of(args):
@@ -1513,14 +1585,15 @@ def read_stored_dataset(args):
 
 
 def read_first_of_stream(args):
-    """The examples of the first row of a stream: what can be checked before training."""
+    """The examples of the first row of a stream that is not left out: what can be checked before training."""
     stream, to_example, problems = open_stream(**dataset_settings(args))
     if problems:
         return [], problems
-    row = next(iter(stream), None)
-    if row is None:
-        return [], [f"{source_of(args)}: no samples in it"]
-    return split_pairs([to_example(row, "the first sample of the stream")], args), []
+    for row in stream:
+        example = to_example(row, "the first sample of the stream")
+        if not is_left_out(example, args):
+            return split_pairs([example], args), []
+    return [], [f"{source_of(args)}: no samples in it"]
 
 
 def streamed_batches(dataset, args, **processes):
@@ -1528,7 +1601,8 @@ def streamed_batches(dataset, args, **processes):
     stream, to_example, _ = open_stream(**dataset_settings(args))
 
     def examples_of(row, name):
-        return split_pairs([to_example(row, name)], args)
+        example = to_example(row, name)
+        return [] if is_left_out(example, args) else split_pairs([example], args)
 
     return StreamedBatches(
         stream,
@@ -1588,7 +1662,7 @@ def split_pairs(examples, args):
             read_other = functools.partial(crop_side, pair, 1 - side, args.image_size, args.padding)
             caption_columns = (f"description.description_{side}", f"description_{side}", args.caption_column or "text")
             caption = first_value(pair.columns, caption_columns)
-            example = Example(f"{pair.name}, side {side}", read_side, caption)
+            example = Example(f"{pair.name}, side {side}", read_side, caption, columns=pair.columns)
             example.images = {**pair.images, subject: Example(f"{pair.name}, other side", read_other)}
             sides.append(example)
     return sides
@@ -1664,17 +1738,12 @@ def check_example(example, args):
 
 
 def validation_examples(args):
-    """--validation_image as one example, in a list; an empty list without."""
+    """--validation_image as one example, in a list; an empty list without. Each condition has an image of its own."""
     if not args.validation_image:
         return []
-    types = args.condition_type
-    paths = args.validation_image
-    if len(paths) == 1:
-        paths = paths * len(types)
-    example = file_example(paths[0])
-    for i, path in enumerate(paths):
-        if types[i] in GIVEN_CONDITIONS:
-            example.images[f"condition_{i}"] = file_example(path)
+    example = file_example(args.validation_image[0])
+    for i in range(len(args.condition_type)):
+        example.images[f"condition_{i}"] = file_example(value_for(args.validation_image, i))
     return [example]
 
 
@@ -1690,7 +1759,8 @@ class OminiDataset(Dataset):
     """
 
     def __init__(self, examples, specs, args):
-        self.examples = examples
+        self.examples = [example for example in examples if not is_left_out(example, args)]
+        self.num_left_out = len(examples) - len(self.examples)  # by --quality_filter
         self.specs = specs
         self.args = args
         self.types = [spec.type for spec in specs]
@@ -1745,9 +1815,9 @@ class OminiDataset(Dataset):
     def condition_image(self, example, role, rng=None, mask=None):
         """The image of a condition, of its size."""
         spec = self.spec(role)
+        source = example.images.get(role, example)  # its own image if it comes with the data, or is for validation
         if spec.type == "depth":
-            return self.depth_map(example, spec.size)
-        source = example.images[role] if spec.type in GIVEN_CONDITIONS else example
+            return self.depth_map(source, spec.size)
         image = fit(source.image(), spec.size, self.args.image_interpolation_mode)
         return convert_to_condition(spec.type, image, rng=rng, mask=mask)
 
@@ -1958,6 +2028,8 @@ def describe_run(args, dataset):
     """What the header says of this trainer's data and conditions, {label: text}."""
     amount = "a stream" if args.streaming else f"{len(dataset)} samples"
     run_info = {"data": f"{amount} at {'x'.join(map(str, args.target_size))} px"}
+    if dataset.num_left_out:
+        run_info["left out"] = f"{dataset.num_left_out} samples of lower quality (--no-quality_filter takes them)"
     for i, spec in enumerate(dataset.specs, start=1):
         label = "condition" if i == 1 else f"condition {i}"
         height, width = spec.size
@@ -2028,6 +2100,7 @@ def main(args):
         positions = examples[0].columns["positions"]
     specs = condition_specs(args, positions)
     dataset = OminiDataset(examples, specs, args)
+    examples = dataset.examples
     processes = {"process_index": accelerator.process_index, "num_processes": accelerator.num_processes}
     accumulation = args.gradient_accumulation_steps
     total_batch_size = args.train_batch_size * accumulation * accelerator.num_processes
@@ -2071,7 +2144,7 @@ def main(args):
     if is_cached:
         prompt_encoder.cache_prompts(sorted(prompts))
     if needs_depth(args):
-        estimate_depth(accelerator, examples + validation_examples(args), args)
+        estimate_depth(accelerator, examples + all_images(validation_examples(args)), args)
     offload_vae = args.offload or args.cache_latents
     vae = load_model(AutoencoderKL, "vae", args, weight_dtype)
     vae.to("cpu" if offload_vae else device)

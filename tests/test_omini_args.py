@@ -100,6 +100,11 @@ BAD = [
     ("--instance_data_dir {listed}", "{listed}/a.png: its caption must be text and not empty, not ['x']"),
     ("--target_modules .*nothing", "--target_modules .*nothing: matches no linear layer"),
     ("--target_modules (", "--target_modules (: not a regular expression"),
+    (
+        r"--target_modules (.*x_embedder|.*(?<!single_)transformer_blocks\\.[0-9]+\\.attn\\.to_k)",
+        "its part .*(?<!single_)transformer_blocks",
+    ),
+    ("--target_modules x_embedder|.*atn.to_q", "its part .*atn.to_q matches no linear layer"),
     ("--target_modules .*attn.*", "condition tokens do not pass transformer_blocks.0.attn.add_"),
     ("--lora_path {file}", "--lora_path {file}: not a readable LoRA file"),
     ("--lora_path {file} {file}", "--lora_path names 2 files for 1 adapters: canny"),
@@ -230,6 +235,34 @@ def test_defaults_of_places_and_sizes(world):
     assert {condition.adapter for condition in parse("--condition_type canny fill")} == {"canny_fill"}
 
 
+def test_images_beside_the_generated_one_stand_side_by_side(world):
+    command = "--pretrained_model_name_or_path {model} --instance_data_dir {pictures} --target_size 64"
+    flags = "--condition_type subject subject sr --condition_column a b --condition_size 64 32 32"
+    specs = omini.condition_specs(omini.parse_args(f"{command} {flags}".format(**world).split()))
+    assert [spec.position_delta for spec in specs] == [(0, -4), (0, -6), (0, -8)]
+
+
+def test_the_alternatives_of_a_pattern():
+    for pattern, parts in {
+        "a|b": ["a", "b"],
+        r"(a|b\|c|[|)]|(d|e)f)": ["a", r"b\|c", "[|)]", "(d|e)f"],
+        "(?:a|b)": ["a", "b"],
+        "(a|b)(c|d)": ["(a|b)(c|d)"],
+        "(a)|(b)": ["(a)", "(b)"],
+    }.items():
+        assert omini.alternatives_of(pattern) == parts
+
+
+def test_a_doubled_backslash_is_explained(world, no_models, train, capsys):
+    flags = (
+        "--pretrained_model_name_or_path {model} --instance_data_dir {pictures} --output_dir {out} --target_size 32"
+    )
+    doubled = r"(.*x_embedder|.*transformer_blocks\\.[0-9]+\\.attn\\.to_q)"
+    with pytest.raises(SystemExit):
+        train("train_omini", *flags.format(**world).split(), "--condition_type", "canny", "--target_modules", doubled)
+    assert "write a single one" in capsys.readouterr().err
+
+
 def test_prompts_that_do_not_fit_in_memory_are_refused(world, no_models, train, capsys, monkeypatch):
     class Memory:
         available = 100
@@ -270,3 +303,4 @@ def test_the_reference_regex_and_adapters_of_another_rank(world, tmp_path):
     transformer = FluxTransformer2DModel.from_pretrained(world["model"], subfolder="transformer")
     names = lambda pattern: [name for name, _ in omini.target_layers(transformer, pattern)]  # noqa: E731
     assert names(f"({'|'.join(parts)})") == names(omini.TARGET_MODULES)
+    assert omini.check_alternatives(transformer, f"({'|'.join(parts)})") == []  # it names a layer that FLUX lacks

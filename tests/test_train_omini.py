@@ -359,6 +359,64 @@ def test_subject_pairs_give_two_samples_each(flags, tmp_path, source):
     assert dataset.specs[0].position_delta == (0, -2)
 
 
+def graded_pairs(path, grades):
+    """A parquet file as Subjects200K's: pairs with descriptions, of which quality_assessment may be absent."""
+    import datasets
+
+    image = Image.new("RGB", (2 * 32 + 3 * 4, 32 + 2 * 4), "red")
+    names = ("compositeStructure", "imageQuality", "objectConsistency")
+    rows = {
+        "image": [image] * len(grades),
+        "description": [{"description_0": f"{i}, left", "description_1": f"{i}, right"} for i in range(len(grades))],
+        "quality_assessment": [grade and dict(zip(names, grade, strict=True)) for grade in grades],
+    }
+    path.mkdir()
+    datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image()).to_parquet(path / "train.parquet")
+
+
+def test_pairs_of_lower_quality_are_left_out(flags, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    graded_pairs(tmp_path / "pairs", [(5, 4, 5), (5, 5, 5), None, (5, 5, None)])
+    pairs = ["--condition_type", "subject", "--image_size", 32, "--padding", 4, "--dataset_name", tmp_path / "pairs"]
+
+    def dataset_of(*more):
+        args = omini.parse_args([str(flag) for flag in [*without_source(flags), *pairs, *more]])
+        examples, problems = omini.find_examples(args)
+        assert not problems
+        return args, omini.OminiDataset(examples, omini.condition_specs(args), args)
+
+    args, dataset = dataset_of()
+    assert [example.caption for example in dataset.examples] == ["1, left", "1, right"]
+    assert omini.describe_run(args, dataset)["left out"].startswith("6 samples")
+    args, everything = dataset_of("--no-quality_filter")
+    assert len(everything) == 8
+    assert "left out" not in omini.describe_run(args, everything)
+    args, first = dataset_of("--streaming")
+    assert first.examples[0].caption == "1, left"
+    batches = omini.streamed_batches(first, args, process_index=0, num_processes=1)
+    batches.stop = 1
+    (batch,) = batches
+    assert set(batch["prompt"]) <= {"1, left", "1, right", ""}
+
+    graded_pairs(tmp_path / "bad", [(1, 1, 1)])
+    args = omini.parse_args([str(flag) for flag in [*without_source(flags), *pairs[:-1], tmp_path / "bad"]])
+    assert "--no-quality_filter" in omini.find_examples(args)[1][0]
+
+
+def test_each_condition_is_validated_with_its_own_image(flags, pictures, tmp_path):
+    """One image makes all conditions, or the i-th makes the i-th condition, as when generating."""
+    for color in ("red", "blue"):
+        Image.new("RGB", (32, 32), color).save(tmp_path / f"{color}.png")
+    flags = [*flags, "--condition_type", "coloring", "deblurring", "--validation_prompt", "x", "--validation_image"]
+    rng = np.random.default_rng(0)
+    for colors, expected in ((["red", "blue"], [(76,) * 3, (0, 0, 255)]), (["red"], [(76,) * 3, (255, 0, 0)])):
+        args = omini.parse_args([str(flag) for flag in flags] + [str(tmp_path / f"{color}.png") for color in colors])
+        dataset = omini.OminiDataset([], omini.condition_specs(args), args)
+        (example,) = omini.validation_examples(args)
+        images = [dataset.condition_image(example, role, rng) for role in dataset.roles[1:]]
+        assert [image.getpixel((0, 0)) for image in images] == expected
+
+
 def test_a_stored_dataset_finds_its_captions_without_a_caption_column(flags, pictures, tmp_path):
     folder = tmp_path / "stored"
     folder.mkdir()
