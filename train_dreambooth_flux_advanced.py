@@ -114,7 +114,7 @@ from common.lora import (
     target_layers,
     unknown_layers,
 )
-from common.lora_formats import FLUX_LAYERS, LORA_FORMS, diffusers_state_dict, lora_header, lora_layers, write_lora
+from common.lora_formats import FLUX_LAYERS, LORA_FORMS, diffusers_state_dict, lora_header
 from common.models import (
     QUANTIZATIONS,
     check_weights,
@@ -283,7 +283,7 @@ def parse_args(argv=None):
         default=4,
         help="rank of the LoRA: its capacity and size; 16 to 64 for detail",
     )
-    arg("--lora_alpha", "--network_alpha", type=positive_float, default=4, help="LoRA scale is lora_alpha / rank")
+    arg("--lora_alpha", "--network_alpha", type=positive_float, help="LoRA scale is lora_alpha / rank (default: rank)")
     arg("--lora_dropout", type=in_range(float, 0, 0.99), default=0.0, help="dropout probability of the LoRA's inputs")
     arg(
         "--lora_layers",
@@ -393,7 +393,12 @@ def parse_args(argv=None):
     arg(
         "--output_name", metavar="NAME", help="the LoRA becomes output_dir/NAME.safetensors, the rest output_dir/NAME/"
     )
-    arg("--save_format", choices=LORA_FORMS[:2], default="comfyui", help="names of the tensors in NAME.safetensors")
+    arg(
+        "--save_format",
+        choices=LORA_FORMS,
+        default="diffusers",
+        help="form of NAME.safetensors: kohya's for its own tools, or the one that all others read",
+    )
     arg("--save_every_n_epochs", type=positive_int, metavar="N", help="also save NAME-00000N.safetensors")
     arg("--logging_dir", type=Path, default=Path("logs"), help="folder for the trackers' files, inside output_dir")
     arg("--report_to", choices=TRACKERS, default="tensorboard", help="trackers for metrics and validation images")
@@ -404,6 +409,7 @@ def parse_args(argv=None):
     arg("--hub_model_id", help="Hub repository (default: the name of output_dir)")
 
     args = parser.parse_args(argv)
+    args.lora_alpha = args.lora_alpha or args.rank
     if args.cache_latents_to_disk:
         args.cache_latents = True
     if args.output_name:
@@ -507,7 +513,7 @@ def check_args(args):
         problems.append(f"--validation_steps {args.validation_steps} needs --validation_prompt")
     if args.final_validation_prompt and args.skip_final_inference:
         problems.append("--final_validation_prompt has no effect with --skip_final_inference: leave one out")
-    if (args.save_every_n_epochs or args.save_format != "comfyui") and not args.output_name:
+    if (args.save_every_n_epochs or args.save_format == "kohya") and not args.output_name:
         problems.append("--save_every_n_epochs and --save_format need --output_name")
     if args.output_name and Path(args.output_name).name != args.output_name:
         problems.append(f"--output_name {args.output_name} must be the name of a file, without folders")
@@ -546,7 +552,7 @@ def check_model(args):
     lora_size = 0
     for _, layer in target_layers(transformer, target_modules):
         lora_size += args.rank * (layer.in_features + layer.out_features)
-    bytes_needed = 4 * 4 * lora_size  # float32: a checkpoint holds the LoRA and Adam's two moments; and the result
+    bytes_needed = 4 * 5 * lora_size  # float32: a checkpoint holds the LoRA twice and Adam's two moments; the result
     return check_disk(args, bytes_needed)
 
 
@@ -1758,12 +1764,16 @@ def lora_path(args, epoch=None):
     return args.output_dir.with_name(f"{name}.safetensors")
 
 
-def save_named_lora(args, adapted_models, examples, is_dev, dtype, epoch=None):
-    """Writes NAME.safetensors for ComfyUI, Forge and diffusers. Its header holds the trigger words and the captions'
-    tags, {folder: {tag: how often an epoch has it}}. All processes call it, one writes."""
-    layers = lora_layers(adapted_models)
-    if torch.distributed.is_initialized() and torch.distributed.get_rank():
-        return
+def save_result(args, adapted_models, examples, is_dev, dtype, epoch=None):
+    """Writes the LoRA, of an epoch or of the whole run. All processes call it, one writes."""
+    path = lora_path(args, epoch)
+    header = file_header(args, examples, is_dev)
+    save_lora(path.parent, adapted_models, dtype, weight_name=path.name, form=args.save_format, header=header)
+
+
+def file_header(args, examples, is_dev):
+    """The header of the LoRA's file. It holds the trigger words and the captions' tags, {folder: {tag: how often an
+    epoch has it}}."""
     instance_examples = [example for example in examples if not example.options["is_reg"]]
     tag_counts = {}
     for example in instance_examples:
@@ -1772,16 +1782,13 @@ def save_named_lora(args, adapted_models, examples, is_dev, dtype, epoch=None):
             counts[tag] = counts.get(tag, 0) + example.repeats
     trigger_words = [example.options["class_tokens"] for example in instance_examples]
     resolution = instance_examples[0].resolution
-    path = lora_path(args, epoch)
-    header = lora_header(
-        layers,
-        name=path.stem,
+    return lora_header(
+        name=args.output_name or args.output_dir.resolve().name,
         base_model="flux-1-dev" if is_dev else "flux-1-schnell",
         resolution=(resolution.width, resolution.height),
         trigger_words=dict.fromkeys(filter(None, trigger_words)),
         captions=tag_counts,
     )
-    write_lora(path, layers, args.save_format, header, dtype)
 
 
 LORA_CARD = """
@@ -2140,7 +2147,14 @@ def main(args):
         optimizer, lr_scheduler = accelerator.prepare(optimizer, lr_scheduler)
     else:
         transformer, optimizer, lr_scheduler = accelerator.prepare(transformer, optimizer, lr_scheduler)
-    register_lora_checkpointing(accelerator, FluxPipeline, adapted_models, optimizer)
+    save_dtype = torch.float32 if args.upcast_before_saving else weight_dtype
+    register_lora_checkpointing(
+        accelerator,
+        adapted_models,
+        optimizer,
+        dtype=save_dtype,
+        header=lambda _: file_header(args, examples, guidance_embeds),
+    )
     embedding_handler.register_checkpointing(accelerator)
     global_step = load_checkpoint(accelerator, checkpoint, lr_scheduler)
     if prompt_encoder.trained and global_step >= text_encoder_stop:  # the run resumes behind the pivot
@@ -2152,7 +2166,6 @@ def main(args):
     )
 
     # 7. Train
-    save_dtype = torch.float32 if args.upcast_before_saving else weight_dtype
     run_info = describe_run(args, examples, embedding_handler, text_params, text_encoder_stop)
     batch_sizes = sorted({example.options["batch_size"] for example in examples})
     batch = " or ".join(str(batch_size) for batch_size in batch_sizes)
@@ -2254,7 +2267,7 @@ def main(args):
         if args.save_every_n_epochs and adapted_models and not done:
             epoch, step_of_epoch = divmod(global_step, steps_per_epoch)
             if step_of_epoch == 0 and epoch % args.save_every_n_epochs == 0:
-                save_named_lora(args, adapted_models, examples, guidance_embeds, save_dtype, epoch)
+                save_result(args, adapted_models, examples, guidance_embeds, save_dtype, epoch)
         # after the file of the epoch, which a run that is resumed from this checkpoint does not write
         if stop_requested or global_step % args.checkpointing_steps == 0:
             state = run | {"trained_until": stops}
@@ -2273,10 +2286,7 @@ def main(args):
     progress_bar.close()
 
     # 8. Save and final validation
-    if args.output_name and adapted_models:
-        save_named_lora(args, adapted_models, examples, guidance_embeds, save_dtype)
-    else:
-        save_lora(args.output_dir, FluxPipeline, adapted_models, save_dtype)
+    save_result(args, adapted_models, examples, guidance_embeds, save_dtype)
     embeddings_name = f"{args.output_dir.resolve().name}_emb.safetensors"
     if accelerator.is_main_process:
         embedding_handler.save_embeddings(args.output_dir / embeddings_name)

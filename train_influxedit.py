@@ -256,7 +256,7 @@ def parse_args(argv=None):
 
     arg = parser.add_argument_group("lora", "the adapter").add_argument
     arg("--rank", type=positive_int, default=4, help="rank of the LoRA: its capacity and size; 16 to 64 for detail")
-    arg("--lora_alpha", type=positive_float, default=4, help="LoRA scale is lora_alpha / rank; usually equal to rank")
+    arg("--lora_alpha", type=positive_float, help="LoRA scale is lora_alpha / rank (default: rank)")
     arg("--lora_dropout", type=in_range(float, 0, 0.99), default=0.0, help="dropout probability of the LoRA's inputs")
     arg(
         "--lora_layers",
@@ -352,6 +352,7 @@ def parse_args(argv=None):
     arg("--hub_model_id", help="Hub repository (default: the name of output_dir)")
 
     args = parser.parse_args(argv)
+    args.lora_alpha = args.lora_alpha or args.rank
     parser.refuse(check_args(args) + check_weights(args) + check_model(args) + check_output_dir(args))
     return args
 
@@ -1292,7 +1293,8 @@ def main(args):
         lr_scheduler = accelerator.prepare(lr_scheduler)
     else:
         transformer, optimizer, lr_scheduler = accelerator.prepare(transformer, optimizer, lr_scheduler)
-    register_lora_checkpointing(accelerator, FluxFillPipeline, adapted_models, optimizer)
+    save_dtype = torch.float32 if args.upcast_before_saving else weight_dtype
+    register_lora_checkpointing(accelerator, adapted_models, optimizer, dtype=save_dtype)
     global_step = load_checkpoint(accelerator, checkpoint, lr_scheduler)
     sampler.start = global_step * accumulation
     sampler.stop = max_train_steps * accumulation
@@ -1399,8 +1401,7 @@ def main(args):
     progress_bar.close()
 
     # 8. Save and final validation
-    save_dtype = torch.float32 if args.upcast_before_saving else weight_dtype
-    save_lora(args.output_dir, FluxFillPipeline, adapted_models, save_dtype)
+    save_lora(args.output_dir, adapted_models, save_dtype)
     if accelerator.is_main_process:
         metrics.close()
         plot_metrics(args.output_dir)

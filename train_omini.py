@@ -119,9 +119,10 @@ from common.latents import (
 from common.lora import (
     add_lora,
     average_gradients,
-    load_lora,
+    check_lora_file,
     register_lora_checkpointing,
     save_lora,
+    start_from_lora,
     target_layers,
     unknown_layers,
 )
@@ -165,7 +166,6 @@ from diffusers.pipelines.flux.pipeline_flux import FluxPipelineOutput
 from diffusers.training_utils import compute_loss_weighting_for_sd3, offload_models
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image, ImageFilter
-from safetensors import safe_open
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import MODEL_FOR_DEPTH_ESTIMATION_MAPPING, AutoConfig, T5Config
@@ -452,6 +452,7 @@ def parse_args(argv=None):
     arg("--hub_model_id", help="Hub repository (default: the name of output_dir)")
 
     args = parser.parse_args(argv)
+    args.lora_alpha = args.lora_alpha or args.rank
     parser.refuse(
         check_args(args) + check_conditions(args) + check_weights(args) + check_model(args) + check_output_dir(args)
     )
@@ -544,7 +545,7 @@ def check_model(args):
     if not_passed:
         return [f"--target_modules {targets}: condition tokens do not pass {not_passed[0]}; leave it out"]
     sizes = [sum(layer.weight.shape) for _, layer in layers]
-    needed = 16 * args.rank * sum(sizes)  # bytes of a checkpoint, its two moments and the result
+    needed = 20 * args.rank * sum(sizes)  # bytes of a checkpoint, which holds it twice, two moments and the result
     return check_disk(args, needed) or check_lora_path(args, layers)
 
 
@@ -594,33 +595,10 @@ def check_lora_path(args, layers):
     paths = args.lora_path or []
     if paths and len(paths) != len(adapters):
         return [f"--lora_path names {len(paths)} files for {len(adapters)} adapters: {', '.join(adapters)}"]
-    expected = {}
-    for name, layer in layers:
-        expected[f"transformer.{name}.lora_A.weight"] = [args.rank, layer.in_features]
-        expected[f"transformer.{name}.lora_B.weight"] = [layer.out_features, args.rank]
+    shapes = {f"transformer.{name}": (layer.out_features, layer.in_features) for name, layer in layers}
     problems = []
     for path in paths:
-        shapes = {}
-        dtypes = set()
-        try:
-            with safe_open(path, "pt") as file:
-                for key in file.keys():  # noqa: SIM118 (it is no dict)
-                    tensor = file.get_slice(key)
-                    shapes[key] = tensor.get_shape()
-                    dtypes.add(tensor.get_dtype())
-        except Exception as error:  # safetensors raises several exception types
-            problems.append(f"--lora_path {path}: not a readable LoRA file ({error})")
-            continue
-        ranks = {shape[0] for key, shape in shapes.items() if ".lora_A." in key and shape}
-        if ranks != {args.rank}:
-            problems.append(f"--lora_path {path} has rank {', '.join(map(str, sorted(ranks)))}: --rank is {args.rank}")
-        elif shapes != expected:
-            different = [key for key in {*shapes, *expected} if shapes.get(key) != expected.get(key)]
-            problems.append(
-                f"--lora_path {path}: made for other layers than --target_modules, such as {min(different)}"
-            )
-        elif not dtypes <= {"F64", "F32", "F16", "BF16"}:
-            problems.append(f"--lora_path {path}: its numbers are {', '.join(sorted(dtypes))}, not F32, F16 or BF16")
+        problems += check_lora_file(path, shapes, args.rank)
     return problems
 
 
@@ -1884,14 +1862,14 @@ def add_adapters(transformer, specs, args):
         add_lora(
             transformer,
             rank=args.rank,
-            alpha=args.lora_alpha or args.rank,
+            alpha=args.lora_alpha,
             dropout=args.lora_dropout,
             target_modules=lora_targets(args),
             adapter_name=name,
         )
     if args.lora_path:
         for name, path in zip(files, args.lora_path, strict=True):
-            load_lora(path.parent, {"transformer": transformer}, adapter_name=name, weight_name=path.name)
+            start_from_lora(path, {"transformer": transformer}, adapter_name=name)
     return files
 
 
@@ -2189,7 +2167,15 @@ def main(args):
     lr_scheduler = accelerator.prepare(lr_scheduler)
     if not args.fsdp:  # the transformer is not wrapped in DistributedDataParallel: `average_gradients` is all it needs
         optimizer = accelerator.prepare(optimizer)
-    register_lora_checkpointing(accelerator, FluxPipeline, adapted_models, optimizer, adapter_files)
+    save_dtype = torch.float32 if args.upcast_before_saving else weight_dtype
+    register_lora_checkpointing(
+        accelerator,
+        adapted_models,
+        optimizer,
+        adapter_files,
+        dtype=save_dtype,
+        header=lambda name: adapter_metadata(args, specs, name),
+    )
     global_step = load_checkpoint(accelerator, checkpoint, lr_scheduler)
     sampler.start = global_step * accumulation
     sampler.stop = max_train_steps * accumulation
@@ -2309,18 +2295,9 @@ def main(args):
     progress_bar.close()
 
     # 8. Save and final validation
-    save_dtype = torch.float32 if args.upcast_before_saving else weight_dtype
     for name, file in adapter_files.items():
-        metadata = adapter_metadata(args, specs, name)
-        save_lora(
-            args.output_dir,
-            FluxPipeline,
-            adapted_models,
-            save_dtype,
-            adapter_name=name,
-            weight_name=file,
-            metadata=metadata,
-        )
+        header = adapter_metadata(args, specs, name)
+        save_lora(args.output_dir, adapted_models, save_dtype, adapter_name=name, weight_name=file, header=header)
     if accelerator.is_main_process:
         metrics.close()
         plot_metrics(args.output_dir)

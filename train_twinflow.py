@@ -70,6 +70,7 @@ from common.checkpoints import (
     check_run,
     checkpoint_to_resume,
     count_skipped,
+    follow_umask,
     load_checkpoint,
     register_sharded_checkpointing,
     register_tensor_checkpointing,
@@ -351,7 +352,7 @@ def parse_args(argv=None):
 
     arg = parser.add_argument_group("lora", "the adapter").add_argument
     arg("--rank", type=positive_int, default=4, help="rank of the LoRA: its capacity and size; 16 to 64 for detail")
-    arg("--lora_alpha", type=positive_float, default=4, help="LoRA scale is lora_alpha / rank")
+    arg("--lora_alpha", type=positive_float, help="LoRA scale is lora_alpha / rank (default: rank)")
     arg("--lora_dropout", type=in_range(float, 0, 0.99), default=0.0, help="dropout probability of the LoRA's inputs")
     arg(
         "--lora_layers",
@@ -464,6 +465,7 @@ def parse_args(argv=None):
 
     parser.set_defaults(**chosen_defaults(argv))
     args = parser.parse_args(argv)
+    args.lora_alpha = args.lora_alpha or args.rank
     parser.refuse(check_args(args) + check_model(args) + check_output_dir(args))
     return args
 
@@ -636,11 +638,12 @@ def check_model(args) -> list[str]:
 
     # bytes of one checkpoint in float32
     if args.training == "full":
-        checkpoint_bytes = 16 * transformer.num_parameters()  # weights, their moving average, two moments
+        # weights, their moving average, two moments, what would be the result
+        checkpoint_bytes = 20 * transformer.num_parameters()
     else:
         layers = target_layers(transformer, lora_targets(args))
         adapter_parameters = args.rank * sum(sum(layer.weight.shape) for _, layer in layers)
-        checkpoint_bytes = 20 * adapter_parameters  # the same, and the result
+        checkpoint_bytes = 24 * adapter_parameters  # the same, what would be the result, and the result
     return check_disk(args, checkpoint_bytes)
 
 
@@ -1047,6 +1050,7 @@ def save_model(accelerator, folder: Path, model: torch.nn.Module, model_class: t
                 model_class.from_config(model.config).save_config(folder)
             pattern = "diffusion_pytorch_model{suffix}.safetensors"
             save_torch_state_dict(state_dict, folder, filename_pattern=pattern, max_shard_size="10GB")
+            follow_umask(folder)
 
 
 class EMATeacher:
@@ -2050,14 +2054,29 @@ def main(args):
     averages = {}
     if teacher.is_moving_average:
         averages = dict(zip(params, teacher.tensors, strict=True))
-    if args.fsdp:
+    result_weights = teacher if teacher.is_moving_average else nullcontext  # what is validated and saved
+    save_dtype = torch.float32 if args.upcast_before_saving else weight_dtype
+    if not train_all:
+        register_lora_checkpointing(
+            accelerator,
+            {"transformer": unwrapped_transformer},
+            optimizer,
+            dtype=save_dtype,
+            result_weights=result_weights,
+            teacher=averages,
+        )
+    elif args.fsdp:
         register_sharded_checkpointing(accelerator, unwrapped_transformer, optimizer, averages)
-    elif train_all:
-        register_tensor_checkpointing(accelerator, {"model": params, "teacher": averages})
     else:
-        adapted_models = {"transformer": unwrapped_transformer}
-        register_lora_checkpointing(accelerator, backbone.pipeline_class, adapted_models, optimizer)
-        register_tensor_checkpointing(accelerator, {"teacher": averages})
+        register_tensor_checkpointing(accelerator, {"model": params, "teacher": averages})
+
+    def save_full_model(folder):
+        with result_weights():
+            model_class = backbone.transformer_class
+            save_model(accelerator, Path(folder) / "transformer", unwrapped_transformer, model_class, save_dtype)
+
+    if train_all:  # a checkpoint holds what would be the result, too
+        accelerator.register_save_state_pre_hook(lambda models, weights, folder: save_full_model(folder))
     global_step = load_checkpoint(accelerator, checkpoint, lr_scheduler)
     teacher.restore_decay(global_step)
     sampler.start = global_step * accumulation
@@ -2082,7 +2101,6 @@ def main(args):
         embeds_target_time=train_all,
         autocast=accelerator.autocast,
     )
-    result_weights = teacher if teacher.is_moving_average else nullcontext  # what is validated and saved
     validate = functools.partial(
         log_validation,
         accelerator,
@@ -2167,13 +2185,11 @@ def main(args):
     progress_bar.close()
 
     # 8. Save and final validation
-    save_dtype = torch.float32 if args.upcast_before_saving else weight_dtype
-    with result_weights():
-        if train_all:
-            folder = args.output_dir / "transformer"
-            save_model(accelerator, folder, unwrapped_transformer, backbone.transformer_class, save_dtype)
-        else:
-            save_lora(args.output_dir, backbone.pipeline_class, {"transformer": unwrapped_transformer}, save_dtype)
+    if train_all:
+        save_full_model(args.output_dir)
+    else:
+        with result_weights():
+            save_lora(args.output_dir, {"transformer": unwrapped_transformer}, save_dtype)
     if accelerator.is_main_process:
         metrics.close()
         plot_metrics(args.output_dir)

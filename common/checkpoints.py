@@ -295,6 +295,7 @@ def save_checkpoint(
             accelerator.wait_for_everyone()  # all have written their part
             if accelerator.is_main_process:
                 (partial / CHECKSUMS).write_text(json.dumps(checksums(partial), indent=2))
+                follow_umask(partial)
                 for path in [*partial.rglob("*"), partial]:
                     flush_to_disk(path)
                 partial.rename(checkpoint)
@@ -492,7 +493,10 @@ def atomic_write(path: Path | str, *, durable: bool = True) -> Iterator[Path]:
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
+            partial.touch()
+            mode = partial.stat().st_mode  # by the umask; safetensors' save_file makes files for their owner alone
             yield partial
+            partial.chmod(mode)
             if durable:
                 flush_to_disk(partial)
             partial.replace(path)
@@ -528,6 +532,17 @@ def write_error(error: Exception) -> str | None:
     if re.search("PytorchStreamWriter|iostream|unexpected pos", str(error)):  # torch.save's RuntimeError
         return "writing failed"
     return None
+
+
+def follow_umask(folder: Path) -> None:
+    """Gives all files in a folder and below the mode of a new one: safetensors' save_file makes them 0600."""
+    new = folder / f".{secrets.token_hex(4)}"
+    new.touch()
+    mode = new.stat().st_mode
+    new.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
 
 
 def flush_to_disk(path: Path) -> None:

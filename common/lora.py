@@ -1,18 +1,20 @@
-"""LoRA adapters: which layers get one, adding them, saving and loading them in diffusers' form."""
+"""LoRA adapters: which layers get one, adding them, saving and loading them."""
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from common.checkpoints import (
     TENSORS_FILE,
-    atomic_write,
     find_checkpoints,
     read_json,
     register_sharded_checkpointing,
+    register_tensor_checkpointing,
 )
+from common.lora_formats import LoraLayer, full_name, read_lora, write_lora
 from common.models import full_tensor, is_sharded
 
 import torch
@@ -21,7 +23,7 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_N
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save_file
 
 
 FLUX_TARGET_MODULES = (
@@ -38,6 +40,8 @@ FLUX_TARGET_MODULES = (
     "ff_context.net.0.proj",
     "ff_context.net.2",
 )
+
+RESUME_PREFIX = "resume_"  # of the files in checkpoints that runs continue from
 
 TargetModules = str | Sequence[str]  # a regular expression, or names of layers or ends of such names
 
@@ -119,66 +123,116 @@ def adapter_weights(model: torch.nn.Module, adapter_name: str = "default") -> di
     return get_peft_model_state_dict(model, state_dict, adapter_name)
 
 
+def lora_layers(
+    modules: Mapping[str, torch.nn.Module], adapter_name: str = "default"
+) -> tuple[dict[str, LoraLayer], dict[str, torch.Tensor]]:
+    """An adapter of {"transformer": model, "text_encoder": model}, on the CPU: ({layer name: LoraLayer}, {name:
+    weight of a module that is trained as a whole})."""
+    layers = {}
+    whole_modules = {}
+    for component, model in modules.items():
+        weights = adapter_weights(model, adapter_name)
+        alpha = float(adapter_config(model, adapter_name).lora_alpha)
+        for key, value in weights.items():
+            name = full_name(f"{component}.{key}")
+            if ".lora_" not in key:
+                whole_modules[name] = value.cpu()
+            elif key.endswith(".lora_A.weight"):
+                up = weights[key.replace("lora_A", "lora_B")]
+                layers[name.removesuffix(".lora_A.weight")] = LoraLayer(value.cpu(), up.cpu(), alpha)
+    return layers, whole_modules
+
+
 def save_lora(
     directory: str | Path,
-    pipeline_class: Any,
     modules: Mapping[str, torch.nn.Module],
     dtype: torch.dtype = torch.float32,
     *,
     adapter_name: str = "default",
     weight_name: str = LORA_WEIGHT_NAME_SAFE,
-    metadata: Mapping[str, str] | None = None,
+    form: str = "diffusers",
+    header: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes the adapters of {"transformer": model, ...} as directory/weight_name, whole or not at all.
+    """Writes an adapter of {"transformer": model, ...} as directory/weight_name, see `write_lora`, with `header`.
 
-    The header holds the settings from which `pipeline_class.load_lora_weights` restores their scale, alpha / rank, and
-    `metadata`. All processes call it, the main one writes.
+    All processes call it, the main one writes.
     """
     if not modules:
         return
-    layers = {}
-    settings = {}
-    for name, model in modules.items():
-        weights = adapter_weights(model, adapter_name)
-        layers[f"{name}_lora_layers"] = {key: value.to("cpu", dtype) for key, value in weights.items()}
-        for key, value in adapter_config(model, adapter_name).to_dict().items():
-            settings[f"{name}.{key}"] = sorted(value) if isinstance(value, set) else value
+    layers, whole_modules = lora_layers(modules, adapter_name)
     if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
         return
+    settings = {}
+    for component, model in modules.items():
+        config = adapter_config(model, adapter_name)
+        for key, value in (config.to_dict() | {"lora_alpha": config.r}).items():  # the scale is in the tensors
+            settings[f"{component}.{key}"] = sorted(value) if isinstance(value, set) else value
+    metadata = {} if form == "kohya" else {LORA_ADAPTER_METADATA_KEY: json.dumps(settings, indent=2, sort_keys=True)}
+    write_lora(Path(directory) / weight_name, layers, form, metadata | dict(header or {}), dtype, whole_modules)
 
-    def write(state_dict: dict[str, torch.Tensor], filename: str) -> None:
-        header = {"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(settings, indent=2, sort_keys=True)}
-        # not by save_file, whose files other users cannot read
-        Path(filename).write_bytes(save(state_dict, {**header, **(metadata or {})}))
 
-    with atomic_write(Path(directory) / weight_name) as partial:
-        pipeline_class.save_lora_weights(partial.parent, **layers, weight_name=partial.name, save_function=write)
-
-
-def load_lora(
-    directory: str | Path,
-    modules: Mapping[str, torch.nn.Module],
-    *,
-    adapter_name: str = "default",
-    weight_name: str = LORA_WEIGHT_NAME_SAFE,
+def save_exact_lora(
+    path: str | Path, modules: Mapping[str, torch.nn.Module], *, adapter_name: str = "default"
 ) -> None:
-    """Loads what `save_lora` wrote back into the adapters of {"transformer": model, ...}.
+    """Writes an adapter's weights as they are in training, without their scale, for `load_lora`."""
+    tensors = {}
+    for component, model in modules.items():
+        for key, value in adapter_weights(model, adapter_name).items():
+            tensors[f"{component}.{key}"] = value.cpu().contiguous()
+    save_file(tensors, path)
 
-    Raises ValueError if the file's keys are not exactly those of the adapters.
+
+def load_lora(path: str | Path, modules: Mapping[str, torch.nn.Module], *, adapter_name: str = "default") -> None:
+    """Loads what `save_exact_lora` wrote back into an adapter of {"transformer": model, ...}.
+
+    Raises ValueError if the file's keys are not exactly those of the adapter.
     """
-    path = Path(directory) / weight_name
-    if not modules and not path.exists():
-        return
     state_dict = load_file(path)
     for name, model in modules.items():
         prefix = f"{name}."
         weights = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
         if weights.keys() != get_peft_model_state_dict(model, adapter_name=adapter_name).keys():
-            raise ValueError(f"the LoRA in {directory} was made for other layers of the {name} than this run trains")
+            raise ValueError(f"the LoRA in {path} was made for other layers of the {name} than this run trains")
         set_peft_model_state_dict(model, weights, adapter_name=adapter_name)
     unused = [key for key in state_dict if key.partition(".")[0] not in modules]
     if unused:
-        raise ValueError(f"the LoRA in {directory} holds layers this run does not train: {', '.join(unused)}")
+        raise ValueError(f"the LoRA in {path} holds layers this run does not train: {', '.join(unused)}")
+
+
+def check_lora_file(path: Path, shapes: Mapping[str, tuple[int, int]], rank: int) -> list[str]:
+    """Problems of a file given as --lora_path to a run with adapters of `rank` on the layers {name: (out, in)}."""
+    try:
+        layers, _ = read_lora(path)
+        ranks = sorted({layer.rank for layer in layers.values()})
+        found = {name: (len(layer.up), layer.down.shape[1]) for name, layer in layers.items()}
+    except Exception as error:  # a damaged file can raise anything
+        return [f"--lora_path {path}: not a readable LoRA file ({error})"]
+    if ranks != [rank]:
+        return [f"--lora_path {path} has rank {', '.join(map(str, ranks))}: --rank is {rank}"]
+    if found != shapes:
+        different = [name for name in {*found, *shapes} if found.get(name) != shapes.get(name)]
+        return [f"--lora_path {path}: made for other layers than this run trains, such as {min(different)}"]
+    dtypes = {tensor.dtype for layer in layers.values() for tensor in (layer.down, layer.up)}
+    unusual = sorted(str(dtype) for dtype in dtypes - {torch.float64, torch.float32, torch.float16, torch.bfloat16})
+    if unusual:
+        return [f"--lora_path {path}: its numbers are {', '.join(unusual)}, not float32, float16 or bfloat16"]
+    return []
+
+
+def start_from_lora(path: Path, modules: Mapping[str, torch.nn.Module], *, adapter_name: str = "default") -> None:
+    """Loads a LoRA file into an adapter of {"transformer": model, ...}, in any form that `read_lora` understands and
+    at the file's strength: its scale is divided by the adapter's own."""
+    layers, _ = read_lora(path)
+    for component, model in modules.items():
+        config = adapter_config(model, adapter_name)
+        weights = {}
+        for key in get_peft_model_state_dict(model, adapter_name=adapter_name):
+            if key.endswith(".lora_A.weight"):
+                layer = layers[full_name(f"{component}.{key.removesuffix('.lora_A.weight')}")]
+                weights[key] = layer.down.float()
+                up = layer.up.float() * (layer.scale * config.r / config.lora_alpha)
+                weights[key.replace("lora_A", "lora_B")] = up
+        set_peft_model_state_dict(model, weights, adapter_name=adapter_name)
 
 
 def find_lora(path: str | Path) -> tuple[Path, Path | None]:
@@ -219,6 +273,7 @@ def lora_of_folder(folder: Path) -> Path:
             return file
     others = sorted(folder.glob("*.safetensors"))
     others = [file for file in others if file.name != TENSORS_FILE and not file.stem.endswith("_emb")]
+    others = [file for file in others if not file.name.startswith(RESUME_PREFIX)]
     if len(others) == 1 and not name:
         return others[0]
     if others:
@@ -244,32 +299,59 @@ def run_of(lora: Path) -> Path | None:
 
 def register_lora_checkpointing(
     accelerator: Accelerator,
-    pipeline_class: type,
     modules: dict[str, torch.nn.Module],
     optimizer: torch.optim.Optimizer,
     files: dict[str, str] | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    header: Callable[[str], Mapping[str, str]] | None = None,
+    result_weights: Callable[[], AbstractContextManager] = nullcontext,
+    teacher: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Makes checkpoints hold the adapters of {"transformer": model, ...} alone, not the frozen models around them.
 
-    They are LoRA files as `save_lora` writes them: `files` {adapter name: file name}, one named "default" without.
-    Where the transformer is split over the processes, each saves its part of its adapters and of the optimizer.
+    Of each of `files` {adapter name: file name}, one named "default" without, there are two: the file itself, which
+    is what `save_lora` would write as the result at that step, in `dtype`, with `header(adapter name)`, within
+    `result_weights()`; and RESUME_PREFIX + file name, the weights as they are in training, to resume from.
+    `teacher` {name: tensor} is saved with the second. Where the transformer is split over the processes, each saves
+    its part of these and of the optimizer instead.
     `modules` may be empty (DreamBooth's textual inversion alone): then checkpoints hold no models.
     """
-    transformer = modules.get("transformer")
-    if transformer is not None and is_sharded(transformer):
-        register_sharded_checkpointing(accelerator, transformer, optimizer)
-        return
     files = files or {"default": LORA_WEIGHT_NAME_SAFE}
+    transformer = modules.get("transformer")
+
+    def save_results(models: list, weights: list, output_dir: str) -> None:
+        with result_weights():
+            for adapter_name, weight_name in files.items():
+                save_lora(
+                    output_dir,
+                    modules,
+                    dtype,
+                    adapter_name=adapter_name,
+                    weight_name=weight_name,
+                    header=header(adapter_name) if header else None,
+                )
+
+    accelerator.register_save_state_pre_hook(save_results)
+    if transformer is not None and is_sharded(transformer):
+        register_sharded_checkpointing(accelerator, transformer, optimizer, teacher)
+        return
+    register_tensor_checkpointing(accelerator, {"teacher": teacher or {}})
 
     def save(models: list, weights: list, output_dir: str) -> None:
-        for adapter_name, weight_name in files.items():
-            save_lora(output_dir, pipeline_class, modules, adapter_name=adapter_name, weight_name=weight_name)
         weights.clear()  # accelerate would save the whole models too
+        if modules and accelerator.is_main_process:
+            for adapter_name, weight_name in files.items():
+                save_exact_lora(Path(output_dir) / (RESUME_PREFIX + weight_name), modules, adapter_name=adapter_name)
 
     def load(models: list, input_dir: str) -> None:
-        for adapter_name, weight_name in files.items():
-            load_lora(input_dir, modules, adapter_name=adapter_name, weight_name=weight_name)
         models.clear()
+        for adapter_name, weight_name in files.items():
+            path = Path(input_dir) / (RESUME_PREFIX + weight_name)
+            if not path.exists():
+                path = Path(input_dir) / weight_name  # of an earlier version, which wrote the weights without scale
+            if modules or path.exists():
+                load_lora(path, modules, adapter_name=adapter_name)
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)

@@ -1,4 +1,4 @@
-"""LoRA files for FLUX.1 in the names of diffusers, ComfyUI and kohya's sd-scripts.
+"""LoRA files: the form that diffusers, peft, ComfyUI and Forge all read at the trained strength, and kohya's.
 
 Between files, a LoRA is {layer name: LoraLayer} under the names that ComfyUI, Forge and diffusers all know, such as
 transformer.transformer_blocks.0.attn.to_q and text_encoder.text_model.encoder.layers.0.self_attn.q_proj.
@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.checkpoints import atomic_write
-from common.lora import adapter_config, adapter_weights
 
 import torch
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from safetensors import safe_open
 from safetensors.torch import save
 
@@ -70,7 +70,7 @@ FLUX_LAYERS: dict[str, tuple[str, ...]] = {
 
 FUSED_NAMES = {part: fused_name for fused_name, parts in FLUX_LAYERS.items() for part in parts}
 
-LORA_FORMS = ("comfyui", "kohya", "diffusers")
+LORA_FORMS = ("diffusers", "comfyui", "kohya")  # the first two are one form
 
 # Header entries with hashes of the file they stood in, or that are written anew: a converted file must not keep them.
 FILE_HEADER = ("format", "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
@@ -93,51 +93,54 @@ class LoraLayer:
         return self.alpha / self.rank
 
 
-def lora_layers(modules: Mapping[str, torch.nn.Module]) -> dict[str, LoraLayer]:
-    """The trained adapters of {"transformer": model, "text_encoder": model} as {layer name: LoraLayer}, on the CPU."""
-    layers = {}
-    for component, model in modules.items():
-        weights = adapter_weights(model)
-        alpha = float(adapter_config(model).lora_alpha)
-        for key, down in weights.items():
-            if key.endswith(".lora_A.weight"):
-                up = weights[key.replace("lora_A", "lora_B")]
-                name = full_name(f"{component}.{key.removesuffix('.lora_A.weight')}")
-                layers[name] = LoraLayer(down.cpu(), up.cpu(), alpha)
-    return layers
-
-
 def write_lora(
     path: str | Path,
     layers: Mapping[str, LoraLayer],
-    form: str = "comfyui",
+    form: str = "diffusers",
     header: Mapping[str, str] | None = None,
     dtype: torch.dtype | None = None,
+    whole_modules: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Writes `layers`, converted to `dtype`, to one safetensors file in one of LORA_FORMS. It is written whole or not
     at all.
 
-    comfyui    diffusers' names; a tensor `alpha` beside each pair if any alpha is not the rank. ComfyUI, Forge and
-               diffusers read it at the right strength.
-    kohya      the names of kohya's sd-scripts; layers that FLUX.1's authors fused are fused, exactly.
-    diffusers  diffusers' names; alpha stands in the header, which ComfyUI ignores. One alpha and one rank per model:
-               raises ValueError otherwise.
+    diffusers  and comfyui: diffusers' names with the scale inside lora_B and a header that says lora_alpha = r, so
+               that readers of the header (diffusers, peft), of tensors named alpha and of neither (ComfyUI, Forge)
+               agree.
+    kohya      the names of kohya's sd-scripts, FLUX.1 only; layers that its authors fused are fused, exactly.
 
-    `header` is added to the file's metadata, and sshs_model_hash: the SHA-256 of everything after the header.
+    `whole_modules` {name: weight} are written as they are. `header` is added to the file's metadata, to
+    ss_network_dim and ss_network_alpha, which hold the trained rank and alpha, and to sshs_model_hash: the SHA-256 of
+    everything after the header.
     """
+    metadata = {"format": "pt"}
+    settings = {(layer.rank, layer.alpha) for layer in layers.values()}
+    if len(settings) == 1:
+        rank, alpha = settings.pop()
+        metadata |= {"ss_network_dim": str(rank), "ss_network_alpha": f"{alpha:g}"}
+    if form != "kohya":
+        layers = {name: folded(layer, dtype) for name, layer in layers.items()}
+        adapter_settings = adapter_metadata(layers)
+        if adapter_settings:
+            metadata[LORA_ADAPTER_METADATA_KEY] = json.dumps(adapter_settings, sort_keys=True)
+    metadata |= header or {}
+    tensors = file_tensors(layers, form) | dict(whole_modules or {})
     if dtype is not None:
-        layers = {
-            name: LoraLayer(layer.down.to(dtype), layer.up.to(dtype), layer.alpha) for name, layer in layers.items()
-        }
-    metadata = {"format": "pt", **(header or {})}
-    if form == "diffusers":
-        metadata["lora_adapter_metadata"] = json.dumps(adapter_metadata(layers), sort_keys=True)
-    tensors = file_tensors(layers, form)
+        for key, tensor in tensors.items():
+            if not key.endswith(".alpha"):
+                tensors[key] = tensor.to(dtype)
     serialized = save(tensors)
     header_size = int.from_bytes(serialized[:8], "little")
     metadata["sshs_model_hash"] = hashlib.sha256(memoryview(serialized)[8 + header_size :]).hexdigest()
     with atomic_write(path) as partial:
-        partial.write_bytes(save(tensors, metadata))  # not by save_file, whose files other users cannot read
+        partial.write_bytes(save(tensors, metadata))
+
+
+def folded(layer: LoraLayer, dtype: torch.dtype | None = None) -> LoraLayer:
+    """The same adapter with its scale inside `up`, multiplied in float32 and then converted to `dtype` (None: as it
+    was), and alpha = rank."""
+    up = layer.up.float() * layer.scale
+    return LoraLayer(layer.down, up.to(dtype or layer.up.dtype), float(layer.rank))
 
 
 def read_lora(path: str | Path) -> tuple[dict[str, LoraLayer], dict[str, str]]:
@@ -157,19 +160,16 @@ def read_lora(path: str | Path) -> tuple[dict[str, LoraLayer], dict[str, str]]:
 
 
 def file_tensors(layers: Mapping[str, LoraLayer], form: str) -> dict[str, torch.Tensor]:
-    """The tensors {key: tensor} of a file in one of LORA_FORMS."""
+    """The tensors {key: tensor} of a file in one of LORA_FORMS; for all but kohya's, `layers` have scale 1."""
+    down_name, up_name = "lora_A", "lora_B"
     if form == "kohya":
         layers = fused_layers(layers)
         down_name, up_name = "lora_down", "lora_up"
-        with_alpha = True
-    else:
-        down_name, up_name = "lora_A", "lora_B"
-        with_alpha = form == "comfyui" and any(layer.alpha != layer.rank for layer in layers.values())
     tensors = {}
     for name, layer in layers.items():
         tensors[f"{name}.{down_name}.weight"] = layer.down.contiguous()
         tensors[f"{name}.{up_name}.weight"] = layer.up.contiguous()
-        if with_alpha:
+        if form == "kohya":
             tensors[f"{name}.alpha"] = torch.tensor(float(layer.alpha))
     return tensors
 
@@ -373,9 +373,9 @@ def diffusers_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict[str, to
 
 
 def adapter_metadata(layers: Mapping[str, LoraLayer]) -> dict[str, object]:
-    """The metadata from which diffusers restores the scale of `layers`: {"transformer.r": 4, ...}.
+    """PEFT's settings for `layers` of scale 1, as diffusers keeps them in a header: {"transformer.r": 4, ...}.
 
-    Raises ValueError if the layers of a component have several ranks or alphas.
+    {} if the layers of a component have several ranks: readers then take each rank from its tensors, and scale 1.
     """
     by_component: dict[str, dict[str, LoraLayer]] = {}
     for name, layer in layers.items():
@@ -383,23 +383,20 @@ def adapter_metadata(layers: Mapping[str, LoraLayer]) -> dict[str, object]:
         by_component.setdefault(component, {})[rest] = layer
     metadata = {}
     for component, own in by_component.items():
-        settings = {(layer.rank, layer.alpha) for layer in own.values()}
-        if len(settings) > 1:
-            raise ValueError(
-                f"the form diffusers holds one rank and alpha, not {len(settings)}: choose comfyui or kohya"
-            )
-        rank, alpha = settings.pop()
+        ranks = {layer.rank for layer in own.values()}
+        if len(ranks) > 1:
+            return {}
+        rank = ranks.pop()
         targets = set(own)
         if component == "text_encoder":  # by their last names: transformers 5 has no level text_model
             targets = {name.rpartition(".")[2] for name in own}
         metadata[f"{component}.r"] = rank
-        metadata[f"{component}.lora_alpha"] = alpha
+        metadata[f"{component}.lora_alpha"] = rank
         metadata[f"{component}.target_modules"] = sorted(targets)
     return metadata
 
 
 def lora_header(
-    layers: Mapping[str, LoraLayer],
     *,
     name: str,
     base_model: str,
@@ -411,7 +408,6 @@ def lora_header(
 
     `base_model` is flux-1-dev or flux-1-schnell, `resolution` (width, height), `captions` {folder: {tag: count}}.
     """
-    layer = next(iter(layers.values()))
     width, height = resolution
     header = {
         "modelspec.sai_model_spec": "1.0.1",
@@ -423,8 +419,6 @@ def lora_header(
         "ss_output_name": name,
         "ss_base_model_version": "flux1",
         "ss_network_module": "networks.lora_flux",
-        "ss_network_dim": str(layer.rank),
-        "ss_network_alpha": str(layer.alpha),
         "ss_tag_frequency": json.dumps(captions),
     }
     if trigger_words:

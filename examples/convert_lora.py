@@ -2,9 +2,10 @@
 
     python examples/convert_lora.py in.safetensors out.safetensors --to comfyui
 
-comfyui    diffusers' names, and alpha where it differs from the rank: ComfyUI, Forge and diffusers read it
+diffusers  diffusers' names with the scale in the weights, as the trainers write it: ComfyUI, Forge, diffusers and peft
+           read it at the same strength
+comfyui    the same
 kohya      the names of kohya's sd-scripts, with query, key and value fused as in FLUX.1's own weights
-diffusers  diffusers' names, with alpha in the header, where only diffusers looks for it
 
 The input's form is detected. Names that start with diffusion_model are read too.
 """

@@ -34,7 +34,6 @@ DIFFERENT = {
     ("train_omini", "max_grad_norm"): "OminiControl's default",
     ("train_omini", "guidance_scale"): "OminiControl's default",
     ("train_omini", "timestep_sampling"): "OminiControl's default",
-    ("train_omini", "lora_alpha"): "OminiControl's is the rank",
     ("train_omini", "validation_image"): "one image per condition",
 }
 ALWAYS_DIFFERENT = {"output_dir"}  # a folder of the trainer's own

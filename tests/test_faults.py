@@ -443,7 +443,7 @@ ALSO_FULL = [  # trainer, function, what the message names, flags
     (SCRIPTS[0], "cache_moments", ".safetensors", ["--cache_latents_to_disk", "--disk_cache_dir", "{disk}/cache"]),
     (SCRIPTS[0], "generate_class_images", "class-0000", [*PRIOR, "--class_data_dir", "{disk}/class"]),
     (SCRIPTS[2], "generate_class_images", "class-0000", [*PRIOR, "--class_data_dir", "{disk}/class"]),
-    (SCRIPTS[0], "save_named_lora", "name.safetensors", ["--output_name", "name", "--output_dir", "{disk}"]),
+    (SCRIPTS[0], "save_result", "name.safetensors", ["--output_name", "name", "--output_dir", "{disk}"]),
     (SCRIPTS[3], "encode_prompts", "encoded", []),
     (SCRIPTS[3], "save_model", "transformer", ["--training", "full", "--output_dir", "{disk}/run"]),
 ]

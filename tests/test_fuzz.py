@@ -22,8 +22,15 @@ from common.checkpoints import (
     save_checkpoint,
 )
 from common.latents import TensorCache
-from common.lora import add_lora, load_lora, register_lora_checkpointing, save_lora, target_layers
-from common.lora_formats import LORA_FORMS, lora_layers, write_lora
+from common.lora import (
+    add_lora,
+    lora_layers,
+    register_lora_checkpointing,
+    save_lora,
+    start_from_lora,
+    target_layers,
+)
+from common.lora_formats import LORA_FORMS, write_lora
 
 import hypothesis.strategies as st
 import numpy as np
@@ -32,7 +39,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from conftest import ROOT
-from diffusers import FluxPipeline
 from hypothesis import HealthCheck, Phase, given, settings
 from PIL import Image
 from safetensors.torch import load_file
@@ -524,9 +530,9 @@ def adapter(tiny_pipeline):
 def lora_files(adapter, tmp_path_factory):
     """Whole LoRA files in all forms; the first is that of `adapter`."""
     folder = tmp_path_factory.mktemp("loras")
-    save_lora(folder, FluxPipeline, {"transformer": adapter[0]})
+    save_lora(folder, {"transformer": adapter[0]})
     for form in LORA_FORMS:
-        write_lora(folder / f"{form}.safetensors", lora_layers({"transformer": adapter[0]}), form)
+        write_lora(folder / f"{form}.safetensors", lora_layers({"transformer": adapter[0]})[0], form)
     paths = [folder / "pytorch_lora_weights.safetensors", *(folder / f"{form}.safetensors" for form in LORA_FORMS)]
     return [path.read_bytes() for path in paths]
 
@@ -581,7 +587,7 @@ def test_lora_files(arguments, adapter, lora_files, tmp_path, capsys, count):
         problems = omini.check_lora_path(args, layers)
         assert all(str(args.lora_path[0]) in problem for problem in problems)
         if not problems:
-            load_lora(tmp_path, {"transformer": transformer}, weight_name="in.safetensors")
+            start_from_lora(args.lora_path[0], {"transformer": transformer})
         read.append(not problems)
         try:
             convert_lora.main([str(args.lora_path[0]), str(tmp_path / "out.safetensors"), "--to", "kohya"])
@@ -609,7 +615,7 @@ def saved(adapter, tmp_path_factory):
     parameters = [parameter for parameter in adapter[0].parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters)
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
-    register_lora_checkpointing(accelerator, FluxPipeline, {"transformer": adapter[0]}, optimizer)
+    register_lora_checkpointing(accelerator, {"transformer": adapter[0]}, optimizer)
     register_tensor_checkpointing(accelerator, {"average": {f"p{i}": p for i, p in enumerate(parameters)}})
     optimizer, schedule = accelerator.prepare(optimizer, schedule)
     for step in (1, 2):
@@ -709,7 +715,7 @@ def test_a_run_with_a_damaged_checkpoint(train, run_flags, script, tmp_path, cap
     train(script, *flags)
     checkpoint, results = tmp_path / "run" / "checkpoint-2", snapshot(tmp_path / "run")
     results = {path: load_file(path) for path in results if path.suffix == ".safetensors"}
-    files = {path: path.read_bytes() for path in checkpoint.iterdir()}
+    files = {path: path.read_bytes() for path in checkpoint.rglob("*") if path.is_file()}
     assert len(files) >= 6
     for path, whole in files.items():
         path.write_bytes(whole[: len(whole) // 2])

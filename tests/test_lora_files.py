@@ -3,14 +3,13 @@
 import hashlib
 import json
 
-from common.lora import save_lora
+from common.lora import adapter_weights, lora_layers
 from common.lora_formats import (
     LORA_FORMS,
     LoraLayer,
     diffusers_state_dict,
     fused_layers,
     lora_header,
-    lora_layers,
     read_lora,
     split_layer,
     write_lora,
@@ -142,7 +141,7 @@ def adapted(tiny):
 @pytest.mark.parametrize("form", ["comfyui", "kohya"])
 @pytest.mark.parametrize(("rank", "alpha"), [(4, 4), (4, 8), (8, 2), (3, 1.5)])
 def test_comfyui_loads_every_key_at_the_right_strength(adapted, tmp_path, form, rank, alpha):
-    layers = lora_layers(adapted(rank, alpha))
+    layers = lora_layers(adapted(rank, alpha))[0]
     assert len(layers) == 14 + 6 + 6
     write_lora(tmp_path / "x.safetensors", layers, form)
     expected = expected_patches(layers)
@@ -153,11 +152,14 @@ def test_comfyui_loads_every_key_at_the_right_strength(adapted, tmp_path, form, 
     assert min(patch.abs().max() for patch in patches.values()) > 0.01
 
 
-def test_these_rules_see_what_plain_files_get_wrong(adapted, tmp_path):
+def test_these_rules_see_what_peft_files_get_wrong(adapted, tmp_path):
     modules = adapted(4, 8)
-    save_lora(tmp_path, FluxPipeline, modules)
-    layers = lora_layers(modules)
-    patches, not_loaded = comfyui_patches(tmp_path / "pytorch_lora_weights.safetensors", model_shapes(layers))
+    tensors = {}
+    for component, model in modules.items():
+        tensors |= {f"{component}.{key}": value for key, value in adapter_weights(model).items()}
+    save_file(tensors, tmp_path / "x.safetensors")
+    layers = lora_layers(modules)[0]
+    patches, not_loaded = comfyui_patches(tmp_path / "x.safetensors", model_shapes(layers))
     expected = expected_patches(layers)
     assert all(torch.allclose(2 * patches[key], expected[key], atol=1e-5) for key in patches)  # alpha is lost
     assert len(not_loaded) == 2 * 6  # CLIP's keys have no text_model
@@ -167,7 +169,7 @@ def test_these_rules_see_what_plain_files_get_wrong(adapted, tmp_path):
 @pytest.mark.parametrize("form", ["comfyui", "diffusers"])
 def test_diffusers_loads_the_same_file(adapted, tiny, tmp_path, form, rank, alpha):
     modules = adapted(rank, alpha)
-    write_lora(tmp_path / "x.safetensors", lora_layers(modules), form, {"ss_output_name": "x"})
+    write_lora(tmp_path / "x.safetensors", lora_layers(modules)[0], form, {"ss_output_name": "x"})
     pipeline = FluxPipeline(**tiny.components_but_image())
     pipeline.load_lora_weights(tmp_path, weight_name="x.safetensors")
     torch.testing.assert_close(run(pipeline.transformer), run(modules["transformer"]), atol=1e-4, rtol=1e-4)
@@ -252,7 +254,7 @@ def test_a_shared_down_as_kohya_trains_it_goes_to_every_part():
 
 
 def test_every_form_becomes_every_other_and_back(adapted, tmp_path, capsys):
-    layers = lora_layers(adapted(4, 6))
+    layers = lora_layers(adapted(4, 6))[0]
     write_lora(tmp_path / "diffusers.safetensors", layers, "diffusers", {"ss_output_name": "mine"})
     for first in LORA_FORMS:
         convert_lora.main([str(tmp_path / "diffusers.safetensors"), str(tmp_path / f"{first}.2"), "--to", first])
@@ -262,9 +264,9 @@ def test_every_form_becomes_every_other_and_back(adapted, tmp_path, capsys):
             assert back.keys() == layers.keys()
             for name, layer in layers.items():
                 assert torch.equal(back[name].down, layer.down)
-                assert torch.equal(back[name].up, layer.up)
-                assert back[name].alpha == layer.alpha
-            assert header == {"ss_output_name": "mine"}
+                assert torch.equal(back[name].up, layer.up * 1.5)
+                assert back[name].scale == 1
+            assert header == {"ss_output_name": "mine", "ss_network_dim": "4", "ss_network_alpha": "6"}
     assert "26 layers of rank 4" in capsys.readouterr().out
 
 
@@ -294,9 +296,8 @@ def test_hashes_of_the_file_that_was_are_dropped_and_those_of_the_model_kept(tmp
 
 
 def test_the_header_and_the_hash_are_what_civitai_and_forge_look_up(adapted, tmp_path):
-    layers = lora_layers(adapted(4, 8))
+    layers = lora_layers(adapted(4, 8))[0]
     header = lora_header(
-        layers,
         name="mine",
         base_model="flux-1-dev",
         resolution=(1024, 768),
@@ -314,7 +315,8 @@ def test_the_header_and_the_hash_are_what_civitai_and_forge_look_up(adapted, tmp
     assert written["modelspec.resolution"] == "1024x768"
     assert json.loads(written["ss_tag_frequency"]) == {"tjtoy": {"tjtoy toy": 6}}
     assert all(isinstance(value, str) for value in written.values())
-    assert "lora_adapter_metadata" not in written
+    assert json.loads(written["lora_adapter_metadata"])["transformer.lora_alpha"] == 4
+    assert (written["ss_network_dim"], written["ss_network_alpha"]) == ("4", "8")
     assert {t.dtype for k, t in load_file(tmp_path / "mine.safetensors").items() if "lora" in k} == {torch.bfloat16}
     assert list(tmp_path.iterdir()) == [tmp_path / "mine.safetensors"]
 

@@ -41,11 +41,10 @@ def adapter(tiny_model, tmp_path):
             paths[name] = tmp_path / folder / f"{name}.safetensors"
             save_lora(
                 tmp_path / folder,
-                FluxPipeline,
                 {"transformer": transformer},
                 adapter_name=name,
                 weight_name=f"{name}.safetensors",
-                metadata=metadata,
+                header=metadata,
             )
         return paths
 
@@ -246,7 +245,7 @@ def test_a_style_beside_a_control_adapter(tiny_model, adapter, tmp_path):
     transformer = FluxTransformer2DModel.from_pretrained(tiny_model, subfolder="transformer").requires_grad_(False)
     for parameter in add_lora(transformer, rank=2, alpha=2, dropout=0.0, target_modules=["attn.to_q", "ff.net.2"]):
         parameter.data.normal_(std=0.3)
-    save_lora(tmp_path / "style", FluxPipeline, {"transformer": transformer})
+    save_lora(tmp_path / "style", {"transformer": transformer})
     (path,) = adapter("canny").values()
     picture().save(tmp_path / "a.png")
     flags = [path, "--prompt", "x", "--image", tmp_path / "a.png", "--num_inference_steps", 2, "--output"]

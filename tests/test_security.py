@@ -92,7 +92,7 @@ def test_bombs_in_a_checkpoint(train, run_flags, plant, marker, script, tmp_path
     train(script, *flags, "--max_train_steps", 1)
     checkpoint = tmp_path / "run" / "checkpoint-1"
     others = ["pytorch_model.bin", "scaler.pt", "custom_checkpoint_0.pkl", "dl_state_dict.bin", "sampler.bin"]
-    names = [path.name for path in checkpoint.iterdir() if path.suffix != ".json"]
+    names = [path.name for path in checkpoint.iterdir() if path.is_file() and path.suffix != ".json"]
     assert {"optimizer.bin", "scheduler.bin", "random_states_0.pkl"} < set(names)
     shutil.copytree(tmp_path / "run", tmp_path / "whole")
     for planted in [*([name] for name in names), others]:

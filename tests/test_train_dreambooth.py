@@ -194,7 +194,11 @@ def test_what_lands_in_output_dir(train, flags, tmp_path, capsys):
     pipeline = FluxPipeline.from_pretrained(flags[1])
     pipeline.load_lora_weights(run)
     layer = pipeline.transformer.transformer_blocks[0].attn.to_q
-    assert layer.scaling["default_0"] == 2  # alpha 4, rank 2
+    trained = load_file(run / "checkpoint-6" / f"resume_{LORA}")[
+        "transformer.transformer_blocks.0.attn.to_q.lora_B.weight"
+    ]
+    strength = layer.scaling["default_0"] * layer.lora_B["default_0"].weight.data
+    assert torch.equal(strength, 2 * trained)  # alpha 4, rank 2
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
