@@ -1,5 +1,6 @@
 """common/lora_formats.py: ComfyUI's rules, kohya's fused layers, headers, and every way round."""
 
+import copy
 import hashlib
 import json
 
@@ -18,7 +19,7 @@ from common.lora_formats import (
 import pytest
 import torch
 from conftest import ROOT
-from diffusers import FluxPipeline
+from diffusers import FluxFillPipeline, FluxPipeline
 from diffusers.loaders.lora_conversion_utils import _convert_kohya_flux_lora_to_diffusers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -31,6 +32,11 @@ from examples import convert_lora
 # a file may call it, and which rows of the weight that name means.
 HIDDEN = 64
 CLIP_LAYERS = [f"self_attn.{part}_proj" for part in "qkv"] + ["self_attn.out_proj", "mlp.fc1", "mlp.fc2"]
+OUTER_LAYERS = {
+    "x_embedder": "img_in",
+    "time_text_embed.timestep_embedder.linear_1": "time_in.in_layer",
+    "time_text_embed.timestep_embedder.linear_2": "time_in.out_layer",
+}
 
 
 def comfyui_names(blocks=1, single_blocks=1, clip_layers=1):
@@ -74,6 +80,8 @@ def comfyui_names(blocks=1, single_blocks=1, clip_layers=1):
         for part in CLIP_LAYERS:
             weight = f"text_model.encoder.layers.{i}.{part}"
             names[f"text_encoder.{weight}"] = names[f"lora_te1_{weight}".replace(".", "_")] = (weight, 0, None)
+    for ours, weight in OUTER_LAYERS.items():
+        names[f"transformer.{ours}"] = names[f"lora_unet_{weight}".replace(".", "_")] = (weight, 0, None)
     return names
 
 
@@ -388,3 +396,80 @@ def test_the_help_says_how_to_run_it():
         "convert_lora.py in.safetensors out.safetensors --to comfyui"
         in (ROOT / "examples/convert_lora.py").read_text()
     )
+
+
+SCRIPTS = ["train_dreambooth_flux_advanced", "train_omini", "train_influxedit", "train_twinflow"]
+
+
+def trained_layers(checkpoint, name):
+    """What a run has trained until its checkpoint, {layer: LoraLayer}, from the file that it would resume from; of
+    TwinFlow the moving average."""
+    tensors = load_file(checkpoint / f"resume_{name}")
+    with safe_open(checkpoint / name, "pt") as file:
+        alpha = float(file.metadata()["ss_network_alpha"])
+    if (checkpoint / "state.safetensors").exists():
+        averages = load_file(checkpoint / "state.safetensors")
+        for key in tensors:
+            average = key.replace("transformer.", "teacher/", 1).replace(".weight", ".default.weight")
+            tensors[key] = averages[average]
+    layers = {}
+    for key, down in tensors.items():
+        if key.endswith(".lora_A.weight"):
+            name = key.removesuffix(".lora_A.weight").replace(
+                "text_encoder.encoder", "text_encoder.text_model.encoder"
+            )
+            layers[name] = LoraLayer(down, tensors[key.replace("lora_A", "lora_B")], alpha)
+    return layers
+
+
+def assert_patches(path, layers):
+    patches, not_loaded = comfyui_patches(path, model_shapes(layers))
+    expected = expected_patches(layers)
+    assert not not_loaded  # Forge refuses a file with more than twelve
+    assert patches.keys() == expected.keys()
+    for key, patch in patches.items():
+        torch.testing.assert_close(patch, expected[key], atol=1e-7, rtol=1e-4)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_runs_file_has_the_trained_strength_in_every_reader(script, train, short_runs, tmp_path):
+    trains_clip = script in ("train_dreambooth_flux_advanced", "train_influxedit")
+    flags = [*short_runs[script], *(["--train_text_encoder"] if trains_clip else []), "--output_dir", tmp_path / "run"]
+    train(script, *flags, "--rank", 2, "--lora_alpha", 3, "--max_train_steps", 1, "--checkpointing_steps", 1)
+    name = "canny.safetensors" if script == "train_omini" else "pytorch_lora_weights.safetensors"
+    file, checkpoint = tmp_path / "run" / name, tmp_path / "run" / "checkpoint-1"
+    layers = trained_layers(checkpoint, name)
+    assert trains_clip == any(layer.startswith("text_encoder.text_model.") for layer in layers)
+    assert {layer.scale for layer in layers.values()} == {1.5}
+    assert max(layer.up.abs().max() for layer in layers.values()) > 0
+
+    # ComfyUI and Forge, as the file is and as converted for kohya's tools
+    assert_patches(file, layers)
+    convert_lora.main([str(file), str(tmp_path / "kohya.safetensors"), "--to", "kohya"])
+    assert_patches(tmp_path / "kohya.safetensors", layers)
+
+    # diffusers' own loader
+    model = flags[flags.index("--pretrained_model_name_or_path") + 1]
+    pipeline_class = FluxFillPipeline if script == "train_influxedit" else FluxPipeline
+    pipeline = pipeline_class.from_pretrained(model, vae=None, text_encoder_2=None, tokenizer_2=None)
+    before = pipeline.transformer.state_dict() | {"clip": pipeline.text_encoder.state_dict()}
+    before = {key: value.clone() if key != "clip" else copy.deepcopy(value) for key, value in before.items()}
+    pipeline.load_lora_weights(file.parent, weight_name=name)
+    pipeline.fuse_lora(components=["transformer", *(["text_encoder"] if trains_clip else [])])
+    pipeline.unload_lora_weights()
+    for key, layer in layers.items():
+        component, _, rest = key.partition(".")
+        weights, own = pipeline.transformer.state_dict(), before
+        if component == "text_encoder":
+            weights, own, rest = pipeline.text_encoder.state_dict(), before["clip"], rest.removeprefix("text_model.")
+        difference = weights[f"{rest}.weight"] - own[f"{rest}.weight"]
+        torch.testing.assert_close(difference, layer.scale * layer.up @ layer.down, atol=1e-6, rtol=1e-3)
+
+    # the checkpoint of the last step holds the result
+    assert content(checkpoint / name) == content(file)
+
+
+def content(path):
+    """(header, tensors as lists) of a file; the order of a header's entries varies."""
+    with safe_open(path, "pt") as file:
+        return file.metadata(), {key: file.get_tensor(key).tolist() for key in file.keys()}  # noqa: SIM118
