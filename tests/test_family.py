@@ -163,6 +163,14 @@ def test_the_flags_that_were_changed_are_known(script, short_runs, tmp_path):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
+def test_alpha_is_the_rank_unless_it_is_given(script, short_runs, tmp_path):
+    words = [str(word) for word in short_runs[script]] + ["--output_dir", str(tmp_path), "--rank", "12"]
+    parse_args = importlib.import_module(script).parse_args
+    assert parse_args(words).lora_alpha == 12
+    assert parse_args([*words, "--lora_alpha", "3"]).lora_alpha == 3
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_flags_in_a_file_are_those_of_the_command(script, short_runs, tmp_path):
     words = [str(word) for word in short_runs[script]] + ["--output_dir", str(tmp_path / "run")]
     file = tmp_path / "run.args"

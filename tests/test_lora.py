@@ -280,6 +280,7 @@ def test_a_checkpoint_holds_the_result_at_its_step_and_what_resumes_exactly(tiny
         torch.testing.assert_close(run(pipeline.transformer), run(transformer), atol=1e-4, rtol=1e-4)
     with safe_open(checkpoint / "mine.safetensors", "pt") as file:
         assert file.metadata()["adapter"] == "default"
+    assert find_lora(checkpoint)[0] == checkpoint / "mine.safetensors"
 
     def resumed():
         for parameter in parameters:
