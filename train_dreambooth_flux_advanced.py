@@ -109,12 +109,17 @@ from common.lora import (
     FLUX_TARGET_MODULES,
     add_lora,
     average_gradients,
+    check_lora_file,
+    is_target,
+    layer_shapes,
+    lora_file,
     register_lora_checkpointing,
     save_lora,
+    start_from_lora,
     target_layers,
     unknown_layers,
 )
-from common.lora_formats import FLUX_LAYERS, LORA_FORMS, diffusers_state_dict, lora_header
+from common.lora_formats import FLUX_LAYERS, LORA_FORMS, diffusers_state_dict, full_name
 from common.models import (
     QUANTIZATIONS,
     check_weights,
@@ -124,12 +129,20 @@ from common.models import (
     quantize_base,
     shard,
 )
-from common.text_encoders import CLIP_TARGET_MODULES, PromptEncoder, freeze_models, load_text_pipeline
+from common.text_encoders import (
+    CLIP_TARGET_MODULES,
+    PromptEncoder,
+    clip_lora_shapes,
+    freeze_models,
+    load_text_pipeline,
+)
 from common.tracking import (
+    METADATA,
     check_hub,
     create_hub_repo,
     finish,
     log_step,
+    lora_header,
     open_metrics,
     plot_metrics,
     print_header,
@@ -284,6 +297,7 @@ def parse_args(argv=None):
         help="rank of the LoRA: its capacity and size; 16 to 64 for detail",
     )
     arg("--lora_alpha", "--network_alpha", type=positive_float, help="LoRA scale is lora_alpha / rank (default: rank)")
+    arg("--lora_path", type=Path, metavar="FILE", help="a LoRA file to continue from, at the strength it has")
     arg("--lora_dropout", type=in_range(float, 0, 0.99), default=0.0, help="dropout probability of the LoRA's inputs")
     arg(
         "--lora_layers",
@@ -400,6 +414,8 @@ def parse_args(argv=None):
         help="form of NAME.safetensors: kohya's for its own tools, or the one that all others read",
     )
     arg("--save_every_n_epochs", type=positive_int, metavar="N", help="also save NAME-00000N.safetensors")
+    for entry in METADATA:
+        arg(f"--metadata_{entry}", help=f"{entry} in the header of the LoRA's file")
     arg("--logging_dir", type=Path, default=Path("logs"), help="folder for the trackers' files, inside output_dir")
     arg("--report_to", choices=TRACKERS, default="tensorboard", help="trackers for metrics and validation images")
     arg("--upcast_before_saving", action="store_true", help="save the LoRA in float32 instead of --mixed_precision")
@@ -484,6 +500,8 @@ def check_args(args):
     trains_new_tokens = args.train_text_encoder_ti and args.train_text_encoder_ti_frac > 0
     if args.train_transformer_frac == 0 and not trains_new_tokens:
         problems.append("--train_transformer_frac 0 leaves nothing to train without --train_text_encoder_ti")
+    if args.train_transformer_frac == 0 and args.lora_path:
+        problems.append("--lora_path has no effect with --train_transformer_frac 0: leave one out")
     if args.num_new_tokens_per_abstraction and args.initializer_concept:
         problems.append("--num_new_tokens_per_abstraction has no effect with --initializer_concept: leave one out")
     abstractions = comma_list(args.token_abstraction)
@@ -552,6 +570,13 @@ def check_model(args):
     lora_size = 0
     for _, layer in target_layers(transformer, target_modules):
         lora_size += args.rank * (layer.in_features + layer.out_features)
+    if args.lora_path:
+        shapes = layer_shapes("transformer", transformer, target_modules)
+        if args.train_text_encoder:
+            shapes |= clip_shapes(args)
+        problems = check_lora_file(args.lora_path, shapes, args.rank)
+        if problems:
+            return problems
     bytes_needed = 4 * 5 * lora_size  # float32: a checkpoint holds the LoRA twice and Adam's two moments; the result
     return check_disk(args, bytes_needed)
 
@@ -677,7 +702,7 @@ class TokenEmbeddingsHandler:
             rows = {}
             for name, embedding in self.embeddings.items():
                 rows[name] = embedding.new_rows.detach().cpu()[first:after].clone()
-            file_name = re.sub(r"[^\w.-]+", "_", abstraction) + ".safetensors"
+            file_name = embedding_name(abstraction) + ".safetensors"
             comfyui = {"t5xxl" if name == "t5" else name: values for name, values in rows.items()}
             save_tensors(comfyui, folder / "comfyui" / file_name)
             save_tensors({"clip_l": rows["clip_l"]}, folder / "forge" / file_name)
@@ -758,6 +783,23 @@ def load_noise_scheduler(args):
         config = transformer_config(args)
         return create_scheduler(is_dev=config["guidance_embeds"])
     return load_scheduler(args)
+
+
+def clip_targets(args):
+    """The layers of CLIP with a LoRA."""
+    return (*CLIP_TARGET_MODULES, "fc1", "fc2") if args.lora_layers == "kohya" else CLIP_TARGET_MODULES
+
+
+def clip_shapes(args):
+    """{name in a LoRA file: (out, in)} of CLIP's layers with a LoRA, from its config or the header of its file."""
+    if not is_single_file(args):
+        return clip_lora_shapes(args, clip_targets(args))
+    shapes = {}
+    for key, shape in tensor_shapes(args.clip_l).items():
+        name, _, parameter = key.rpartition(".")
+        if parameter == "weight" and is_target(name, clip_targets(args)):
+            shapes[full_name(f"text_encoder.{name}")] = tuple(shape)
+    return shapes
 
 
 def lora_targets(args, transformer):
@@ -1754,26 +1796,20 @@ def log_validation(accelerator, transformer, vae, noise_scheduler, prompt_encode
     save_images(accelerator, args, images, captions, prompt=prompt, step=step)
 
 
-def lora_path(args, epoch=None):
-    """The file of the LoRA, or with --save_every_n_epochs that of an epoch."""
-    if not args.output_name:
-        return args.output_dir / "pytorch_lora_weights.safetensors"
-    name = args.output_name
-    if epoch is not None:
-        name += f"-{epoch:06d}"
-    return args.output_dir.with_name(f"{name}.safetensors")
+def embedding_name(abstraction):
+    """The name of the embedding's file of a word, by which ComfyUI's prompts call it: embedding:NAME."""
+    return re.sub(r"[^\w.-]+", "_", abstraction)
 
 
-def save_result(args, adapted_models, examples, is_dev, dtype, epoch=None):
+def save_result(args, adapted_models, header, dtype, epoch=None):
     """Writes the LoRA, of an epoch or of the whole run. All processes call it, one writes."""
-    path = lora_path(args, epoch)
-    header = file_header(args, examples, is_dev)
+    path = lora_file(args.output_dir, args.output_name, epoch)
     save_lora(path.parent, adapted_models, dtype, weight_name=path.name, form=args.save_format, header=header)
 
 
-def file_header(args, examples, is_dev):
-    """The header of the LoRA's file. It holds the trigger words and the captions' tags, {folder: {tag: how often an
-    epoch has it}}."""
+def file_header(args, examples, embedding_handler, is_dev, step, steps_per_epoch):
+    """The header of the LoRA's file at a step. It holds what calls the subject in ComfyUI, and the captions' tags,
+    {folder: {tag: how often an epoch has it}}."""
     instance_examples = [example for example in examples if not example.options["is_reg"]]
     tag_counts = {}
     for example in instance_examples:
@@ -1781,11 +1817,15 @@ def file_header(args, examples, is_dev):
         for tag in comma_list(example.prompt().lower()):
             counts[tag] = counts.get(tag, 0) + example.repeats
     trigger_words = [example.options["class_tokens"] for example in instance_examples]
+    if embedding_handler.abstractions:  # words like TOK call the new tokens as files of embeddings
+        trigger_words = [f"embedding:{embedding_name(word)}" for word in embedding_handler.abstractions]
     resolution = instance_examples[0].resolution
     return lora_header(
-        name=args.output_name or args.output_dir.resolve().name,
-        base_model="flux-1-dev" if is_dev else "flux-1-schnell",
+        args,
+        architecture="flux-1-dev" if is_dev else "flux-1-schnell",
         resolution=(resolution.width, resolution.height),
+        step=step,
+        steps_per_epoch=steps_per_epoch,
         trigger_words=dict.fromkeys(filter(None, trigger_words)),
         captions=tag_counts,
     )
@@ -1842,10 +1882,11 @@ def save_model_card(args, dtype, embedding_handler, prompt, embeddings_name, hub
     """Writes README.md: what was trained, and code that generates `prompt`, with the files in the output folder or,
     with `hub_repo`, those on the Hub."""
     folder = args.output_dir.resolve()
-    lora = lora_path(args).resolve()
+    lora = lora_file(args.output_dir, args.output_name).resolve()
     base_model = args.pretrained_model_name_or_path
     if is_single_file(args):
-        base_model = "black-forest-labs/FLUX.1-dev"
+        is_dev = transformer_config(args)["guidance_embeds"]
+        base_model = "black-forest-labs/FLUX.1-dev" if is_dev else "black-forest-labs/FLUX.1-schnell"
     from_pretrained = [repr(base_model), f"dtype={dtype}"]
     if args.revision:
         from_pretrained.append(f"revision={args.revision!r}")
@@ -2033,15 +2074,12 @@ def main(args):
     adapted_models = {}  # those with a LoRA, under diffusers' names
     text_lora_params = []
     if args.train_text_encoder:
-        target_modules = list(CLIP_TARGET_MODULES)
-        if args.lora_layers == "kohya":
-            target_modules += ["fc1", "fc2"]
         text_lora_params = add_lora(
             pipeline.text_encoder,
             rank=args.rank,
             alpha=args.lora_alpha,
             dropout=0.0,
-            target_modules=target_modules,
+            target_modules=clip_targets(args),
         )
         adapted_models["text_encoder"] = pipeline.text_encoder
     embedding_handler = add_new_tokens(pipeline, args)
@@ -2102,6 +2140,8 @@ def main(args):
             dropout=args.lora_dropout,
             target_modules=lora_targets(args, transformer),
         )
+    if args.lora_path:
+        start_from_lora(args.lora_path, {"transformer": transformer, **adapted_models})
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     if args.compile:
@@ -2148,12 +2188,12 @@ def main(args):
     else:
         transformer, optimizer, lr_scheduler = accelerator.prepare(transformer, optimizer, lr_scheduler)
     save_dtype = torch.float32 if args.upcast_before_saving else weight_dtype
+
+    def header():
+        return file_header(args, examples, embedding_handler, guidance_embeds, global_step, steps_per_epoch)
+
     register_lora_checkpointing(
-        accelerator,
-        adapted_models,
-        optimizer,
-        dtype=save_dtype,
-        header=lambda _: file_header(args, examples, guidance_embeds),
+        accelerator, adapted_models, optimizer, dtype=save_dtype, header=lambda adapter_name: header()
     )
     embedding_handler.register_checkpointing(accelerator)
     global_step = load_checkpoint(accelerator, checkpoint, lr_scheduler)
@@ -2267,7 +2307,7 @@ def main(args):
         if args.save_every_n_epochs and adapted_models and not done:
             epoch, step_of_epoch = divmod(global_step, steps_per_epoch)
             if step_of_epoch == 0 and epoch % args.save_every_n_epochs == 0:
-                save_result(args, adapted_models, examples, guidance_embeds, save_dtype, epoch)
+                save_result(args, adapted_models, header(), save_dtype, epoch)
         # after the file of the epoch, which a run that is resumed from this checkpoint does not write
         if stop_requested or global_step % args.checkpointing_steps == 0:
             state = run | {"trained_until": stops}
@@ -2286,7 +2326,7 @@ def main(args):
     progress_bar.close()
 
     # 8. Save and final validation
-    save_result(args, adapted_models, examples, guidance_embeds, save_dtype)
+    save_result(args, adapted_models, header(), save_dtype)
     embeddings_name = f"{args.output_dir.resolve().name}_emb.safetensors"
     if accelerator.is_main_process:
         embedding_handler.save_embeddings(args.output_dir / embeddings_name)
@@ -2301,7 +2341,7 @@ def main(args):
     transformer = None  # DistributedDataParallel must be freed before the process group: gloo can hang otherwise
     accelerator.free_memory()
     accelerator.end_training()
-    lora = lora_path(args)
+    lora = lora_file(args.output_dir, args.output_name)
     results = {
         "LoRA": lora.absolute(),
         "tokens": embeddings_name,
@@ -2310,9 +2350,9 @@ def main(args):
         "loss": "loss.png",
         "images": "validation",
     }
-    file_beside = lora if args.output_name and lora.exists() else None
+    files_beside = [lora] if args.output_name and lora.exists() else []
     command = generate_command(args, example_prompt)
-    finish(accelerator, args, global_step, results, command, hub_repo, extra_file=file_beside)
+    finish(accelerator, args, global_step, results, command, hub_repo, files_beside=files_beside)
 
 
 if __name__ == "__main__":

@@ -99,8 +99,12 @@ from common.lora import (
     FLUX_TARGET_MODULES,
     add_lora,
     average_gradients,
+    check_lora_file,
+    layer_shapes,
+    lora_file,
     register_lora_checkpointing,
     save_lora,
+    start_from_lora,
     target_layers,
     unknown_layers,
 )
@@ -113,12 +117,14 @@ from common.models import (
     quantize_base,
     shard,
 )
-from common.text_encoders import CLIP_TARGET_MODULES, PromptEncoder, load_text_pipeline
+from common.text_encoders import CLIP_TARGET_MODULES, PromptEncoder, clip_lora_shapes, load_text_pipeline
 from common.tracking import (
+    METADATA,
     check_hub,
     create_hub_repo,
     finish,
     log_step,
+    lora_header,
     open_metrics,
     plot_metrics,
     print_header,
@@ -257,6 +263,7 @@ def parse_args(argv=None):
     arg = parser.add_argument_group("lora", "the adapter").add_argument
     arg("--rank", type=positive_int, default=4, help="rank of the LoRA: its capacity and size; 16 to 64 for detail")
     arg("--lora_alpha", type=positive_float, help="LoRA scale is lora_alpha / rank (default: rank)")
+    arg("--lora_path", type=Path, metavar="FILE", help="a LoRA file to continue from, at the strength it has")
     arg("--lora_dropout", type=in_range(float, 0, 0.99), default=0.0, help="dropout probability of the LoRA's inputs")
     arg(
         "--lora_layers",
@@ -343,6 +350,11 @@ def parse_args(argv=None):
 
     arg = parser.add_argument_group("output and logging", "where results and logs go").add_argument
     arg("--output_dir", type=Path, default=Path("flux-dreambooth-lora"), help="folder for all results")
+    arg(
+        "--output_name", metavar="NAME", help="the LoRA becomes output_dir/NAME.safetensors, the rest output_dir/NAME/"
+    )
+    for entry in METADATA:
+        arg(f"--metadata_{entry}", help=f"{entry} in the header of the LoRA's file")
     arg("--logging_dir", type=Path, default=Path("logs"), help="folder for the trackers' files, inside output_dir")
     arg("--report_to", choices=TRACKERS, default="tensorboard", help="trackers for metrics and validation images")
     arg("--upcast_before_saving", action="store_true", help="save the LoRA in float32 instead of --mixed_precision")
@@ -353,6 +365,8 @@ def parse_args(argv=None):
 
     args = parser.parse_args(argv)
     args.lora_alpha = args.lora_alpha or args.rank
+    if args.output_name:
+        args.output_dir /= args.output_name
     parser.refuse(check_args(args) + check_weights(args) + check_model(args) + check_output_dir(args))
     return args
 
@@ -397,6 +411,8 @@ def check_args(args):
         for flag in ("target_data_dir", "target_column", "train_embedder"):
             if vars(args)[flag]:
                 problems.append(f"--{flag} needs --mode edit")
+    if args.train_embedder and args.lora_path:
+        problems.append("--lora_path cannot start --train_embedder: leave one out")
     if args.mask_only_right and not args.use_split_mask:
         problems.append("--mask_only_right needs --use_split_mask")
 
@@ -452,6 +468,8 @@ def check_args(args):
     if mask_needed and "validation_image" in listed and "validation_mask" not in listed:
         problems.append("--validation_image needs --validation_mask, or masks that are split: --use_split_mask")
 
+    if args.output_name and Path(args.output_name).name != args.output_name:
+        problems.append(f"--output_name {args.output_name} must be the name of a file, without folders")
     return problems + check_hub(args)
 
 
@@ -495,7 +513,14 @@ def check_model(args):
     lora_size = 0
     for _, layer in target_layers(transformer, targets):
         lora_size += args.rank * (layer.in_features + layer.out_features)
-    bytes_needed = 4 * 4 * lora_size  # float32: a checkpoint holds the LoRA and Adam's two moments; and the result
+    if args.lora_path:
+        shapes = layer_shapes("transformer", transformer, targets)
+        if args.train_text_encoder:
+            shapes |= clip_lora_shapes(args, CLIP_TARGET_MODULES)
+        problems = check_lora_file(args.lora_path, shapes, args.rank)
+        if problems:
+            return problems
+    bytes_needed = 4 * 5 * lora_size  # float32: a checkpoint holds the LoRA twice and Adam's two moments; the result
     return check_disk(args, bytes_needed)
 
 
@@ -985,7 +1010,7 @@ from diffusers import FluxFillPipeline
 from diffusers.utils import load_image
 
 pipeline = FluxFillPipeline.from_pretrained({pretrained_arguments})
-pipeline.load_lora_weights({folder!r})
+pipeline.load_lora_weights({lora_folder!r}, weight_name={lora_name!r})
 pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
 
 image = pipeline(
@@ -1021,7 +1046,7 @@ class EditPipeline(FluxFillPipeline):
 
 
 pipeline = EditPipeline.from_pretrained({pretrained_arguments})
-pipeline.load_lora_weights({folder!r})
+pipeline.load_lora_weights({lora_folder!r}, weight_name={lora_name!r})
 pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
 
 image = pipeline(
@@ -1041,6 +1066,7 @@ image.save("image.png")
 def save_model_card(args, dtype, prompt):
     """Writes README.md into the output folder: what was trained, and code that applies it with `prompt`."""
     folder = args.output_dir.resolve()
+    lora = lora_file(folder, args.output_name)
     pretrained_arguments = [repr(args.pretrained_model_name_or_path), f"dtype={dtype}"]
     if args.revision:
         pretrained_arguments.append(f"revision={args.revision!r}")
@@ -1053,7 +1079,8 @@ def save_model_card(args, dtype, prompt):
         alpha=args.lora_alpha,
         model=args.pretrained_model_name_or_path,
         pretrained_arguments=", ".join(pretrained_arguments),
-        folder=str(folder),
+        lora_folder=str(lora.parent),
+        lora_name=lora.name,
         prompt=prompt,
         height=args.validation_height,
         width=args.validation_width,
@@ -1252,6 +1279,11 @@ def main(args):
         target_modules=lora_targets(args),
         modules_to_save=["x_embedder"] if args.train_embedder else None,
     )
+    adapted_models = {"transformer": transformer}
+    if args.train_text_encoder:
+        adapted_models["text_encoder"] = text_pipeline.text_encoder
+    if args.lora_path:
+        start_from_lora(args.lora_path, adapted_models)
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     if args.compile:
@@ -1259,9 +1291,6 @@ def main(args):
     if args.fsdp:
         shard(transformer, device, weight_dtype)
     lora_params = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
-    adapted_models = {"transformer": transformer}
-    if args.train_text_encoder:
-        adapted_models["text_encoder"] = text_pipeline.text_encoder
 
     # 5. Optimizer and schedule
     lr_scale = total_batch_size if args.scale_lr else 1
@@ -1294,7 +1323,21 @@ def main(args):
     else:
         transformer, optimizer, lr_scheduler = accelerator.prepare(transformer, optimizer, lr_scheduler)
     save_dtype = torch.float32 if args.upcast_before_saving else weight_dtype
-    register_lora_checkpointing(accelerator, adapted_models, optimizer, dtype=save_dtype)
+
+    def header():
+        long_edge = max(args.resolution)
+        return lora_header(
+            args,
+            architecture="flux-1-fill-dev",
+            resolution=(long_edge, long_edge),
+            step=global_step,
+            steps_per_epoch=steps_per_epoch,
+            trigger_words=[args.instance_prompt] if args.instance_prompt else [],
+        )
+
+    register_lora_checkpointing(
+        accelerator, adapted_models, optimizer, dtype=save_dtype, header=lambda adapter_name: header()
+    )
     global_step = load_checkpoint(accelerator, checkpoint, lr_scheduler)
     sampler.start = global_step * accumulation
     sampler.stop = max_train_steps * accumulation
@@ -1401,7 +1444,8 @@ def main(args):
     progress_bar.close()
 
     # 8. Save and final validation
-    save_lora(args.output_dir, adapted_models, save_dtype)
+    lora = lora_file(args.output_dir, args.output_name)
+    save_lora(lora.parent, adapted_models, save_dtype, weight_name=lora.name, header=header())
     if accelerator.is_main_process:
         metrics.close()
         plot_metrics(args.output_dir)
@@ -1414,12 +1458,14 @@ def main(args):
     accelerator.free_memory()
     accelerator.end_training()
     results = {
-        "LoRA": "pytorch_lora_weights.safetensors",
+        "LoRA": lora.absolute(),
         "usage": "README.md",
         "loss": "loss.png",
         "images": "validation",
     }
-    finish(accelerator, args, global_step, results, generate_command(args, example_prompt), hub_repo)
+    files_beside = [lora] if args.output_name else []
+    command = generate_command(args, example_prompt)
+    finish(accelerator, args, global_step, results, command, hub_repo, files_beside=files_beside)
 
 
 if __name__ == "__main__":

@@ -120,6 +120,7 @@ from common.lora import (
     add_lora,
     average_gradients,
     check_lora_file,
+    lora_file,
     register_lora_checkpointing,
     save_lora,
     start_from_lora,
@@ -137,10 +138,12 @@ from common.models import (
 )
 from common.text_encoders import PromptEncoder, load_text_pipeline
 from common.tracking import (
+    METADATA,
     check_hub,
     create_hub_repo,
     finish,
     log_step,
+    lora_header,
     open_metrics,
     plot_metrics,
     print_header,
@@ -353,7 +356,13 @@ def parse_args(argv=None):
     arg("--lora_alpha", type=positive_float, help="LoRA scale is lora_alpha / rank (default: rank)")
     arg("--lora_dropout", type=in_range(float, 0, 0.99), default=0.0, help="dropout probability of the LoRA's inputs")
     arg("--target_modules", metavar="REGEX", help="layers with LoRA (default: all that condition tokens pass)")
-    arg("--lora_path", nargs="+", type=Path, metavar="FILE", help="trained adapters to continue from")
+    arg(
+        "--lora_path",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="LoRA files to continue from, one per adapter, at the strength they have",
+    )
 
     arg = parser.add_argument_group("noise", "which noise levels are trained, and how they are weighted").add_argument
     arg(
@@ -443,6 +452,11 @@ def parse_args(argv=None):
 
     arg = parser.add_argument_group("output and logging", "where everything goes").add_argument
     arg("--output_dir", type=Path, default=Path("flux-omini"), help="folder for all results")
+    arg(
+        "--output_name", metavar="NAME", help="the LoRA becomes output_dir/NAME.safetensors, the rest output_dir/NAME/"
+    )
+    for entry in METADATA:
+        arg(f"--metadata_{entry}", help=f"{entry} in the header of the LoRA's file")
     arg("--logging_dir", type=Path, default=Path("logs"), help="folder for the trackers' files, inside output_dir")
     arg("--report_to", choices=TRACKERS, default="tensorboard", help="trackers for metrics and validation images")
     arg("--upcast_before_saving", action="store_true", help="save the LoRA in float32 instead of --mixed_precision")
@@ -453,6 +467,8 @@ def parse_args(argv=None):
 
     args = parser.parse_args(argv)
     args.lora_alpha = args.lora_alpha or args.rank
+    if args.output_name:
+        args.output_dir /= args.output_name
     parser.refuse(
         check_args(args) + check_conditions(args) + check_weights(args) + check_model(args) + check_output_dir(args)
     )
@@ -505,6 +521,8 @@ def check_args(args):
     if args.final_validation_prompt and args.skip_final_inference:
         problems.append("--final_validation_prompt has no effect with --skip_final_inference: leave one out")
 
+    if args.output_name and Path(args.output_name).name != args.output_name:
+        problems.append(f"--output_name {args.output_name} must be the name of a file, without folders")
     return problems + check_hub(args)
 
 
@@ -1853,12 +1871,9 @@ class OminiDataset(Dataset):
 
 
 def add_adapters(transformer, specs, args):
-    """Adds the LoRA of each adapter of the conditions, with the weights in --lora_path if given.
-
-    Returns {adapter name: name of its file}.
-    """
-    files = {name: f"{name}.safetensors" for name in adapter_names(specs)}
-    for name in files:
+    """Adds the LoRA of each adapter of the conditions, with the weights in --lora_path if given."""
+    names = adapter_names(specs)
+    for name in names:
         add_lora(
             transformer,
             rank=args.rank,
@@ -1868,9 +1883,18 @@ def add_adapters(transformer, specs, args):
             adapter_name=name,
         )
     if args.lora_path:
-        for name, path in zip(files, args.lora_path, strict=True):
+        for name, path in zip(names, args.lora_path, strict=True):
             start_from_lora(path, {"transformer": transformer}, adapter_name=name)
-    return files
+
+
+def adapter_files(args, specs):
+    """{adapter name: the file of its result}, in output_dir or, with --output_name, beside it."""
+    names = adapter_names(specs)
+    if not args.output_name:
+        return {name: args.output_dir / f"{name}.safetensors" for name in names}
+    if len(names) == 1:
+        return {names[0]: lora_file(args.output_dir, args.output_name)}
+    return {name: lora_file(args.output_dir, f"{args.output_name}-{name}") for name in names}
 
 
 def adapter_metadata(args, specs, adapter):
@@ -1974,8 +1998,7 @@ def save_model_card(args, command):
 
 def generate_command(args, specs, prompt, image='"$IMAGE"', mask='"$MASK"'):
     """The command, below examples/, that generates from `prompt` with the adapters."""
-    folder = args.output_dir.resolve()
-    files = " ".join(shlex.quote(str(folder / f"{name}.safetensors")) for name in adapter_names(specs))
+    files = " ".join(shlex.quote(str(file.resolve())) for file in adapter_files(args, specs).values())
     command = f"omini/generate.py {files} --prompt {shlex.quote(prompt)} --image {image}"
     if any(condition_type in MASKED_CONDITIONS for condition_type in args.condition_type):
         command += f" --mask {mask}"
@@ -2138,7 +2161,7 @@ def main(args):
     if args.quantize_base != "none":
         quantize_base(transformer, weight_dtype, args.quantize_base)
     transformer.to("cpu" if args.fsdp else device)  # `shard` moves it block by block: it may not fit as a whole
-    adapter_files = add_adapters(transformer, specs, args)
+    add_adapters(transformer, specs, args)
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     if args.compile:
@@ -2168,13 +2191,22 @@ def main(args):
     if not args.fsdp:  # the transformer is not wrapped in DistributedDataParallel: `average_gradients` is all it needs
         optimizer = accelerator.prepare(optimizer)
     save_dtype = torch.float32 if args.upcast_before_saving else weight_dtype
+    files = adapter_files(args, specs)
+
+    def header(adapter_name):
+        height, width = args.target_size
+        described = lora_header(
+            args,
+            architecture="flux-1-dev" if guidance_embeds else "flux-1-schnell",
+            resolution=(width, height),
+            step=global_step,
+            steps_per_epoch=steps_per_epoch,
+        )
+        return described | adapter_metadata(args, specs, adapter_name)
+
+    files_in_checkpoints = {name: f"{name}.safetensors" for name in files}
     register_lora_checkpointing(
-        accelerator,
-        adapted_models,
-        optimizer,
-        adapter_files,
-        dtype=save_dtype,
-        header=lambda name: adapter_metadata(args, specs, name),
+        accelerator, adapted_models, optimizer, files_in_checkpoints, dtype=save_dtype, header=header
     )
     global_step = load_checkpoint(accelerator, checkpoint, lr_scheduler)
     sampler.start = global_step * accumulation
@@ -2295,9 +2327,10 @@ def main(args):
     progress_bar.close()
 
     # 8. Save and final validation
-    for name, file in adapter_files.items():
-        header = adapter_metadata(args, specs, name)
-        save_lora(args.output_dir, adapted_models, save_dtype, adapter_name=name, weight_name=file, header=header)
+    for name, file in files.items():
+        save_lora(
+            file.parent, adapted_models, save_dtype, adapter_name=name, weight_name=file.name, header=header(name)
+        )
     if accelerator.is_main_process:
         metrics.close()
         plot_metrics(args.output_dir)
@@ -2311,11 +2344,12 @@ def main(args):
     transformer = None  # what FSDP holds must be freed before the process group: gloo can hang otherwise
     accelerator.free_memory()
     accelerator.end_training()
-    results = {f"{name} LoRA": file for name, file in adapter_files.items()}
+    results = {f"{name} LoRA": file.absolute() for name, file in files.items()}
     results |= {"usage": "README.md", "loss": "loss.png", "images": "validation"}
     images = " ".join(shlex.quote(str(path)) for path in args.validation_image or ["IMAGE"])
     command = generate_command(args, specs, example_prompt, image=images, mask="MASK")
-    finish(accelerator, args, global_step, results, command, hub_repo, ["depth/**"])
+    files_beside = list(files.values()) if args.output_name else []
+    finish(accelerator, args, global_step, results, command, hub_repo, ["depth/**"], files_beside)
 
 
 if __name__ == "__main__":

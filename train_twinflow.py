@@ -106,8 +106,12 @@ from common.latents import (
 from common.lora import (
     FLUX_TARGET_MODULES,
     add_lora,
+    check_lora_file,
+    layer_shapes,
+    lora_file,
     register_lora_checkpointing,
     save_lora,
+    start_from_lora,
     target_layers,
     unknown_layers,
 )
@@ -123,10 +127,12 @@ from common.models import (
 )
 from common.text_encoders import load_text_pipeline
 from common.tracking import (
+    METADATA,
     check_hub,
     create_hub_repo,
     finish,
     log_step,
+    lora_header,
     open_metrics,
     plot_metrics,
     print_header,
@@ -353,6 +359,7 @@ def parse_args(argv=None):
     arg = parser.add_argument_group("lora", "the adapter").add_argument
     arg("--rank", type=positive_int, default=4, help="rank of the LoRA: its capacity and size; 16 to 64 for detail")
     arg("--lora_alpha", type=positive_float, help="LoRA scale is lora_alpha / rank (default: rank)")
+    arg("--lora_path", type=Path, metavar="FILE", help="a LoRA file to continue from, at the strength it has")
     arg("--lora_dropout", type=in_range(float, 0, 0.99), default=0.0, help="dropout probability of the LoRA's inputs")
     arg(
         "--lora_layers",
@@ -455,6 +462,11 @@ def parse_args(argv=None):
 
     arg = parser.add_argument_group("output and logging", "where the results go").add_argument
     arg("--output_dir", type=Path, default=Path("twinflow"), help="folder for all results")
+    arg(
+        "--output_name", metavar="NAME", help="the LoRA becomes output_dir/NAME.safetensors, the rest output_dir/NAME/"
+    )
+    for entry in METADATA:
+        arg(f"--metadata_{entry}", help=f"{entry} in the header of the LoRA's file")
     arg("--logging_dir", type=Path, default=Path("logs"), help="folder for the trackers' files, inside output_dir")
     arg("--report_to", choices=TRACKERS, default="tensorboard", help="trackers for metrics and validation images")
     arg("--upcast_before_saving", action="store_true", help="save the result in float32 instead of --mixed_precision")
@@ -466,6 +478,8 @@ def parse_args(argv=None):
     parser.set_defaults(**chosen_defaults(argv))
     args = parser.parse_args(argv)
     args.lora_alpha = args.lora_alpha or args.rank
+    if args.output_name:
+        args.output_dir /= args.output_name
     parser.refuse(check_args(args) + check_model(args) + check_output_dir(args))
     return args
 
@@ -517,6 +531,9 @@ def check_args(args) -> list[str]:
             problems.append("--openuni_llm is only for --model_type openuni")
     if args.training == "full" and (args.lora_layers or args.lora_dropout):
         problems.append("--lora_layers and --lora_dropout have no effect on --training full: leave them out")
+    for flag in ("lora_path", "output_name"):
+        if args.training == "full" and vars(args)[flag]:
+            problems.append(f"--{flag} names the file of a LoRA: it needs --training lora")
     if args.training == "full" and args.quantize_base != "none":
         problems.append(f"--quantize_base {args.quantize_base} is for --training lora: trained weights stay float32")
     if args.training == "lora" and args.target_time_init != "zero":
@@ -531,6 +548,8 @@ def check_args(args) -> list[str]:
         problems.append("--mixed_precision fp16 needs a GPU: use bf16 or no")
     if args.validation_steps and not args.validation_prompt:
         problems.append(f"--validation_steps {args.validation_steps} needs --validation_prompt")
+    if args.output_name and Path(args.output_name).name != args.output_name:
+        problems.append(f"--output_name {args.output_name} must be the name of a file, without folders")
     return problems + check_weights(args) + check_hub(args)
 
 
@@ -642,6 +661,11 @@ def check_model(args) -> list[str]:
         checkpoint_bytes = 20 * transformer.num_parameters()
     else:
         layers = target_layers(transformer, lora_targets(args))
+        if args.lora_path:
+            shapes = layer_shapes("transformer", transformer, lora_targets(args))
+            problems = check_lora_file(args.lora_path, shapes, args.rank, flux=args.model_type == "flux")
+            if problems:
+                return problems
         adapter_parameters = args.rank * sum(sum(layer.weight.shape) for _, layer in layers)
         checkpoint_bytes = 24 * adapter_parameters  # the same, what would be the result, and the result
     return check_disk(args, checkpoint_bytes)
@@ -671,6 +695,7 @@ class Backbone:
     transformer_class: type[ModelMixin]
     vae_class: type[ModelMixin]
     example: str  # a model of this family on the Hub
+    architecture: str  # its name in the header of a LoRA file
     targets: tuple[str, ...]  # the linear layers that get an adapter
     time_module = "time_text_embed"  # the part of the transformer that embeds t
     vae_scale_factor = 8  # pixels per latent
@@ -713,11 +738,14 @@ class Flux(Backbone):
     transformer_class = FluxTransformer2DModel
     vae_class = AutoencoderKL
     example = "black-forest-labs/FLUX.1-dev"
+    architecture = "flux-1-dev"
     targets = (*FLUX_TARGET_MODULES, "proj_mlp", *TIME_EMBEDDING_LAYERS)
 
     def load_transformer(self, dtype):
         transformer = super().load_transformer(dtype)
         self.guidance = self.args.guidance_scale if transformer.config.guidance_embeds else None
+        if self.guidance is None:
+            self.architecture = "flux-1-schnell"
         return transformer
 
     def encode_prompt(self, prompt_encoder, prompt, reference=None):
@@ -748,6 +776,7 @@ class StableDiffusion3(Backbone):
     transformer_class = SD3Transformer2DModel
     vae_class = AutoencoderKL
     example = "stabilityai/stable-diffusion-3.5-medium"
+    architecture = "stable-diffusion-3-5"
     targets = (*FLUX_TARGET_MODULES, *TIME_EMBEDDING_LAYERS)
     uncond_prompt = "Generate an image."
     max_sequence_length = 256
@@ -768,6 +797,7 @@ class Sana(Backbone):
     transformer_class = SanaTransformer2DModel
     vae_class = AutoencoderDC
     example = "Efficient-Large-Model/Sana_1600M_512px_diffusers"
+    architecture = "sana"
     targets = ("to_q", "to_k", "to_v", "to_out.0", *TIME_EMBEDDING_LAYERS)
     time_module = "time_embed.emb"
     vae_scale_factor = 32
@@ -878,6 +908,7 @@ class QwenImage(Backbone):
     transformer_class = QwenImageTransformer2DModel
     vae_class = AutoencoderKLQwenImage
     example = "Qwen/Qwen-Image"
+    architecture = "Qwen-Image"
     targets = (
         *JOINT_ATTENTION_LAYERS,
         "img_mlp.net.0.proj",
@@ -914,6 +945,7 @@ class QwenImage(Backbone):
 class QwenImageEdit(QwenImage):
     pipeline_class = QwenImageEditPlusPipeline
     example = "Qwen/Qwen-Image-Edit-2509"
+    architecture = "Qwen-Image-Edit-Plus"
     uncond_prompt = "Edit this image."
 
     def load_prompt_encoder(self, dtype, device):
@@ -2015,6 +2047,8 @@ def main(args):
             dropout=args.lora_dropout,
             target_modules=lora_targets(args),
         )
+        if args.lora_path:
+            start_from_lora(args.lora_path, {"transformer": transformer}, flux=args.model_type == "flux")
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     if args.compile:
@@ -2056,12 +2090,23 @@ def main(args):
         averages = dict(zip(params, teacher.tensors, strict=True))
     result_weights = teacher if teacher.is_moving_average else nullcontext  # what is validated and saved
     save_dtype = torch.float32 if args.upcast_before_saving else weight_dtype
+
+    def header():
+        return lora_header(
+            args,
+            architecture=backbone.architecture,
+            resolution=(args.resolution, args.resolution),
+            step=global_step,
+            steps_per_epoch=steps_per_epoch,
+        )
+
     if not train_all:
         register_lora_checkpointing(
             accelerator,
             {"transformer": unwrapped_transformer},
             optimizer,
             dtype=save_dtype,
+            header=lambda adapter_name: header(),
             result_weights=result_weights,
             teacher=averages,
         )
@@ -2185,11 +2230,13 @@ def main(args):
     progress_bar.close()
 
     # 8. Save and final validation
+    lora = lora_file(args.output_dir, args.output_name)
     if train_all:
         save_full_model(args.output_dir)
     else:
         with result_weights():
-            save_lora(args.output_dir, {"transformer": unwrapped_transformer}, save_dtype)
+            adapted_models = {"transformer": unwrapped_transformer}
+            save_lora(lora.parent, adapted_models, save_dtype, weight_name=lora.name, header=header())
     if accelerator.is_main_process:
         metrics.close()
         plot_metrics(args.output_dir)
@@ -2203,12 +2250,13 @@ def main(args):
     accelerator.free_memory()
     accelerator.end_training()
     results = {
-        "result": "transformer" if train_all else "pytorch_lora_weights.safetensors",
+        "result": "transformer" if train_all else lora.absolute(),
         "usage": "README.md",
         "loss": "loss.png",
         "images": "validation",
     }
-    finish(accelerator, args, global_step, results, command, hub_repo, unwanted=["encoded/**"])
+    files_beside = [lora] if args.output_name else []
+    finish(accelerator, args, global_step, results, command, hub_repo, ["encoded/**"], files_beside)
 
 
 if __name__ == "__main__":

@@ -123,6 +123,14 @@ def adapter_weights(model: torch.nn.Module, adapter_name: str = "default") -> di
     return get_peft_model_state_dict(model, state_dict, adapter_name)
 
 
+def lora_file(output_dir: Path, output_name: str | None, epoch: int | None = None) -> Path:
+    """The file of a run's LoRA: in its folder, or with --output_name beside it; with an epoch that of this epoch."""
+    if not output_name:
+        return output_dir / LORA_WEIGHT_NAME_SAFE
+    suffix = "" if epoch is None else f"-{epoch:06d}"
+    return output_dir.with_name(f"{output_name}{suffix}.safetensors")
+
+
 def lora_layers(
     modules: Mapping[str, torch.nn.Module], adapter_name: str = "default"
 ) -> tuple[dict[str, LoraLayer], dict[str, torch.Tensor]]:
@@ -199,18 +207,29 @@ def load_lora(path: str | Path, modules: Mapping[str, torch.nn.Module], *, adapt
         raise ValueError(f"the LoRA in {path} holds layers this run does not train: {', '.join(unused)}")
 
 
-def check_lora_file(path: Path, shapes: Mapping[str, tuple[int, int]], rank: int) -> list[str]:
-    """Problems of a file given as --lora_path to a run with adapters of `rank` on the layers {name: (out, in)}."""
+def layer_shapes(component: str, model: torch.nn.Module, target_modules: TargetModules) -> dict[str, tuple[int, int]]:
+    """{name in a LoRA file: (out, in)} of the layers of "transformer" or "text_encoder" that get an adapter."""
+    shapes = {}
+    for name, layer in target_layers(model, target_modules):
+        shapes[full_name(f"{component}.{name}")] = (layer.out_features, layer.in_features)
+    return shapes
+
+
+def check_lora_file(path: Path, shapes: Mapping[str, tuple[int, int]], rank: int, *, flux: bool = True) -> list[str]:
+    """Problems of a file given as --lora_path to a run with adapters of `rank` on the layers {name: (out, in)}; `flux`
+    as in `read_lora`."""
     try:
-        layers, _ = read_lora(path)
+        layers, _ = read_lora(path, flux=flux)
         ranks = sorted({layer.rank for layer in layers.values()})
-        found = {name: (len(layer.up), layer.down.shape[1]) for name, layer in layers.items()}
+        found_shapes = {name: (len(layer.up), layer.down.shape[1]) for name, layer in layers.items()}
     except Exception as error:  # a damaged file can raise anything
         return [f"--lora_path {path}: not a readable LoRA file ({error})"]
     if ranks != [rank]:
-        return [f"--lora_path {path} has rank {', '.join(map(str, ranks))}: --rank is {rank}"]
-    if found != shapes:
-        different = [name for name in {*found, *shapes} if found.get(name) != shapes.get(name)]
+        found = ", ".join(map(str, ranks))
+        remedy = f"give --rank {found}" if len(ranks) == 1 else "one rank for all layers is needed"
+        return [f"--lora_path {path} has rank {found}: --rank is {rank}, {remedy}"]
+    if found_shapes != shapes:
+        different = [name for name in {*found_shapes, *shapes} if found_shapes.get(name) != shapes.get(name)]
         return [f"--lora_path {path}: made for other layers than this run trains, such as {min(different)}"]
     dtypes = {tensor.dtype for layer in layers.values() for tensor in (layer.down, layer.up)}
     unusual = sorted(str(dtype) for dtype in dtypes - {torch.float64, torch.float32, torch.float16, torch.bfloat16})
@@ -219,10 +238,12 @@ def check_lora_file(path: Path, shapes: Mapping[str, tuple[int, int]], rank: int
     return []
 
 
-def start_from_lora(path: Path, modules: Mapping[str, torch.nn.Module], *, adapter_name: str = "default") -> None:
+def start_from_lora(
+    path: Path, modules: Mapping[str, torch.nn.Module], *, adapter_name: str = "default", flux: bool = True
+) -> None:
     """Loads a LoRA file into an adapter of {"transformer": model, ...}, in any form that `read_lora` understands and
     at the file's strength: its scale is divided by the adapter's own."""
-    layers, _ = read_lora(path)
+    layers, _ = read_lora(path, flux=flux)
     for component, model in modules.items():
         config = adapter_config(model, adapter_name)
         weights = {}

@@ -4,7 +4,6 @@ Between files, a LoRA is {layer name: LoraLayer} under the names that ComfyUI, F
 transformer.transformer_blocks.0.attn.to_q and text_encoder.text_model.encoder.layers.0.self_attn.q_proj.
 """
 
-import datetime
 import hashlib
 import json
 import math
@@ -143,8 +142,9 @@ def folded(layer: LoraLayer, dtype: torch.dtype | None = None) -> LoraLayer:
     return LoraLayer(layer.down, up.to(dtype or layer.up.dtype), float(layer.rank))
 
 
-def read_lora(path: str | Path) -> tuple[dict[str, LoraLayer], dict[str, str]]:
+def read_lora(path: str | Path, *, flux: bool = True) -> tuple[dict[str, LoraLayer], dict[str, str]]:
     """The layers and the header of a FLUX.1 LoRA in any of LORA_FORMS, or under names that start with diffusion_model.
+    With `flux` False of another model's, under diffusers' names.
 
     Raises ValueError for keys that are none of these.
     """
@@ -154,7 +154,8 @@ def read_lora(path: str | Path) -> tuple[dict[str, LoraLayer], dict[str, str]]:
     adapter_settings = json.loads(header.pop("lora_adapter_metadata", "{}"))
     header = {key: value for key, value in header.items() if key not in FILE_HEADER}
     try:
-        return layers_of_file(tensors, adapter_settings), header
+        read_layers = layers_of_file if flux else layers_as_named
+        return read_layers(tensors, adapter_settings), header
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -172,6 +173,29 @@ def file_tensors(layers: Mapping[str, LoraLayer], form: str) -> dict[str, torch.
         if form == "kohya":
             tensors[f"{name}.alpha"] = torch.tensor(float(layer.alpha))
     return tensors
+
+
+def layers_as_named(tensors: Mapping[str, torch.Tensor], adapter_settings: Mapping) -> dict[str, LoraLayer]:
+    """The layers that a file's `tensors` {key: tensor} hold under the names they have in diffusers, of any model.
+
+    `adapter_settings` and errors as in `layers_of_file`.
+    """
+    unused = dict(tensors)
+    layers = {}
+    for key in tensors:
+        if key.endswith(".lora_A.weight"):
+            name = key.removesuffix(".lora_A.weight")
+            down = unused.pop(key)
+            up = unused.pop(f"{name}.lora_B.weight", None)
+            if up is None:
+                raise ValueError(f"{key} has no lora_B")
+            alpha = unused.pop(f"{name}.alpha", None)
+            if alpha is None:
+                alpha = alpha_in_header(name, len(down), adapter_settings)
+            layers[name] = LoraLayer(down, up, float(alpha))
+    if unused or not layers:
+        raise ValueError(f"not a LoRA in diffusers' form: {', '.join([*unused][:5]) or 'nothing in it'}")
+    return layers
 
 
 def layers_of_file(tensors: Mapping[str, torch.Tensor], adapter_settings: Mapping) -> dict[str, LoraLayer]:
@@ -394,33 +418,3 @@ def adapter_metadata(layers: Mapping[str, LoraLayer]) -> dict[str, object]:
         metadata[f"{component}.lora_alpha"] = rank
         metadata[f"{component}.target_modules"] = sorted(targets)
     return metadata
-
-
-def lora_header(
-    *,
-    name: str,
-    base_model: str,
-    resolution: tuple[int, int],
-    trigger_words: Iterable[str],
-    captions: Mapping[str, Mapping[str, int]],
-) -> dict[str, str]:
-    """The header by which Forge, ComfyUI's managers and Civitai describe a file: ModelSpec 1.0.1 and kohya's entries.
-
-    `base_model` is flux-1-dev or flux-1-schnell, `resolution` (width, height), `captions` {folder: {tag: count}}.
-    """
-    width, height = resolution
-    header = {
-        "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": f"{base_model}/lora",
-        "modelspec.implementation": "https://github.com/black-forest-labs/flux",
-        "modelspec.title": name,
-        "modelspec.resolution": f"{width}x{height}",
-        "modelspec.date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "ss_output_name": name,
-        "ss_base_model_version": "flux1",
-        "ss_network_module": "networks.lora_flux",
-        "ss_tag_frequency": json.dumps(captions),
-    }
-    if trigger_words:
-        header["modelspec.trigger_phrase"] = ", ".join(trigger_words)
-    return header

@@ -1,11 +1,12 @@
 """Prompts to embeddings with FLUX.1's CLIP and T5: each prompt once, or in every step while an encoder is trained."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from common.arguments import exit_if_unreadable
 from common.latents import TensorCache, fingerprint
+from common.lora import layer_shapes
 
 import torch
 from accelerate import Accelerator
@@ -13,10 +14,21 @@ from accelerate.utils import gather_object
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.training_utils import free_memory
 from tqdm.auto import tqdm
+from transformers import CLIPTextConfig, CLIPTextModel
 
 
 # Linear layers of CLIP that a LoRA is put beside.
 CLIP_TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "out_proj")
+
+
+def clip_lora_shapes(args: Any, target_modules: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """{name in a LoRA file: (out, in)} of the layers of CLIP that get an adapter, from the model's config alone."""
+    config = CLIPTextConfig.from_pretrained(
+        args.pretrained_model_name_or_path, subfolder="text_encoder", revision=args.revision, cache_dir=args.cache_dir
+    )
+    with torch.device("meta"):
+        return layer_shapes("text_encoder", CLIPTextModel(config), target_modules)
+
 
 # Names of the encoders, as in files of embeddings, and the attributes of FluxPipeline that hold them.
 ENCODER_ATTRIBUTES = {"clip_l": "text_encoder", "t5": "text_encoder_2"}

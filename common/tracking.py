@@ -277,6 +277,55 @@ def read_events(output_dir: Path) -> dict[str, int]:
         return {}
 
 
+METADATA = ("title", "author", "description", "license", "tags")  # of ModelSpec, by the flags --metadata_...
+
+
+def lora_header(
+    args: Any,
+    *,
+    architecture: str,
+    resolution: tuple[int, int],
+    step: int,
+    steps_per_epoch: int | None,
+    trigger_words: Iterable[str] = (),
+    captions: Mapping[str, Mapping[str, int]] | None = None,
+) -> dict[str, str]:
+    """The header by which Forge, ComfyUI's managers and Civitai describe a file: ModelSpec 1.0.1 and kohya's entries.
+
+    `architecture` is the model's, such as flux-1-dev, `resolution` (width, height), `captions` {folder: {tag: count}}.
+    `trigger_words` are what calls the trained subject in a prompt of these programs. There is no date in it: a run
+    that is repeated or resumed ends in the same file.
+    """
+    name = args.output_name or args.output_dir.resolve().name
+    width, height = resolution
+    is_flux = architecture.startswith("flux-1")
+    header = {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": f"{architecture}/lora",
+        "modelspec.implementation": "https://github.com/black-forest-labs/flux" if is_flux else "diffusers",
+        "modelspec.title": name,
+        "modelspec.resolution": f"{width}x{height}",
+        "ss_output_name": name,
+        "ss_base_model_version": "flux1" if is_flux else architecture,
+        "ss_sd_model_name": Path(args.pretrained_model_name_or_path).name,
+        "ss_steps": str(step),
+    }
+    if is_flux:
+        header["ss_network_module"] = "networks.lora_flux"
+    if steps_per_epoch:
+        header["ss_epoch"] = str(math.ceil(step / steps_per_epoch))
+    if captions:
+        header["ss_tag_frequency"] = json.dumps(captions)
+    trigger_phrase = ", ".join(trigger_words)
+    if trigger_phrase:
+        header["modelspec.trigger_phrase"] = trigger_phrase
+    for entry in METADATA:
+        value = vars(args)[f"metadata_{entry}"]
+        if value:
+            header[f"modelspec.{entry}"] = value
+    return header
+
+
 def write_model_card(
     args: Any, text: str, tags: Sequence[str], base_model: str, trigger_words: Iterable[str] = (), **data: Any
 ) -> None:
@@ -347,14 +396,14 @@ def create_hub_repo(accelerator: Accelerator, args: Any) -> str | None:
         fail(accelerator, [f"--push_to_hub: {error}"])
 
 
-def push_to_hub(args: Any, repo_id: str, unwanted: Sequence[str] = (), extra_file: Path | None = None) -> None:
-    """Uploads the output folder without checkpoints, logs and the patterns `unwanted`, and `extra_file`."""
+def push_to_hub(args: Any, repo_id: str, unwanted: Sequence[str] = (), files_beside: Sequence[Path] = ()) -> None:
+    """Uploads the output folder without checkpoints, logs and the patterns `unwanted`, and `files_beside` it."""
     ignored = ["checkpoint-*/**", ".*", "*/.*", f"{args.logging_dir}/**", *unwanted]
     hub = HfApi(token=args.hub_token)
     try:
         hub.upload_folder(repo_id=repo_id, folder_path=args.output_dir, ignore_patterns=ignored)
-        if extra_file:
-            hub.upload_file(repo_id=repo_id, path_or_fileobj=extra_file, path_in_repo=extra_file.name)
+        for path in files_beside:
+            hub.upload_file(repo_id=repo_id, path_or_fileobj=path, path_in_repo=path.name)
     except (HTTPError, OSError, ValueError) as error:
         raise SystemExit(
             f"--push_to_hub: {error}\nNothing is lost. Try again: hf upload {repo_id} {args.output_dir}"
@@ -369,12 +418,12 @@ def finish(
     command: str,
     hub_repo: str | None = None,
     unwanted: Sequence[str] = (),
-    extra_file: Path | None = None,
+    files_beside: Sequence[Path] = (),
 ) -> None:
     """Says where the results are and how to look at them, and uploads them.
 
     `results` {label: path in the output folder} are listed as far as they exist; `command` is one of examples/ that
-    generates with them. `unwanted` and `extra_file` are as in `push_to_hub`.
+    generates with them. `unwanted` and `files_beside` are as in `push_to_hub`.
     """
     found = {label: args.output_dir / name for label, name in results.items() if (args.output_dir / name).exists()}
     width = max([len("results"), *map(len, found)]) + 2  # nothing is found by a process that is ahead of the main one
@@ -385,7 +434,7 @@ def finish(
     accelerator.print(f"See how it went:\n  {python()} {examples}/report.py {shlex.quote(str(args.output_dir))}")
     accelerator.print(f"Generate with it:\n  {python()} {examples}/{command}")
     if hub_repo:
-        push_to_hub(args, hub_repo, unwanted, extra_file)
+        push_to_hub(args, hub_repo, unwanted, files_beside)
 
 
 def python() -> str:

@@ -35,6 +35,7 @@ DIFFERENT = {
     ("train_omini", "guidance_scale"): "OminiControl's default",
     ("train_omini", "timestep_sampling"): "OminiControl's default",
     ("train_omini", "validation_image"): "one image per condition",
+    ("train_omini", "lora_path"): "one file per adapter",
 }
 ALWAYS_DIFFERENT = {"output_dir"}  # a folder of the trainer's own
 

@@ -312,6 +312,8 @@ def test_new_tokens_are_written_for_diffusers_comfyui_and_forge(train, pictures,
     flags[flags.index("circle,a red")] = ",".join(words)
     train(SCRIPT, *flags, "--output_dir", tmp_path)
     run = tmp_path / "mine"
+    with safe_open(tmp_path / "mine.safetensors", "pt") as file:
+        assert file.metadata()["modelspec.trigger_phrase"] == ", ".join(f"embedding:{word}" for word in words)
     whole = load_file(run / "mine_emb.safetensors")
     for i, word in enumerate(words):
         comfyui = load_file(run / "embeddings" / "comfyui" / f"{word}.safetensors")
@@ -441,6 +443,19 @@ def test_the_four_files_train_offline_as_the_folder_does(train, published, pictu
     assert max(value.abs().max() for key, value in a.items() if "lora_B" in key) > 0
     first, second = (np.asarray(Image.open(tmp_path / name / "validation" / "step-000003.png")) for name in models)
     assert np.array_equal(first, second)
+
+
+def test_the_card_of_a_schnell_file_loads_schnell(published, pictures, tmp_path):
+    weights = load_file(published[1] / "flux1-dev.safetensors")
+    schnell = {key: value for key, value in weights.items() if not key.startswith("guidance_in.")}
+    save_file(schnell, tmp_path / "flux1-schnell.safetensors")
+    flags = single(published[1], pretrained_model_name_or_path=tmp_path / "flux1-schnell.safetensors")
+    flags += ["--instance_data_dir", pictures, "--max_sequence_length", 16, "--output_dir", tmp_path / "run"]
+    args = dreambooth.parse_args([str(flag) for flag in flags])
+    handler = dreambooth.TokenEmbeddingsHandler()
+    dreambooth.save_model_card(args, torch.float32, handler, "a dog", "none")
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "FLUX.1-schnell" in card and "FLUX.1-dev" not in card
 
 
 def test_files_that_are_not_the_right_ones_are_named(published, tmp_path, pictures, capsys):

@@ -82,6 +82,16 @@ def losses(folder):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def test_a_checkpoint_of_all_weights_holds_the_result_at_its_step(train, short_runs, tmp_path):
+    flags = [*short_runs[SCRIPT], "--training", "full", "--ema_decay_rate", 0.9, "--checkpointing_steps", 2]
+    train(SCRIPT, *flags, "--output_dir", tmp_path)
+    found, expected = result(tmp_path / "checkpoint-2"), result(tmp_path)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    live = load_file(tmp_path / "checkpoint-2" / "state.safetensors")
+    assert any(not torch.equal(live[f"model/{key}"], value) for key, value in expected.items())
+
+
 @pytest.mark.parametrize("training", ["full", "lora"])
 @pytest.mark.parametrize("model_type", ["flux", *PIPELINES])
 def test_every_backbone_trains_saves_and_draws(train, backbone_flags, short, pictures, tmp_path, model_type, training):
