@@ -488,6 +488,8 @@ def test_a_runs_file_has_the_trained_strength_in_every_reader(script, train, sho
 
     # another run goes on from it, at another alpha and so slowly that nothing changes, to a file with a name
     again = ["--lora_path", file, "--lora_alpha", 1, "--learning_rate", 1e-12, "--output_dir", tmp_path / "again"]
+    if trains_clip:
+        again += ["--text_encoder_lr", 1e-12]
     train(script, *flags, *again, "--output_name", "mine", "--metadata_author", "me")
     assert sorted(path.name for path in (tmp_path / "again").iterdir()) == ["mine", "mine.safetensors"]
     assert_patches(tmp_path / "again" / "mine.safetensors", layers)
