@@ -1,9 +1,12 @@
 """Fixtures: a tiny pipeline of real classes with random weights, drawn pictures, and trainers run in this process."""
 
 import copy
+import functools
+import gc
 import importlib
 import os
 import random
+import runpy
 import subprocess
 import sys
 import time
@@ -141,6 +144,30 @@ def wandb_dir(tmp_path, monkeypatch):
     wandb.teardown()  # it reads the environment once
 
 
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    from processes import Runs
+
+    runs = Runs(tmp_path_factory.mktemp("runs") / "log.txt")
+    yield runs
+    runs.server.stdin.close()
+    assert runs.server.wait(60) == 0
+
+
+@pytest.fixture
+def runs(server):
+    """Starts trainers as processes that take signals and kills; none may be left."""
+    yield server
+    assert not server.processes()
+
+
+@functools.cache
+def imported(script):
+    module = importlib.import_module(script)
+    gc.freeze()  # what is imported stays: to look through it for garbage takes longer than a short run
+    return module
+
+
 @pytest.fixture
 def train():
     """train(script, *flags): runs a trainer's parse_args and main in this process."""
@@ -152,12 +179,25 @@ def train():
             for state in (AcceleratorState, GradientState, PartialState):
                 state._reset_state()
 
-        module = importlib.import_module(script)
+        module = imported(script)
         forget()  # an Accelerator of another test
         try:
             module.main(module.parse_args([str(flag) for flag in flags]))
         finally:
             forget()
+
+    return run
+
+
+@pytest.fixture
+def run_program(monkeypatch):
+    """run_program(path, *words): what `python path words` does, in this process, without its imports of seconds."""
+
+    def run(path, *words):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", [str(path), *map(str, words)])
+            patch.setattr(sys, "path", [*sys.path])
+            runpy.run_path(str(ROOT / path), run_name="__main__")
 
     return run
 

@@ -24,6 +24,7 @@ import sys
 import tarfile
 from pathlib import Path
 
+import diffusers
 import pytest
 import tiny_backbones
 import torch
@@ -352,6 +353,8 @@ def run(words, train, short_runs, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(sys, "argv", [str(script), *words[2:], *SMALL.get(str(script), [])])
         patch.setattr(sys, "path", [*sys.path])
+        if script.name == "compare.py":  # which draws 128 pictures
+            small_pictures(diffusers.FluxPipeline, patch, num_inference_steps=2)
         try:
             runpy.run_path(str(script), run_name="__main__")
         except SystemExit as stop:
@@ -365,24 +368,19 @@ def small_run(script, flags):
     return [word for i, word in enumerate(small) if not toy or i not in drop]
 
 
-def small_pictures(pipeline_class, patch):
+def small_pictures(pipeline_class, patch, **small):
+    """Lets a pipeline draw with the arguments `small` in the place of those it is given."""
     call = pipeline_class.__call__
-
-    def small(self, *args, **kwargs):
-        return call(self, *args, **kwargs | {"width": 32, "height": 32, "num_inference_steps": 2})
-
-    patch.setattr(pipeline_class, "__call__", small)
+    patch.setattr(pipeline_class, "__call__", lambda self, *args, **kwargs: call(self, *args, **kwargs | small))
 
 
 def run_python(page, line, code, monkeypatch):
     """Runs a block; one that begins with the name of a file is also written to it."""
-    import diffusers
-
     if name := re.match(r"# (\w+\.py)\n", code):
         Path(name[1]).write_text(code)
     with monkeypatch.context() as patch:
         for pipeline_class in (diffusers.FluxPipeline, diffusers.FluxFillPipeline):
-            small_pictures(pipeline_class, patch)
+            small_pictures(pipeline_class, patch, width=32, height=32, num_inference_steps=2)
         exec(compile("\n" * line + code, page, "exec"), {"__name__": "page"})
 
 

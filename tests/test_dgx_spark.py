@@ -247,7 +247,7 @@ def hub(tmp_path):
             {"HF_TOKEN": token} if token else {}
         )
         command = ["sh", str(SPARK / "download.sh"), str(tmp_path)]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
     yield state, download
     server.shutdown()

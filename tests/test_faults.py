@@ -1,11 +1,10 @@
 """What runs survive: kills at any moment, full disks, lost pictures, losses that are no numbers, signals.
 
-Runs are processes of their own, forked from one that has imported the trainers, for imports take longer than a run.
+Runs are processes of their own: processes.py.
 """
 
 import atexit
 import contextlib
-import ctypes
 import functools
 import importlib
 import io
@@ -13,7 +12,6 @@ import json
 import os
 import random
 import re
-import select
 import shutil
 import signal
 import subprocess
@@ -29,136 +27,11 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
+from processes import PROGRAM, SCRIPTS, group_of, request_of
 
 
-SCRIPTS = ["train_dreambooth_flux_advanced", "train_omini", "train_influxedit", "train_twinflow"]
 ONE_QUICK = [SCRIPTS[0], *(pytest.param(script, marks=pytest.mark.slow) for script in SCRIPTS[1:])]
 FILE_EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Runs
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class Runs:
-    """Starts trainers, one at a time, each in a process group of its own."""
-
-    def __init__(self, log):
-        self.log = log
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        self.server = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, env=environment
-        )
-
-    def start(self, script, flags, fault=None, *arguments):
-        """The id of a new process, in which `fault`, the name of a function here, is called before the trainer."""
-        request = request_of(script, flags, fault, *arguments) | {"log": str(self.log)}
-        self.server.stdin.write(json.dumps(request).encode() + b"\n")
-        self.pid, self.started = self.answer(60), time.monotonic()
-        return self.pid
-
-    def answer(self, timeout):
-        assert select.select([self.server.stdout], [], [], timeout)[0], (
-            f"no end in {timeout} s: {self.output()[-3000:]}"
-        )
-        return int(self.server.stdout.readline())
-
-    def end(self, timeout=60):
-        """The exit code, -N for signal N; no process of the run may be left."""
-        try:
-            code = self.answer(timeout)
-        except AssertionError:
-            os.killpg(self.pid, signal.SIGKILL)
-            self.answer(60)
-            raise
-        self.seconds = time.monotonic() - self.started
-        deadline = time.monotonic() + 15  # workers look for their parent every five seconds
-        while left := self.processes():
-            assert time.monotonic() < deadline, f"left behind: {left}"
-            time.sleep(0.05)
-        return code
-
-    def processes(self):
-        """What is alive, or dead and not waited for, of the run's group."""
-        return [process for process in psutil.process_iter(["status"]) if group_of(process.pid) == self.pid]
-
-    def run(self, *request, timeout=60):
-        self.start(*request)
-        return self.end(timeout)
-
-    def wait_for(self, condition, timeout=60):
-        deadline = time.monotonic() + timeout
-        while not condition():
-            assert time.monotonic() < deadline, self.output()[-3000:]
-            time.sleep(0.002)
-
-    def output(self):
-        return self.log.read_text(errors="replace")
-
-
-def request_of(script, flags, fault=None, *arguments):
-    return {"script": script, "flags": list(map(str, flags)), "fault": fault, "arguments": arguments}
-
-
-def group_of(pid):
-    try:
-        return os.getpgid(pid)
-    except ProcessLookupError:
-        return None
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    runs = Runs(tmp_path_factory.mktemp("runs") / "log.txt")
-    yield runs
-    runs.server.stdin.close()
-    assert runs.server.wait(60) == 0
-
-
-@pytest.fixture
-def runs(server):
-    yield server
-    assert not server.processes()
-
-
-def serve():
-    """Forks a process for each line of JSON; says its id and, once it has ended, its exit code."""
-    adopt_orphans = 36  # PR_SET_CHILD_SUBREAPER: workers whose parent was killed are to be seen, and waited for, here
-    ctypes.CDLL(None).prctl(adopt_orphans, 1)
-    for script in SCRIPTS:
-        importlib.import_module(script)
-    for line in sys.stdin:
-        pid = os.fork()
-        if pid == 0:
-            return json.loads(line)
-        print(pid, flush=True)
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        print(code, flush=True)
-        deadline = time.monotonic() + 20
-        while time.monotonic() < deadline:
-            try:
-                if os.waitpid(-1, os.WNOHANG) == (0, 0):
-                    time.sleep(0.05)
-            except ChildProcessError:
-                break
-    return None
-
-
-def be(request):
-    """The rest of this process is a run."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which background jobs of a shell ignore
-    if "log" in request:
-        os.setpgid(0, 0)
-        log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    sys.argv = [f"{request['script']}.py", *request["flags"]]
-    trainer = importlib.import_module(request["script"])
-    if request["fault"]:
-        globals()[request["fault"]](trainer, *request["arguments"])
-    trainer.main(trainer.parse_args(request["flags"]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -307,7 +180,7 @@ def test_kills_at_random_moments_lose_nothing(runs, short_runs, tmp_path, script
     flags += ["--lr_warmup_steps", 2]
     whole, count_file = tmp_path / "whole", tmp_path / "count"
     every = [*flags, "--output_dir", whole]
-    assert runs.run(script, every, "at_file_event", str(whole), 0, str(count_file)) == 0, runs.output()
+    assert runs.run(script, every, at_file_event, str(whole), 0, str(count_file)) == 0, runs.output()
     seconds, events = runs.seconds, int(count_file.read_text())
     rng, folder, moments, done, finished = random.Random(script), tmp_path / "killed", [], 0, 0
     while done < kills:
@@ -315,11 +188,10 @@ def test_kills_at_random_moments_lose_nothing(runs, short_runs, tmp_path, script
         before = list(checkpoints(folder))
         if done % 2:
             number = rng.randint(1, events)
-            runs.start(script, again, "at_file_event", str(folder), number)
+            runs.start(script, again, at_file_event, str(folder), number)
         else:
-            runs.start(script, again, "slow_writer")
-            time.sleep(rng.uniform(0.3, 1.8) * seconds)
-            if group_of(runs.pid) is not None:
+            runs.start(script, again, slow_writer)
+            if not runs.ends_within(rng.uniform(0.3, 1.8) * seconds):
                 os.kill(runs.pid, signal.SIGKILL)
         code = runs.end()
         assert code in (0, -signal.SIGKILL), runs.output()[-3000:]
@@ -337,6 +209,7 @@ def test_kills_at_random_moments_lose_nothing(runs, short_runs, tmp_path, script
             assert results(folder) == results(whole)
             assert losses(folder) == losses(whole)
             finished += 1
+            seconds = min(seconds, runs.seconds)  # the machine may have been busier at first
             shutil.rmtree(folder)
     assert runs.run(script, again) == 0, runs.output()
     assert results(folder) == results(whole) != {}
@@ -414,7 +287,7 @@ def test_a_full_disk_is_one_message_and_costs_nothing(runs, flags_of, small_disk
     for name, nth, room, named in cases:
         where = f"{name}, {room} bytes left"
         tracked = ["--report_to", "tensorboard"] if named == "logs" else []
-        code = runs.run(script, [*flags, folder, *tracked], "full_disk", name, nth, str(filler), room)
+        code = runs.run(script, [*flags, folder, *tracked], full_disk, name, nth, str(filler), room)
         if code == 0 and room:  # enough room
             print(f"{where}: enough")
             shutil.rmtree(folder)
@@ -455,7 +328,7 @@ def test_a_full_disk_elsewhere_is_one_message(runs, short_runs, small_disk, scri
     filler = small_disk / "filler"
     flags = [*short_runs[script], "--output_dir", small_disk / "run"]
     flags += [part.replace("{disk}", str(small_disk)) if isinstance(part, str) else part for part in extra]
-    assert runs.run(script, flags, "full_disk", function, 1, str(filler), 0) == 1, runs.output()[-3000:]
+    assert runs.run(script, flags, full_disk, function, 1, str(filler), 0) == 1, runs.output()[-3000:]
     error = only_error(runs)
     print(error)
     assert named in error.split(" cannot be written")[0]
@@ -479,7 +352,7 @@ def test_a_picture_removed_meanwhile_is_one_message(runs, short_runs, pictures, 
     option = "--train_data_dir" if script == "train_twinflow" else "--instance_data_dir"
     flags = [*short_runs[script], option, data, "--max_train_steps", 40, "--checkpointing_steps", 2]
     flags += ["--dataloader_num_workers", workers, "--output_dir"]
-    runs.start(script, [*flags, folder], "pause", "save_checkpoint", 2, str(marker), 1)
+    runs.start(script, [*flags, folder], pause, "save_checkpoint", 2, str(marker), 1)
     runs.wait_for(marker.exists)
     (data / "3.png").rename(data / "3.away")
     assert runs.end() == 1, runs.output()[-3000:]
@@ -554,7 +427,7 @@ def test_a_signal_while_training_or_drawing_saves_and_ends(runs, flags_of, tmp_p
     # within the validations before step 1 and after step 4, and between two of them
     for function, nth, step in (("save_images", 1, 1), ("log_step", 3, 4), ("save_images", 2, 5)):
         folder = tmp_path / f"{function}-{nth}"
-        runs.start(script, [*flags, folder], "pause", function, nth, str(marker), 1)
+        runs.start(script, [*flags, folder], pause, function, nth, str(marker), 1)
         runs.wait_for(marker.exists)
         marker.unlink()
         (os.kill if whom == "run" else os.killpg)(runs.pid, number)
@@ -583,11 +456,11 @@ def test_a_signal_before_training_ends_at_once(runs, short_runs, tmp_path, scrip
     if function == "generate_class_images":
         flags += [*PRIOR, "--class_data_dir", tmp_path / "class"]
     for number in (signal.SIGTERM, signal.SIGINT):
-        runs.start(script, flags, "pause", function, 1, str(tmp_path / "marker"), 30)
+        runs.start(script, flags, pause, function, 1, str(tmp_path / "marker"), 200)
         runs.wait_for((tmp_path / "marker").exists)
         (tmp_path / "marker").unlink()
         os.kill(runs.pid, number)
-        assert runs.end(timeout=10) == -number
+        assert runs.end(timeout=100) == -number
     assert not checkpoints(tmp_path / "run")
     assert runs.run(script, flags) == 0, runs.output()
 
@@ -595,7 +468,7 @@ def test_a_signal_before_training_ends_at_once(runs, short_runs, tmp_path, scrip
 @contextlib.contextmanager
 def two_processes(*request):
     """A trainer in two processes, by torchrun: (the launcher, the two as they are listed); none may be left."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", PROGRAM]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     launcher = subprocess.Popen(
         [*command, json.dumps(request_of(*request))],
@@ -607,7 +480,7 @@ def two_processes(*request):
     )
     try:
         yield launcher
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 300
         while any(group_of(process.pid) == launcher.pid for process in psutil.process_iter()):
             assert time.monotonic() < deadline
             time.sleep(0.05)
@@ -629,11 +502,11 @@ def rank(launcher, number):
 def test_a_signal_to_one_of_two_processes_ends_both(short_runs, tmp_path, script, whom):
     flags = [*short_runs[script], "--max_train_steps", 7, "--train_batch_size", 4, "--output_dir"]
     with two_processes(script, [*flags, tmp_path / "whole"]) as launcher:
-        output = launcher.communicate(timeout=120)[0]
+        output = launcher.communicate(timeout=300)[0]
         assert launcher.returncode == 0, output[-3000:]
     folder, marker = tmp_path / "run", tmp_path / "marker"
-    with two_processes(script, [*flags, folder], "pause", "log_step", 3, str(marker), 1) as launcher:
-        deadline = time.monotonic() + 60
+    with two_processes(script, [*flags, folder], pause, "log_step", 3, str(marker), 1) as launcher:
+        deadline = time.monotonic() + 300
         while not marker.exists():
             assert time.monotonic() < deadline
             time.sleep(0.005)
@@ -641,12 +514,12 @@ def test_a_signal_to_one_of_two_processes_ends_both(short_runs, tmp_path, script
             os.kill(rank(launcher, whom), signal.SIGTERM)
         else:
             os.killpg(launcher.pid, signal.SIGINT)
-        output = launcher.communicate(timeout=60)[0]
+        output = launcher.communicate(timeout=300)[0]
     assert launcher.returncode != 0
     assert f"Interrupted at step 4, saved {folder / 'checkpoint-4'}" in output, output[-3000:]
     assert list(checkpoints(folder)) == [4]
     with two_processes(script, [*flags, folder, "--resume_from_checkpoint", "latest"]) as launcher:
-        output = launcher.communicate(timeout=120)[0]
+        output = launcher.communicate(timeout=300)[0]
         assert launcher.returncode == 0, output[-3000:]
     assert results(folder) == results(tmp_path / "whole") != {}
     assert losses(folder) == losses(tmp_path / "whole")
@@ -657,14 +530,14 @@ def test_a_signal_to_one_of_two_processes_ends_both(short_runs, tmp_path, script
 def test_a_full_disk_ends_both_of_two_processes(short_runs, small_disk, script):
     folder, filler = small_disk / "run", small_disk / "filler"
     flags = [*short_runs[script], "--max_train_steps", 7, "--checkpointing_steps", 2, "--output_dir", folder]
-    with two_processes(script, flags, "full_disk", "save_checkpoint", 2, str(filler), 16384) as launcher:
-        output = launcher.communicate(timeout=90)[0]
+    with two_processes(script, flags, full_disk, "save_checkpoint", 2, str(filler), 16384) as launcher:
+        output = launcher.communicate(timeout=300)[0]
     assert launcher.returncode != 0
     assert 1 <= output.count(" cannot be written (") <= 2, output[-3000:]  # either process may meet the full disk
     assert list(checkpoints(folder)) == [2]
     filler.unlink()
     with two_processes(script, [*flags, "--resume_from_checkpoint", "latest"]) as launcher:
-        output = launcher.communicate(timeout=120)[0]
+        output = launcher.communicate(timeout=300)[0]
         assert launcher.returncode == 0, output[-3000:]
 
 
@@ -721,7 +594,7 @@ def test_100_000_samples_hold_flat_memory(runs, short_runs, many, tmp_path, scri
     steps = SAMPLES // BATCH
     flags += ["--max_train_steps", steps + 20, "--checkpointing_steps", steps - 10, "--output_dir", tmp_path / "run"]
     flags += ["--streaming"] if "streamed" in source else []
-    assert runs.run(script, flags, "watch_memory", str(report), timeout=600) == 0, runs.output()[-3000:]
+    assert runs.run(script, flags, watch_memory, str(report), timeout=1800) == 0, runs.output()[-3000:]
     memory = [int(line) / 1024 for line in report.read_text().splitlines()]
     tenth, half, all_of_it = memory[steps // 10 - 1], memory[steps // 2 - 1], memory[steps - 1]
     print(
@@ -732,12 +605,6 @@ def test_100_000_samples_hold_flat_memory(runs, short_runs, many, tmp_path, scri
     whole = results(tmp_path / "run")
     (tmp_path / "run" / "pytorch_lora_weights.safetensors").unlink(missing_ok=True)
     again = [*flags, "--resume_from_checkpoint", "latest"]  # 10 steps before the second epoch
-    assert runs.run(script, again, "watch_memory", str(report), timeout=600) == 0, runs.output()[-3000:]
+    assert runs.run(script, again, watch_memory, str(report), timeout=1800) == 0, runs.output()[-3000:]
     assert results(tmp_path / "run") == whole != {}
     assert len(losses(tmp_path / "run")) == steps + 20
-
-
-if __name__ == "__main__":
-    request = json.loads(sys.argv[1]) if len(sys.argv) > 1 else serve()
-    if request:
-        be(request)

@@ -2,13 +2,10 @@
 
 import importlib
 import json
-import os
 import random
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -48,14 +45,8 @@ def one_stream(module):
     return lambda seed, step, micro=0, rank=0: honest(seed, step, micro * processes() + rank)
 
 
-def launch(script, flags, processes=2):
-    """Runs a trainer, whose processes draw as `one_stream` says, in several processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    return subprocess.run(
-        [*command, __file__, script, *map(str, flags)], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+def draw_as_one(trainer):
+    trainer.step_generator = one_stream(trainer)
 
 
 @pytest.fixture
@@ -97,13 +88,13 @@ EXTRA = {
 @pytest.mark.parametrize(
     "script", [pytest.param(s, marks=[] if s == "train_omini" else pytest.mark.slow) for s in SCRIPTS]
 )
-def test_two_processes_compute_what_one_does(train, flags_of, tmp_path, monkeypatch, script, way):
+def test_two_processes_compute_what_one_does(train, runs, flags_of, tmp_path, monkeypatch, script, way):
     module = importlib.import_module(script)
     monkeypatch.setattr(module, "step_generator", one_stream(module))
     flags = [*flags_of[script], "--max_train_steps", 3, "--output_dir"]
     train(script, *flags, tmp_path / "one", "--gradient_accumulation_steps", 2)
-    run = launch(script, [*flags, tmp_path / "two", *EXTRA[way], *drawn(script, tmp_path)])
-    assert run.returncode == 0, run.stderr[-3000:]
+    flags += [tmp_path / "two", *EXTRA[way], *drawn(script, tmp_path)]
+    assert runs.run(script, flags, draw_as_one, processes=2) == 0, runs.output()[-3000:]
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     print(f"{way}: largest difference of a loss {np.abs(np.subtract(one, two)).max():.1e} (bar 1e-5)")
     np.testing.assert_allclose(two, one, rtol=1e-5)
@@ -117,28 +108,28 @@ def test_two_processes_compute_what_one_does(train, flags_of, tmp_path, monkeypa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_sharded_run_resumes_bit_for_bit_on_as_many_processes(flags_of, tmp_path, script):
+def test_a_sharded_run_resumes_bit_for_bit_on_as_many_processes(runs, flags_of, tmp_path, script):
     flags = [*flags_of[script], "--fsdp", "--checkpointing_steps", 2, "--lr_scheduler", "cosine"]
     flags += ["--lr_warmup_steps", 1, "--max_train_steps", 4, "--output_dir"]
-    assert launch(script, [*flags, tmp_path / "whole"]).returncode == 0
+    assert runs.run(script, [*flags, tmp_path / "whole"], processes=2) == 0, runs.output()[-3000:]
     shutil.copytree(tmp_path / "whole", tmp_path / "parts", ignore=shutil.ignore_patterns("checkpoint-4"))
     again = [*flags, tmp_path / "parts", "--resume_from_checkpoint", "latest"]
-    other = launch(script, again, processes=3)
-    assert other.returncode != 0
-    assert "the number of processes was 2 there and is 3 now" in other.stderr
-    assert launch(script, again).returncode == 0
+    assert runs.run(script, again, processes=3) != 0
+    assert "the number of processes was 2 there and is 3 now" in runs.output()
+    assert runs.run(script, again, processes=2) == 0, runs.output()[-3000:]
     whole, parts = result(tmp_path / "whole"), result(tmp_path / "parts")
     assert whole.keys() == parts.keys()
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
 
 
-def reshard(folder, processes, steps):
+def reshard(trainer, folder, processes, steps):
     """Trains a small sharded model for `steps`, or loads the checkpoint in `folder`, and then takes one more step.
 
     The main process of `processes` writes the weights to a file in `folder`.
     """
     torch.manual_seed(0)
+    folder = Path(folder)
     model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Linear(7, 3))
     model[0].bias.requires_grad_(False)
     accelerator = Accelerator(cpu=True)
@@ -171,16 +162,16 @@ def reshard(folder, processes, steps):
 
 
 @pytest.mark.parametrize("steps", [3, pytest.param(0, marks=pytest.mark.slow)])  # 0: the optimizer has no state yet
-def test_a_sharded_checkpoint_loads_bit_for_bit_on_any_number_of_processes(tmp_path, steps):
-    assert launch("reshard", [tmp_path, 2, steps], processes=2).returncode == 0
+def test_a_sharded_checkpoint_loads_bit_for_bit_on_any_number_of_processes(runs, tmp_path, steps):
+    assert runs.run(None, [], reshard, str(tmp_path), 2, steps, processes=2) == 0, runs.output()[-3000:]
     files = [path.relative_to(tmp_path / "checkpoint-3") for path in (tmp_path / "checkpoint-3").rglob("*")]
     assert sum(path.suffix == ".safetensors" for path in files) == 2
     assert {path.suffix for path in files if path.parent.name == "sharded"} == {".safetensors"}
     saved = load_file(tmp_path / f"2-{steps}.safetensors")
     assert len(saved) == 6
     for processes in (1, 2, 3):
-        loading = launch("reshard", [tmp_path, processes], processes=processes)
-        assert loading.returncode == 0, loading.stderr[-3000:]
+        loading = runs.run(None, [], reshard, str(tmp_path), processes, None, processes=processes)
+        assert loading == 0, runs.output()[-3000:]
         loaded = load_file(tmp_path / f"{processes}-None.safetensors")
         assert all(torch.equal(loaded[name], value) for name, value in saved.items())
 
@@ -221,12 +212,3 @@ def test_the_commands_of_the_readme_and_config_files_parse(short_runs, tmp_path)
     assert named == {path.name for path in ACCELERATE.glob("*.yaml")}
     ranks = {c for c in commands if "--num_machines 2" in c}
     assert {re.search(r"--machine_rank (\d)", command)[1] for command in ranks} == {"0", "1"}
-
-
-if __name__ == "__main__":
-    if sys.argv[1] == "reshard":
-        reshard(Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]) if len(sys.argv) > 4 else None)
-        sys.exit()
-    trainer = importlib.import_module(sys.argv[1])
-    trainer.step_generator = one_stream(trainer)
-    trainer.main(trainer.parse_args(sys.argv[2:]))

@@ -85,7 +85,7 @@ def test_the_bombs_do_go_off(plant, marker, how):
     assert marker.exists()
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [SCRIPTS[0], *(pytest.param(s, marks=pytest.mark.slow) for s in SCRIPTS[1:])])
 def test_bombs_in_a_checkpoint(train, run_flags, plant, marker, script, tmp_path):  # noqa: F811
     """In every file that is there and in those that accelerate would look for, with checksums that are right."""
     flags = [*run_flags[script], "--output_dir", tmp_path / "run"]

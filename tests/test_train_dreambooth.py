@@ -1,5 +1,6 @@
 """train_dreambooth_flux_advanced.py: exact resume, neutral caching and validation, files, real pictures."""
 
+import contextlib
 import json
 import os
 import shlex
@@ -16,6 +17,7 @@ from conftest import ROOT
 from diffusers import FluxPipeline
 from PIL import Image
 from safetensors.torch import load_file
+from test_faults import slow_writer
 
 import train_dreambooth_flux_advanced as dreambooth
 
@@ -44,19 +46,6 @@ def assert_equal(a, b):
     assert not different
 
 
-def launch(*flags):
-    command = [sys.executable, str(ROOT / f"{SCRIPT}.py"), *map(str, flags)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def wait_for(path, process, timeout=120):
-    deadline = time.monotonic() + timeout
-    while not path.exists():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline, f"{path} did not appear"
-        time.sleep(0.001)
-
-
 OPTIMIZERS = {
     "AdamW": [],
     "AdamW8bit": ["--use_8bit_adam"],
@@ -72,7 +61,7 @@ OPTIMIZERS = {
         *(pytest.param(name, "checkpoint-4", marks=pytest.mark.slow) for name in OPTIMIZERS if name != "AdamW"),
     ],
 )
-def test_a_killed_run_resumes_bit_for_bit(train, flags, tmp_path, optimizer, moment):
+def test_a_killed_run_resumes_bit_for_bit(train, runs, flags, tmp_path, optimizer, moment):
     flags = [
         *flags,
         *OPTIMIZERS[optimizer],
@@ -82,11 +71,10 @@ def test_a_killed_run_resumes_bit_for_bit(train, flags, tmp_path, optimizer, mom
         *("--num_validation_images", 1),
     ]
     train(SCRIPT, *flags, "--output_dir", tmp_path / "whole")
-    process = launch(*flags, "--output_dir", tmp_path / "killed")
-    wait_for(tmp_path / "killed" / moment, process)
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    runs.start(SCRIPT, [*flags, "--output_dir", tmp_path / "killed"], slow_writer)
+    runs.wait_for((tmp_path / "killed" / moment).exists)
+    os.killpg(runs.pid, signal.SIGKILL)
+    assert runs.end() == -signal.SIGKILL
     for folder in (tmp_path / "killed").glob("checkpoint-*"):
         if int(folder.name[11:]) > 4:  # the process was faster than this test
             shutil.rmtree(folder)
@@ -123,19 +111,15 @@ def test_another_seed_is_another_run(train, flags, tmp_path):
     assert all(not torch.equal(a[key], b[key]) for key in a)
 
 
-def test_sigterm_saves_says_where_and_exits(train, flags, tmp_path):
-    flags = [*flags, "--output_dir", tmp_path / "run"]
-    process = launch(*flags, "--max_train_steps", 100000)
-    wait_for(tmp_path / "run" / "metrics.jsonl", process)
-    deadline = time.monotonic() + 60
-    while len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) < 3 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    output = process.communicate(timeout=60)[0]
+def test_sigterm_saves_says_where_and_exits(train, runs, flags, tmp_path):
+    flags, metrics = [*flags, "--output_dir", tmp_path / "run"], tmp_path / "run" / "metrics.jsonl"
+    runs.start(SCRIPT, [*flags, "--max_train_steps", 100000])
+    runs.wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 3)
+    os.kill(runs.pid, signal.SIGTERM)
+    assert runs.end() == 128 + signal.SIGTERM
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
-    assert process.returncode == 128 + signal.SIGTERM
-    assert f"saved {checkpoint}" in output
-    assert "Traceback" not in output
+    assert f"saved {checkpoint}" in runs.output()
+    assert "Traceback" not in runs.output()
     steps = int(checkpoint.name[11:]) + 2
     train(SCRIPT, *flags, "--max_train_steps", steps, "--resume_from_checkpoint", "latest")
     train(SCRIPT, *flags, "--max_train_steps", steps, "--output_dir", tmp_path / "whole")
@@ -212,7 +196,8 @@ def test_what_lands_in_output_dir(train, flags, tmp_path, capsys):
 
 
 def run_snippet(snippet, folder):
-    subprocess.run([sys.executable, "-c", snippet], cwd=folder, check=True, env=os.environ, capture_output=True)
+    with contextlib.chdir(folder):
+        exec(compile(snippet, "README.md", "exec"), {})
     return Image.open(folder / "image.png")
 
 

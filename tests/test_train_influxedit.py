@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 from common import validation
 from common.latents import encode_moments, sample_latents
@@ -238,20 +237,14 @@ def test_resume_is_exact(train, modes, tmp_path, monkeypatch, name):
     assert len(losses[0]) == 5
 
 
-def test_a_run_killed_without_a_seed_resumes_bit_for_bit(train, modes, tmp_path):
+def test_a_run_killed_without_a_seed_resumes_bit_for_bit(train, runs, modes, tmp_path):
     flags = [*modes["edit"], "--max_train_steps", 9, "--checkpointing_steps", 3, "--output_dir", tmp_path / "run"]
     seed = flags.index("--seed")
     unseeded = flags[:seed] + flags[seed + 2 :]
-    command = [sys.executable, ROOT / f"{SCRIPT}.py", *unseeded, "--max_train_steps", 100000]
-    process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "run" / "checkpoint-3").exists():
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    runs.start(SCRIPT, [*unseeded, "--max_train_steps", 100000])
+    runs.wait_for((tmp_path / "run" / "checkpoint-3").exists)
+    os.killpg(runs.pid, signal.SIGKILL)
+    assert runs.end() == -signal.SIGKILL
     steps = max(int(path.name[11:]) for path in (tmp_path / "run").glob("checkpoint-*")) + 2
     train(SCRIPT, *unseeded, "--max_train_steps", steps, "--resume_from_checkpoint", "latest")
     drawn = json.loads((tmp_path / "run" / "args.json").read_text())["args"]["seed"]

@@ -10,16 +10,17 @@ import signal
 import subprocess
 import sys
 import tarfile
-import time
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import ROOT
 from diffusers import FluxPipeline
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
+from test_faults import slow_writer
 
 import train_omini as omini
 from examples.toy.world import caption, draw, random_scene
@@ -54,19 +55,6 @@ def assert_equal(a, b):
     assert not [key for key in a if not torch.equal(a[key], b[key])]
 
 
-def launch(*flags):
-    command = [sys.executable, str(ROOT / f"{SCRIPT}.py"), *map(str, flags)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def wait_for(path, process, timeout=120):
-    deadline = time.monotonic() + timeout
-    while not path.exists():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline, f"{path} did not appear"
-        time.sleep(0.001)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # What always holds
 # ---------------------------------------------------------------------------------------------------------------------
@@ -84,7 +72,7 @@ RESUMED = {
 
 
 @pytest.mark.parametrize("case", RESUMED)
-def test_a_killed_run_resumes_bit_for_bit(train, flags, pictures, tmp_path, case):
+def test_a_killed_run_resumes_bit_for_bit(train, runs, flags, pictures, tmp_path, case):
     flags = [
         *flags,
         *RESUMED[case],
@@ -93,11 +81,10 @@ def test_a_killed_run_resumes_bit_for_bit(train, flags, pictures, tmp_path, case
         *("--num_validation_images", 1, "--max_train_steps", 7),
     ]
     train(SCRIPT, *flags, "--output_dir", tmp_path / "whole")
-    process = launch(*flags, "--output_dir", tmp_path / "killed")
-    wait_for(tmp_path / "killed" / "checkpoint-4", process)
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    runs.start(SCRIPT, [*flags, "--output_dir", tmp_path / "killed"], slow_writer)
+    runs.wait_for((tmp_path / "killed" / "checkpoint-4").exists)
+    os.killpg(runs.pid, signal.SIGKILL)
+    assert runs.end() == -signal.SIGKILL
     for folder in (tmp_path / "killed").glob("checkpoint-*"):
         if int(folder.name[11:]) > 4:  # the process was faster than this test
             shutil.rmtree(folder)
@@ -126,18 +113,15 @@ def test_caching_and_validation_do_not_change_training(train, flags, pictures, t
         assert_equal(plain, weights(tmp_path / name))
 
 
-def test_sigterm_saves_says_where_and_exits(train, flags, tmp_path):
+def test_sigterm_saves_says_where_and_exits(train, runs, flags, tmp_path):
     flags = [*flags, "--condition_type", "coloring", "--output_dir", tmp_path / "run"]
-    process = launch(*flags, "--max_train_steps", 100000)
-    wait_for(tmp_path / "run" / "metrics.jsonl", process)
-    deadline = time.monotonic() + 60
-    while len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) < 3 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    output = process.communicate(timeout=60)[0]
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    runs.start(SCRIPT, [*flags, "--max_train_steps", 100000])
+    runs.wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 3)
+    os.kill(runs.pid, signal.SIGTERM)
+    assert runs.end() == 128 + signal.SIGTERM
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
-    assert process.returncode == 128 + signal.SIGTERM
-    assert f"saved {checkpoint}" in output
+    assert f"saved {checkpoint}" in runs.output()
     steps = int(checkpoint.name[11:]) + 2
     train(SCRIPT, *flags, "--max_train_steps", steps, "--resume_from_checkpoint", "latest")
     train(SCRIPT, *flags, "--max_train_steps", steps, "--output_dir", tmp_path / "whole")
@@ -181,27 +165,21 @@ def test_two_processes_resume_bit_for_bit(flags, tmp_path):
     assert_equal(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
 
 
-def test_the_mean_gradient_of_two_processes(tmp_path):
+def average_of_two(trainer):
     """Each process has its own gradient; after average_gradients both have the mean."""
-    code = f"""
-import sys; sys.path.insert(0, {str(ROOT)!r})
-import torch
-from accelerate import Accelerator
-import train_omini
-accelerator = Accelerator(cpu=True)
-parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((2, 3), 4, 1)]
-for i, parameter in enumerate(parameters[:2]):
-    parameter.grad = torch.full_like(parameter, 10.0 * i + accelerator.process_index)
-train_omini.average_gradients(accelerator, parameters)
-assert [p.grad.unique().tolist() for p in parameters[:2]] == [[0.5], [10.5]], [p.grad for p in parameters]
-assert parameters[2].grad is None
-accelerator.wait_for_everyone()  # gloo aborts a process that still talks to one that has left
-accelerator.end_training()
-"""
-    (tmp_path / "reduce.py").write_text(code)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    result = subprocess.run([*command, tmp_path / "reduce.py"], capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
+    accelerator = Accelerator(cpu=True)
+    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((2, 3), 4, 1)]
+    for i, parameter in enumerate(parameters[:2]):
+        parameter.grad = torch.full_like(parameter, 10.0 * i + accelerator.process_index)
+    omini.average_gradients(accelerator, parameters)
+    assert [p.grad.unique().tolist() for p in parameters[:2]] == [[0.5], [10.5]], [p.grad for p in parameters]
+    assert parameters[2].grad is None
+    accelerator.wait_for_everyone()  # gloo aborts a process that still talks to one that has left
+    accelerator.end_training()
+
+
+def test_the_mean_gradient_of_two_processes(runs):
+    assert runs.run(None, [], average_of_two, processes=2) == 0, runs.output()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -209,7 +187,7 @@ accelerator.end_training()
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_what_lands_in_output_dir(train, flags, pictures, tmp_path):
+def test_what_lands_in_output_dir(train, run_program, flags, pictures, tmp_path):
     run = tmp_path / "run"
     train(
         SCRIPT,
@@ -245,8 +223,8 @@ def test_what_lands_in_output_dir(train, flags, pictures, tmp_path):
     command = (run / "README.md").read_text().split("```bash\n")[1].split("```")[0].replace("\\\n", " ")
     command = [part.replace("$IMAGE", str(pictures / "1.png")) for part in shlex.split(command)]
     output = tmp_path / "image.png"
-    command = [sys.executable, *command[1:-1], str(output), "--num_inference_steps", "2"]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    assert command[0] == "python"
+    run_program(*command[1:-1], output, "--num_inference_steps", 2)
     assert Image.open(output).size == (32, 32)
 
 

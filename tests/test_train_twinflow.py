@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -20,7 +21,8 @@ import torch
 from conftest import ROOT
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
-from test_train_dreambooth import assert_equal, wait_for
+from test_faults import slow_writer
+from test_train_dreambooth import assert_equal
 from transformers import Qwen2VLImageProcessor
 
 import train_twinflow as twinflow
@@ -293,14 +295,13 @@ WAYS = {
 @pytest.mark.parametrize(
     "way", ["full", *(pytest.param(way, marks=pytest.mark.slow) for way in ("lora-2order", "lora-1order-teacher"))]
 )
-def test_a_killed_run_resumes_bit_for_bit(train, flags, tmp_path, way):
+def test_a_killed_run_resumes_bit_for_bit(train, runs, flags, tmp_path, way):
     flags = [*flags, *WAYS[way], "--checkpointing_steps", 2]
     train(SCRIPT, *flags, "--output_dir", tmp_path / "whole")
-    command = [sys.executable, str(ROOT / f"{SCRIPT}.py"), *map(str, flags), "--output_dir", str(tmp_path / "killed")]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    wait_for(tmp_path / "killed" / "checkpoint-2", process)
-    process.kill()
-    process.communicate()
+    runs.start(SCRIPT, [*flags, "--output_dir", tmp_path / "killed"], slow_writer)
+    runs.wait_for((tmp_path / "killed" / "checkpoint-2").exists)
+    os.killpg(runs.pid, signal.SIGKILL)
+    assert runs.end() == -signal.SIGKILL
     for folder in (tmp_path / "killed").glob("checkpoint-*"):
         if int(folder.name[11:]) > 2:  # the process was faster than this test
             shutil.rmtree(folder)
@@ -396,7 +397,7 @@ def test_data_from_parquet_and_from_a_dataset(train, flags, pictures, tmp_path):
     assert np.isfinite(found["folder"]).all()
 
 
-def test_what_lands_in_output_dir(train, flags, tmp_path):
+def test_what_lands_in_output_dir(train, run_program, flags, tmp_path):
     run = tmp_path / "run"
     validation = ("--validation_prompt", "a red circle", "--validation_steps", 2, "--num_validation_images", 1)
     train(SCRIPT, *flags, *validation, "--checkpointing_steps", 2, "--report_to", "tensorboard", "--output_dir", run)
@@ -408,9 +409,9 @@ def test_what_lands_in_output_dir(train, flags, tmp_path):
     assert names == [f"step-{step:06d}.png" for step in (0, 2, 4, 5)]
     rows = [json.loads(line) for line in (run / "metrics.jsonl").open()]
     assert {"loss_e2e", "loss_mul", "loss_any", "loss_adv", "loss_rectification", "lr", "grad_norm"} <= set(rows[0])
-    command = (run / "README.md").read_text().split("```bash\n")[1].split("\n```")[0].replace("python", sys.executable)
-    command += f" --output {tmp_path}"
-    subprocess.run(command, shell=True, cwd=ROOT, check=True, capture_output=True)
+    command = shlex.split((run / "README.md").read_text().split("```bash\n")[1].split("\n```")[0])
+    assert command[0] == "python"
+    run_program(*command[1:], "--output", tmp_path)
     assert (tmp_path / "0.png").exists()
     # a stock pipeline draws with the result too, along the path
     stock = diffusers.FluxPipeline.from_pretrained(
@@ -437,17 +438,14 @@ def test_one_bad_loss_is_skipped_and_ten_end_the_run(train, flags, tmp_path, mon
         train(SCRIPT, *flags, "--max_train_steps", 50, "--output_dir", tmp_path / "always")
 
 
-def test_sigterm_saves_says_where_and_exits(flags, tmp_path):
-    flags = [*flags, "--output_dir", tmp_path / "run", "--max_train_steps", 100000]
-    command = [sys.executable, str(ROOT / f"{SCRIPT}.py"), *map(str, flags)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    wait_for(tmp_path / "run" / "metrics.jsonl", process)
-    process.send_signal(signal.SIGTERM)
-    output = process.communicate(timeout=60)[0]
+def test_sigterm_saves_says_where_and_exits(runs, flags, tmp_path):
+    runs.start(SCRIPT, [*flags, "--output_dir", tmp_path / "run", "--max_train_steps", 100000])
+    runs.wait_for((tmp_path / "run" / "metrics.jsonl").exists)
+    os.kill(runs.pid, signal.SIGTERM)
+    assert runs.end() == 128 + signal.SIGTERM
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
-    assert process.returncode == 128 + signal.SIGTERM
-    assert f"saved {checkpoint}" in output
-    assert "Traceback" not in output
+    assert f"saved {checkpoint}" in runs.output()
+    assert "Traceback" not in runs.output()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
