@@ -77,11 +77,14 @@ from common.data import (
     Example,
     Size,
     StepSampler,
+    check_buckets,
     check_captions,
     collate,
     file_example,
     fit,
     image_files,
+    nearest_bucket,
+    parse_buckets,
     read_batches,
     read_class_images,
     read_dataset,
@@ -159,7 +162,7 @@ from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import compute_loss_weighting_for_sd3, offload_models, parse_buckets_string
+from diffusers.training_utils import compute_loss_weighting_for_sd3, offload_models
 from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -453,14 +456,7 @@ def check_args(args):
     if args.resolution % 16:
         nearest = args.resolution // 16 * 16
         problems.append(f"--resolution {args.resolution} must be a multiple of 16, such as {nearest}")
-    if args.aspect_ratio_buckets is not None:
-        try:
-            for bucket in resolution_buckets(args):
-                if bucket.height % 16 or bucket.width % 16:
-                    size = f"{bucket.height},{bucket.width}"
-                    problems.append(f"--aspect_ratio_buckets: {size} must be two multiples of 16")
-        except ValueError:
-            problems.append(f"--aspect_ratio_buckets {args.aspect_ratio_buckets}: expected height,width;height,width")
+    problems += check_buckets(args.aspect_ratio_buckets, multiple=16)
     if args.cache_latents_to_disk or args.cache_text_encoder_outputs_to_disk:
         folder = args.disk_cache_dir.expanduser().absolute()
         parent = next(path for path in [folder, *folder.parents] if path.exists())
@@ -1062,7 +1058,7 @@ def find_examples(args):
         problems += check_bucket_sizes(examples, sizes)
 
     # 3. Assign captions, sizes and buckets
-    flag_buckets = resolution_buckets(args)
+    flag_buckets = parse_buckets(args.aspect_ratio_buckets, args.resolution)
     for example, size in zip(examples, sizes, strict=True):
         if example.caption is None:
             example.caption = args.instance_prompt
@@ -1130,24 +1126,6 @@ def check_abstractions(examples, args):
         for abstraction in abstractions
         if abstraction not in used
     ]
-
-
-def resolution_buckets(args):
-    """The sizes that --aspect_ratio_buckets or --resolution names. Raises ValueError if they are not numbers."""
-    if args.aspect_ratio_buckets is None:
-        return [Size(args.resolution, args.resolution)]
-    return [Size(height, width) for height, width in parse_buckets_string(args.aspect_ratio_buckets)]
-
-
-def nearest_bucket(size, buckets):
-    """The bucket nearest to an image in aspect ratio, then in area."""
-
-    def distance(bucket):
-        width_ratio = math.log(size.width / bucket.width)
-        height_ratio = math.log(size.height / bucket.height)
-        return round(abs(width_ratio - height_ratio), 6), abs(width_ratio + height_ratio)
-
-    return min(buckets, key=distance)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

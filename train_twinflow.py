@@ -40,10 +40,12 @@ import argparse
 import copy
 import functools
 import inspect
+import itertools
 import math
 import os
 import shlex
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -81,12 +83,17 @@ from common.checkpoints import (
 )
 from common.data import (
     INTERPOLATION,
+    MAX_SIDE,
     Example,
+    Size,
     StepSampler,
     all_images,
+    check_buckets,
     check_captions,
     file_example,
     fit,
+    nearest_bucket,
+    parse_buckets,
     read_batches,
     read_dataset,
     read_folder,
@@ -298,6 +305,7 @@ def parse_args(argv=None):
         default=512,
         help="images are resized and cropped to this side, in pixels",
     )
+    arg("--aspect_ratio_buckets", metavar="H,W;H,W", help="sizes instead of --resolution; an image gets the nearest")
     arg("--center_crop", action="store_true", help="crop the center; default: a random crop, fixed for each image")
     arg("--random_flip", action="store_true", help="mirror half of the images; not for faces, text or logos")
     arg("--image_interpolation_mode", choices=INTERPOLATION, default="lanczos", help="filter for resizing images")
@@ -452,6 +460,9 @@ def parse_args(argv=None):
         help="sampling styles (few, any, mul) and steps",
     )
     arg("--num_validation_images", type=positive_int, default=4, help="images per sampler")
+    side = in_range(int, 16, MAX_SIDE)
+    arg("--validation_width", type=side, help="width of validation images in pixels (default: as trained)")
+    arg("--validation_height", type=side, help="height of validation images in pixels (default: as trained)")
     arg(
         "--validation_epochs",
         type=positive_int,
@@ -513,10 +524,13 @@ def check_args(args) -> list[str]:
     """Contradictions between flags, and flags without effect."""
     problems = check_method(args) + check_data_flags(args)
     backbone = BACKBONES[args.model_type]
-    if args.resolution % backbone.resolution_multiple:
-        multiple = backbone.resolution_multiple
-        nearest = max(1, args.resolution // multiple) * multiple
-        problems.append(f"--resolution {args.resolution} must be a multiple of {multiple}, such as {nearest}")
+    multiple = backbone.resolution_multiple
+    for flag in ("resolution", "validation_width", "validation_height"):
+        side = getattr(args, flag)
+        if side and side % multiple:
+            nearest = max(1, side // multiple) * multiple
+            problems.append(f"--{flag} {side} must be a multiple of {multiple}, such as {nearest}")
+    problems += check_buckets(args.aspect_ratio_buckets, multiple)
     if args.model_type == "openuni":
         if args.openuni_checkpoint is None:
             problems.append("--openuni_checkpoint is needed for --model_type openuni")
@@ -546,8 +560,10 @@ def check_args(args) -> list[str]:
         problems.append(f"--prodigy_beta3 has no effect on --optimizer {args.optimizer}: leave it out")
     if args.mixed_precision == "fp16" and not torch.accelerator.is_available():
         problems.append("--mixed_precision fp16 needs a GPU: use bf16 or no")
-    if args.validation_steps and not args.validation_prompt:
-        problems.append(f"--validation_steps {args.validation_steps} needs --validation_prompt")
+    for flag in ("validation_steps", "validation_width", "validation_height"):
+        value = getattr(args, flag)
+        if value and not args.validation_prompt:
+            problems.append(f"--{flag} {value} needs --validation_prompt")
     if args.output_name and Path(args.output_name).name != args.output_name:
         problems.append(f"--output_name {args.output_name} must be the name of a file, without folders")
     return problems + check_weights(args) + check_hub(args)
@@ -963,13 +979,19 @@ class QwenImageEdit(QwenImage):
         return pipeline
 
     def process(self, tokenizer, text, images, **kwargs):
-        """What Qwen2VLProcessor returns for one prompt and one image: one placeholder token per merged patch."""
+        """What Qwen2VLProcessor returns for one prompt and one image: one placeholder token per merged patch.
+
+        `prompt_start` is then the place of the first token after the image.
+        """
         from transformers import BatchFeature
 
         pixels = self.image_processor(images=images, return_tensors="pt")
         num_tokens = pixels["image_grid_thw"].prod().item() // self.image_processor.merge_size**2
         prompt = text[0].replace("<|image_pad|>", "<|image_pad|>" * num_tokens)
-        return BatchFeature({**tokenizer([prompt], return_tensors="pt"), **pixels})
+        tokens = tokenizer([prompt], return_tensors="pt")
+        image_end = tokenizer.convert_tokens_to_ids("<|vision_end|>")
+        self.prompt_start = tokens["input_ids"][0].tolist().index(image_end) + 1
+        return BatchFeature({**tokens, **pixels})
 
     def encode_prompt(self, prompt_encoder, prompt, reference=None):
         from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as stock
@@ -978,7 +1000,9 @@ class QwenImageEdit(QwenImage):
         width, height = stock.calculate_dimensions(stock.CONDITION_IMAGE_SIZE, aspect_ratio)
         resized = prompt_encoder.image_processor.resize(reference, height, width)
         prompt_embeds, _ = prompt_encoder.encode_prompt(prompt, [resized])
-        prompt_embeds = prompt_embeds[0, : self.args.max_sequence_length]
+        # --max_sequence_length counts the tokens after the image; the pipeline leaves out the first of the template
+        image_length = self.prompt_start - prompt_encoder.prompt_template_encode_start_idx
+        prompt_embeds = prompt_embeds[0, : image_length + self.args.max_sequence_length]
         attention_mask = torch.ones(len(prompt_embeds), dtype=torch.long)
         return {"encoder_hidden_states": prompt_embeds, "encoder_hidden_states_mask": attention_mask}
 
@@ -1629,12 +1653,49 @@ def read_examples(args) -> tuple[list[Example], list[str]]:
     )
 
 
-def check_examples(examples: list[Example], args) -> list[str]:
-    """Problems of images that cannot be read, and of captions."""
-    problems = []
-    if not args.image_free:
-        _, problems = read_sizes(all_images(examples))  # which decodes them
-    return problems + check_captions(examples, several=True, remedy="write it in a .txt file beside the image")
+def find_examples(args) -> tuple[list[Example], list[str]]:
+    """(examples, problems): what is trained on, with the sizes of its images."""
+    examples, problems = read_examples(args)
+    images = [] if args.image_free else all_images(examples)
+    sizes, unreadable = read_sizes(images)  # which decodes them
+    problems += unreadable
+    problems += check_captions(examples, several=True, remedy="write it in a .txt file beside the image")
+    for image, size in zip(images, sizes, strict=True):
+        image.size = size
+    return examples, problems
+
+
+def find_validation_image(args) -> tuple[Example | None, list[str]]:
+    """(the image to edit with the validation prompt, problems)."""
+    if args.validation_image is None:
+        return None, []
+    # its stamp is read once: the cache's keys change when the file does
+    reference = file_example(args.validation_image, name=f"--validation_image {args.validation_image}")
+    (reference.size,), problems = read_sizes([reference])
+    return reference, problems
+
+
+def trained_sizes(args) -> list[Size]:
+    """The sizes of --aspect_ratio_buckets, or the square of --resolution."""
+    return parse_buckets(args.aspect_ratio_buckets, args.resolution)
+
+
+def drawn_size(args, reference: Size | None = None) -> Size:
+    """The trained size that is drawn: the first one, for an edit the one nearest to the size of the image to edit."""
+    sizes = trained_sizes(args)
+    return sizes[0] if reference is None else nearest_bucket(reference, sizes)
+
+
+def validation_size(args, reference: Example | None) -> Size:
+    """The size of validation images."""
+    trained = drawn_size(args, reference.size if reference else None)
+    return Size(args.validation_height or trained.height, args.validation_width or trained.width)
+
+
+def latent_shape(backbone: Backbone, size: Size) -> tuple[int, int, int]:
+    """(C, h, w) of the latents of an image."""
+    factor = backbone.vae_scale_factor
+    return backbone.latent_channels, size.height // factor, size.width // factor
 
 
 def encoder_settings(args) -> list[str]:
@@ -1662,16 +1723,11 @@ def encoder_settings(args) -> list[str]:
     ]
 
 
-def prompt_key(prompt: str, reference: Example | None) -> tuple:
-    """The cache's key for a prompt; the prompt encoder of an edit sees the image to edit, too."""
+def prompt_key(prompt: str, reference: Example | None, *crop: object) -> tuple:
+    """The cache's key for a prompt; that of an edit is encoded beside the image to edit, cut as `crop` says."""
     if reference is None:
         return ("prompt", prompt)
-    return ("prompt", prompt, reference.name, reference.stamp)
-
-
-def image_key(example: Example, index: int, flipped: bool) -> tuple:
-    """The cache's key for the latents of an image, whose random crop depends on its index."""
-    return ("image", index, flipped, example.stamp)
+    return ("prompt", prompt, reference.name, reference.stamp, *crop)
 
 
 class TwinFlowDataset(Dataset):
@@ -1679,6 +1735,9 @@ class TwinFlowDataset(Dataset):
 
     Beside them "latents" [C, h, w] if they are cached, else "pixel_values" [3, H, W]; for edits "reference" or
     "reference_values" of the image to edit; nothing for image_free.
+
+    An image has the size of `buckets` nearest to its own, and a batch one size. Every batch is full, as each holds all
+    types of samples: in `order`, the indices of an epoch, the first images of a size come again until they fill it.
 
     The crop of an image depends on (seed, index); flip and choice of a caption on (seed, epoch, index), in this order
     of random draws. Workers, caches and interruptions therefore change no sample.
@@ -1688,52 +1747,64 @@ class TwinFlowDataset(Dataset):
         self.examples = examples
         self.cache = cache
         self.args = args
-        # every batch is full, as each holds all types of samples: the first images come twice in an epoch
-        num_batches = math.ceil(len(examples) / args.train_batch_size)
-        self.length = num_batches * args.train_batch_size
+        sizes = trained_sizes(args)
+        self.buckets = [nearest_bucket(example.size, sizes) if example.size else None for example in examples]
+        self.order = []
+        for bucket in dict.fromkeys(self.buckets):
+            members = [index for index, other in enumerate(self.buckets) if other == bucket]
+            num_batches = math.ceil(len(members) / args.train_batch_size)
+            self.order += itertools.islice(itertools.cycle(members), num_batches * args.train_batch_size)
 
     def __len__(self):
-        return self.length
+        return len(self.order)
 
     def image_keys(self) -> list[tuple[int, bool]]:
         """(index, flipped) of all that training can ask for."""
         flips = (False, True) if self.args.random_flip else (False,)
         return [(index, flipped) for index in range(len(self.examples)) for flipped in flips]
 
-    def pixel_values(self, image: Example, index: int, flipped: bool) -> torch.Tensor:
-        """[3, H, W] in [-1, 1] of an example's image or its reference, which is cropped at the same place."""
+    def crop(self, image: Example, index: int, flipped: bool) -> Image.Image:
+        """An example's image or its reference, which is cut at the same place, in the size of its bucket."""
         centering = (0.5, 0.5)
         if not self.args.center_crop:
             centering = tuple(np.random.default_rng((self.args.seed, index)).random(2))
-        return to_pixels(image.image(), self.args, centering=centering, flipped=flipped)
+        interpolation = self.args.image_interpolation_mode
+        return fit(image.image(), self.buckets[index], interpolation, centering=centering, mirrored=flipped)
+
+    def pixel_values(self, image: Example, index: int, flipped: bool) -> torch.Tensor:
+        """What `crop` returns as [3, H, W] in [-1, 1]."""
+        return to_tensor(self.crop(image, index, flipped))
+
+    def prompt_key(self, prompt: str, index: int, flipped: bool) -> tuple:
+        """The cache's key for a prompt beside the image to edit of an example, if it has one."""
+        reference = self.examples[index].images.get("reference")
+        return prompt_key(prompt, reference, self.buckets[index], index, flipped)
+
+    def image_key(self, index: int, flipped: bool) -> tuple:
+        """The cache's key for the latents of an image, whose random crop depends on its index."""
+        return ("image", self.buckets[index], index, flipped, self.examples[index].stamp)
 
     def __getitem__(self, position: tuple[int, int]) -> dict:
-        epoch, index = position
-        index %= len(self.examples)
+        epoch, place = position
+        index = self.order[place]
         example = self.examples[index]
         reference = example.images.get("reference")
         rng = np.random.default_rng((self.args.seed, epoch, index))
         caption = example.captions[rng.integers(len(example.captions))]
         flipped = bool(self.args.random_flip and rng.random() < 0.5)
         sample = {
-            "cond": self.cache.load(*prompt_key(caption, reference)),
-            "uncond": self.cache.load(*prompt_key(self.args.uncond_prompt, reference)),
+            "cond": self.cache.load(*self.prompt_key(caption, index, flipped)),
+            "uncond": self.cache.load(*self.prompt_key(self.args.uncond_prompt, index, flipped)),
         }
         if self.args.image_free:
             return sample
         if self.args.cache_latents:
-            sample |= self.cache.load(*image_key(example, index, flipped))
+            sample |= self.cache.load(*self.image_key(index, flipped))
             return sample
         sample["pixel_values"] = self.pixel_values(example, index, flipped)
         if reference is not None:
             sample["reference_values"] = self.pixel_values(reference, index, flipped)
         return sample
-
-
-def to_pixels(image: Image.Image, args, *, centering=(0.5, 0.5), flipped: bool = False) -> torch.Tensor:
-    """[3, H, W] in [-1, 1] of an RGB image, resized to cover --resolution and cropped at `centering`."""
-    size = (args.resolution, args.resolution)
-    return to_tensor(fit(image, size, args.image_interpolation_mode, centering=centering, mirrored=flipped))
 
 
 def stack_conditions(conditions: list[Conditions]) -> Conditions:
@@ -1771,14 +1842,20 @@ def encode_prompts(
 ) -> None:
     """Fills the cache with the conditions of all prompts. Prompt encoders are loaded only if some are missing, and
     freed afterwards."""
-    requests = {}  # {key of the cache: (prompt, example of the image to edit)}
-    for example in dataset.examples:
+    requests = {}  # {key of the cache: (prompt, function that returns the image to edit)}
+    for index, flipped in dataset.image_keys():
+        example = dataset.examples[index]
         reference = example.images.get("reference")
+        read_reference = functools.partial(dataset.crop, reference, index, flipped) if reference else None
         for prompt in [*example.captions, args.uncond_prompt]:
-            requests[prompt_key(prompt, reference)] = (prompt, reference)
+            requests[dataset.prompt_key(prompt, index, flipped)] = (prompt, read_reference)
     if args.validation_prompt:
-        key = prompt_key(args.validation_prompt, validation_reference)
-        requests[key] = (args.validation_prompt, validation_reference)
+        size = validation_size(args, validation_reference)
+        key = prompt_key(args.validation_prompt, validation_reference, size)
+        read_reference = None
+        if validation_reference is not None:
+            read_reference = lambda: fit(validation_reference.image(), size, args.image_interpolation_mode)  # noqa: E731
+        requests[key] = (args.validation_prompt, read_reference)
 
     @functools.cache
     def load_prompt_encoder():
@@ -1786,8 +1863,8 @@ def encode_prompts(
 
     @torch.no_grad()
     def encode(*key):
-        prompt, reference = requests[key]
-        image = None if reference is None else reference.image()
+        prompt, read_reference = requests[key]
+        image = read_reference() if read_reference else None
         return backbone.encode_prompt(load_prompt_encoder(), prompt, image)
 
     cache.fill(accelerator, list(requests), encode, "Encoding prompts")
@@ -1797,7 +1874,7 @@ def cache_latents(accelerator, vae, dataset: TwinFlowDataset, cache: TensorCache
     """Fills the cache with the latents of all images that training can ask for."""
     requests = {}  # {key of the cache: (index, flipped)}
     for index, flipped in dataset.image_keys():
-        requests[image_key(dataset.examples[index], index, flipped)] = (index, flipped)
+        requests[dataset.image_key(index, flipped)] = (index, flipped)
 
     @torch.no_grad()
     def encode(*key):
@@ -1813,13 +1890,14 @@ def cache_latents(accelerator, vae, dataset: TwinFlowDataset, cache: TensorCache
 
 
 def prepare_batch(
-    batch: dict, backbone: Backbone, vae, args, device: torch.device, offload_vae: bool
+    batch: dict, backbone: Backbone, vae, args, device: torch.device, offload_vae: bool, *, micro_step: int
 ) -> tuple[torch.Tensor, Conditions, Conditions]:
     """(latents [B, C, h, w], conditions, unconditional conditions) of a batch, on the device."""
     reference = None
     if args.image_free:  # only the shape of the latents counts, see `prepare_inputs`
-        side = args.resolution // backbone.vae_scale_factor
-        latents = torch.zeros(args.train_batch_size, backbone.latent_channels, side, side, device=device)
+        sizes = trained_sizes(args)
+        size = sizes[np.random.default_rng((args.seed, micro_step)).integers(len(sizes))]
+        latents = torch.zeros(args.train_batch_size, *latent_shape(backbone, size), device=device)
     elif args.cache_latents:
         latents = batch["latents"].to(device)
         reference = batch.get("reference")
@@ -1855,9 +1933,9 @@ def log_validation(
     """
     device = accelerator.device
     count = args.num_validation_images
-    side = args.resolution // backbone.vae_scale_factor
-    latent_shape = (backbone.latent_channels, side, side)
-    cond = stack_conditions([cache.load(*prompt_key(args.validation_prompt, reference))] * count)
+    size = validation_size(args, reference)
+    shape = latent_shape(backbone, size)
+    cond = stack_conditions([cache.load(*prompt_key(args.validation_prompt, reference, size))] * count)
     offload_vae = args.offload or args.cache_latents or args.image_free
     images = []
     captions = []
@@ -1867,13 +1945,13 @@ def log_validation(
         offload_models(vae, device=device, offload=offload_vae),
     ):
         if reference is not None:
-            reference_values = to_pixels(reference.image(), args)[None]
-            cond["reference"] = encode_images(vae, reference_values).expand(count, -1, -1, -1)
+            reference_values = to_tensor(fit(reference.image(), size, args.image_interpolation_mode))
+            cond["reference"] = encode_images(vae, reference_values[None]).expand(count, -1, -1, -1)
         cond = {name: value.to(device) for name, value in cond.items()}
         for sampler in args.validation_samplers:
             style, steps = sampler.split(":")
             generators = [torch.Generator().manual_seed(args.seed + i) for i in range(count)]
-            noise = torch.stack([torch.randn(latent_shape, generator=generator) for generator in generators])
+            noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
             latents = sampling_loop(
                 predict, noise.to(device), cond, steps=int(steps), style=style, generators=generators
             )
@@ -1929,13 +2007,19 @@ def describe_run(args, dataset: TwinFlowDataset) -> dict[str, str]:
         teacher = "the model before training"
     else:
         teacher = f"moving average, decay {args.ema_decay_rate:g}"
-    what = "prompts" if args.image_free else "images"
+    if args.image_free:
+        sizes = " or ".join(map(str, trained_sizes(args)))
+        data = f"{len(dataset.examples)} prompts at {sizes} px"
+    else:
+        counts_by_size = Counter(map(str, dataset.buckets))
+        sizes = ", ".join(f"{number} at {size} px" for size, number in counts_by_size.items())
+        data = f"{len(dataset.examples)} images: {sizes}"
     return {
         "model": f"{args.model_type}, {'all weights' if args.training == 'full' else 'LoRA'}",
         "recipe": f"{args.recipe}, order {args.estimate_order}, guidance {args.enhanced_ratio:g}",
         "batch": ", ".join(f"{count} {sample_type}" for sample_type, count in counts.items()),
         "teacher": teacher,
-        "data": f"{len(dataset.examples)} {what} at {args.resolution} px",
+        "data": data,
     }
 
 
@@ -1992,12 +2076,13 @@ def main(args):
     set_seed(args.seed)
 
     # 2. Data
-    examples, problems = read_examples(args)
-    problems += check_examples(examples, args)
+    examples, problems = find_examples(args)
+    validation_reference, unreadable = find_validation_image(args)
+    problems += unreadable
     cache = TensorCache(args.output_dir / "encoded", encoder_settings(args))
     dataset = TwinFlowDataset(examples, cache, args)
     sampler = StepSampler(
-        [0] * len(dataset),  # one group: all images have one size
+        [dataset.buckets[index] for index in dataset.order],
         args.train_batch_size,
         seed=args.seed,
         process_index=accelerator.process_index,
@@ -2017,8 +2102,6 @@ def main(args):
     args.output_dir.mkdir(parents=True, exist_ok=True)
 
     # 3. Prompts and latents: encoded once; prompt encoders are freed before the transformer is loaded
-    # read once: the cache's keys change when the file does
-    validation_reference = file_example(args.validation_image) if args.validation_image else None
     encode_prompts(accelerator, backbone, dataset, cache, validation_reference, args, weight_dtype)
     free_memory()
     offload_vae = args.offload or args.cache_latents or args.image_free
@@ -2180,7 +2263,9 @@ def main(args):
             generator = step_generator(args.seed, step, accumulated, accelerator.process_index)
             torch.manual_seed(generator.initial_seed())  # dropout uses the global generator
             dropout_seed = generator.initial_seed() if args.lora_dropout else None  # one mask for all forward passes
-            latents, cond, uncond = prepare_batch(batch, backbone, vae, args, device, offload_vae)
+            latents, cond, uncond = prepare_batch(
+                batch, backbone, vae, args, device, offload_vae, micro_step=micro_step
+            )
             loss, logged_losses = compute_loss(
                 functools.partial(predict, seed=dropout_seed),
                 teacher,

@@ -32,6 +32,7 @@ from typing import Any, Literal, NamedTuple
 import fsspec
 import numpy as np
 import torch
+from diffusers.training_utils import parse_buckets_string
 from PIL import ExifTags, Image, ImageOps
 from safetensors import SafetensorError
 from torch.utils.data import IterableDataset, Sampler, default_collate
@@ -41,6 +42,8 @@ from tqdm.contrib.concurrent import thread_map
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 UNREAD_SUFFIXES = (".heic", ".heif", ".avif", ".tif", ".tiff", ".gif")
+
+MAX_SIDE = 8192  # pixels of an image that is trained on
 
 INTERPOLATION = [mode.name.lower() for mode in Image.Resampling]
 
@@ -103,6 +106,39 @@ def fit(
     method = Image.Resampling[interpolation.upper()]
     image = ImageOps.fit(image, (width, height), method, centering=(centering[0], centering[1]))
     return ImageOps.mirror(image) if mirrored else image
+
+
+def parse_buckets(aspect_ratio_buckets: str | None, resolution: int) -> list[Size]:
+    """The sizes of "height,width;height,width", or the square of `resolution`. Raises ValueError for other text."""
+    if aspect_ratio_buckets is None:
+        return [Size(resolution, resolution)]
+    return [Size(height, width) for height, width in parse_buckets_string(aspect_ratio_buckets)]
+
+
+def check_buckets(aspect_ratio_buckets: str | None, multiple: int) -> list[str]:
+    """Problems of --aspect_ratio_buckets, whose sides must be multiples of `multiple` and at most MAX_SIDE."""
+    if aspect_ratio_buckets is None:
+        return []
+    try:
+        sizes = parse_buckets_string(aspect_ratio_buckets)
+    except ValueError:
+        return [f"--aspect_ratio_buckets {aspect_ratio_buckets}: expected height,width;height,width"]
+    return [
+        f"--aspect_ratio_buckets: {height},{width} must be two multiples of {multiple}, at most {MAX_SIDE}"
+        for height, width in sizes
+        if height % multiple or width % multiple or max(height, width) > MAX_SIDE
+    ]
+
+
+def nearest_bucket(size: Size, buckets: Sequence[Size]) -> Size:
+    """The bucket nearest to an image in aspect ratio, then in area."""
+
+    def distance(bucket: Size) -> tuple[float, float]:
+        width_ratio = math.log(size.width / bucket.width)
+        height_ratio = math.log(size.height / bucket.height)
+        return round(abs(width_ratio - height_ratio), 6), abs(width_ratio + height_ratio)
+
+    return min(buckets, key=distance)
 
 
 def fit_mask(mask: Image.Image, size: tuple[int, int], **crop: Any) -> np.ndarray:

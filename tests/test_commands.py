@@ -91,6 +91,7 @@ SMALL = {
     "examples/influxedit/toy_circles.py": ["--count", "4"],
     "examples/influxedit/prepare_fill_circles.py": ["--zip", "fill50k.zip"],
     "examples/toy/world.py": ["--count", "4"],
+    "examples/twinflow/generate.py": ["--size", "32", "32"],
     "examples/twinflow/compare.py": ["--count", "2", "--steps", "1"],
 }
 # Flags that are left out: --fsdp needs several processes, which tests/test_scale.py has; a model of single files is

@@ -25,6 +25,8 @@ DIFFERENT = {
     ("train_influxedit", "seed"): "InFluxEdit's has no default: a random one is used",
     ("train_influxedit", "num_validation_images"): "images of each of several prompts",
     ("train_influxedit", "validation_steps"): "InFluxEdit's default",
+    ("train_influxedit", "validation_width"): "InFluxEdit's default",
+    ("train_influxedit", "validation_height"): "InFluxEdit's default",
     ("train_influxedit", "validation_image"): "InFluxEdit's list of files in one text",
     ("train_twinflow", "adam_beta2"): "TwinFlow's default",
     ("train_twinflow", "adam_weight_decay"): "TwinFlow's default",

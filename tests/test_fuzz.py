@@ -267,14 +267,6 @@ def arguments(tiny_model, tiny_fill, tmp_path_factory):
     return lambda script, *flags: copy.copy(parse(script, *flags))
 
 
-def find_examples(module, args):
-    """(examples, problems) of a trainer's data."""
-    if module.__name__ != TWINFLOW:
-        return module.find_examples(args)
-    examples, problems = module.read_examples(args)
-    return examples, problems + module.check_examples(examples, args)
-
-
 FOLDER_FLAG = {TWINFLOW: "train_data_dir"}
 
 
@@ -287,7 +279,7 @@ def read(arguments, tiny_pipeline):
         args = arguments(script, f"--{name}", ROOT, *flags)
         setattr(args, name, folder)
         before = snapshot(folder.parent)
-        examples, problems = find_examples(module, args)
+        examples, problems = module.find_examples(args)
         if not problems:
             use(module, examples, args)
         assert snapshot(folder.parent) == before
@@ -401,7 +393,7 @@ def test_what_is_no_file_in_a_folder(read, folder):
 def test_prompts_file(arguments, read, tmp_path, count):
     def prop(content):
         (tmp_path / "prompts").write_bytes(content)
-        examples, problems = find_examples(importlib.import_module(TWINFLOW), args)
+        examples, problems = importlib.import_module(TWINFLOW).find_examples(args)
         assert all(str(tmp_path / "prompts") in problem for problem in problems)
         if not problems:
             read.tokenize([example.captions[0] for example in examples])

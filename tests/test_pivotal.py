@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from common import tracking, validation
-from common.data import Size
+from common.data import Size, nearest_bucket
 
 import pytest
 import torch
@@ -384,9 +384,9 @@ def test_batches_keep_to_one_bucket_and_pictures_to_the_nearest(train, flags, tm
     for size, bucket in {(48, 32): (32, 48), (40, 64): (48, 32), (33, 37): (32, 32), (1000, 10): (32, 48)}.items():
         width, height = size
         buckets = [Size(32, 48), Size(32, 32), Size(48, 32)]
-        assert dreambooth.nearest_bucket(Size(height, width), buckets) == bucket
+        assert nearest_bucket(Size(height, width), buckets) == bucket
     squares = [Size(512, 512), Size(1024, 1024)]
-    assert dreambooth.nearest_bucket(Size(height=1010, width=1000), squares) == (1024, 1024)
+    assert nearest_bucket(Size(height=1010, width=1000), squares) == (1024, 1024)
 
 
 def test_the_hub_gets_results_and_no_file_the_token(train, flags, tmp_path, monkeypatch):

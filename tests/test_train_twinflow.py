@@ -10,7 +10,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from common.data import file_example
 from common.latents import TensorCache
 
 import diffusers
@@ -18,6 +17,7 @@ import numpy as np
 import pytest
 import tiny_backbones
 import torch
+from accelerate import Accelerator
 from conftest import ROOT
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
@@ -28,6 +28,7 @@ from transformers import Qwen2VLImageProcessor
 import train_twinflow as twinflow
 from examples.twinflow import compare
 from examples.twinflow.generate import generate, load_velocity, trained_args
+from examples.twinflow.generate import main as generate_main
 from train_twinflow import Flux
 
 
@@ -99,7 +100,9 @@ def test_a_checkpoint_of_all_weights_holds_the_result_at_its_step(train, short_r
 def test_every_backbone_trains_saves_and_draws(train, backbone_flags, short, pictures, tmp_path, model_type, training):
     edit = model_type == "qwenimage-edit"
     extra = ["--reference_data_dir", pictures, "--validation_image", pictures / "1.png"] if edit else []
-    method = ["--recipe", "lora-2order", "--rank", 4] if training == "lora" else []
+    method = []
+    if training == "lora":
+        method = ["--recipe", "lora-2order", "--rank", 4, "--validation_width", 96, "--validation_height", 64]
     train(
         SCRIPT,
         *backbone_flags[model_type],
@@ -116,6 +119,8 @@ def test_every_backbone_trains_saves_and_draws(train, backbone_flags, short, pic
     assert generated.size == (side, side)
     saved = result(tmp_path)
     if training == "lora":
+        (wide,) = generate(tmp_path, ["a red circle"], steps=1, style="few", image=image, size=(64, 96))
+        assert wide.size == (96, 64)
         assert all(key.startswith("transformer.") for key in saved)
         assert any("timestep_embedder.linear_1.lora_A" in key for key in saved)
         assert max(value.abs().max() for key, value in saved.items() if "lora_B" in key) > 0
@@ -153,9 +158,10 @@ def check_stock_pipeline(flags, model_type, folder):
 
 
 def load_condition(folder, args, backbone):
-    reference = file_example(Path(args.validation_image)) if args.model_type == "qwenimage-edit" else None
+    args.validation_image = args.validation_image and Path(args.validation_image)
+    reference, _ = twinflow.find_validation_image(args)
     cache = TensorCache(folder / "encoded", twinflow.encoder_settings(args))
-    cond = cache.load(*twinflow.prompt_key("a red circle", reference))
+    cond = cache.load(*twinflow.prompt_key("a red circle", reference, twinflow.validation_size(args, reference)))
     cond = {name: value[None] for name, value in cond.items()}
     if reference:
         side = args.resolution // backbone.vae_scale_factor
@@ -278,6 +284,139 @@ def test_lora_has_no_second_network_and_full_training_no_second_module(backbone_
         with teacher():
             for a, b, p in zip(before, moved, transformer.parameters(), strict=True):
                 torch.testing.assert_close(p.data, a.lerp(b, 1 - 0.495))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sizes, and images to edit
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+BUCKETS = ["--aspect_ratio_buckets", "32,64;64,32"]
+
+
+def parsed(*flags):
+    return twinflow.parse_args([str(flag) for flag in flags])
+
+
+@pytest.mark.parametrize("model_type", ["flux", pytest.param("sana", marks=pytest.mark.slow)])
+def test_batches_keep_to_one_of_two_sizes_and_resume_bit_for_bit(
+    train, backbone_flags, short, tmp_path, monkeypatch, model_type
+):
+    shapes = []
+    honest = twinflow.compute_loss
+    monkeypatch.setattr(
+        twinflow,
+        "compute_loss",
+        lambda predict, teacher, latents, *a, **k: (
+            shapes.append(tuple(latents.shape)) or honest(predict, teacher, latents, *a, **k)
+        ),
+    )
+    flags = [*backbone_flags[model_type], *short, *BUCKETS, "--recipe", "lora-2order", "--rank", 2]
+    flags += ["--checkpointing_steps", 2, "--max_train_steps", 3, "--output_dir"]
+    train(SCRIPT, *flags, tmp_path / "whole")
+    factor = twinflow.BACKBONES[model_type].vae_scale_factor
+    assert len(shapes) == 3
+    assert {shape[0] for shape in shapes} == {4}
+    assert {shape[2:] for shape in shapes} == {(32 // factor, 64 // factor), (64 // factor, 32 // factor)}
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts", ignore=shutil.ignore_patterns("metrics.jsonl"))
+    train(SCRIPT, *flags, tmp_path / "parts", "--resume_from_checkpoint", "latest", "--cache_latents")
+    assert shapes[3:] == shapes[2:3]
+    assert_equal(result(tmp_path / "whole"), result(tmp_path / "parts"))
+
+
+def test_every_image_has_the_nearest_size_and_every_batch_is_full(tiny_model, pictures):
+    flags = ["--pretrained_model_name_or_path", tiny_model, "--train_data_dir", pictures, "--resolution", 32]
+    args = parsed(*flags, *BUCKETS)
+    examples, problems = twinflow.find_examples(args)
+    assert not problems
+    dataset = twinflow.TwinFlowDataset(examples, None, args)
+    wide, high = (32, 64), (64, 32)
+    assert dataset.buckets[0] == dataset.buckets[3] == wide  # 48 x 32 and 64 x 48 pixels
+    assert dataset.buckets[2] == high  # 40 x 64
+    for bucket in (wide, high):
+        places = [index for index in dataset.order if dataset.buckets[index] == bucket]
+        assert len(places) == 4
+        assert {*places} == {index for index in range(5) if dataset.buckets[index] == bucket}
+    for index, flipped in dataset.image_keys():
+        assert dataset.pixel_values(examples[index], index, flipped).shape[1:] == dataset.buckets[index]
+    one_size = twinflow.TwinFlowDataset(examples, None, parsed(*flags))
+    assert one_size.order == [0, 1, 2, 3, 4, 0, 1, 2]
+
+
+def test_sizes_without_images_depend_on_the_seed_and_the_micro_step(tiny_model, tmp_path):
+    (tmp_path / "prompts").write_text("a cat\n")
+    flags = ["--pretrained_model_name_or_path", tiny_model, "--recipe", "image-free", *BUCKETS]
+    args = parsed(*flags, "--prompts_file", tmp_path / "prompts")
+    batch = {"cond": {}, "uncond": {}}
+
+    def shapes():
+        found = []
+        for micro_step in range(20):
+            latents, _, _ = twinflow.prepare_batch(
+                batch, Flux(args), None, args, torch.device("cpu"), False, micro_step=micro_step
+            )
+            found.append(tuple(latents.shape))
+        return found
+
+    first = shapes()
+    assert {*first} == {(4, 16, 4, 8), (4, 16, 8, 4)}
+    assert shapes() == first
+    args.seed = 1
+    assert shapes() != first
+
+
+@pytest.fixture
+def editor(backbone_flags, pictures):
+    """editor(*flags): (backbone, its prompt encoder, args) of the tiny Qwen-Image-Edit."""
+
+    def load(*flags):
+        data = ["--train_data_dir", pictures, "--reference_data_dir", pictures]
+        args = parsed(*backbone_flags["qwenimage-edit"], *data, *flags)
+        backbone = twinflow.QwenImageEdit(args)
+        return backbone, backbone.load_prompt_encoder(torch.float32, torch.device("cpu")), args
+
+    return load
+
+
+def test_an_edits_prompt_is_read_however_many_tokens_its_image_takes(editor, pictures):
+    backbone, encoder, args = editor("--max_sequence_length", 8)
+    image = Image.open(pictures / "0.png")
+    with torch.no_grad():
+        cat, dog = (backbone.encode_prompt(encoder, prompt, image) for prompt in ("a cat on grass", "a dog on grass"))
+        backbone.args.max_sequence_length = 512
+        whole = backbone.encode_prompt(encoder, "a cat on grass", image)["encoder_hidden_states"]
+    cat, dog = cat["encoder_hidden_states"], dog["encoder_hidden_states"]
+    assert cat.shape == dog.shape
+    same = (cat == dog).all(dim=1)
+    assert same[:-6].all()  # the template and the image; then the characters of "a cat on" are a token each
+    assert not same[-6:].any()
+    assert torch.equal(cat, whole[: len(cat)])
+    assert len(whole) == len(cat) - 8 + len("a cat on grass") + len("<|im_end|>\n<|im_start|>assistant\n") - 20
+
+
+def test_the_prompt_encoder_of_an_edit_sees_the_image_as_its_latents_show_it(editor, tmp_path, monkeypatch):
+    """Cropped at the same place and as often mirrored."""
+    backbone, encoder, args = editor("--random_flip", *BUCKETS, "--max_sequence_length", 8)
+    examples, _ = twinflow.find_examples(args)
+    cache = TensorCache(tmp_path / "encoded", twinflow.encoder_settings(args))
+    dataset = twinflow.TwinFlowDataset(examples, cache, args)
+    seen = {}
+    honest = backbone.encode_prompt
+
+    def encode(prompt_encoder, prompt, reference):
+        cond = honest(prompt_encoder, prompt, reference)
+        seen[prompt, cond["encoder_hidden_states"].numpy().tobytes()] = reference
+        return cond
+
+    monkeypatch.setattr(backbone, "encode_prompt", encode)
+    monkeypatch.setattr(backbone, "load_prompt_encoder", lambda *args: encoder)
+    twinflow.encode_prompts(Accelerator(cpu=True), backbone, dataset, cache, None, args, torch.float32)
+    for index, flipped in dataset.image_keys():
+        (caption,) = examples[index].captions
+        cond = cache.load(*dataset.prompt_key(caption, index, flipped))
+        reference = seen[caption, cond["encoder_hidden_states"].numpy().tobytes()]
+        shown = dataset.pixel_values(examples[index].images["reference"], index, flipped)
+        assert torch.equal(twinflow.to_tensor(reference), shown)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -446,6 +585,28 @@ def test_sigterm_saves_says_where_and_exits(runs, flags, tmp_path):
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
     assert f"saved {checkpoint}" in runs.output()
     assert "Traceback" not in runs.output()
+
+
+WRONG_SAMPLING = [
+    ("--size 30 48", "--size 30 48: both must be multiples of 16"),
+    ("--size 8 48", "--size: 8 is out of range"),
+    ("--order 2 --style few", "--order 2 is for --style mul, which follows the path, not few"),
+    ("--order 2 --style mul --stochast_ratio 0.5", "--order 2 renews no noise: leave out --stochast_ratio 0.5"),
+    ("--image 1.png", "--image, the image to edit, is for a model trained as qwenimage-edit; this is flux"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), WRONG_SAMPLING)
+def test_a_sampler_that_does_not_exist_is_one_line(tmp_path, monkeypatch, capsys, flags, message):
+    settings = {"model_type": "flux", "openuni_checkpoint": None, "resolution": 32}
+    (tmp_path / "args.json").write_text(json.dumps({"args": settings}))
+    monkeypatch.setattr(sys, "argv", ["generate.py", str(tmp_path), "--prompt", "a cat", *flags.split()])
+    with pytest.raises(SystemExit) as stop:
+        generate_main()
+    error = capsys.readouterr().err.split("error: ")[-1]
+    assert stop.value.code == 2
+    assert message in error
+    assert error.count("\n") == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -16,8 +16,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 
 # isort: split
-from common.data import open_image, upright
-from common.latents import decode_images, encode_images, to_image
+from common.arguments import in_range, join_problems
+from common.data import MAX_SIDE, Size, fit, open_image, upright
+from common.latents import decode_images, encode_images, to_image, to_tensor
 
 import torch
 from diffusers.training_utils import free_memory
@@ -25,17 +26,18 @@ from diffusers.training_utils import free_memory
 from train_twinflow import (
     BACKBONES,
     STYLES,
+    drawn_size,
+    latent_shape,
     load_target_time,
     predict_velocity,
     sampling_loop,
     stack_conditions,
-    to_pixels,
 )
 
 
 def trained_args(folder):
     """The arguments that a trainer's output folder was made with."""
-    args = json.loads((Path(folder) / "args.json").read_text())["args"]
+    args = {"aspect_ratio_buckets": None, **json.loads((Path(folder) / "args.json").read_text())["args"]}
     args["openuni_checkpoint"] = args["openuni_checkpoint"] and Path(args["openuni_checkpoint"])
     return argparse.Namespace(**args)
 
@@ -61,10 +63,15 @@ def load_velocity(folder, backbone, args, dtype, device):
 
 @torch.no_grad()
 def generate(folder, prompts, *, seed=0, image=None, batch_size=1, size=None, **sampling):
-    """One PIL image per prompt, image i from a generator seeded with `seed` + i; `sampling` is for `sampling_loop`."""
+    """One PIL image per prompt, image i from a generator seeded with `seed` + i; `sampling` is for `sampling_loop`.
+
+    size: (height, width), default as trained. `image` is the one to edit, cropped to the same size.
+    """
     folder = Path(folder)
     args = trained_args(folder)
-    args.resolution = size or args.resolution
+    size = Size(*size) if size else drawn_size(args, Size.of(image) if image else None)
+    if image:
+        image = fit(image, size, args.image_interpolation_mode)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     dtype = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
     backbone = BACKBONES[args.model_type](args)
@@ -76,19 +83,18 @@ def generate(folder, prompts, *, seed=0, image=None, batch_size=1, size=None, **
     vae = backbone.load_vae(dtype).to(device)
     predict = load_velocity(folder, backbone, args, dtype, device)
 
-    side = args.resolution // backbone.vae_scale_factor
-    latent_shape = (backbone.latent_channels, side, side)
+    shape = latent_shape(backbone, size)
     images = []
     for start in range(0, len(prompts), batch_size):
         batch = conditions[start : start + batch_size]
         count = len(batch)
         stacked = stack_conditions(batch + [uncond] * count)  # padded to one length: guidance runs both at once
         if image:
-            reference = encode_images(vae, to_pixels(image, args)[None])
+            reference = encode_images(vae, to_tensor(image)[None])
             stacked["reference"] = reference.expand(2 * count, -1, -1, -1)
         stacked = {name: value.to(device) for name, value in stacked.items()}
         generators = [torch.Generator().manual_seed(seed + start + i) for i in range(count)]
-        noise = torch.stack([torch.randn(latent_shape, generator=generator) for generator in generators]).to(device)
+        noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
         latents = sampling_loop(
             predict,
             noise,
@@ -115,6 +121,23 @@ def stochast_ratio(text):
     return text if text == "SDE" else float(text)
 
 
+def check_flags(args):
+    """Problems of --size, of --image, and of a sampler that does not go with --order 2."""
+    model_type = trained_args(args.folder).model_type
+    multiple = BACKBONES[model_type].resolution_multiple
+    problems = []
+    if (args.image is None) == (model_type == "qwenimage-edit"):
+        problems.append(f"--image, the image to edit, is for a model trained as qwenimage-edit; this is {model_type}")
+    if args.size and (args.size[0] % multiple or args.size[1] % multiple):
+        width, height = args.size
+        problems.append(f"--size {width} {height}: both must be multiples of {multiple}")
+    if args.order == 2 and args.style != "mul":
+        problems.append(f"--order 2 is for --style mul, which follows the path, not {args.style}")
+    if args.order == 2 and args.stochast_ratio:
+        problems.append(f"--order 2 renews no noise: leave out --stochast_ratio {args.stochast_ratio}")
+    return problems
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, help="a trainer's output folder")
@@ -137,18 +160,28 @@ def main():
     parser.add_argument("--order", type=int, choices=(1, 2), default=1, help="2: Heun's rule, for style mul")
     parser.add_argument("--gaps", type=float, nargs=2, help="part of the times left out at the noise and data ends")
     parser.add_argument("--time_dist_ctrl", type=float, nargs=3, metavar=("A", "B", "C"), help="bend the time grid")
-    parser.add_argument("--size", type=int, help="side of the image in pixels (default: --resolution of the training)")
+    parser.add_argument(
+        "--size",
+        type=in_range(int, 16, MAX_SIDE),
+        nargs=2,
+        metavar=("WIDTH", "HEIGHT"),
+        help="size of the images in pixels (default: as trained)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="random seed of the first image; image i has seed + i")
     parser.add_argument("--output", type=Path, default=Path(), help="folder of the images")
     args = parser.parse_args()
+    args.style = args.style or default_style(args.steps)
+    problems = check_flags(args)
+    if problems:
+        parser.error(join_problems(problems))
     images = generate(
         args.folder,
         args.prompt,
         seed=args.seed,
         image=upright(open_image(args.image)) if args.image else None,
-        size=args.size,
+        size=args.size[::-1] if args.size else None,
         steps=args.steps,
-        style=args.style or default_style(args.steps),
+        style=args.style,
         cfg_scale=args.cfg_scale,
         stochast_ratio=args.stochast_ratio,
         extrapol_ratio=args.extrapol_ratio,
