@@ -52,9 +52,11 @@ from common.arguments import (
     fail,
     fraction,
     in_range,
+    name_or_path,
     non_negative_float,
     positive_float,
     positive_int,
+    worker_count,
 )
 from common.checkpoints import (
     atomic_write,
@@ -67,6 +69,7 @@ from common.checkpoints import (
     checkpoint_to_resume,
     count_skipped,
     load_checkpoint,
+    remove_partial,
     run_settings,
     save_checkpoint,
     stop_interrupted,
@@ -191,6 +194,7 @@ def parse_args(argv=None):
     arg = parser.add_argument_group("model", "the pretrained model, its precision and memory").add_argument
     arg(
         "--pretrained_model_name_or_path",
+        type=name_or_path,
         required=True,
         metavar="MODEL",
         help="folder or Hub id of a FLUX.1 pipeline, or its transformer as a single .safetensors file",
@@ -206,7 +210,7 @@ def parse_args(argv=None):
     )
     arg("--revision", help="revision of the model on the Hub")
     arg("--variant", help="variant of the model's files, such as fp16")
-    arg("--cache_dir", help="folder for downloaded models and datasets")
+    arg("--cache_dir", type=name_or_path, help="folder for downloaded models and datasets")
     arg("--max_sequence_length", type=in_range(int, 1, 512), default=512, help="T5 tokens per prompt, schnell: to 256")
     arg("--mixed_precision", choices=("no", "fp16", "bf16"), help="precision of frozen models; bf16 halves memory")
     arg("--allow_tf32", action="store_true", help="faster, less exact float32 products on Ampere and later GPUs")
@@ -222,7 +226,7 @@ def parse_args(argv=None):
 
     arg = parser.add_argument_group("data", "a folder of images, a dataset, or a data.toml").add_argument
     arg("--instance_data_dir", type=Path, help="folder of images; captions in .txt files or metadata.jsonl")
-    arg("--dataset_name", help="dataset on the Hub, or a folder or file that `datasets` loads")
+    arg("--dataset_name", type=name_or_path, help="dataset on the Hub, or a folder or file that `datasets` loads")
     arg("--dataset_config", type=Path, metavar="DATA.TOML", help="folders and options as kohya's sd-scripts read them")
     arg("--dataset_config_name", help="configuration of that dataset")
     arg("--image_column", default="image", help="column of the dataset that holds the images")
@@ -238,7 +242,7 @@ def parse_args(argv=None):
     arg("--train_batch_size", type=positive_int, default=4, help="images per device and forward pass")
     arg(
         "--dataloader_num_workers",
-        type=in_range(int, 0),
+        type=worker_count,
         default=0,
         help="processes that read images; 0: the main process",
     )
@@ -394,7 +398,12 @@ def parse_args(argv=None):
     arg("--max_train_steps", type=positive_int, help="number of updates; overrides --num_train_epochs")
     arg("--checkpointing_steps", type=positive_int, default=500, help="steps between checkpoints")
     arg("--checkpoints_total_limit", type=positive_int, help="number of newest checkpoints to keep (default: all)")
-    arg("--resume_from_checkpoint", metavar="CHECKPOINT", help="a checkpoint-N folder, or latest (if there is one)")
+    arg(
+        "--resume_from_checkpoint",
+        type=name_or_path,
+        metavar="CHECKPOINT",
+        help="a checkpoint-N folder, or latest (if there is one)",
+    )
     arg("--local_rank", type=int, default=-1, help="set by old launchers; LOCAL_RANK in the environment wins")
 
     arg = parser.add_argument_group("validation", "images while training, without effect on it").add_argument
@@ -1976,7 +1985,7 @@ def generate_command(args, prompt):
 
 def main(args):
     # 1. Accelerator, logging, seed
-    if args.local_rank != -1:
+    if args.local_rank != -1 and "WORLD_SIZE" in os.environ:  # without a launcher there is one process
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     if args.verbose:
@@ -2029,6 +2038,9 @@ def main(args):
         fail(accelerator, problems)
     hub_repo = create_hub_repo(accelerator, args)
     args.output_dir.mkdir(parents=True, exist_ok=True)
+    if accelerator.is_main_process:
+        remove_partial(args.output_dir)
+    accelerator.wait_for_everyone()
 
     # 3. Prompts: embedded once; frozen text encoders are freed before the transformer is loaded
     final_prompt = None

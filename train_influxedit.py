@@ -49,12 +49,15 @@ from common.arguments import (
     Switch,
     comma_list,
     decay_rate,
+    expanded_path,
     fail,
     fraction,
     in_range,
+    name_or_path,
     non_negative_float,
     positive_float,
     positive_int,
+    worker_count,
 )
 from common.checkpoints import (
     catch_signals,
@@ -66,6 +69,7 @@ from common.checkpoints import (
     checkpoint_to_resume,
     count_skipped,
     load_checkpoint,
+    remove_partial,
     run_settings,
     save_checkpoint,
     stop_interrupted,
@@ -180,13 +184,14 @@ def parse_args(argv=None):
     arg = parser.add_argument_group("model", "what is trained, and in which precision").add_argument
     arg(
         "--pretrained_model_name_or_path",
+        type=name_or_path,
         required=True,
         metavar="MODEL",
         help="folder or Hub id of a FLUX.1-Fill pipeline",
     )
     arg("--revision", help="revision of the model on the Hub")
     arg("--variant", help="variant of the model's files, such as fp16")
-    arg("--cache_dir", help="folder for downloaded models and datasets")
+    arg("--cache_dir", type=name_or_path, help="folder for downloaded models and datasets")
     arg(
         "--max_sequence_length",
         type=in_range(int, 1, 512),
@@ -210,7 +215,7 @@ def parse_args(argv=None):
     arg("--target_data_dir", type=Path, help="folder of target images for edit mode, named like the input images")
     arg("--mask_data_dir", type=Path, help="folder of masks for mask mode, named alike; white parts are generated")
     arg("--caption_data_dir", type=Path, help="folder of captions: .txt files, named like the input images")
-    arg("--dataset_name", help="dataset on the Hub, or a folder or file that `datasets` loads")
+    arg("--dataset_name", type=name_or_path, help="dataset on the Hub, or a folder or file that `datasets` loads")
     arg("--dataset_config_name", help="configuration of that dataset")
     arg("--image_column", default="image", help="column of --dataset_name with the input images")
     arg("--target_column", help="column of --dataset_name with the target images, for edit mode")
@@ -233,7 +238,7 @@ def parse_args(argv=None):
     arg("--train_batch_size", type=positive_int, default=4, help="images per device and forward pass")
     arg(
         "--dataloader_num_workers",
-        type=in_range(int, 0),
+        type=worker_count,
         default=0,
         help="processes that read images; 0: the main process",
     )
@@ -336,7 +341,12 @@ def parse_args(argv=None):
     arg("--max_train_steps", type=positive_int, help="number of updates; overrides --num_train_epochs")
     arg("--checkpointing_steps", type=positive_int, default=500, help="steps between checkpoints")
     arg("--checkpoints_total_limit", type=positive_int, help="number of newest checkpoints to keep (default: all)")
-    arg("--resume_from_checkpoint", metavar="CHECKPOINT", help="a checkpoint-N folder, or latest (if there is one)")
+    arg(
+        "--resume_from_checkpoint",
+        type=name_or_path,
+        metavar="CHECKPOINT",
+        help="a checkpoint-N folder, or latest (if there is one)",
+    )
     arg("--local_rank", type=int, default=-1, help="set by old launchers; LOCAL_RANK in the environment wins")
 
     arg = parser.add_argument_group("validation", "images generated while training, without effect on it").add_argument
@@ -935,7 +945,7 @@ def pipeline_call(prompt_encoder, prompt, args, image=None, mask=None):
 
 def validation_files(args, flag):
     """Examples of the image files that --validation_image or --validation_mask lists."""
-    return [file_example(Path(path), name=f"--{flag} {path}") for path in split_list(vars(args)[flag])]
+    return [file_example(expanded_path(path), name=f"--{flag} {path}") for path in split_list(vars(args)[flag])]
 
 
 def validation_cases(args, examples):
@@ -1160,7 +1170,7 @@ def generate_command(args, prompt):
 
 def main(args):
     # 1. Accelerator, logging, seed
-    if args.local_rank != -1:
+    if args.local_rank != -1 and "WORLD_SIZE" in os.environ:  # without a launcher there is one process
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     if args.verbose:
@@ -1209,6 +1219,9 @@ def main(args):
         fail(accelerator, problems)
     hub_repo = create_hub_repo(accelerator, args)
     args.output_dir.mkdir(parents=True, exist_ok=True)
+    if accelerator.is_main_process:
+        remove_partial(args.output_dir)
+    accelerator.wait_for_everyone()
 
     # 3. Prompts: embedded once; frozen text encoders are freed before the transformer is loaded
     cases = validation_cases(args, examples)

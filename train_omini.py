@@ -60,9 +60,11 @@ from common.arguments import (
     fail,
     fraction,
     in_range,
+    name_or_path,
     non_negative_float,
     positive_float,
     positive_int,
+    worker_count,
 )
 from common.checkpoints import (
     atomic_write,
@@ -73,6 +75,7 @@ from common.checkpoints import (
     checkpoint_to_resume,
     count_skipped,
     load_checkpoint,
+    remove_partial,
     run_settings,
     save_checkpoint,
     stop_interrupted,
@@ -246,7 +249,7 @@ def parse_args(argv=None):
     )
     arg("--revision", help="revision of the model on the Hub")
     arg("--variant", help="variant of the model's files, such as fp16")
-    arg("--cache_dir", help="folder for downloaded models and datasets")
+    arg("--cache_dir", type=name_or_path, help="folder for downloaded models and datasets")
     arg(
         "--max_sequence_length",
         type=in_range(int, 1, 512),
@@ -271,11 +274,18 @@ def parse_args(argv=None):
 
     arg = parser.add_argument_group("data", "a folder of images, a dataset, or tar files").add_argument
     arg("--instance_data_dir", type=Path, help="folder of images; captions in .txt files, metadata.jsonl or none")
-    arg("--dataset_name", help="dataset on the Hub, or a folder or file that `datasets` loads")
+    arg("--dataset_name", type=name_or_path, help="dataset on the Hub, or a folder or file that `datasets` loads")
     arg("--dataset_config_name", help="configuration of that dataset")
-    arg("--data_files", nargs="+", metavar="TAR", help="webdataset tars or patterns: jpg images, json with a prompt")
+    arg(
+        "--data_files",
+        type=name_or_path,
+        nargs="+",
+        metavar="TAR",
+        help="webdataset tars or patterns: jpg images, json with a prompt",
+    )
     arg(
         "--dataset_class",
+        type=name_or_path,
         metavar="FILE.py:CLASS",
         help="your own dataset, with items of image, description, condition_0 and so on",
     )
@@ -294,7 +304,7 @@ def parse_args(argv=None):
     arg("--train_batch_size", type=positive_int, default=4, help="images per device and forward pass")
     arg(
         "--dataloader_num_workers",
-        type=in_range(int, 0),
+        type=worker_count,
         default=0,
         help="processes that read images; 0: the main process",
     )
@@ -348,7 +358,12 @@ def parse_args(argv=None):
         default=True,
         help="leave out pairs whose quality_assessment (a column of Subjects200K) has a score below 5",
     )
-    arg("--depth_model", default="LiheYoung/depth-anything-small-hf", help="depth estimation model of transformers")
+    arg(
+        "--depth_model",
+        type=name_or_path,
+        default="LiheYoung/depth-anything-small-hf",
+        help="depth estimation model of transformers",
+    )
     arg("--depth_batch_size", type=positive_int, default=8, help="images per forward pass of the depth model")
 
     arg = parser.add_argument_group("lora", "the adapter").add_argument
@@ -430,6 +445,7 @@ def parse_args(argv=None):
     arg("--checkpoints_total_limit", type=positive_int, help="number of newest checkpoints to keep (default: all)")
     arg(
         "--resume_from_checkpoint",
+        type=name_or_path,
         metavar="CHECKPOINT",
         help="a checkpoint-N folder, or latest (if there is one)",
     )
@@ -2068,7 +2084,7 @@ def create_optimizer(args, params_to_optimize):
 
 def main(args):
     # 1. Accelerator, logging, seed
-    if args.local_rank != -1:
+    if args.local_rank != -1 and "WORLD_SIZE" in os.environ:  # without a launcher there is one process
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     if args.verbose:
@@ -2131,6 +2147,9 @@ def main(args):
         sampler = streamed_batches(dataset, args, **processes)
     hub_repo = create_hub_repo(accelerator, args)
     args.output_dir.mkdir(parents=True, exist_ok=True)
+    if accelerator.is_main_process:
+        remove_partial(args.output_dir)
+    accelerator.wait_for_everyone()
 
     # 3. Prompts, depth maps, VAE and latents: what makes them is freed before the transformer is loaded
     is_cached = args.cache_prompts and not args.streaming

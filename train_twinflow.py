@@ -61,9 +61,11 @@ from common.arguments import (
     fail,
     fraction,
     in_range,
+    name_or_path,
     non_negative_float,
     positive_float,
     positive_int,
+    worker_count,
 )
 from common.checkpoints import (
     catch_signals,
@@ -76,6 +78,7 @@ from common.checkpoints import (
     load_checkpoint,
     register_sharded_checkpointing,
     register_tensor_checkpointing,
+    remove_partial,
     run_settings,
     save_checkpoint,
     stop_interrupted,
@@ -254,7 +257,13 @@ def parse_args(argv=None):
     parser = Parser(description=DESCRIPTION, epilog=EXAMPLE)
 
     arg = parser.add_argument_group("model", "which model is trained, in which precision").add_argument
-    arg("--pretrained_model_name_or_path", required=True, metavar="MODEL", help="folder or Hub id of a pipeline")
+    arg(
+        "--pretrained_model_name_or_path",
+        type=name_or_path,
+        required=True,
+        metavar="MODEL",
+        help="folder or Hub id of a pipeline",
+    )
     arg("--model_type", choices=tuple(BACKBONES), default="flux", help="family of that pipeline")
     arg(
         "--training",
@@ -263,10 +272,15 @@ def parse_args(argv=None):
         help="train all weights, or an adapter; recipes lora-* set lora",
     )
     arg("--openuni_checkpoint", type=Path, metavar="FILE", help="openuni: its .pth file; MODEL is its Sana pipeline")
-    arg("--openuni_llm", metavar="MODEL", help="openuni: its InternVL3, such as OpenGVLab/InternVL3-2B-hf")
+    arg(
+        "--openuni_llm",
+        type=name_or_path,
+        metavar="MODEL",
+        help="openuni: its InternVL3, such as OpenGVLab/InternVL3-2B-hf",
+    )
     arg("--revision", help="revision of the model on the Hub")
     arg("--variant", help="variant of the model's files, such as fp16")
-    arg("--cache_dir", help="folder for downloaded models and datasets")
+    arg("--cache_dir", type=name_or_path, help="folder for downloaded models and datasets")
     arg(
         "--max_sequence_length",
         type=in_range(int, 1, 512),
@@ -292,7 +306,7 @@ def parse_args(argv=None):
 
     arg = parser.add_argument_group("data", "images with captions, or prompts alone").add_argument
     arg("--train_data_dir", type=Path, help="folder of images with .txt captions, one per line, or of parquet files")
-    arg("--dataset_name", help="dataset on the Hub, or a folder or file that `datasets` loads")
+    arg("--dataset_name", type=name_or_path, help="dataset on the Hub, or a folder or file that `datasets` loads")
     arg("--dataset_config_name", help="configuration of that dataset")
     arg("--image_column", default="image", help="column of the dataset that holds the images")
     arg("--caption_column", help="column of the dataset that holds captions (default: text)")
@@ -312,7 +326,7 @@ def parse_args(argv=None):
     arg("--train_batch_size", type=positive_int, default=4, help="samples per device and micro-step; 4 or more")
     arg(
         "--dataloader_num_workers",
-        type=in_range(int, 0),
+        type=worker_count,
         default=0,
         help="processes that read images; 0: the main process",
     )
@@ -443,7 +457,12 @@ def parse_args(argv=None):
     arg("--max_train_steps", type=positive_int, help="number of updates; overrides --num_train_epochs")
     arg("--checkpointing_steps", type=positive_int, default=500, help="steps between checkpoints")
     arg("--checkpoints_total_limit", type=positive_int, help="number of newest checkpoints to keep (default: all)")
-    arg("--resume_from_checkpoint", metavar="CHECKPOINT", help="a checkpoint-N folder, or latest (if there is one)")
+    arg(
+        "--resume_from_checkpoint",
+        type=name_or_path,
+        metavar="CHECKPOINT",
+        help="a checkpoint-N folder, or latest (if there is one)",
+    )
     arg("--local_rank", type=int, default=-1, help="set by old launchers; LOCAL_RANK in the environment wins")
 
     arg = parser.add_argument_group(
@@ -2047,7 +2066,7 @@ def create_optimizer(args, params_to_optimize):
 
 def main(args):
     # 1. Accelerator, logging, seed
-    if args.local_rank != -1:
+    if args.local_rank != -1 and "WORLD_SIZE" in os.environ:  # without a launcher there is one process
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     if args.verbose:
@@ -2100,6 +2119,9 @@ def main(args):
         fail(accelerator, problems)
     hub_repo = create_hub_repo(accelerator, args)
     args.output_dir.mkdir(parents=True, exist_ok=True)
+    if accelerator.is_main_process:
+        remove_partial(args.output_dir)
+    accelerator.wait_for_everyone()
 
     # 3. Prompts and latents: encoded once; prompt encoders are freed before the transformer is loaded
     encode_prompts(accelerator, backbone, dataset, cache, validation_reference, args, weight_dtype)

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -89,6 +90,7 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
             add_help=add_help,
         )
+        self.register("type", Path, expanded_path)
 
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
         return shlex.split(arg_line, comments=True)
@@ -141,6 +143,32 @@ def in_range(
     return parse
 
 
+def expanded_path(text: str) -> Path:
+    """An argparse type: a path, ~ in it the home folder, which no shell puts for `--output_dir=~/x`."""
+    return Path(name_or_path(text))
+
+
+def name_or_path(text: str) -> str:
+    """An argparse type: a name on the Hub, or a path as `expanded_path` reads it."""
+    return os.path.expanduser(text)  # noqa: PTH111
+
+
+WORKERS_PER_CORE = 4
+
+
+def worker_count(text: str) -> int:
+    """An argparse type: a number of processes that read data, 0 to WORKERS_PER_CORE for each core of the machine."""
+    value = int(text)
+    cores = os.cpu_count() or 1
+    if not 0 <= value <= WORKERS_PER_CORE * cores:
+        raise argparse.ArgumentTypeError(
+            f"{text} is out of range: it must be at least 0 and at most {WORKERS_PER_CORE * cores}, "
+            f"{WORKERS_PER_CORE} for each of the {cores} cores of this machine"
+        )
+    return value
+
+
+worker_count.__name__ = "whole number"
 positive_int = in_range(int, 1)
 positive_float = in_range(float, 0, above=True)
 non_negative_float = in_range(float, 0)

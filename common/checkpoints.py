@@ -482,6 +482,10 @@ def stop_interrupted(accelerator: Accelerator, step: int, checkpoint: Path, sign
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+PARTIAL_CHECKPOINT = re.compile(r"\.checkpoint-\d+\.partial")  # of `save_checkpoint`
+PARTIAL_FILE = re.compile(r"\..+\.[0-9a-f]{8}\.partial")  # of `atomic_write`
+
+
 @contextmanager
 def atomic_write(path: Path | str, *, durable: bool = True) -> Iterator[Path]:
     """Writes a file as a whole or not at all: `with atomic_write(path) as partial:` fill the file `partial`.
@@ -508,6 +512,28 @@ def atomic_write(path: Path | str, *, durable: bool = True) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def remove_partial(output_dir: Path) -> None:
+    """Deletes what a killed run was writing: partial files of `atomic_write` and partial checkpoints.
+
+    To be called by one process, while no other one writes.
+    """
+    for path in list(output_dir.rglob(".*.partial")):
+        if path.is_dir() and PARTIAL_CHECKPOINT.fullmatch(path.name):
+            shutil.rmtree(path)
+        elif path.is_file() and PARTIAL_FILE.fullmatch(path.name):
+            path.unlink()
+
+
+def unused_path(path: Path) -> Path:
+    """The path itself, or if there is a file already, NAME-1, NAME-2, ...: what a program draws replaces nothing."""
+    candidate = path
+    number = 0
+    while candidate.exists():
+        number += 1
+        candidate = path.with_stem(f"{path.stem}-{number}")
+    return candidate
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from common.arguments import fail
-from common.checkpoints import atomic_write, find_checkpoints, writing
+from common.checkpoints import atomic_write, find_checkpoints, remove_partial, writing
 from common.metrics import mean_window, read_metrics, running_mean
 
 import numpy as np
@@ -425,6 +425,8 @@ def finish(
     `results` {label: path in the output folder} are listed as far as they exist; `command` is one of examples/ that
     generates with them. `unwanted` and `files_beside` are as in `push_to_hub`.
     """
+    if accelerator.is_main_process:
+        remove_partial(args.output_dir)
     found = {label: args.output_dir / name for label, name in results.items() if (args.output_dir / name).exists()}
     width = max([len("results"), *map(len, found)]) + 2  # nothing is found by a process that is ahead of the main one
     accelerator.print(f"Trained {step} steps. In {args.output_dir}:")

@@ -19,6 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from common.arguments import expanded_path
 from common.lora_formats import LORA_FORMS, read_lora, write_lora
 
 
@@ -29,6 +30,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
+    parser.register("type", Path, expanded_path)
     parser.add_argument("input", type=Path, help="a LoRA in any of these forms")
     parser.add_argument("output", type=Path, help="the file to write")
     parser.add_argument("--to", choices=LORA_FORMS, default="comfyui", help="form to write (default: comfyui)")

@@ -211,6 +211,7 @@ def page(folder):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.register("type", Path, lambda text: Path(text).expanduser())
     parser.add_argument("folder", metavar="OUTPUT_DIR", type=Path, help="a trainer's output folder")
     folder = parser.parse_args().folder
     try:

@@ -2,7 +2,11 @@
 
 import argparse
 import importlib
+import os
 import shlex
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -71,7 +75,7 @@ def flags_named(script):
 def accepted(action):
     """What a flag's type makes of some words, as text; an error where it refuses a word."""
     results = {}
-    for word in ("-1", "0", "0.5", "1", "2", "100", "512", "8193", "100000", "1e30", "nan", "word", "a,b"):
+    for word in ("-1", "0", "0.5", "1", "2", "100", "~/a", "512", "8193", "100000", "1e30", "nan", "word", "a,b"):
         try:
             results[word] = str((action.type or str)(word))
         except (ValueError, argparse.ArgumentTypeError):
@@ -190,3 +194,42 @@ def test_required_flags_are_asked_for(script, capsys):
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert all(f"--{flag}" in error for flag in required)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Launching
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_more_workers_than_the_machine_can_run_are_refused(script, short_runs, capsys):
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(script).parse_args(
+            [str(word) for word in short_runs[script]] + ["--dataloader_num_workers", "5000"]
+        )
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.split("error: ")[-1]
+    assert "--dataloader_num_workers: 5000 is out of range" in error
+    assert f"{os.cpu_count()} cores" in error
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_tilde_is_the_home_folder_in_every_flag_of_a_path(script, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    parser = parser_of(script)
+    texts = {"pretrained_model_name_or_path", "cache_dir", "dataset_name", "resume_from_checkpoint"}
+    for action in flags_of(script):
+        if action.type is Path or action.dest in texts:
+            assert str(parser._get_value(action, "~/a")) == f"{tmp_path}/a", f"--{action.dest}"
+
+
+def test_local_rank_without_a_launcher_is_a_run_of_one_process(short_runs, tmp_path):
+    """A launcher that passes it also says in the environment how many processes there are."""
+    script = "train_dreambooth_flux_advanced"
+    flags = [*short_runs[script], "--max_train_steps", 1, "--local_rank=0", "--output_dir", tmp_path]
+    environment = {name: value for name, value in os.environ.items() if name not in ("LOCAL_RANK", "WORLD_SIZE")}
+    result = subprocess.run(
+        [sys.executable, ROOT / f"{script}.py", *map(str, flags)], env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert (tmp_path / "pytorch_lora_weights.safetensors").exists()

@@ -551,7 +551,11 @@ def test_what_lands_in_output_dir(train, run_program, flags, tmp_path):
     command = shlex.split((run / "README.md").read_text().split("```bash\n")[1].split("\n```")[0])
     assert command[0] == "python"
     run_program(*command[1:], "--output", tmp_path)
-    assert (tmp_path / "0.png").exists()
+    first = (tmp_path / "0.png").read_bytes()
+    (tmp_path / "0.png").write_text("the user's own")
+    run_program(*command[1:], "--output", tmp_path)
+    assert (tmp_path / "0.png").read_text() == "the user's own"
+    assert (tmp_path / "0-1.png").read_bytes() == first
     # a stock pipeline draws with the result too, along the path
     stock = diffusers.FluxPipeline.from_pretrained(
         flags[1], transformer=diffusers.FluxTransformer2DModel.from_pretrained(run / "transformer")

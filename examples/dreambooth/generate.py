@@ -17,6 +17,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 
 # isort: split
+from common.arguments import expanded_path
+from common.checkpoints import unused_path
+
 import torch
 from diffusers import FluxPipeline
 from safetensors import safe_open
@@ -70,6 +73,7 @@ def load_pipeline(folder, model=None):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.register("type", Path, expanded_path)
     parser.add_argument("folder", type=Path, help="a trainer's output folder")
     parser.add_argument("--prompt", required=True, nargs="+", help="prompts, one image each")
     parser.add_argument("--model", help="folder or hub id of FLUX.1 (default: what was trained)")
@@ -103,8 +107,9 @@ def main():
             max_sequence_length=args.max_sequence_length or trained["max_sequence_length"],
             generator=torch.Generator().manual_seed(args.seed + i),
         ).images[0]
-        image.save(args.output / f"{i}.png")
-        print(args.output / f"{i}.png")
+        path = unused_path(args.output / f"{i}.png")
+        image.save(path)
+        print(path)
 
 
 if __name__ == "__main__":

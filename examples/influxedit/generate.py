@@ -19,6 +19,8 @@ from PIL import Image, ImageOps
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from common.arguments import expanded_path
+from common.checkpoints import unused_path
 from common.data import Size, fit, open_image, upright
 
 from train_influxedit import FillPipeline, size_at, split_mask
@@ -54,6 +56,7 @@ def paint_beside(pipeline, prompts, images, **options):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.register("type", Path, expanded_path)
     parser.add_argument("folder", type=Path, help="a trainer's output folder")
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--image", type=Path, required=True, nargs="+", help="input images, each is edited by itself")
@@ -111,7 +114,7 @@ def main():
             (result,) = paint_beside(pipeline, [args.prompt], [image], **options)
         else:
             (result,) = edit(pipeline, [args.prompt], [image], **options)
-        output = args.output / f"{path.stem}-edited.png"
+        output = unused_path(args.output / f"{path.stem}-edited.png")
         result.save(output)
         print(output)
 

@@ -149,6 +149,7 @@ def prepare(zip_path, output, *, count=None, prefix=PREFIX, max_bytes=10 * 2**30
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.register("type", Path, lambda text: Path(text).expanduser())
     parser.add_argument("--zip", type=Path, help="archive to use; without it, --url is downloaded into --output")
     parser.add_argument("--url", default=URL)
     parser.add_argument("--output", type=Path, default=Path("data/my_fill50k"))

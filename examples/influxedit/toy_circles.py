@@ -80,6 +80,7 @@ def write_archive(path, *, count, size=64, seed=0):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.register("type", Path, lambda text: Path(text).expanduser())
     parser.add_argument("archive", type=Path)
     parser.add_argument("--count", type=int, default=500)
     parser.add_argument("--size", type=int, default=64, help="side in pixels")

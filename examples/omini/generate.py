@@ -20,6 +20,8 @@ from safetensors import safe_open
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from common.arguments import expanded_path
+from common.checkpoints import unused_path
 from common.data import Size, fit, fit_mask, open_image, upright
 from common.latents import PATCH
 
@@ -40,6 +42,7 @@ def parse_args(argv=None):
         epilog="The adapters' headers say what was trained: types, sizes and positions of the conditions.",
         formatter_class=argparse.RawTextHelpFormatter,
     )
+    parser.register("type", Path, expanded_path)
     parser.add_argument("adapters", nargs="+", type=Path, help="adapter files of train_omini.py")
     parser.add_argument("--prompt", required=True, nargs="+", help="prompts, one image each")
     parser.add_argument("--image", nargs="+", type=Path, help="image to make all conditions from, or one for each")
@@ -232,6 +235,7 @@ def main(argv=None):
         ).images[0]
         path = args.output if len(args.prompt) == 1 else args.output.with_stem(f"{args.output.stem}-{i}")
         path.parent.mkdir(parents=True, exist_ok=True)
+        path = unused_path(path)
         image.save(path)
         print(path)
 

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 
 # isort: split
+from common.arguments import expanded_path
 from common.validation import image_grid
 
 import numpy as np
@@ -51,6 +52,7 @@ def evaluate(pipeline, subject, *, count=32, seed=0, replace=lambda prompt: prom
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.register("type", Path, expanded_path)
     parser.add_argument("lora", type=Path, nargs="+", help="a trainer's output folder")
     parser.add_argument("--subject", choices=SUBJECTS, default="glyph")
     parser.add_argument("--output", type=Path, default=Path("before_after.png"))

@@ -33,6 +33,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config,
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from common.arguments import expanded_path
 from common.flow_matching import add_noise
 from common.latents import image_ids, pack_latents
 
@@ -576,6 +577,7 @@ def score(count=256):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.register("type", Path, expanded_path)
     parser.add_argument("--work_dir", type=Path, default=Path("toy-pretraining"), help="states of the stages")
     parser.add_argument("--score", action="store_true", help="only measure what is in examples/toy")
     args = parser.parse_args()

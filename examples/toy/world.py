@@ -338,6 +338,7 @@ def sliced_wasserstein(a, b, projections=128, seed=0):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.register("type", Path, lambda text: Path(text).expanduser())
     parser.add_argument("subject", choices=[*SUBJECTS, "scenes"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--count", type=int, default=6)

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 
 # isort: split
+from common.arguments import expanded_path
 from common.validation import image_grid
 
 import numpy as np
@@ -89,6 +90,7 @@ def measure(images, scenes, vae, seed=0):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.register("type", Path, expanded_path)
     parser.add_argument("folders", type=Path, nargs="*", help="output folders of train_twinflow.py")
     parser.add_argument("--make_data", type=Path, metavar="FOLDER", help="only render scenes into this folder")
     parser.add_argument("--count", type=int, help="images per cell (default: 256), or scenes (default: 1500)")

@@ -16,7 +16,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 
 # isort: split
-from common.arguments import in_range, join_problems
+from common.arguments import expanded_path, in_range, join_problems
+from common.checkpoints import unused_path
 from common.data import MAX_SIDE, Size, fit, open_image, upright
 from common.latents import decode_images, encode_images, to_image, to_tensor
 
@@ -140,6 +141,7 @@ def check_flags(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.register("type", Path, expanded_path)
     parser.add_argument("folder", type=Path, help="a trainer's output folder")
     parser.add_argument("--prompt", required=True, nargs="+", help="prompts, one image each")
     parser.add_argument("--image", type=Path, help="the image to edit, for qwenimage-edit")
@@ -191,7 +193,7 @@ def main():
     )
     args.output.mkdir(parents=True, exist_ok=True)
     for i, image in enumerate(images):
-        path = args.output / f"{i}.png"
+        path = unused_path(args.output / f"{i}.png")
         image.save(path)
         print(path)
 
