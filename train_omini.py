@@ -245,7 +245,11 @@ def parse_args(argv=None):
 
     arg = parser.add_argument_group("model", "which model is trained, in which precision").add_argument
     arg(
-        "--pretrained_model_name_or_path", required=True, metavar="MODEL", help="folder or Hub id of a FLUX.1 pipeline"
+        "--pretrained_model_name_or_path",
+        type=name_or_path,
+        required=True,
+        metavar="MODEL",
+        help="folder or Hub id of a FLUX.1 pipeline",
     )
     arg("--revision", help="revision of the model on the Hub")
     arg("--variant", help="variant of the model's files, such as fp16")
