@@ -445,7 +445,10 @@ def assert_patches(path, layers):
         torch.testing.assert_close(patch, expected[key], atol=1e-7, rtol=1e-4)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+# those with CLIP and with a moving average are the quick ones
+@pytest.mark.parametrize(
+    "script", [pytest.param(s, marks=[pytest.mark.slow] if s in SCRIPTS[1:3] else []) for s in SCRIPTS]
+)
 def test_a_runs_file_has_the_trained_strength_in_every_reader(script, train, short_runs, tmp_path):
     trains_clip = script in ("train_dreambooth_flux_advanced", "train_influxedit")
     flags = [*short_runs[script], *(["--train_text_encoder"] if trains_clip else []), "--output_dir", tmp_path / "run"]

@@ -121,6 +121,9 @@ def test_a_sharded_run_resumes_bit_for_bit_on_as_many_processes(runs, flags_of, 
     assert whole.keys() == parts.keys()
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+    loadable = result(tmp_path / "whole" / "checkpoint-4")
+    assert loadable.keys() == whole.keys()
+    assert all(torch.equal(loadable[key], whole[key]) for key in whole)
 
 
 def reshard(trainer, folder, processes, steps):
