@@ -147,12 +147,15 @@ def checkpoints(folder):
 
 
 def content(path):
-    """The bytes of a file, but for the order in which safetensors writes its metadata."""
+    """The bytes of a file, but for the order in which safetensors writes its metadata, and the run's name in it."""
     data = path.read_bytes()
     if path.suffix != ".safetensors":
         return data
     after = 8 + int.from_bytes(data[:8], "little")
-    return json.dumps(json.loads(data[8:after]), sort_keys=True).encode() + data[after:]
+    header = json.loads(data[8:after])
+    for name in ("modelspec.title", "ss_output_name"):
+        header.get("__metadata__", {}).pop(name, None)
+    return json.dumps(header, sort_keys=True).encode() + data[after:]
 
 
 def contents(folder):
