@@ -117,8 +117,8 @@ def changed_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
     changed = []
     for action in parser._actions:
         default = action.default
-        if isinstance(default, str) and callable(action.type):  # argparse converts a default that is text
-            default = action.type(default)
+        if isinstance(default, str):  # argparse converts a default that is text
+            default = parser._get_value(action, default)
         if action.dest in args and getattr(args, action.dest) != default:
             changed.append(action.dest)
     return changed

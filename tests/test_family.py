@@ -4,8 +4,6 @@ import argparse
 import importlib
 import os
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -223,13 +221,10 @@ def test_a_tilde_is_the_home_folder_in_every_flag_of_a_path(script, monkeypatch,
             assert str(parser._get_value(action, "~/a")) == f"{tmp_path}/a", f"--{action.dest}"
 
 
-def test_local_rank_without_a_launcher_is_a_run_of_one_process(short_runs, tmp_path):
+def test_local_rank_without_a_launcher_is_a_run_of_one_process(train, short_runs, tmp_path, monkeypatch):
     """A launcher that passes it also says in the environment how many processes there are."""
+    for name in ("LOCAL_RANK", "WORLD_SIZE", "RANK"):
+        monkeypatch.delenv(name, raising=False)
     script = "train_dreambooth_flux_advanced"
-    flags = [*short_runs[script], "--max_train_steps", 1, "--local_rank=0", "--output_dir", tmp_path]
-    environment = {name: value for name, value in os.environ.items() if name not in ("LOCAL_RANK", "WORLD_SIZE")}
-    result = subprocess.run(
-        [sys.executable, ROOT / f"{script}.py", *map(str, flags)], env=environment, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
+    train(script, *short_runs[script], "--max_train_steps", 1, "--local_rank=0", "--output_dir", tmp_path)
     assert (tmp_path / "pytorch_lora_weights.safetensors").exists()
