@@ -410,9 +410,12 @@ def register_sharded_checkpointing(
         saved = reader.read_metadata().state_dict_metadata
         found = model_tensors()
         if any(name.startswith("optimizer.") for name in saved):
-            found |= optimizer_tensors()
+            found |= {name: tensor for name, tensor in optimizer_tensors().items() if name in saved}
         with own_errors():
             dcp.load(found, storage_reader=reader)
+        for name, parameter in trained.items():  # asking for the state made one for those that never had a gradient
+            if not any(key.startswith(f"optimizer.state.{name}.") for key in saved):
+                optimizer.state.pop(parameter, None)
         models.clear()
 
     accelerator.register_save_state_pre_hook(save)

@@ -135,6 +135,7 @@ def reshard(trainer, folder, processes, steps):
     folder = Path(folder)
     model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Linear(7, 3))
     model[0].bias.requires_grad_(False)
+    unused = "1.bias"  # it never has a gradient, nor the optimizer a state for it
     accelerator = Accelerator(cpu=True)
     shard(model, accelerator.device, torch.float32)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -147,8 +148,9 @@ def reshard(trainer, folder, processes, steps):
         accelerator.load_state(folder / "checkpoint-3")
 
     def step():
-        for parameter in trained.values():
-            parameter.grad = parameter.detach().clone()
+        for name, parameter in trained.items():
+            if name != unused:
+                parameter.grad = parameter.detach().clone()
         optimizer.step()
 
     for _ in range(steps or 0):
@@ -156,6 +158,7 @@ def reshard(trainer, folder, processes, steps):
     if steps is not None:
         save_checkpoint(accelerator, folder, 3, {})
     step()
+    assert trained[unused] not in optimizer.state
     tensors = {name: full_tensor(parameter) for name, parameter in trained.items()}
     tensors |= {f"teacher.{name}": full_tensor(tensor) for name, tensor in teacher.items()}
     if accelerator.is_main_process:

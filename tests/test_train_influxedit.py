@@ -467,10 +467,11 @@ def learn(train, circles, run, mode, *extra):
 
 
 @pytest.mark.parametrize(
-    ("steps", "color_bar", "outline_bar"), [(200, 85, 45), pytest.param(400, 90, 60, marks=pytest.mark.slow)]
+    ("steps", "batch", "color_bar", "outline_bar"),
+    [(200, 8, 85, 45), pytest.param(400, 16, 90, 60, marks=pytest.mark.slow)],
 )
-def test_it_learns_an_edit(train, circles, tmp_path, steps, color_bar, outline_bar):
-    short = ("--max_train_steps", steps, "--learning_rate", 3e-3, "--lr_warmup_steps", 10)
+def test_it_learns_an_edit(train, circles, tmp_path, steps, batch, color_bar, outline_bar):
+    short = ("--max_train_steps", steps, "--train_batch_size", batch, "--learning_rate", 3e-3, "--lr_warmup_steps", 10)
     before, after = learn(train, circles, tmp_path, "edit", *short)
     print(f"bars: {color_bar}, {color_bar}, {outline_bar}")
     assert before["outline"] < 45
