@@ -442,6 +442,7 @@ def parse_args(argv=None):
         args.cache_latents = True
     if args.output_name:
         args.output_dir /= args.output_name
+    args.pool_at_eos = args.train_text_encoder_ti  # no flag, but recorded as one, see `pools_at_eos`
     parser.refuse(
         check_args(args) + check_hub(args) + check_weights(args) + check_model(args) + check_output_dir(args)
     )
@@ -668,9 +669,7 @@ class TokenEmbeddingsHandler:
 
     def replace_abstractions(self, prompt: str) -> str:
         """The prompt with the new tokens in place of the abstractions."""
-        if not self.abstractions:
-            return prompt
-        return match_any(self.abstractions).sub(lambda match: self.abstractions[match[0]], prompt)
+        return replace_words(prompt, self.abstractions)
 
     def parameters(self) -> list[torch.nn.Parameter]:
         return [embedding.new_rows for embedding in self.embeddings.values()]
@@ -728,11 +727,24 @@ class TokenEmbeddingsHandler:
         accelerator.register_load_state_pre_hook(load)
 
 
+def pools_at_eos(args, checkpoint):
+    """Whether CLIP pools at the end of the prompt, as ComfyUI and Forge do, and not at the last new token.
+
+    A checkpoint that says nothing of it is of a run that pools at the last new token, and goes on like this.
+    """
+    if checkpoint is None:
+        return args.train_text_encoder_ti
+    return checkpoint_state(checkpoint).get("pool_at_eos") == "True"
+
+
 def add_new_tokens(pipeline, args):
     """The handler of the tokens that --train_text_encoder_ti adds to a pipeline, in CLIP or in CLIP and T5."""
     embedding_handler = TokenEmbeddingsHandler()
     if not args.train_text_encoder_ti:
         return embedding_handler
+    if args.pool_at_eos:
+        # FLUX.1's CLIP says eos_token_id 2, by which transformers pools at the largest id: the last new token
+        pipeline.text_encoder.eos_token_id = pipeline.tokenizer.eos_token_id
     text_encoders = {"clip_l": pipeline.text_encoder}
     tokenizers = {"clip_l": pipeline.tokenizer}
     if args.enable_t5_ti:
@@ -758,10 +770,24 @@ def save_tensors(tensors, path):
         save_file(tensors, partial)
 
 
+LETTER = r"[^\W\u2e80-\u9fff\uac00-\ud7af]"  # of scripts with spaces between words, unlike Chinese; also digits and _
+
+
 def match_any(words):
-    """A regular expression for any of the words, the longest first: TOK2 is not TOK."""
-    longest_first = sorted(words, key=len, reverse=True)
-    return re.compile("|".join(re.escape(word) for word in longest_first))
+    """A regular expression for any of the words where it stands alone: TOK is not in TOKYO, `man` not in woman."""
+    patterns = []
+    for word in sorted(words, key=len, reverse=True):
+        before = rf"(?<!{LETTER})" if re.match(LETTER, word[0]) else ""
+        after = rf"(?!{LETTER})" if re.match(LETTER, word[-1]) else ""
+        patterns.append(before + re.escape(word) + after)
+    return re.compile("|".join(patterns))
+
+
+def replace_words(prompt, replacements):
+    """The prompt with {word: replacement} wherever a word stands alone."""
+    if not replacements:
+        return prompt
+    return match_any(replacements).sub(lambda match: replacements[match[0]], prompt)
 
 
 def load_vae(args, dtype):
@@ -1126,15 +1152,26 @@ def check_abstractions(examples, args):
     """Problems of abstractions that no caption contains."""
     abstractions = comma_list(args.token_abstraction)
     used = set()
+    captions = []
     for example in examples:
         caption = example.caption or args.instance_prompt
         if isinstance(caption, str):
             used.update(match_any(abstractions).findall(caption))
+            captions.append(caption)
     return [
         f"--token_abstraction {abstraction}: in no caption and not in --instance_prompt"
+        + near_miss(abstraction, captions)
         for abstraction in abstractions
         if abstraction not in used
     ]
+
+
+def near_miss(abstraction, captions):
+    """A caption that has the abstraction in another case or within a word, as the end of a message; "" without one."""
+    for caption in captions:
+        if abstraction.lower() in caption.lower():
+            return f" as a word of its own, spelled like this; near it comes {caption[:80]!r}"
+    return ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1906,9 +1943,9 @@ def save_model_card(args, dtype, embedding_handler, prompt, embeddings_name, hub
         if hub_repo:
             values["import_hub"] = "from huggingface_hub import hf_hub_download\n"
             values["embeddings_file"] = f"hf_hub_download({hub_repo!r}, {embeddings_name!r})"
-        if is_single_file(args):
-            # trained with CLIP pooled at the end of the prompt, as in ComfyUI; with FLUX.1-dev's folder, whose
-            # eos_token_id is 2, diffusers pools at the last new token
+        if args.pool_at_eos or is_single_file(
+            args
+        ):  # diffusers pools at the last new token if the model's eos_token_id is 2
             values["set_eos_token"] = "pipeline.text_encoder.eos_token_id = pipeline.tokenizer.eos_token_id\n"
         text = NEW_TOKENS_CARD.format(**values)
         trigger_words = list(embedding_handler.abstractions)
@@ -1968,6 +2005,14 @@ def describe_run(args, examples, embedding_handler, text_params, text_encoder_st
     if embedding_handler.abstractions:
         tokens = [f"{tokens} for {word}" for word, tokens in embedding_handler.abstractions.items()]
         run_info["tokens"] = f"{', '.join(tokens)} in {' and '.join(embedding_handler.embeddings)}"
+        any_case = re.compile(match_any(embedding_handler.abstractions).pattern, re.IGNORECASE)
+        others = []
+        for example in examples:
+            others += [
+                word for word in any_case.findall(example.prompt()) if word not in embedding_handler.abstractions
+            ]
+        if others:
+            run_info["no tokens"] = f"for {', '.join(sorted(set(others)))}, in another case ({len(others)} times)"
     if text_params:
         num_params = sum(parameter.numel() for parameter in text_params)
         run_info["text encoders"] = f"{num_params:,} parameters, trained until step {text_encoder_stop}"
@@ -2024,6 +2069,7 @@ def main(args):
     )
     steps_per_epoch = math.ceil(sampler.steps_per_epoch / accumulation)
     checkpoint = checkpoint_to_resume(args.output_dir, args.resume_from_checkpoint)
+    args.pool_at_eos = pools_at_eos(args, checkpoint)
     requested_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
     stops = training_stops(args, requested_steps, checkpoint)
     text_encoder_stop, transformer_stop = stops

@@ -350,9 +350,12 @@ def parse_args(argv=None):
     arg("--local_rank", type=int, default=-1, help="set by old launchers; LOCAL_RANK in the environment wins")
 
     arg = parser.add_argument_group("validation", "images generated while training, without effect on it").add_argument
-    arg("--validation_prompt", help="validation prompts, separated by ; (or by , if there is no ;)")
-    arg("--validation_image", help="input images for these prompts, separated alike (default: the first of the data)")
-    arg("--validation_mask", help="masks for these prompts, separated alike; split masks need none")
+    arg(
+        "--validation_prompt",
+        help="validation prompts, separated by ; (or by , if that makes one for each of several images)",
+    )
+    arg("--validation_image", help="input images for them, separated by ; or , (default: the first of the data)")
+    arg("--validation_mask", help="masks for them, separated by ; or ,; split masks need none")
     arg("--num_validation_images", type=positive_int, default=1, help="images per prompt")
     arg("--validation_steps", type=positive_int, default=50, help="steps between validations")
     arg("--validation_width", type=image_edge, default=1024, help="width of validation images in pixels")
@@ -462,11 +465,7 @@ def check_args(args):
         size = vars(args)[flag]
         if size % 16:
             problems.append(f"--{flag} {size} must be a multiple of 16, such as {size // 16 * 16}")
-    listed = {}
-    for flag in ("validation_prompt", "validation_image", "validation_mask"):
-        names = split_list(vars(args)[flag])
-        if names:
-            listed[flag] = names
+    listed = {flag: entries for flag, entries in validation_lists(args).items() if entries}
     if args.use_split_mask:
         listed.pop("validation_mask", None)
     if listed and "validation_prompt" not in listed:
@@ -483,10 +482,35 @@ def check_args(args):
     return problems + check_hub(args)
 
 
-def split_list(text):
-    """The parts of a list that semicolons separate, or commas if it has no semicolon; without empty parts."""
-    text = text or ""
-    parts = text.split(";") if ";" in text else text.split(",")
+def validation_lists(args):
+    """{flag: entries} of --validation_prompt, --validation_image and --validation_mask.
+
+    A comma is common in a prompt: it separates prompts only where that makes one for each of several images or masks.
+    """
+    images = split_files(args.validation_image)
+    masks = split_files(args.validation_mask)
+    count = max(len(images), len(masks))
+    prompts = split_list(args.validation_prompt, ";")
+    if len(prompts) == 1 and count > 1:
+        parts = split_list(args.validation_prompt, ",")
+        prompts = parts if len(parts) == count else prompts
+    return {"validation_prompt": prompts, "validation_image": images, "validation_mask": masks}
+
+
+def split_files(text):
+    """The files of a list that semicolons separate, or commas, unless a file has that name, comma and all."""
+    if "," not in (text or "") or ";" in text:
+        return split_list(text, ";")
+    try:
+        is_one_name = Path(text).is_file()
+    except (OSError, ValueError):  # no name at all: too long, or with a zero byte
+        is_one_name = False
+    return [text] if is_one_name else split_list(text, ",")
+
+
+def split_list(text, separator):
+    """The parts of a text, without spaces around them and without empty ones."""
+    parts = (text or "").split(separator)
     return [part.strip() for part in parts if part.strip()]
 
 
@@ -665,6 +689,7 @@ def find_examples(args):
     problems += unreadable
     for example in examples:
         problems += check_partner_size(example, size_of)
+    problems += check_validation_masks(args, examples, size_of)
     problems += check_captions(examples, default=args.instance_prompt)
 
     # 3. Assign
@@ -711,11 +736,33 @@ def check_partner_size(example, size_of):
         if role == "target" and partner_size != size:
             problems.append(f"{partner.name}: a target must have the size of its image, {size}, not {partner_size}")
         if role == "mask":
-            aspect = size.width / size.height
-            mask_aspect = partner_size.width / partner_size.height
-            if max(aspect, mask_aspect) > 1.02 * min(aspect, mask_aspect):
-                problems.append(f"{partner.name}: a mask must have the shape of its image, {size}, not {partner_size}")
+            problems += check_mask_shape(partner.name, partner_size, size)
     return problems
+
+
+def check_mask_shape(name, size, image_size):
+    """A problem if a mask's sides are to each other as those of its image are not: they would be cropped apart."""
+    if same_shape(size, image_size):
+        return []
+    return [f"{name}: a mask must have the shape of its image, {image_size}, not {size}"]
+
+
+def same_shape(size, other):
+    """Whether two sizes have nearly the same aspect ratio, so that `fit` crops the same part of both."""
+    aspect = size.width / size.height
+    other_aspect = other.width / other.height
+    return max(aspect, other_aspect) <= 1.02 * min(aspect, other_aspect)
+
+
+def read_mask(example, size):
+    """The mask of an example as training prepares it at `size` (height, width): PIL, 255 where to generate, else 0.
+
+    Raises ValueError if there is nothing to generate.
+    """
+    selected = fit_mask(example.image(), size)
+    if not selected.any():
+        raise ValueError(f"{example.name}: nothing in this mask is white, so nothing would be generated")
+    return Image.fromarray(selected.astype(np.uint8) * 255)
 
 
 def class_examples(args):
@@ -945,7 +992,7 @@ def pipeline_call(prompt_encoder, prompt, args, image=None, mask=None):
 
 def validation_files(args, flag):
     """Examples of the image files that --validation_image or --validation_mask lists."""
-    return [file_example(expanded_path(path), name=f"--{flag} {path}") for path in split_list(vars(args)[flag])]
+    return [file_example(expanded_path(path), name=f"--{flag} {path}") for path in validation_lists(args)[flag]]
 
 
 def validation_cases(args, examples):
@@ -955,18 +1002,15 @@ def validation_cases(args, examples):
     one for all cases. Without --validation_image, the first training example is used. Split masks give one case for
     each half that training uses. In edit mode the mask is black, see `FillPipeline`.
     """
-    prompts = split_list(args.validation_prompt)
+    prompts = validation_lists(args)["validation_prompt"]
     if not prompts:
         return []
-    images = validation_files(args, "validation_image") or examples[:1]
-    masks = []
-    if args.mode == "mask" and not args.use_split_mask:
-        masks = validation_files(args, "validation_mask") or [examples[0].images["mask"]]
+    images, masks = validation_inputs(args, examples)
     size = Size(args.validation_height, args.validation_width)
     cases = []
     for i in range(max(len(prompts), len(images), len(masks))):
         prompt = prompts[i % len(prompts)]
-        image = fit(images[i % len(images)].image(), size)
+        image = fit(images[i % len(images)].image(), size, args.image_interpolation_mode)
         if args.mode == "edit":
             cases.append(ValidationCase(prompt, image, Image.new("L", image.size, "black")))
         elif args.use_split_mask:
@@ -974,9 +1018,39 @@ def validation_cases(args, examples):
                 cases.append(ValidationCase(prompt, image, split_mask(size, "left")))
             cases.append(ValidationCase(prompt, image, split_mask(size, "right")))
         else:
-            mask = fit(masks[i % len(masks)].image().convert("L"), size, "nearest")
-            cases.append(ValidationCase(prompt, image, mask))
+            cases.append(ValidationCase(prompt, image, read_mask(masks[i % len(masks)], size)))
     return cases
+
+
+def validation_inputs(args, examples):
+    """(examples of the images, those of the masks) that are validated; no masks in edit mode and with split masks."""
+    images = validation_files(args, "validation_image") or examples[:1]
+    masks = []
+    if args.mode == "mask" and not args.use_split_mask:
+        masks = validation_files(args, "validation_mask") or [examples[0].images["mask"]]
+    return images, masks
+
+
+def check_validation_masks(args, examples, size_of):
+    """Problems of validation masks that have another shape than their images, or select nothing."""
+    if not validation_lists(args)["validation_prompt"] or not examples or "mask" not in examples[0].images:
+        return []
+    images, masks = validation_inputs(args, examples)
+    problems = []
+    for i in range(max(len(images), len(masks))):
+        mask = masks[i % len(masks)]
+        mask_size = size_of[mask.name]
+        image_size = size_of[images[i % len(images)].name]
+        if mask_size is None or image_size is None:  # not readable, which is said already
+            continue
+        misfit = check_mask_shape(mask.name, mask_size, image_size)
+        problems += misfit
+        if not misfit:
+            try:
+                read_mask(mask, Size(args.validation_height, args.validation_width))
+            except ValueError as error:
+                problems.append(str(error))
+    return list(dict.fromkeys(problems))
 
 
 def log_validation(accelerator, transformer, vae, noise_scheduler, prompt_encoder, args, cases, step):
@@ -1023,12 +1097,15 @@ pipeline = FluxFillPipeline.from_pretrained({pretrained_arguments})
 pipeline.load_lora_weights({lora_folder!r}, weight_name={lora_name!r})
 pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
 
+input_image = load_image("input.png")
+scale = {long_edge} / max(input_image.size)  # to the long edge that was trained, in the image's shape
+width, height = (max(16, round(side * scale / 16) * 16) for side in input_image.size)
 image = pipeline(
     {prompt!r},
-    image=load_image("input.png"),
+    image=input_image,
     mask_image=load_image("mask.png"),  # white where the image is to be generated
-    height={height},
-    width={width},
+    height=height,
+    width=width,
     guidance_scale={guidance_scale},
     max_sequence_length={max_sequence_length},
 ).images[0]
@@ -1059,12 +1136,15 @@ pipeline = EditPipeline.from_pretrained({pretrained_arguments})
 pipeline.load_lora_weights({lora_folder!r}, weight_name={lora_name!r})
 pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
 
+input_image = load_image("input.png")
+scale = {long_edge} / max(input_image.size)  # to the long edge that was trained, in the image's shape
+width, height = (max(16, round(side * scale / 16) * 16) for side in input_image.size)
 image = pipeline(
     {prompt!r},
-    image=load_image("input.png"),
+    image=input_image,
     mask_image=Image.new("L", (1, 1), "black"),
-    height={height},
-    width={width},
+    height=height,
+    width=width,
     guidance_scale={guidance_scale},
     max_sequence_length={max_sequence_length},
 ).images[0]
@@ -1092,8 +1172,7 @@ def save_model_card(args, dtype, prompt):
         lora_folder=str(lora.parent),
         lora_name=lora.name,
         prompt=prompt,
-        height=args.validation_height,
-        width=args.validation_width,
+        long_edge=max(args.resolution),
         guidance_scale=args.guidance_scale,
         max_sequence_length=args.max_sequence_length,
     )
@@ -1160,10 +1239,11 @@ def create_optimizer(args, params_to_optimize):
 def generate_command(args, prompt):
     """The command, below examples/, that applies the result to an image."""
     command = f"influxedit/generate.py {shlex.quote(str(args.output_dir))} --prompt {shlex.quote(prompt)}"
-    images = split_list(args.validation_image) or ["IMAGE"]
+    files = validation_lists(args)
+    images = files["validation_image"] or ["IMAGE"]
     command += f" --image {shlex.quote(images[0])}"
     if args.mode == "mask" and not args.use_split_mask:
-        masks = split_list(args.validation_mask) or ["MASK"]
+        masks = files["validation_mask"] or ["MASK"]
         command += f" --mask {shlex.quote(masks[0])}"
     return command
 

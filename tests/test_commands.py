@@ -34,6 +34,7 @@ from accelerate.commands.launch import launch_command_parser
 from conftest import ROOT
 from PIL import Image
 
+from examples.influxedit.prepare_fill_circles import prepare
 from examples.influxedit.toy_circles import write_archive
 
 
@@ -89,7 +90,7 @@ SMALL = {
     "examples/omini/generate.py": ["--num_inference_steps", "2"],
     "examples/influxedit/generate.py": ["--num_inference_steps", "2", "--size", "32", "32"],
     "examples/influxedit/toy_circles.py": ["--count", "4"],
-    "examples/influxedit/prepare_fill_circles.py": ["--zip", "fill50k.zip"],
+    "examples/influxedit/prepare_fill_circles.py": ["--zip", "fill50k.zip", "--test_count", "1"],
     "examples/toy/world.py": ["--count", "4"],
     "examples/twinflow/generate.py": ["--size", "32", "32"],
     "examples/twinflow/compare.py": ["--count", "2", "--steps", "1"],
@@ -425,6 +426,86 @@ def test_what_a_page_says_runs(page, train, short_runs, workplace, tmp_path, mon
             check_without_running(words)
         else:
             run(words, train, short_runs, monkeypatch)
+
+
+SHARED = {
+    "train_batch_size": 1,
+    "guidance_scale": 1.0,
+    "gradient_accumulation_steps": 4,
+    "optimizer": "prodigy",
+    "learning_rate": 1.0,
+    "lr_scheduler": "constant",
+    "lr_warmup_steps": 0,
+    "checkpointing_steps": 100,
+    "max_train_steps": 100000,
+    "num_validation_images": 1,
+    "mixed_precision": "bf16",
+    "gradient_checkpointing": True,
+}
+INFLUXEDIT = {
+    "mask": {
+        **SHARED,
+        "use_split_mask": True,
+        "rank": 16,
+        "resolution": (704, 1024),
+        "validation_steps": 50,
+        "validation_width": 1024,
+        "validation_height": 512,
+    },
+    "edit": {
+        **SHARED,
+        "rank": 64,
+        "resolution": (1024, 1536, 2048),
+        "train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "validation_steps": 100,
+        "validation_width": 1024,
+        "validation_height": 1024,
+    },
+}
+TOLD = {
+    "mask": ("images with split masks at 704, 1024 px", "a step is batch 1 x accumulation 4", "mixed precision bf16"),
+    "edit": (
+        "images with targets at 1024, 1536, 2048 px",
+        "a step is batch 2 x accumulation 2",
+        "mixed precision bf16",
+    ),
+}
+
+
+def influxedit_commands(tmp_path):
+    """{mode: words} of InFluxEdit's two published commands."""
+    steps = [
+        without_launcher(step)
+        for _, _, step in steps_of("examples/influxedit/README.md", tmp_path)
+        if step[0] == "accelerate"
+    ]
+    commands = [step for step in steps if "--validation_prompt=validation prompt" in step]
+    return {"edit" if "--mode=edit" in step else "mask": step for step in commands}
+
+
+@pytest.mark.parametrize("mode", INFLUXEDIT)
+def test_influxedits_published_commands_mean_what_they_say(workplace, tmp_path, monkeypatch, mode):
+    words = influxedit_commands(tmp_path)[mode]
+    monkeypatch.chdir(workplace(" ".join(words)))
+    args = importlib.import_module("train_influxedit").parse_args(words[2:])
+    assert {name: value for name, value in vars(args).items() if name in INFLUXEDIT[mode]} == INFLUXEDIT[mode]
+    assert (args.mode, args.report_to) == (mode, "wandb")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", INFLUXEDIT)
+def test_influxedits_published_commands_run_as_they_are(
+    train, workplace, wandb_dir, tmp_path, monkeypatch, capsys, mode
+):
+    words = influxedit_commands(tmp_path)[mode]
+    monkeypatch.chdir(workplace(" ".join(words)))
+    write_archive(Path("circles.zip"), count=4)
+    prepare(Path("circles.zip"), Path("data/my_fill50k"))
+    train("train_influxedit", *words[2:], "--max_train_steps", 1)
+    told = capsys.readouterr().out
+    for setting in TOLD[mode]:
+        assert setting in told
 
 
 def test_the_pages_name_every_script_and_every_preset(tmp_path):

@@ -123,9 +123,10 @@ def world(tiny_fill, tiny_model, pairs, tmp_path):
     earlier = folders["earlier"] / "checkpoint-5"
     (earlier / CHECKSUMS).write_text(json.dumps(checksums(earlier)))
     (tmp_path / "file").write_text("")
+    Image.new("L", (32, 32)).save(tmp_path / "black.png")
     paths = {name: tmp_path / name for name in ("nowhere", "file", "out")}
     own = {name: pairs / name for name in ("images", "targets", "masks", "captions", "combined")}
-    return {**folders, **paths, **own, "model": tiny_fill, "flux": tiny_model}
+    return {**folders, **paths, **own, "model": tiny_fill, "flux": tiny_model, "black": tmp_path / "black.png"}
 
 
 MASK = "--instance_data_dir {images} --caption_data_dir {captions}"
@@ -166,6 +167,16 @@ BAD = [
     (
         "{mask} --mask_data_dir {masks} --validation_prompt a --validation_image {images}/0.png",
         "--validation_image needs --validation_mask",
+    ),
+    (
+        "{mask} --mask_data_dir {masks} --validation_prompt a --validation_image {images}/0.png "
+        "--validation_mask {masks}/1.png",
+        "--validation_mask {masks}/1.png: a mask must have the shape of its image, 48 x 32, not 32 x 32",
+    ),
+    (
+        "{mask} --mask_data_dir {masks} --validation_prompt a --validation_image {images}/1.png "
+        "--validation_mask {black}",
+        "--validation_mask {black}: nothing in this mask is white",
     ),
     ("{split} --pretrained_model_name_or_path {flux}", "with 64 input channels, not FLUX.1-Fill"),
     ("{split} --lora_layers attn.to_z", "the transformer has no linear layer attn.to_z"),
@@ -403,7 +414,7 @@ def test_one_size_is_drawn_per_batch(tiny_fill, pairs, flag):
 
 
 def test_validation_lists_are_broadcast(tiny_fill, pairs):
-    images, masks = (sorted((pairs / name).glob("*.png"))[:2] for name in ("images", "masks"))
+    images, masks = ([pairs / name / "0.png", pairs / name / "2.png"] for name in ("images", "masks"))  # of one shape
     listed = ";".join(map(str, images))
     size = ("--validation_width", 32, "--validation_height", 16)
     shared = ("--instance_data_dir", pairs / "images", "--instance_prompt", "x", "--resolution", 32, *size)
@@ -418,9 +429,20 @@ def test_validation_lists_are_broadcast(tiny_fill, pairs):
     assert np.array_equal(drawn[0][2], drawn[1][2])
     assert not np.array_equal(drawn[0][1], drawn[1][1])
     assert {image.size for case in drawn for image in case[1:]} == {(32, 16)}
-    drawn = cases(*mask, "--validation_prompt", "a,b,c")
+    drawn = cases(*mask, "--validation_prompt", "a;b;c")
     assert [prompt for prompt, _, _ in drawn] == ["a", "b", "c"]
     assert np.array_equal(drawn[0][1], drawn[2][1])
+    many = ("--validation_image", listed.replace(";", ","), "--validation_mask", ",".join(map(str, masks)))
+    for prompt, expected in (
+        ("a red hat, studio photo", ["a red hat", "studio photo"]),  # one for each of two images
+        ("a hat, red, studio photo", ["a hat, red, studio photo"] * 2),
+        ("a red hat, studio photo;", ["a red hat, studio photo"] * 2),
+    ):
+        assert [case.prompt for case in cases(*mask, *many, "--validation_prompt", prompt)] == expected
+    alone = ("--validation_image", images[0], "--validation_mask", masks[0])
+    for files in ((), alone):
+        drawn = cases(*mask, *files, "--validation_prompt", "a red hat, studio photo")
+        assert [case.prompt for case in drawn] == ["a red hat, studio photo"]
     drawn = cases("--use_split_mask", "--validation_prompt", "a", "--validation_image", listed.replace(";", ","))
     assert [np.asarray(mask)[0, 0] for _, _, mask in drawn] == [255, 0, 255, 0]  # left and right
     drawn = cases("--use_split_mask", "--mask_only_right", "--validation_prompt", "a", "--validation_image", listed)
@@ -428,6 +450,14 @@ def test_validation_lists_are_broadcast(tiny_fill, pairs):
     edit = ("--mode", "edit", "--target_data_dir", pairs / "targets", "--validation_prompt", "a")
     assert [np.asarray(mask).max() for _, _, mask in cases(*edit)] == [0]  # hides nothing
     assert cases(*mask) == []
+
+
+def test_a_file_with_a_comma_in_its_name_is_one_file(tmp_path):
+    name = tmp_path / "hat, red.png"
+    assert influxedit.split_files(str(name)) == [str(tmp_path / "hat"), "red.png"]
+    name.write_text("")
+    assert influxedit.split_files(str(name)) == [str(name)]
+    assert influxedit.split_files("x," * 3000) == ["x"] * 3000
 
 
 def test_a_dataset_brings_partners_and_captions_in_columns(tiny_fill, pairs, tmp_path):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from examples.influxedit import combine_images
 from examples.influxedit import prepare_fill_circles as tool
 from examples.influxedit.toy_circles import write_archive
 
@@ -39,6 +40,89 @@ def test_folders_hold_pairs_collages_and_prompts(archive, tmp_path, monkeypatch,
             for name, expected in (("A", pair[0]), ("B", pair[1]), ("combined", np.concatenate(pair, axis=1))):
                 assert np.array_equal(np.asarray(Image.open(output / f"train_{name}" / f"{i}.png")), expected)
     assert not list(output.rglob("*.partial"))
+
+
+def test_the_last_samples_can_be_held_out(archive, tmp_path, monkeypatch):
+    assert run(monkeypatch, "--zip", archive, "--output", tmp_path / "data", "--test_count", 1) == 0
+    for folder in ("train_A", "train_B", "train_combined", "prompts", "prompts_combined"):
+        assert {path.stem for path in (tmp_path / "data" / folder).iterdir()} == {"0", "1", "2"}
+    for folder in ("test_A", "test_B", "test_combined", "test_prompts", "test_prompts_combined"):
+        assert {path.stem for path in (tmp_path / "data" / folder).iterdir()} == {"3"}
+
+
+def write_pairs_archive(archive, path, lists):
+    """The pictures of a ControlNet archive in the layout of my_fill50k.zip: 0 and 1 to train, 2 and 3 to test."""
+    with zipfile.ZipFile(archive) as source, zipfile.ZipFile(path, "w") as target:
+        for i in range(4):
+            split = "train" if i < 2 else "test"
+            for folder, letter in (("source", "A"), ("target", "B")):
+                target.writestr(f"my_fill50k/{split}_{letter}/{i}.png", source.read(f"fill50k/{folder}/{i}.png"))
+        for name, prompts in lists.items():
+            target.writestr(f"my_fill50k/{name}", prompts if isinstance(prompts, str) else json.dumps(prompts))
+
+
+def test_an_archive_of_folders_a_and_b_is_read_with_its_test_images(archive, tmp_path, monkeypatch):
+    lists = {"train_prompts.json": {"0.png": "zero", "1.png": "one"}, "test_prompts.json": {"2.png": "two"}}
+    write_pairs_archive(archive, tmp_path / "my_fill50k.zip", lists)
+    output = tmp_path / "data"
+    assert run(monkeypatch, "--zip", tmp_path / "my_fill50k.zip", "--output", output, "--prefix", "both: ") == 0
+    assert (output / "prompts" / "1.txt").read_text() == "one"
+    assert (output / "test_prompts_combined" / "2.txt").read_text() == "both: two"
+    with zipfile.ZipFile(archive) as file:
+        pair = [np.asarray(Image.open(file.open(f"fill50k/{folder}/2.png"))) for folder in ("source", "target")]
+    assert np.array_equal(np.asarray(Image.open(output / "test_combined" / "2.png")), np.concatenate(pair, axis=1))
+    assert {path.name for path in (output / "train_A").iterdir()} == {"0.png", "1.png"}
+
+
+@pytest.mark.parametrize(
+    ("lists", "message"),
+    [
+        ({"train_prompts.json": "[1]"}, "train_prompts.json: not JSON"),
+        ({"train_prompts.json": {"7.png": "x"}}, "no my_fill50k/train_A/7.png"),
+        ({"test_prompts.json": {"2.png": "x"}}, "files prompt.json or train_prompts.json"),
+    ],
+)
+def test_wrong_lists_of_such_an_archive_are_refused(archive, tmp_path, monkeypatch, capsys, lists, message):
+    write_pairs_archive(archive, tmp_path / "a.zip", lists)
+    assert run(monkeypatch, "--zip", tmp_path / "a.zip", "--output", tmp_path / "data") == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "data").exists()
+
+
+def test_two_folders_are_joined_side_by_side(pairs, tmp_path, capsys):
+    flags = ["--dir_a", pairs / "images", "--dir_b", pairs / "targets", "--output_dir", tmp_path / "joined"]
+    (tmp_path / "after").mkdir()
+    for path in (pairs / "targets").iterdir():
+        (tmp_path / "after" / path.name).write_bytes(path.read_bytes())
+        (tmp_path / "after" / f"{path.stem}.txt").write_text(f"caption {path.stem}")
+    flags[3] = tmp_path / "after"
+    combine_images.main([*map(str, flags), "--prefix", "both: "])
+    for left in (pairs / "images").iterdir():
+        right = next((pairs / "targets").glob(f"{left.stem}.*"))
+        halves = [np.asarray(Image.open(path).convert("RGB")) for path in (left, right)]
+        joined = np.asarray(Image.open(tmp_path / "joined" / f"{left.stem}.png"))
+        assert np.array_equal(joined, np.concatenate(halves, axis=1))
+        assert (tmp_path / "joined" / f"{left.stem}.txt").read_text() == f"both: caption {left.stem}"
+    before = {path: path.read_bytes() for path in (tmp_path / "joined").iterdir()}
+    with pytest.raises(SystemExit) as stop:
+        combine_images.main([str(flag) for flag in flags])
+    assert stop.value.code == 2
+    assert "exists and is not empty" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in (tmp_path / "joined").iterdir()}
+
+
+def test_folders_that_do_not_pair_are_refused_in_one_message(pairs, tmp_path, capsys):
+    (tmp_path / "after").mkdir()
+    Image.new("RGB", (16, 16)).save(tmp_path / "after" / "0.png")
+    (tmp_path / "after" / "1.png").write_text("no image")
+    flags = ["--dir_a", pairs / "images", "--dir_b", tmp_path / "after", "--output_dir", tmp_path / "joined"]
+    with pytest.raises(SystemExit) as stop:
+        combine_images.main([str(flag) for flag in flags])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    for problem in ("0.png: is 16 x 16 pixels", "1.png: not a readable image", "needs one image 2.*"):
+        assert problem in error
+    assert not (tmp_path / "joined").exists()
 
 
 def test_an_interrupted_preparation_continues(archive, tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from conftest import ROOT
 from diffusers import FluxPipeline
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_train_dreambooth import LORA, SCRIPT, assert_equal, quickstart_flags, run_snippet
 
 import train_dreambooth_flux_advanced as dreambooth
@@ -248,17 +248,123 @@ def test_clip_pools_in_the_cards_snippet_as_in_training(tiny_model, tmp_path, pi
     flags += ["--train_text_encoder_ti", "--token_abstraction", "circle"]
     args = dreambooth.parse_args([str(flag) for flag in flags])
     encoder, embedding_handler = new_prompt_encoder(args)
-    pooled = {}
+    pooled = []
     clip, line = encoder.encoders["clip_l"], "pipeline.text_encoder.eos_token_id = pipeline.tokenizer.eos_token_id"
     end = encoder.pipeline.tokenizer.eos_token_id
-    for model, eos_token_id in ((str(tiny_model), 2), ("flux1-dev.safetensors", end)):
-        args.pretrained_model_name_or_path, clip.eos_token_id = model, eos_token_id
+    assert clip.config.eos_token_id == 2
+    assert clip.eos_token_id == end
+    for args.pool_at_eos, clip.eos_token_id in ((False, 2), (True, end)):  # an older run that goes on, and a new one
         dreambooth.save_model_card(args, torch.float32, embedding_handler, "a circle", "run_emb.safetensors")
-        assert (line in (tmp_path / "README.md").read_text()) == (eos_token_id != 2)
-        pooled[model] = encoder.encode_with("clip_l", ["a circle", "a circle on the left"])
-    diffusers, comfyui = ((a - b).abs().max() for a, b in pooled.values())
-    assert diffusers < 1e-6
-    assert comfyui > 1e-3
+        assert (line in (tmp_path / "README.md").read_text()) == args.pool_at_eos
+        pooled.append(encoder.encode_with("clip_l", ["a circle", "a circle on the left"]))
+    last_new_token, end_of_prompt = ((a - b).abs().max() for a, b in pooled)
+    assert last_new_token < 1e-6
+    assert end_of_prompt > 1e-3
+
+
+@pytest.mark.parametrize("key", [{}, {"pool_at_eos": True}])
+def test_an_older_run_is_drawn_and_continued_with_the_pooling_it_was_trained_with(tiny_model, tmp_path, pictures, key):
+    flags = ["--pretrained_model_name_or_path", tiny_model, "--instance_data_dir", pictures, "--output_dir", tmp_path]
+    flags += ["--train_text_encoder_ti", "--token_abstraction", "circle", "--train_transformer_frac", 0]
+    args = dreambooth.parse_args([str(flag) for flag in flags])
+    new_prompt_encoder(args)[1].save_embeddings(tmp_path / "run_emb.safetensors")
+    record = {name: value for name, value in vars(args).items() if name != "pool_at_eos"}
+    (tmp_path / "args.json").write_text(json.dumps({"args": record | key}, default=str))
+    pipeline, abstractions = load_pipeline(tmp_path)
+    assert abstractions == {"circle": "<s0><s1>"}
+    assert pipeline.text_encoder.eos_token_id == (pipeline.tokenizer.eos_token_id if key else 2)
+    (tmp_path / "checkpoint-1").mkdir()
+    state = {"global_step": 1} | {name: str(value) for name, value in key.items()}
+    (tmp_path / "checkpoint-1" / "trainer_state.json").write_text(json.dumps(state))
+    assert dreambooth.pools_at_eos(args, tmp_path / "checkpoint-1") == bool(key)
+
+
+def test_words_are_replaced_where_they_stand_alone(tiny_model, pictures):
+    replace = dreambooth.replace_words
+    assert replace("TOK in TOKYO, TOK's TOKs", {"TOK": "<s0>"}) == "<s0> in TOKYO, <s0>'s TOKs"
+    assert replace("a man, a woman, mañana", {"man": "<s0>", "ma": "<s1>"}) == "a <s0>, a woman, mañana"
+    assert replace("一张TOK的照片", {"TOK": "<s0>"}) == "一张<s0>的照片"
+    assert replace("x<dog>y", {"<dog>": "<s0>"}) == "x<s0>y"
+
+
+def test_a_word_within_others_or_in_another_case_is_no_abstraction(tiny_model, tmp_path, pictures, capsys):
+    folder = shutil.copytree(pictures, tmp_path / "data")
+    flags = ["--pretrained_model_name_or_path", tiny_model, "--instance_data_dir", folder, "--train_text_encoder_ti"]
+    flags += ["--output_dir", tmp_path / "run"]
+    args = dreambooth.parse_args([str(flag) for flag in flags])
+    for caption in ("a street in TOKYO", "a tok icon"):
+        for path in folder.glob("*.txt"):
+            path.write_text(caption)
+        (problem,) = dreambooth.find_examples(args)[1]
+        assert "--token_abstraction TOK: in no caption" in problem
+        assert caption in problem
+    (folder / "0.txt").write_text("a TOK icon")
+    examples, problems = dreambooth.find_examples(args)
+    assert not problems
+    _, embedding_handler = new_prompt_encoder(args)
+    told = dreambooth.describe_run(args, examples, embedding_handler, [], 1)
+    assert "tok" in told["no tokens"]
+    assert "4 times" in told["no tokens"]
+
+
+BAD_DRAWING = [
+    ("nowhere", "nowhere: no such file"),
+    ("gone", "pytorch_lora_weights.safetensors: no such file"),
+    ("influxedit", "a run of another trainer"),
+    ("bare.safetensors", "--pretrained_model_name_or_path is needed"),
+    ("cut.safetensors", "not a readable LoRA file"),
+    ("run --size 0 0", "0 is out of range"),
+    ("run --size 24 32", "must be multiples of 16"),
+    ("run --seed -1", "-1 is out of range"),
+    ("tokens", "which has the new tokens"),
+    ("single", "give --pretrained_model_name_or_path, such as"),
+]
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    """Folders of runs in the working folder, without models."""
+    from examples.dreambooth.generate import WITHOUT_RUN
+
+    monkeypatch.chdir(tmp_path)
+    tensors = {"transformer.x.lora_A.weight": torch.zeros(1, 1)}
+    record = WITHOUT_RUN | {"pretrained_model_name_or_path": "nothing/here", "token_abstraction": "TOK"}
+    records = {
+        "gone": record,
+        "run": record,
+        "tokens": record | {"train_text_encoder_ti": True},
+        "single": record | {"pretrained_model_name_or_path": "flux1-dev.safetensors"},
+        "influxedit": {"mode": "edit"},
+    }
+    for name, flags in records.items():
+        Path(name).mkdir()
+        Path(name, "args.json").write_text(json.dumps({"args": flags}))
+        if name != "gone":
+            save_file(tensors, Path(name, LORA))
+    save_file(tensors, "bare.safetensors")
+    Path("cut.safetensors").write_bytes(Path("bare.safetensors").read_bytes()[:-1])
+
+
+@pytest.mark.parametrize(("words", "message"), BAD_DRAWING, ids=[words for words, _ in BAD_DRAWING])
+def test_wrong_input_of_the_generator_is_one_line(runs, capsys, words, message):
+    from examples.dreambooth.generate import main
+
+    with pytest.raises(SystemExit) as stop:
+        main([*words.split(), "--prompt", "x"])
+    error = capsys.readouterr().err.split("error: ")[1]
+    assert stop.value.code == 2
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_model_that_was_moved_is_one_line(runs, capsys):
+    from examples.dreambooth.generate import main
+
+    with pytest.raises(SystemExit) as stop:
+        main(["run", "--prompt", "x", "--output", "drawn"])
+    assert stop.value.code == 2
+    assert "nothing/here cannot be loaded" in capsys.readouterr().err
+    assert not Path("drawn").exists()
 
 
 def test_two_abstractions_start_as_they_are_told(tiny_model, tmp_path, pictures):
@@ -460,7 +566,7 @@ def test_generate_and_the_model_cards_snippet_run_as_they_stand(train, flags, tm
     assert np.abs(np.asarray(image, int) - np.asarray(drawn[-1][0], int)).max() <= 2
     result = subprocess.run([*generate, "nowhere", *prompt], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 2
-    assert "nowhere: no args.json in it" in result.stderr
+    assert "nowhere: no such file" in result.stderr
 
 
 def test_a_refused_token_ends_the_run_before_a_model_is_loaded(train, flags, tmp_path, monkeypatch, capsys):

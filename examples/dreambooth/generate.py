@@ -2,13 +2,12 @@
 
     python examples/dreambooth/generate.py 3d-icon-Flux-LoRA --prompt "a TOK icon of an orange llama eating ramen"
 
-The model is named in the folder's args.json, the words that new tokens stand for in the header of their file. With the
-validation prompt, the first image is that of the last validation.
+The first argument is a run's output folder, a checkpoint in it or a LoRA file. The model is named in the run's
+args.json, the words that new tokens stand for in the header of their file. With the validation prompt, the first image
+is that of the last validation.
 """
 
 import argparse
-import json
-import re
 import sys
 from pathlib import Path
 
@@ -17,94 +16,164 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 
 # isort: split
-from common.arguments import expanded_path
-from common.checkpoints import unused_path
+from common.arguments import (
+    exit_if_unreadable,
+    expanded_path,
+    in_range,
+    join_problems,
+    non_negative_float,
+    positive_int,
+)
+from common.checkpoints import read_run_args, unused_path
+from common.lora import find_lora, run_of
 
 import torch
 from diffusers import FluxPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-
-def read_args(folder):
-    """The flags that a trainer's output folder was made with."""
-    return json.loads((folder / "args.json").read_text())["args"]
+from train_dreambooth_flux_advanced import replace_words
 
 
-def load_pipeline(folder, model=None):
-    """(pipeline, {abstraction: its tokens}) of a trainer's output folder; `model` replaces the trained one."""
-    folder = folder.resolve()
-    args = read_args(folder)
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args["mixed_precision"], torch.float32)
-    if model is None:
-        pipeline = FluxPipeline.from_pretrained(
-            args["pretrained_model_name_or_path"],
-            revision=args["revision"],
-            variant=args["variant"],
-            cache_dir=args["cache_dir"],
-            dtype=dtype,
-        )
+# What is read of a run's args.json, and what it is without a run, unless a flag says otherwise.
+WITHOUT_RUN = {
+    "cache_dir": None,
+    "max_sequence_length": 512,
+    "mixed_precision": "no",
+    "pretrained_model_name_or_path": None,
+    "resolution": 1024,
+    "revision": None,
+    "token_abstraction": None,
+    "train_text_encoder": False,
+    "train_text_encoder_ti": False,
+    "train_transformer_frac": 1.0,
+    "variant": None,
+}
+
+
+def find_files(path):
+    """(LoRA file, file of the new tokens, the training's flags) of a run's folder, a checkpoint or a LoRA file.
+
+    The LoRA is None of a run that trained new tokens alone, the tokens are None of one that trained none. Raises
+    OSError or ValueError for what is missing.
+    """
+    run = run_of(path.absolute() / "tokens") if path.is_dir() else None
+    trained = read_run_args(run, WITHOUT_RUN) if run else None
+    if trained and trained["train_transformer_frac"] == 0 and not trained["train_text_encoder"]:
+        lora = None
+        folder = path
     else:
-        pipeline = FluxPipeline.from_pretrained(model, dtype=dtype)
-    lora = folder / "pytorch_lora_weights.safetensors"
-    if args.get("output_name"):
-        lora = folder.with_name(f"{args['output_name']}.safetensors")
-    if lora.exists():
-        pipeline.load_lora_weights(lora.parent, weight_name=lora.name)
-    if args["pretrained_model_name_or_path"].endswith(".safetensors"):
-        # training from single files pools CLIP at the end of the prompt, not at the last new token
+        lora, run = find_lora(path)
+        trained = read_run_args(run, WITHOUT_RUN) if run else WITHOUT_RUN | {"pool_at_eos": True}
+        folder = lora.parent
+    if not folder.name.startswith("checkpoint-"):
+        folder = run or folder
+    embeddings = sorted(folder.glob("*_emb.safetensors"), key=lambda file: file.stat().st_mtime)
+    if run is None:
+        embeddings = [
+            file for file in embeddings if file.name in (f"{lora.stem}_emb.safetensors", "learned_emb.safetensors")
+        ]
+    if trained["train_text_encoder_ti"] and not embeddings:
+        raise FileNotFoundError(f"{folder}: no file *_emb.safetensors in it, which has the new tokens")
+    return lora, embeddings[-1] if embeddings else None, trained
+
+
+def load_pipeline(path, model=None):
+    """(pipeline, {abstraction: its tokens}) of what `find_files` takes; `model` replaces the trained one."""
+    lora, embeddings_file, trained = find_files(Path(path))
+    without_run = trained["token_abstraction"] is None
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(trained["mixed_precision"], torch.float32)
+    if without_run and torch.accelerator.is_available():
+        dtype = torch.bfloat16
+    files = {}
+    if model is None:
+        model = trained["pretrained_model_name_or_path"]
+        files = {name: trained[name] for name in ("revision", "variant", "cache_dir")}
+    with exit_if_unreadable(f"--pretrained_model_name_or_path {model}"):
+        pipeline = FluxPipeline.from_pretrained(model, dtype=dtype, **files)
+    if lora:
+        with exit_if_unreadable(lora):
+            pipeline.load_lora_weights(lora.parent, weight_name=lora.name)
+            if not pipeline.get_list_adapters():
+                raise ValueError("it holds no layer of this model")
+    from_single_files = str(trained["pretrained_model_name_or_path"]).endswith(".safetensors")
+    if trained.get("pool_at_eos") or from_single_files:  # else at the last new token, as older runs were trained
         pipeline.text_encoder.eos_token_id = pipeline.tokenizer.eos_token_id
-    embedding_files = sorted(folder.glob("*_emb.safetensors"), key=lambda path: path.stat().st_mtime)
-    if not embedding_files:
+    if embeddings_file is None:
         return pipeline, {}
-    with safe_open(embedding_files[-1], "pt") as file:
-        abstractions = file.metadata()
-    embeddings = load_file(embedding_files[-1])
-    tokens = [f"<s{i}>" for i in range(len(embeddings["clip_l"]))]
-    pipeline.load_textual_inversion(
-        embeddings["clip_l"], token=tokens, text_encoder=pipeline.text_encoder, tokenizer=pipeline.tokenizer
-    )
-    if "t5" in embeddings:
+    with exit_if_unreadable(embeddings_file):
+        with safe_open(embeddings_file, "pt") as file:
+            abstractions = file.metadata() or {}
+        embeddings = load_file(embeddings_file)
+        tokens = [f"<s{i}>" for i in range(len(embeddings["clip_l"]))]
         pipeline.load_textual_inversion(
-            embeddings["t5"], token=tokens, text_encoder=pipeline.text_encoder_2, tokenizer=pipeline.tokenizer_2
+            embeddings["clip_l"], token=tokens, text_encoder=pipeline.text_encoder, tokenizer=pipeline.tokenizer
         )
+        if "t5" in embeddings:
+            pipeline.load_textual_inversion(
+                embeddings["t5"], token=tokens, text_encoder=pipeline.text_encoder_2, tokenizer=pipeline.tokenizer_2
+            )
     return pipeline, abstractions
 
 
-def main():
+def parse_args(argv=None):
+    """The flags; `args.trained` are those that the LoRA was trained with."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.register("type", Path, expanded_path)
-    parser.add_argument("folder", type=Path, help="a trainer's output folder")
+    parser.add_argument("lora", type=Path, help="a run's output folder, a checkpoint in it, or a LoRA file")
     parser.add_argument("--prompt", required=True, nargs="+", help="prompts, one image each")
-    parser.add_argument("--model", help="folder or hub id of FLUX.1 (default: what was trained)")
-    parser.add_argument("--size", type=int, nargs=2, metavar=("WIDTH", "HEIGHT"), help="(default: as trained)")
-    parser.add_argument("--num_inference_steps", type=int, default=28)
-    parser.add_argument("--guidance_scale", type=float, default=3.5)
-    parser.add_argument("--max_sequence_length", type=int, help="T5 tokens per prompt (default: as trained)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--pretrained_model_name_or_path",
+        "--model",
+        metavar="MODEL",
+        help="folder or Hub id of FLUX.1 (default: what was trained)",
+    )
+    parser.add_argument(
+        "--size", type=in_range(int, 16, 8192), nargs=2, metavar=("WIDTH", "HEIGHT"), help="(default: as trained)"
+    )
+    parser.add_argument("--num_inference_steps", type=positive_int, default=28)
+    parser.add_argument("--guidance_scale", type=non_negative_float, default=3.5)
+    parser.add_argument(
+        "--max_sequence_length", type=in_range(int, 1, 512), help="T5 tokens per prompt (default: as trained)"
+    )
+    parser.add_argument("--seed", type=in_range(int, 0), default=0)
     parser.add_argument("--output", type=Path, default=Path(), help="folder for the images")
-    args = parser.parse_args()
-    if not (args.folder / "args.json").is_file():
-        parser.error(f"{args.folder}: no args.json in it, so it is not a trainer's output folder")
-    trained = read_args(args.folder)
-    if trained["pretrained_model_name_or_path"].endswith(".safetensors") and not args.model:
-        parser.error("the model was trained from single files: give --model, such as black-forest-labs/FLUX.1-dev")
-    width, height = args.size or [trained["resolution"]] * 2
-    pipeline, abstractions = load_pipeline(args.folder, args.model)
-    words = sorted(abstractions, key=len, reverse=True)  # TOK2 before TOK
+    args = parser.parse_args(argv)
+    try:
+        lora, _, args.trained = find_files(args.lora)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    problems = []
+    model = args.pretrained_model_name_or_path
+    if not model and args.trained["pretrained_model_name_or_path"] is None:
+        problems.append(f"--pretrained_model_name_or_path is needed: no args.json near {lora} says what was trained")
+    if not model and str(args.trained["pretrained_model_name_or_path"]).endswith(".safetensors"):
+        problems.append(
+            "the model was trained from single files: give --pretrained_model_name_or_path, such as "
+            "black-forest-labs/FLUX.1-dev"
+        )
+    if args.size and any(side % 16 for side in args.size):
+        problems.append(f"--size {args.size[0]} {args.size[1]}: both must be multiples of 16")
+    if problems:
+        parser.error(join_problems(problems))
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    width, height = args.size or [args.trained["resolution"]] * 2
+    pipeline, abstractions = load_pipeline(args.lora, args.pretrained_model_name_or_path)
     if torch.accelerator.is_available():
         pipeline.to(torch.accelerator.current_accelerator())
     args.output.mkdir(parents=True, exist_ok=True)
     for i, prompt in enumerate(args.prompt):
-        if words:
-            prompt = re.sub("|".join(map(re.escape, words)), lambda word: abstractions[word[0]], prompt)
         image = pipeline(
-            prompt,
+            replace_words(prompt, abstractions),
             width=width,
             height=height,
             num_inference_steps=args.num_inference_steps,
             guidance_scale=args.guidance_scale,
-            max_sequence_length=args.max_sequence_length or trained["max_sequence_length"],
+            max_sequence_length=args.max_sequence_length or args.trained["max_sequence_length"],
             generator=torch.Generator().manual_seed(args.seed + i),
         ).images[0]
         path = unused_path(args.output / f"{i}.png")

@@ -3,13 +3,15 @@
     python examples/influxedit/generate.py FOLDER --image outline.png --prompt "violet circle with white background"
     python examples/influxedit/generate.py FOLDER --image photo.png --mask mask.png --prompt "a red hat"
 
+FOLDER is a run's output folder or a checkpoint in it; a LoRA file does as well, with --mode and the model if no
+args.json is near it.
+
 In edit mode the model sees the input image and generates all of the result. In mask mode it generates what is white in
 --mask. Without --mask, after training on side-by-side images, the input image becomes the left half of an image twice
 as wide, and the right half that the model generates is the result.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -19,22 +21,156 @@ from PIL import Image, ImageOps
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from common.arguments import expanded_path
-from common.checkpoints import unused_path
-from common.data import Size, fit, open_image, upright
+from common.arguments import (
+    exit_if_unreadable,
+    expanded_path,
+    in_range,
+    join_problems,
+    non_negative_float,
+    positive_int,
+)
+from common.checkpoints import read_run_args, unused_path
+from common.data import Size, file_example, fit, read_sizes
+from common.lora import find_lora
 
-from train_influxedit import FillPipeline, size_at, split_mask
+from train_influxedit import FillPipeline, check_mask_shape, read_mask, size_at, split_mask
 
 
-def load_pipeline(folder, dtype=None):
-    """(pipeline with the LoRA, the training's flags) from a trainer's output folder."""
-    trained_args = json.loads((Path(folder) / "args.json").read_text())["args"]
-    if dtype is None:
-        dtype = torch.bfloat16 if trained_args["mixed_precision"] == "bf16" else torch.float32
-    pipeline = FillPipeline.from_pretrained(trained_args["pretrained_model_name_or_path"], dtype=dtype)
-    pipeline.load_lora_weights(folder)
-    pipeline.edit_mode = trained_args["mode"] == "edit"
-    return pipeline, trained_args
+# What is read of a run's args.json, and what it is without a run, unless a flag says otherwise.
+WITHOUT_RUN = {
+    "guidance_scale": 3.5,
+    "image_interpolation_mode": "lanczos",
+    "max_sequence_length": 512,
+    "mixed_precision": "no",
+    "mode": None,
+    "pretrained_model_name_or_path": None,
+    "resolution": None,
+    "revision": None,
+    "use_split_mask": True,
+    "variant": None,
+}
+
+
+def parse_args(argv=None):
+    """The flags; `args.lora` is the LoRA's file, `args.trained` the flags that it was trained with, and `args.sizes`
+    the size at which each image is drawn."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.register("type", Path, expanded_path)
+    parser.add_argument("lora", type=Path, help="a run's output folder, a checkpoint in it, or a LoRA file")
+    parser.add_argument("--prompt", required=True)
+    parser.add_argument("--image", type=Path, required=True, nargs="+", help="input images, each is edited by itself")
+    parser.add_argument("--mask", type=Path, help="mask for all of them, white where to generate")
+    parser.add_argument(
+        "--keep_unmasked",
+        action="store_true",
+        help="with --mask: the result has the image's own size, and its pixels wherever the mask is black",
+    )
+    parser.add_argument("--pretrained_model_name_or_path", metavar="MODEL", help="base model (default: as trained)")
+    parser.add_argument("--mode", choices=("mask", "edit"), help="how the LoRA was trained, if no args.json says it")
+    parser.add_argument(
+        "--size",
+        type=in_range(int, 16, 8192),
+        nargs=2,
+        metavar=("WIDTH", "HEIGHT"),
+        help="size of the results, multiples of 16 (default: the input's shape at the largest resolution of the "
+        "training)",
+    )
+    parser.add_argument("--num_inference_steps", type=positive_int, default=28)
+    parser.add_argument("--guidance_scale", type=non_negative_float, help="(default: that of the training)")
+    parser.add_argument("--max_sequence_length", type=in_range(int, 1, 512), help="(default: that of the training)")
+    parser.add_argument(
+        "--seed", type=in_range(int, 0), default=0, help="seed of the first image; each next one has the next seed"
+    )
+    parser.add_argument("--output", type=Path, default=Path(), help="folder for the results")
+    args = parser.parse_args(argv)
+    try:
+        args.lora, run = find_lora(args.lora)
+        args.trained = read_run_args(run, WITHOUT_RUN) if run else dict(WITHOUT_RUN)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    for name in ("guidance_scale", "max_sequence_length", "mode", "pretrained_model_name_or_path"):
+        if vars(args)[name] is None:
+            setattr(args, name, args.trained[name])
+    problems = check_args(args)
+    if problems:
+        parser.error(join_problems(problems))
+    return args
+
+
+def check_args(args):
+    """Problems of the flags, and of the images and the mask that they name."""
+    for name in ("pretrained_model_name_or_path", "mode"):
+        if vars(args)[name] is None:
+            return [f"--{name} is needed: no args.json near {args.lora} says how it was trained"]
+    problems = []
+    if args.trained["mode"] not in (None, args.mode):
+        problems.append(f"--mode {args.mode}: {args.lora} was trained in {args.trained['mode']} mode")
+    if args.mask and args.mode == "edit":
+        problems.append(f"--mask {args.mask}: {args.lora} was trained in edit mode, which has no masks")
+    if not args.mask and args.mode == "mask" and not args.trained["use_split_mask"]:
+        problems.append(f"--mask is needed: {args.lora} was trained with masks")
+    if args.keep_unmasked and not args.mask:
+        problems.append("--keep_unmasked needs --mask: without it nothing is kept")
+    if args.keep_unmasked and args.size:
+        problems.append("--keep_unmasked: the result has the image's size, leave --size out")
+    if args.size and any(side % 16 for side in args.size):
+        problems.append(f"--size {args.size[0]} {args.size[1]}: both must be multiples of 16")
+    stems = [path.stem for path in args.image]
+    if len(set(stems)) < len(stems):
+        problems.append("--image: two of the images have the same name, and so would their results")
+
+    images = [file_example(path) for path in args.image]
+    if args.mask:
+        images.append(file_example(args.mask))
+    sizes, unreadable = read_sizes(images)
+    problems += unreadable
+    if unreadable:
+        return problems
+    image_sizes = sizes[: len(args.image)]
+    if args.mask:
+        for size in image_sizes:
+            problems += check_mask_shape(f"--mask {args.mask}", sizes[-1], size)
+    if problems:
+        return problems
+    args.sizes = [drawn_size(args, size) for size in image_sizes]
+    if args.mask:
+        try:
+            for size in args.sizes:
+                read_mask(file_example(args.mask), size)
+        except ValueError as error:
+            problems.append(f"--mask {error}")
+    return problems
+
+
+def drawn_size(args, image_size):
+    """--size, or the shape of an image with the long edge that was trained, in multiples of 16."""
+    if args.size:
+        return Size(height=args.size[1], width=args.size[0])
+    long_edge = max(args.trained["resolution"] or image_size)
+    if args.mode == "edit" or args.mask:
+        return size_at(long_edge, image_size)
+    wide_size = size_at(long_edge, Size(image_size.height, 2 * image_size.width))  # trained as one, both halves
+    return Size(wide_size.height, wide_size.width // 2)
+
+
+def load_pipeline(path, model=None, edit_mode=None):
+    """(pipeline with the LoRA, the training's flags) of a run's folder, a checkpoint or a LoRA file."""
+    lora, run = find_lora(path)
+    trained = read_run_args(run, WITHOUT_RUN) if run else dict(WITHOUT_RUN)
+    model = model or trained["pretrained_model_name_or_path"]
+    is_bf16 = trained["mixed_precision"] == "bf16" or (run is None and torch.accelerator.is_available())
+    dtype = torch.bfloat16 if is_bf16 else torch.float32
+    files = {}
+    if model == trained["pretrained_model_name_or_path"]:
+        files = {"revision": trained["revision"], "variant": trained["variant"]}
+    with exit_if_unreadable(f"--pretrained_model_name_or_path {model}"):
+        pipeline = FillPipeline.from_pretrained(model, dtype=dtype, **files)
+    with exit_if_unreadable(lora):
+        pipeline.load_lora_weights(lora.parent, weight_name=lora.name)
+        if not pipeline.get_active_adapters():
+            raise ValueError("it holds no layer of this model")
+    pipeline.edit_mode = trained["mode"] == "edit" if edit_mode is None else edit_mode
+    return pipeline, trained
 
 
 def edit(pipeline, prompts, images, **options):
@@ -54,62 +190,43 @@ def paint_beside(pipeline, prompts, images, **options):
     return [result.crop((width, 0, 2 * width, height)) for result in results]
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.register("type", Path, expanded_path)
-    parser.add_argument("folder", type=Path, help="a trainer's output folder")
-    parser.add_argument("--prompt", required=True)
-    parser.add_argument("--image", type=Path, required=True, nargs="+", help="input images, each is edited by itself")
-    parser.add_argument("--mask", type=Path, help="mask for all of them, white where to generate")
-    parser.add_argument(
-        "--size",
-        type=int,
-        nargs=2,
-        metavar=("WIDTH", "HEIGHT"),
-        help="size of the results (default: the input's shape at the largest resolution of the training)",
-    )
-    parser.add_argument("--num_inference_steps", type=int, default=28)
-    parser.add_argument("--guidance_scale", type=float, help="(default: that of the training)")
-    parser.add_argument("--max_sequence_length", type=int, help="(default: that of the training)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the first image; each next one has the next seed")
-    parser.add_argument("--output", type=Path, default=Path(), help="folder for the results")
-    args = parser.parse_args()
+def fill(pipeline, prompt, image, mask, size, **options):
+    """Generates what a mask selects of an image, both PIL and of `size` (height, width)."""
+    height, width = size
+    return pipeline(prompt, image=image, mask_image=mask, height=height, width=width, **options).images[0]
 
-    pipeline, trained_args = load_pipeline(args.folder)
-    if args.mask and trained_args["mode"] == "edit":
-        parser.error(f"--mask {args.mask}: {args.folder} was trained in edit mode, which has no masks")
-    if not args.mask and trained_args["mode"] == "mask" and not trained_args["use_split_mask"]:
-        parser.error(f"--mask is needed: {args.folder} was trained with masks")
-    if args.guidance_scale is None:
-        args.guidance_scale = trained_args["guidance_scale"]
-    if args.max_sequence_length is None:
-        args.max_sequence_length = trained_args["max_sequence_length"]
+
+def keep_unmasked(result, image, mask):
+    """The result at the size of `image`, with its pixels where `mask` (PIL, of the image's size) is black."""
+    return Image.composite(result.resize(image.size, Image.Resampling.LANCZOS), image, mask)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    pipeline, trained = load_pipeline(args.lora, args.pretrained_model_name_or_path, args.mode == "edit")
     if torch.accelerator.is_available():
         pipeline.to(torch.accelerator.current_accelerator())
     args.output.mkdir(parents=True, exist_ok=True)
 
-    side_by_side = trained_args["mode"] == "mask" and not args.mask
-    for i, path in enumerate(args.image):
-        image = upright(open_image(path))
-        if args.size:
-            size = Size(height=args.size[1], width=args.size[0])
-        elif side_by_side:  # the long edge that was trained is that of both halves
-            wide_size = size_at(max(trained_args["resolution"]), Size(image.height, 2 * image.width))
-            size = Size(wide_size.height, wide_size.width // 2)
-        else:
-            size = size_at(max(trained_args["resolution"]), Size(image.height, image.width))
-        image = fit(image, size, "bicubic")
+    side_by_side = args.mode == "mask" and not args.mask
+    for i, (path, size) in enumerate(zip(args.image, args.sizes, strict=True)):
+        original = file_example(path).image()
+        image = fit(original, size, trained["image_interpolation_mode"])
         options = {
             "num_inference_steps": args.num_inference_steps,
             "guidance_scale": args.guidance_scale,
             "max_sequence_length": args.max_sequence_length,
             "generator": torch.Generator().manual_seed(args.seed + i),
         }
-        if args.mask:
-            mask = fit(upright(open_image(args.mask)).convert("L"), size, "nearest")
-            result = pipeline(
-                args.prompt, image=image, mask_image=mask, height=size.height, width=size.width, **options
-            ).images[0]
+        if args.mask and args.keep_unmasked:
+            # stretched by less than 16 pixels instead of cropped: every pixel of the result has its place in the image
+            image = original.resize((size.width, size.height), Image.Resampling.LANCZOS)
+            mask = read_mask(file_example(args.mask), Size.of(original))
+            small_mask = mask.resize(image.size, Image.Resampling.NEAREST)
+            result = keep_unmasked(fill(pipeline, args.prompt, image, small_mask, size, **options), original, mask)
+        elif args.mask:
+            mask = read_mask(file_example(args.mask), size)
+            result = fill(pipeline, args.prompt, image, mask, size, **options)
         elif side_by_side:
             (result,) = paint_beside(pipeline, [args.prompt], [image], **options)
         else:

@@ -8,6 +8,12 @@
     data/my_fill50k/train_combined/0.png      outline left, filled right                mask mode: --instance_data_dir
     data/my_fill50k/prompts/0.txt             "pale golden rod circle with old lace background"
     data/my_fill50k/prompts_combined/0.txt    the same after --prefix
+    data/my_fill50k/test_A, test_B, ...       the same of images that are held out: test_A, test_B, test_combined,
+                                              test_prompts, test_prompts_combined
+
+Two layouts of archives are read: ControlNet's (source/, target/ and prompt.json, lines of source, target and prompt;
+--test_count holds some out), and that of my_fill50k.zip, which InFluxEdit's commands take: train_A/, train_B/ and
+train_prompts.json, {file name: prompt}, and the same with test.
 
 Running the command again continues an interrupted download or preparation.
 """
@@ -26,8 +32,22 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from common.arguments import in_range, positive_float, positive_int
+
+
 URL = "https://huggingface.co/lllyasviel/ControlNet/resolve/main/training/fill50k.zip"
 PREFIX = "Two pictures side by side, the outline of a circle on the left and on the right a "
+
+
+SPLIT_LISTS = {"train_prompts.json": "train", "test_prompts.json": "test"}
+
+# Where the images and prompts of each split go.
+FOLDERS = {
+    "train": ("train_A", "train_B", "train_combined", "prompts", "prompts_combined"),
+    "test": ("test_A", "test_B", "test_combined", "test_prompts", "test_prompts_combined"),
+}
 
 
 class BadArchive(ValueError):
@@ -77,28 +97,58 @@ def check_members(archive, max_bytes):
 
 
 def rows_of(archive):
-    """The rows {"source", "target", "prompt"} of the archive's prompt.json; the paths are names of members."""
+    """The rows {"split": train or test, "source", "target", "prompt"} of an archive; paths are names of members."""
     names = set(archive.namelist())
-    lists = [name for name in names if PurePosixPath(name).name == "prompt.json"]
-    if len(lists) != 1:
-        raise BadArchive(f"holds {len(lists)} files prompt.json, not one")
-    try:
-        lines = archive.read(lists[0]).decode().splitlines()
-    except (UnicodeDecodeError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:  # RuntimeError: encrypted
-        raise BadArchive(f"{lists[0]}: not readable ({error})") from error
-    folder = PurePosixPath(lists[0]).parent
+    lists = [name for name in names if PurePosixPath(name).name in ("prompt.json", *SPLIT_LISTS)]
     rows = []
-    for number, line in enumerate(lines, start=1):
+    for name in sorted(lists):
+        split = SPLIT_LISTS.get(PurePosixPath(name).name)
+        rows += pair_rows(archive, name, split) if split else controlnet_rows(archive, name)
+    if not any(row["split"] == "train" for row in rows):
+        raise BadArchive(f"holds {len(lists)} files prompt.json or train_prompts.json with prompts, not one")
+    if len({(row["split"], PurePosixPath(row["source"]).stem) for row in rows}) < len(rows):
+        raise BadArchive(f"two images of {' and '.join(sorted(lists))} have the same name")
+    for row in rows:
+        absent = [row[key] for key in ("source", "target") if row[key] not in names]
+        if absent:
+            raise BadArchive(f"the archive has no {absent[0]}, which its list of prompts names")
+    return rows
+
+
+def controlnet_rows(archive, name):
+    """The rows of ControlNet's prompt.json: each line is JSON with source, target and prompt."""
+    folder = PurePosixPath(name).parent
+    rows = []
+    for number, line in enumerate(read_member(archive, name).splitlines(), start=1):
         try:
             row = json.loads(line)
             paths = {key: str(folder / row[key]) for key in ("source", "target")}
-            rows.append({**paths, "prompt": str(row["prompt"])})
+            rows.append({"split": "train", **paths, "prompt": str(row["prompt"])})
         except (ValueError, KeyError, TypeError) as error:
-            raise BadArchive(f"{lists[0]}, line {number}: not JSON with source, target and prompt") from error
-        absent = [path for path in paths.values() if path not in names]
-        if absent:
-            raise BadArchive(f"{lists[0]}, line {number}: the archive has no {absent[0]}")
+            raise BadArchive(f"{name}, line {number}: not JSON with source, target and prompt") from error
     return rows
+
+
+def pair_rows(archive, name, split):
+    """The rows of train_prompts.json, {file name: prompt}, beside the folders train_A and train_B; or of test."""
+    folder = PurePosixPath(name).parent
+    try:
+        prompts = json.loads(read_member(archive, name)).items()
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise BadArchive(f"{name}: not JSON, {{file name: prompt}}") from error
+    rows = []
+    for file, prompt in prompts:
+        paths = {"source": str(folder / f"{split}_A" / file), "target": str(folder / f"{split}_B" / file)}
+        rows.append({"split": split, **paths, "prompt": str(prompt)})
+    return rows
+
+
+def read_member(archive, name):
+    """The text of a member."""
+    try:
+        return archive.read(name).decode()
+    except (UnicodeDecodeError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:  # RuntimeError: encrypted
+        raise BadArchive(f"{name}: not readable ({error})") from error
 
 
 def combine(left, right):
@@ -116,35 +166,49 @@ def write(path, save):
     partial.replace(path)
 
 
-def prepare(zip_path, output, *, count=None, prefix=PREFIX, max_bytes=10 * 2**30):
-    """Writes the folders and returns the number of samples; finished samples of an earlier run are kept."""
+def prepare(zip_path, output, *, count=None, test_count=0, prefix=PREFIX, max_bytes=10 * 2**30):
+    """Writes the folders and returns the number of samples; finished samples of an earlier run are kept.
+
+    `count` limits the samples of each split; the last `test_count` of the training's become test samples.
+    """
     try:
         archive = zipfile.ZipFile(zip_path)
     except zipfile.BadZipFile as error:
         raise BadArchive("is damaged, or no zip file") from error
     with archive:
         check_members(archive, max_bytes)
-        rows = rows_of(archive)[:count]
-        names = ("train_A", "train_B", "train_combined", "prompts", "prompts_combined")
-        folders = {name: output / name for name in names}
-        for folder in folders.values():
-            folder.mkdir(parents=True, exist_ok=True)
+        rows = rows_of(archive)
+        train = [row for row in rows if row["split"] == "train"][:count]
+        test = [row for row in rows if row["split"] == "test"][:count]
+        if test_count >= len(train):
+            raise BadArchive(f"--test_count {test_count} leaves nothing of {len(train)} samples to train on")
+        first_held_out = len(train) - test_count
+        test = [{**row, "split": "test"} for row in train[first_held_out:]] + test
+        rows = train[:first_held_out] + test
         for row in tqdm(rows, desc="Preparing", unit="sample"):
-            stem = PurePosixPath(row["source"]).stem
-            last = folders["prompts_combined"] / f"{stem}.txt"
-            if last.exists() and last.read_text() == prefix + row["prompt"]:
-                continue
-            try:
-                outline = Image.open(archive.open(row["source"])).convert("RGB")
-                filled = Image.open(archive.open(row["target"])).convert("RGB")
-            except (OSError, SyntaxError, zlib.error, zipfile.BadZipFile, Image.DecompressionBombError) as error:
-                raise BadArchive(f"{row['source']} or {row['target']}: not a readable image ({error})") from error
-            images = {"train_A": outline, "train_B": filled, "train_combined": combine(outline, filled)}
-            for name, image in images.items():
-                write(folders[name] / f"{stem}.png", lambda path, image=image: image.save(path, "PNG"))
-            write(folders["prompts"] / f"{stem}.txt", lambda path, row=row: path.write_text(row["prompt"]))
-            write(last, lambda path, row=row: path.write_text(prefix + row["prompt"]))
+            write_sample(archive, row, [output / name for name in FOLDERS[row["split"]]], prefix)
     return len(rows)
+
+
+def write_sample(archive, row, folders, prefix):
+    """Writes the images and the prompts of a row into `folders`, see FOLDERS."""
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+    stem = PurePosixPath(row["source"]).stem
+    outlines, filled_circles, combined, prompts, prompts_combined = folders
+    last = prompts_combined / f"{stem}.txt"
+    if last.exists() and last.read_text() == prefix + row["prompt"]:
+        return
+    try:
+        outline = Image.open(archive.open(row["source"])).convert("RGB")
+        filled = Image.open(archive.open(row["target"])).convert("RGB")
+    except (OSError, SyntaxError, zlib.error, zipfile.BadZipFile, Image.DecompressionBombError) as error:
+        raise BadArchive(f"{row['source']} or {row['target']}: not a readable image ({error})") from error
+    images = {outlines: outline, filled_circles: filled, combined: combine(outline, filled)}
+    for folder, image in images.items():
+        write(folder / f"{stem}.png", lambda path, image=image: image.save(path, "PNG"))
+    write(prompts / f"{stem}.txt", lambda path: path.write_text(row["prompt"]))
+    write(last, lambda path: path.write_text(prefix + row["prompt"]))
 
 
 def main():
@@ -153,9 +217,14 @@ def main():
     parser.add_argument("--zip", type=Path, help="archive to use; without it, --url is downloaded into --output")
     parser.add_argument("--url", default=URL)
     parser.add_argument("--output", type=Path, default=Path("data/my_fill50k"))
-    parser.add_argument("--count", type=int, help="take only the first samples")
+    parser.add_argument("--count", type=positive_int, help="take only the first samples, of train and of test")
+    parser.add_argument(
+        "--test_count", type=in_range(int, 0), default=0, help="hold the last samples out, as test_A, test_B, ..."
+    )
     parser.add_argument("--prefix", default=PREFIX, help="text before the prompts of side-by-side images")
-    parser.add_argument("--max_gigabytes", type=float, default=10.0, help="refuse archives that unpack to more")
+    parser.add_argument(
+        "--max_gigabytes", type=positive_float, default=10.0, help="refuse archives that unpack to more"
+    )
     args = parser.parse_args()
     path = args.zip or args.output / "fill50k.zip"
     try:
@@ -163,7 +232,12 @@ def main():
             args.output.mkdir(parents=True, exist_ok=True)
             download(args.url, path)
         done = prepare(
-            path, args.output, count=args.count, prefix=args.prefix, max_bytes=int(args.max_gigabytes * 2**30)
+            path,
+            args.output,
+            count=args.count,
+            test_count=args.test_count,
+            prefix=args.prefix,
+            max_bytes=int(args.max_gigabytes * 2**30),
         )
     except (OSError, BadArchive) as error:  # URLError is an OSError
         print(f"{Path(sys.argv[0]).name}: error: {path}: {error}", file=sys.stderr)
