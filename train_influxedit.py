@@ -491,9 +491,9 @@ def validation_lists(args):
     masks = split_files(args.validation_mask)
     count = max(len(images), len(masks))
     prompts = split_list(args.validation_prompt, ";")
-    if len(prompts) == 1 and count > 1:
-        parts = split_list(args.validation_prompt, ",")
-        prompts = parts if len(parts) == count else prompts
+    parts = split_list(args.validation_prompt, ",")
+    if ";" not in (args.validation_prompt or "") and len(parts) == count > 1:
+        prompts = parts
     return {"validation_prompt": prompts, "validation_image": images, "validation_mask": masks}
 
 

@@ -357,6 +357,29 @@ def test_wrong_input_of_the_generator_is_one_line(runs, capsys, words, message):
     assert error.count("\n") == 1
 
 
+def test_a_checkpoint_is_drawn_with_its_own_tokens(runs):
+    from examples.dreambooth.generate import WITHOUT_RUN, find_files
+
+    for name, flags in (("both", {}), ("tokens alone", {"train_transformer_frac": 0})):
+        run = Path(name).absolute()
+        (run / "checkpoint-4").mkdir(parents=True)
+        record = WITHOUT_RUN | {"train_text_encoder_ti": True, "output_name": None} | flags
+        (run / "args.json").write_text(json.dumps({"args": record}))
+        folders = {
+            run: run / "run_emb.safetensors",
+            run / "checkpoint-4": run / "checkpoint-4" / "learned_emb.safetensors",
+        }
+        for folder, embeddings in folders.items():
+            save_file({"clip_l": torch.zeros(1, 1)}, embeddings)
+            if name == "both":
+                save_file({"transformer.x.lora_A.weight": torch.zeros(1, 1)}, folder / LORA)
+            lora = folder / LORA if name == "both" else None
+            assert find_files(folder)[:2] == (lora, embeddings)
+            assert find_files(Path(os.path.relpath(folder)))[1] == embeddings
+            if lora:
+                assert find_files(lora)[:2] == (lora, embeddings)
+
+
 def test_a_model_that_was_moved_is_one_line(runs, capsys):
     from examples.dreambooth.generate import main
 
