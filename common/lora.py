@@ -271,6 +271,10 @@ def find_lora(path: str | Path) -> tuple[Path, Path | None]:
         raise FileNotFoundError(f"{path}: no such file or folder")
     if found.is_dir():
         found = found.resolve()
+    if found.is_file() and found.name.startswith(RESUME_PREFIX):
+        raise ValueError(
+            f"{path}: weights to resume from, without their scale; {found.name[len(RESUME_PREFIX) :]} draws"
+        )
     lora = found if found.is_file() else lora_of_folder(found)
     try:
         with safe_open(lora, "pt") as file:

@@ -447,6 +447,7 @@ INFLUXEDIT = {
         **SHARED,
         "use_split_mask": True,
         "rank": 16,
+        "lora_alpha": 16,
         "resolution": (704, 1024),
         "validation_steps": 50,
         "validation_width": 1024,
@@ -455,6 +456,7 @@ INFLUXEDIT = {
     "edit": {
         **SHARED,
         "rank": 64,
+        "lora_alpha": 64,
         "resolution": (1024, 1536, 2048),
         "train_batch_size": 2,
         "gradient_accumulation_steps": 2,

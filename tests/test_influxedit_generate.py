@@ -10,7 +10,7 @@ from common.lora import add_lora, save_lora
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxFillPipeline, FluxTransformer2DModel
+from diffusers import FluxTransformer2DModel
 from PIL import Image
 from safetensors.torch import save_file
 from test_influxedit_input import dataset_of
@@ -28,7 +28,7 @@ def lora(tiny_fill, tmp_path_factory):
     transformer = FluxTransformer2DModel.from_pretrained(tiny_fill, subfolder="transformer")
     add_lora(transformer, rank=1, alpha=1, dropout=0.0, target_modules=["attn.to_q"])
     folder = tmp_path_factory.mktemp("lora")
-    save_lora(folder, FluxFillPipeline, {"transformer": transformer})
+    save_lora(folder, {"transformer": transformer})
     return folder / LORA
 
 
