@@ -57,7 +57,8 @@ def find_files(path):
     The LoRA is None of a run that trained new tokens alone, the tokens are None of one that trained none. Raises
     OSError or ValueError for what is missing.
     """
-    run = run_of(path.absolute() / "tokens") if path.is_dir() else None
+    path = path.absolute()
+    run = run_of(path / "tokens") if path.is_dir() else None
     trained = read_run_args(run, WITHOUT_RUN) if run else None
     if trained and trained["train_transformer_frac"] == 0 and not trained["train_text_encoder"]:
         lora = None

@@ -146,10 +146,10 @@ def drawn_size(args, image_size):
     """--size, or the shape of an image with the long edge that was trained, in multiples of 16."""
     if args.size:
         return Size(height=args.size[1], width=args.size[0])
-    long_edge = max(args.trained["resolution"] or image_size)
     if args.mode == "edit" or args.mask:
-        return size_at(long_edge, image_size)
-    wide_size = size_at(long_edge, Size(image_size.height, 2 * image_size.width))  # trained as one, both halves
+        return size_at(max(args.trained["resolution"] or image_size), image_size)
+    both_halves = Size(image_size.height, 2 * image_size.width)  # they were trained as one image
+    wide_size = size_at(max(args.trained["resolution"] or both_halves), both_halves)
     return Size(wide_size.height, wide_size.width // 2)
 
 
