@@ -502,7 +502,7 @@ def split_files(text):
     if "," not in (text or "") or ";" in text:
         return split_list(text, ";")
     try:
-        is_one_name = Path(text).is_file()
+        is_one_name = expanded_path(text).is_file()
     except (OSError, ValueError):  # no name at all: too long, or with a zero byte
         is_one_name = False
     return [text] if is_one_name else split_list(text, ",")

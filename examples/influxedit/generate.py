@@ -115,9 +115,6 @@ def check_args(args):
         problems.append("--keep_unmasked: the result has the image's size, leave --size out")
     if args.size and any(side % 16 for side in args.size):
         problems.append(f"--size {args.size[0]} {args.size[1]}: both must be multiples of 16")
-    stems = [path.stem for path in args.image]
-    if len(set(stems)) < len(stems):
-        problems.append("--image: two of the images have the same name, and so would their results")
 
     images = [file_example(path) for path in args.image]
     if args.mask:
