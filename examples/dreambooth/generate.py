@@ -21,6 +21,7 @@ from common.arguments import (
     expanded_path,
     in_range,
     join_problems,
+    name_or_path,
     non_negative_float,
     positive_int,
 )
@@ -126,6 +127,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--pretrained_model_name_or_path",
         "--model",
+        type=name_or_path,
         metavar="MODEL",
         help="folder or Hub id of FLUX.1 (default: what was trained)",
     )

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from common.arguments import join_problems
+from common.arguments import expanded_path, join_problems
 from common.data import file_example, find_partners, image_files, read_sizes, read_text
 
 from examples.influxedit.prepare_fill_circles import combine, write
@@ -43,6 +43,7 @@ def find_pairs(dir_a, dir_b):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.register("type", Path, expanded_path)
     parser.add_argument("--dir_a", type=Path, required=True, help="folder of the left images, and perhaps captions")
     parser.add_argument(
         "--dir_b", type=Path, required=True, help="folder of the right images, named like the left ones"

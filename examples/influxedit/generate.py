@@ -26,6 +26,7 @@ from common.arguments import (
     expanded_path,
     in_range,
     join_problems,
+    name_or_path,
     non_negative_float,
     positive_int,
 )
@@ -65,7 +66,9 @@ def parse_args(argv=None):
         action="store_true",
         help="with --mask: the result has the image's own size, and its pixels wherever the mask is black",
     )
-    parser.add_argument("--pretrained_model_name_or_path", metavar="MODEL", help="base model (default: as trained)")
+    parser.add_argument(
+        "--pretrained_model_name_or_path", type=name_or_path, metavar="MODEL", help="base model (default: as trained)"
+    )
     parser.add_argument("--mode", choices=("mask", "edit"), help="how the LoRA was trained, if no args.json says it")
     parser.add_argument(
         "--size",
