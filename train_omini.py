@@ -164,6 +164,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
@@ -199,6 +200,7 @@ SIDE_BY_SIDE_CONDITIONS = ("subject", "sr")  # positioned to the left of the ima
 GIVEN_CONDITIONS = ("subject", "custom")  # come with the data; all others are made from the image itself
 MASKED_CONDITIONS = ("fill", "token_integration")
 DEPTH_CONDITIONS = ("depth", "depth_pred")
+DEPTH_MODEL = "LiheYoung/depth-anything-small-hf"
 
 # All layers that image tokens pass: 14.5 million parameters at rank 4 on FLUX.1-dev.
 TARGET_MODULES = (
@@ -223,13 +225,20 @@ MAX_CHECKED = 2000  # examples whose images are read before training; of more, e
 
 
 def image_size(text):
-    """An argparse type: "512" or "512,768" as (height, width) in pixels, multiples of a token's 16."""
-    sides = [int(part) for part in text.split(",")]
-    if len(sides) > 2 or any(side % PATCH or not PATCH <= side <= 8192 for side in sides):
+    """An argparse type: "512" or, width first, "768x512" as (height, width) in pixels, multiples of a token's 16."""
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    width, height = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if any(side % PATCH or not PATCH <= side <= 8192 for side in (width, height)):
         raise argparse.ArgumentTypeError(
-            f"{text}: expected SIDE or HEIGHT,WIDTH, multiples of {PATCH} from 16 to 8192"
+            f"{text}: expected SIDE or WIDTHxHEIGHT, such as 768x512, multiples of {PATCH} from 16 to 8192"
         )
-    return (sides[0], sides[-1])
+    return (height, width)
+
+
+def size_text(size):
+    """A size (height, width) as it is typed, WIDTHxHEIGHT."""
+    height, width = size
+    return f"{width}x{height}"
 
 
 def offset(text):
@@ -291,7 +300,7 @@ def parse_args(argv=None):
         "--dataset_class",
         type=name_or_path,
         metavar="FILE.py:CLASS",
-        help="your own dataset, with items of image, description, condition_0 and so on",
+        help="your own dataset, with items of image, description, condition_0, optional position_delta_0 and so on",
     )
     arg("--streaming", action="store_true", help="read dataset_name or data_files during training; needs no disk")
     arg("--shuffle_buffer", type=positive_int, default=1000, help="samples that streaming shuffles at a time")
@@ -323,13 +332,13 @@ def parse_args(argv=None):
         choices=CONDITION_TYPES,
         help="type of the condition, or of several at once",
     )
-    arg("--target_size", type=image_size, default="512", metavar="SIZE", help="SIDE or HEIGHT,WIDTH of the image")
+    arg("--target_size", type=image_size, default="512", metavar="SIZE", help="SIDE or WIDTHxHEIGHT of the image")
     arg(
         "--condition_size",
         nargs="+",
         type=image_size,
         metavar="SIZE",
-        help="size of all conditions, or of each (default: target_size, half of it for sr)",
+        help="SIDE or WIDTHxHEIGHT of all conditions, or of each (default: target_size, half of it for sr)",
     )
     arg(
         "--position_delta",
@@ -362,12 +371,7 @@ def parse_args(argv=None):
         default=True,
         help="leave out pairs whose quality_assessment (a column of Subjects200K) has a score below 5",
     )
-    arg(
-        "--depth_model",
-        type=name_or_path,
-        default="LiheYoung/depth-anything-small-hf",
-        help="depth estimation model of transformers",
-    )
+    arg("--depth_model", type=name_or_path, default=DEPTH_MODEL, help="depth estimation model of transformers")
     arg("--depth_batch_size", type=positive_int, default=8, help="images per forward pass of the depth model")
 
     arg = parser.add_argument_group("lora", "the adapter").add_argument
@@ -694,22 +698,24 @@ def condition_ids(
 
 
 def pack_conditions(
-    condition_latents: list[torch.Tensor], specs: Sequence[ConditionSpec], latent_mask: torch.Tensor | None = None
+    condition_latents: list[torch.Tensor],
+    specs: Sequence[ConditionSpec],
+    latent_masks: Sequence[torch.Tensor | None] = (),
 ) -> list[ConditionTokens]:
     """The tokens of each condition, from its normalised latents [B, C, h, w].
 
-    For token_integration, only what lies outside of `latent_mask` [B, h/2 * w/2] becomes tokens
-    (arXiv 2503.08280, section 3.3).
+    `latent_masks`, one for each condition, are boolean [B, h/2 * w/2], True for the tokens that enter the transformer,
+    or None for all (arXiv 2503.08280, section 3.3).
     """
     conditions = []
-    for latents, spec in zip(condition_latents, specs, strict=True):
+    latent_masks = latent_masks or [None] * len(specs)
+    for latents, spec, latent_mask in zip(condition_latents, specs, latent_masks, strict=True):
         height, width = latents.shape[-2:]
         tokens = pack_latents(latents)
         ids = condition_ids(height, width, spec.position_delta, spec.position_scale, latents.device)
         attention_mask = None
-        if spec.type == "token_integration":
-            assert latent_mask is not None
-            tokens, ids, attention_mask = select_tokens(tokens, ids, ~latent_mask)
+        if latent_mask is not None:
+            tokens, ids, attention_mask = select_tokens(tokens, ids, latent_mask)
         conditions.append(ConditionTokens(tokens, ids, spec.adapter, attention_mask))
     return conditions
 
@@ -1117,6 +1123,7 @@ class OminiPipeline(FluxPipeline):
         specs: Sequence[ConditionSpec] = (),
         condition_images: Sequence = (),
         mask: np.ndarray | None = None,
+        condition_masks: Sequence[torch.Tensor | None] = (),
         image_guidance_scale: float = 1.0,
         independent_condition: bool = False,
         main_adapter: str | None = None,
@@ -1132,8 +1139,11 @@ class OminiPipeline(FluxPipeline):
         """Generates an image for each prompt, or for each of prompt_embeds [B, T, D], pooled_prompt_embeds [B, P].
 
             specs                  what each condition is, from the adapters' metadata
-            condition_images       of each condition: a PIL image of its size, or a list of B such images
+            condition_images       of each condition: a PIL image of its size, or a list of B such images; of
+                                   token_integration the image itself, of which all but what is to be generated stays
             mask                   for token_integration: boolean [H, W] or [B, H, W], True where to generate
+            condition_masks        of each condition that was trained with a latent mask of its own: that mask
+                                   [B, N], True for its tokens that enter the transformer
             image_guidance_scale   above 1, the image follows its conditions more closely, at twice the time
             independent_condition  as the adapters were trained
             main_adapter           name of a LoRA, such as a style, for text and image
@@ -1151,7 +1161,6 @@ class OminiPipeline(FluxPipeline):
 
         # 1. Condition images to latents
         def encode(images):
-            images = images if isinstance(images, list) else [images] * batch_size
             moments = encode_moments(self.vae, torch.stack([to_tensor(image.convert("RGB")) for image in images]))
             return mean_latents(moments, self.vae.config).to(device, prompt_embeds.dtype)
 
@@ -1161,19 +1170,32 @@ class OminiPipeline(FluxPipeline):
             latent_mask = torch.from_numpy(np.stack([to_latent_mask(each) for each in masks])).flatten(1).to(device)
             if latent_mask.all(dim=1).any() or not latent_mask.any(dim=1).all():
                 raise ValueError("a mask must contain some and leave some of the image's tokens of 16 pixels")
-        condition_latents = [encode(images) for images in condition_images]
+        condition_latents = []
+        latent_masks = list(condition_masks) or [None] * len(specs)
+        kept_images = None  # those that stay outside of the mask
+        for i, (spec, images) in enumerate(zip(specs, condition_images, strict=True)):
+            images = images if isinstance(images, list) else [images] * batch_size
+            if spec.type == "token_integration":
+                latent_masks[i] = ~latent_mask
+            if latent_masks[i] is not None and kept_images is None:
+                kept_images = images
+            if spec.type == "token_integration":
+                pixel_masks = [to_pixel_mask(to_latent_mask(each)) for each in masks]
+                pairs = zip(images, pixel_masks, strict=True)
+                images = [convert_to_condition(spec.type, image, mask=each) for image, each in pairs]
+            condition_latents.append(encode(images))
         joint_attention_kwargs = {
-            "conditions": pack_conditions(condition_latents, specs, latent_mask),
+            "conditions": pack_conditions(condition_latents, specs, latent_masks),
             "independent_condition": independent_condition,
             "main_adapter": main_adapter,
             "latent_mask": latent_mask,
             "cache": KVCache() if kv_cache else None,
         }
         if image_guidance_scale != 1:
-            black_latents = [encode(Image.new("RGB", spec.size[::-1])) for spec in specs]
+            black_latents = [encode([Image.new("RGB", spec.size[::-1])] * batch_size) for spec in specs]
             joint_attention_kwargs["image_guidance_scale"] = image_guidance_scale
             joint_attention_kwargs["negative"] = {
-                "conditions": pack_conditions(black_latents, specs, latent_mask),
+                "conditions": pack_conditions(black_latents, specs, latent_masks),
                 "cache": KVCache() if kv_cache else None,
             }
 
@@ -1192,11 +1214,9 @@ class OminiPipeline(FluxPipeline):
             .images
         )
 
-        # 3. Outside of the mask, the condition is the image
+        # 3. Outside of the mask, the image stays: its own tokens, not those of the condition, which border on black
         if latent_mask is not None:
-            integrated = [spec.type for spec in specs].index("token_integration")
-            outside = pack_latents(condition_latents[integrated])
-            latents = torch.where(latent_mask[..., None], latents, outside)
+            latents = torch.where(latent_mask[..., None], latents, pack_latents(encode(kept_images)))
         latents = unpack_latents(latents, height // 8, width // 8)
         if output_type == "latent":
             return FluxPipelineOutput(images=latents)
@@ -1213,7 +1233,7 @@ def compute_loss(
     transformer: OminiTransformer2DModel,
     latents: torch.Tensor,
     condition_latents: list[torch.Tensor],
-    latent_mask: torch.Tensor | None,
+    latent_masks: list[torch.Tensor | None],
     prompt_embeds: torch.Tensor,
     pooled_prompt_embeds: torch.Tensor,
     *,
@@ -1226,8 +1246,9 @@ def compute_loss(
     """The flow matching loss [B] of each sample of a batch (arXiv 2411.15098, section 3.1).
 
     latents [B, C, h, w] and those of each condition are normalised, prompt_embeds [B, T, D], pooled_prompt_embeds
-    [B, P]; guidance [B], or None for a model without guidance embedding. With latent_mask [B, h/2 * w/2], for
-    token_integration, only its tokens are noisy and count. Noise and noise levels come from `generator`, on the CPU.
+    [B, P]; guidance [B], or None for a model without guidance embedding. Noise and noise levels come from `generator`,
+    on the CPU. `latent_masks`, boolean [B, h/2 * w/2] or None for all tokens, are those of the image and of each
+    condition (token_integration): only an image's tokens in its mask are noisy and count.
     """
     batch_size, _, height, width = latents.shape
     device = latents.device
@@ -1250,7 +1271,8 @@ def compute_loss(
     x_t = add_noise(x_0, x_1, t)  # (1 - t) x_0 + t x_1
     img_ids = image_ids(height, width, device)
     dtype = prompt_embeds.dtype
-    conditions = pack_conditions([each.to(dtype) for each in condition_latents], specs, latent_mask)
+    latent_mask, *condition_masks = latent_masks
+    conditions = pack_conditions([each.to(dtype) for each in condition_latents], specs, condition_masks)
 
     model_pred = transformer(
         hidden_states=x_t.to(dtype),
@@ -1403,11 +1425,9 @@ def check_positions(args):
                     "--condition_type token_integration shares the image's tokens: no size or position of its own"
                 )
         elif is_aligned and not args.position_scale and (height, width) != args.target_size:
-            size = "x".join(map(str, spec.size))
-            target_size = "x".join(map(str, args.target_size))
             problems.append(
-                f"--condition_size {size} of {spec.type} is not --target_size {target_size} scaled: "
-                "give --position_scale"
+                f"--condition_size {size_text(spec.size)} of {spec.type} is not --target_size "
+                f"{size_text(args.target_size)} scaled: give --position_scale"
             )
     return problems
 
@@ -1440,13 +1460,16 @@ def convert_to_condition(
 
 
 def random_mask(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """A random rectangle or, half of the time, all around it: boolean [height, width], neither full nor empty."""
-    mask_height = rng.integers(1, height)
-    mask_width = rng.integers(1, width)
-    top = rng.integers(0, height - mask_height + 1)
-    left = rng.integers(0, width - mask_width + 1)
+    """A random rectangle or, half of the time, all around it: boolean [height, width], neither full nor empty.
+
+    The rectangle's edges are uniform, as in OminiControl: on average it covers 12 % of the image.
+    """
     mask = np.zeros((height, width), dtype=bool)
-    mask[top : top + mask_height, left : left + mask_width] = True
+    while not mask.any() or mask.all():
+        top, bottom = np.sort(rng.integers(0, height + 1, size=2))
+        left, right = np.sort(rng.integers(0, width + 1, size=2))
+        mask[:] = False
+        mask[top:bottom, left:right] = True
     return ~mask if rng.random() < 0.5 else mask
 
 
@@ -1549,6 +1572,7 @@ def find_examples(args):
         used[::every_nth] + validation_examples(args), functools.partial(check_example, args=args)
     )
     if args.dataset_class:
+        problems += check_latent_masks(examples, args)
         positions = {example.columns["positions"] for example in examples}
         if len(positions) > 1:
             problems.append(
@@ -1717,13 +1741,20 @@ def read_dataset_class(args):
             example_name = f"{args.dataset_class}[{i}]"
             example = Example(example_name, functools.partial(read_key, read_item, i, "image"), item["description"])
             positions = []
+            latent_masks = {"image": "image_latent_mask"}
             for n in range(num_conditions):
                 role = f"condition_{n}"
                 read = functools.partial(read_key, read_item, i, role)
                 example.images[role] = Example(f"{example_name}, {role}", read)
-                delta = tuple(float(value) for value in item[f"position_delta_{n}"])
-                positions.append((delta, float(item.get(f"position_scale_{n}", 1.0))))
+                down, right = item.get(f"position_delta_{n}", (0, 0))
+                positions.append(((float(down), float(right)), float(item.get(f"position_scale_{n}", 1.0))))
+                latent_masks[role] = f"condition_latent_mask_{n}"
             example.columns["positions"] = tuple(positions)
+            example.columns["latent_masks"] = {
+                role: functools.partial(read_latent_mask, read_item, i, key)
+                for role, key in latent_masks.items()
+                if item.get(key) is not None
+            }
             examples.append(example)
     except Exception as error:  # whatever the user's file raises
         return [], [f"--dataset_class {args.dataset_class}: cannot be read ({error!r})"]
@@ -1733,8 +1764,43 @@ def read_dataset_class(args):
 
 
 def read_key(read_item, i, key):
-    """An image of the user's own dataset."""
-    return read_item(i)[key]
+    """An image of the user's own dataset, where it may be a tensor [3, H, W] in [0, 1]."""
+    image = read_item(i)[key]
+    if not isinstance(image, torch.Tensor):
+        return image
+    if image.ndim != 3 or len(image) != 3 or image.min() < 0 or image.max() > 1:
+        values = f"from {image.min():g} to {image.max():g}"
+        raise ValueError(f"a tensor of shape {list(image.shape)} {values}: expected [3, H, W] in [0, 1]")
+    return VaeImageProcessor.numpy_to_pil(image.float().permute(1, 2, 0).numpy())[0]
+
+
+def read_latent_mask(read_item, i, key):
+    """A latent mask of the user's own dataset, boolean [N]: which tokens of its image enter the transformer."""
+    return torch.as_tensor(read_item(i)[key]).bool().flatten()
+
+
+def check_latent_masks(examples, args):
+    """Problems of the latent masks of the user's own dataset."""
+    if not examples:
+        return []
+    specs = condition_specs(args, examples[0].columns["positions"])
+    sizes = {"image": args.target_size} | {f"condition_{i}": spec.size for i, spec in enumerate(specs)}
+    problems = []
+    for example in examples:
+        latent_masks = example.columns["latent_masks"]
+        if latent_masks.keys() != examples[0].columns["latent_masks"].keys():
+            problems.append(f"{example.name}: has latent masks where {examples[0].name} has none, or the reverse")
+        for role, read_mask in latent_masks.items():
+            latent_mask = read_mask()
+            height, width = sizes[role]
+            expected = height * width // PATCH**2
+            if len(latent_mask) != expected or not latent_mask.any():
+                selected = f"{int(latent_mask.sum())} of {len(latent_mask)} tokens"
+                problems.append(
+                    f"{example.name}: the latent mask of {role} selects {selected}: "
+                    f"expected some of {expected}, one for each {PATCH} x {PATCH} pixels"
+                )
+    return problems[:5]
 
 
 def check_example(example, args):
@@ -1806,9 +1872,12 @@ class OminiDataset(Dataset):
         drop_text = rng.random() < args.drop_text_prob
         drop_image = rng.random() < args.drop_image_prob
         mask = self.mask(example, rng)
+        latent_masks = self.latent_masks(example, mask)
         sample = {"prompt": "" if drop_text else example.caption, "moments": {}, "pixel_values": {}}
+        sample["latent_masks"] = latent_masks
         for role in self.roles:
-            is_black = drop_image and role != "image"
+            # with a latent mask, a condition is a part of the image itself, and as OminiControl's never dropped
+            is_black = drop_image and role != "image" and role not in latent_masks
             key = ("black" if is_black else index, role)
             if key in self.moments:
                 sample["moments"][role] = self.moments[key]
@@ -1818,9 +1887,17 @@ class OminiDataset(Dataset):
                 sample["pixel_values"][role] = to_tensor(self.target_image(example))
             else:
                 sample["pixel_values"][role] = to_tensor(self.condition_image(example, role, rng, mask))
-        if "token_integration" in self.types:
-            sample["latent_mask"] = torch.from_numpy(to_latent_mask(mask)).flatten()
         return sample
+
+    def latent_masks(self, example, mask):
+        """{role: boolean [N]}, True for the tokens that enter the transformer; of other roles all do."""
+        if self.args.dataset_class:
+            return {role: read_mask() for role, read_mask in example.columns["latent_masks"].items()}
+        if "token_integration" not in self.types:
+            return {}
+        inside = torch.from_numpy(to_latent_mask(mask)).flatten()
+        condition = self.roles[1 + self.types.index("token_integration")]
+        return {"image": inside, condition: ~inside}
 
     def target_image(self, example):
         """The image that is generated, of --target_size."""
@@ -1831,11 +1908,14 @@ class OminiDataset(Dataset):
     def condition_image(self, example, role, rng=None, mask=None):
         """The image of a condition, of its size."""
         spec = self.spec(role)
-        source = example.images.get(role, example)  # its own image if it comes with the data, or is for validation
         if spec.type == "depth":
-            return self.depth_map(source, spec.size)
-        image = fit(source.image(), spec.size, self.args.image_interpolation_mode)
-        return convert_to_condition(spec.type, image, rng=rng, mask=mask)
+            return self.depth_map(example.images.get(role, example), spec.size)
+        return convert_to_condition(spec.type, self.source_image(example, role), rng=rng, mask=mask)
+
+    def source_image(self, example, role):
+        """What the image of a condition is made from, of its size."""
+        source = example.images.get(role, example)  # its own image if it comes with the data, or is for validation
+        return fit(source.image(), self.spec(role).size, self.args.image_interpolation_mode)
 
     def depth_map(self, example, size):
         """What `estimate_depth` has written for the image of an example."""
@@ -1970,7 +2050,11 @@ def log_validation(accelerator, transformer, vae, noise_scheduler, prompt_encode
         undisturbed(transformer, device=accelerator.device),
         offload_models(vae, device=accelerator.device, offload=args.offload or args.cache_latents),
     ):
-        call = pipeline_call(prompt_encoder, prompt, args, dataset.specs, condition_images, mask)
+        inputs = list(condition_images)
+        if "token_integration" in dataset.types:
+            integrated = dataset.types.index("token_integration")
+            inputs[integrated] = dataset.source_image(example, f"condition_{integrated}")
+        call = pipeline_call(prompt_encoder, prompt, args, dataset.specs, inputs, mask)
         images = generate_images(accelerator, pipeline, [call] * args.num_validation_images, seed=args.seed)
     captions = [f"condition: {spec.type}" for spec in dataset.specs]
     captions += [f"seed {args.seed + i}" for i in range(len(images))]
@@ -1987,7 +2071,7 @@ MODEL_CARD = """
 
 A LoRA (rank {rank}) for {model}: generated images follow {conditions}, by OminiControl.
 
-`IMAGE` is the image to make the conditions from ({height} x {width} pixels are cut out of it){mask_note}. In the
+`IMAGE` is the image to make the conditions from ({width} x {height} pixels are cut out of it){mask_note}. In the
 trainer's folder:
 
 ```bash
@@ -2048,15 +2132,14 @@ def check_memory(args, prompts):
 def describe_run(args, dataset):
     """What the header says of this trainer's data and conditions, {label: text}."""
     amount = "a stream" if args.streaming else f"{len(dataset)} samples"
-    run_info = {"data": f"{amount} at {'x'.join(map(str, args.target_size))} px"}
+    run_info = {"data": f"{amount} at {size_text(args.target_size)} px"}
     if dataset.num_left_out:
         run_info["left out"] = f"{dataset.num_left_out} samples of lower quality (--no-quality_filter takes them)"
     for i, spec in enumerate(dataset.specs, start=1):
         label = "condition" if i == 1 else f"condition {i}"
-        height, width = spec.size
         down, right = spec.position_delta
         run_info[label] = (
-            f"{spec.type} of {height}x{width} px, moved by {down:g},{right:g}, scale {spec.position_scale:g}, "
+            f"{spec.type} of {size_text(spec.size)} px, moved by {down:g},{right:g}, scale {spec.position_scale:g}, "
             f"adapter {spec.adapter}"
         )
     return run_info
@@ -2279,9 +2362,8 @@ def main(args):
             latents, *condition_latents = [
                 sample_latents(moments[role], vae.config, generator) for role in dataset.roles
             ]
-            latent_mask = None
-            if "latent_mask" in batch:  # token_integration
-                latent_mask = batch["latent_mask"].to(device)
+            masks = {role: latent_mask.to(device) for role, latent_mask in batch["latent_masks"].items()}
+            latent_masks = [masks.get(role) for role in dataset.roles]
             prompt_embeds, pooled_prompt_embeds = prompt_encoder.encode_prompts(batch["prompt"])
             guidance = None
             if guidance_embeds:
@@ -2291,7 +2373,7 @@ def main(args):
                     transformer,
                     latents,
                     condition_latents,
-                    latent_mask,
+                    latent_masks,
                     prompt_embeds,
                     pooled_prompt_embeds,
                     args=args,

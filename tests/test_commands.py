@@ -24,6 +24,8 @@ import sys
 import tarfile
 from pathlib import Path
 
+from common.lora import add_lora
+
 import diffusers
 import pytest
 import tiny_backbones
@@ -76,7 +78,10 @@ SMALL = {
         *SMALL_RUN,
         *("--resolution", "32", "--num_class_images", "2", "--num_validation_images", "1", "--train_batch_size", "2"),
     ],
-    "train_omini.py": [*SMALL_RUN, "--target_size", "32", "--num_validation_images", "1", "--train_batch_size", "2"],
+    "train_omini.py": [
+        *SMALL_RUN,
+        *("--target_size", "32", "--condition_size", "32", "--num_validation_images", "1", "--train_batch_size", "2"),
+    ],
     "train_influxedit.py": [
         *SMALL_RUN,
         *("--resolution", "32", "--validation_width", "32", "--validation_height", "32", "--train_batch_size", "2"),
@@ -200,6 +205,17 @@ def write_subjects(path):
     write_parquet(path, [{"image": image, "description": pair}] * 4)
 
 
+def write_plain_lora(model, path):
+    """A LoRA file as OminiControl's own code writes it, which says nothing of its condition."""
+    from diffusers import FluxPipeline, FluxTransformer2DModel
+    from peft import get_peft_model_state_dict
+
+    transformer = FluxTransformer2DModel.from_pretrained(model, subfolder="transformer")
+    add_lora(transformer, rank=4, alpha=4, dropout=0.0, target_modules=["attn.to_q"])
+    layers = get_peft_model_state_dict(transformer)
+    FluxPipeline.save_lora_weights(path.parent, transformer_lora_layers=layers, weight_name=path.name)
+
+
 def mask(path):
     image = Image.new("L", (32, 32))
     image.paste(255, (0, 0, 16, 16))
@@ -232,6 +248,7 @@ def stand_ins(pictures, pairs, tiny_model, tiny_fill):
         "prompts.txt": lambda path: path.write_text("a red circle\na blue square\n"),
         "data/Subjects200K": write_subjects,
         "data/text-to-image-2M/data_512_2M/data_000000.tar": lambda path: write_tar(pictures, path),
+        "subject_512.safetensors": functools.partial(write_plain_lora, tiny_model),
         "train_A": link(pairs / "images"),
         "train_B": link(pairs / "targets"),
         "prompts": link(pairs / "captions"),
@@ -366,7 +383,8 @@ def run(words, train, short_runs, monkeypatch):
 def small_run(script, flags):
     """The flags that make a training small; the toy world's pictures keep their size, for what is drawn from them."""
     small, toy = SMALL[script], any("examples/toy" in flag for flag in flags)
-    drop = {small.index(name) + i for name in ("--resolution", "--target_size") if name in small for i in (0, 1)}
+    sizes = ("--resolution", "--target_size", "--condition_size")
+    drop = {small.index(name) + i for name in sizes if name in small for i in (0, 1)}
     return [word for i, word in enumerate(small) if not toy or i not in drop]
 
 

@@ -6,6 +6,7 @@ from common.checkpoints import CHECKSUMS, checksums
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from PIL import Image
 
 import train_omini as omini
@@ -60,10 +61,11 @@ def world(tiny_model, pictures, tmp_path):
 # flags that follow a working command, and what the message must say
 BAD = [
     ("--condition_type cany", "--condition_type: invalid choice: 'cany'"),
-    ("--target_size 40", "--target_size: 40: expected SIDE or HEIGHT,WIDTH, multiples of 16"),
-    ("--condition_size 32,40", "--condition_size: 32,40: expected SIDE or HEIGHT,WIDTH, multiples of 16"),
+    ("--target_size 40", "--target_size: 40: expected SIDE or WIDTHxHEIGHT"),
+    ("--condition_size 32x40", "--condition_size: 32x40: expected SIDE or WIDTHxHEIGHT"),
+    ("--condition_size 32,48", "--condition_size: 32,48: expected SIDE or WIDTHxHEIGHT, such as 768x512"),
     ("--condition_size 32 32", "--condition_size has 2 values for the 1 of --condition_type"),
-    ("--target_size 64 --condition_size 32,16", "--condition_size 32x16 of canny is not --target_size 64x64 scaled"),
+    ("--target_size 64 --condition_size 32x16", "--condition_size 32x16 of canny is not --target_size 64x64 scaled"),
     ("--position_delta 4", "--position_delta: 4: expected a pair DOWN,RIGHT in tokens of 16 pixels"),
     ("--position_delta 0,1 0,2", "--position_delta has 2 values for the 1 of --condition_type"),
     ("--position_scale 0", "--position_scale: 0 is out of range: it must be above 0"),
@@ -220,11 +222,11 @@ def test_problems_of_data_and_run_come_in_one_message(world, no_models, train, c
 
 
 def test_defaults_of_places_and_sizes(world):
-    command = "--pretrained_model_name_or_path {model} --instance_data_dir {pictures} --target_size 64,96"
+    command = "--pretrained_model_name_or_path {model} --instance_data_dir {pictures} --target_size 96x64"
     parse = lambda flags: omini.condition_specs(omini.parse_args(f"{command} {flags}".format(**world).split()))  # noqa: E731
     (canny,) = parse("--condition_type canny")
     assert (canny.size, canny.position_delta, canny.position_scale) == ((64, 96), (0, 0), 1)
-    (compact,) = parse("--condition_type canny --condition_size 32,48")
+    (compact,) = parse("--condition_type canny --condition_size 48x32")
     assert (compact.size, compact.position_scale) == ((32, 48), 2)
     (subject,) = parse("--condition_type subject --condition_size 32")
     assert (subject.position_delta, subject.position_scale) == ((0, -2), 1)
@@ -304,3 +306,65 @@ def test_the_reference_regex_and_adapters_of_another_rank(world, tmp_path):
     names = lambda pattern: [name for name, _ in omini.target_layers(transformer, pattern)]  # noqa: E731
     assert names(f"({'|'.join(parts)})") == names(omini.TARGET_MODULES)
     assert omini.check_alternatives(transformer, f"({'|'.join(parts)})") == []  # it names a layer that FLUX lacks
+
+
+# The values of the six published configurations; other values are the same in all of them.
+PUBLISHED = {
+    "subject": {"condition_type": ["subject"], "image_size": 512, "padding": 8, "rank": 16, "lora_alpha": 16},
+    "spatial_alignment": {"condition_type": ["canny"]},
+    "multi_condition": {"condition_type": ["canny", "deblurring", "depth", "fill"]},
+    "feature_reuse": {"condition_type": ["canny"], "independent_condition": True},
+    "compact_token_representation": {
+        "condition_type": ["canny"],
+        "condition_size": [(256, 256)],
+        "position_scale": [2.0],
+    },
+    "token_integration": {"condition_type": ["token_integration"]},
+}
+IN_ALL = {
+    "mixed_precision": "bf16",
+    "independent_condition": False,
+    "train_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "dataloader_num_workers": 5,
+    "checkpointing_steps": 1000,
+    "validation_steps": 100,
+    "max_train_steps": None,
+    "num_train_epochs": 1000000,
+    "gradient_checkpointing": True,
+    "condition_size": [(512, 512)],
+    "target_size": (512, 512),
+    "drop_text_prob": 0.1,
+    "drop_image_prob": 0.1,
+    "rank": 4,
+    "lora_alpha": 4,
+    "target_modules": None,
+    "optimizer": "prodigy",
+    "learning_rate": 1,
+    "prodigy_use_bias_correction": True,
+    "prodigy_safeguard_warmup": True,
+    "adam_weight_decay": 0.01,
+    "max_grad_norm": 0.5,
+    "guidance_scale": 1,
+    "timestep_sampling": "sigmoid",
+    "lr_scheduler": "constant",
+    "position_scale": None,
+    "position_delta": None,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_configurations(world, tmp_path, name):
+    """examples/omini/NAME.args has the values of OminiControl's NAME.yaml."""
+    from transformers import DepthAnythingConfig
+
+    DepthAnythingConfig().save_pretrained(tmp_path / "depth-model")
+    flags = [f"@{ROOT}/examples/omini/{name}.args", "--pretrained_model_name_or_path", world["model"]]
+    flags += ["--instance_data_dir", world["pictures"], "--depth_model", tmp_path / "depth-model"]
+    flags += ["--validation_prompt", "x", "--validation_image", world["pictures"] / "1.png"]
+    args = omini.parse_args([str(flag) for flag in [*flags, "--output_dir", tmp_path / "run"]])
+    expected = IN_ALL | PUBLISHED[name]
+    assert {flag: vars(args)[flag] for flag in expected} == expected
+    places = [(spec.position_delta, spec.position_scale) for spec in omini.condition_specs(args)]
+    scale = 2 if name == "compact_token_representation" else 1
+    assert places == [((0, -32) if name == "subject" else (0, 0), scale)] * len(args.condition_type)

@@ -334,7 +334,7 @@ def test_a_batch_of_different_masks_is_its_samples_one_by_one(independent):
             transformer,
             picked,
             latent_mask=latent_mask,
-            conditions=omini.pack_conditions([clean[rows], other[rows]], specs, latent_mask),
+            conditions=omini.pack_conditions([clean[rows], other[rows]], specs, [~latent_mask, None]),
             independent_condition=independent,
         )
         assert out.shape == picked["hidden_states"].shape
@@ -360,7 +360,7 @@ def test_integrated_tokens_are_exactly_one_images():
     mask = torch.zeros(1, 3, 4, dtype=torch.bool)
     mask[0, 1, 1:3] = True
     latents = torch.arange(1 * 16 * 6 * 8.0).view(1, 16, 6, 8)
-    (outside,) = omini.pack_conditions([latents], [ConditionSpec("token_integration", (48, 64))], mask.flatten(1))
+    (outside,) = omini.pack_conditions([latents], [ConditionSpec("token_integration", (48, 64))], [~mask.flatten(1)])
     _, inside, _ = omini.select_tokens(omini.pack_latents(latents), image_ids(6, 8), mask.flatten(1))
     assert outside.hidden_states.shape[1] + inside.shape[1] == 12
     together = torch.cat([outside.ids[0], inside[0]])

@@ -1,6 +1,8 @@
 """Drawing with train_omini.py's adapters: the pipeline, examples/omini/generate.py, and agreement with training."""
 
 import json
+import random
+from pathlib import Path
 
 from common.latents import mean_latents
 from common.lora import add_lora, save_lora
@@ -11,9 +13,11 @@ import torch
 from diffusers import FluxPipeline
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 import train_omini as omini
 from examples.omini import generate
+from examples.toy.world import draw, random_scene
 from train_omini import ConditionSpec, OminiTransformer2DModel
 
 
@@ -169,8 +173,8 @@ def test_training_validation_and_generation_put_conditions_in_the_same_place(
     )
     train(
         "train_omini",
-        *("--pretrained_model_name_or_path", tiny_model, "--instance_data_dir", pictures, "--target_size", "64,96"),
-        *("--condition_type", "canny", "--condition_size", "32,48", "--position_scale", 2, "--position_delta", "1,-3"),
+        *("--pretrained_model_name_or_path", tiny_model, "--instance_data_dir", pictures, "--target_size", "96x64"),
+        *("--condition_type", "canny", "--condition_size", "48x32", "--position_scale", 2, "--position_delta", "1,-3"),
         *("--max_sequence_length", 8, "--max_train_steps", 1, "--rank", 2, "--report_to", "none"),
         *("--train_batch_size", 2, "--output_dir", tmp_path / "run", "--drop_image_prob", 0),
         *("--validation_prompt", "x", "--validation_image", pictures / "1.png", "--num_validation_images", 1),
@@ -263,6 +267,78 @@ def test_adapters_of_different_target_sizes_cover_the_same_image(adapter):
     assert (beside.size, beside.position_delta, beside.position_scale) == ((32, 32), (0, -2), 1)
 
 
+def test_files_of_the_authors_code_draw_as_ours(tiny_model, adapter, tmp_path):
+    """Their save_lora gives diffusers' names and no header: flags say what the adapter is for."""
+    (ours,) = adapter("subject", folder="ours").values()
+    with safe_open(ours, "pt") as file:
+        settings = json.loads(file.metadata()["lora_adapter_metadata"])
+    scale = settings["transformer.lora_alpha"] / settings["transformer.r"]  # their files have alpha = rank
+    theirs = tmp_path / "theirs" / "default.safetensors"
+    layers = {key.removeprefix("transformer."): value for key, value in load_file(ours).items()}
+    layers = {key: value * scale if "lora_B" in key else value for key, value in layers.items()}
+    FluxPipeline.save_lora_weights(theirs.parent, transformer_lora_layers=layers, weight_name=theirs.name)
+    picture(48, 64).save(tmp_path / "a.png")
+    shared = ["--prompt", "x", "--image", tmp_path / "a.png", "--num_inference_steps", 2, "--max_sequence_length", 8]
+    generate.main([str(flag) for flag in [ours, *shared, "--output", tmp_path / "ours.png"]])
+    say = ["--pretrained_model_name_or_path", tiny_model, "--size", 32, 32, "--condition_type", "subject"]
+    generate.main([str(flag) for flag in [theirs, *shared, *say, "--output", tmp_path / "theirs.png"]])
+    images = [np.asarray(Image.open(tmp_path / f"{name}.png")) for name in ("ours", "theirs")]
+    assert np.array_equal(*images)
+
+    say = ["--condition_type", "canny", "deblurring", "--position_delta", "0,0", "0,-3", "--independent_condition"]
+    args = generate.parse_args([str(flag) for flag in [theirs, *shared, *say, "--size", 48, 32]])
+    assert [(spec.type, spec.size, spec.position_delta) for spec in args.specs] == [
+        ("canny", (32, 48), (0, 0)),
+        ("deblurring", (32, 48), (0, -3)),
+    ]
+    assert args.run_info["independent_condition"]
+    assert args.run_info["base_model"] == "black-forest-labs/FLUX.1-dev"
+
+
+def test_adapters_of_one_name_are_combined(tiny_model, adapter, tmp_path):
+    first, second = (adapter("canny", folder=name)["canny"] for name in ("first", "second"))
+    _, specs = generate.read_metadata([first, second, first])
+    assert len({spec.adapter for spec in specs}) == 3
+    picture().save(tmp_path / "a.png")
+    flags = [first.parent, second, "--prompt", "x", "--image", tmp_path / "a.png", "--num_inference_steps", 1]
+    generate.main([str(flag) for flag in [*flags, "--output", tmp_path / "out.png"]])
+    assert (tmp_path / "out.png").exists()
+
+
+def test_the_folder_of_a_run_with_several_adapters(adapter):
+    paths = adapter("canny", "coloring", adapter_per_condition=True)
+    assert generate.adapter_files(paths["canny"].parent) == sorted(paths.values())
+    assert generate.adapter_files(paths["canny"]) == [paths["canny"]]
+
+
+def test_kept_pixels_are_those_of_the_image(tmp_path):
+    """Token integration keeps the image's own tokens: what the VAE alone does to it is all that changes."""
+    toy = Path(generate.__file__).parents[1] / "toy" / "flux"
+    pipeline = omini_pipeline(toy)
+    pipeline.set_progress_bar_config(disable=True)
+    image = draw(random_scene(random.Random(3)), 64, 64)
+    mask = np.zeros((64, 64), dtype=bool)
+    mask[16:48, 16:48] = True
+    drawn = pipeline(
+        ["a red circle"],
+        specs=[ConditionSpec("token_integration", (64, 64), adapter=None)],
+        condition_images=[image],
+        mask=mask,
+        height=64,
+        width=64,
+        num_inference_steps=2,
+        max_sequence_length=8,
+        generator=seeded(),
+    ).images[0]
+    latents = mean_latents(omini.encode_moments(pipeline.vae, omini.to_tensor(image)[None]), pipeline.vae.config)
+    through_vae = pipeline.image_processor.postprocess(omini.decode_latents(pipeline.vae, latents).detach())[0]
+    error, bar = (
+        np.abs(np.asarray(result, dtype=float) - np.asarray(image))[~mask].mean() for result in (drawn, through_vae)
+    )
+    print(f"kept pixels differ by {error:.2f} grey levels, {bar:.2f} of them by the VAE alone")
+    assert error <= bar + 0.8
+
+
 def test_what_cannot_be_drawn_is_said(adapter, tmp_path, capsys):
     canny = str(adapter("canny")["canny"])
     fill = str(adapter("fill", folder="fill")["fill"])
@@ -276,14 +352,20 @@ def test_what_cannot_be_drawn_is_said(adapter, tmp_path, capsys):
         assert json.loads(file.metadata()["omini"])["base_model"]
     from safetensors.torch import save_file
 
-    save_file({"a": torch.zeros(1)}, plain)
+    save_file({"transformer.x_embedder.lora_A.weight": torch.zeros(1, 1)}, plain)
     for flags, message in (
         ([canny], "exactly one of --image and --condition is needed"),
         ([canny, "--image", image, image], "2 images for 1 conditions: canny"),
         ([canny, "--image", str(tmp_path / "no.png")], "no.png: no such file"),
         ([str(plain), "--image", image], "its header names no conditions"),
         ([canny, other, "--image", image], "trained with another --independent_condition"),
-        ([canny, canny, "--image", image], "two of the adapters have the same name"),
+        ([canny, "--image", image, "--condition_type", "canny"], "--condition_type has no effect"),
+        (
+            [str(plain), "--image", image, "--condition_type", "canny", "--position_delta", "0,0", "0,0"],
+            "has 2 values",
+        ),
+        ([str(plain), str(plain), "--condition_type", "canny", "--image", image], "1 types for 2 files"),
+        ([str(tmp_path / "nowhere"), "--image", image], "no such file or folder"),
         ([canny, "--image", image, "--mask", mask], "--mask has no effect"),
         ([fill, "--image", image], "--mask is needed"),
         ([fill, "--image", image, "--mask", mask], "is 16 x 16 pixels"),

@@ -488,6 +488,86 @@ def test_a_class_of_ones_own_and_columns_of_a_folder(train, flags, pictures, tmp
     assert all(np.array_equal(example.image(), example.images["condition_0"].image()) for example in examples)
 
 
+TENSORS = """
+import torch
+
+class Integrated:
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, i):
+        mask = torch.tensor([True, False, False, i == 0])
+        image = torch.linspace(0, 1, 3 * 32 * 32).reshape(3, 32, 32)
+        return {
+            "image": image,
+            "image_latent_mask": ~mask,
+            "condition_0": image,
+            "condition_type_0": "custom",
+            "condition_latent_mask_0": mask,
+            "description": f"picture {i}",
+        }
+
+class Short(Integrated):
+    def __getitem__(self, i):
+        return super().__getitem__(i) | {"condition_latent_mask_0": torch.ones(3)}
+
+class Wrong(Integrated):
+    def __getitem__(self, i):
+        return super().__getitem__(i) | {"condition_0": -torch.ones(3, 32, 32)}
+"""
+
+
+def test_a_class_of_tensors_with_latent_masks(train, flags, tmp_path, monkeypatch):
+    """Items as those of OminiControl's datasets: tensors in [0, 1], no position_delta, masks of tokens."""
+    (tmp_path / "own.py").write_text(TENSORS)
+    own = [*without_source(flags), "--condition_type", "custom", "--drop_image_prob", 1, "--max_train_steps", 1]
+
+    def of_class(name):
+        return [*own, "--dataset_class", f"{tmp_path / 'own.py'}:{name}", "--output_dir", tmp_path / name]
+
+    args = omini.parse_args([str(flag) for flag in of_class("Integrated")])
+    examples, problems = omini.find_examples(args)
+    assert not problems
+    specs = omini.condition_specs(args, examples[0].columns["positions"])
+    assert specs[0].position_delta == (0, 0)
+    sample = omini.OminiDataset(examples, specs, args)[0, 1]
+    assert sample["latent_masks"]["image"].tolist() == [False, True, True, True]
+    assert sample["latent_masks"]["condition_0"].tolist() == [True, False, False, False]
+    values = sample["pixel_values"]
+    assert torch.equal(values["image"], values["condition_0"])  # a part of the image is never dropped
+    wanted = torch.linspace(0, 1, 3 * 32 * 32).reshape(3, 32, 32)
+    assert ((values["image"] + 1) / 2 - wanted).abs().max() <= 0.5 / 255 + 1e-6
+
+    seen, honest = [], omini.OminiTransformer2DModel.transformer_forward
+    monkeypatch.setattr(
+        omini.OminiTransformer2DModel, "transformer_forward", lambda self, **k: seen.append(k) or honest(self, **k)
+    )
+    train(SCRIPT, *of_class("Integrated"))
+    assert sorted(seen[0]["latent_mask"].sum(dim=1).tolist()) == [2, 3]
+    assert seen[0]["conditions"][0].hidden_states.shape[1] == 2
+    for name, message in (("Short", "3 of 3 tokens"), ("Wrong", "from -1 to -1: expected [3, H, W] in [0, 1]")):
+        args = omini.parse_args([str(flag) for flag in of_class(name)])
+        assert message in " ".join(omini.find_examples(args)[1])
+
+
+def test_what_is_dropped_and_masked_for_token_integration(flags, pictures):
+    """As OminiControl: the text may be dropped, the kept part of the image never; holes of 12 % or all but that."""
+    flags = [*flags, "--condition_type", "token_integration", "canny", "--drop_image_prob", 1]
+    args = omini.parse_args([str(flag) for flag in flags])
+    examples, _ = omini.find_examples(args)
+    dataset = omini.OminiDataset(examples, omini.condition_specs(args), args)
+    sample = dataset[0, 1]
+    assert sample["pixel_values"]["condition_1"].max() == -1
+    assert sample["pixel_values"]["condition_0"].max() > -1
+    assert torch.equal(sample["latent_masks"]["image"], ~sample["latent_masks"]["condition_0"])
+
+    rng = np.random.default_rng(0)
+    shares = np.array([omini.random_mask(rng, 32, 32).mean() for _ in range(4000)])
+    assert 0 < shares.min() < shares.max() < 1
+    assert abs(shares.mean() - 0.5) < 0.02
+    assert 0.115 < np.minimum(shares, 1 - shares).mean() < 0.13
+
+
 def test_a_datasets_folder_with_masks_of_any_shape(train, flags, pictures, tmp_path):
     """Parquet with image, prompt and mask; not square; token integration with holes of different sizes in a batch."""
     import datasets
@@ -510,7 +590,7 @@ def test_a_datasets_folder_with_masks_of_any_shape(train, flags, pictures, tmp_p
         SCRIPT,
         *without_source(flags),
         *source,
-        *("--condition_type", "token_integration", "--target_size", "48,64", "--train_batch_size", 5),
+        *("--condition_type", "token_integration", "--target_size", "64x48", "--train_batch_size", 5),
         *("--cache_dir", tmp_path / "cache", "--output_dir", tmp_path / "run"),
     )
     assert np.isfinite(losses(tmp_path / "run")).all()

@@ -1,16 +1,21 @@
 """Generates images that follow conditions, with the adapters of train_omini.py.
 
     python examples/omini/generate.py canny/canny.safetensors --prompt "a cat on a sofa" --image cat.png
-    python examples/omini/generate.py fill/fill.safetensors --prompt "a hat" --image cat.png --mask mask.png
+    python examples/omini/generate.py fill --prompt "a hat" --image cat.png --mask mask.png
 
-The files' headers say what was trained: condition types, sizes, positions and the attention rule need not be repeated.
+An adapter is a file, a run's folder or a checkpoint. The files' headers say what was trained: condition types, sizes,
+positions and the attention rule need not be repeated. Files of OminiControl's own code have no such header:
+
+    python examples/omini/generate.py subject_512.safetensors --condition_type subject --prompt "a cup" --image cup.png
+
 --image is an image to make each condition from, as in training; --condition is the condition itself.
 """
 
 import argparse
 import json
 import sys
-from dataclasses import replace
+from argparse import Namespace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,13 +29,19 @@ from common.arguments import expanded_path
 from common.checkpoints import unused_path
 from common.data import Size, fit, fit_mask, open_image, upright
 from common.latents import PATCH
+from common.lora import find_lora
 
 from train_omini import (
+    CONDITION_TYPES,
+    DEPTH_MODEL,
     MASKED_CONDITIONS,
     ConditionSpec,
     OminiPipeline,
     OminiTransformer2DModel,
+    condition_specs,
     convert_to_condition,
+    image_size,
+    offset,
     to_latent_mask,
     to_pixel_mask,
 )
@@ -43,13 +54,37 @@ def parse_args(argv=None):
         formatter_class=argparse.RawTextHelpFormatter,
     )
     parser.register("type", Path, expanded_path)
-    parser.add_argument("adapters", nargs="+", type=Path, help="adapter files of train_omini.py")
+    parser.add_argument("adapters", nargs="+", type=Path, help="adapters: files, run folders or checkpoints")
     parser.add_argument("--prompt", required=True, nargs="+", help="prompts, one image each")
     parser.add_argument("--image", nargs="+", type=Path, help="image to make all conditions from, or one for each")
     parser.add_argument("--condition", nargs="+", type=Path, help="the conditions themselves, one for each")
     parser.add_argument("--mask", type=Path, help="mask of fill or token_integration: white where to generate")
     parser.add_argument("--pretrained_model_name_or_path", help="base model (default: as trained)")
     parser.add_argument("--size", nargs=2, type=int, metavar=("WIDTH", "HEIGHT"), help="default: as trained")
+    plain = parser.add_argument_group("adapter files without a header of train_omini.py, such as OminiControl's own")
+    plain.add_argument("--condition_type", nargs="+", choices=CONDITION_TYPES, help="types of their conditions")
+    plain.add_argument(
+        "--condition_size",
+        nargs="+",
+        type=image_size,
+        metavar="SIZE",
+        help="SIDE or WIDTHxHEIGHT, of all or of each (default: that of the image, half of it for sr)",
+    )
+    plain.add_argument(
+        "--position_delta",
+        nargs="+",
+        type=offset,
+        metavar="DOWN,RIGHT",
+        help="shift in tokens of 16 pixels, of all or of each (default: 0,0; subject and sr: to the left)",
+    )
+    plain.add_argument(
+        "--position_scale",
+        nargs="+",
+        type=float,
+        metavar="SCALE",
+        help="image tokens per condition token, of all or of each (default: from the sizes)",
+    )
+    plain.add_argument("--independent_condition", action="store_true", help="trained with independent_condition")
     parser.add_argument("--style_lora", type=Path, help="LoRA that text and image pass, beside the conditions' own")
     parser.add_argument("--depth_model", help="depth estimation model (default: as trained)")
     parser.add_argument("--num_inference_steps", type=int, default=28, help="denoising steps; 4 for schnell")
@@ -65,40 +100,96 @@ def parse_args(argv=None):
     parser.add_argument("--output", type=Path, default=Path("image.png"), help="several prompts: image-0.png, ...")
     args = parser.parse_args(argv)
     try:
-        args.run_info, args.specs = read_metadata(args.adapters)
+        args.adapters = [file for path in args.adapters for file in adapter_files(path)]
+        args.run_info, args.specs = read_metadata(args.adapters, args)
         check_args(args)
         args.height, args.width = args.size[::-1] if args.size else args.run_info["target_size"]
         args.pixel_mask = read_mask(args) if args.mask else None
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     return args
 
 
-def read_metadata(paths):
-    """What the adapters' headers say: (that of the first file, the specs of all conditions in the order of the files).
+def adapter_files(path):
+    """The files that a path means: itself, or those of a run's folder or a checkpoint, several if each condition was
+    trained with an adapter of its own. Raises OSError or ValueError if there is none."""
+    if path.is_dir():
+        files = [file for file in sorted(path.glob("*.safetensors")) if read_header(file)]
+        if files:
+            return files
+    return [find_lora(path)[0]]
 
-    Conditions of an adapter that was trained at another target_size than the first are scaled to it.
+
+def read_header(path):
+    """What train_omini.py says in the header of an adapter's file; None for other files. Raises ValueError."""
+    try:
+        with safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get("omini")
+    except Exception as error:  # safetensors raises a kind of its own beside OSError
+        raise ValueError(f"{path}: not a readable LoRA file ({error})") from None
+    return text and json.loads(text)
+
+
+def plain_headers(args, num_files, first_header):
+    """What train_omini.py would say in the headers of files that have none, from the flags: all of --condition_type is
+    one file's, or of several files one each."""
+    types = args.condition_type
+    for name in ("condition_size", "position_delta", "position_scale"):
+        given = getattr(args, name)
+        if given and len(given) not in (1, len(types)):
+            raise ValueError(
+                f"--{name} has {len(given)} values for the {len(types)} of --condition_type: give 1 or each"
+            )
+    if num_files not in (1, len(types)):
+        raise ValueError(f"--condition_type names {len(types)} types for {num_files} files without a header")
+    header = first_header or {
+        "base_model": "black-forest-labs/FLUX.1-dev",
+        "target_size": (512, 512),
+        "max_sequence_length": 512,
+        "depth_model": DEPTH_MODEL,
+    }
+    target_size = args.size[::-1] if args.size else header["target_size"]
+    flags = {**vars(args), "target_size": target_size, "adapter_per_condition": num_files > 1}
+    header = {**header, "target_size": target_size, "independent_condition": args.independent_condition}
+    conditions = [asdict(spec) for spec in condition_specs(Namespace(**flags))]
+    if num_files == 1:
+        return [{**header, "conditions": conditions}]
+    return [{**header, "conditions": [fields]} for fields in conditions]
+
+
+def read_metadata(paths, args=None):
+    """What the adapters were trained for: (what the first header says, the specs of all conditions in the order of the
+    files). For files without a header, the flags in `args` say it.
+
+    Conditions of an adapter that was trained at another target_size than the first are scaled to it. Adapters of the
+    same name get different ones.
     """
-    run_info = None
+    headers = [read_header(path) for path in paths]
+    without = [path for path, header in zip(paths, headers, strict=True) if header is None]
+    given_types = args.condition_type if args else None
+    if without and not given_types:
+        raise ValueError(
+            f"{without[0]}: its header names no conditions: say what it was trained for, --condition_type"
+        )
+    if given_types and not without:
+        raise ValueError("--condition_type has no effect: the adapters' headers name their conditions")
+    if without:
+        made = plain_headers(args, len(without), next((header for header in headers if header), None))
+        headers = [header or made.pop(0) for header in headers]
+    run_info = headers[0]
     specs = []
-    for path in paths:
-        try:
-            with safe_open(path, "pt") as file:
-                text = (file.metadata() or {}).get("omini")
-        except Exception as error:  # safetensors raises a kind of its own beside OSError
-            raise ValueError(f"{path}: not a readable LoRA file ({error})") from None
-        if text is None:
-            raise ValueError(f"{path}: its header names no conditions, it is not an adapter of train_omini.py")
-        own_info = json.loads(text)
-        run_info = run_info or own_info
+    names = set()
+    for path, own_info in zip(paths, headers, strict=True):
         if own_info["independent_condition"] != run_info["independent_condition"]:
             raise ValueError(f"{path}: trained with another --independent_condition than {paths[0]}")
+        trained_name = name = own_info["conditions"][0]["adapter"]
+        while name in names:
+            name = f"{trained_name}_{len(names) + 1}"
+        names.add(name)
         for fields in own_info["conditions"]:
-            spec = ConditionSpec(**{name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()})
+            fields = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
+            spec = ConditionSpec(**{**fields, "adapter": name})
             specs.append(scaled(spec, own_info["target_size"], run_info["target_size"]))
-    names = [spec.adapter for spec in specs]
-    if len(set(names)) != len(paths):
-        raise ValueError(f"two of the adapters have the same name: {', '.join(names)}")
     return run_info, specs
 
 
@@ -168,7 +259,7 @@ def read_condition_images(args, specs):
         image = fit(upright(open_image(path)), spec.size)
         if args.image and spec.type == "depth":
             image = estimate_depth(image, args.depth_model or args.run_info["depth_model"])
-        elif args.image or spec.type == "token_integration":
+        elif args.image and spec.type != "token_integration":  # the pipeline takes that one's image as it is
             image = convert_to_condition(spec.type, image, rng=rng, mask=args.pixel_mask)
         images.append(image)
     return images
