@@ -48,6 +48,7 @@ import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import product, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,7 @@ from diffusers.pipelines.flux.pipeline_flux import FluxPipelineOutput
 from diffusers.training_utils import compute_loss_weighting_for_sd3, offload_models
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image, ImageFilter
+from safetensors import safe_open
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import MODEL_FOR_DEPTH_ESTIMATION_MAPPING, AutoConfig, T5Config
@@ -1982,9 +1984,8 @@ def add_adapters(transformer, specs, args):
             target_modules=lora_targets(args),
             adapter_name=name,
         )
-    if args.lora_path:
-        for name, path in zip(names, args.lora_path, strict=True):
-            start_from_lora(path, {"transformer": transformer}, adapter_name=name)
+    for name, path in match_lora_paths(args, specs).items():
+        start_from_lora(path, {"transformer": transformer}, adapter_name=name)
 
 
 def adapter_files(args, specs):
@@ -1995,6 +1996,60 @@ def adapter_files(args, specs):
     if len(names) == 1:
         return {names[0]: lora_file(args.output_dir, args.output_name)}
     return {name: lora_file(args.output_dir, f"{args.output_name}-{name}") for name in names}
+
+
+def read_header(path):
+    """What `adapter_metadata` says in the header of an adapter's file; None for a file without. Raises ValueError."""
+    try:
+        with safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get("omini")
+    except Exception as error:  # safetensors raises a kind of its own beside OSError
+        raise ValueError(f"{path}: not a readable LoRA file ({error})") from None
+    return text and json.loads(text)
+
+
+def match_lora_paths(args, specs):
+    """{adapter name: its file of --lora_path}: that of the most similar conditions, by its header."""
+    own_specs = {name: [spec for spec in specs if spec.adapter == name] for name in adapter_names(specs)}
+
+    def mismatch(pair):
+        name, path = pair
+        differences = trained_differently(path, args, own_specs[name])
+        return (any(text.startswith("type") for text in differences), len(differences))
+
+    left = list(args.lora_path or [])
+    paths = {}
+    while left:
+        name, path = min(product([name for name in own_specs if name not in paths], left), key=mismatch)
+        paths[name] = path
+        left.remove(path)
+    return paths
+
+
+def as_typed(name, value):
+    """A field of a ConditionSpec, or what a header holds of it, as its flag is typed."""
+    if name == "size" and value:
+        return size_text(value)
+    if name == "position_delta" and value:
+        return f"{value[0]:g},{value[1]:g}"
+    return value
+
+
+def trained_differently(path, args, specs):
+    """What a file of --lora_path was trained for that differs from an adapter's conditions, in words."""
+    header = read_header(path)
+    if header is None:
+        return ["its header does not say for which condition"]
+    differences = []
+    for trained, wanted in zip_longest(header["conditions"], [asdict(spec) for spec in specs], fillvalue={}):
+        for name in ("type", "size", "position_delta", "position_scale"):
+            before = as_typed(name, trained.get(name))
+            now = as_typed(name, wanted.get(name))
+            if before != now:
+                differences.append(f"{name} {before} instead of {now}")
+    if header["independent_condition"] != args.independent_condition:
+        differences.append(f"independent_condition {header['independent_condition']}")
+    return differences
 
 
 def adapter_metadata(args, specs, adapter):
@@ -2142,6 +2197,10 @@ def describe_run(args, dataset):
             f"{spec.type} of {size_text(spec.size)} px, moved by {down:g},{right:g}, scale {spec.position_scale:g}, "
             f"adapter {spec.adapter}"
         )
+    for name, path in match_lora_paths(args, dataset.specs).items():
+        own_specs = [spec for spec in dataset.specs if spec.adapter == name]
+        differences = trained_differently(path, args, own_specs)
+        run_info[f"{name} from"] = f"{path}{', trained with ' if differences else ''}{', '.join(differences)}"
     return run_info
 
 

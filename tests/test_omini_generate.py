@@ -360,6 +360,7 @@ def test_what_cannot_be_drawn_is_said(adapter, tmp_path, capsys):
         ([str(plain), "--image", image], "its header names no conditions"),
         ([canny, other, "--image", image], "trained with another --independent_condition"),
         ([canny, "--image", image, "--condition_type", "canny"], "--condition_type has no effect"),
+        ([canny, "--image", image, "--position_delta", "0,1"], "--position_delta has no effect"),
         (
             [str(plain), "--image", image, "--condition_type", "canny", "--position_delta", "0,0", "0,0"],
             "has 2 values",

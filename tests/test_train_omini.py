@@ -11,6 +11,8 @@ import subprocess
 import sys
 import tarfile
 
+from common.lora import save_lora
+
 import numpy as np
 import pytest
 import torch
@@ -23,6 +25,7 @@ from safetensors.torch import load_file
 from test_faults import slow_writer
 
 import train_omini as omini
+from examples.omini import generate
 from examples.toy.world import caption, draw, random_scene
 
 
@@ -236,6 +239,58 @@ def test_going_on_from_a_saved_adapter(train, flags, tmp_path):
     first, second = weights(tmp_path / "first"), weights(tmp_path / "second")
     assert max(float((first[key] - second[key]).abs().max()) for key in first) < 1e-9
     assert max(float(value.abs().max()) for key, value in first.items() if "lora_B" in key) > 1e-3
+
+
+def test_saved_adapters_find_their_conditions(flags, tmp_path):
+    """--lora_path in another order, and of another task: each file goes to the conditions that its header names."""
+    flags = [*flags, "--output_dir", tmp_path / "run"]
+
+    def parse(*more):
+        return omini.parse_args([str(flag) for flag in [*flags, *more]])
+
+    def write(*types):
+        args = parse("--condition_type", *types)
+        specs = omini.condition_specs(args)
+        transformer = omini.OminiTransformer2DModel.from_pretrained(flags[1], subfolder="transformer")
+        omini.add_adapters(transformer, specs, args)
+        (name,) = omini.adapter_names(specs)
+        header = omini.adapter_metadata(args, specs, name)
+        path = tmp_path / f"{name}.safetensors"
+        save_lora(tmp_path, {"transformer": transformer}, adapter_name=name, weight_name=path.name, header=header)
+        return path
+
+    canny, coloring, depth = write("canny"), write("coloring"), write("deblurring")
+    for paths, expected, said in (
+        ([canny, coloring], [canny, coloring], None),
+        ([coloring, canny], [canny, coloring], None),
+        ([depth, canny], [canny, depth], "type deblurring instead of coloring"),
+    ):
+        args = parse("--condition_type", "canny", "coloring", "--adapter_per_condition", "--lora_path", *paths)
+        specs = omini.condition_specs(args)
+        assert omini.match_lora_paths(args, specs) == dict(zip(("canny", "coloring"), expected, strict=True))
+        run_info = omini.describe_run(args, omini.OminiDataset([], specs, args))
+        assert run_info["canny from"] == str(canny)
+        assert run_info["coloring from"] == (f"{depth}, trained with {said}" if said else str(coloring))
+
+
+def test_a_checkpoint_draws_as_the_result(train, flags, pictures, tmp_path):
+    """Its LoRA files have the header of the run's own."""
+    run = tmp_path / "run"
+    conditions = ("--condition_type", "coloring", "subject", "--condition_column", "pose", "--adapter_per_condition")
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name in ("a", "b"):
+        shutil.copy(pictures / "1.png", folder / f"{name}.png")
+    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "pose": "b.png", "text": "x"}))
+    conditions = (*conditions, "--instance_data_dir", folder, "--checkpointing_steps", 2, "--max_train_steps", 2)
+    train(SCRIPT, *flags, *conditions, "--output_dir", run)
+    images = []
+    for source in (run, run / "checkpoint-2"):
+        output = tmp_path / f"{source.name}.png"
+        command = [source, "--prompt", "x", "--image", pictures / "1.png", "--num_inference_steps", 1]
+        generate.main([str(word) for word in [*command, "--output", output]])
+        images.append(np.asarray(Image.open(output)))
+    assert np.array_equal(*images)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ positions and the attention rule need not be repeated. Files of OminiControl's o
 """
 
 import argparse
-import json
 import sys
 from argparse import Namespace
 from dataclasses import asdict, replace
@@ -20,12 +19,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
 
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from common.arguments import expanded_path
+from common.arguments import expanded_path, positive_float
 from common.checkpoints import unused_path
 from common.data import Size, fit, fit_mask, open_image, upright
 from common.latents import PATCH
@@ -42,9 +40,14 @@ from train_omini import (
     convert_to_condition,
     image_size,
     offset,
+    read_header,
     to_latent_mask,
     to_pixel_mask,
 )
+
+
+# what the headers of train_omini.py say, and flags of files without
+PLAIN_FLAGS = ("condition_type", "condition_size", "position_delta", "position_scale", "independent_condition")
 
 
 def parse_args(argv=None):
@@ -80,7 +83,7 @@ def parse_args(argv=None):
     plain.add_argument(
         "--position_scale",
         nargs="+",
-        type=float,
+        type=positive_float,
         metavar="SCALE",
         help="image tokens per condition token, of all or of each (default: from the sizes)",
     )
@@ -120,16 +123,6 @@ def adapter_files(path):
     return [find_lora(path)[0]]
 
 
-def read_header(path):
-    """What train_omini.py says in the header of an adapter's file; None for other files. Raises ValueError."""
-    try:
-        with safe_open(path, "pt") as file:
-            text = (file.metadata() or {}).get("omini")
-    except Exception as error:  # safetensors raises a kind of its own beside OSError
-        raise ValueError(f"{path}: not a readable LoRA file ({error})") from None
-    return text and json.loads(text)
-
-
 def plain_headers(args, num_files, first_header):
     """What train_omini.py would say in the headers of files that have none, from the flags: all of --condition_type is
     one file's, or of several files one each."""
@@ -166,13 +159,13 @@ def read_metadata(paths, args=None):
     """
     headers = [read_header(path) for path in paths]
     without = [path for path, header in zip(paths, headers, strict=True) if header is None]
-    given_types = args.condition_type if args else None
-    if without and not given_types:
+    flags = [name for name in PLAIN_FLAGS if args and vars(args)[name]]
+    if without and "condition_type" not in flags:
         raise ValueError(
             f"{without[0]}: its header names no conditions: say what it was trained for, --condition_type"
         )
-    if given_types and not without:
-        raise ValueError("--condition_type has no effect: the adapters' headers name their conditions")
+    if flags and not without:
+        raise ValueError(f"--{flags[0]} has no effect: the adapters' headers say it of their conditions")
     if without:
         made = plain_headers(args, len(without), next((header for header in headers if header), None))
         headers = [header or made.pop(0) for header in headers]
@@ -182,9 +175,9 @@ def read_metadata(paths, args=None):
     for path, own_info in zip(paths, headers, strict=True):
         if own_info["independent_condition"] != run_info["independent_condition"]:
             raise ValueError(f"{path}: trained with another --independent_condition than {paths[0]}")
-        trained_name = name = own_info["conditions"][0]["adapter"]
+        name = own_info["conditions"][0]["adapter"]
         while name in names:
-            name = f"{trained_name}_{len(names) + 1}"
+            name += "_2"
         names.add(name)
         for fields in own_info["conditions"]:
             fields = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
