@@ -219,7 +219,7 @@ def test_what_lands_in_output_dir(train, run_program, flags, pictures, tmp_path)
     pipeline = FluxPipeline.from_pretrained(flags[1])
     pipeline.load_lora_weights(run, weight_name="canny.safetensors")
     layer = pipeline.transformer.transformer_blocks[0].attn.to_q
-    assert layer.scaling["default_0"] == 2  # alpha 4, rank 2
+    assert layer.scaling["default_0"] == 1  # alpha / rank = 2 is in lora_B
     saved = load_file(run / "canny.safetensors")["transformer.transformer_blocks.0.attn.to_q.lora_A.weight"]
     assert torch.equal(layer.lora_A["default_0"].weight, saved)
 
