@@ -306,6 +306,9 @@ def test_the_reference_regex_and_adapters_of_another_rank(world, tmp_path):
     names = lambda pattern: [name for name, _ in omini.target_layers(transformer, pattern)]  # noqa: E731
     assert names(f"({'|'.join(parts)})") == names(omini.TARGET_MODULES)
     assert omini.check_alternatives(transformer, f"({'|'.join(parts)})") == []  # it names a layer that FLUX lacks
+    attention_only = "|".join(part for part in parts if part[-1] in "qkv")
+    assert omini.check_alternatives(transformer, f"({attention_only})") == []
+    assert {name.rpartition(".")[2] for name in names(f"({attention_only})")} == {"to_q", "to_k", "to_v"}
 
 
 # The values of the six published configurations; other values are the same in all of them.
