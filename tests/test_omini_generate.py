@@ -311,6 +311,18 @@ def test_the_folder_of_a_run_with_several_adapters(adapter):
     assert generate.adapter_files(paths["canny"]) == [paths["canny"]]
 
 
+def test_the_mask_belongs_to_the_masked_conditions_image(adapter, tmp_path):
+    canny, fill = adapter("canny")["canny"], adapter("fill", folder="fill")["fill"]
+    for name, side in (("large", 64), ("small", 16)):
+        picture(side, side).save(tmp_path / f"{name}.png")
+    mask = Image.new("L", (16, 16))
+    mask.paste(255, (0, 0, 8, 8))
+    mask.save(tmp_path / "mask.png")
+    flags = [canny, fill, "--prompt", "x", "--image", tmp_path / "large.png", tmp_path / "small.png"]
+    args = generate.parse_args([str(flag) for flag in [*flags, "--mask", tmp_path / "mask.png"]])
+    assert args.pixel_mask.mean() == 0.25
+
+
 def test_what_is_kept_are_the_images_own_tokens():
     """Not those of the condition, whose black hole the VAE spreads into its surroundings."""
     pipeline = omini_pipeline(Path(generate.__file__).parents[1] / "toy" / "flux")

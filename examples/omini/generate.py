@@ -214,7 +214,9 @@ def check_args(args):
 
 def read_mask(args):
     """--mask at the size of the image, boolean [H, W]: whole tokens for token_integration. Raises ValueError."""
-    image_path = (args.image or args.condition)[0]
+    paths = args.image or args.condition
+    masked = next(i for i, spec in enumerate(args.specs) if spec.type in MASKED_CONDITIONS)
+    image_path = paths[masked] if len(paths) > 1 else paths[0]
     mask = upright(open_image(args.mask))
     image = upright(open_image(image_path))
     if mask.size != image.size:
