@@ -307,8 +307,13 @@ def test_adapters_of_one_name_are_combined(tiny_model, adapter, tmp_path):
 
 def test_the_folder_of_a_run_with_several_adapters(adapter):
     paths = adapter("canny", "coloring", adapter_per_condition=True)
-    assert generate.adapter_files(paths["canny"].parent) == sorted(paths.values())
-    assert generate.adapter_files(paths["canny"]) == [paths["canny"]]
+    assert generate.lora_files(paths["canny"].parent) == sorted(paths.values())
+    named = paths["canny"].parents[1] / "named"  # as with --output_name named
+    named.mkdir()
+    (named / "args.json").write_text("{}")
+    beside = [path.rename(named.with_name(f"named-{path.name}")) for path in paths.values()]
+    assert generate.lora_files(named) == sorted(beside)
+    assert generate.lora_files(beside[0]) == [beside[0]]
 
 
 def test_the_mask_belongs_to_the_masked_conditions_image(adapter, tmp_path):

@@ -103,7 +103,7 @@ def parse_args(argv=None):
     parser.add_argument("--output", type=Path, default=Path("image.png"), help="several prompts: image-0.png, ...")
     args = parser.parse_args(argv)
     try:
-        args.adapters = [file for path in args.adapters for file in adapter_files(path)]
+        args.adapters = [file for path in args.adapters for file in lora_files(path)]
         args.run_info, args.specs = read_metadata(args.adapters, args)
         check_args(args)
         args.height, args.width = args.size[::-1] if args.size else args.run_info["target_size"]
@@ -113,13 +113,17 @@ def parse_args(argv=None):
     return args
 
 
-def adapter_files(path):
+def lora_files(path):
     """The files that a path means: itself, or those of a run's folder or a checkpoint, several if each condition was
     trained with an adapter of its own. Raises OSError or ValueError if there is none."""
-    if path.is_dir():
-        files = [file for file in sorted(path.glob("*.safetensors")) if read_header(file)]
-        if files:
-            return files
+    folder = path.resolve()
+    if folder.is_dir():
+        inside = folder.glob("*.safetensors")
+        beside = folder.parent.glob(f"{folder.name}-*.safetensors") if (folder / "args.json").is_file() else []
+        for files in (sorted(inside), sorted(beside)):  # --output_name puts them beside the folder
+            files = [file for file in files if read_header(file)]
+            if files:
+                return files
     return [find_lora(path)[0]]
 
 
