@@ -236,7 +236,12 @@ def parse_args(argv=None):
     arg("--repeats", type=positive_int, default=1, help="times each image is used per epoch, each with its own crop")
     arg("--resolution", type=side, default=512, help="side in pixels that images are resized and cropped to")
     arg("--aspect_ratio_buckets", metavar="H,W;H,W", help="sizes instead of --resolution; an image gets the nearest")
-    arg("--center_crop", action="store_true", help="crop the center (default: a random part, fixed for each image)")
+    arg(
+        "--center_crop",
+        action=Switch,
+        default=False,
+        help="crop the center (default: a random part, fixed for each image)",
+    )
     arg("--random_flip", action="store_true", help="mirror half of the samples; not for faces, text or logos")
     arg("--image_interpolation_mode", choices=INTERPOLATION, default="lanczos", help="filter for resizing images")
     arg("--train_batch_size", type=positive_int, default=4, help="images per device and forward pass")

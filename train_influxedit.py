@@ -232,7 +232,7 @@ def parse_args(argv=None):
         help="long edge in pixels; of several, such as 512,768,1024, each batch uses one at random; both sides are "
         "rounded to multiples of 16",
     )
-    arg("--center_crop", action="store_true", help="crop the center instead of a random part")
+    arg("--center_crop", action=Switch, default=False, help="crop the center instead of a random part")
     arg("--random_flip", action="store_true", help="mirror half of the samples; not for faces, text or logos")
     arg("--image_interpolation_mode", choices=INTERPOLATION, default="lanczos", help="filter for resizing images")
     arg("--train_batch_size", type=positive_int, default=4, help="images per device and forward pass")

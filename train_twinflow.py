@@ -127,6 +127,7 @@ from common.lora import (
 )
 from common.models import (
     QUANTIZATIONS,
+    check_names,
     check_weights,
     compile_blocks,
     full_tensor,
@@ -172,16 +173,17 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
+from diffusers.models.embeddings import Timesteps
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import free_memory, offload_models
 from diffusers.utils import logging as diffusers_logging
-from huggingface_hub import save_torch_state_dict
+from huggingface_hub import save_torch_state_dict, snapshot_download
 from PIL import Image
 from safetensors import safe_open
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
 
@@ -206,9 +208,31 @@ TWINFLOW = {
     "ema_decay_rate": 0.99,
 }
 LORA = {"training": "lora", "rank": 64, "lora_alpha": 64.0}
-FIRST_ORDER_LORA = TWINFLOW | LORA | {"probs": "e2e=1,mul=1,adv=1,one=1", "estimate_order": 1, "ema_decay_rate": 0.0}
+FIRST_ORDER = {"probs": "e2e=1,mul=1,adv=1,one=1", "estimate_order": 1, "ema_decay_rate": 0.0}
 FROZEN_TEACHER = {"ema_decay_rate": 1.0, "enhanced_ratio": 4.0}
+
+AUTHORS = TWINFLOW | {  # what all configurations of the authors' code have in common
+    "enhanced_range": (0.0, 1.0),
+    "loss_type": "barron",
+    "time_dist_ctrl": (1.0, 1.0, 1.0),
+    "resolution": 512,
+    "center_crop": True,
+    "image_interpolation_mode": "bilinear",
+    "num_train_epochs": 4,
+    "gradient_accumulation_steps": 1,
+    "optimizer": "adamw",
+    "learning_rate": 1e-4,
+    "lr_scheduler": "constant",
+    "adam_beta1": 0.9,
+    "adam_weight_decay": 0.0,
+    "max_grad_norm": 1.0,
+}
+OPENUNI = AUTHORS | {"model_type": "openuni", "dist_match_cof": 0.75, "train_batch_size": 16, "adam_beta2": 0.95}
+SD35 = AUTHORS | {"model_type": "sd3", "dist_match_cof": 0.5, "train_batch_size": 8, "adam_beta2": 0.99}
+QWENIMAGE = AUTHORS | {"model_type": "qwenimage", "dist_match_cof": 0.5, "train_batch_size": 4, "adam_beta2": 0.99}
+
 RECIPES = {
+    # ours
     "twinflow": TWINFLOW,
     "rcgm": TWINFLOW | {"probs": "e2e=1,mul=1,any=1", "dist_match_cof": 0.0},
     "flow-matching": {
@@ -218,10 +242,25 @@ RECIPES = {
         "enhanced_ratio": 0.0,
         "ema_decay_rate": 0.0,
     },
-    "lora-1order": FIRST_ORDER_LORA,
-    "lora-1order-teacher": FIRST_ORDER_LORA | FROZEN_TEACHER,
+    "lora-1order": TWINFLOW | LORA | FIRST_ORDER,
+    "lora-1order-teacher": TWINFLOW | LORA | FIRST_ORDER | FROZEN_TEACHER,
     "lora-2order": TWINFLOW | LORA,
     "image-free": TWINFLOW | FROZEN_TEACHER | {"image_free": True},
+    # the authors', named after their files
+    "openuni_full": OPENUNI | {"training": "full", "ema_decay_rate": 0.999, "target_time_init": "normal"},
+    "openuni_full_imgfree": OPENUNI
+    | {"training": "full", "target_time_init": "normal", "image_free": True}
+    | FROZEN_TEACHER,
+    "openuni_lora_1order": OPENUNI | LORA | FIRST_ORDER,
+    "openuni_lora_2order": OPENUNI | LORA,
+    "sd35_full": SD35
+    | {"training": "full", "target_time_init": "normal", "train_batch_size": 16, "learning_rate": 1e-5},
+    "sd35_lora_1order": SD35 | LORA | FIRST_ORDER,
+    "sd35_lora_2order": SD35 | LORA,
+    "qwenimage_full": QWENIMAGE
+    | {"training": "full", "ema_decay_rate": 0.0, "target_time_init": "copy", "learning_rate": 1e-5},
+    "qwenimage_lora_1order": QWENIMAGE | LORA | FIRST_ORDER | FROZEN_TEACHER,
+    "qwenimage_lora_2order": QWENIMAGE | LORA,
 }
 
 
@@ -283,9 +322,9 @@ def parse_args(argv=None):
     arg("--cache_dir", type=name_or_path, help="folder for downloaded models and datasets")
     arg(
         "--max_sequence_length",
-        type=in_range(int, 1, 512),
+        type=in_range(int, 1, 1024),
         default=512,
-        help="tokens per prompt, schnell: to 256",
+        help="tokens per prompt; flux, sd3, sana: to 512, schnell: to 256",
     )
     arg("--mixed_precision", choices=("no", "fp16", "bf16"), help="precision of forward passes and frozen weights")
     arg("--allow_tf32", action="store_true", help="faster, less exact float32 products on Ampere and later GPUs")
@@ -305,14 +344,23 @@ def parse_args(argv=None):
     arg("--fsdp", action="store_true", help="shard weights and optimizer state over the processes (FSDP2)")
 
     arg = parser.add_argument_group("data", "images with captions, or prompts alone").add_argument
-    arg("--train_data_dir", type=Path, help="folder of images with .txt captions, one per line, or of parquet files")
+    arg(
+        "--train_data_dir",
+        type=Path,
+        nargs="+",
+        help="folders of images with .txt captions, one per line, or of parquet files",
+    )
     arg("--dataset_name", type=name_or_path, help="dataset on the Hub, or a folder or file that `datasets` loads")
     arg("--dataset_config_name", help="configuration of that dataset")
     arg("--image_column", default="image", help="column of the dataset that holds the images")
-    arg("--caption_column", help="column of the dataset that holds captions (default: text)")
+    arg("--caption_column", help="column of the dataset or the parquet files that holds captions (default: text)")
     arg("--reference_column", help="qwenimage-edit: dataset column of the images to edit")
     arg("--reference_data_dir", type=Path, help="qwenimage-edit: folder of the images to edit, same file names")
-    arg("--prompts_file", type=Path, help="--image_free: text file with one prompt per line")
+    arg(
+        "--prompts_file",
+        type=Path,
+        help="--image_free: text with one prompt per line, a parquet file or a folder of them",
+    )
     arg(
         "--resolution",
         type=in_range(int, 16, 8192),
@@ -320,7 +368,12 @@ def parse_args(argv=None):
         help="images are resized and cropped to this side, in pixels",
     )
     arg("--aspect_ratio_buckets", metavar="H,W;H,W", help="sizes instead of --resolution; an image gets the nearest")
-    arg("--center_crop", action="store_true", help="crop the center; default: a random crop, fixed for each image")
+    arg(
+        "--center_crop",
+        action=Switch,
+        default=False,
+        help="crop the center; default: a random crop, fixed for each image",
+    )
     arg("--random_flip", action="store_true", help="mirror half of the images; not for faces, text or logos")
     arg("--image_interpolation_mode", choices=INTERPOLATION, default="lanczos", help="filter for resizing images")
     arg("--train_batch_size", type=positive_int, default=4, help="samples per device and micro-step; 4 or more")
@@ -332,8 +385,14 @@ def parse_args(argv=None):
     )
     arg("--cache_latents", action="store_true", help="encode images once, before training: saves time and memory")
 
-    arg = parser.add_argument_group("twinflow", "the method; --recipe sets these, flags you type win").add_argument
-    arg("--recipe", choices=tuple(RECIPES), default="twinflow", help="preset of flags of this group and of lora")
+    arg = parser.add_argument_group("twinflow", "the method; --recipe sets these, what you type wins").add_argument
+    arg(
+        "--recipe",
+        choices=tuple(RECIPES),
+        default="twinflow",
+        help="preset of flags, which --help shows as defaults; with _: the authors' configuration file of this name, "
+        "with its model type, data, optimizer and epochs; others are this trainer's own, for any model type",
+    )
     arg(
         "--probs",
         type=probabilities,
@@ -369,7 +428,12 @@ def parse_args(argv=None):
     )
     arg("--loss_type", choices=("l2", "barron"), default="l2", help="squared error, or Barron's robust loss")
     arg("--dist_match_cof", type=non_negative_float, default=1.0, help="weight of the rectification loss; 0: none")
-    arg("--image_free", action="store_true", help="train on the model's own samples of --prompts_file, no images")
+    arg(
+        "--image_free",
+        action=Switch,
+        default=False,
+        help="train on the model's own samples of --prompts_file, no images",
+    )
     arg("--uncond_prompt", help="negative (unconditional) prompt of the guidance")
     arg(
         "--target_time_init",
@@ -520,29 +584,30 @@ def chosen_defaults(argv: list[str] | None) -> dict:
     A first pass over the command line, so that --help of the second shows what a run would use.
     """
     first = Parser(add_help=False)
-    first.add_argument("--model_type", choices=tuple(BACKBONES), default="flux")
+    first.add_argument("--model_type", choices=tuple(BACKBONES))
     first.add_argument("--recipe", choices=tuple(RECIPES), default="twinflow")
     first.add_argument("--training", choices=TRAINING)
     try:
         chosen, _ = first.parse_known_args(argv)
     except (ValueError, RecursionError):  # an unreadable @file, which the second pass reports
         return {}
-    backbone = BACKBONES[chosen.model_type]
-    defaults = {
-        "uncond_prompt": backbone.uncond_prompt,
-        "max_sequence_length": backbone.max_sequence_length,
-        **RECIPES[chosen.recipe],
-    }
-    training = chosen.training or defaults.get("training", "full")
-    if training == "full":
+    recipe = RECIPES[chosen.recipe]
+    backbone = BACKBONES[chosen.model_type or recipe.get("model_type", "flux")]
+    defaults = {"uncond_prompt": backbone.uncond_prompt, "max_sequence_length": backbone.max_sequence_length}
+    if (chosen.training or recipe.get("training", "full")) == "full":
         defaults["learning_rate"] = backbone.full_learning_rate
-    return defaults
+    return defaults | recipe
 
 
 def check_args(args) -> list[str]:
     """Contradictions between flags, and flags without effect."""
     problems = check_method(args) + check_data_flags(args)
     backbone = BACKBONES[args.model_type]
+    if args.max_sequence_length > backbone.longest_prompt:
+        problems.append(
+            f"--max_sequence_length {args.max_sequence_length}: {args.model_type} takes at most "
+            f"{backbone.longest_prompt}"
+        )
     multiple = backbone.resolution_multiple
     for flag in ("resolution", "validation_width", "validation_height"):
         side = getattr(args, flag)
@@ -557,6 +622,8 @@ def check_args(args) -> list[str]:
             problems += OpenUni(args).check_checkpoint()
         if args.openuni_llm is None:
             problems.append("--openuni_llm is needed for --model_type openuni")
+        else:
+            problems += OpenUni(args).check_llm()
     else:
         if args.openuni_checkpoint is not None:
             problems.append("--openuni_checkpoint is only for --model_type openuni")
@@ -569,7 +636,7 @@ def check_args(args) -> list[str]:
             problems.append(f"--{flag} names the file of a LoRA: it needs --training lora")
     if args.training == "full" and args.quantize_base != "none":
         problems.append(f"--quantize_base {args.quantize_base} is for --training lora: trained weights stay float32")
-    if args.training == "lora" and args.target_time_init != "zero":
+    if args.training == "lora" and "target_time_init" in args.changed:
         problems.append(f"--target_time_init {args.target_time_init} has no effect on --training lora: leave it out")
     if args.optimizer == "prodigy" and args.use_8bit_adam:
         problems.append("--use_8bit_adam has no effect on --optimizer prodigy: leave one out")
@@ -608,7 +675,10 @@ def check_data_flags(args) -> list[str]:
 
     needed = []
     if args.model_type == "qwenimage-edit":
-        from_columns = args.dataset_name or has_parquet(args.train_data_dir)
+        folders = args.train_data_dir or []
+        from_columns = args.dataset_name or any(has_parquet(folder) for folder in folders)
+        if len(folders) > 1:
+            problems.append("--train_data_dir: qwenimage-edit takes one folder, whose images have their references")
         needed.append("reference_column" if from_columns else "reference_data_dir")
         if args.validation_prompt:
             needed.append("validation_image")
@@ -680,7 +750,7 @@ def check_model(args) -> list[str]:
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         return [f"{flag}: neither a folder with a pipeline nor a Hub id like {backbone.example} ({reason})"]
-    if config.get("_class_name") != expected:
+    if config.get("_class_name") not in (expected, f"{expected}Wrapper"):  # the latter by the authors' code
         return [f"{flag}: holds a {config.get('_class_name')}, --model_type {args.model_type} a {expected}"]
     if args.model_type == "flux" and not config["guidance_embeds"] and args.max_sequence_length > 256:
         return [f"--max_sequence_length {args.max_sequence_length}: FLUX.1-schnell takes at most 256"]
@@ -736,6 +806,7 @@ class Backbone:
     vae_scale_factor = 8  # pixels per latent
     latent_channels = 16
     resolution_multiple = 16
+    longest_prompt = 512  # the largest --max_sequence_length
     has_unused_parameters = False  # whether some get no gradient in a training step
     # defaults of flags
     uncond_prompt = ""
@@ -757,7 +828,12 @@ class Backbone:
         return load_model(self.vae_class, "vae", self.args, dtype)
 
     def load_transformer(self, dtype: torch.dtype) -> torch.nn.Module:
-        return load_model(self.transformer_class, "transformer", self.args, dtype)
+        """The frozen transformer, with the second time embedding if its file holds one."""
+        second = f"{self.time_module}_2."
+        transformer = load_model(self.transformer_class, "transformer", self.args, dtype, beside=second)
+        with exit_if_unreadable(f"{self.args.pretrained_model_name_or_path}: its {second}*"):
+            load_target_time(transformer, self.time_module, model_folder(self.args) / "transformer")
+        return transformer.requires_grad_(False)
 
     def encode_prompt(self, prompt_encoder, prompt: str, reference: Image.Image | None = None) -> Conditions:
         """Conditions {name: [T, D] or [D]} of one prompt, unbatched; `reference` is an image to edit."""
@@ -812,7 +888,8 @@ class StableDiffusion3(Backbone):
     vae_class = AutoencoderKL
     example = "stabilityai/stable-diffusion-3.5-medium"
     architecture = "stable-diffusion-3-5"
-    targets = (*FLUX_TARGET_MODULES, *TIME_EMBEDDING_LAYERS)
+    targets = (*JOINT_ATTENTION_LAYERS, *TIME_EMBEDDING_LAYERS)
+    full_learning_rate = 1e-5
     uncond_prompt = "Generate an image."
     max_sequence_length = 256
 
@@ -833,8 +910,8 @@ class Sana(Backbone):
     vae_class = AutoencoderDC
     example = "Efficient-Large-Model/Sana_1600M_512px_diffusers"
     architecture = "sana"
-    targets = ("to_q", "to_k", "to_v", "to_out.0", *TIME_EMBEDDING_LAYERS)
-    time_module = "time_embed.emb"
+    targets = ("to_q", "to_k", "to_v", "to_out.0", "time_embed.linear", *TIME_EMBEDDING_LAYERS)
+    time_module = "time_embed"
     vae_scale_factor = 32
     latent_channels = 32
     resolution_multiple = 32
@@ -861,6 +938,8 @@ class OpenUni(Sana):
     """
 
     uncond_prompt = "Generate an image."
+    max_sequence_length = 1024
+    longest_prompt = 1024
     template = "<|im_start|>user\nGenerate an image: {}<|im_end|>\n<|im_start|>assistant\n<img>"
     uncond_template = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<img>"
     checkpoint_parts = ("connector.", "projector.", "meta_queries", "transformer.")  # prefixes of its tensors' names
@@ -877,6 +956,19 @@ class OpenUni(Sana):
             return [f"{flag}: not a file of weights ({reason})"]
         return [f"{flag}: holds no {prefix}*" for prefix in missing]
 
+    def check_llm(self) -> list[str]:
+        """Problems of --openuni_llm, from its config alone."""
+        flag = f"--openuni_llm {self.args.openuni_llm}"
+        try:
+            config, _ = PretrainedConfig.get_config_dict(self.args.openuni_llm, cache_dir=self.args.cache_dir)
+        except (OSError, ValueError) as error:
+            return [f"{flag}: no model there ({str(error).splitlines()[0]})"]
+        if config.get("model_type") != "internvl":
+            return [
+                f"{flag}: a model of type {config.get('model_type')}; transformers reads OpenGVLab/InternVL3-2B-hf"
+            ]
+        return []
+
     def load_part(self, prefix: str) -> dict[str, torch.Tensor]:
         """The tensors of --openuni_checkpoint whose names start with `prefix`, by the rest of their names."""
         state_dict = torch.load(self.args.openuni_checkpoint, map_location="cpu", weights_only=True, mmap=True)
@@ -885,8 +977,15 @@ class OpenUni(Sana):
 
     def load_transformer(self, dtype):
         transformer = super().load_transformer(dtype)
-        transformer.load_state_dict(self.load_part("transformer."))
-        return transformer
+        if self.args.openuni_checkpoint is None:  # the transformer of a trained one is in the pipeline's folder
+            return transformer
+        weights = self.load_part("transformer.")
+        has_target_time = any(name.startswith(f"{self.time_module}_2.") for name in weights)
+        if has_target_time and not embeds_target_time(transformer, self.time_module):
+            add_target_time(transformer, self.time_module, "copy")
+        with exit_if_unreadable(f"--openuni_checkpoint {self.args.openuni_checkpoint}: its transformer"):
+            check_names(transformer, *transformer.load_state_dict(weights, strict=False))
+        return transformer.requires_grad_(False)
 
     def load_prompt_encoder(self, dtype, device):
         """A module with tokenizer, language_model, meta_queries [Q, D], connector and projector."""
@@ -928,7 +1027,10 @@ class OpenUni(Sana):
     def encode_prompt(self, prompt_encoder, prompt, reference=None):
         template = self.uncond_template if prompt == self.args.uncond_prompt else self.template
         queries = prompt_encoder.meta_queries[None]
-        input_ids = prompt_encoder.tokenizer(template.format(prompt), return_tensors="pt").input_ids.to(queries.device)
+        tokens = prompt_encoder.tokenizer(
+            template.format(prompt), truncation=True, max_length=self.args.max_sequence_length, return_tensors="pt"
+        )
+        input_ids = tokens.input_ids.to(queries.device)
         token_embeds = prompt_encoder.language_model.get_input_embeddings()(input_ids)
         inputs_embeds = torch.cat([token_embeds, queries], dim=1)
         hidden_states = prompt_encoder.language_model(inputs_embeds=inputs_embeds).last_hidden_state
@@ -953,6 +1055,8 @@ class QwenImage(Backbone):
         *TIME_EMBEDDING_LAYERS,
     )
     uncond_prompt = "Generate an image."
+    max_sequence_length = 1024
+    longest_prompt = 1024
     full_learning_rate = 1e-5
     has_unused_parameters = True  # the last block's prompt tokens are not used
 
@@ -1045,17 +1149,18 @@ def predict_velocity(
     transformer: torch.nn.Module,
     backbone: Backbone,
     dtype: torch.dtype,
-    embeds_target_time: bool,
+    two_times: bool,
     autocast: Callable = nullcontext,
     seed: int | None = None,
 ) -> torch.Tensor:
     """F(x, t, t') [B, C, h, w], float32: the mean velocity on the way from x [B, C, h, w] at time t [B] to t' [B].
 
-    A transformer that embeds one time only gets t - t' / 2. Calls with the same `seed` have the same dropout masks.
+    A transformer that embeds one time (not `two_times`) gets t - t' / 2. Calls with the same `seed` have the same
+    dropout masks.
     """
     if seed is not None:
         torch.manual_seed(seed)
-    time = torch.stack([t, target_time], dim=-1) if embeds_target_time else t - target_time / 2
+    time = torch.stack([t, target_time], dim=-1) if two_times else t - target_time / 2
     cond = {name: value.to(dtype) if value.is_floating_point() else value for name, value in cond.items()}
     with autocast():
         return backbone.predict(transformer, x.to(dtype), time, cond).float()
@@ -1068,44 +1173,75 @@ class TargetTimeEmbedding:
     pipeline, which passes one time, samples with it. All weights but those of emb2 keep their names.
     """
 
+    second: tuple[torch.nn.Module]  # emb2, which belongs to the transformer: not a module of this one
+    units_per_time: float  # some families pass 1000 t
+
     def forward(self, timestep, *args, **kwargs):
         if timestep.ndim == 1:
             return super().forward(timestep, *args, **kwargs)
         t, target_time = timestep.unbind(-1)
         embedding = super().forward(t, *args, **kwargs)
-        second = self.target_timestep_embedder(self.time_proj(target_time).to(embedding.dtype))
-        gap = (t - target_time) * (self.time_proj.scale / 1000)  # some families pass 1000 t, with scale 1
-        return embedding + gap[:, None].to(embedding.dtype) * second
+        second = self.second[0](target_time, *args, **kwargs)
+        gap = ((t - target_time) / self.units_per_time)[:, None]
+        if torch.is_tensor(embedding):
+            return embedding + gap.to(embedding.dtype) * second
+        return tuple(one + gap.to(one.dtype) * other for one, other in zip(embedding, second, strict=True))  # Sana
 
 
 def add_target_time(transformer: torch.nn.Module, time_module: str, init: str) -> None:
-    """Gives the transformer the second time embedding emb2.
+    """Gives the transformer the second time embedding emb2, a module like the first and beside it, named `..._2`.
 
-    `init`: copy of the first one; zero, the same with an output of zero; normal, all weights from N(0, 0.02).
+    `init`: copy of the first one; zero, the same with an output of zero; normal, weights from N(0, 0.02), biases 0.
     """
     module = transformer.get_submodule(time_module)
-    module.target_timestep_embedder = copy.deepcopy(module.timestep_embedder)
-    if init == "zero":
-        torch.nn.init.zeros_(module.target_timestep_embedder.linear_2.weight)
-        torch.nn.init.zeros_(module.target_timestep_embedder.linear_2.bias)
-    elif init == "normal":
-        for parameter in module.target_timestep_embedder.parameters():
-            torch.nn.init.normal_(parameter, std=0.02)
+    second = copy.deepcopy(module)
+    for name, layer in second.named_modules():
+        if not isinstance(layer, torch.nn.Linear):
+            continue
+        is_output = name.endswith("linear_2")
+        is_modulation = name == "linear"  # Sana's, of the output: without bias it is zero, and its weight can learn
+        if init == "normal":
+            torch.nn.init.normal_(layer.weight, std=0.02)
+        elif init == "zero" and is_output:
+            torch.nn.init.zeros_(layer.weight)
+        if init == "normal" or (init == "zero" and (is_output or is_modulation)):
+            torch.nn.init.zeros_(layer.bias)
+    transformer.add_module(f"{time_module}_2", second)
+    module.second = (second,)
+    (time_proj,) = (part for part in module.modules() if isinstance(part, Timesteps))
+    module.units_per_time = 1000 / time_proj.scale
     stock_class = type(module)
     module.__class__ = type(f"TargetTime{stock_class.__name__}", (TargetTimeEmbedding, stock_class), {})
 
 
+def embeds_target_time(transformer: torch.nn.Module, time_module: str) -> bool:
+    """Whether the transformer has a second time embedding."""
+    return hasattr(transformer, f"{time_module}_2")
+
+
 def load_target_time(transformer: torch.nn.Module, time_module: str, folder: Path) -> None:
-    """Adds emb2 with the weights that `save_model` wrote to `folder` and from_pretrained left out."""
-    prefix = f"{time_module}.target_timestep_embedder."
+    """Adds emb2 if the weights in `folder` have one, which from_pretrained leaves out."""
+    prefix = f"{time_module}_2."
     weights = {}
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118 (not iterable)
                 if name.startswith(prefix):
                     weights[name.removeprefix(prefix)] = file.get_tensor(name)
-    add_target_time(transformer, time_module, "copy")
-    transformer.get_submodule(time_module).target_timestep_embedder.load_state_dict(weights)
+    if weights:
+        add_target_time(transformer, time_module, "copy")
+        second = transformer.get_submodule(f"{time_module}_2")
+        check_names(second, *second.load_state_dict(weights, strict=False))
+
+
+def model_folder(args) -> Path:
+    """The folder of the pipeline that was loaded, for a Hub id the one in its cache."""
+    folder = Path(args.pretrained_model_name_or_path)
+    if folder.is_dir():
+        return folder
+    return Path(
+        snapshot_download(str(folder), revision=args.revision, cache_dir=args.cache_dir, local_files_only=True)
+    )
 
 
 def save_model(accelerator, folder: Path, model: torch.nn.Module, model_class: type, dtype: torch.dtype) -> None:
@@ -1301,7 +1437,7 @@ def prepare_inputs(
     device = latents.device
     masks, t, target_time = sample_times(len(latents), args=args, generator=generator)
     low, high = args.enhanced_range
-    masks["guided"] = ~masks["adv"] & (low <= t) & (t <= high)
+    masks["guided"] = ~masks["adv"] & (low < t) & (t < high)
     masks["generated"] = torch.ones_like(masks["adv"]) if args.image_free else masks["adv"]
     t = t.to(device)
     target_time = target_time.to(device)
@@ -1613,9 +1749,9 @@ def sampling_loop(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def has_parquet(folder: Path | None) -> bool:
+def has_parquet(folder: Path) -> bool:
     """Whether a folder holds parquet files instead of images."""
-    return folder is not None and any(folder.glob("*.parquet"))
+    return any(folder.glob("*.parquet"))
 
 
 def read_prompts(path: Path) -> tuple[list[Example], list[str]]:
@@ -1634,42 +1770,56 @@ def read_prompts(path: Path) -> tuple[list[Example], list[str]]:
     return examples, [] if examples else [f"--prompts_file {path}: no prompts in it"]
 
 
+def read_parquet(flag: str, path: Path, args, image_columns: dict) -> tuple[list[Example], list[str]]:
+    """(examples, problems) of a parquet file, or of all in a folder."""
+    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    return read_dataset(
+        "parquet",
+        source=f"{flag} {path}",
+        name=str(path),
+        image_columns=image_columns,
+        caption_column=args.caption_column or "text",
+        data_files=[str(file) for file in files],
+        cache_dir=args.cache_dir,
+    )
+
+
 def read_examples(args) -> tuple[list[Example], list[str]]:
     """(examples, problems) of the flags that say what is trained on; the image to edit is images["reference"]."""
     if args.image_free:
-        return read_prompts(args.prompts_file)
-    folder = args.train_data_dir
-    if folder and not has_parquet(folder):
-        return read_folder(
-            folder,
-            flag="--train_data_dir",
-            caption_per_line=True,
-            use_metadata=False,
-            partner_dirs={"reference": args.reference_data_dir},
-            partner_match="name",
-        )
+        path = args.prompts_file
+        if path.suffix == ".parquet" or has_parquet(path):
+            return read_parquet("--prompts_file", path, args, image_columns={})
+        return read_prompts(path)
     image_columns = {"image": (args.image_column, "image_bytes")}
     if args.reference_column:
         image_columns["reference"] = args.reference_column
-    caption_column = args.caption_column or "text"
-    if folder:
+    if args.dataset_name:
         return read_dataset(
-            "parquet",
-            source=f"--train_data_dir {folder}",
-            name=str(folder),
+            args.dataset_name,
+            source=f"--dataset_name {args.dataset_name}",
             image_columns=image_columns,
-            caption_column=caption_column,
-            data_files=sorted(map(str, folder.glob("*.parquet"))),
+            caption_column=args.caption_column or "text",
+            config_name=args.dataset_config_name,
             cache_dir=args.cache_dir,
         )
-    return read_dataset(
-        args.dataset_name,
-        source=f"--dataset_name {args.dataset_name}",
-        image_columns=image_columns,
-        caption_column=caption_column,
-        config_name=args.dataset_config_name,
-        cache_dir=args.cache_dir,
-    )
+    examples = []
+    problems = []
+    for folder in args.train_data_dir:
+        if has_parquet(folder):
+            found, unread = read_parquet("--train_data_dir", folder, args, image_columns)
+        else:
+            found, unread = read_folder(
+                folder,
+                flag="--train_data_dir",
+                caption_per_line=True,
+                use_metadata=False,
+                partner_dirs={"reference": args.reference_data_dir},
+                partner_match="name",
+            )
+        examples += found
+        problems += unread
+    return examples, problems
 
 
 def find_examples(args) -> tuple[list[Example], list[str]]:
@@ -1734,7 +1884,7 @@ def encoder_settings(args) -> list[str]:
             args.resolution,
             args.center_crop,
             args.image_interpolation_mode,
-            args.train_data_dir,
+            *(args.train_data_dir or []),
             args.dataset_name,
             args.dataset_config_name,
             args.reference_data_dir,
@@ -2036,6 +2186,7 @@ def describe_run(args, dataset: TwinFlowDataset) -> dict[str, str]:
     return {
         "model": f"{args.model_type}, {'all weights' if args.training == 'full' else 'LoRA'}",
         "recipe": f"{args.recipe}, order {args.estimate_order}, guidance {args.enhanced_ratio:g}",
+        "loss": f"{args.loss_type}, rectification {args.dist_match_cof:g}",
         "batch": ", ".join(f"{count} {sample_type}" for sample_type, count in counts.items()),
         "teacher": teacher,
         "data": data,
@@ -2142,7 +2293,8 @@ def main(args):
     transformer.to("cpu" if args.fsdp else device)  # `shard` moves it block by block: it may not fit as a whole
     set_seed(args.seed)  # the same initial weights, whether prompts and latents were encoded or found in the cache
     if train_all:
-        add_target_time(transformer, backbone.time_module, args.target_time_init)
+        if not embeds_target_time(transformer, backbone.time_module):
+            add_target_time(transformer, backbone.time_module, args.target_time_init)
         transformer.requires_grad_(True)
     else:
         add_lora(
@@ -2248,7 +2400,7 @@ def main(args):
         transformer=transformer,
         backbone=backbone,
         dtype=dtype,
-        embeds_target_time=train_all,
+        two_times=embeds_target_time(unwrapped_transformer, backbone.time_module),
         autocast=accelerator.autocast,
     )
     validate = functools.partial(

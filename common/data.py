@@ -595,7 +595,7 @@ def row_example(
     stamp: str = "",
 ) -> Example:
     """The example of a row of a dataset; `readers` {role: function that opens an image}."""
-    example = Example(name, readers["image"], first_value(row, caption_columns), stamp=stamp)
+    example = Example(name, readers.get("image"), first_value(row, caption_columns), stamp=stamp)
     example.columns = {column: value for column, value in row.items() if column not in image_columns.values()}
     for role, column in image_columns.items():
         if role != "image":

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,13 @@ from torch.distributed.tensor import DTensor
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def load_model(model_class: Any, subfolder: str, args: argparse.Namespace, dtype: torch.dtype) -> Any:
+def load_model(
+    model_class: Any, subfolder: str, args: argparse.Namespace, dtype: torch.dtype, *, beside: str | None = None
+) -> Any:
     """A part of the pipeline that --pretrained_model_name_or_path names, frozen, on the CPU.
 
-    Ends the run with exit code 2 if it cannot be read or if its file lacks weights.
+    Ends the run with exit code 2 if it cannot be read, if its file lacks weights, or if it holds some that the model
+    does not have. Those whose names begin with `beside` may be there: the caller reads them.
     """
     with exit_if_unreadable(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}: its {subfolder}"):
         model, loaded = model_class.from_pretrained(
@@ -38,11 +42,24 @@ def load_model(model_class: Any, subfolder: str, args: argparse.Namespace, dtype
             use_safetensors=True,
             output_loading_info=True,
         )
-        missing = sorted(loaded["missing_keys"])
-        if missing:  # they would have random values
-            others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise ValueError(f"its file lacks {missing[0]}{others}")
+        unexpected = [name for name in loaded["unexpected_keys"] if beside is None or not name.startswith(beside)]
+        check_names(model, loaded["missing_keys"], unexpected)
     return model.requires_grad_(False)
+
+
+def check_names(model: torch.nn.Module, missing: Iterable[str], unexpected: Iterable[str]) -> None:
+    """Raises ValueError for weights that a model's file lacks, which would be random, and for those left unused."""
+    name = type(model).__name__
+    if missing:
+        raise ValueError(f"its file lacks {first_of(missing)} of {name}")
+    if unexpected:
+        raise ValueError(f"its file holds {first_of(unexpected)}, which {name} does not have: another kind of model")
+
+
+def first_of(names: Iterable[str]) -> str:
+    """The first of some names, and how many others there are."""
+    first, *others = sorted(names)
+    return f"{first} and {len(others)} more" if others else first
 
 
 def load_scheduler(args: argparse.Namespace) -> Any:

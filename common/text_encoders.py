@@ -7,8 +7,10 @@ from typing import Any
 from common.arguments import exit_if_unreadable
 from common.latents import TensorCache, fingerprint
 from common.lora import layer_shapes
+from common.models import check_names
 
 import torch
+import transformers
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -170,19 +172,18 @@ def load_text_pipeline(
     pipeline_class: type[DiffusionPipeline], args: Any, dtype: torch.dtype, **components: Any
 ) -> DiffusionPipeline:
     """The pipeline of --pretrained_model_name_or_path with frozen text encoders, without transformer and VAE."""
-    flag = f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"
-    with exit_if_unreadable(f"{flag}: its text encoders"):
-        pipeline = pipeline_class.from_pretrained(
-            args.pretrained_model_name_or_path,
-            transformer=None,
-            vae=None,
-            revision=args.revision,
-            variant=args.variant,
-            cache_dir=args.cache_dir,
-            dtype=dtype,
-            use_safetensors=True,
-            **components,
-        )
+    source = args.pretrained_model_name_or_path
+    where = {"revision": args.revision, "cache_dir": args.cache_dir}
+    how = {"variant": args.variant, "dtype": dtype, "use_safetensors": True}
+    with exit_if_unreadable(f"--pretrained_model_name_or_path {source}: its text encoders"):
+        for name, value in pipeline_class.load_config(source, **where).items():
+            if name.startswith("text_encoder") and value[0] == "transformers" and name not in components:
+                encoder, loaded = getattr(transformers, value[1]).from_pretrained(
+                    source, subfolder=name, output_loading_info=True, **where, **how
+                )
+                check_names(encoder, loaded["missing_keys"], loaded["unexpected_keys"])
+                components[name] = encoder
+        pipeline = pipeline_class.from_pretrained(source, transformer=None, vae=None, **where, **how, **components)
     return freeze_models(pipeline)
 
 

@@ -14,7 +14,7 @@ from train_twinflow import Backbone
 @pytest.fixture
 def world(tiny_model, pictures, tmp_path):
     """Names that stand for paths in the table below."""
-    names = ("empty", "bare", "blank", "badtext", "broken", "phone", "parquet")
+    names = ("empty", "bare", "blank", "badtext", "broken", "phone", "parquet", "remote")
     folders = {name: tmp_path / name for name in names}
     for name, folder in folders.items():
         folder.mkdir()
@@ -25,6 +25,7 @@ def world(tiny_model, pictures, tmp_path):
     (folders["broken"] / "a.png").write_bytes(b"\x89PNG and then nothing")
     (folders["broken"] / "a.txt").write_text("a caption")
     (folders["phone"] / "b.heic").write_bytes(b"")
+    (folders["remote"] / "config.json").write_text('{"model_type": "internvl_chat"}')  # InternVL3-2B's own form
     (folders["parquet"] / "a.parquet").write_bytes(b"PAR1 not really")
     (tmp_path / "prompts").write_text("a red circle\n")
     (tmp_path / "noprompts").write_text("\n")
@@ -69,7 +70,17 @@ BAD = [
     ("--model_type openuni", "--openuni_checkpoint is needed for --model_type openuni"),
     ("--openuni_llm x", "--openuni_llm is only for --model_type openuni"),
     ("--model_type openuni --openuni_llm x --openuni_checkpoint {nowhere}", "{nowhere}: no such file"),
+    ("--model_type openuni --openuni_llm {nowhere}", "--openuni_llm {nowhere}: no model there"),
+    (
+        "--model_type openuni --openuni_llm {remote}",
+        "of type internvl_chat; transformers reads OpenGVLab/InternVL3-2B-hf",
+    ),
+    ("--max_sequence_length 513", "--max_sequence_length 513: flux takes at most 512"),
     ("--model_type qwenimage-edit", "--model_type qwenimage-edit needs --reference_data_dir"),
+    (
+        "--model_type qwenimage-edit --reference_data_dir {pictures} --train_data_dir {pictures} {bare}",
+        "--train_data_dir: qwenimage-edit takes one folder",
+    ),
     ("--model_type qwenimage-edit --train_data_dir {parquet}", "--model_type qwenimage-edit needs --reference_column"),
     ("--reference_data_dir {pictures}", "--reference_data_dir has no effect here: leave it out"),
     ("--resolution 40", "--resolution 40 must be a multiple of 16, such as 32"),
@@ -93,6 +104,7 @@ BAD = [
     ("--pretrained_model_name_or_path {nowhere}", "neither a folder with a pipeline nor a Hub id like black-forest"),
     ("--train_data_dir {nowhere}", "--train_data_dir {nowhere}: no such folder"),
     ("--train_data_dir {empty}", "--train_data_dir {empty}: no images"),
+    ("--train_data_dir {pictures} {empty}", "--train_data_dir {empty}: no images"),
     ("--train_data_dir {bare}", "no caption for {bare}/a.png: write it in a .txt file beside the image"),
     ("--aspect_ratio_buckets 32;32", "--aspect_ratio_buckets 32;32: expected height,width;height,width"),
     ("--aspect_ratio_buckets 32,40", "--aspect_ratio_buckets: 32,40 must be two multiples of 16"),

@@ -20,7 +20,7 @@ import torch
 from accelerate import Accelerator
 from conftest import ROOT
 from PIL import Image, ImageOps
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_faults import slow_writer
 from test_train_dreambooth import assert_equal
 from transformers import Qwen2VLImageProcessor
@@ -126,8 +126,10 @@ def test_every_backbone_trains_saves_and_draws(train, backbone_flags, short, pic
         assert max(value.abs().max() for key, value in saved.items() if "lora_B" in key) > 0
         check_stock_pipeline(backbone_flags[model_type], model_type, tmp_path)
     else:
-        second = [key for key in saved if "target_timestep_embedder" in key]
-        assert len(second) == 4
+        time_module = twinflow.BACKBONES[model_type].time_module
+        first = {key for key in saved if key.startswith(f"{time_module}.")}
+        second = {key for key in saved if key.startswith(f"{time_module}_2.")}
+        assert second == {key.replace(time_module, f"{time_module}_2", 1) for key in first}  # the authors' names
         assert all(saved[key].abs().max() > 0 for key in second)
 
 
@@ -157,11 +159,11 @@ def check_stock_pipeline(flags, model_type, folder):
     assert (ours - before).abs().max() > 1e-5
 
 
-def load_condition(folder, args, backbone):
+def load_condition(folder, args, backbone, prompt="a red circle"):
     args.validation_image = args.validation_image and Path(args.validation_image)
     reference, _ = twinflow.find_validation_image(args)
     cache = TensorCache(folder / "encoded", twinflow.encoder_settings(args))
-    cond = cache.load(*twinflow.prompt_key("a red circle", reference, twinflow.validation_size(args, reference)))
+    cond = cache.load(*twinflow.prompt_key(prompt, reference, twinflow.validation_size(args, reference)))
     cond = {name: value[None] for name, value in cond.items()}
     if reference:
         side = args.resolution // backbone.vae_scale_factor
@@ -246,17 +248,14 @@ def test_the_second_time_embedding_changes_nothing_at_first_nor_at_the_time_itse
         assert torch.allclose(jump, before) == (init == "zero")
         if init == "copy":
             embedding = model.get_submodule(backbone.time_module)
-            seen = {}
-            hook = embedding.register_forward_hook(lambda module, inputs, output: seen.update(embedded=output))  # noqa: B023
-            run(model, torch.stack([t, 0.2 * t], dim=-1))
-            run_jump = seen["embedded"]
-            run(model, t)
-            at_t = seen["embedded"]
-            run(model, 0.2 * t)
-            at_target = seen["embedded"]
-            hook.remove()
-            if model_type not in ("flux", "sd3"):  # these two add the pooled prompt, once
-                torch.testing.assert_close(run_jump, at_t + 0.8 * t[:, None] * at_target, atol=1e-4, rtol=1e-4)
+            seen = []
+            embedding.register_forward_hook(lambda module, inputs, output: seen.append(output))  # noqa: B023
+            for time in (torch.stack([t, 0.2 * t], dim=-1), t, 0.2 * t):
+                run(model, time)
+            if torch.is_tensor(seen[0]):
+                seen = [(output,) for output in seen]
+            for jump, at_t, at_target in zip(*seen, strict=True):
+                torch.testing.assert_close(jump, at_t + 0.8 * t[:, None] * at_target, atol=1e-4, rtol=1e-4)
 
 
 def test_lora_has_no_second_network_and_full_training_no_second_module(backbone_flags):
@@ -420,6 +419,171 @@ def test_the_prompt_encoder_of_an_edit_sees_the_image_as_its_latents_show_it(edi
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The authors' configurations and models
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+AUTHORS = {  # flag: its values in the authors' files, in this order
+    "recipe": [
+        *("openuni_full", "openuni_full_imgfree", "openuni_lora_1order", "openuni_lora_2order", "sd35_full"),
+        *("sd35_lora_1order", "sd35_lora_2order", "qwenimage_full", "qwenimage_lora_1order", "qwenimage_lora_2order"),
+    ],
+    "model_type": ["openuni"] * 4 + ["sd3"] * 3 + ["qwenimage"] * 3,
+    "resolution": [512] * 10,
+    "consistc_ratio": [1.0] * 10,
+    "enhanced_ratio": [0.8, 4.0, 0.8, 0.8, 0.8, 0.8, 0.8, 0.8, 4.0, 0.8],
+    "ema_decay_rate": [0.999, 1.0, 0.0, 0.99, 0.99, 0.0, 0.99, 0.0, 1.0, 0.99],
+    "enhanced_range": [(0.0, 1.0)] * 10,
+    "time_dist_ctrl": [(1.0, 1.0, 1.0)] * 10,
+    "estimate_order": [2, 2, 1, 2, 2, 1, 2, 2, 1, 2],
+    "loss_type": ["barron"] * 10,
+    "dist_match_cof": [0.75] * 4 + [0.5] * 6,
+    "gradient_accumulation_steps": [1] * 10,
+    "train_batch_size": [16, 16, 16, 16, 16, 8, 8, 4, 4, 4],
+    "num_train_epochs": [4] * 10,
+    "optimizer": ["adamw"] * 10,
+    "learning_rate": [1e-4, 1e-4, 1e-4, 1e-4, 1e-5, 1e-4, 1e-4, 1e-5, 1e-4, 1e-4],
+    "adam_beta1": [0.9] * 10,
+    "adam_beta2": [0.95] * 4 + [0.99] * 6,
+    "adam_weight_decay": [0.0] * 10,
+    "max_grad_norm": [1.0] * 10,
+    "image_free": [False, True] + [False] * 8,
+    "center_crop": [True] * 10,  # as the defaults of the authors' datasets
+    "random_flip": [False] * 10,
+}
+SANA_LAYERS = (
+    "time_embed.linear,timestep_embedder.linear_1,timestep_embedder.linear_2,attn1.add_k_proj,attn1.add_v_proj,"
+    "attn1.add_q_proj,attn1.to_add_out,attn1.to_k,attn1.to_out.0,attn1.to_q,attn1.to_v,attn2.add_k_proj,"
+    "attn2.add_v_proj,attn2.add_q_proj,attn2.to_add_out,attn2.to_k,attn2.to_out.0,attn2.to_q,attn2.to_v"
+)
+SD3_LAYERS = (
+    "timestep_embedder.linear_1,timestep_embedder.linear_2,attn.add_k_proj,attn.add_v_proj,attn.add_q_proj,"
+    "attn.to_add_out,attn.to_k,attn.to_out.0,attn.to_q,attn.to_v"
+)
+QWEN_LAYERS = (
+    "to_k,to_q,to_v,to_out.0,img_mlp.net.0.proj,img_mlp.net.2,add_k_proj,add_q_proj,add_v_proj,txt_mlp.net.0.proj,"
+    "txt_mlp.net.2,attn.to_add_out,timestep_embedder.linear_1,timestep_embedder.linear_2"
+)
+LAYERS = {"openuni": SANA_LAYERS, "sd3": SD3_LAYERS, "qwenimage": QWEN_LAYERS}
+FIRST_TIME = {"openuni": "normal", "sd3": "normal", "qwenimage": "copy"}
+
+
+def of_model(model_type, backbone_flags):
+    """The flags that name a tiny model, without those that a recipe sets."""
+    flags = list(backbone_flags[model_type])
+    for name in ("--model_type", "--resolution"):
+        start = flags.index(name) if name in flags else len(flags)
+        del flags[start : start + 2]
+    return flags
+
+
+@pytest.mark.parametrize("column", range(10), ids=AUTHORS["recipe"])
+def test_the_authors_configurations_are_recipes(backbone_flags, column):
+    expected = {name: values[column] for name, values in AUTHORS.items()}
+    recipe, model_type = expected["recipe"], expected["model_type"]
+    data = ["--prompts_file", "x"] if expected["image_free"] else ["--train_data_dir", "x"]
+    words = [str(word) for word in [*of_model(model_type, backbone_flags), *data, "--recipe", recipe]]
+    args = twinflow.parse_args(words)
+    assert {name: getattr(args, name) for name in expected} == expected
+    first_order = expected["estimate_order"] == 1  # whose samples the authors' page names
+    assert args.probs == {"e2e": 1, "mul": 1, "any": 1 - first_order, "adv": 1, "one": 1 * first_order}
+    if "lora" in recipe:
+        assert (args.training, args.rank, args.lora_alpha) == ("lora", 64, 64)
+        transformer = twinflow.BACKBONES[model_type](args).load_transformer(torch.float32)
+        theirs = twinflow.target_layers(transformer, LAYERS[model_type].split(","))
+        ours = twinflow.target_layers(transformer, twinflow.lora_targets(args))
+        assert {name for name, _ in ours} == {name for name, _ in theirs}
+    else:
+        assert (args.training, args.target_time_init) == ("full", FIRST_TIME[model_type])
+    typed = twinflow.parse_args([*words, "--resolution", "64", "--no-center_crop", "--loss_type", "l2"])
+    assert (typed.resolution, typed.center_crop, typed.loss_type) == (64, False, "l2")
+
+
+def test_help_shows_what_a_recipe_would_train_with(capsys):
+    with pytest.raises(SystemExit):
+        twinflow.parse_args(["--recipe", "openuni_full", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for text in ("(default: 0.999)", "(default: barron)", "(default: 0.95)", "(default: 0.75)", "(default: normal)"):
+        assert text in shown
+    assert "squared gradient's mean, also in Prodigy (default: 0.95)" in shown
+
+
+@pytest.fixture
+def published(backbone_flags, tmp_path):
+    """A folder like the published TwinFlow-Qwen-Image: a pipeline whose transformer has time_text_embed_2.*."""
+    folder = tmp_path / "TwinFlow-Qwen-Image"
+    shutil.copytree(backbone_flags["qwenimage"][1], folder)
+    transformer = diffusers.QwenImageTransformer2DModel.from_pretrained(folder / "transformer")
+    torch.manual_seed(1)
+    second = {
+        key.replace("time_text_embed.", "time_text_embed_2."): 0.1 * torch.randn_like(value)
+        for key, value in transformer.state_dict().items()
+        if key.startswith("time_text_embed.")
+    }
+    save_file(transformer.state_dict() | second, folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    config = json.loads((folder / "transformer" / "config.json").read_text())
+    config["_class_name"] = "QwenImageTransformer2DModelWrapper"
+    (folder / "transformer" / "config.json").write_text(json.dumps(config))
+    return folder, second
+
+
+def test_the_published_model_draws(published, tmp_path, monkeypatch):
+    folder, second = published
+    command = ["generate.py", str(folder), "--prompt", "a red circle", "--size", "32", "32", "--output"]
+    monkeypatch.setattr(sys, "argv", [*command, str(tmp_path)])
+    generate_main()
+    drawn = np.asarray(Image.open(tmp_path / "0.png"))
+    weights = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    zeroed = {key: torch.zeros_like(value) if key in second else value for key, value in weights.items()}
+    save_file(zeroed, folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    monkeypatch.setattr(sys, "argv", [*command, str(tmp_path / "without")])
+    generate_main()
+    assert (np.asarray(Image.open(tmp_path / "without" / "0.png")) != drawn).any()  # the second embedding was used
+
+
+@pytest.mark.parametrize("training", ["full", "lora"])
+def test_the_published_model_is_trained_on(train, published, short, tmp_path, training):
+    folder, second = published
+    flags = ["--pretrained_model_name_or_path", folder, "--model_type", "qwenimage", "--resolution", 32, *short]
+    run = tmp_path / "run"
+    train(SCRIPT, *flags, "--training", training, "--learning_rate", 1e-6, "--output_dir", run)
+    if training == "full":
+        for key, value in second.items():
+            torch.testing.assert_close(result(run)[key], value, atol=1e-4, rtol=0)
+    predict = load_velocity(run, twinflow.QwenImage(trained_args(run)), trained_args(run), torch.float32, "cpu")
+    assert predict.keywords["two_times"]
+    (image,) = generate(run, ["a red circle"], steps=1, style="few")
+    assert image.size == (32, 32)
+
+
+@pytest.mark.parametrize("training", ["full", "lora"])
+def test_a_checkpoint_draws_what_the_result_would(train, flags, pictures, tmp_path, training):
+    run = tmp_path / "run"
+    flags = [*flags, "--max_train_steps", 2, "--training", training, "--checkpointing_steps", 2]
+    train(SCRIPT, *flags, "--output_dir", run)
+    args = trained_args(run)
+    x, t = torch.randn(1, 16, 4, 4), torch.tensor([0.8])
+    cond = load_condition(run, args, Flux(args), prompt=(pictures / "0.txt").read_text().strip())
+    found = []
+    for source in (run, run / "checkpoint-2"):
+        predict = load_velocity(source, Flux(args), args, torch.float32, torch.device("cpu"))
+        found.append(predict(x, t, 0.2 * t, cond).detach())
+    torch.testing.assert_close(*found)
+
+
+def test_what_cannot_be_drawn_with_is_one_line(backbone_flags, tmp_path, monkeypatch, capsys):
+    (tmp_path / "empty").mkdir()
+    for folder, message in ((tmp_path / "empty", "args.json"), (backbone_flags["qwenimage"][1], "time_text_embed_2")):
+        monkeypatch.setattr(
+            sys, "argv", ["generate.py", str(folder), "--prompt", "a red circle", "--size", "32", "32"]
+        )
+        with pytest.raises(SystemExit) as stop:
+            generate_main()
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Runs
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -478,14 +642,14 @@ def test_pictures_that_move_or_change_are_encoded_anew(train, flags, tmp_path):
     assert_equal(result(tmp_path / "run"), result(tmp_path / "fresh"))
 
 
-RECIPES = {name: [] for name in twinflow.RECIPES} | {
+RECIPES = {name: [] for name in twinflow.RECIPES if name not in AUTHORS["recipe"]} | {
     "image-free": ["--prompts_file", "{prompts}"],
     "twinflow": ["--loss_type", "barron", "--mixed_precision", "bf16"],
     "rcgm": ["--target_time_init", "copy", "--enhanced_range", "0.2", "0.8", "--optimizer", "prodigy"],
 }
 
 
-@pytest.mark.parametrize("recipe", twinflow.RECIPES)
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_is_one_flag(train, flags, tmp_path, recipe):
     (tmp_path / "prompts").write_text("a red circle\na blue square on a white background\n\na green cross\n")
     extra = [flag.format(prompts=tmp_path / "prompts") for flag in RECIPES[recipe]]
@@ -523,8 +687,14 @@ def test_data_from_parquet_and_from_a_dataset(train, flags, pictures, tmp_path):
         "".join(json.dumps({"file_name": p.name, "words": c}) + "\n" for p, c in zip(paths, captions, strict=True))
     )
     bare = [flag for i, flag in enumerate(flags) if "--train_data_dir" not in (flag, flags[i - 1])]
+    (tmp_path / "half").mkdir()
+    first_rows = {name: column[:2] for name, column in rows.items()}
+    datasets.Dataset.from_dict(first_rows).to_parquet(tmp_path / "half" / "part-0.parquet")
+    others = tmp_path / "others"
+    shutil.copytree(plain, others, ignore=shutil.ignore_patterns(*(f"{path.stem}.*" for path in paths[:2])))
     sources = {
         "folder": ["--train_data_dir", plain],
+        "two folders": ["--train_data_dir", tmp_path / "half", others],
         "parquet": ["--train_data_dir", tmp_path / "parquet"],
         "dataset": ["--dataset_name", tmp_path / "set", "--caption_column", "words"],
     }
@@ -532,7 +702,13 @@ def test_data_from_parquet_and_from_a_dataset(train, flags, pictures, tmp_path):
     for name, source in sources.items():
         train(SCRIPT, *bare, *source, "--max_train_steps", 2, "--output_dir", tmp_path / "runs" / name)
         found[name] = losses(tmp_path / "runs" / name)
-    assert found["parquet"] == found["dataset"]
+    assert found["parquet"] == found["dataset"] == found["two folders"]
+    prompts = tmp_path / "parquet"
+    image_free = ["--recipe", "image-free", "--prompts_file", prompts]
+    args = twinflow.parse_args([str(word) for word in [*bare, *image_free, "--output_dir", tmp_path / "free"]])
+    examples, problems = twinflow.read_examples(args)
+    assert not problems
+    assert [example.captions for example in examples] == [[caption] for caption in captions]
     assert np.isfinite(found["folder"]).all()
 
 

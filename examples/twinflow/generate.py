@@ -2,12 +2,12 @@
 
     python examples/twinflow/generate.py flux-twinflow --prompt "a dog on the beach" --steps 2
 
-The folder's args.json records which model was trained, and how.
+The folder's args.json records which model was trained, and how. Instead of the folder a checkpoint or a LoRA file in
+it can be given, or a pipeline with a second time embedding, as the authors publish them.
 """
 
 import argparse
 import functools
-import json
 import sys
 from pathlib import Path
 
@@ -17,48 +17,95 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 # isort: split
 from common.arguments import expanded_path, in_range, join_problems
-from common.checkpoints import unused_path
+from common.checkpoints import TENSORS_FILE, read_run_args, unused_path
 from common.data import MAX_SIDE, Size, fit, open_image, upright
 from common.latents import decode_images, encode_images, to_image, to_tensor
+from common.lora import find_lora, run_of
 
 import torch
+from diffusers import DiffusionPipeline
 from diffusers.training_utils import free_memory
 
 from train_twinflow import (
     BACKBONES,
     STYLES,
     drawn_size,
+    embeds_target_time,
     latent_shape,
-    load_target_time,
     predict_velocity,
     sampling_loop,
     stack_conditions,
 )
 
 
-def trained_args(folder):
-    """The arguments that a trainer's output folder was made with."""
-    args = {"aspect_ratio_buckets": None, **json.loads((Path(folder) / "args.json").read_text())["args"]}
-    args["openuni_checkpoint"] = args["openuni_checkpoint"] and Path(args["openuni_checkpoint"])
-    return argparse.Namespace(**args)
+def trained_args(source):
+    """The arguments of the run that made `source`; of a pipeline with a second time embedding, which no run of ours
+    made, those to draw with it."""
+    source = Path(source)
+    run = run_of(source if source.is_file() else source / TENSORS_FILE)
+    if run is not None:
+        args = {"aspect_ratio_buckets": None, "openuni_checkpoint": None, **read_run_args(run, ["model_type"])}
+        args["openuni_checkpoint"] = args["openuni_checkpoint"] and Path(args["openuni_checkpoint"])
+        return argparse.Namespace(**args)
+    if not (source / "model_index.json").is_file():
+        raise ValueError(f"{source}: neither a result of train_twinflow.py (no args.json) nor a folder of a pipeline")
+    pipeline = DiffusionPipeline.load_config(source)["_class_name"]
+    model_types = [name for name, backbone in BACKBONES.items() if backbone.pipeline_class.__name__ == pipeline]
+    if not model_types:
+        raise ValueError(f"{source}: a {pipeline}, which is none of {', '.join(BACKBONES)}")
+    backbone = BACKBONES[model_types[0]]
+    return argparse.Namespace(
+        pretrained_model_name_or_path=str(source),
+        model_type=model_types[0],
+        training="full",
+        openuni_checkpoint=None,
+        revision=None,
+        variant=None,
+        cache_dir=None,
+        mixed_precision="bf16" if torch.accelerator.is_available() else "no",
+        max_sequence_length=backbone.max_sequence_length,
+        uncond_prompt=backbone.uncond_prompt,
+        guidance_scale=3.5,
+        resolution=1024,
+        aspect_ratio_buckets=None,
+        image_interpolation_mode="lanczos",
+        offload=False,
+    )
 
 
-def load_velocity(folder, backbone, args, dtype, device):
-    """predict(x, t, t', cond) of the model in a trainer's output folder, see `sampling_loop`."""
-    transformer = backbone.load_transformer(dtype)
+def check_source(source, args):
+    """Raises ValueError or FileNotFoundError if there is nothing to draw with."""
     if args.training == "lora":
-        name = "pytorch_lora_weights.safetensors"
-        transformer.load_lora_adapter(folder, prefix="transformer", weight_name=name, use_safetensors=True)
-    else:
-        transformer = backbone.transformer_class.from_pretrained(folder / "transformer", dtype=dtype)
-        load_target_time(transformer, backbone.time_module, folder / "transformer")
+        find_lora(source)
+    elif not (source / "transformer").is_dir():
+        raise ValueError(f"{source / 'transformer'}: no such folder")
+
+
+def load_transformer(source, backbone, args, dtype):
+    """(transformer, its backbone) of a run's folder, its checkpoint or LoRA file, or a pipeline's folder."""
+    if args.training == "lora":
+        transformer = backbone.load_transformer(dtype)
+        file, _ = find_lora(source)
+        transformer.load_lora_adapter(file.parent, prefix="transformer", weight_name=file.name, use_safetensors=True)
+        return transformer, backbone
+    place = {"pretrained_model_name_or_path": str(source), "revision": None, "variant": None}
+    backbone = type(backbone)(argparse.Namespace(**vars(args) | place | {"openuni_checkpoint": None}))
+    transformer = backbone.load_transformer(dtype)
+    if not embeds_target_time(transformer, backbone.time_module):
+        raise ValueError(f"{source}: its transformer has no second time embedding {backbone.time_module}_2")
+    return transformer, backbone
+
+
+def load_velocity(source, backbone, args, dtype, device):
+    """predict(x, t, t', cond) of what `source` is, see `load_transformer` and `sampling_loop`."""
+    transformer, backbone = load_transformer(Path(source), backbone, args, dtype)
     transformer.to(device, dtype).eval()
     return functools.partial(
         predict_velocity,
         transformer=transformer,
         backbone=backbone,
         dtype=dtype,
-        embeds_target_time=args.training == "full",
+        two_times=embeds_target_time(transformer, backbone.time_module),
     )
 
 
@@ -66,10 +113,11 @@ def load_velocity(folder, backbone, args, dtype, device):
 def generate(folder, prompts, *, seed=0, image=None, batch_size=1, size=None, **sampling):
     """One PIL image per prompt, image i from a generator seeded with `seed` + i; `sampling` is for `sampling_loop`.
 
+    `folder` is a run's folder, its checkpoint or LoRA file, or a pipeline with a second time embedding.
     size: (height, width), default as trained. `image` is the one to edit, cropped to the same size.
     """
-    folder = Path(folder)
     args = trained_args(folder)
+    check_source(Path(folder), args)
     size = Size(*size) if size else drawn_size(args, Size.of(image) if image else None)
     if image:
         image = fit(image, size, args.image_interpolation_mode)
@@ -122,9 +170,8 @@ def stochast_ratio(text):
     return text if text == "SDE" else float(text)
 
 
-def check_flags(args):
+def check_flags(args, model_type):
     """Problems of --size, of --image, and of a sampler that does not go with --order 2."""
-    model_type = trained_args(args.folder).model_type
     multiple = BACKBONES[model_type].resolution_multiple
     problems = []
     if (args.image is None) == (model_type == "qwenimage-edit"):
@@ -142,7 +189,12 @@ def check_flags(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.register("type", Path, expanded_path)
-    parser.add_argument("folder", type=Path, help="a trainer's output folder")
+    parser.add_argument(
+        "folder",
+        type=Path,
+        help="the trainer's output folder, a checkpoint or LoRA file in it, or a pipeline with a second time "
+        "embedding, such as the published TwinFlow-Qwen-Image",
+    )
     parser.add_argument("--prompt", required=True, nargs="+", help="prompts, one image each")
     parser.add_argument("--image", type=Path, help="the image to edit, for qwenimage-edit")
     parser.add_argument("--steps", type=int, default=2, help="forward passes per image")
@@ -173,24 +225,32 @@ def main():
     parser.add_argument("--output", type=Path, default=Path(), help="folder of the images")
     args = parser.parse_args()
     args.style = args.style or default_style(args.steps)
-    problems = check_flags(args)
-    if problems:
-        parser.error(join_problems(problems))
-    images = generate(
-        args.folder,
-        args.prompt,
-        seed=args.seed,
-        image=upright(open_image(args.image)) if args.image else None,
-        size=args.size[::-1] if args.size else None,
-        steps=args.steps,
-        style=args.style,
-        cfg_scale=args.cfg_scale,
-        stochast_ratio=args.stochast_ratio,
-        extrapol_ratio=args.extrapol_ratio,
-        order=args.order,
-        gaps=args.gaps,
-        time_dist_ctrl=args.time_dist_ctrl,
-    )
+    try:
+        trained = trained_args(args.folder)
+        problems = check_flags(args, trained.model_type)
+        if problems:
+            parser.error(join_problems(problems))
+        check_source(args.folder, trained)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    try:
+        images = generate(
+            args.folder,
+            args.prompt,
+            seed=args.seed,
+            image=upright(open_image(args.image)) if args.image else None,
+            size=args.size[::-1] if args.size else None,
+            steps=args.steps,
+            style=args.style,
+            cfg_scale=args.cfg_scale,
+            stochast_ratio=args.stochast_ratio,
+            extrapol_ratio=args.extrapol_ratio,
+            order=args.order,
+            gaps=args.gaps,
+            time_dist_ctrl=args.time_dist_ctrl,
+        )
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     args.output.mkdir(parents=True, exist_ok=True)
     for i, image in enumerate(images):
         path = unused_path(args.output / f"{i}.png")
