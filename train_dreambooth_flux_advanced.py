@@ -188,6 +188,7 @@ def parse_args(argv=None):
   accelerate launch train_dreambooth_flux_advanced.py @examples/dreambooth/low_memory.args \\
     --pretrained_model_name_or_path=black-forest-labs/FLUX.1-dev --instance_data_dir=photos \\
     --instance_prompt="a photo of sks dog" --validation_prompt="sks dog on the beach" --output_dir=sks-dog""",
+        other_flags=KOHYA_FLAGS,
     )
     side = in_range(int, 16, 8192)
 
@@ -206,12 +207,19 @@ def parse_args(argv=None):
         "--tokenizer_dir",
         type=Path,
         metavar="DIR",
-        help="folder of FLUX.1's tokenizer and tokenizer_2, if MODEL is a single file",
+        help="folder of FLUX.1's tokenizer and tokenizer_2, if MODEL is a single file (default: tokenizers beside the "
+        "folder of MODEL)",
     )
     arg("--revision", help="revision of the model on the Hub")
     arg("--variant", help="variant of the model's files, such as fp16")
     arg("--cache_dir", type=name_or_path, help="folder for downloaded models and datasets")
-    arg("--max_sequence_length", type=in_range(int, 1, 512), default=512, help="T5 tokens per prompt, schnell: to 256")
+    arg(
+        "--max_sequence_length",
+        "--t5xxl_max_token_length",
+        type=in_range(int, 1, 512),
+        default=512,
+        help="T5 tokens per prompt, schnell: to 256",
+    )
     arg("--mixed_precision", choices=("no", "fp16", "bf16"), help="precision of frozen models; bf16 halves memory")
     arg("--allow_tf32", action="store_true", help="faster, less exact float32 products on Ampere and later GPUs")
     arg(
@@ -220,7 +228,12 @@ def parse_args(argv=None):
         help="recompute activations: about half the memory, a third more time",
     )
     arg("--quantize_base", choices=QUANTIZATIONS, default="none", help="store frozen blocks in 4 or 8 bits")
-    arg("--compile", action="store_true", help="compile the transformer's blocks: minutes once, then faster steps")
+    arg(
+        "--compile",
+        "--torch_compile",
+        action="store_true",
+        help="compile the transformer's blocks: minutes once, then faster steps",
+    )
     arg("--offload", action="store_true", help="keep frozen models in CPU memory until they are used")
     arg("--fsdp", action="store_true", help="shard weights and optimizer state over the processes (FSDP2)")
 
@@ -232,7 +245,13 @@ def parse_args(argv=None):
     arg("--image_column", default="image", help="column of the dataset that holds the images")
     arg("--caption_column", help="column of the dataset or of metadata.jsonl that holds captions")
     arg("--instance_prompt", help="prompt of every image without a caption, such as a photo of sks dog")
-    arg("--caption_dropout", type=fraction, default=0.0, help="probability of training on an empty caption, 0 to 1")
+    arg(
+        "--caption_dropout",
+        "--caption_dropout_rate",
+        type=fraction,
+        default=0.0,
+        help="probability of training on an empty caption, 0 to 1",
+    )
     arg("--repeats", type=positive_int, default=1, help="times each image is used per epoch, each with its own crop")
     arg("--resolution", type=side, default=512, help="side in pixels that images are resized and cropped to")
     arg("--aspect_ratio_buckets", metavar="H,W;H,W", help="sizes instead of --resolution; an image gets the nearest")
@@ -247,6 +266,7 @@ def parse_args(argv=None):
     arg("--train_batch_size", type=positive_int, default=4, help="images per device and forward pass")
     arg(
         "--dataloader_num_workers",
+        "--max_data_loader_n_workers",
         type=worker_count,
         default=0,
         help="processes that read images; 0: the main process",
@@ -277,6 +297,13 @@ def parse_args(argv=None):
     )
 
     arg = parser.add_argument_group("pivotal tuning", "what is trained in the text encoders").add_argument
+    arg(
+        "--network_train_unet_only",
+        dest="train_text_encoder",
+        action="store_false",
+        default=False,
+        help="train no LoRA on CLIP, as without --network_module",
+    )
     arg("--train_text_encoder", action="store_true", help="also train a LoRA on CLIP")
     arg(
         "--train_text_encoder_ti",
@@ -318,6 +345,14 @@ def parse_args(argv=None):
         "attention and feed-forward layers)",
     )
 
+    arg(
+        "--network_module",
+        choices=("networks.lora_flux",),
+        help="for commands of kohya's sd-scripts: flags that are not given have its defaults, --lora_layers kohya, "
+        "--train_text_encoder, --lora_alpha 1, --train_batch_size 1, --lr_warmup_steps 0, --text_encoder_lr as "
+        "--learning_rate, weight decay 0.01, Prodigy without weight decay, bias correction and safeguard",
+    )
+
     arg = parser.add_argument_group("noise", "which noise levels are trained, and with which weight").add_argument
     arg(
         "--guidance_scale",
@@ -344,7 +379,7 @@ def parse_args(argv=None):
     arg(
         "--optimizer",
         "--optimizer_type",
-        type=str.lower,
+        type=optimizer_name,
         choices=("adamw", "prodigy"),
         default="AdamW",
         help="prodigy finds the learning rate itself: set --learning_rate 1",
@@ -368,7 +403,7 @@ def parse_args(argv=None):
         default=1,
         help="cycles of cosine_with_restarts",
     )
-    arg("--lr_power", type=positive_float, default=1.0, help="power of polynomial; 1: linear")
+    arg("--lr_power", "--lr_scheduler_power", type=positive_float, default=1.0, help="power of polynomial; 1: linear")
     arg("--use_8bit_adam", action="store_true", help="AdamW with 8-bit states (bitsandbytes), to save memory")
     arg("--adam_beta1", type=decay_rate, default=0.9, help="decay of the gradient's running mean, also in Prodigy")
     arg("--adam_beta2", type=decay_rate, default=0.999, help="decay of the squared gradient's mean, also in Prodigy")
@@ -434,7 +469,13 @@ def parse_args(argv=None):
     for entry in METADATA:
         arg(f"--metadata_{entry}", help=f"{entry} in the header of the LoRA's file")
     arg("--logging_dir", type=Path, default=Path("logs"), help="folder for the trackers' files, inside output_dir")
-    arg("--report_to", choices=TRACKERS, default="tensorboard", help="trackers for metrics and validation images")
+    arg(
+        "--report_to",
+        "--log_with",
+        choices=TRACKERS,
+        default="tensorboard",
+        help="trackers for metrics and validation images",
+    )
     arg("--upcast_before_saving", action="store_true", help="save the LoRA in float32 instead of --mixed_precision")
     arg("--verbose", action="store_true", help="show the libraries' messages and progress bars")
     arg("--push_to_hub", action="store_true", help="upload the results to the Hub, without checkpoints and logs")
@@ -442,6 +483,11 @@ def parse_args(argv=None):
     arg("--hub_model_id", help="Hub repository (default: the name of output_dir)")
 
     args = parser.parse_args(argv)
+    if args.network_module:
+        parser.set_defaults(**kohya_defaults(args))
+        args = parser.parse_args(argv)
+    if is_single_file(args) and args.tokenizer_dir is None:
+        args.tokenizer_dir = Path(args.pretrained_model_name_or_path).parent.parent / "tokenizers"
     args.lora_alpha = args.lora_alpha or args.rank
     if args.cache_latents_to_disk:
         args.cache_latents = True
@@ -452,6 +498,31 @@ def parse_args(argv=None):
         check_args(args) + check_hub(args) + check_weights(args) + check_model(args) + check_output_dir(args)
     )
     return args
+
+
+def optimizer_name(text):
+    """An argparse type: a name in lower case."""
+    name = text.lower()
+    if name == "adamw8bit":
+        raise argparse.ArgumentTypeError(f"{text}: give --optimizer adamw --use_8bit_adam")
+    return name
+
+
+def kohya_defaults(args):
+    """The defaults of flux_train_network.py in kohya's sd-scripts, where they differ from ours."""
+    weight_decay = 0.0 if args.optimizer == "prodigy" else 0.01  # prodigyopt's and torch's
+    return {
+        "lora_layers": "kohya",
+        "train_text_encoder": True,
+        "lora_alpha": 1,
+        "train_batch_size": 1,
+        "lr_warmup_steps": 0,
+        "text_encoder_lr": args.learning_rate,
+        "adam_weight_decay": weight_decay,
+        "adam_weight_decay_text_encoder": weight_decay,
+        "prodigy_use_bias_correction": False,
+        "prodigy_safeguard_warmup": False,
+    }
 
 
 def check_args(args):
@@ -1163,12 +1234,16 @@ def check_abstractions(examples, args):
         if isinstance(caption, str):
             used.update(match_any(abstractions).findall(caption))
             captions.append(caption)
-    return [
-        f"--token_abstraction {abstraction}: in no caption and not in --instance_prompt"
-        + near_miss(abstraction, captions)
-        for abstraction in abstractions
-        if abstraction not in used
-    ]
+    in_prompt = match_any(abstractions).findall(args.instance_prompt or "")
+    problems = []
+    for abstraction in abstractions:
+        if abstraction in used:
+            continue
+        where = "in no caption and not in --instance_prompt" + near_miss(abstraction, captions)
+        if abstraction in in_prompt:
+            where = "in no caption; --instance_prompt has it, but every image has a caption of its own"
+        problems.append(f"--token_abstraction {abstraction}: {where}")
+    return problems
 
 
 def near_miss(abstraction, captions):
@@ -1301,7 +1376,7 @@ DATASET_OPTIONS = {
 
 
 class RefusedOption(NamedTuple):
-    """An option that is not supported: the one value that changes nothing here, and why no other is."""
+    """An option or flag that is not supported: the one value that changes nothing here, and why no other is."""
 
     neutral_value: Any
     reason: str
@@ -1322,6 +1397,85 @@ REFUSED_OPTIONS = {
     "token_warmup_step": RefusedOption(0, "captions do not grow with the steps"),
     "validation_seed": RefusedOption(None, "no images are held out: judge by --validation_prompt"),
     "validation_split": RefusedOption(0.0, "no images are held out: judge by --validation_prompt"),
+}
+
+
+# Flags of sd-scripts' flux_train_network.py that are not ours: the one value, "" for none, that asks for what happens
+# here anyway, and what to do instead of any other. Those that are ours too have their place in `parse_args`.
+IN_DATASET_CONFIG = RefusedOption(None, "write it into the file that --dataset_config names")
+KOHYA_FLAGS = dict.fromkeys([*DATASET_OPTIONS, *REFUSED_OPTIONS], IN_DATASET_CONFIG) | {
+    "alpha_mask": RefusedOption(None, "transparent parts become white, and loss masks are not supported"),
+    "apply_t5_attn_mask": RefusedOption(None, "T5's padding is read, as ComfyUI and diffusers do: leave it out"),
+    "base_weights": RefusedOption(None, "merge the LoRA into the model beforehand"),
+    "blocks_to_swap": RefusedOption(None, "to save memory: --quantize_base nf4, --gradient_checkpointing, --offload"),
+    "cache_text_encoder_outputs": RefusedOption("", "prompts are always embedded once"),
+    "clip_skip": RefusedOption(None, "FLUX.1 reads CLIP's last layer: leave it out"),
+    "config_file": RefusedOption(None, "write flags as on the command line into a file and give it as @file"),
+    "cpu_offload_checkpointing": RefusedOption(None, "to save memory: --quantize_base nf4 or --offload"),
+    "dim_from_weights": RefusedOption(None, "--rank says it"),
+    "dynamo_backend": RefusedOption("inductor", "--compile has one backend: leave it out"),
+    "fp8_base": RefusedOption(None, "--quantize_base int8 or nf4"),
+    "fp8_base_unet": RefusedOption(None, "--quantize_base int8 or nf4"),
+    "full_bf16": RefusedOption(None, "the LoRA is trained in float32, frozen models in --mixed_precision bf16"),
+    "full_fp16": RefusedOption(None, "the LoRA is trained in float32, frozen models in --mixed_precision fp16"),
+    "highvram": RefusedOption("", "it is so without --offload"),
+    "huggingface_repo_id": RefusedOption(None, "--push_to_hub --hub_model_id"),
+    "huggingface_token": RefusedOption(None, "--hub_token, or log in: hf auth login"),
+    "in_json": RefusedOption(None, "give --instance_data_dir with captions in metadata.jsonl"),
+    "initial_epoch": RefusedOption(None, "--resume_from_checkpoint latest continues where the run was"),
+    "initial_step": RefusedOption(None, "--resume_from_checkpoint latest continues where the run was"),
+    "ip_noise_gamma": RefusedOption(None, "it is for models that predict noise: leave it out"),
+    "log_config": RefusedOption("", "args.json holds all flags"),
+    "log_prefix": RefusedOption(None, "runs are told apart by --output_dir and --output_name"),
+    "log_tracker_name": RefusedOption(None, "leave it out"),
+    "loss_type": RefusedOption("l2", "the loss is the squared error, l2"),
+    "lowram": RefusedOption(None, "to save memory: --offload or --quantize_base nf4"),
+    "lr_scheduler_args": RefusedOption(None, "--lr_warmup_steps, --lr_num_cycles and --lr_power"),
+    "lr_scheduler_type": RefusedOption(None, "--lr_scheduler chooses among the schedules of diffusers"),
+    "masked_loss": RefusedOption(None, "loss masks are not supported"),
+    "max_timestep": RefusedOption(None, "it has no effect on FLUX.1 in sd-scripts either: leave it out"),
+    "max_token_length": RefusedOption(None, "CLIP reads 77 tokens; T5's number is --max_sequence_length"),
+    "mem_eff_attn": RefusedOption("", "attention is PyTorch's scaled_dot_product_attention"),
+    "min_snr_gamma": RefusedOption(None, "it is for models that predict noise: see --weighting_scheme"),
+    "min_timestep": RefusedOption(None, "it has no effect on FLUX.1 in sd-scripts either: leave it out"),
+    "model_prediction_type": RefusedOption("raw", "the velocity is predicted, which sd-scripts calls raw"),
+    "network_args": RefusedOption(None, "--lora_layers names the layers; there is one rank for all"),
+    "network_dropout": RefusedOption(None, "--lora_dropout, of the LoRA's inputs"),
+    "network_weights": RefusedOption(None, "--lora_path"),
+    "no_half_vae": RefusedOption(None, "the VAE has the precision of --mixed_precision: leave it out"),
+    "no_metadata": RefusedOption(None, "the file always says what it is: leave it out"),
+    "noise_offset": RefusedOption(None, "it is for models that predict noise: leave it out"),
+    "optimizer_args": RefusedOption(None, "give --adam_..., --prodigy_... and the weight decay as flags"),
+    "persistent_data_loader_workers": RefusedOption("", "the workers live as long as the run"),
+    "reg_data_dir": RefusedOption(None, "--with_prior_preservation --class_data_dir, or is_reg in --dataset_config"),
+    "resume": RefusedOption(None, "--resume_from_checkpoint"),
+    "sample_at_first": RefusedOption("", "--validation_prompt is drawn before training too"),
+    "sample_every_n_epochs": RefusedOption(None, "--validation_epochs"),
+    "sample_every_n_steps": RefusedOption(None, "--validation_steps"),
+    "sample_prompts": RefusedOption(None, "--validation_prompt, with --validation_epochs or --validation_steps"),
+    "sample_sampler": RefusedOption(None, "images are drawn with the model's own scheduler: leave it out"),
+    "save_every_n_steps": RefusedOption(None, "--checkpointing_steps; their LoRA is a file in checkpoint-N"),
+    "save_last_n_epochs": RefusedOption(None, "--checkpoints_total_limit; files of epochs are kept"),
+    "save_last_n_steps": RefusedOption(None, "--checkpoints_total_limit"),
+    "save_model_as": RefusedOption("safetensors", "files are safetensors"),
+    "save_precision": RefusedOption(
+        None, "the LoRA is saved as --mixed_precision says; --upcast_before_saving: float"
+    ),
+    "save_state": RefusedOption(None, "--checkpointing_steps saves what a run resumes from"),
+    "save_state_on_train_end": RefusedOption(None, "--checkpointing_steps saves what a run resumes from"),
+    "scale_weight_norms": RefusedOption(None, "weights are not rescaled: see --adam_weight_decay, --max_grad_norm"),
+    "sdpa": RefusedOption("", "attention is PyTorch's scaled_dot_product_attention"),
+    "skip_cache_check": RefusedOption("", "caches are found by what they were made of"),
+    "split_mode": RefusedOption(None, "to save memory: --quantize_base nf4, --gradient_checkpointing, --offload"),
+    "tokenizer_cache_dir": RefusedOption(None, "--tokenizer_dir"),
+    "train_data_dir": RefusedOption(None, "--instance_data_dir for images in one folder, or --dataset_config"),
+    "training_comment": RefusedOption(None, "it would not be written: leave it out"),
+    "unet_lr": RefusedOption(None, "--learning_rate"),
+    "vae": RefusedOption(None, "--ae"),
+    "vae_batch_size": RefusedOption(None, "images are encoded one at a time: leave it out"),
+    "wandb_api_key": RefusedOption(None, "log in: wandb login"),
+    "wandb_run_name": RefusedOption(None, "leave it out"),
+    "xformers": RefusedOption("", "attention is PyTorch's scaled_dot_product_attention"),
 }
 
 
@@ -1652,8 +1806,11 @@ def check_single_files(args):
             problems.append(f"--{flag} {path}: scaled fp8 is not supported: use the 16-bit file")
     folder = args.tokenizer_dir
     names = ("tokenizer", "tokenizer_2")
-    if folder is None or not all((folder / name / "tokenizer_config.json").is_file() for name in names):
-        problems.append(f"--tokenizer_dir {folder}: must hold the folders {' and '.join(names)} of FLUX.1-dev")
+    if not all((folder / name / "tokenizer_config.json").is_file() for name in names):
+        problems.append(
+            f"--tokenizer_dir {folder}: must hold the folders {' and '.join(names)} of FLUX.1-dev, which "
+            "examples/dgx_spark/download.sh fetches"
+        )
     return problems
 
 

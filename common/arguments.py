@@ -1,11 +1,12 @@
 """The command line: a parser with readable help, argument types, and errors without a stack trace."""
 
 import argparse
+import difflib
 import math
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,11 +36,32 @@ class Switch(argparse.BooleanOptionalAction):
         values: Any,
         option_string: str | None = None,
     ) -> None:
-        word = str(values or "true").lower()
-        if word not in ("true", "false"):
-            parser.error(f"{option_string} {values}: expected True or False, or nothing")
         negated = str(option_string).startswith("--no-")
-        setattr(namespace, self.dest, (word == "true") != negated)
+        setattr(namespace, self.dest, is_true(parser, option_string, values) != negated)
+
+
+class OnSwitch(argparse.Action):
+    """--x, off by default; also `--x True` and `--x False`. What action="store_true" means in a `Parser`."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, default: bool = False, help: str | None = None):
+        super().__init__(option_strings, dest, nargs="?", default=default, help=help)
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        setattr(namespace, self.dest, is_true(parser, option_string, values))
+
+
+def is_true(parser: argparse.ArgumentParser, option_string: str | None, value: str | None) -> bool:
+    """Whether the word after a flag, or None, means that it is on."""
+    word = str(value or "true").lower()
+    if word not in ("true", "false"):
+        parser.error(f"{option_string} {value}: expected True or False, or nothing")
+    return word == "true"
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -60,7 +82,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         names = ", ".join(action.option_strings)
-        if action.nargs == 0 or isinstance(action, Switch):
+        if action.nargs == 0 or isinstance(action, (Switch, OnSwitch)):
             return names
         value = self._format_args(action, self._get_default_metavar_for_optional(action))
         if action.nargs == argparse.ONE_OR_MORE:  # A [A ...] is unreadable if A lists many choices
@@ -77,10 +99,19 @@ class Arguments(argparse.Namespace):
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose flags can also stand in a file, `script.py @file`, several on a line, with # comments.
 
-    `description` and `epilog` are printed as they are; the epilog is an example command.
+    `description` and `epilog` are printed as they are; the epilog is an example command. `other_flags` are flags of
+    another program whose users come here, {"sdpa": (value, remedy)}: such a flag is passed over if it has this value,
+    "" for none, because it asks for what happens anyway; otherwise it is refused with the remedy.
     """
 
-    def __init__(self, *, description: str = "", epilog: str = "", add_help: bool = True):
+    def __init__(
+        self,
+        *,
+        description: str = "",
+        epilog: str = "",
+        add_help: bool = True,
+        other_flags: Mapping[str, tuple[str | None, str]] | None = None,
+    ):
         super().__init__(
             usage="%(prog)s [options] [@file]; --help explains them",
             description=description,
@@ -91,6 +122,8 @@ class Parser(argparse.ArgumentParser):
             add_help=add_help,
         )
         self.register("type", Path, expanded_path)
+        self.register("action", "store_true", OnSwitch)
+        self.other_flags = other_flags or {}
 
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
         return shlex.split(arg_line, comments=True)
@@ -105,6 +138,42 @@ class Parser(argparse.ArgumentParser):
             self.error(f"{files}: not a file of flags ({error})")
         args.changed = changed_flags(self, args)
         return args
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """As argparse's, but exits if there are unknown flags that are not among `other_flags`."""
+        namespace, unknown_words = super().parse_known_args(args, namespace)
+        self.refuse(self.unknown_flags(unknown_words))
+        return namespace, []
+
+    def unknown_flags(self, words: Sequence[str]) -> list[str]:
+        """A problem for each flag among `words`, which no flag of this parser took, with its remedy."""
+        problems = []
+        given: list[tuple[str, list[str]]] = []  # a flag and the words after it
+        for word in words:
+            if word.startswith("--"):
+                flag, equals, value = word.partition("=")
+                given.append((flag, [value] if equals else []))
+            elif given:
+                given[-1][1].append(word)
+            else:
+                problems.append(f"{word!r} belongs to no flag")
+        for flag, values in given:
+            value = " ".join(values)
+            if flag.removeprefix("--") in self.other_flags:
+                passed_over, remedy = self.other_flags[flag.removeprefix("--")]
+                if value != passed_over:
+                    problems.append(f"{flag} {value[:80]}".rstrip() + f": {remedy}")
+            else:
+                problems.append(f"{flag}: no flag has this name; {self.similar_flags(flag)}")
+        return problems
+
+    def similar_flags(self, name: str) -> str:
+        """A question for the flags that `name` abbreviates or is a misspelling of, or where to look for flags."""
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        similar = [flag for flag in flags if flag.startswith(name)] or difflib.get_close_matches(name, flags, 1)
+        if not similar:
+            return "--help lists them"
+        return f"did you mean {' or '.join(similar[:5])}?"
 
     def refuse(self, problems: Sequence[str]) -> None:
         """Exits with all problems in one message, if there are any."""
@@ -121,7 +190,7 @@ def changed_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
             default = parser._get_value(action, default)
         if action.dest in args and getattr(args, action.dest) != default:
             changed.append(action.dest)
-    return changed
+    return list(dict.fromkeys(changed))  # two flags can set one value
 
 
 def in_range(

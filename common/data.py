@@ -45,7 +45,8 @@ UNREAD_SUFFIXES = (".heic", ".heif", ".avif", ".tif", ".tiff", ".gif")
 
 MAX_SIDE = 8192  # pixels of an image that is trained on
 
-INTERPOLATION = [mode.name.lower() for mode in Image.Resampling]
+# nearest_exact is torchvision's name for PIL's nearest, which takes the pixel at the centre
+INTERPOLATION = [*(mode.name.lower() for mode in Image.Resampling), "nearest_exact"]
 
 CAPTION_COLUMNS = ("text", "prompt", "caption")  # of metadata.jsonl, where no column is named
 
@@ -103,7 +104,7 @@ def fit(
 ) -> Image.Image:
     """The image resized to cover `size` (height, width), cropped at `centering` (x, y in [0, 1]), perhaps mirrored."""
     height, width = size
-    method = Image.Resampling[interpolation.upper()]
+    method = Image.Resampling[interpolation.removesuffix("_exact").upper()]
     image = ImageOps.fit(image, (width, height), method, centering=(centering[0], centering[1]))
     return ImageOps.mirror(image) if mirrored else image
 

@@ -69,7 +69,65 @@ FLUX_LAYERS: dict[str, tuple[str, ...]] = {
 
 FUSED_NAMES = {part: fused_name for fused_name, parts in FLUX_LAYERS.items() for part in parts}
 
+CLIP_LAYERS = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.out_proj",
+    "mlp.fc1",
+    "mlp.fc2",
+)
+
 LORA_FORMS = ("diffusers", "comfyui", "kohya")  # the first two are one form
+
+# Layers of diffusers by the names that files give them, without what stands before: with _ for every dot and # for a
+# block's number. A file may hold one layer, or several that were fused.
+SINGLE_LAYERS = {layer.replace(".", "_"): f"transformer.{layer}" for layer in FUSED_NAMES} | {
+    f"encoder_layers_#_{layer.replace('.', '_')}": f"text_encoder.text_model.encoder.layers.#.{layer}"
+    for layer in CLIP_LAYERS
+}
+DOUBLE_QKV = FLUX_LAYERS["double_blocks.#.img_attn.qkv"]
+DOUBLE_CONTEXT_QKV = FLUX_LAYERS["double_blocks.#.txt_attn.qkv"]
+SINGLE_QKV = FLUX_LAYERS["single_blocks.#.linear1"][:3]
+FUSED_LAYERS = {fused_name.replace(".", "_"): parts for fused_name, parts in FLUX_LAYERS.items()} | {
+    "single_blocks_#_linear1_qkv": SINGLE_QKV,
+    "double_blocks_#_processor_qkv_lora1": DOUBLE_QKV,
+    "double_blocks_#_processor_qkv_lora2": DOUBLE_CONTEXT_QKV,
+    "double_blocks_#_processor_proj_lora1": FLUX_LAYERS["double_blocks.#.img_attn.proj"],
+    "double_blocks_#_processor_proj_lora2": FLUX_LAYERS["double_blocks.#.txt_attn.proj"],
+    "single_blocks_#_processor_qkv": SINGLE_QKV,
+    "single_blocks_#_processor_proj": FLUX_LAYERS["single_blocks.#.linear2"],
+}
+
+# How programs end the keys of a layer's two matrices, down and up: diffusers and PEFT, PEFT in training, kohya,
+# earlier diffusers, and XLabs, whose layers are called qkv_lora1 and so on.
+ENDINGS = (
+    (".lora_A.weight", ".lora_B.weight"),
+    (".lora_A.default.weight", ".lora_B.default.weight"),
+    (".lora_down.weight", ".lora_up.weight"),
+    (".lora.down.weight", ".lora.up.weight"),
+    ("_lora.down.weight", "_lora.up.weight"),
+    (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
+    (".down.weight", ".up.weight"),
+)
+
+# What programs put before a layer's name: diffusers, PEFT, ComfyUI, kohya, OneTrainer, LyCORIS; and the same of CLIP.
+PREFIXES = re.compile(
+    r"^((transformer|base_model\.model|(model\.)?diffusion_model)\.|lora_(unet|transformer)_|lycoris_"
+    r"|text_encoder\.|text_encoders\.clip_l\.transformer\.|lora_te1?_|text_model[._])+"
+)
+
+# Tensors and layers that are no pair of matrices for FLUX.1 or CLIP: what their keys contain, and what they are.
+OTHER_TENSORS = {
+    r"lora_magnitude_vector|dora_scale": "DoRA magnitudes",
+    r"\.lokr_": "LoKr factors",
+    r"\.hada_": "LoHa factors",
+    r"\.oft_": "OFT blocks",
+    r"^bundle_emb": "an embedding",
+    r"^(lora_te[23]_|text_encoder_2\.|text_encoders\.t5xxl\.)": "for T5, which is not trained here",
+    r"\.(bias|diff|diff_b|scale)$": "a change of a bias, a norm or a whole weight, which is no LoRA",
+    r"\.alpha$": "the alpha of no layer",
+}
 
 # Header entries with hashes of the file they stood in, or that are written anew: a converted file must not keep them.
 FILE_HEADER = ("format", "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
@@ -143,15 +201,21 @@ def folded(layer: LoraLayer, dtype: torch.dtype | None = None) -> LoraLayer:
 
 
 def read_lora(path: str | Path, *, flux: bool = True) -> tuple[dict[str, LoraLayer], dict[str, str]]:
-    """The layers and the header of a FLUX.1 LoRA in any of LORA_FORMS, or under names that start with diffusion_model.
+    """The layers and the header of a FLUX.1 LoRA in any of LORA_FORMS, or in the names of PEFT, OneTrainer or XLabs.
     With `flux` False of another model's, under diffusers' names.
 
-    Raises ValueError for keys that are none of these.
+    Of PEFT's adapter_model.safetensors, alpha stands in the adapter_config.json beside it. Raises ValueError for
+    tensors that are not part of a LoRA for FLUX.1's transformer and CLIP: they would be lost.
     """
+    path = Path(path)
     with safe_open(path, "pt") as file:
         header = file.metadata() or {}
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     adapter_settings = json.loads(header.pop("lora_adapter_metadata", "{}"))
+    peft_settings = path.with_name("adapter_config.json")
+    if path.name == "adapter_model.safetensors" and peft_settings.exists():
+        for key, value in json.loads(peft_settings.read_text()).items():
+            adapter_settings |= {f"transformer.{key}": value, f"text_encoder.{key}": value}
     header = {key: value for key, value in header.items() if key not in FILE_HEADER}
     try:
         read_layers = layers_of_file if flux else layers_as_named
@@ -206,37 +270,51 @@ def layers_of_file(tensors: Mapping[str, torch.Tensor], adapter_settings: Mappin
     """
     unused = dict(tensors)
     layers = {}
-    for down_name, up_name in (("lora_A", "lora_B"), ("lora_down", "lora_up")):
-        for key in tensors:
-            if not key.endswith(f".{down_name}.weight"):
-                continue
-            name = key.removesuffix(f".{down_name}.weight")
+    unknown = []
+    for down_ending, up_ending in ENDINGS:
+        for key in [key for key in unused if key.endswith(down_ending)]:
+            name = key.removesuffix(down_ending)
             down = unused.pop(key)
-            up = unused.pop(f"{name}.{up_name}.weight", None)
+            up = unused.pop(name + up_ending, None)
             if up is None:
-                raise ValueError(f"{key} has no {up_name}")
+                raise ValueError(f"{key} has no {name + up_ending}")
             alpha = unused.pop(f"{name}.alpha", None)
+            names = layer_names(name)
+            if not names:
+                if up.any():  # else it changes nothing: programs also write what they did not train
+                    unknown.append(key)
+                continue
             if alpha is None:
-                alpha = alpha_in_header(name, len(down), adapter_settings)
-            layers |= split_layer(name, LoraLayer(down, up, float(alpha)))
-    unknown = [*unused, *(name for name in layers if not is_known(name))]
+                alpha = alpha_in_header(names[0], len(down), adapter_settings)
+            for part_name, part in split_layer(name, LoraLayer(down, up, float(alpha))).items():
+                if part_name in layers:
+                    raise ValueError(f"{part_name} is in it twice, also as {key}")
+                layers[part_name] = part
+    unknown += unused
     if unknown or not layers:
-        raise ValueError(f"not a LoRA for FLUX.1 in a known form: {', '.join(unknown[:5]) or 'nothing in it'}")
+        raise ValueError(f"not a LoRA for FLUX.1 in a known form: {describe_tensors(unknown) or 'nothing in it'}")
     return layers
 
 
-def is_known(name: str) -> bool:
-    """Whether FLUX.1's transformer or CLIP has a layer of this name."""
-    component, _, layer = name.partition(".")
-    if component == "transformer":
-        return split_number(layer)[0] in FUSED_NAMES
-    return name.startswith("text_encoder.text_model.")
+def describe_tensors(keys: Iterable[str]) -> str:
+    """Some of the `keys`, each kind with what it is where OTHER_TENSORS knows it, and with their number."""
+    kinds: dict[str, list[str]] = {}
+    for key in keys:
+        kind = next((what for pattern, what in OTHER_TENSORS.items() if re.search(pattern, key)), "")
+        kinds.setdefault(kind, []).append(key)
+    texts = []
+    for kind, found in kinds.items():
+        shown = found[:1] if kind else found[:5]
+        more = f" and {len(found) - len(shown)} more" if len(found) > len(shown) else ""
+        texts.append(", ".join(shown) + more + (f": {kind}" if kind else ""))
+    return "; ".join(texts)
 
 
 def alpha_in_header(name: str, rank: int, adapter_settings: Mapping) -> float:
     """A layer's alpha by the PEFT settings in a header of diffusers; without any it is the rank, a scale of 1."""
     component, _, layer = name.partition(".")
-    alpha = adapter_settings.get(f"{component}.alpha_pattern", {}).get(layer)
+    pattern = adapter_settings.get(f"{component}.alpha_pattern", {})
+    alpha = pattern.get(layer) or pattern.get(layer.removeprefix("text_model."))
     alpha = alpha or adapter_settings.get(f"{component}.lora_alpha", rank)
     if adapter_settings.get(f"{component}.use_rslora"):  # whose scale is alpha / sqrt(rank)
         alpha *= math.sqrt(rank)
@@ -257,6 +335,19 @@ def split_number(name: str, separator: str = ".") -> tuple[str, str]:
     if number is None:
         return name, ""
     return f"{name[: number.start()]}#{name[number.end() :]}", number[0]
+
+
+def file_layer(name: str) -> tuple[str, str]:
+    """A file's name of a layer as SINGLE_LAYERS and FUSED_LAYERS have it, and the block's number."""
+    return split_number(PREFIXES.sub("", name).replace(".", "_"), "_")
+
+
+def layer_names(name: str) -> list[str]:
+    """Our names of the layers that a file's name stands for; none if FLUX.1's transformer and CLIP have none such."""
+    file_name, number = file_layer(name)
+    if file_name in SINGLE_LAYERS:
+        return [SINGLE_LAYERS[file_name].replace("#", number)]
+    return [f"transformer.{part.replace('#', number)}" for part in FUSED_LAYERS.get(file_name, ())]
 
 
 def fused_layers(layers: Mapping[str, LoraLayer]) -> dict[str, LoraLayer]:
@@ -315,20 +406,15 @@ def split_layer(name: str, layer: LoraLayer) -> dict[str, LoraLayer]:
 
     Undoes `fuse` exactly. A fused layer that was trained as one shares its down among the parts.
     """
-    if name.startswith("diffusion_model."):
-        name = f"lora_unet_{name.removeprefix('diffusion_model.').replace('.', '_')}"
-    clip = re.fullmatch(r"lora_te1?_text_model_encoder_layers_(\d+)_(self_attn|mlp)_(\w+)", name)
-    if clip:
-        return {f"text_encoder.text_model.encoder.layers.{clip[1]}.{clip[2]}.{clip[3]}": layer}
-    kohya_parts = {f"lora_unet_{fused_name.replace('.', '_')}": parts for fused_name, parts in FLUX_LAYERS.items()}
-    kohya_name, number = split_number(name, "_")
-    if kohya_name not in kohya_parts:
-        return {full_name(name): layer}
-
-    parts = kohya_parts[kohya_name]
+    names = layer_names(name)
+    file_name, _ = file_layer(name)
+    if file_name in SINGLE_LAYERS:
+        return {names[0]: layer}
+    parts = FUSED_LAYERS[file_name]
     ups = {}
-    for part, rows in zip(parts, split_rows(layer.up, parts, width=layer.down.shape[1]), strict=True):
-        part_name = f"transformer.{part.replace('#', number)}"
+    for part_name, part, rows in zip(
+        names, parts, split_rows(layer.up, parts, width=layer.down.shape[1]), strict=True
+    ):
         ups[part_name] = swap_halves(part, rows)
     columns = block_columns(list(ups.values()))
     split = {}

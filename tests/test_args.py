@@ -4,8 +4,11 @@ import json
 import shutil
 
 from common.checkpoints import CHECKSUMS, checksums
+from common.data import Size, fit
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import train_dreambooth_flux_advanced as dreambooth
@@ -57,9 +60,12 @@ BAD = [
     ("--learning_rate -1", "--learning_rate: -1 is out of range: it must be above 0"),
     ("--learning_rate nan", "--learning_rate: nan is out of range"),
     ("--lora_alpha 0", "--lora_alpha/--network_alpha: 0 is out of range"),
-    ("--caption_dropout 1.5", "--caption_dropout: 1.5 is out of range: it must be at least 0 and at most 1"),
+    (
+        "--caption_dropout 1.5",
+        "--caption_dropout/--caption_dropout_rate: 1.5 is out of range: it must be at least 0 and at most 1",
+    ),
     ("--lora_dropout 1", "--lora_dropout: 1 is out of range"),
-    ("--max_sequence_length 600", "--max_sequence_length: 600 is out of range"),
+    ("--max_sequence_length 600", "--max_sequence_length/--t5xxl_max_token_length: 600 is out of range"),
     ("--resolution 40", "--resolution 40 must be a multiple of 16, such as 32"),
     ("--seed -1", "--seed: -1 is out of range"),
     ("--num_train_epochs 0", "--num_train_epochs/--max_train_epochs: 0 is out of range"),
@@ -69,11 +75,19 @@ BAD = [
     ("--weighting_scheme best", "--weighting_scheme: invalid choice"),
     ("--timestep_sampling late", "--timestep_sampling: invalid choice"),
     ("--image_interpolation_mode cubic", "--image_interpolation_mode: invalid choice"),
-    ("--report_to mlflow9", "--report_to: invalid choice"),
+    ("--report_to mlflow9", "--report_to/--log_with: invalid choice"),
     ("--mixed_precision fp8", "--mixed_precision: invalid choice"),
     ("--mixed_precision fp16", "--mixed_precision fp16 needs a GPU: use bf16 or no"),
     ("--prodigy_decouple maybe", "--prodigy_decouple maybe: expected True or False"),
-    ("--learning_rat 1", "unrecognized arguments: --learning_rat 1"),
+    ("--learning_rat 1", "--learning_rat: no flag has this name; did you mean --learning_rate?"),
+    ("--grad 1", "did you mean --gradient_checkpointing or --gradient_accumulation_steps?"),
+    ("--nothing_like_it 1", "--nothing_like_it: no flag has this name; --help lists them"),
+    ("--gradient_checkpointing photos", "--gradient_checkpointing photos: expected True or False, or nothing"),
+    ("photos", "'photos' belongs to no flag"),
+    ("--sdpa --loss_type huber --rank 2", "--loss_type huber: the loss is the squared error"),
+    ("--unet_lr=1e-4", "--unet_lr 1e-4: --learning_rate"),
+    ("--optimizer_type AdamW8bit", "AdamW8bit: give --optimizer adamw --use_8bit_adam"),
+    ("--shuffle_caption", "--shuffle_caption: write it into the file that --dataset_config names"),
     ("--optimizer prodigy --learning_rate 1 --use_8bit_adam", "--use_8bit_adam has no effect on --optimizer prodigy"),
     ("--prodigy_beta3 0.9", "--prodigy_beta3 has no effect on --optimizer adamw"),
     ("--timestep_sampling sigmoid --weighting_scheme mode", "--weighting_scheme mode has no effect without"),
@@ -141,6 +155,10 @@ BAD = [
         "--num_new_tokens_per_abstraction has no effect with --initializer_concept",
     ),
     ("--train_text_encoder_ti", "--token_abstraction TOK: in no caption and not in --instance_prompt"),
+    (
+        "--train_text_encoder_ti --instance_prompt TOK",
+        "--token_abstraction TOK: in no caption; --instance_prompt has it, but every image has a caption of its own",
+    ),
     ("--train_transformer_frac 0", "leaves nothing to train without --train_text_encoder_ti"),
     (
         "--train_transformer_frac 0 --train_text_encoder_ti --train_text_encoder_ti_frac 0",
@@ -228,6 +246,22 @@ def test_switches_are_understood_in_old_and_new_spelling(world):
         assert parse(flags).prodigy_decouple is False
     for flags in ("--prodigy_decouple", "--prodigy_decouple True"):
         assert parse(flags).prodigy_decouple is True
+
+
+def test_flags_are_switched_on_and_off_as_in_diffusers(world):
+    command = "--pretrained_model_name_or_path {model} --instance_data_dir {pictures} --cache_latents".format(**world)
+    parse = lambda flags: dreambooth.parse_args(f"{command} {flags}".split())  # noqa: E731
+    assert parse("--gradient_checkpointing True --rank 3").gradient_checkpointing is True
+    args = parse("--cache_latents False --gradient_checkpointing=false")
+    assert args.cache_latents is False
+    assert args.gradient_checkpointing is False
+
+
+def test_nearest_exact_is_torchs():
+    image = Image.effect_noise((37, 37), 80).convert("RGB")
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float()
+    resized = torch.nn.functional.interpolate(pixels, (16, 16), mode="nearest-exact")[0].permute(1, 2, 0)
+    assert np.array_equal(np.asarray(fit(image, Size(16, 16), "nearest_exact")), resized.numpy())
 
 
 def test_a_file_of_flags(world, tmp_path):

@@ -136,7 +136,7 @@ def test_defaults_are_shown_as_they_would_be_typed(script):
     parser = parser_of(script)
     help_text = "".join(parser.format_help().split())  # lines are broken at spaces and hyphens
     for action in flags_of(script):
-        if action.default is None or action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction):
+        if action.default is None or isinstance(action.default, bool) or action.nargs == 0:
             continue
         words = action.default if isinstance(action.default, (list, tuple)) else [action.default]
         shown = "(default: " + " ".join(str(word) for word in words) + ")"

@@ -21,6 +21,7 @@ from PIL import Image
 from prodigyopt import Prodigy
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_family import parser_of
 from test_lora_files import original_state_dict
 
 import train_dreambooth_flux_advanced as dreambooth
@@ -189,6 +190,107 @@ def test_names_of_kohyas_flags_mean_ours(tiny_model, pictures, tmp_path, capsys)
         with pytest.raises(SystemExit):
             dreambooth.parse_args([*flags, *extra])
         assert message in capsys.readouterr().err
+
+
+# The flags that the playbook gives to sd-scripts' flux_train_network.py, as they stand there.
+LAUNCH = """
+--pretrained_model_name_or_path=models/checkpoints/flux1-dev.safetensors
+--clip_l=models/text_encoders/clip_l.safetensors --t5xxl=models/text_encoders/t5xxl_fp16.safetensors
+--ae=models/vae/ae.safetensors --dataset_config=flux_data/data.toml --output_dir=models/loras/
+--prior_loss_weight=1.0 --output_name=flux_dreambooth --save_model_as=safetensors
+--network_module=networks.lora_flux --network_dim=256 --network_alpha=256 --learning_rate=1.0
+--optimizer_type=Prodigy --lr_scheduler=cosine_with_restarts --gradient_accumulation_steps 4
+--gradient_checkpointing --sdpa --max_train_epochs=100 --save_every_n_epochs=25 --mixed_precision=bf16
+--guidance_scale=1.0 --timestep_sampling=flux_shift --model_prediction_type=raw --torch_compile
+--persistent_data_loader_workers --cache_latents --cache_latents_to_disk --cache_text_encoder_outputs
+--cache_text_encoder_outputs_to_disk
+"""
+
+
+@pytest.fixture
+def playbook(flux_data, published, tmp_path):
+    """The playbook's folder, with small models under its names, as the working folder."""
+    _, files = published
+    models = tmp_path / "models"
+    places = {
+        "checkpoints/flux1-dev.safetensors": "flux1-dev.safetensors",
+        "text_encoders/clip_l.safetensors": "clip_l.safetensors",
+        "text_encoders/t5xxl_fp16.safetensors": "t5xxl_fp16.safetensors",
+        "vae/ae.safetensors": "ae.safetensors",
+        "tokenizers": "tokenizers",
+    }
+    for place, name in places.items():
+        (models / place).parent.mkdir(parents=True, exist_ok=True)
+        (models / place).symlink_to(files / name)
+    return tmp_path
+
+
+def test_the_playbooks_own_command_means_what_train_args_says(playbook):
+    theirs = dreambooth.parse_args(LAUNCH.split())
+    ours = dreambooth.parse_args(shlex.split((SPARK / "train.args").read_text(), comments=True))
+    different = {name for name, value in vars(theirs).items() if vars(ours)[name] != value}
+    assert different == {
+        *("network_module", "compile", "seed", "checkpointing_steps", "checkpoints_total_limit"),
+        *("resume_from_checkpoint", "validation_prompt", "num_validation_images", "validation_epochs"),
+        *("resolution", "train_batch_size"),  # data.toml has both
+        "disk_cache_dir",
+    }
+
+
+def test_the_playbooks_own_command_runs(train, playbook):
+    small = ("--max_train_steps", 1, "--network_dim", 2, "--torch_compile", "False", "--mixed_precision", "no")
+    small += ("--max_sequence_length", 8, "--report_to", "none", "--disk_cache_dir", "cache")
+    train(SCRIPT, *LAUNCH.split(), *small)
+    state_dict = load_file("models/loras/flux_dreambooth.safetensors")
+    assert sum(key.endswith(".lora_A.weight") for key in state_dict) == 2 * 14 + 6 + 2 * 6  # CLIP's too
+
+
+def test_kohyas_other_flags_are_each_named_with_a_remedy(playbook, capsys):
+    refused = {
+        "--network_args": ("train_blocks=single", "--lora_layers"),
+        "--optimizer_args": ("weight_decay=0.01", "--adam_"),
+        "--unet_lr": ("1e-4", "--learning_rate"),
+        "--fp8_base": ("", "--quantize_base"),
+        "--save_precision": ("bf16", "--upcast_before_saving"),
+        "--sample_prompts": ("prompts.txt", "--validation_prompt"),
+        "--sample_every_n_epochs": ("2", "--validation_epochs"),
+        "--save_every_n_steps": ("100", "--checkpointing_steps"),
+        "--network_weights": ("old.safetensors", "--lora_path"),
+        "--train_data_dir": ("img", "--instance_data_dir"),
+        "--enable_bucket": ("", "--dataset_config"),
+        "--config_file": ("a.toml", "@file"),
+        "--loss_type": ("huber", "squared error"),
+        "--model_prediction_type": ("sigma_scaled", "raw"),
+    }
+    words = [word for flag, (value, _) in refused.items() for word in (flag, value) if word]
+    with pytest.raises(SystemExit) as stop:
+        dreambooth.parse_args([*LAUNCH.split(), *words])
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.partition("error:")[2].splitlines()[1:]
+    assert [line.split()[0].rstrip(":") for line in lines] == list(refused)
+    for line, (value, remedy) in zip(lines, refused.values(), strict=True):
+        assert value in line
+        assert remedy in line
+    assert not (playbook / "models" / "loras").exists()
+
+
+def test_remedies_name_flags_that_exist():
+    parser = parser_of(SCRIPT)
+    flags = {flag for action in parser._actions for flag in action.option_strings}
+    for name, (_, remedy) in dreambooth.KOHYA_FLAGS.items():
+        assert {word for word in re.findall(r"--\w+", remedy) if not word.endswith("_")} <= flags, name
+
+
+def test_a_command_of_sd_scripts_has_its_defaults(tiny_model, pictures):
+    flags = ["--pretrained_model_name_or_path", str(tiny_model), "--instance_data_dir", str(pictures)]
+    flags += ["--network_module", "networks.lora_flux", "--learning_rate", "3e-4"]
+    args = dreambooth.parse_args(flags)
+    found = (args.lora_layers, args.rank, args.lora_alpha, args.train_text_encoder, args.text_encoder_lr)
+    assert found == ("kohya", 4, 1, True, 3e-4)
+    assert (args.train_batch_size, args.lr_warmup_steps, args.adam_weight_decay) == (1, 0, 0.01)
+    args = dreambooth.parse_args([*flags, "--network_train_unet_only", "--network_alpha=2", "--lr_warmup_steps=500"])
+    assert (args.train_text_encoder, args.lora_alpha, args.lr_warmup_steps) == (False, 2, 500)
+    assert not dreambooth.parse_args(flags[:4]).train_text_encoder
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -474,7 +576,7 @@ def test_files_that_are_not_the_right_ones_are_named(published, tmp_path, pictur
         (single(files, t5xxl=tmp_path / "page.safetensors"), "page.safetensors: not a whole safetensors file"),
         (single(files, clip_l=files / "ae.safetensors"), "ae.safetensors: holds no text_model.embeddings"),
         (single(files, t5xxl=tmp_path / "scaled.safetensors"), "scaled fp8 is not supported: use the 16-bit file"),
-        (single(files, tokenizer_dir=None), "--tokenizer_dir None: must hold the folders tokenizer and tokenizer_2"),
+        (single(files, tokenizer_dir=None), "tokenizers: must hold the folders tokenizer and tokenizer_2"),
         (
             single(files, pretrained_model_name_or_path=folder),
             "belong to a single .safetensors file, but: --pre",
