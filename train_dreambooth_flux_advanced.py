@@ -649,6 +649,12 @@ def check_model(args):
         return [
             f"--lora_layers: the transformer has no linear layer {', '.join(unknown)}; kohya means all in the blocks"
         ]
+    outside_blocks = [name for name, _ in target_layers(transformer, target_modules) if "_blocks." not in name]
+    if args.save_format == "kohya" and outside_blocks:
+        return [
+            f"--save_format kohya: neither diffusers nor sd-scripts reads {', '.join(outside_blocks)} in that form: "
+            "leave them out of --lora_layers, or save the default form"
+        ]
     lora_size = 0
     for _, layer in target_layers(transformer, target_modules):
         lora_size += args.rank * (layer.in_features + layer.out_features)
@@ -1533,6 +1539,15 @@ def read_dataset_config(args):
     return examples, []
 
 
+def adopt_dataset_config(args, examples):
+    """Sets --train_batch_size to the largest batch that --dataset_config asks for, and --resolution, unless it was
+    given, to the side of its largest square images: validation, args.json and the model card go by them."""
+    args.train_batch_size = max((example.options["batch_size"] for example in examples), default=args.train_batch_size)
+    sides = [example.resolution.width for example in examples if example.resolution.width == example.resolution.height]
+    if "resolution" not in args.changed:
+        args.resolution = max(sides, default=args.resolution)
+
+
 def parse_dataset_config(path):
     """The content of a TOML or JSON file. Raises OSError, ValueError or RecursionError."""
     text = path.read_text("utf-8-sig")
@@ -2017,6 +2032,12 @@ def file_header(args, examples, embedding_handler, is_dev, step, steps_per_epoch
     )
 
 
+def class_tokens(examples):
+    """The captions of images without their own, such as: tjtoy toy. Those of class images are left out."""
+    found = [example.options["class_tokens"] for example in examples if not example.options["is_reg"]]
+    return list(dict.fromkeys(filter(None, found)))
+
+
 LORA_CARD = """
 # {name}
 
@@ -2064,7 +2085,7 @@ image.save("image.png")
 """
 
 
-def save_model_card(args, dtype, embedding_handler, prompt, embeddings_name, hub_repo=None):
+def save_model_card(args, dtype, embedding_handler, prompt, trigger_words, embeddings_name, hub_repo=None):
     """Writes README.md: what was trained, and code that generates `prompt`, with the files in the output folder or,
     with `hub_repo`, those on the Hub."""
     folder = args.output_dir.resolve()
@@ -2090,7 +2111,6 @@ def save_model_card(args, dtype, embedding_handler, prompt, embeddings_name, hub
     }
     if not embedding_handler.abstractions:
         text = LORA_CARD.format(**values)
-        trigger_words = [args.instance_prompt] if args.instance_prompt else []
     else:
         tokens = [f"`{tokens}` for {word}" for word, tokens in embedding_handler.abstractions.items()]
         values |= {
@@ -2220,6 +2240,8 @@ def main(args):
 
     # 2. Data
     examples, problems = find_examples(args)
+    if args.dataset_config:
+        adopt_dataset_config(args, examples)
     dataset = DreamBoothDataset(examples, args)
     accumulation = args.gradient_accumulation_steps
     sampler = StepSampler(
@@ -2535,7 +2557,9 @@ def main(args):
         log_validation(accelerator, transformer, vae, noise_scheduler, prompt_encoder, args, final_prompt, global_step)
     example_prompt = final_prompt or args.instance_prompt or examples[0].prompt()
     if accelerator.is_main_process:
-        save_model_card(args, weight_dtype, embedding_handler, example_prompt, embeddings_name, hub_repo)
+        save_model_card(
+            args, weight_dtype, embedding_handler, example_prompt, class_tokens(examples), embeddings_name, hub_repo
+        )
     transformer = None  # DistributedDataParallel must be freed before the process group: gloo can hang otherwise
     accelerator.free_memory()
     accelerator.end_training()

@@ -440,7 +440,10 @@ def finish(
 
 
 def python() -> str:
-    """The command that starts this interpreter: `python` if its environment is activated, else its path."""
+    """The command that starts this interpreter: `python` if its environment is activated, else its path; or what
+    whoever started a container says in PYTHON_COMMAND, a command of the machine that it runs on."""
+    if "PYTHON_COMMAND" in os.environ:
+        return os.environ["PYTHON_COMMAND"]
     found = shutil.which("python")
     if found and Path(found).parent == Path(sys.executable).parent:
         return "python"

@@ -118,6 +118,10 @@ BAD = [
     ),
     ("--instance_data_dir {phone} --instance_prompt x", "{phone}/b.heic: save it as PNG or JPEG, .heic is not read"),
     ("--lora_layers attn.to_z,attn.to_q", "--lora_layers: the transformer has no linear layer attn.to_z"),
+    (
+        "--output_name x --save_format kohya --lora_layers attn.to_q,x_embedder,norm_out.linear",
+        "--save_format kohya: neither diffusers nor sd-scripts reads x_embedder, norm_out.linear in",
+    ),
     ("--output_dir {file}", "a file of this name is in the way"),
     (
         "--output_dir {earlier}",

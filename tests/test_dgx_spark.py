@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
+
+from common import tracking
 
 import pytest
 from conftest import ROOT
@@ -151,9 +154,9 @@ def test_launching_mounts_only_folders_that_exist_and_passes_failure_on(tmp_path
     (fake / "docker").write_text('#!/bin/sh\nprintf "%s\\n" "$@" > "$0.args"\nexit 7\n')
     (fake / "docker").chmod(0o755)
 
-    def launch():
+    def launch(*flags):
         environment = os.environ | {"PATH": f"{fake}:{os.environ['PATH']}"}
-        command = ["sh", str(spark / name), "--seed", "1 2"]
+        command = ["sh", str(spark / name), *flags]
         return subprocess.run(command, env=environment, capture_output=True, text=True)
 
     result = launch()
@@ -162,13 +165,44 @@ def test_launching_mounts_only_folders_that_exist_and_passes_failure_on(tmp_path
     for folder in ("checkpoints", "text_encoders", "vae", "tokenizers"):
         (spark / "models" / folder).mkdir(parents=True)
     (spark / FLUX).touch()
-    assert launch().returncode == 7
+    assert launch("--seed", "1 2").returncode == 7
     arguments = (fake / "docker.args").read_text().splitlines()
     assert arguments[-2:] == ["--seed", "1 2"]
     assert arguments[arguments.index("--user") + 1] == f"{os.getuid()}:{os.getgid()}"
     mounted = [value.split(":")[0] for flag, value in pairwise(arguments) if flag == "--volume"]
     assert len(mounted) >= 3
     assert all(Path(path).exists() for path in mounted)
+
+
+def test_what_the_training_prints_at_its_end_runs_in_the_container(tmp_path, monkeypatch):
+    """launch_train.sh tells the container how it is called from outside, and passes python commands on."""
+    spark = tmp_path / "a folder" / "spark"
+    shutil.copytree(SPARK, spark, ignore=shutil.ignore_patterns("models", "output"))
+    (spark / "models" / "checkpoints").mkdir(parents=True)
+    (spark / FLUX).touch()
+    (tmp_path / "docker").write_text('#!/bin/sh\nprintf "%s\\n" "$@" > "$0.args"\n')
+    (tmp_path / "docker").chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+
+    def arguments_of(command):
+        subprocess.run(command, env=environment, check=True, shell=True)
+        return (tmp_path / "docker.args").read_text().splitlines()
+
+    arguments = arguments_of(shlex.quote(str(spark / "launch_train.sh")))
+    assert arguments[-3:] == ["flux-train", "train_dreambooth_flux_advanced.py", "@train.args"]
+    (setting,) = [word for word in arguments if word.startswith("PYTHON_COMMAND=")]
+    monkeypatch.setenv(*setting.split("=", 1))
+    command = f"{tracking.python()} examples/dreambooth/generate.py models/loras/flux_dreambooth --prompt 'a b'"
+    assert arguments_of(command)[-5:] == [
+        *("flux-train", "examples/dreambooth/generate.py", "models/loras/flux_dreambooth", "--prompt", "a b")
+    ]
+    copied = set()
+    for line in re.findall(r"^COPY (.+)$", (SPARK / "Dockerfile.train").read_text(), re.MULTILINE):
+        *sources, target = line.split()
+        assert target in (*sources, ".", "examples/")
+        copied.update(sources)
+    for script in ("report.py", "dreambooth/generate.py"):
+        assert f"examples/{script}" in copied or f"examples/{Path(script).parent}" in copied
 
 
 # ---------------------------------------------------------------------------------------------------------------------

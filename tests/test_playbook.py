@@ -5,6 +5,8 @@ import random
 import re
 import shlex
 import socket
+import sys
+from pathlib import Path
 
 import common.latents
 from common import tracking
@@ -25,6 +27,7 @@ from test_family import parser_of
 from test_lora_files import original_state_dict
 
 import train_dreambooth_flux_advanced as dreambooth
+from examples.dreambooth import generate
 from examples.toy import pretrain
 from examples.toy.compare import sample
 from examples.toy.world import COLOR_NAMES, SUBJECTS, Scene, Shape, draw, layers, random_shape, score_subject
@@ -237,12 +240,26 @@ def test_the_playbooks_own_command_means_what_train_args_says(playbook):
     }
 
 
-def test_the_playbooks_own_command_runs(train, playbook):
+def test_the_playbooks_own_command_runs_and_so_does_what_it_prints(train, playbook, capsys, monkeypatch):
     small = ("--max_train_steps", 1, "--network_dim", 2, "--torch_compile", "False", "--mixed_precision", "no")
     small += ("--max_sequence_length", 8, "--report_to", "none", "--disk_cache_dir", "cache")
     train(SCRIPT, *LAUNCH.split(), *small)
     state_dict = load_file("models/loras/flux_dreambooth.safetensors")
     assert sum(key.endswith(".lora_A.weight") for key in state_dict) == 2 * 14 + 6 + 2 * 6  # CLIP's too
+    card = Path("models/loras/flux_dreambooth/README.md").read_text()
+    assert "| train_batch_size | 1 |" in card
+    assert "| resolution | 64 |" in card
+    assert "- `tjtoy toy`\n- `sparkgpu gpu`" in card
+    printed = capsys.readouterr().out.rpartition("dreambooth/generate.py ")[2].splitlines()[0]
+    monkeypatch.setattr(sys, "argv", ["generate.py", *shlex.split(printed), "--num_inference_steps", "1"])
+    generate.main()
+    assert Image.open("models/loras/flux_dreambooth/generated/0.png").size == (64, 64)
+    monkeypatch.chdir("models")
+    monkeypatch.setattr(sys, "argv", ["generate.py", "loras/flux_dreambooth", "--prompt", "tjtoy toy"])
+    with pytest.raises(SystemExit) as stop:
+        generate.main()
+    assert stop.value.code == 2
+    assert "flux1-dev.safetensors, which is not there" in capsys.readouterr().err
 
 
 def test_kohyas_other_flags_are_each_named_with_a_remedy(playbook, capsys):

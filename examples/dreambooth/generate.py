@@ -33,18 +33,22 @@ from diffusers import FluxPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from train_dreambooth_flux_advanced import replace_words
+from train_dreambooth_flux_advanced import load_text_encoders, load_transformer, load_vae, replace_words
 
 
 # What is read of a run's args.json, and what it is without a run, unless a flag says otherwise.
 WITHOUT_RUN = {
+    "ae": None,
     "cache_dir": None,
+    "clip_l": None,
     "max_sequence_length": 512,
     "mixed_precision": "no",
     "pretrained_model_name_or_path": None,
     "resolution": 1024,
     "revision": None,
+    "t5xxl": None,
     "token_abstraction": None,
+    "tokenizer_dir": None,
     "train_text_encoder": False,
     "train_text_encoder_ti": False,
     "train_transformer_frac": 1.0,
@@ -80,6 +84,22 @@ def find_files(path):
     return lora, embeddings[-1] if embeddings else None, trained
 
 
+def single_files(trained):
+    """The paths of the single files and tokenizers that were trained from, relative to the folder of the training."""
+    if not str(trained["pretrained_model_name_or_path"]).endswith(".safetensors"):
+        return []
+    return [trained[name] for name in ("pretrained_model_name_or_path", "ae", "clip_l", "t5xxl", "tokenizer_dir")]
+
+
+def load_single_files(trained, dtype):
+    """The FluxPipeline of `single_files`."""
+    files = argparse.Namespace(**trained)
+    files.tokenizer_dir = Path(files.tokenizer_dir)
+    parts = load_text_encoders(files, dtype).components
+    parts |= {"vae": load_vae(files, dtype), "transformer": load_transformer(files, dtype)}
+    return FluxPipeline(**parts)
+
+
 def load_pipeline(path, model=None):
     """(pipeline, {abstraction: its tokens}) of what `find_files` takes; `model` replaces the trained one."""
     lora, embeddings_file, trained = find_files(Path(path))
@@ -92,7 +112,10 @@ def load_pipeline(path, model=None):
         model = trained["pretrained_model_name_or_path"]
         files = {name: trained[name] for name in ("revision", "variant", "cache_dir")}
     with exit_if_unreadable(f"--pretrained_model_name_or_path {model}"):
-        pipeline = FluxPipeline.from_pretrained(model, dtype=dtype, **files)
+        if files and single_files(trained):
+            pipeline = load_single_files(trained, dtype)
+        else:
+            pipeline = FluxPipeline.from_pretrained(model, dtype=dtype, **files)
     if lora:
         with exit_if_unreadable(lora):
             pipeline.load_lora_weights(lora.parent, weight_name=lora.name)
@@ -150,10 +173,11 @@ def parse_args(argv=None):
     model = args.pretrained_model_name_or_path
     if not model and args.trained["pretrained_model_name_or_path"] is None:
         problems.append(f"--pretrained_model_name_or_path is needed: no args.json near {lora} says what was trained")
-    if not model and str(args.trained["pretrained_model_name_or_path"]).endswith(".safetensors"):
+    missing = [str(file) for file in single_files(args.trained) if not (file and Path(file).exists())]
+    if not model and missing:
         problems.append(
-            "the model was trained from single files: give --pretrained_model_name_or_path, such as "
-            "black-forest-labs/FLUX.1-dev"
+            f"the run was trained from single files, and {missing[0]} is not there: start in the folder where it was "
+            "trained, or give --pretrained_model_name_or_path, such as black-forest-labs/FLUX.1-dev"
         )
     if args.size and any(side % 16 for side in args.size):
         problems.append(f"--size {args.size[0]} {args.size[1]}: both must be multiples of 16")
