@@ -38,17 +38,13 @@ from train_dreambooth_flux_advanced import load_text_encoders, load_transformer,
 
 # What is read of a run's args.json, and what it is without a run, unless a flag says otherwise.
 WITHOUT_RUN = {
-    "ae": None,
     "cache_dir": None,
-    "clip_l": None,
     "max_sequence_length": 512,
     "mixed_precision": "no",
     "pretrained_model_name_or_path": None,
     "resolution": 1024,
     "revision": None,
-    "t5xxl": None,
     "token_abstraction": None,
-    "tokenizer_dir": None,
     "train_text_encoder": False,
     "train_text_encoder_ti": False,
     "train_transformer_frac": 1.0,
@@ -88,7 +84,7 @@ def single_files(trained):
     """The paths of the single files and tokenizers that were trained from, relative to the folder of the training."""
     if not str(trained["pretrained_model_name_or_path"]).endswith(".safetensors"):
         return []
-    return [trained[name] for name in ("pretrained_model_name_or_path", "ae", "clip_l", "t5xxl", "tokenizer_dir")]
+    return [trained.get(name) for name in ("pretrained_model_name_or_path", "ae", "clip_l", "t5xxl", "tokenizer_dir")]
 
 
 def load_single_files(trained, dtype):
