@@ -1781,6 +1781,7 @@ def shrunk_bucket(size, area, step):
 
 
 CHECKPOINT_PREFIX = "model.diffusion_model."  # of the transformer's keys in all-in-one checkpoints
+CLIP_PREFIX = "text_model."  # of CLIP's keys, but not as transformers 5 saves it
 
 # What a file must hold to be FLUX.1's: keys from which `transformer_config` also takes the sizes.
 KNOWN_KEYS = {
@@ -1814,11 +1815,13 @@ def check_single_files(args):
         except (OSError, SafetensorError) as error:
             problems.append(f"--{flag} {path}: not a whole safetensors file ({error})")
             continue
-        missing = [key for key in known_keys if key not in shapes]
+        missing = [key for key in known_keys if key not in shapes and key.removeprefix(CLIP_PREFIX) not in shapes]
         if missing:
             problems.append(f"--{flag} {path}: holds no {missing[0]}, so it is not the file of FLUX.1 in its own form")
         elif any(key.endswith(("scale_weight", "weight_scale", "scaled_fp8")) for key in shapes):
             problems.append(f"--{flag} {path}: scaled fp8 is not supported: use the 16-bit file")
+        else:
+            problems += check_tensors(flag, path)
     folder = args.tokenizer_dir
     names = ("tokenizer", "tokenizer_2")
     if not all((folder / name / "tokenizer_config.json").is_file() for name in names):
@@ -1826,6 +1829,35 @@ def check_single_files(args):
             f"--tokenizer_dir {folder}: must hold the folders {' and '.join(names)} of FLUX.1-dev, which "
             "examples/dgx_spark/download.sh fetches"
         )
+    return problems
+
+
+def check_tensors(flag, path):
+    """Problems of a file whose tensors are not the weights of its model, by name and shape; no weight is read."""
+    tensors = {key: torch.empty(shape, device="meta") for key, shape in tensor_shapes(path).items()}
+    model_class, from_tensors = FILE_MODELS[flag]
+    try:
+        config, weights = from_tensors(tensors)
+    except (KeyError, IndexError, ValueError) as error:
+        return [f"--{flag} {path}: its tensors are not those of FLUX.1's file (unknown or missing: {error})"]
+    with torch.device("meta"):
+        if isinstance(config, dict):
+            expected = model_class.from_config(config).state_dict()
+        else:
+            expected = model_class(config).state_dict()
+    expected.pop("encoder.embed_tokens.weight", None)  # T5's is shared.weight
+    problems = []
+    missing = [name for name in expected if name not in weights]
+    # text encoders are published with parts that are not used: CLIP's projection, T5's decoder
+    unknown = [name for name in weights if name not in expected and isinstance(config, dict)]
+    for what, names in (("missing", missing), ("unknown", unknown)):
+        if names:
+            problems.append(f"--{flag} {path}: {len(names)} of its weights are {what}, such as {names[0]}")
+    for name, weight in expected.items():
+        if name in weights and weights[name].shape != weight.shape:
+            found = list(weights[name].shape)
+            problems.append(f"--{flag} {path}: {name} is {found} where FLUX.1 has {list(weight.shape)}")
+            break
     return problems
 
 
@@ -1849,7 +1881,10 @@ def transformer_config(args):
 
 
 def transformer_config_of_file(path):
-    shapes = tensor_shapes(path)
+    return transformer_config_of_shapes(tensor_shapes(path))
+
+
+def transformer_config_of_shapes(shapes):
     width, in_channels = shapes["img_in.weight"]
     head_dim = shapes["double_blocks.0.img_attn.norm.query_norm.scale"][0]
     double_blocks = {key.split(".")[1] for key in shapes if key.startswith("double_blocks.")}
@@ -1868,34 +1903,95 @@ def transformer_config_of_file(path):
     }
 
 
-def load_transformer_file(path, dtype):
+# (config, weights under the model's names) of the tensors of a file. These read no values, so that they work on the
+# meta device too.
+
+
+def transformer_from_tensors(tensors):
     flux_modules = {name.split(".")[0] for name in FLUX_LAYERS}
     state_dict = {}
-    for key, value in load_file(path).items():
+    for key, value in tensors.items():
         key = key.removeprefix(CHECKPOINT_PREFIX)
         if key.split(".")[0] in flux_modules:  # all-in-one checkpoints hold VAE and text encoders too
             state_dict[key] = value
-    return model_from(
-        FluxTransformer2DModel, transformer_config_of_file(path), diffusers_state_dict(state_dict), dtype
-    )
+    shapes = {key: value.shape for key, value in state_dict.items()}
+    return transformer_config_of_shapes(shapes), diffusers_state_dict(state_dict)
 
 
-def load_vae_file(path, dtype):
-    state_dict = load_file(path)
-    levels = {key.split(".")[2] for key in state_dict if key.startswith("encoder.down.")}
-    blocks = {key.split(".")[4] for key in state_dict if key.startswith("encoder.down.0.block.")}
+def vae_from_tensors(tensors):
+    """The VAE in its authors' names or in diffusers'."""
+    has_diffusers_names = "encoder.down_blocks.0.resnets.0.conv1.weight" in tensors
+    level = "encoder.down_blocks.{}.resnets.{}" if has_diffusers_names else "encoder.down.{}.block.{}"
+    channels = []
+    while f"{level.format(len(channels), 0)}.conv1.weight" in tensors:
+        channels.append(len(tensors[f"{level.format(len(channels), 0)}.conv1.weight"]))
+    num_blocks = 0
+    while f"{level.format(0, num_blocks)}.conv1.weight" in tensors:
+        num_blocks += 1
     config = {
-        "down_block_types": ["DownEncoderBlock2D"] * len(levels),
-        "up_block_types": ["UpDecoderBlock2D"] * len(levels),
-        "block_out_channels": [len(state_dict[f"encoder.down.{i}.block.0.conv1.weight"]) for i in range(len(levels))],
-        "layers_per_block": len(blocks),
-        "latent_channels": state_dict["decoder.conv_in.weight"].shape[1],
+        "down_block_types": ["DownEncoderBlock2D"] * len(channels),
+        "up_block_types": ["UpDecoderBlock2D"] * len(channels),
+        "block_out_channels": channels,
+        "layers_per_block": num_blocks,
+        "latent_channels": tensors["decoder.conv_in.weight"].shape[1],
         "use_quant_conv": False,
         "use_post_quant_conv": False,
         "shift_factor": 0.1159,
         "scaling_factor": 0.3611,
     }
-    return model_from(AutoencoderKL, config, convert_ldm_vae_checkpoint(state_dict, config), dtype)
+    if has_diffusers_names:
+        return config, tensors
+    return config, convert_ldm_vae_checkpoint(tensors, config)
+
+
+def clip_from_tensors(tensors):
+    """CLIP with or without the level text_model in its names."""
+    clip = {key.removeprefix(CLIP_PREFIX): value for key, value in tensors.items()}
+    vocab_size, hidden_size = clip["embeddings.token_embedding.weight"].shape
+    config = CLIPTextConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=len(clip["encoder.layers.0.mlp.fc1.weight"]),
+        num_hidden_layers=len({key.split(".")[2] for key in clip if key.startswith("encoder.layers.")}),
+        num_attention_heads=hidden_size // 64,
+    )
+    return config, clip
+
+
+def t5_from_tensors(tensors):
+    """T5, whose embeddings are called shared or encoder.embed_tokens."""
+    t5 = dict(tensors)
+    if "shared.weight" not in t5:
+        t5["shared.weight"] = t5["encoder.embed_tokens.weight"]
+    attention = "encoder.block.0.layer.0.SelfAttention"
+    num_buckets, num_heads = t5[f"{attention}.relative_attention_bias.weight"].shape
+    config = T5Config(
+        vocab_size=len(t5["shared.weight"]),
+        d_model=t5["shared.weight"].shape[1],
+        d_kv=len(t5[f"{attention}.q.weight"]) // num_heads,
+        d_ff=len(t5["encoder.block.0.layer.1.DenseReluDense.wi_0.weight"]),
+        num_layers=len({key.split(".")[2] for key in t5 if key.startswith("encoder.block.")}),
+        num_heads=num_heads,
+        relative_attention_num_buckets=num_buckets,
+        feed_forward_proj="gated-gelu",
+    )
+    return config, t5
+
+
+FILE_MODELS = {  # {flag: (class, how its file is read)}
+    "pretrained_model_name_or_path": (FluxTransformer2DModel, transformer_from_tensors),
+    "ae": (AutoencoderKL, vae_from_tensors),
+    "clip_l": (CLIPTextModel, clip_from_tensors),
+    "t5xxl": (T5EncoderModel, t5_from_tensors),
+}
+
+
+def load_transformer_file(path, dtype):
+    return model_from(FluxTransformer2DModel, *transformer_from_tensors(load_file(path)), dtype)
+
+
+def load_vae_file(path, dtype):
+    return model_from(AutoencoderKL, *vae_from_tensors(load_file(path)), dtype)
 
 
 def model_from(model_class, config, state_dict, dtype):
@@ -1916,32 +2012,9 @@ def create_scheduler(is_dev):
 def load_text_encoder_files(args, dtype):
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_dir / "tokenizer", trust_remote_code=False)
     tokenizer_2 = AutoTokenizer.from_pretrained(args.tokenizer_dir / "tokenizer_2", trust_remote_code=False)
-    clip = {}
-    for key, value in load_file(args.clip_l).items():
-        if key.startswith("text_model."):
-            clip[key.removeprefix("text_model.")] = value
-    vocab_size, hidden_size = clip["embeddings.token_embedding.weight"].shape
-    clip_config = CLIPTextConfig(
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        intermediate_size=len(clip["encoder.layers.0.mlp.fc1.weight"]),
-        num_hidden_layers=len({key.split(".")[2] for key in clip if key.startswith("encoder.layers.")}),
-        num_attention_heads=hidden_size // 64,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    t5 = load_file(args.t5xxl)
-    attention = "encoder.block.0.layer.0.SelfAttention"
-    num_buckets, num_heads = t5[f"{attention}.relative_attention_bias.weight"].shape
-    t5_config = T5Config(
-        vocab_size=len(t5["shared.weight"]),
-        d_model=t5["shared.weight"].shape[1],
-        d_kv=len(t5[f"{attention}.q.weight"]) // num_heads,
-        d_ff=len(t5["encoder.block.0.layer.1.DenseReluDense.wi_0.weight"]),
-        num_layers=len({key.split(".")[2] for key in t5 if key.startswith("encoder.block.")}),
-        num_heads=num_heads,
-        relative_attention_num_buckets=num_buckets,
-        feed_forward_proj="gated-gelu",
-    )
+    clip_config, clip = clip_from_tensors(load_file(args.clip_l))
+    clip_config.eos_token_id = tokenizer.eos_token_id
+    t5_config, t5 = t5_from_tensors(load_file(args.t5xxl))
     pipeline = FluxPipeline(
         scheduler=load_noise_scheduler(args),
         vae=None,

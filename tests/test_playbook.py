@@ -606,6 +606,76 @@ def test_files_that_are_not_the_right_ones_are_named(published, tmp_path, pictur
         assert message in capsys.readouterr().err
 
 
+def changed(files, name, folder, change):
+    """A copy of one of the four files in `folder`, its tensors changed in place by `change`."""
+    tensors = load_file(files / name)
+    change(tensors)
+    save_file({key: value.contiguous() for key, value in tensors.items()}, folder / name)
+    return folder / name
+
+
+def test_weights_that_are_missing_unknown_or_of_another_shape_are_named(published, tmp_path, pictures, capsys):
+    _, files = published
+    flux, clip = "flux1-dev.safetensors", "clip_l.safetensors"
+
+    def add_positions(tensors):
+        name = "text_model.embeddings.position_embedding.weight"
+        tensors[name] = torch.zeros(248, tensors[name].shape[1])
+
+    rows = [
+        ("pretrained_model_name_or_path", flux, lambda t: t.pop("final_layer.linear.bias"), "proj_out.bias"),
+        (
+            "pretrained_model_name_or_path",
+            flux,
+            lambda t: t.update({"double_blocks.0.img_attn.gate.weight": torch.zeros(1)}),
+            "double_blocks.#.img_attn.gate",
+        ),
+        ("ae", "ae.safetensors", lambda t: t.pop("decoder.conv_out.bias"), "1 of its weights are missing"),
+        ("clip_l", clip, lambda t: t.pop("text_model.final_layer_norm.weight"), "final_layer_norm.weight"),
+        ("clip_l", clip, add_positions, "position_embedding.weight is [248, 256] where FLUX.1 has [77, 256]"),
+        ("t5xxl", "t5xxl_fp16.safetensors", lambda t: t.pop("encoder.final_layer_norm.weight"), "final_layer_norm"),
+    ]
+    for i, (flag, name, change, message) in enumerate(rows):
+        (tmp_path / str(i)).mkdir()
+        path = changed(files, name, tmp_path / str(i), change)
+        flags = single(files, **{flag: path, "tokenizer_dir": files / "tokenizers"})
+        with pytest.raises(SystemExit) as stop:
+            dreambooth.parse_args([*map(str, flags), "--instance_data_dir", str(pictures)])
+        assert stop.value.code == 2
+        error = capsys.readouterr().err
+        assert f"--{flag} {path}" in error
+        assert message in error
+
+
+def test_names_that_differ_only_in_form_are_read(published, tmp_path, pictures):
+    """The VAE of diffusers' folder, CLIP without the level text_model, T5 whose embeddings are embed_tokens."""
+    folder, files = published
+
+    def rename(tensors):
+        for key in list(tensors):
+            tensors[key.removeprefix("text_model.")] = tensors.pop(key)
+
+    def embed_tokens(tensors):
+        tensors["encoder.embed_tokens.weight"] = tensors.pop("shared.weight")
+
+    others = {
+        "ae": folder / "vae" / "diffusion_pytorch_model.safetensors",
+        "clip_l": changed(files, "clip_l.safetensors", tmp_path, rename),
+        "t5xxl": changed(files, "t5xxl_fp16.safetensors", tmp_path, embed_tokens),
+    }
+    flags = ["--instance_data_dir", str(pictures)]
+    args = [dreambooth.parse_args([*map(str, single(files, **paths)), *flags]) for paths in ({}, others)]
+    first, second = (dreambooth.load_text_encoders(each, torch.float32) for each in args)
+    first_vae, second_vae = (dreambooth.load_vae(each, torch.float32) for each in args)
+    for a, b in (
+        (first.text_encoder, second.text_encoder),
+        (first.text_encoder_2, second.text_encoder_2),
+        (first_vae, second_vae),
+    ):
+        weights = b.state_dict()
+        assert all(torch.equal(value, weights[name]) for name, value in a.state_dict().items())
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Learning
 # ---------------------------------------------------------------------------------------------------------------------
