@@ -1447,7 +1447,7 @@ KOHYA_FLAGS = dict.fromkeys([*DATASET_OPTIONS, *REFUSED_OPTIONS], IN_DATASET_CON
     "model_prediction_type": RefusedOption("raw", "the velocity is predicted, which sd-scripts calls raw"),
     "network_args": RefusedOption(None, "--lora_layers names the layers; there is one rank for all"),
     "network_dropout": RefusedOption(None, "--lora_dropout, of the LoRA's inputs"),
-    "network_weights": RefusedOption(None, "--lora_path"),
+    "network_weights": RefusedOption(None, "--resume_from_checkpoint continues a run of this trainer"),
     "no_half_vae": RefusedOption(None, "the VAE has the precision of --mixed_precision: leave it out"),
     "no_metadata": RefusedOption(None, "the file always says what it is: leave it out"),
     "noise_offset": RefusedOption(None, "it is for models that predict noise: leave it out"),
