@@ -463,7 +463,8 @@ def parse_args(argv=None):
         "--save_format",
         choices=LORA_FORMS,
         default="diffusers",
-        help="form of NAME.safetensors: kohya's for its own tools, or the one that all others read",
+        help="form of NAME.safetensors: kohya's for its own tools (diffusers reads it at FLUX.1's size alone), "
+        "or the one that all others read",
     )
     arg("--save_every_n_epochs", type=positive_int, metavar="N", help="also save NAME-00000N.safetensors")
     for entry in METADATA:

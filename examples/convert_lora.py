@@ -5,9 +5,11 @@
 diffusers  diffusers' names with the scale in the weights, as the trainers write it: ComfyUI, Forge, diffusers and peft
            read it at the same strength
 comfyui    the same
-kohya      the names of kohya's sd-scripts, with query, key and value fused as in FLUX.1's own weights
+kohya      the names of kohya's sd-scripts, with query, key and value fused as in FLUX.1's own weights; diffusers reads
+           it at FLUX.1's size alone, and neither it nor sd-scripts the layers outside the blocks
 
-The input's form is detected. Names that start with diffusion_model are read too.
+The input's form is detected: one of these, or the names of PEFT, ComfyUI, OneTrainer or XLabs. What is no LoRA for
+FLUX.1's transformer and CLIP, such as T5's layers, DoRA or LoKr, is refused by name.
 """
 
 import argparse
@@ -43,6 +45,9 @@ def main(argv=None):
         reason = str(error) or repr(error)
         parser.error(reason if str(args.input) in reason else f"{args.input}: cannot be converted ({reason})")
     ranks = sorted({layer.rank for layer in layers.values()})
+    outside_blocks = [name for name in layers if name.startswith("transformer.") and "_blocks." not in name]
+    if args.to == "kohya" and outside_blocks:
+        print(f"In this form neither diffusers nor sd-scripts reads {', '.join(outside_blocks)}.", file=sys.stderr)
     print(f"{len(layers)} layers of rank {', '.join(map(str, ranks))} in {args.output}, as {args.to}")
 
 

@@ -228,7 +228,7 @@ def test_one_layer_under_two_names_is_refused(tmp_path):
         read_lora(tmp_path / "x.safetensors")
 
 
-def test_a_converted_file_of_another_program_is_whole(tiny, tmp_path):
+def test_a_converted_file_of_another_program_is_whole(tiny, tmp_path, capsys):
     """OneTrainer's file of every layer that we train becomes our form, and every layer is in it."""
     modules = [name for name, module in tiny.transformer.named_modules() if isinstance(module, torch.nn.Linear)]
     adapted = with_random_lora(tiny.transformer, 2, 2, modules)
@@ -242,3 +242,7 @@ def test_a_converted_file_of_another_program_is_whole(tiny, tmp_path):
     convert_lora.main([str(tmp_path / "x.safetensors"), str(tmp_path / "y.safetensors")])
     layers, _ = read_lora(tmp_path / "y.safetensors")
     assert {name.removeprefix("transformer.") for name in layers} == set(modules)
+    assert "neither" not in capsys.readouterr().err
+    convert_lora.main([str(tmp_path / "y.safetensors"), str(tmp_path / "z.safetensors"), "--to", "kohya"])
+    assert "neither diffusers nor sd-scripts reads" in capsys.readouterr().err
+    assert read_lora(tmp_path / "z.safetensors")[0].keys() == layers.keys()
