@@ -1448,7 +1448,7 @@ KOHYA_FLAGS = dict.fromkeys([*DATASET_OPTIONS, *REFUSED_OPTIONS], IN_DATASET_CON
     "model_prediction_type": RefusedOption("raw", "the velocity is predicted, which sd-scripts calls raw"),
     "network_args": RefusedOption(None, "--lora_layers names the layers; there is one rank for all"),
     "network_dropout": RefusedOption(None, "--lora_dropout, of the LoRA's inputs"),
-    "network_weights": RefusedOption(None, "--resume_from_checkpoint continues a run of this trainer"),
+    "network_weights": RefusedOption(None, "--lora_path"),
     "no_half_vae": RefusedOption(None, "the VAE has the precision of --mixed_precision: leave it out"),
     "no_metadata": RefusedOption(None, "the file always says what it is: leave it out"),
     "noise_offset": RefusedOption(None, "it is for models that predict noise: leave it out"),
@@ -1839,7 +1839,7 @@ def check_tensors(flag, path):
     model_class, from_tensors = FILE_MODELS[flag]
     try:
         config, weights = from_tensors(tensors)
-    except (KeyError, IndexError, ValueError) as error:
+    except (KeyError, IndexError, ValueError, RuntimeError) as error:
         return [f"--{flag} {path}: its tensors are not those of FLUX.1's file (unknown or missing: {error})"]
     with torch.device("meta"):
         if isinstance(config, dict):
@@ -2091,7 +2091,7 @@ def file_header(args, examples, embedding_handler, is_dev, step, steps_per_epoch
         counts = tag_counts.setdefault(Path(example.name).parent.name, {})
         for tag in comma_list(example.prompt().lower()):
             counts[tag] = counts.get(tag, 0) + example.repeats
-    trigger_words = [example.options["class_tokens"] for example in instance_examples]
+    trigger_words = class_tokens(examples)
     if embedding_handler.abstractions:  # words like TOK call the new tokens as files of embeddings
         trigger_words = [f"embedding:{embedding_name(word)}" for word in embedding_handler.abstractions]
     resolution = instance_examples[0].resolution
@@ -2101,7 +2101,7 @@ def file_header(args, examples, embedding_handler, is_dev, step, steps_per_epoch
         resolution=(resolution.width, resolution.height),
         step=step,
         steps_per_epoch=steps_per_epoch,
-        trigger_words=dict.fromkeys(filter(None, trigger_words)),
+        trigger_words=trigger_words,
         captions=tag_counts,
     )
 

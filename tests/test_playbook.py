@@ -272,7 +272,7 @@ def test_kohyas_other_flags_are_each_named_with_a_remedy(playbook, capsys):
         "--sample_prompts": ("prompts.txt", "--validation_prompt"),
         "--sample_every_n_epochs": ("2", "--validation_epochs"),
         "--save_every_n_steps": ("100", "--checkpointing_steps"),
-        "--network_weights": ("old.safetensors", "--resume_from_checkpoint"),
+        "--network_weights": ("old.safetensors", "--lora_path"),
         "--train_data_dir": ("img", "--instance_data_dir"),
         "--enable_bucket": ("", "--dataset_config"),
         "--config_file": ("a.toml", "@file"),
