@@ -132,18 +132,13 @@ class Parser(argparse.ArgumentParser):
         words = sys.argv[1:] if argv is None else argv
         args = Arguments()
         try:
-            super().parse_args(words, args)
+            _, unknown_words = self.parse_known_args(words, args)
         except (ValueError, RecursionError) as error:  # a file that is no text, or that includes itself
             files = " ".join(word for word in words if word.startswith("@"))
             self.error(f"{files}: not a file of flags ({error})")
+        self.refuse(self.unknown_flags(unknown_words))
         args.changed = changed_flags(self, args)
         return args
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        """As argparse's, but exits if there are unknown flags that are not among `other_flags`."""
-        namespace, unknown_words = super().parse_known_args(args, namespace)
-        self.refuse(self.unknown_flags(unknown_words))
-        return namespace, []
 
     def unknown_flags(self, words: Sequence[str]) -> list[str]:
         """A problem for each flag among `words`, which no flag of this parser took, with its remedy."""

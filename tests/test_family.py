@@ -6,6 +6,8 @@ import os
 import shlex
 from pathlib import Path
 
+from common.arguments import Parser
+
 import pytest
 from conftest import ROOT
 
@@ -56,14 +58,16 @@ def parser_of(script):
         raise Built(parser)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(argparse.ArgumentParser, "parse_args", stop)
+        patch.setattr(Parser, "parse_args", stop)
         with pytest.raises(Built) as built:
             importlib.import_module(script).parse_args([])
     return built.value.parser
 
 
 def flags_of(script):
-    return [action for action in parser_of(script)._actions if action.dest != "help"]
+    """The flags that have a value of their own: not --help, and not --network_train_unet_only, which turns one off."""
+    no_values = (argparse._HelpAction, argparse._StoreFalseAction)
+    return [action for action in parser_of(script)._actions if not isinstance(action, no_values)]
 
 
 def flags_named(script):
