@@ -2159,7 +2159,7 @@ image.save("image.png")
 """
 
 
-def save_model_card(args, dtype, embedding_handler, prompt, trigger_words, embeddings_name, hub_repo=None):
+def save_model_card(args, dtype, embedding_handler, prompt, embeddings_name, hub_repo=None, trigger_words=()):
     """Writes README.md: what was trained, and code that generates `prompt`, with the files in the output folder or,
     with `hub_repo`, those on the Hub."""
     folder = args.output_dir.resolve()
@@ -2632,7 +2632,13 @@ def main(args):
     example_prompt = final_prompt or args.instance_prompt or examples[0].prompt()
     if accelerator.is_main_process:
         save_model_card(
-            args, weight_dtype, embedding_handler, example_prompt, class_tokens(examples), embeddings_name, hub_repo
+            args,
+            weight_dtype,
+            embedding_handler,
+            example_prompt,
+            embeddings_name,
+            hub_repo,
+            trigger_words=class_tokens(examples),
         )
     transformer = None  # DistributedDataParallel must be freed before the process group: gloo can hang otherwise
     accelerator.free_memory()
