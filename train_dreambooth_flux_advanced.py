@@ -2281,7 +2281,11 @@ def describe_run(args, examples, embedding_handler, text_params, text_encoder_st
 
 def generate_command(args, prompt):
     """The command, below examples/, that generates an image with the result."""
-    return f"dreambooth/generate.py {shlex.quote(str(args.output_dir))} --prompt {shlex.quote(prompt)}"
+    folder = shlex.quote(str(args.output_dir))
+    command = f"dreambooth/generate.py {folder} --prompt {shlex.quote(prompt)}"
+    if not os.access(Path(), os.W_OK):  # as in the playbook's container, which keeps nothing outside its volumes
+        command += f" --output {folder}"
+    return command
 
 
 def main(args):
