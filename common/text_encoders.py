@@ -176,7 +176,8 @@ def load_text_pipeline(
     where = {"revision": args.revision, "cache_dir": args.cache_dir}
     how = {"variant": args.variant, "dtype": dtype, "use_safetensors": True}
     with exit_if_unreadable(f"--pretrained_model_name_or_path {source}: its text encoders"):
-        for name, value in pipeline_class.load_config(source, **where).items():
+        index: Any = pipeline_class.load_config(source, **where)
+        for name, value in index.items():
             if name.startswith("text_encoder") and value[0] == "transformers" and name not in components:
                 encoder, loaded = getattr(transformers, value[1]).from_pretrained(
                     source, subfolder=name, output_loading_info=True, **where, **how
