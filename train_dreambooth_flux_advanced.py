@@ -83,6 +83,7 @@ from common.data import (
     check_buckets,
     check_captions,
     collate,
+    describe_data,
     file_example,
     fit,
     image_files,
@@ -94,6 +95,8 @@ from common.data import (
     read_folder,
     read_sizes,
     read_text,
+    unread_class_images,
+    visible,
 )
 from common.flow_matching import (
     TIMESTEP_SAMPLING,
@@ -130,6 +133,7 @@ from common.models import (
     QUANTIZATIONS,
     check_weights,
     compile_blocks,
+    latent_channels,
     load_model,
     load_scheduler,
     quantize_base,
@@ -139,8 +143,10 @@ from common.text_encoders import (
     CLIP_TARGET_MODULES,
     PromptEncoder,
     clip_lora_shapes,
+    describe_long_prompts,
     freeze_models,
     load_text_pipeline,
+    load_tokenizer,
 )
 from common.tracking import (
     METADATA,
@@ -217,8 +223,7 @@ def parse_args(argv=None):
         "--max_sequence_length",
         "--t5xxl_max_token_length",
         type=in_range(int, 1, 512),
-        default=512,
-        help="T5 tokens per prompt, schnell: to 256",
+        help="tokens per prompt; longer prompts are cut (default: what the model takes, FLUX.1-dev 512, schnell 256)",
     )
     arg("--mixed_precision", choices=("no", "fp16", "bf16"), help="precision of frozen models; bf16 halves memory")
     arg("--allow_tf32", action="store_true", help="faster, less exact float32 products on Ampere and later GPUs")
@@ -419,7 +424,7 @@ def parse_args(argv=None):
     arg("--prodigy_decouple", action=Switch, default=True, help="decoupled weight decay, as in AdamW")
     arg("--prodigy_use_bias_correction", action=Switch, default=True, help="Adam's bias correction in Prodigy")
     arg("--prodigy_safeguard_warmup", action=Switch, default=True, help="keep warmup out of Prodigy's estimate")
-    arg("--max_grad_norm", type=positive_float, default=1.0, help="clip gradients to this norm")
+    arg("--max_grad_norm", type=in_range(float, 0), default=1.0, help="clip gradients to this norm; 0: do not")
     arg(
         "--gradient_accumulation_steps",
         type=positive_int,
@@ -632,15 +637,20 @@ def check_model(args):
         return [f"--ae, --clip_l, --t5xxl and --tokenizer_dir belong to a single .safetensors file, but: {flag}"]
     try:
         config = transformer_config(args)
+        channels = 16 if is_single_file(args) else latent_channels(args)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         return [
             f"{flag}: neither a folder with a FLUX pipeline nor a Hub id like black-forest-labs/FLUX.1-dev ({reason})"
         ]
-    if config.get("_class_name") != "FluxTransformer2DModel" or config.get("in_channels") != 64:
+    in_channels = 4 * channels  # a token is a patch of 2 x 2 latents
+    if config.get("_class_name") != "FluxTransformer2DModel" or config.get("in_channels") != in_channels:
         found = f"{config.get('_class_name')} with {config.get('in_channels')} input channels"
-        return [f"{flag}: holds a {found}, not FLUX.1-dev or -schnell"]
-    if not config["guidance_embeds"] and args.max_sequence_length > 256:
+        return [f"{flag}: holds a {found}, not FLUX.1-dev or -schnell, where its VAE makes {in_channels}"]
+    longest = 512 if config["guidance_embeds"] else 256
+    if args.max_sequence_length is None:
+        args.max_sequence_length = longest
+    if args.max_sequence_length > longest:
         return [f"--max_sequence_length {args.max_sequence_length}: FLUX.1-schnell takes at most 256"]
     with torch.device("meta"):
         transformer = FluxTransformer2DModel.from_config(config)
@@ -1170,8 +1180,11 @@ def find_examples(args):
     # 2. Check, which changes nothing
     problems += unreadable
     problems += check_captions(examples, default=args.instance_prompt)
+    problems += unread_class_images(args.class_data_dir)
     if args.train_text_encoder_ti:
         problems += check_abstractions(examples, args)
+        if not problems:
+            problems += check_reach(examples, args)
     if args.dataset_config:
         problems += check_bucket_sizes(examples, sizes)
 
@@ -1215,12 +1228,19 @@ def read_examples(args):
         for example in examples:
             if isinstance(example.caption, str) and not example.caption.strip():
                 example.caption = None  # an empty caption stands for --instance_prompt
+                example.source = ""
     return examples, problems
 
 
 def configure(example, options):
     return ConfiguredExample(
-        example.name, example.read, example.caption, options=options, repeats=options["num_repeats"]
+        example.name,
+        example.read,
+        example.caption,
+        files=example.files,
+        source=example.source,
+        options=options,
+        repeats=options["num_repeats"],
     )
 
 
@@ -1259,6 +1279,53 @@ def near_miss(abstraction, captions):
         if abstraction.lower() in caption.lower():
             return f" as a word of its own, spelled like this; near it comes {caption[:80]!r}"
     return ""
+
+
+def check_reach(examples, args):
+    """Problems of abstractions whose new tokens lie, in every caption, behind what an encoder reads."""
+    abstractions = comma_list(args.token_abstraction)
+    concepts = comma_list(args.initializer_concept) or [None]
+    if len(concepts) == 1:
+        concepts = concepts * len(abstractions)
+    tokenizers = load_tokenizers(args)
+    limits = {"clip_l": tokenizers["clip_l"].model_max_length}
+    if args.enable_t5_ti:
+        limits["t5"] = args.max_sequence_length
+    placeholders = {}
+    for i, (abstraction, concept) in enumerate(zip(abstractions, concepts, strict=True)):
+        num_tokens = args.num_new_tokens_per_abstraction or 2
+        if concept is not None:
+            num_tokens = max(len(tokenizers[name](concept, add_special_tokens=False).input_ids) for name in limits)
+        placeholders[abstraction] = [f"<new {i}.{n}>" for n in range(num_tokens)]
+    problems = []
+    for name, limit in limits.items():
+        tokenizer = tokenizers[name]
+        tokenizer.add_tokens([token for tokens in placeholders.values() for token in tokens])
+        seen = set()  # token ids
+        for example in examples:
+            caption = example.caption or args.instance_prompt
+            text = match_any(abstractions).sub(lambda match: "".join(placeholders[match[0]]), caption)
+            seen.update(tokenizer(text, truncation=True, max_length=limit).input_ids)
+        for abstraction, tokens in placeholders.items():
+            num_read = len(seen.intersection(tokenizer.convert_tokens_to_ids(tokens)))
+            if num_read < len(tokens):
+                flag = "CLIP" if name == "clip_l" else "T5 with --max_sequence_length"
+                problems.append(
+                    f"--token_abstraction {abstraction}: {flag} reads {limit} tokens of a caption, and {num_read} of "
+                    f"its {len(tokens)} new tokens are among them in any caption: write it nearer to the beginning"
+                )
+    return problems
+
+
+def load_tokenizers(args):
+    """{clip_l, t5: its tokenizer}."""
+    names = {"clip_l": "tokenizer", "t5": "tokenizer_2"}
+    if not is_single_file(args):
+        return {name: load_tokenizer(args, folder) for name, folder in names.items()}
+    return {
+        name: AutoTokenizer.from_pretrained(args.tokenizer_dir / folder, trust_remote_code=False)
+        for name, folder in names.items()
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1626,7 +1693,7 @@ def read_subset(where, options, config_dir):
         image_dir = image_dir.expanduser()
     folders = [folder for folder in (image_dir, config_dir / image_dir) if folder.is_dir()]
     if not folders:
-        return [], [f"{where}: image_dir {image_dir}: no such folder here or in {config_dir}"]
+        return [], [f"{where}: image_dir {visible(image_dir)}: no such folder here or in {config_dir}"]
     paths, problems = image_files(folders[0])
     if not paths:
         problems.append(f"{where}: image_dir {image_dir}: no images ({', '.join(IMAGE_SUFFIXES)}) in it")
@@ -1647,7 +1714,11 @@ def read_subset(where, options, config_dir):
             continue
         if not caption:
             problems.append(f"{path}: no caption: write {path.stem}{suffix}, or give class_tokens")
-        examples.append(configure(file_example(path, caption), options))
+        example = file_example(path, caption)
+        if path.with_suffix(suffix).exists():
+            example.files += (path.with_suffix(suffix),)
+            example.source = suffix
+        examples.append(configure(example, options))
     return examples, problems
 
 
@@ -1657,7 +1728,7 @@ def read_subset_caption(path, options):
     text = read_text(path)
     if text is None:
         return options["class_tokens"]
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
     if not lines:
         raise ValueError(f"{path}: empty; delete it to use class_tokens")
     if options["enable_wildcard"]:
@@ -2255,9 +2326,14 @@ def training_stops(args, max_train_steps, checkpoint):
 
 def describe_run(args, examples, embedding_handler, text_params, text_encoder_stop):
     """{name: text} to be printed before training: data, new tokens, text encoders."""
-    num_own_captions = sum(example.caption != example.options["class_tokens"] for example in examples)
     sizes = sorted({str(example.resolution) for example in examples})
-    run_info = {"data": f"{len(examples)} images at {', '.join(sizes)} px, {num_own_captions} with their own captions"}
+    run_info = {"data": f"{len(examples)} images at {', '.join(sizes)} px"}
+    folders = {example.files[0].parent for example in examples if example.files}
+    default = "class_tokens" if args.dataset_config else "--instance_prompt"
+    run_info |= describe_data(examples, sorted(folders), default)
+    tokenizers = load_tokenizers(args)
+    captions = {example.name: example.prompt() for example in examples}
+    run_info |= describe_long_prompts(captions, tokenizers["t5"], args.max_sequence_length, tokenizers["clip_l"])
     if embedding_handler.abstractions:
         tokens = [f"{tokens} for {word}" for word, tokens in embedding_handler.abstractions.items()]
         run_info["tokens"] = f"{', '.join(tokens)} in {' and '.join(embedding_handler.embeddings)}"
@@ -2578,7 +2654,7 @@ def main(args):
             if global_step >= transformer_stop:
                 for parameter in lora_params:
                     parameter.grad = None
-            grad_norm = accelerator.clip_grad_norm_([*lora_params, *text_params], args.max_grad_norm)
+            grad_norm = accelerator.clip_grad_norm_([*lora_params, *text_params], args.max_grad_norm or math.inf)
             # one message between the processes carries the loss and whether any of them got a signal
             stop_requested = torch.tensor(float(len(signals)), device=device)
             reduced = accelerator.reduce(torch.stack([loss_sum, stop_requested]), reduction="mean")
@@ -2589,7 +2665,6 @@ def main(args):
                 optimizer.step()
                 if prompt_encoder.trained:
                     embedding_handler.retract_embeddings()
-            lr_scheduler.step()
             optimizer.zero_grad()
 
         global_step += 1
@@ -2600,6 +2675,7 @@ def main(args):
         else:
             skipped_steps = count_skipped(skipped_steps, global_step)
         logs = {"loss": mean_loss, **step_logs(optimizer, grad_norm, num_images, started, device)}
+        lr_scheduler.step()  # after the step's rate was logged
         log_step(accelerator, progress_bar, metrics, global_step, logs)
         done = global_step == max_train_steps
         if args.save_every_n_epochs and adapted_models and not done:

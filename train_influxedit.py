@@ -81,6 +81,7 @@ from common.data import (
     all_images,
     check_captions,
     collate,
+    describe_data,
     file_example,
     fit,
     fit_mask,
@@ -89,6 +90,7 @@ from common.data import (
     read_dataset,
     read_folder,
     read_sizes,
+    unread_class_images,
 )
 from common.flow_matching import (
     TIMESTEP_SAMPLING,
@@ -121,7 +123,14 @@ from common.models import (
     quantize_base,
     shard,
 )
-from common.text_encoders import CLIP_TARGET_MODULES, PromptEncoder, clip_lora_shapes, load_text_pipeline
+from common.text_encoders import (
+    CLIP_TARGET_MODULES,
+    PromptEncoder,
+    clip_lora_shapes,
+    describe_long_prompts,
+    load_text_pipeline,
+    load_tokenizer,
+)
 from common.tracking import (
     METADATA,
     check_hub,
@@ -196,7 +205,7 @@ def parse_args(argv=None):
         "--max_sequence_length",
         type=in_range(int, 1, 512),
         default=512,
-        help="T5 tokens per prompt; longer prompts are cut",
+        help="tokens per prompt; longer prompts are cut",
     )
     arg("--mixed_precision", choices=("no", "fp16", "bf16"), help="precision of frozen models; bf16 halves memory")
     arg("--allow_tf32", action="store_true", help="faster, less exact float32 products on Ampere and later GPUs")
@@ -323,7 +332,7 @@ def parse_args(argv=None):
     arg("--prodigy_decouple", action=Switch, default=True, help="decoupled weight decay, as in AdamW")
     arg("--prodigy_use_bias_correction", action=Switch, default=True, help="Adam's bias correction in Prodigy")
     arg("--prodigy_safeguard_warmup", action=Switch, default=True, help="keep warmup out of Prodigy's estimate")
-    arg("--max_grad_norm", type=positive_float, default=1.0, help="clip gradients to this norm")
+    arg("--max_grad_norm", type=in_range(float, 0), default=1.0, help="clip gradients to this norm; 0: do not")
     arg(
         "--gradient_accumulation_steps",
         type=positive_int,
@@ -691,6 +700,7 @@ def find_examples(args):
         problems += check_partner_size(example, size_of)
     problems += check_validation_masks(args, examples, size_of)
     problems += check_captions(examples, default=args.instance_prompt)
+    problems += unread_class_images(args.class_data_dir)
 
     # 3. Assign
     for example in examples:
@@ -1204,8 +1214,12 @@ def describe_run(args, examples, text_lora_params):
     else:
         partners = "masks"
     edges = ", ".join(map(str, args.resolution))
-    captioned = sum(example.caption != args.instance_prompt for example in examples)
-    run_info = {"data": f"{len(examples)} images with {partners} at {edges} px, {captioned} with their own captions"}
+    run_info = {"data": f"{len(examples)} images with {partners} at {edges} px"}
+    folders = [args.instance_data_dir, args.target_data_dir, args.mask_data_dir, args.caption_data_dir]
+    run_info |= describe_data(examples, folders, "--instance_prompt")
+    tokenizers = load_tokenizer(args, "tokenizer_2"), load_tokenizer(args, "tokenizer")
+    captions = {example.name: example.caption for example in examples}
+    run_info |= describe_long_prompts(captions, tokenizers[0], args.max_sequence_length, tokenizers[1])
     if text_lora_params:
         count = sum(parameter.numel() for parameter in text_lora_params)
         run_info["text encoders"] = f"{count:,} parameters"
@@ -1505,7 +1519,7 @@ def main(args):
                 continue
 
             average_gradients(accelerator, text_lora_params)
-            grad_norm = accelerator.clip_grad_norm_([*lora_params, *text_lora_params], args.max_grad_norm)
+            grad_norm = accelerator.clip_grad_norm_([*lora_params, *text_lora_params], args.max_grad_norm or math.inf)
             # one message between the processes carries the loss and whether any of them got a signal
             stop_requested = torch.tensor(float(len(signals)), device=device)
             reduced = accelerator.reduce(torch.stack([loss_sum, stop_requested]), reduction="mean")
@@ -1514,7 +1528,6 @@ def main(args):
             finite = math.isfinite(mean_loss) and (accelerator.scaler is not None or math.isfinite(grad_norm))
             if finite or accelerator.scaler is not None:
                 optimizer.step()
-            lr_scheduler.step()
             optimizer.zero_grad()
 
         global_step += 1
@@ -1523,6 +1536,7 @@ def main(args):
         else:
             skipped_steps = count_skipped(skipped_steps, global_step)
         logs = {"loss": mean_loss, **step_logs(optimizer, grad_norm, total_batch_size, started, device)}
+        lr_scheduler.step()  # after the step's rate was logged
         log_step(accelerator, progress_bar, metrics, global_step, logs)
         done = global_step == max_train_steps
         if stop_requested or global_step % args.checkpointing_steps == 0:

@@ -73,6 +73,7 @@ from common.checkpoints import (
     check_disk,
     check_output_dir,
     check_run,
+    checkpoint_state,
     checkpoint_to_resume,
     count_skipped,
     load_checkpoint,
@@ -90,6 +91,7 @@ from common.data import (
     all_images,
     check_captions,
     check_images,
+    describe_data,
     file_example,
     first_value,
     fit,
@@ -99,6 +101,7 @@ from common.data import (
     read_batches,
     read_dataset,
     read_folder,
+    visible,
 )
 from common.flow_matching import (
     TIMESTEP_SAMPLING,
@@ -135,12 +138,13 @@ from common.models import (
     QUANTIZATIONS,
     check_weights,
     compile_blocks,
+    latent_channels,
     load_model,
     load_scheduler,
     quantize_base,
     shard,
 )
-from common.text_encoders import PromptEncoder, load_text_pipeline
+from common.text_encoders import PromptEncoder, describe_long_prompts, load_text_pipeline, load_tokenizer
 from common.tracking import (
     METADATA,
     check_hub,
@@ -268,8 +272,7 @@ def parse_args(argv=None):
     arg(
         "--max_sequence_length",
         type=in_range(int, 1, 512),
-        default=512,
-        help="T5 tokens per prompt, schnell: to 256",
+        help="tokens per prompt; longer prompts are cut (default: what the model takes, FLUX.1-dev 512, schnell 256)",
     )
     arg(
         "--mixed_precision",
@@ -305,7 +308,7 @@ def parse_args(argv=None):
         help="your own dataset, with items of image, description, condition_0, optional position_delta_0 and so on",
     )
     arg("--streaming", action="store_true", help="read dataset_name or data_files during training; needs no disk")
-    arg("--shuffle_buffer", type=positive_int, default=1000, help="samples that streaming shuffles at a time")
+    arg("--shuffle_buffer", type=positive_int, default=1000, help="rows that streaming shuffles at a time")
     arg("--image_column", default="image", help="column of the dataset that holds the images")
     arg("--caption_column", help="column of the dataset or of metadata.jsonl that holds captions")
     arg(
@@ -434,7 +437,7 @@ def parse_args(argv=None):
     arg("--prodigy_decouple", action=Switch, default=True, help="decoupled weight decay, as in AdamW")
     arg("--prodigy_use_bias_correction", action=Switch, default=True, help="Adam's bias correction in Prodigy")
     arg("--prodigy_safeguard_warmup", action=Switch, default=True, help="keep warmup out of Prodigy's estimate")
-    arg("--max_grad_norm", type=positive_float, default=0.5, help="clip gradients to this norm")
+    arg("--max_grad_norm", type=in_range(float, 0), default=0.5, help="clip gradients to this norm; 0: do not")
     arg(
         "--gradient_accumulation_steps",
         type=positive_int,
@@ -517,8 +520,6 @@ def check_args(args):
             problems.append("--streaming needs --dataset_name or --data_files")
         if not args.max_train_steps:
             problems.append("--streaming needs --max_train_steps: the length of a stream is not known")
-        if args.dataloader_num_workers:
-            problems.append(f"--dataloader_num_workers {args.dataloader_num_workers} has no effect with --streaming")
         if args.cache_latents:
             problems.append("--cache_latents needs all images before training: leave out --streaming")
         if args.validation_prompt and not args.validation_steps:
@@ -562,15 +563,20 @@ def check_model(args):
             revision=args.revision,
             cache_dir=args.cache_dir,
         )
+        channels = latent_channels(args)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         return [
             f"{flag}: neither a folder with a FLUX pipeline nor a Hub id like black-forest-labs/FLUX.1-dev ({reason})"
         ]
-    if config.get("_class_name") != "FluxTransformer2DModel" or config.get("in_channels") != 64:
+    in_channels = 4 * channels  # a token is a patch of 2 x 2 latents
+    if config.get("_class_name") != "FluxTransformer2DModel" or config.get("in_channels") != in_channels:
         found = f"{config.get('_class_name')} with {config.get('in_channels')} input channels"
-        return [f"{flag}: holds a {found}, not FLUX.1-dev or -schnell"]
-    if not config["guidance_embeds"] and args.max_sequence_length > 256:
+        return [f"{flag}: holds a {found}, not FLUX.1-dev or -schnell, where its VAE makes {in_channels}"]
+    longest = 512 if config["guidance_embeds"] else 256
+    if args.max_sequence_length is None:
+        args.max_sequence_length = longest
+    if args.max_sequence_length > longest:
         return [f"--max_sequence_length {args.max_sequence_length}: FLUX.1-schnell takes at most 256"]
     with torch.device("meta"):
         transformer = FluxTransformer2DModel.from_config(config)
@@ -1409,7 +1415,7 @@ def check_conditions(args):
         problems.append(f"--validation_image names {len(paths)} images for {len(types)} conditions: give 1 or each")
     for path in paths:
         if not path.is_file():
-            problems.append(f"--validation_image {path}: no such file")
+            problems.append(f"--validation_image {visible(path)}: no such file")
     if problems:
         return problems
     return check_positions(args) + check_depth_model(args)
@@ -1653,6 +1659,7 @@ def streamed_batches(dataset, args, **processes):
         batch_size=args.train_batch_size,
         shuffle_buffer=args.shuffle_buffer,
         seed=args.seed,
+        num_threads=args.dataloader_num_workers,
         **processes,
     )
 
@@ -1704,7 +1711,10 @@ def split_pairs(examples, args):
             read_other = functools.partial(crop_side, pair, 1 - side, args.image_size, args.padding)
             caption_columns = (f"description.description_{side}", f"description_{side}", args.caption_column or "text")
             caption = first_value(pair.columns, caption_columns)
-            example = Example(f"{pair.name}, side {side}", read_side, caption, columns=pair.columns)
+            if caption is None:
+                caption = pair.caption
+            example = Example(f"{pair.name}, side {side}", read_side, caption, columns=pair.columns, files=pair.files)
+            example.source = "" if caption is None else pair.source or "its own column"
             example.images = {**pair.images, subject: Example(f"{pair.name}, other side", read_other)}
             sides.append(example)
     return sides
@@ -2188,6 +2198,11 @@ def describe_run(args, dataset):
     """What the header says of this trainer's data and conditions, {label: text}."""
     amount = "a stream" if args.streaming else f"{len(dataset)} samples"
     run_info = {"data": f"{amount} at {size_text(args.target_size)} px"}
+    if not args.streaming:
+        run_info |= describe_data(dataset.examples, [args.instance_data_dir], "--instance_prompt")
+        tokenizers = load_tokenizer(args, "tokenizer_2"), load_tokenizer(args, "tokenizer")
+        captions = {example.name: example.caption for example in dataset.examples}
+        run_info |= describe_long_prompts(captions, tokenizers[0], args.max_sequence_length, tokenizers[1])
     if dataset.num_left_out:
         run_info["left out"] = f"{dataset.num_left_out} samples of lower quality (--no-quality_filter takes them)"
     for i, spec in enumerate(dataset.specs, start=1):
@@ -2377,7 +2392,10 @@ def main(args):
     sampler.start = global_step * accumulation
     sampler.stop = max_train_steps * accumulation
     if args.streaming:
-        train_dataloader = DataLoader(sampler, batch_size=None)
+        if checkpoint:
+            sampler.state = checkpoint_state(checkpoint).get("stream")
+        # one process reads the stream, whose threads decode: each row is read once, in the same order
+        train_dataloader = DataLoader(sampler, batch_size=None, num_workers=min(1, args.dataloader_num_workers))
     else:
         train_dataloader = DataLoader(dataset, batch_sampler=sampler, num_workers=args.dataloader_num_workers)
 
@@ -2412,6 +2430,8 @@ def main(args):
             step, accumulated = divmod(micro_step, accumulation)
             generator = step_generator(args.seed, step, accumulated, accelerator.process_index)
             torch.manual_seed(generator.initial_seed())  # dropout uses the global generator
+            if args.streaming:
+                run["stream"] = batch["stream"]  # for a checkpoint: where to read on
 
             moments = {role: values.to(device) for role, values in batch["moments"].items()}
             if batch["pixel_values"]:
@@ -2449,7 +2469,7 @@ def main(args):
 
             if not args.fsdp:
                 average_gradients(accelerator, lora_params)
-            grad_norm = accelerator.clip_grad_norm_(lora_params, args.max_grad_norm)
+            grad_norm = accelerator.clip_grad_norm_(lora_params, args.max_grad_norm or math.inf)
             # one message between the processes carries the loss and whether any of them got a signal
             stop_requested = torch.tensor(float(len(signals)), device=device)
             reduced = accelerator.reduce(torch.stack([loss_sum, stop_requested]), reduction="mean")
@@ -2458,7 +2478,6 @@ def main(args):
             finite = math.isfinite(mean_loss) and (accelerator.scaler is not None or math.isfinite(grad_norm))
             if finite or accelerator.scaler is not None:
                 optimizer.step()
-            lr_scheduler.step()
             optimizer.zero_grad()
 
         global_step += 1
@@ -2467,6 +2486,7 @@ def main(args):
         else:
             skipped_steps = count_skipped(skipped_steps, global_step)
         logs = {"loss": mean_loss, **step_logs(optimizer, grad_norm, total_batch_size, started, device)}
+        lr_scheduler.step()  # after the step's rate was logged
         log_step(accelerator, progress_bar, metrics, global_step, logs)
         done = global_step == max_train_steps
         if stop_requested or global_step % args.checkpointing_steps == 0:

@@ -93,6 +93,7 @@ from common.data import (
     all_images,
     check_buckets,
     check_captions,
+    describe_data,
     file_example,
     fit,
     nearest_bucket,
@@ -100,7 +101,9 @@ from common.data import (
     read_batches,
     read_dataset,
     read_folder,
+    read_lines,
     read_sizes,
+    visible,
 )
 from common.flow_matching import step_generator
 from common.latents import (
@@ -136,7 +139,7 @@ from common.models import (
     reshard,
     shard,
 )
-from common.text_encoders import load_text_pipeline
+from common.text_encoders import describe_long_prompts, load_text_pipeline, load_tokenizer
 from common.tracking import (
     METADATA,
     check_hub,
@@ -323,8 +326,7 @@ def parse_args(argv=None):
     arg(
         "--max_sequence_length",
         type=in_range(int, 1, 1024),
-        default=512,
-        help="tokens per prompt; flux, sd3, sana: to 512, schnell: to 256",
+        help="tokens per prompt; longer prompts are cut (default: what the model takes, FLUX.1-dev 512, schnell 256)",
     )
     arg("--mixed_precision", choices=("no", "fp16", "bf16"), help="precision of forward passes and frozen weights")
     arg("--allow_tf32", action="store_true", help="faster, less exact float32 products on Ampere and later GPUs")
@@ -353,7 +355,7 @@ def parse_args(argv=None):
     arg("--dataset_name", type=name_or_path, help="dataset on the Hub, or a folder or file that `datasets` loads")
     arg("--dataset_config_name", help="configuration of that dataset")
     arg("--image_column", default="image", help="column of the dataset that holds the images")
-    arg("--caption_column", help="column of the dataset or the parquet files that holds captions (default: text)")
+    arg("--caption_column", help="column of the dataset or of metadata.jsonl that holds captions")
     arg("--reference_column", help="qwenimage-edit: dataset column of the images to edit")
     arg("--reference_data_dir", type=Path, help="qwenimage-edit: folder of the images to edit, same file names")
     arg(
@@ -497,7 +499,7 @@ def parse_args(argv=None):
     arg("--prodigy_decouple", action=Switch, default=True, help="decoupled weight decay, as in AdamW")
     arg("--prodigy_use_bias_correction", action=Switch, default=True, help="Adam's bias correction in Prodigy")
     arg("--prodigy_safeguard_warmup", action=Switch, default=True, help="keep warmup out of Prodigy's estimate")
-    arg("--max_grad_norm", type=positive_float, default=1.0, help="clip gradients to this norm")
+    arg("--max_grad_norm", type=in_range(float, 0), default=1.0, help="clip gradients to this norm; 0: do not")
     arg(
         "--gradient_accumulation_steps",
         type=positive_int,
@@ -603,7 +605,7 @@ def check_args(args) -> list[str]:
     """Contradictions between flags, and flags without effect."""
     problems = check_method(args) + check_data_flags(args)
     backbone = BACKBONES[args.model_type]
-    if args.max_sequence_length > backbone.longest_prompt:
+    if args.max_sequence_length is not None and args.max_sequence_length > backbone.longest_prompt:
         problems.append(
             f"--max_sequence_length {args.max_sequence_length}: {args.model_type} takes at most "
             f"{backbone.longest_prompt}"
@@ -752,7 +754,12 @@ def check_model(args) -> list[str]:
         return [f"{flag}: neither a folder with a pipeline nor a Hub id like {backbone.example} ({reason})"]
     if config.get("_class_name") not in (expected, f"{expected}Wrapper"):  # the latter by the authors' code
         return [f"{flag}: holds a {config.get('_class_name')}, --model_type {args.model_type} a {expected}"]
-    if args.model_type == "flux" and not config["guidance_embeds"] and args.max_sequence_length > 256:
+    longest = backbone.longest_prompt
+    if args.model_type == "flux" and not config["guidance_embeds"]:
+        longest = 256
+    if args.max_sequence_length is None:
+        args.max_sequence_length = longest
+    if args.max_sequence_length > longest:
         return [f"--max_sequence_length {args.max_sequence_length}: FLUX.1-schnell takes at most 256"]
     with torch.device("meta"):
         transformer = backbone.transformer_class.from_config(config)
@@ -808,9 +815,10 @@ class Backbone:
     resolution_multiple = 16
     longest_prompt = 512  # the largest --max_sequence_length
     has_unused_parameters = False  # whether some get no gradient in a training step
+    tokenizer_folders: tuple[str, ...] = ("tokenizer",)  # that of --max_sequence_length, then CLIP's
     # defaults of flags
     uncond_prompt = ""
-    max_sequence_length = 512
+    max_sequence_length: int | None = 512
     full_learning_rate = 1e-4
 
     def __init__(self, args):
@@ -850,6 +858,8 @@ class Flux(Backbone):
     vae_class = AutoencoderKL
     example = "black-forest-labs/FLUX.1-dev"
     architecture = "flux-1-dev"
+    tokenizer_folders = ("tokenizer_2", "tokenizer")
+    max_sequence_length = None  # FLUX.1-dev 512, schnell 256
     targets = (*FLUX_TARGET_MODULES, "proj_mlp", *TIME_EMBEDDING_LAYERS)
 
     def load_transformer(self, dtype):
@@ -888,6 +898,7 @@ class StableDiffusion3(Backbone):
     vae_class = AutoencoderKL
     example = "stabilityai/stable-diffusion-3.5-medium"
     architecture = "stable-diffusion-3-5"
+    tokenizer_folders = ("tokenizer_3", "tokenizer")
     targets = (*JOINT_ATTENTION_LAYERS, *TIME_EMBEDDING_LAYERS)
     full_learning_rate = 1e-5
     uncond_prompt = "Generate an image."
@@ -940,6 +951,7 @@ class OpenUni(Sana):
     uncond_prompt = "Generate an image."
     max_sequence_length = 1024
     longest_prompt = 1024
+    tokenizer_folders = ()  # its tokenizer is that of --openuni_llm
     template = "<|im_start|>user\nGenerate an image: {}<|im_end|>\n<|im_start|>assistant\n<img>"
     uncond_template = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<img>"
     checkpoint_parts = ("connector.", "projector.", "meta_queries", "transformer.")  # prefixes of its tensors' names
@@ -1757,11 +1769,11 @@ def has_parquet(folder: Path) -> bool:
 def read_prompts(path: Path) -> tuple[list[Example], list[str]]:
     """(examples without images, problems) of a text file with one prompt per line."""
     if not path.is_file():
-        return [], [f"--prompts_file {path}: no such file"]
+        return [], [f"--prompts_file {visible(path)}: no such file"]
     try:
-        lines = path.read_text("utf-8-sig").splitlines()
-    except (OSError, ValueError):
-        return [], [f"--prompts_file {path}: not UTF-8 text"]
+        lines = read_lines(path)
+    except ValueError as error:
+        return [], [f"--prompts_file {error}"]
     examples = []
     for i, line in enumerate(lines, start=1):
         prompt = line.strip()
@@ -1813,7 +1825,7 @@ def read_examples(args) -> tuple[list[Example], list[str]]:
                 folder,
                 flag="--train_data_dir",
                 caption_per_line=True,
-                use_metadata=False,
+                caption_column=args.caption_column,
                 partner_dirs={"reference": args.reference_data_dir},
                 partner_match="name",
             )
@@ -1888,6 +1900,7 @@ def encoder_settings(args) -> list[str]:
             args.dataset_name,
             args.dataset_config_name,
             args.reference_data_dir,
+            "sRGB",  # of the pixels
         )
     ]
 
@@ -2030,13 +2043,16 @@ def encode_prompts(
     def load_prompt_encoder():
         return backbone.load_prompt_encoder(dtype, accelerator.device)
 
-    @torch.no_grad()
-    def encode(*key):
+    def read(key):
         prompt, read_reference = requests[key]
-        image = read_reference() if read_reference else None
+        return prompt, read_reference() if read_reference else None
+
+    @torch.no_grad()
+    def encode(inputs):
+        prompt, image = inputs
         return backbone.encode_prompt(load_prompt_encoder(), prompt, image)
 
-    cache.fill(accelerator, list(requests), encode, "Encoding prompts")
+    cache.fill(accelerator, list(requests), read, encode, "Encoding prompts")
 
 
 def cache_latents(accelerator, vae, dataset: TwinFlowDataset, cache: TensorCache) -> None:
@@ -2045,17 +2061,19 @@ def cache_latents(accelerator, vae, dataset: TwinFlowDataset, cache: TensorCache
     for index, flipped in dataset.image_keys():
         requests[dataset.image_key(index, flipped)] = (index, flipped)
 
-    @torch.no_grad()
-    def encode(*key):
+    def read(key):
         index, flipped = requests[key]
         example = dataset.examples[index]
-        tensors = {"latents": encode_images(vae, dataset.pixel_values(example, index, flipped)[None])[0]}
+        pixel_values = {"latents": dataset.pixel_values(example, index, flipped)}
         if "reference" in example.images:
-            reference_values = dataset.pixel_values(example.images["reference"], index, flipped)
-            tensors["reference"] = encode_images(vae, reference_values[None])[0]
-        return tensors
+            pixel_values["reference"] = dataset.pixel_values(example.images["reference"], index, flipped)
+        return pixel_values
 
-    cache.fill(accelerator, list(requests), encode, "Caching latents")
+    @torch.no_grad()
+    def encode(pixel_values):
+        return {name: encode_images(vae, image[None])[0] for name, image in pixel_values.items()}
+
+    cache.fill(accelerator, list(requests), read, encode, "Caching latents")
 
 
 def prepare_batch(
@@ -2183,6 +2201,13 @@ def describe_run(args, dataset: TwinFlowDataset) -> dict[str, str]:
         counts_by_size = Counter(map(str, dataset.buckets))
         sizes = ", ".join(f"{number} at {size} px" for size, number in counts_by_size.items())
         data = f"{len(dataset.examples)} images: {sizes}"
+    tokenizers = [load_tokenizer(args, folder) for folder in BACKBONES[args.model_type].tokenizer_folders]
+    long_captions = {}
+    if tokenizers:
+        captions = {}
+        for example in dataset.examples:
+            captions |= {f"{example.name}, {i}": caption for i, caption in enumerate(example.captions, start=1)}
+        long_captions = describe_long_prompts(captions, tokenizers[0], args.max_sequence_length, *tokenizers[1:])
     return {
         "model": f"{args.model_type}, {'all weights' if args.training == 'full' else 'LoRA'}",
         "recipe": f"{args.recipe}, order {args.estimate_order}, guidance {args.enhanced_ratio:g}",
@@ -2190,6 +2215,8 @@ def describe_run(args, dataset: TwinFlowDataset) -> dict[str, str]:
         "batch": ", ".join(f"{count} {sample_type}" for sample_type, count in counts.items()),
         "teacher": teacher,
         "data": data,
+        **describe_data(dataset.examples, [*(args.train_data_dir or []), args.reference_data_dir], "--prompts_file"),
+        **long_captions,
     }
 
 
@@ -2455,7 +2482,7 @@ def main(args):
             if not accelerator.sync_gradients:
                 continue
 
-            grad_norm = accelerator.clip_grad_norm_(params.values(), args.max_grad_norm)
+            grad_norm = accelerator.clip_grad_norm_(params.values(), args.max_grad_norm or math.inf)
             # one message between the processes carries the losses and whether any of them got a signal
             stop_requested = torch.tensor(float(len(signals)), device=device)
             reduced = accelerator.reduce(torch.stack([*sums.values(), stop_requested]), reduction="mean")
@@ -2466,7 +2493,6 @@ def main(args):
             if finite or accelerator.scaler is not None:
                 optimizer.step()
             teacher.update_ema(step_taken=finite)
-            lr_scheduler.step()
             optimizer.zero_grad()
 
         global_step += 1
@@ -2475,6 +2501,7 @@ def main(args):
         else:
             skipped_steps = count_skipped(skipped_steps, global_step)
         logs = {**means, **step_logs(optimizer, grad_norm, total_batch_size, started, device)}
+        lr_scheduler.step()  # after the step's rate was logged
         log_step(accelerator, progress_bar, metrics, global_step, logs)
         done = global_step == max_train_steps
         if stop_requested or global_step % args.checkpointing_steps == 0:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import warnings
 
 
 # What these libraries remark when they are imported (a missing torchvision, kernels for other CPUs) helps nobody who
@@ -9,3 +10,4 @@ import os
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", message="Image size .* exceeds limit")  # of Pillow; data.py has a bound of its own

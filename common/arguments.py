@@ -126,7 +126,7 @@ class Parser(argparse.ArgumentParser):
         self.other_flags = other_flags or {}
 
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
-        return shlex.split(arg_line, comments=True)
+        return shlex.split(arg_line.removeprefix("\ufeff"), comments=True)  # Windows' editors mark a file's beginning
 
     def parse_args(self, argv: Sequence[str] | None = None) -> Arguments:  # type: ignore[override]
         words = sys.argv[1:] if argv is None else argv

@@ -325,10 +325,22 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path | None, lr_schedu
         return 0
     with exit_if_unreadable(checkpoint):
         accelerator.load_state(str(checkpoint))
-    optimizer = lr_scheduler.scheduler.optimizer
-    for group, learning_rate in zip(optimizer.param_groups, lr_scheduler.get_last_lr(), strict=True):
-        group["lr"] = learning_rate  # no tensor of the optimizer's state, so not restored with a sharded one
     accelerator.print(f"Resuming from {checkpoint}")
+    scheduler = lr_scheduler.scheduler
+    saved_rates = scheduler.get_last_lr()
+    # by the schedule of this run, which may be longer than the one that was saved
+    rates = [
+        base * schedule(scheduler.last_epoch)
+        for base, schedule in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    ]
+    if rates != saved_rates:
+        accelerator.print(
+            f"The schedule of this run has another length: its learning rate goes on at {rates[0]:.3g}, where the "
+            f"saved run's would be {saved_rates[0]:.3g}"
+        )
+    scheduler._last_lr = rates
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate  # no tensor of the optimizer's state, so not restored with a sharded one
     return checkpoint_state(checkpoint)["global_step"]
 
 

@@ -19,27 +19,36 @@ and a sample is `fit(example.image(), Size(height, width), args.image_interpolat
 rows of files that are not there, knows no .txt captions, and copies every folder into its cache.
 """
 
+import csv
 import functools
 import io
+import itertools
 import json
+import logging
 import math
+import re
 import sys
+from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from common.models import gather_objects
+
 import fsspec
 import numpy as np
 import torch
+import torch.distributed as dist
 from diffusers.training_utils import parse_buckets_string
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageOps, PngImagePlugin
 from safetensors import SafetensorError
 from torch.utils.data import IterableDataset, Sampler, default_collate
 from tqdm.contrib.concurrent import thread_map
 
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp")
 
 UNREAD_SUFFIXES = (".heic", ".heif", ".avif", ".tif", ".tiff", ".gif")
 
@@ -48,10 +57,23 @@ MAX_SIDE = 8192  # pixels of an image that is trained on
 # nearest_exact is torchvision's name for PIL's nearest, which takes the pixel at the centre
 INTERPOLATION = [*(mode.name.lower() for mode in Image.Resampling), "nearest_exact"]
 
+CAPTION_SUFFIXES = (".txt", ".caption")
+
+METADATA_FILES = ("metadata.jsonl", "metadata.csv")  # the first of them that there is
+
+SYSTEM_FILES = ("thumbs.db", "desktop.ini")
+
+# Those of UTF-16 read as UTF-8, of binary data and of terminals; tabs and line ends of all kinds are text.
+CONTROL_CHARACTER = re.compile(r"[\x00-\x08\x0e-\x1b\x7f]")
+
 CAPTION_COLUMNS = ("text", "prompt", "caption")  # of metadata.jsonl, where no column is named
 
 # PIL hands PostScript to Ghostscript, and reads what an IPTC file contains in any format, PostScript too.
 UNSAFE_FORMATS = ("EPS", "IPTC")
+
+MAX_PIXELS = 2**28  # 268 megapixels, of an image that is read: 800 MB in memory
+
+MAX_CHUNK = 2**24  # bytes of a text or a colour profile in a PNG file, unpacked
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -76,21 +98,56 @@ class Size(NamedTuple):
 def open_image(file: Path | str | io.BytesIO) -> Image.Image:
     """A PIL image, not decoded yet, of any format that PIL reads without running another program.
 
-    The content decides on the format, not the name. Raises OSError for what is no image.
+    The content decides on the format, not the name. Raises OSError for what is no image, ValueError for one of more
+    than MAX_PIXELS.
     """
+    Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # Pillow warns above it, see common/__init__.py, and refuses twice as many
+    PngImagePlugin.MAX_TEXT_CHUNK = MAX_CHUNK
     Image.preinit()  # PNG, JPEG, ... are tried first
     Image.init()
-    return Image.open(file, formats=[name for name in Image.ID if name not in UNSAFE_FORMATS])
+    too_large = ValueError(f"it has more than {MAX_PIXELS // 10**6} megapixels: save it smaller")
+    try:
+        image = Image.open(file, formats=[name for name in Image.ID if name not in UNSAFE_FORMATS])
+    except Image.DecompressionBombError:
+        raise too_large from None
+    if image.width * image.height > MAX_PIXELS:
+        raise too_large
+    return image
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """The RGB image that a viewer shows: rotated as EXIF says, transparent parts white, 16-bit grey scaled to 8."""
+    """The RGB image that a viewer shows.
+
+    It is rotated as EXIF says, transparent parts are white, 16-bit grey is scaled to 8, and the colours of an ICC
+    profile are sRGB's.
+    """
+    profile = image.info.get("icc_profile")
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16-bit grey, which PIL would clip to white
         image = Image.fromarray((np.asarray(image) / 257).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
+    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    image = to_srgb(image, profile) if profile else image.convert("RGB")
+    if alpha is not None:
+        image.putalpha(alpha)
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
+    """The RGB image whose sRGB values look as those of `image`, without its transparency, do by an ICC profile.
+
+    A profile that cannot be read, or that is of another kind of image, changes nothing.
+    """
+    grey = image.mode in ("1", "L", "LA", "La")
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        mode = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}[source.profile.xcolor_space.strip()]
+        if (mode == "L") == grey and (mode == "CMYK") == (image.mode == "CMYK"):
+            srgb = ImageCms.createProfile("sRGB")
+            converted = ImageCms.profileToProfile(image.convert(mode), source, srgb, outputMode="RGB")
+            return converted or image.convert("RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError, KeyError):
+        pass
     return image.convert("RGB")
 
 
@@ -162,6 +219,8 @@ class Example:
     images   examples of its other images by role: mask, target, reference, condition_0, ...
     columns  its row of metadata.jsonl or of the dataset, less images
     stamp    text that changes when its files change
+    files    its image and the file of its caption, where these are files
+    source   where its caption was found: .txt, metadata.jsonl, the dataset; "" where it was not
     size     of the upright image, once it is assigned
     """
 
@@ -172,6 +231,8 @@ class Example:
     images: "dict[str, Example]" = field(default_factory=dict)
     columns: dict[str, Any] = field(default_factory=dict)
     stamp: str = ""
+    files: tuple[Path, ...] = ()
+    source: str = ""
     size: Size | None = None
 
     @property
@@ -190,7 +251,9 @@ class Example:
 
 def file_example(path: Path, caption: Any = None, *, name: str | None = None) -> Example:
     """The example of an image file, which need not be there yet."""
-    return Example(name or str(path), functools.partial(open_image, path), caption, stamp=file_stamp(path))
+    return Example(
+        name or str(path), functools.partial(open_image, path), caption, stamp=file_stamp(path), files=(path,)
+    )
 
 
 def file_stamp(path: Path) -> str:
@@ -240,6 +303,10 @@ def check_captions(
         if invalid or not texts:
             wrong = invalid[0] if invalid else example.caption
             problems.append(f"{example.name}: its caption must be text and not empty, not {wrong!r}")
+            continue
+        garbled = [text for text in texts if CONTROL_CHARACTER.search(text)]
+        if garbled:
+            problems.append(f"{example.name}: its caption holds control characters: {garbled[0][:80]!r}")
     return problems
 
 
@@ -263,7 +330,10 @@ def read_sizes(examples: Sequence[Example], *, decode: bool = True) -> tuple[lis
 
 
 def map_examples(function: Callable[[Example], Any], examples: Sequence[Example]) -> list[tuple[Any, str | None]]:
-    """[(function(example), None), or (None, problem) where it raises], by a pool of threads, with a progress bar."""
+    """[(function(example), None), or (None, problem) where it raises], by a pool of threads, with a progress bar.
+
+    The processes of a run share the examples, and each returns all results; to be called by all of them.
+    """
 
     def attempt(example: Example) -> tuple[Any, str | None]:
         try:
@@ -271,7 +341,29 @@ def map_examples(function: Callable[[Example], Any], examples: Sequence[Example]
         except Exception as error:  # PIL's decoders raise many exception types
             return None, f"{example.name}: not a readable image ({error})"
 
-    return thread_map(attempt, examples, desc="Reading images", unit="image", leave=False)
+    process, num_processes = 0, 1
+    if dist.is_initialized():
+        process, num_processes = dist.get_rank(), dist.get_world_size()
+    share = examples[process::num_processes]
+    results = thread_map(attempt, share, desc="Reading images", unit="image", leave=False, disable=process != 0)
+    if num_processes == 1:
+        return results
+    names = [example.name for example in share]
+    found = dict(gather_objects(list(zip(names, results, strict=True))))
+    # an example that no other process has, as on machines whose folders differ, is read here
+    return [found[each.name] if each.name in found else attempt(each) for each in examples]
+
+
+def map_ahead(function: Callable[[Any], Any], items: Iterable, num_threads: int) -> Iterator:
+    """function(item) of each item, in their order, made by threads that are at most 2 x `num_threads` items ahead."""
+    waiting: deque[Future] = deque()
+    with ThreadPoolExecutor(num_threads) as threads:
+        for item in items:
+            waiting.append(threads.submit(function, item))
+            if len(waiting) > 2 * num_threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def upright_size(example: Example) -> Size:
@@ -313,48 +405,128 @@ def image_files(folder: Path) -> tuple[list[Path], list[str]]:
 
 def check_folders(folders: Mapping[str, Path | None]) -> list[str]:
     """Problems of folders {flag: folder or None} that are not there."""
-    return [f"{flag} {folder}: no such folder" for flag, folder in folders.items() if folder and not folder.is_dir()]
+    return [
+        f"{flag} {visible(folder)}: no such folder"
+        for flag, folder in folders.items()
+        if folder and not folder.is_dir()
+    ]
+
+
+def visible(path: Path | str) -> str:
+    """A path as messages show it: in quotes, with a hint, where it holds backslashes or what cannot be seen."""
+    text = str(path)
+    if "\\" in text:
+        return f"{text!r} (with backslashes: write /)"
+    if not text.isprintable() or text != text.strip():
+        return f"{text!r} (with an invisible character or a space at its end)"
+    return text
 
 
 def read_text(path: Path) -> str | None:
     """The text of a file, without space around it; None if there is no file. Raises ValueError if it holds no text."""
     try:
-        return path.read_text("utf-8-sig").strip() if path.exists() else None
+        text = path.read_text("utf-8-sig").strip() if path.exists() else None
     except (OSError, ValueError):
         raise ValueError(f"{path}: not UTF-8 text") from None
+    if text and CONTROL_CHARACTER.search(text):
+        raise ValueError(f"{path}: not UTF-8 text, it holds control characters")
+    return text
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file; [] without one. Raises ValueError as `read_text`.
+
+    A line ends where a text editor ends it; str.splitlines would cut at U+2028, U+0085 and form feeds too.
+    """
+    text = read_text(path)
+    return text.split("\n") if text else []
 
 
 def read_metadata(path: Path) -> tuple[dict[str, dict], list[str]]:
-    """({file_name: the other columns of its row} of a metadata.jsonl, problems); nothing if there is no file."""
+    """({file_name: the other columns of its row} of a metadata.jsonl or .csv, problems); nothing without a file."""
     rows = {}
+    is_table = path.suffix == ".csv"
     try:
-        lines = path.read_text("utf-8-sig").splitlines() if path.exists() else []
-        for line in lines:
-            if line.strip():
-                row = json.loads(line)
-                rows[str(row.pop("file_name"))] = row
+        if is_table:
+            found = []
+            for row in csv.DictReader(io.StringIO(read_text(path) or "")):
+                found.append({column: cell or None for column, cell in row.items()})
+        else:
+            found = [json.loads(line) for line in read_lines(path) if line.strip()]
+        for row in found:
+            rows[str(row.pop("file_name"))] = row
         json.dumps(rows, ensure_ascii=False).encode()  # half of a surrogate pair is not text
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        return {}, [f"{path}: each line must be JSON with file_name ({error!r})"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, csv.Error) as error:
+        kind = "have a column" if is_table else "be JSON with"
+        return {}, [f"{path}: each line must {kind} file_name ({error!r})"]
     return rows, []
 
 
 def check_caption_column(path: Path, rows: Mapping[str, dict], column: str | None) -> list[str]:
-    """Problems of rows of metadata.jsonl, all of which need a caption in the same column."""
+    """A problem if --caption_column names a column that no row of metadata.jsonl has."""
+    if column is None or any(column in row for row in rows.values()):
+        return []
     if not rows:
-        return [f"--caption_column {column}: no {path} that has columns"] if column else []
-    column = column or first_column(rows)
-    if column is None:
-        names = f"{', '.join(CAPTION_COLUMNS[:-1])} or {CAPTION_COLUMNS[-1]}"
-        return [f"{path}: no column {names} in its first line: name the captions with --caption_column"]
-    missing = [name for name, row in rows.items() if column not in row]
-    return [f"{path}: no column {column} for {name}, see --caption_column" for name in missing[:1]]
+        return [f"--caption_column {column}: no {path} that has columns"]
+    first = next(iter(rows))
+    return [f"{path}: no column {column} for {first}, see --caption_column"]
 
 
-def first_column(rows: Mapping[str, dict]) -> str | None:
-    """The first of CAPTION_COLUMNS that the first row has."""
-    first_row = next(iter(rows.values()))
-    return next((column for column in CAPTION_COLUMNS if column in first_row), None)
+def caption_files(folder: Path) -> dict[tuple[str, str], Path]:
+    """{(name before its ending, .txt or .caption): path} of the files of captions in a folder."""
+    found = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in CAPTION_SUFFIXES:
+            found.setdefault((path.stem, path.suffix.lower()), path)
+    return found
+
+
+def find_caption_file(image: Path, captions: Mapping[tuple[str, str], Path]) -> Path | None:
+    """The caption of a.png among `caption_files`: a.txt, a.png.txt, a.caption or a.png.caption, in this order."""
+    for suffix in CAPTION_SUFFIXES:
+        for name in (image.stem, image.name):
+            if (name, suffix) in captions:
+                return captions[name, suffix]
+    return None
+
+
+def left_out(folder: Path, examples: Iterable[Example]) -> list[str]:
+    """What lies in a folder that is read and belongs to none of the examples: files, and folders with their images."""
+    used = {file for image in all_images(examples) for file in image.files}
+    names = []
+    for path in sorted(folder.iterdir()):
+        if (
+            path in used
+            or path.name.startswith(".")
+            or path.name.lower() in SYSTEM_FILES
+            or path.name in METADATA_FILES
+        ):
+            continue
+        name = path.name if path.name.isprintable() else repr(path.name)
+        if path.is_dir():
+            images = [file for file in path.glob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file not in used]
+            if images:
+                names.append(f"{name}/ with {len(images)} images")
+        else:
+            names.append(name)
+    return names
+
+
+def describe_data(examples: Sequence[Example], folders: Iterable[Path | None], default: str) -> dict[str, str]:
+    """What the header says of captions and of what was not read, {label: text}.
+
+    `default` says where the captions come from that were found nowhere. At most ten names are said, and a count.
+    """
+    counts = Counter(example.source or default for example in examples)
+    lines = {"captions": ", ".join(f"{count} from {source}" for source, count in sorted(counts.items()))}
+    unread = []
+    for folder in dict.fromkeys(folders):
+        if folder is not None and folder.is_dir():
+            unread += [f"{folder.name}/{name}" for name in left_out(folder, examples)]
+    if unread:
+        more = f" and {len(unread) - 10} more" if len(unread) > 10 else ""
+        lines["not read"] = f"{len(unread)}: {', '.join(unread[:10])}{more}"
+    return lines
 
 
 def find_partners(
@@ -403,23 +575,21 @@ def read_folder(
     partner_dirs: Mapping[str, Path | None] | None = None,
     partner_match: Literal["stem", "name"] = "stem",
     partner_columns: Mapping[str, str] | None = None,
-    use_metadata: bool = True,
     whole_rows: bool = False,
     sort_by_stem: bool = False,
 ) -> tuple[list[Example], list[str]]:
     """Examples of the images in a folder, sorted by path, and problems.
 
-    A caption is in `caption_dir` in STEM.txt; else in `caption_column` (default: the first of CAPTION_COLUMNS in the
-    first line) of metadata.jsonl, where every line needs one; else in the .txt file beside the image.
+    A caption is in `caption_dir`, see `find_caption_file`; else in `caption_column` (default: the first of
+    CAPTION_COLUMNS that says anything) of the image's line in metadata.jsonl or metadata.csv; else in the .txt file
+    beside the image.
 
     partner_dirs {role: folder}: each image has one partner there, by the stem or the whole name (`partner_match`); the
     flag of such a folder is --ROLE_data_dir.
     partner_columns {role: column}: metadata.jsonl names the image's partner, a file that is no example itself.
 
     caption_per_line: each line of a .txt file is one of several captions (TwinFlow).
-    use_metadata=False: metadata.jsonl is not looked at (TwinFlow).
-    whole_rows: lines of metadata.jsonl may lack a caption, for it may be in further columns. A .txt file stands in for
-    a whole line, {"text": its text}, and not for a caption that a line lacks (OminiControl).
+    whole_rows: the caption may be in further columns, so a .txt file is the column "text" of its image (OminiControl).
     sort_by_stem: "a.png" comes before "a-b.png" (InFluxEdit).
     """
     partner_columns = partner_columns or {}
@@ -434,20 +604,16 @@ def read_folder(
     if not paths and not problems:
         return [], [f"{flag} {folder}: no images ({', '.join(IMAGE_SUFFIXES)}) in it"]
 
-    metadata = folder / "metadata.jsonl"
-    rows, unread = read_metadata(metadata) if use_metadata else ({}, [])
+    metadata = next((folder / name for name in METADATA_FILES if (folder / name).exists()), folder / METADATA_FILES[0])
+    rows, unread = read_metadata(metadata)
     problems += unread
     listed_partners = {str(row.get(column)) for row in rows.values() for column in partner_columns.values()}
     paths = [path for path in paths if path.name not in listed_partners]
     absent = sorted(rows.keys() - {path.name for path in paths})
     problems += [f"{metadata}: no image {name} in this folder" for name in absent]
-    if use_metadata and not whole_rows and not unread:
+    if not whole_rows and not unread:
         problems += check_caption_column(metadata, rows, caption_column)
-    columns = list(CAPTION_COLUMNS)
-    if caption_column:
-        columns = [caption_column]
-    elif rows and not whole_rows:  # every line has its caption in the column that the first line uses
-        columns = [first_column(rows) or CAPTION_COLUMNS[0]]
+    columns = [caption_column] if caption_column else list(CAPTION_COLUMNS)
 
     partners = {}
     for role, partner_dir in partner_dirs.items():
@@ -456,27 +622,30 @@ def read_folder(
     if caption_dir or (partner_dirs and partner_match == "stem"):
         problems += check_stems(folder, paths)
 
+    captions = caption_files(caption_dir or folder)
     examples = []
     for path in paths:
         row = rows.get(path.name, {})
-        text_file = caption_dir / f"{path.stem}.txt" if caption_dir else path.with_suffix(".txt")
         caption = None if caption_dir else first_value(row, columns)
-        has_whole_row = whole_rows and path.name in rows  # its caption may be in a further column
-        if caption is None and not has_whole_row:
+        source = metadata.name
+        text_file = find_caption_file(path, captions) if caption is None else None
+        if text_file:
             try:
-                text = read_text(text_file)
+                caption = read_text(text_file)
             except ValueError as error:
                 problems.append(str(error))
                 continue
-            if whole_rows:  # the file stands in for a line of metadata.jsonl
-                row = {"text": text}
-                caption = first_value(row, columns)
-            elif caption_per_line and text is not None:
-                lines = [line.strip() for line in text.splitlines()]
+            source = text_file.suffix.lower()
+            if whole_rows:
+                row = {**row, "text": caption}
+            elif caption_per_line:
+                lines = [line.strip() for line in caption.split("\n")]
                 caption = [line for line in lines if line]
-            else:
-                caption = text
         example = file_example(path, caption)
+        if caption is not None:
+            example.source = source
+        if text_file:
+            example.files += (text_file,)
         example.columns = {name: value for name, value in row.items() if name not in partner_columns.values()}
         for role in partner_dirs:
             if path in partners[role]:
@@ -498,6 +667,11 @@ def read_class_images(folder: Path | None, prompt: str, limit: int) -> list[Exam
         return []
     paths, _ = image_files(folder)
     return [file_example(path, prompt) for path in paths[:limit]]
+
+
+def unread_class_images(folder: Path | None) -> list[str]:
+    """Problems of images in --class_data_dir, if there is one, that are in a format that is not read."""
+    return image_files(folder)[1] if folder and folder.is_dir() else []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -597,6 +771,8 @@ def row_example(
 ) -> Example:
     """The example of a row of a dataset; `readers` {role: function that opens an image}."""
     example = Example(name, readers.get("image"), first_value(row, caption_columns), stamp=stamp)
+    if example.caption is not None:
+        example.source = "the dataset"
     example.columns = {column: value for column, value in row.items() if column not in image_columns.values()}
     for role, column in image_columns.items():
         if role != "image":
@@ -780,9 +956,14 @@ class StepSampler(Sampler):
 class StreamedBatches(IterableDataset):
     """Batches of a stream for the micro-steps `start` to `stop` of one process.
 
-    Every epoch is the stream, shuffled anew within a buffer, from (seed, epoch). Its samples are cut into batches that
-    go round the processes; those of earlier micro-steps are passed over undecoded.
-    examples_of(row, name) returns the examples of a row, sample(example, epoch, index) a sample, {name: tensor}.
+    Every epoch is the stream in a new order, from (seed, epoch): its files are shuffled, then its rows within blocks
+    of `shuffle_buffer`. Its samples are cut into batches that go round the processes; those of others are passed over
+    undecoded. examples_of(row, name) returns the examples of a row, sample(example, epoch, index) a sample,
+    {name: tensor}, made by `num_threads` threads ahead of its use, or without any when it is asked for.
+
+    A batch has, beside its samples, "stream": where the stream was before its block, the same for all processes. With
+    it as `state`, reading goes on there: no row before that block is read again. (datasets' own shuffling keeps rows
+    in a buffer that its state does not hold, so it could not go on with the same order.)
     """
 
     def __init__(
@@ -796,37 +977,69 @@ class StreamedBatches(IterableDataset):
         seed: int,
         process_index: int,
         num_processes: int,
+        num_threads: int = 0,
     ):
-        self.stream = stream.shuffle(seed=seed, buffer_size=shuffle_buffer)
+        self.stream = stream.shuffle(seed=seed, buffer_size=1)  # the files only
+        # it warns of the rows in a buffer, of which there are none
+        logging.getLogger("datasets.iterable_dataset").setLevel(logging.ERROR)
         self.examples_of = examples_of
         self.sample = sample
         self.batch_size = batch_size
+        self.shuffle_buffer = shuffle_buffer
+        self.seed = seed
         self.process_index = process_index
         self.num_processes = num_processes
+        self.num_threads = num_threads
         self.start = 0
         self.stop = 0
+        self.state: dict[str, Any] | None = None  # "stream" of a batch
 
-    def examples(self) -> Iterator[tuple[Example, int, int]]:
-        """(example, epoch, index) without end."""
-        epoch = 0
+    def blocks(self) -> Iterator[tuple[dict[str, Any], list[tuple[Example, int, int]]]]:
+        """(state before it, its [(example, epoch, index)]) of each block, shuffled, without end."""
+        state = self.state or {"epoch": 0, "block": 0, "index": 0, "count": 0, "rows": None}
         while True:
-            self.stream.set_epoch(epoch)
-            index = 0
-            for row in self.stream:
-                for example in self.examples_of(row, f"epoch {epoch}, sample {index} of the stream"):
-                    yield example, epoch, index
-                    index += 1
-            epoch += 1
+            self.stream.set_epoch(state["epoch"])
+            self.stream.load_state_dict(state["rows"])
+            rows = iter(self.stream)
+            while block := list(itertools.islice(rows, self.shuffle_buffer)):
+                rows_after = self.stream.state_dict()
+                order = np.random.default_rng((self.seed, state["epoch"], state["block"])).permutation(len(block))
+                examples = []
+                for i in order:
+                    name = f"epoch {state['epoch']}, sample {state['index'] + len(examples)} of the stream"
+                    for example in self.examples_of(block[i], name):
+                        examples.append((example, state["epoch"], state["index"] + len(examples)))
+                yield state, examples
+                state = {
+                    "epoch": state["epoch"],
+                    "block": state["block"] + 1,
+                    "index": state["index"] + len(examples),
+                    "count": state["count"] + len(examples),
+                    "rows": rows_after,
+                }
+            state = {"epoch": state["epoch"] + 1, "block": 0, "index": 0, "count": state["count"], "rows": None}
+
+    def batches(self) -> Iterator[tuple[dict[str, Any], list[tuple[Example, int, int]]]]:
+        """(state before its last example's block, its [(example, epoch, index)]) of each batch of this process."""
+        batch = []
+        for state, examples in self.blocks():
+            for count, example in enumerate(examples, start=state["count"]):
+                micro_step, process = divmod(count // self.batch_size, self.num_processes)
+                if micro_step == self.stop:
+                    return
+                if micro_step < self.start or process != self.process_index:
+                    continue
+                batch.append(example)
+                if len(batch) == self.batch_size:
+                    yield state, batch
+                    batch = []
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        batch = []
-        for count, (example, epoch, index) in enumerate(self.examples()):
-            micro_step, process = divmod(count // self.batch_size, self.num_processes)
-            if micro_step == self.stop:
-                return
-            if micro_step < self.start or process != self.process_index:
-                continue
-            batch.append(self.sample(example, epoch, index))
-            if len(batch) == self.batch_size:
-                yield default_collate(batch)
-                batch = []
+        if self.num_threads:
+            return map_ahead(self.read_batch, self.batches(), self.num_threads)
+        return map(self.read_batch, self.batches())
+
+    def read_batch(self, batch: tuple[dict[str, Any], list[tuple[Example, int, int]]]) -> dict[str, Any]:
+        """The samples of one of `batches`, collated, with its state."""
+        state, examples = batch
+        return {**default_collate([self.sample(*example) for example in examples]), "stream": state}

@@ -3,15 +3,17 @@
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from common.checkpoints import atomic_write
+from common.data import map_ahead
+from common.models import gather_objects
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from diffusers import AutoencoderDC, AutoencoderKLQwenImage, FluxPipeline
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
@@ -170,15 +172,21 @@ class TensorCache:
             self.save(encode(), *key)
         return self.load(*key)
 
-    def fill(self, accelerator: Accelerator, keys: Iterable[tuple], encode: Callable, desc: str) -> None:
-        """Adds the entries of `keys` that are absent, each made by encode(*key); the processes share the work."""
+    def fill(
+        self, accelerator: Accelerator, keys: Iterable[tuple], read: Callable, encode: Callable, desc: str
+    ) -> None:
+        """Adds the entries of `keys` that are absent, each encode(read(key)); the processes share the work.
+
+        Threads read ahead of the encoder.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         missing = [key for key in keys if not self.has(*key)]
         accelerator.wait_for_everyone()  # every process has listed what is missing
         quiet = not accelerator.is_main_process or not missing
         with accelerator.split_between_processes(missing) as share:
-            for key in tqdm(share, desc=desc, disable=quiet):
-                self.save(encode(*key), *key)
+            inputs = map_ahead(read, share, num_threads=os.cpu_count() or 1)
+            for key, value in zip(tqdm(share, desc=desc, disable=quiet), inputs, strict=True):
+                self.save(encode(value), *key)
         accelerator.wait_for_everyone()
 
 
@@ -201,15 +209,16 @@ def cache_moments(
     cache = TensorCache(folder, fingerprint(vae)) if folder else None
     found = []
     with accelerator.split_between_processes(list(keys)) as share:
-        for key in tqdm(share, desc="Caching latents", unit="image", disable=not accelerator.is_main_process):
-            pixels = load_pixels(key)
+        images = map_ahead(load_pixels, share, num_threads=os.cpu_count() or 1)
+        quiet = not accelerator.is_main_process
+        for key, pixels in zip(tqdm(share, desc="Caching latents", unit="image", disable=quiet), images, strict=True):
             if cache:
                 content = str(tuple(pixels.shape)).encode() + pixels.numpy().tobytes()
                 entry = cache.load_or_encode(content, encode=lambda: encode(pixels))  # noqa: B023
             else:
                 entry = encode(pixels)
             found.append((key, entry["value"]))
-    return dict(gather_object(found))
+    return dict(gather_objects(found))
 
 
 def fingerprint(model: torch.nn.Module) -> bytes:

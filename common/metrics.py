@@ -13,7 +13,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     rows = []
-    for line in path.read_text(errors="replace").splitlines():
+    for line in path.read_text(errors="replace").split("\n"):
         with suppress(ValueError, TypeError, KeyError, RecursionError):
             row = json.loads(line)
             if all(type(row[name]) in (int, float) for name in ("step", "loss", "lr")):

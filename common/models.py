@@ -1,6 +1,7 @@
 """Models: loading, quantization, compilation, splitting over processes (FSDP2)."""
 
 import argparse
+import functools
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,9 +10,10 @@ from typing import Any
 from common.arguments import exit_if_unreadable
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from safetensors import safe_open
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -67,6 +69,20 @@ def load_scheduler(args: argparse.Namespace) -> Any:
     return FlowMatchEulerDiscreteScheduler.from_pretrained(
         args.pretrained_model_name_or_path, subfolder="scheduler", revision=args.revision, cache_dir=args.cache_dir
     )
+
+
+def latent_channels(args: argparse.Namespace) -> int:
+    """The channels of the latents of the VAE that --pretrained_model_name_or_path names, from its config.
+
+    16, FLUX.1's, where that cannot be read: loading it says why.
+    """
+    try:
+        config = AutoencoderKL.load_config(
+            args.pretrained_model_name_or_path, subfolder="vae", revision=args.revision, cache_dir=args.cache_dir
+        )
+        return config["latent_channels"]
+    except (OSError, ValueError, KeyError):
+        return 16
 
 
 def check_weights(args: argparse.Namespace) -> list[str]:
@@ -205,6 +221,24 @@ def full_tensor(value: torch.Tensor) -> torch.Tensor:
     """A sharded parameter gathered from all processes, which all must call; any other one as it is."""
     value = value.detach()
     return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+@functools.cache
+def cpu_group() -> Any:
+    """The group of all processes for what travels through CPU memory."""
+    return dist.new_group(backend="gloo")
+
+
+def gather_objects(objects: list) -> list:
+    """The objects of all processes in one list, in the order of the processes; to be called by all of them.
+
+    They are pickled and travel through CPU memory, where accelerate's gather_object takes that of the GPU.
+    """
+    if not dist.is_initialized():
+        return objects
+    parts: list[list] = [[]] * dist.get_world_size()
+    dist.all_gather_object(parts, objects, group=cpu_group())
+    return [each for part in parts for each in part]
 
 
 def check_processes(accelerator: Accelerator, args: argparse.Namespace) -> list[str]:

@@ -1,22 +1,21 @@
 """Prompts to embeddings with FLUX.1's CLIP and T5: each prompt once, or in every step while an encoder is trained."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from common.arguments import exit_if_unreadable
 from common.latents import TensorCache, fingerprint
 from common.lora import layer_shapes
-from common.models import check_names
+from common.models import check_names, gather_objects
 
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.training_utils import free_memory
 from tqdm.auto import tqdm
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 
 
 # Linear layers of CLIP that a LoRA is put beside.
@@ -120,7 +119,7 @@ class PromptEncoder:
                     disable=not self.accelerator.is_main_process,
                 )
                 embeds = [(prompt, self._encode_through_disk(encoder_name, prompt)) for prompt in progress_bar]
-            self.cached[encoder_name] = dict(gather_object(embeds))
+            self.cached[encoder_name] = dict(gather_objects(embeds))
             if not self.keep_encoders:
                 del self.encoders[encoder_name]
                 setattr(self.pipeline, ENCODER_ATTRIBUTES[encoder_name], None)
@@ -166,6 +165,46 @@ class PromptEncoder:
         text = self.rewrite_prompt(prompt) if self.rewrite_prompt else prompt
         key = f"{self.max_sequence_length} {self.dtype} {self.accelerator.mixed_precision} {text}".encode()
         return self.disk_caches[encoder_name].load_or_encode(key, encode=encode)["value"]
+
+
+def load_tokenizer(args: Any, subfolder: str) -> Any:
+    """A tokenizer of the pipeline that --pretrained_model_name_or_path names."""
+    with exit_if_unreadable(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}: its {subfolder}"):
+        return AutoTokenizer.from_pretrained(
+            args.pretrained_model_name_or_path,
+            subfolder=subfolder,
+            revision=args.revision,
+            cache_dir=args.cache_dir,
+            trust_remote_code=False,
+        )
+
+
+def longer_than(limit: int, tokenizer: Any, prompts: Mapping[str, str]) -> list[str]:
+    """The names of `prompts` {name: text} that have more than `limit` tokens, those that begin and end it included."""
+    lengths = [len(ids) for ids in tokenizer(list(prompts.values())).input_ids] if prompts else []
+    return [name for name, length in zip(prompts, lengths, strict=True) if length > limit]
+
+
+def describe_long_prompts(
+    prompts: Mapping[str, str], tokenizer: Any, max_sequence_length: int, clip_tokenizer: Any = None
+) -> dict[str, str]:
+    """What the header says of captions {name: text} that are not read to their end, {label: text}."""
+    long = longer_than(max_sequence_length, tokenizer, prompts)
+    if long:
+        return {
+            "long captions": f"{len(long)} of {len(prompts)} have more than the {max_sequence_length} tokens of "
+            f"--max_sequence_length, and what follows is not read, such as that of {long[0]}"
+        }
+    if clip_tokenizer is None:
+        return {}
+    limit = clip_tokenizer.model_max_length
+    long = longer_than(limit, clip_tokenizer, prompts)
+    if not long:
+        return {}
+    return {
+        "long captions": f"{len(long)} of {len(prompts)} have more than CLIP's {limit} tokens, and T5 alone reads "
+        f"what follows, such as in that of {long[0]}"
+    }
 
 
 def load_text_pipeline(

@@ -10,12 +10,11 @@ from typing import Any
 
 from common.checkpoints import atomic_write, writing
 from common.flow_matching import step_generator
-from common.models import is_sharded
+from common.models import gather_objects, is_sharded
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from PIL import Image, ImageDraw, ImageFont
 from tqdm.auto import tqdm
 
@@ -57,7 +56,7 @@ def generate_images(
         for i, arguments in tqdm(share, desc="Validation", unit="image", leave=False, disable=quiet):
             generator = torch.Generator().manual_seed(seed + i)  # on the CPU: the same noise on every device
             images += pipeline(**arguments, generator=generator).images
-    return images if sharded else gather_object(images)
+    return images if sharded else gather_objects(images)
 
 
 def generate_class_images(

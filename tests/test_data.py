@@ -3,8 +3,12 @@
 import functools
 import io
 import json
+import multiprocessing
 import os
+import struct
 import tarfile
+import time
+import zlib
 
 from common.data import (
     Example,
@@ -13,10 +17,13 @@ from common.data import (
     check_captions,
     check_images,
     collate,
+    describe_data,
     file_example,
     fit,
     fit_mask,
     image_files,
+    left_out,
+    map_ahead,
     open_image,
     open_stream,
     read_class_images,
@@ -32,7 +39,9 @@ import datasets
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
 
 
 COLORS = {"a": "red", "b": "blue", "c": "green"}
@@ -82,6 +91,85 @@ def test_the_content_decides_on_the_format(tmp_path):
         path.write_bytes(encoded("red", (16, 16), format))
         assert open_image(path).format == format
         assert is_near(upright(open_image(path)).getpixel((1, 1)), "red")
+
+
+# Display P3: its primaries adapted to D50, white, sRGB's curve; and one of grey with gamma 1
+def icc_profile(space, **curves_and_colors):
+    """A small ICC profile, version 2: {tag: gamma or XYZ}."""
+    tags, body = b"", b""
+    offset = 128 + 4 + 12 * (len(curves_and_colors) + 1)
+    description = b"test\0"
+    description = b"desc" + bytes(4) + struct.pack(">I", len(description)) + description + bytes(78)
+    for name, value in [("desc", description), *curves_and_colors.items()]:
+        if isinstance(value, float):
+            value = b"curv" + bytes(4) + struct.pack(">IH", 1, round(value * 256))
+        elif isinstance(value, tuple):
+            value = b"XYZ " + bytes(4) + b"".join(struct.pack(">i", round(number * 65536)) for number in value)
+        value += bytes(-len(value) % 4)
+        tags += name.encode() + struct.pack(">II", offset + len(body), len(value))
+        body += value
+    header = bytes(8) + b"\x02\x40\0\0" + b"mntr" + space + b"XYZ " + bytes(12) + b"acsp" + bytes(28)
+    header += b"".join(struct.pack(">i", round(number * 65536)) for number in (0.9642, 1, 0.8249)) + bytes(48)
+    count = struct.pack(">I", len(curves_and_colors) + 1)
+    data = header + count + tags + body
+    return struct.pack(">I", len(data)) + data[4:]
+
+
+DISPLAY_P3 = icc_profile(
+    b"RGB ",
+    rXYZ=(0.5151, 0.2412, -0.0011),
+    gXYZ=(0.2919, 0.6922, 0.0419),
+    bXYZ=(0.1571, 0.0666, 0.7841),
+    wtpt=(0.9642, 1.0, 0.8249),
+    **dict.fromkeys(("rTRC", "gTRC", "bTRC"), 2.2),
+)
+LINEAR_GREY = icc_profile(b"GRAY", wtpt=(0.9642, 1.0, 0.8249), kTRC=1.0)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
+def test_colours_of_a_profile_become_srgb(suffix, tmp_path):
+    options = {} if suffix == "png" else {"quality": 100}
+    Image.new("RGB", (8, 8), (50, 200, 60)).save(tmp_path / f"a.{suffix}", icc_profile=DISPLAY_P3, **options)
+    red, green, blue = upright(open_image(tmp_path / f"a.{suffix}")).getpixel((4, 4))
+    assert max(red, blue) < 5  # green beyond sRGB's
+    assert abs(green - 205) < 4
+    assert file_example(tmp_path / f"a.{suffix}").image().getpixel((4, 4)) == (red, green, blue)
+
+
+def test_profiles_with_transparency_grey_and_broken(tmp_path):
+    def color(image, profile):
+        image.save(tmp_path / "a.png", icc_profile=profile)
+        return upright(open_image(tmp_path / "a.png")).getpixel((1, 1))
+
+    assert color(Image.new("RGBA", (4, 4), (0, 0, 0, 0)), DISPLAY_P3) == (255, 255, 255)
+    assert color(Image.new("RGBA", (4, 4), (50, 200, 60, 255)), DISPLAY_P3)[0] < 5
+    assert color(Image.new("RGB", (4, 4), (50, 200, 60)).quantize(4), DISPLAY_P3)[0] < 5
+    assert color(Image.new("L", (4, 4), 55), LINEAR_GREY)[0] == pytest.approx(127, abs=3)
+    for image, profile in [
+        (Image.new("RGB", (4, 4), (50, 200, 60)), b"broken"),
+        (Image.new("RGB", (4, 4), (50, 200, 60)), DISPLAY_P3[:200]),
+        (Image.new("RGB", (4, 4), (50, 200, 60)), LINEAR_GREY),
+    ]:
+        assert color(image, profile) == (50, 200, 60)
+    assert color(Image.new("L", (4, 4), 55), DISPLAY_P3) == (55, 55, 55)
+
+
+def test_images_have_a_bound_in_pixels_and_large_profiles_are_read(tmp_path, recwarn):
+    def png(width, height):
+        data = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+        content = b"\x89PNG\r\n\x1a\n"
+        for chunk in (b"IHDR" + data, b"IDAT"):
+            content += struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+        return content
+
+    assert open_image(io.BytesIO(png(16320, 12240))).size == (16320, 12240)  # a telephone of 200 megapixels
+    assert not recwarn.list
+    with pytest.raises(ValueError, match="268 megapixels.*smaller"):
+        open_image(io.BytesIO(png(20000, 20000)))
+    text = PngInfo()
+    text.add_text("workflow", "x" * 3_000_000, zip=True)
+    Image.new("RGB", (4, 4), "red").save(tmp_path / "a.png", pnginfo=text)
+    assert upright(open_image(tmp_path / "a.png")).getpixel((1, 1)) == (255, 0, 0)
 
 
 @pytest.mark.parametrize("format", ["EPS", "IPTC"])
@@ -153,15 +241,15 @@ def test_captions_in_metadata(folder):
     examples, problems = read_folder(folder, caption_column="words")
     assert not problems
     assert [example.caption for example in examples] == ["a!", "b!", "c!"]
-    examples, problems = read_folder(folder, use_metadata=False)
-    assert not problems
-    assert examples[0].caption == "a red image"
 
 
-def test_a_null_caption_leaves_the_text_file_unless_rows_are_whole(folder):
-    write_rows(folder / "metadata.jsonl", {"file_name": "a.png", "text": None})
-    assert read_folder(folder)[0][0].caption == "a red image"
-    assert read_folder(folder, whole_rows=True)[0][0].caption is None
+@pytest.mark.parametrize("row", [{"text": None}, {}])
+def test_a_row_without_caption_leaves_the_text_file(folder, row):
+    write_rows(folder / "metadata.jsonl", {"file_name": "a.png", **row})
+    for whole_rows in (False, True):
+        examples, problems = read_folder(folder, whole_rows=whole_rows)
+        assert not problems
+        assert examples[0].caption == "a red image"
     (folder / "b.txt").write_text("blue")
     assert read_folder(folder, whole_rows=True)[0][1].caption == "blue"
 
@@ -177,13 +265,7 @@ def test_a_null_caption_leaves_the_text_file_unless_rows_are_whole(folder):
             {},
             "{metadata}: each line must be JSON with file_name (Unicode",
         ),
-        ('{"file_name": "a.png"}', {}, "{metadata}: no column text, prompt or caption in its first line"),
         ('{"file_name": "a.png"}', {"caption_column": "x"}, "{metadata}: no column x for a.png, see --caption_column"),
-        (
-            '{"file_name": "a.png", "text": "x"}\n{"file_name": "b.png", "prompt": "x"}',
-            {},
-            "{metadata}: no column text for b.png",
-        ),
         ('{"file_name": "z.png", "text": "x"}', {}, "{metadata}: no image z.png in this folder"),
         ("", {"caption_column": "x"}, "--caption_column x: no {metadata} that has columns"),
     ],
@@ -193,6 +275,38 @@ def test_bad_metadata_is_one_problem(folder, content, options, message):
     _, problems = read_folder(folder, **options)
     assert len(problems) == 1
     assert problems[0].startswith(message.format(metadata=folder / "metadata.jsonl"))
+
+
+def test_captions_by_other_names_and_what_is_left_out(folder):
+    for name in ("d.png", "e.jfif", "f.jpe", "Thumbs.db", ".hidden"):
+        (folder / name).write_bytes(encoded("red", format="JPEG"))
+    (folder / "picture").write_bytes(encoded("red"))
+    (folder / "10_sks dog").mkdir()
+    (folder / "10_sks dog" / "z.png").write_bytes(encoded("red"))
+    for name in ("b.TXT", "c.png.txt", "d.caption", "e.txt", "e.caption", "nobody.txt"):
+        (folder / name).write_text(name)
+    table = 'file_name,text\nf.jpe,"in a table, with a comma"\n'
+    (folder / "metadata.csv").write_text(table, "utf-8-sig")
+    examples, problems = read_folder(folder)
+    assert not problems
+    captions = {os.path.basename(example.name): example.caption for example in examples}  # noqa: PTH119
+    assert captions == {
+        "a.png": "a red image",
+        "b.png": "b.TXT",
+        "c.png": "c.png.txt",
+        "d.png": "d.caption",
+        "e.jfif": "e.txt",
+        "f.jpe": "in a table, with a comma",
+    }
+    assert left_out(folder, examples) == ["10_sks dog/ with 1 images", "e.caption", "nobody.txt", "picture"]
+    examples[0].source = ""
+    lines = describe_data(examples, [folder, None, folder], "--instance_prompt")
+    assert lines["captions"] == "1 from --instance_prompt, 1 from .caption, 3 from .txt, 1 from metadata.csv"
+    assert lines["not read"].startswith("4: ")
+    assert lines["not read"].count("picture") == 1
+    for i in range(9):
+        (folder / f"{i}.md").write_text("x")
+    assert describe_data(examples, [folder], "")["not read"].endswith(" and 3 more")
 
 
 def test_metadata_rows_come_whole(folder):
@@ -363,6 +477,87 @@ def test_sizes_of_turned_and_of_cut_files(tmp_path):
         sizes, problems = read_sizes(examples, decode=decode)
         assert sizes[:2] == [None, None]
         assert len(problems) == 2
+
+
+def read_in_a_group(rank, folder, queue):
+    """Reads the sizes of a folder's images as one of two processes, and tells which of them were opened here."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    opened = []
+    examples, _ = read_folder(folder)
+    for example in examples:
+        example.read = functools.partial(lambda name, read: opened.append(name) or read(), example.name, example.read)
+    if rank == 1:
+        examples.append(file_example(folder / "nowhere.png"))  # only this machine has it
+    sizes, problems = read_sizes(examples)
+    queue.put((rank, sorted(opened), sizes, problems))
+    dist.destroy_process_group()
+
+
+def test_processes_share_the_reading_of_images(tmp_path, capfd):
+    for i in range(5):
+        Image.new("RGB", (10 + i, 8)).save(tmp_path / f"{i}.png")
+    (tmp_path / "3.png").write_bytes(b"no picture")
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    processes = [context.Process(target=read_in_a_group, args=(rank, tmp_path, queue)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    (_, opened, sizes, problems), (_, others, other_sizes, other_problems) = sorted(queue.get() for _ in processes)
+    for process in processes:
+        process.join()
+    assert len(opened) + len(others) == 5
+    assert not set(opened) & set(others)
+    assert sizes == other_sizes[:5] == [Size(8, 10), Size(8, 11), Size(8, 12), None, Size(8, 14)]
+    assert problems == other_problems[:1]
+    assert "3.png" in problems[0]
+    assert "nowhere.png" in other_problems[1]
+    assert capfd.readouterr().err.count("Reading images") <= 2  # one bar, drawn twice
+
+
+def test_map_ahead_keeps_the_order_and_its_distance():
+    started = []
+
+    def double(number):
+        started.append(number)
+        time.sleep(0.01 * (number % 3))
+        return 2 * number
+
+    results = map_ahead(double, iter(range(20)), num_threads=2)
+    assert next(results) == 0
+    assert len(started) <= 5
+    assert list(results) == [2 * number for number in range(1, 20)]
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\x85", "\x0b", "\x0c", "\x1c"])
+def test_only_line_ends_end_a_line(tmp_path, separator):
+    text = f"a dog{separator}on grass"
+    for name in ("a", "b"):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
+    (tmp_path / "a.txt").write_text(text)
+    (tmp_path / "b.txt").write_bytes(f"{text}\r\ntwo\n".encode())
+    examples, problems = read_folder(tmp_path, caption_per_line=True)
+    assert not problems
+    assert [example.caption for example in examples] == [[text], [text, "two"]]
+    lines = [json.dumps({"file_name": f"{name}.png", "text": text}, ensure_ascii=False) for name in ("a", "b")]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    if separator != "\x1c":
+        assert [example.caption for example in read_folder(tmp_path)[0]] == [text, text]
+
+
+def test_utf_16_is_no_caption(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_bytes("a dog".encode("utf-16-le"))
+    _, (problem,) = read_folder(tmp_path)
+    assert "a.txt: not UTF-8 text" in problem
+    assert "control characters" in check_captions([Example("row", caption="a\0 dog")])[0]
+    assert not check_captions([Example("row", caption="a\tdog\nand\u2028a cat")])
+
+
+@pytest.mark.parametrize("name", ["pictures\u200b", "C:\\photos", "photos "])
+def test_a_message_shows_what_cannot_be_seen(tmp_path, name):
+    _, (problem,) = read_folder(tmp_path / name)
+    assert repr(str(tmp_path / name)) in problem
+    assert "backslashes" in problem or "invisible" in problem
 
 
 # ---- datasets ----

@@ -31,6 +31,7 @@ DIFFERENT = {
     ("train_influxedit", "validation_steps"): "InFluxEdit's default",
     ("train_influxedit", "validation_width"): "InFluxEdit's default",
     ("train_influxedit", "validation_height"): "InFluxEdit's default",
+    ("train_influxedit", "max_sequence_length"): "InFluxEdit's default, of models that all take it",
     ("train_influxedit", "validation_image"): "InFluxEdit's list of files in one text",
     ("train_twinflow", "adam_beta2"): "TwinFlow's default",
     ("train_twinflow", "adam_weight_decay"): "TwinFlow's default",

@@ -1,5 +1,6 @@
 """common/latents.py against the stock pipelines."""
 
+from operator import itemgetter
 from types import SimpleNamespace as FrozenConfig
 
 from common.latents import (
@@ -131,13 +132,13 @@ def test_images_become_the_latents_of_each_familys_pipeline(kind):
 def test_the_tensor_cache_keeps_what_it_has(tmp_path):
     accelerator, calls = Accelerator(cpu=True), []
 
-    def encode(name, number):
+    def encode(number):
         calls.append(number)
         return {"a": torch.full((2,), float(number)), "b": torch.arange(3)[1:]}
 
     cache = TensorCache(tmp_path, ["a model"])
-    cache.fill(accelerator, [("picture", 1), ("picture", 2)], encode, "Encoding")
-    cache.fill(accelerator, [("picture", 2), ("picture", 3)], encode, "Encoding")
+    cache.fill(accelerator, [("picture", 1), ("picture", 2)], itemgetter(1), encode, "Encoding")
+    cache.fill(accelerator, [("picture", 2), ("picture", 3)], itemgetter(1), encode, "Encoding")
     assert calls == [1, 2, 3]
     assert torch.equal(TensorCache(tmp_path, ["a model"]).load("picture", 3)["a"], torch.tensor([3.0, 3.0]))
     assert not TensorCache(tmp_path, ["another model"]).path("picture", 3).exists()

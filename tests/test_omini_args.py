@@ -140,10 +140,6 @@ OWN_SOURCE = [
         "--data_files {nowhere} --streaming --max_train_steps 1 --condition_type depth",
         "depth and depth_pred estimate depth before training",
     ),
-    (
-        "--data_files {nowhere} --streaming --max_train_steps 1 --dataloader_num_workers 4",
-        "--dataloader_num_workers 4 has no effect with --streaming",
-    ),
     ("--dataset_name {bare} --image_column photo", "--dataset_name {bare}: no column photo; it has image"),
     (
         "--dataset_name {bare} --condition_type custom --condition_column pose",

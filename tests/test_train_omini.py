@@ -18,11 +18,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import ROOT
+from datasets import Dataset
 from diffusers import FluxPipeline
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_faults import slow_writer
+from torch.utils.data import DataLoader
 
 import train_omini as omini
 from examples.omini import generate
@@ -337,7 +339,8 @@ def test_tars_stored_and_streamed(train, flags, tars, tmp_path, monkeypatch):
     stream = [*flags, "--streaming", "--shuffle_buffer", 3, "--checkpointing_steps", 2, "--max_train_steps", 5]
     train(SCRIPT, *stream, "--output_dir", tmp_path / "whole")
     train(SCRIPT, *stream, "--max_train_steps", 2, "--output_dir", tmp_path / "parts")
-    train(SCRIPT, *stream, "--resume_from_checkpoint", "latest", "--output_dir", tmp_path / "parts")
+    resumed = [*stream, "--dataloader_num_workers", 2, "--resume_from_checkpoint", "latest"]
+    train(SCRIPT, *resumed, "--output_dir", tmp_path / "parts")
     assert_equal(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
 
 
@@ -367,6 +370,52 @@ def test_a_stream_gives_every_sample_once_per_epoch_to_one_process(flags, tars):
     captions = [{text for epoch, text in seen if epoch == e} for e in (0, 1)]
     assert len(captions[0]) == 5
     assert captions[0] == captions[1]
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_a_stream_goes_on_where_it_was(flags, tars, tmp_path, monkeypatch, kind):
+    """After each micro-step: the same samples, of which none from before the block is read again, also by threads."""
+    flags = [*without_source(flags), "--condition_type", "canny", "--streaming", "--shuffle_buffer", 2]
+    flags += ["--train_batch_size", 1]
+    if kind == "tar":
+        flags += ["--data_files", tars / "00000.tar", tars / "00001.tar"]
+    else:
+        rows = [{"image": Image.new("RGB", (32, 32), (i, 0, 0)), "text": str(i)} for i in range(5)]
+        for i, part in enumerate((rows[:3], rows[3:])):
+            Dataset.from_list(part).to_parquet(tmp_path / f"{i}.parquet")
+        flags += ["--dataset_name", tmp_path]
+    args = omini.parse_args([str(flag) for flag in flags])
+    monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)  # 5 s after each epoch of parquet files
+    read = []
+
+    class Samples:
+        @staticmethod
+        def checked_sample(example, epoch, index):
+            return {"id": (epoch, index, example.caption)}
+
+    def run(start, state, num_workers=0):
+        args.dataloader_num_workers = num_workers
+        sampler = omini.streamed_batches(Samples, args, process_index=1, num_processes=2)
+        examples_of = sampler.examples_of
+        sampler.examples_of = lambda row, name: read.append(name) or examples_of(row, name)
+        sampler.start, sampler.stop, sampler.state = start, 7, state
+        read.clear()
+        batches = list(DataLoader(sampler, batch_size=None, num_workers=min(1, num_workers)))
+        return [(int(each["id"][0]), int(each["id"][1]), each["id"][2][0]) for each in batches], batches
+
+    whole, batches = run(0, None)
+    everything = list(read)
+    assert len({caption for _, _, caption in whole[:2]}) == 2
+    for step in (1, 3, 4, 6):
+        state = json.loads(json.dumps(batches[step - 1]["stream"]))
+        assert run(step, state)[0] == whole[step:]
+        assert read == everything[-len(read) :]
+        if step > 1:
+            assert len(read) < len(everything)
+    if kind == "tar":
+        state = batches[2]["stream"]
+        assert run(0, None, num_workers=2)[0] == whole
+        assert run(3, state, num_workers=2)[0] == whole[3:]
 
 
 @pytest.mark.parametrize("source", ["--instance_data_dir", "--dataset_name"])

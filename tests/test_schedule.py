@@ -1,0 +1,94 @@
+"""Learning rates as they are used, clipping that is off, and models whose sizes or limits differ from FLUX.1-dev's."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train_dreambooth_flux_advanced as dreambooth
+import train_omini as omini
+import train_twinflow as twinflow
+from examples.toy import pretrain
+
+
+COSINE = ("--lr_scheduler", "cosine", "--lr_warmup_steps", 0, "--checkpointing_steps", 2, "--skip_final_inference")
+
+
+def rates(folder):
+    return [json.loads(line)["lr"] for line in (folder / "metrics.jsonl").open()]
+
+
+def cosine(num_steps):
+    return [1e-3 * 0.5 * (1 + math.cos(math.pi * step / num_steps)) for step in range(num_steps)]
+
+
+@pytest.mark.parametrize("script", ["train_dreambooth_flux_advanced"])
+def test_a_longer_run_goes_on_by_its_own_schedule(train, short_runs, tmp_path, capsys, script):
+    flags = [*short_runs[script], *COSINE, "--output_dir", tmp_path / "run"]
+    train(script, *flags, "--max_train_steps", 2)
+    assert rates(tmp_path / "run") == pytest.approx(cosine(2))
+    assert "another length" not in capsys.readouterr().out
+    train(script, *flags, "--max_train_steps", 4, "--resume_from_checkpoint", "latest")
+    assert rates(tmp_path / "run") == pytest.approx([*cosine(2), *cosine(4)[2:]])
+    assert "another length" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["train_influxedit", "train_omini", "train_twinflow"])
+def test_the_rate_in_the_log_is_the_one_of_the_step(train, short_runs, tmp_path, script):
+    train(script, *short_runs[script], *COSINE[:4], "--output_dir", tmp_path / "run")
+    assert rates(tmp_path / "run") == pytest.approx(cosine(2))
+
+
+def test_clipping_can_be_off(train, short_runs, tmp_path):
+    script = "train_dreambooth_flux_advanced"
+    flags = [*short_runs[script], "--max_train_steps", 1, "--skip_final_inference", "--max_grad_norm"]
+    weights = {}
+    for norm in (0, 1e9, 1e-9):
+        train(script, *flags, norm, "--output_dir", tmp_path / str(norm))
+        weights[norm] = load_file(tmp_path / str(norm) / "pytorch_lora_weights.safetensors")
+    assert all(torch.equal(value, weights[1e9][name]) for name, value in weights[0].items())
+    assert any(not torch.equal(value, weights[1e-9][name]) for name, value in weights[0].items())
+
+
+@pytest.mark.parametrize("module", [dreambooth, omini, twinflow])
+def test_a_model_says_how_long_its_prompts_are(module, short_runs, tiny_model, tmp_path, capsys):
+    flags = [str(flag) for flag in [*short_runs[module.__name__], "--output_dir", tmp_path / "out"]]
+    place = flags.index("--max_sequence_length")
+    del flags[place : place + 2]
+    assert module.parse_args(flags).max_sequence_length == 512
+    schnell = tmp_path / "schnell"
+    shutil.copytree(tiny_model, schnell)
+    config = json.loads((schnell / "transformer" / "config.json").read_text())
+    (schnell / "transformer" / "config.json").write_text(json.dumps({**config, "guidance_embeds": False}))
+    flags += ["--pretrained_model_name_or_path", str(schnell)]
+    assert module.parse_args(flags).max_sequence_length == 256
+    assert module.parse_args([*flags, "--max_sequence_length", "32"]).max_sequence_length == 32
+    with pytest.raises(SystemExit):
+        module.parse_args([*flags, "--max_sequence_length", "512"])
+    assert "schnell takes at most 256" in capsys.readouterr().err
+
+
+def test_a_flux_of_few_channels_is_trained(train, short_runs, tiny_pipeline, tmp_path):
+    """That of diffusers' tests has tokens of 4 numbers; the VAE's channels count."""
+    parts = {name: part for name, part in tiny_pipeline.components.items() if name not in ("scheduler", "vae")}
+    torch.manual_seed(0)
+    vae = pretrain.AutoencoderKL.from_config({**tiny_pipeline.vae.config, "latent_channels": 1})
+    parts["transformer"] = pretrain.FluxTransformer2DModel.from_config(
+        {**tiny_pipeline.transformer.config, "in_channels": 4, "out_channels": 4}
+    )
+    parts = {name: part for name, part in parts.items() if part is not None}
+    pretrain.new_pipeline(vae=vae, **parts).save_pretrained(tmp_path / "model")
+    script = "train_dreambooth_flux_advanced"
+    flags = [
+        *short_runs[script],
+        "--pretrained_model_name_or_path",
+        tmp_path / "model",
+        "--output_dir",
+        tmp_path / "out",
+    ]
+    train(script, *flags, "--max_train_steps", 1)
+    assert load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors")
