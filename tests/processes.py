@@ -140,7 +140,9 @@ def be(request):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    start_processes(be_rank, (request, port), nprocs=request["processes"], start_method="fork")
+    ranks = start_processes(be_rank, (request, port), nprocs=request["processes"], start_method="fork", join=False)
+    while not ranks.join(grace_period=10):  # for the others to say why, where one has failed
+        pass
 
 
 def be_rank(rank, request, port):
