@@ -141,7 +141,7 @@ def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
     grey = image.mode in ("1", "L", "LA", "La")
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        mode = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}[source.profile.xcolor_space.strip()]
+        mode = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}[source.profile.xcolor_space.strip()]  # type: ignore[union-attr]
         if (mode == "L") == grey and (mode == "CMYK") == (image.mode == "CMYK"):
             srgb = ImageCms.createProfile("sRGB")
             converted = ImageCms.profileToProfile(image.convert(mode), source, srgb, outputMode="RGB")
@@ -631,7 +631,7 @@ def read_folder(
         text_file = find_caption_file(path, captions) if caption is None else None
         if text_file:
             try:
-                caption = read_text(text_file)
+                caption = read_text(text_file) or ""
             except ValueError as error:
                 problems.append(str(error))
                 continue

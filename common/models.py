@@ -77,7 +77,7 @@ def latent_channels(args: argparse.Namespace) -> int:
     16, FLUX.1's, where that cannot be read: loading it says why.
     """
     try:
-        config = AutoencoderKL.load_config(
+        config: dict[str, Any] = AutoencoderKL.load_config(  # type: ignore[assignment]
             args.pretrained_model_name_or_path, subfolder="vae", revision=args.revision, cache_dir=args.cache_dir
         )
         return config["latent_channels"]

@@ -21,6 +21,9 @@ from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 # Linear layers of CLIP that a LoRA is put beside.
 CLIP_TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "out_proj")
 
+# Names of the encoders, as in files of embeddings, and the attributes of FluxPipeline that hold them.
+ENCODER_ATTRIBUTES = {"clip_l": "text_encoder", "t5": "text_encoder_2"}
+
 
 def clip_lora_shapes(args: Any, target_modules: Sequence[str]) -> dict[str, tuple[int, int]]:
     """{name in a LoRA file: (out, in)} of the layers of CLIP that get an adapter, from the model's config alone."""
@@ -29,10 +32,6 @@ def clip_lora_shapes(args: Any, target_modules: Sequence[str]) -> dict[str, tupl
     )
     with torch.device("meta"):
         return layer_shapes("text_encoder", CLIPTextModel(config), target_modules)
-
-
-# Names of the encoders, as in files of embeddings, and the attributes of FluxPipeline that hold them.
-ENCODER_ATTRIBUTES = {"clip_l": "text_encoder", "t5": "text_encoder_2"}
 
 
 class PromptEncoder:
