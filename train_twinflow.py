@@ -210,7 +210,7 @@ TWINFLOW = {
     "enhanced_ratio": 0.8,
     "ema_decay_rate": 0.99,
 }
-LORA = {"training": "lora", "rank": 64, "lora_alpha": 64.0}
+LORA = {"training": "lora", "rank": 64}
 FIRST_ORDER = {"probs": "e2e=1,mul=1,adv=1,one=1", "estimate_order": 1, "ema_decay_rate": 0.0}
 FROZEN_TEACHER = {"ema_decay_rate": 1.0, "enhanced_ratio": 4.0}
 

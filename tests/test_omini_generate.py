@@ -13,7 +13,7 @@ import torch
 from diffusers import FluxPipeline
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import train_omini as omini
 from examples.omini import generate
@@ -314,6 +314,45 @@ def test_the_folder_of_a_run_with_several_adapters(adapter):
     beside = [path.rename(named.with_name(f"named-{path.name}")) for path in paths.values()]
     assert generate.lora_files(named) == sorted(beside)
     assert generate.lora_files(beside[0]) == [beside[0]]
+
+
+def test_the_folder_of_a_run_never_means_another_runs_file(adapter, tmp_path):
+    """--output_name canny and canny-subject in one output_dir."""
+    runs = tmp_path / "runs"
+    for name in ("canny", "canny-subject"):
+        (runs / name).mkdir(parents=True)
+        (runs / name / "args.json").write_text(json.dumps({"args": {"output_name": name}}))
+    canny = adapter("canny")["canny"].rename(runs / "canny.safetensors")
+    adapter("subject", folder="subject")["subject"].rename(runs / "canny-subject.safetensors")
+    assert generate.lora_files(runs / "canny") == [canny]
+    canny.unlink()
+    with pytest.raises(FileNotFoundError, match="no LoRA"):
+        generate.lora_files(runs / "canny")
+    pair = adapter("canny", "coloring", folder="pair", adapter_per_condition=True)
+    pair = [path.rename(runs / f"canny-{path.name}") for path in pair.values()]
+    adapter("fill", folder="fill")["fill"].rename(runs / "canny-old.safetensors")
+    assert generate.lora_files(runs / "canny") == sorted(pair)
+
+
+def test_a_lora_with_no_layer_of_the_model_does_not_draw(tiny_model, adapter, tmp_path, capsys):
+    canny = adapter("canny")["canny"]
+    other = tmp_path / "other" / "clip.safetensors"
+    other.parent.mkdir()
+    save_file({"text_model.encoder.x.lora_A.weight": torch.zeros(1, 1)}, other)
+    picture().save(tmp_path / "a.png")
+    flags = ["--prompt", "x", "--image", tmp_path / "a.png", "--pretrained_model_name_or_path", tiny_model]
+    for words in ([other, "--condition_type", "canny"], [canny, "--style_lora", other.parent]):
+        args = generate.parse_args([str(flag) for flag in [*words, *flags]])
+        with pytest.raises(SystemExit) as stop:
+            generate.load_pipeline(args)
+        assert stop.value.code == 2
+        assert "clip.safetensors cannot be loaded: it holds no layer" in capsys.readouterr().err
+
+    for style in ("absent", "a.png"):
+        with pytest.raises(SystemExit) as stop:
+            generate.parse_args([str(flag) for flag in [canny, *flags, "--style_lora", tmp_path / style]])
+        assert stop.value.code == 2
+        assert style in capsys.readouterr().err
 
 
 def test_the_mask_belongs_to_the_masked_conditions_image(adapter, tmp_path):

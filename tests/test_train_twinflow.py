@@ -583,6 +583,19 @@ def test_what_cannot_be_drawn_with_is_one_line(backbone_flags, tmp_path, monkeyp
         assert message in capsys.readouterr().err
 
 
+def test_a_lora_with_no_layer_of_the_model_does_not_draw(flags, tmp_path, capsys):
+    args = twinflow.parse_args([str(flag) for flag in [*flags, "--training", "lora"]])
+    kohya = {"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": torch.zeros(1, 1)}
+    for name, layers in (("kohya", kohya), ("other", {"transformer.x.lora_A.weight": torch.zeros(1, 1)})):
+        save_file(layers, tmp_path / f"{name}.safetensors")
+        with pytest.raises(SystemExit) as stop:
+            load_velocity(tmp_path / f"{name}.safetensors", Flux(args), args, torch.float32, "cpu")
+        error = capsys.readouterr().err
+        assert stop.value.code == 2
+        assert f"{name}.safetensors cannot be loaded" in error
+        assert ("no layer of this model" in error) or name == "other"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Runs
 # ---------------------------------------------------------------------------------------------------------------------
@@ -665,7 +678,10 @@ def test_every_recipe_is_one_flag(train, flags, tmp_path, recipe):
 def test_what_is_typed_wins_over_the_recipe(flags):
     parse = lambda *extra: twinflow.parse_args([str(flag) for flag in [*flags, *extra]])  # noqa: E731
     args = parse("--recipe", "lora-1order-teacher", "--rank", 8, "--probs", "e2e=2,one=1")
-    assert (args.training, args.rank, args.lora_alpha, args.enhanced_ratio) == ("lora", 8, 64, 4)
+    assert (args.training, args.rank, args.lora_alpha, args.enhanced_ratio) == ("lora", 8, 8, 4)
+    assert parse("--recipe", "lora-2order", "--rank", 16).lora_alpha == 16
+    assert parse("--recipe", "lora-2order").lora_alpha == 64
+    assert parse("--recipe", "lora-2order", "--rank", 16, "--lora_alpha", 4).lora_alpha == 4
     assert args.probs == {"e2e": 2, "mul": 0, "any": 0, "adv": 0, "one": 1}
     assert parse().probs == {"e2e": 1, "mul": 1, "any": 1, "adv": 1, "one": 0}
     assert (parse().rank, parse().adam_beta2, parse().adam_weight_decay) == (4, 0.99, 0)

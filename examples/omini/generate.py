@@ -23,7 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from common.arguments import expanded_path, positive_float
+from common.arguments import exit_if_unreadable, expanded_path, positive_float
 from common.checkpoints import unused_path
 from common.data import Size, fit, fit_mask, open_image, upright
 from common.latents import PATCH
@@ -106,6 +106,7 @@ def parse_args(argv=None):
         args.adapters = [file for path in args.adapters for file in lora_files(path)]
         args.run_info, args.specs = read_metadata(args.adapters, args)
         check_args(args)
+        args.style_lora = args.style_lora and find_lora(args.style_lora)[0]
         args.height, args.width = args.size[::-1] if args.size else args.run_info["target_size"]
         args.pixel_mask = read_mask(args) if args.mask else None
     except (ValueError, OSError) as error:
@@ -118,13 +119,27 @@ def lora_files(path):
     trained with an adapter of its own. Raises OSError or ValueError if there is none."""
     folder = path.resolve()
     if folder.is_dir():
-        inside = folder.glob("*.safetensors")
-        beside = folder.parent.glob(f"{folder.name}-*.safetensors") if (folder / "args.json").is_file() else []
-        for files in (sorted(inside), sorted(beside)):  # --output_name puts them beside the folder
-            files = [file for file in files if read_header(file)]
-            if files:
-                return files
+        files = [file for file in sorted(folder.glob("*.safetensors")) if read_header(file)]
+        one_adapter = folder.with_name(f"{folder.name}.safetensors").is_file()
+        if not files and not one_adapter and (folder / "args.json").is_file():
+            files = files_beside(folder)
+        if files:
+            return files
     return [find_lora(path)[0]]
+
+
+def files_beside(folder):
+    """The files NAME-ADAPTER.safetensors of a run with --output_name NAME, whose folder is NAME/.
+
+    One of another run that is named alike has a folder of its own, or another adapter in it.
+    """
+    files = []
+    for file in sorted(folder.parent.glob("*.safetensors")):
+        if file.name.startswith(f"{folder.name}-") and not file.with_suffix("").is_dir():
+            header = read_header(file)
+            if header and file.stem == f"{folder.name}-{header['conditions'][0]['adapter']}":
+                files.append(file)
+    return files
 
 
 def plain_headers(args, num_files, first_header):
@@ -209,7 +224,7 @@ def check_args(args):
         raise ValueError("--mask has no effect: no adapter is of fill or token_integration")
     if not args.mask and ("token_integration" in types or (is_masked and args.image)):
         raise ValueError("--mask is needed: white where the image is to be generated")
-    for path in (*paths, args.mask, args.style_lora):
+    for path in (*paths, args.mask):
         if path is not None and not path.exists():
             raise ValueError(f"{path}: no such file")
     if args.size and any(side % PATCH for side in args.size):
@@ -272,6 +287,14 @@ def estimate_depth(image, model):
     return depth.convert("RGB").resize(image.size)
 
 
+def load_adapter(pipeline, path, name):
+    """Loads a LoRA file as the adapter `name`; ends the run if the transformer gets nothing of it."""
+    with exit_if_unreadable(path):
+        pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name)
+        if name not in getattr(pipeline.transformer, "peft_config", {}):
+            raise ValueError("it holds no layer of this model")
+
+
 def load_pipeline(args):
     """(the base model with all adapters, the name of the one that text and image pass)."""
     device = torch.device("cpu")
@@ -283,15 +306,12 @@ def load_pipeline(args):
     pipeline = OminiPipeline.from_pretrained(model, transformer=transformer, dtype=dtype)
     names = list(dict.fromkeys(spec.adapter for spec in args.specs))
     for path, name in zip(args.adapters, names, strict=True):
-        pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name)
+        load_adapter(pipeline, path, name)
     if args.style_lora is None:
         return pipeline.to(device), None
 
     path = args.style_lora
-    if path.is_file():
-        pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name="style")
-    else:
-        pipeline.load_lora_weights(path, adapter_name="style")
+    load_adapter(pipeline, path, "style")
     transformer.set_adapter([*names, "style"])
     for name, layer in transformer.named_modules():
         if name.startswith("time_text_embed") and "style" in getattr(layer, "lora_A", ()):

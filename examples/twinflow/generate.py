@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 
 # isort: split
-from common.arguments import expanded_path, in_range, join_problems
+from common.arguments import exit_if_unreadable, expanded_path, in_range, join_problems
 from common.checkpoints import TENSORS_FILE, read_run_args, unused_path
 from common.data import MAX_SIDE, Size, fit, open_image, upright
 from common.latents import decode_images, encode_images, to_image, to_tensor
@@ -86,7 +86,12 @@ def load_transformer(source, backbone, args, dtype):
     if args.training == "lora":
         transformer = backbone.load_transformer(dtype)
         file, _ = find_lora(source)
-        transformer.load_lora_adapter(file.parent, prefix="transformer", weight_name=file.name, use_safetensors=True)
+        with exit_if_unreadable(file):
+            transformer.load_lora_adapter(
+                file.parent, prefix="transformer", weight_name=file.name, use_safetensors=True
+            )
+            if not getattr(transformer, "peft_config", None):
+                raise ValueError("it holds no layer of this model")
         return transformer, backbone
     place = {"pretrained_model_name_or_path": str(source), "revision": None, "variant": None}
     backbone = type(backbone)(argparse.Namespace(**vars(args) | place | {"openuni_checkpoint": None}))
