@@ -28,6 +28,7 @@ import argparse
 import contextlib
 import difflib
 import functools
+import glob
 import hashlib
 import itertools
 import json
@@ -50,6 +51,7 @@ from common.arguments import (
     comma_list,
     decay_rate,
     fail,
+    file_name,
     fraction,
     in_range,
     name_or_path,
@@ -63,6 +65,7 @@ from common.checkpoints import (
     catch_signals,
     check_disk,
     check_output_dir,
+    check_results,
     check_run,
     checkpoint_damage,
     checkpoint_state,
@@ -462,7 +465,10 @@ def parse_args(argv=None):
     arg = parser.add_argument_group("output and logging", "where results and logs are written").add_argument
     arg("--output_dir", type=Path, default=Path("flux-dreambooth-lora"), help="folder for all results")
     arg(
-        "--output_name", metavar="NAME", help="the LoRA becomes output_dir/NAME.safetensors, the rest output_dir/NAME/"
+        "--output_name",
+        type=file_name,
+        metavar="NAME",
+        help="the LoRA becomes output_dir/NAME.safetensors, the rest output_dir/NAME/",
     )
     arg(
         "--save_format",
@@ -500,9 +506,8 @@ def parse_args(argv=None):
     if args.output_name:
         args.output_dir /= args.output_name
     args.pool_at_eos = args.train_text_encoder_ti  # no flag, but recorded as one, see `pools_at_eos`
-    parser.refuse(
-        check_args(args) + check_hub(args) + check_weights(args) + check_model(args) + check_output_dir(args)
-    )
+    problems = check_args(args) + check_hub(args) + check_weights(args) + check_model(args) + check_output_dir(args)
+    parser.refuse(problems + check_results(args, result_files(args), [args.lora_path] if args.lora_path else []))
     return args
 
 
@@ -621,8 +626,6 @@ def check_args(args):
         problems.append("--final_validation_prompt has no effect with --skip_final_inference: leave one out")
     if (args.save_every_n_epochs or args.save_format == "kohya") and not args.output_name:
         problems.append("--save_every_n_epochs and --save_format need --output_name")
-    if args.output_name and Path(args.output_name).name != args.output_name:
-        problems.append(f"--output_name {args.output_name} must be the name of a file, without folders")
     return problems
 
 
@@ -2147,6 +2150,18 @@ def embedding_name(abstraction):
     return re.sub(r"[^\w.-]+", "_", abstraction)
 
 
+def result_files(args):
+    """The LoRA files that a run writes: of those of epochs the ones that are there already."""
+    files = [lora_file(args.output_dir, args.output_name)]
+    if args.output_name and args.save_every_n_epochs:
+        pattern = f"{glob.escape(args.output_name)}-{'[0-9]' * 6}.safetensors"
+        others = sorted(args.output_dir.parent.glob(pattern))
+        files += [
+            file for file in others if not file.with_suffix("").is_dir()
+        ]  # no other run's, with a date in its name
+    return files
+
+
 def save_result(args, adapted_models, header, dtype, epoch=None):
     """Writes the LoRA, of an epoch or of the whole run. All processes call it, one writes."""
     path = lora_file(args.output_dir, args.output_name, epoch)
@@ -2423,7 +2438,7 @@ def main(args):
     hub_repo = create_hub_repo(accelerator, args)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     if accelerator.is_main_process:
-        remove_partial(args.output_dir)
+        remove_partial(args.output_dir, result_files(args))
     accelerator.wait_for_everyone()
 
     # 3. Prompts: embedded once; frozen text encoders are freed before the transformer is loaded

@@ -51,6 +51,7 @@ from common.arguments import (
     decay_rate,
     expanded_path,
     fail,
+    file_name,
     fraction,
     in_range,
     name_or_path,
@@ -63,6 +64,7 @@ from common.checkpoints import (
     catch_signals,
     check_disk,
     check_output_dir,
+    check_results,
     check_run,
     checkpoint_damage,
     checkpoint_state,
@@ -373,7 +375,10 @@ def parse_args(argv=None):
     arg = parser.add_argument_group("output and logging", "where results and logs go").add_argument
     arg("--output_dir", type=Path, default=Path("flux-dreambooth-lora"), help="folder for all results")
     arg(
-        "--output_name", metavar="NAME", help="the LoRA becomes output_dir/NAME.safetensors, the rest output_dir/NAME/"
+        "--output_name",
+        type=file_name,
+        metavar="NAME",
+        help="the LoRA becomes output_dir/NAME.safetensors, the rest output_dir/NAME/",
     )
     for entry in METADATA:
         arg(f"--metadata_{entry}", help=f"{entry} in the header of the LoRA's file")
@@ -389,7 +394,9 @@ def parse_args(argv=None):
     args.lora_alpha = args.lora_alpha or args.rank
     if args.output_name:
         args.output_dir /= args.output_name
-    parser.refuse(check_args(args) + check_weights(args) + check_model(args) + check_output_dir(args))
+    problems = check_args(args) + check_weights(args) + check_model(args) + check_output_dir(args)
+    lora = lora_file(args.output_dir, args.output_name)
+    parser.refuse(problems + check_results(args, [lora], [args.lora_path] if args.lora_path else []))
     return args
 
 
@@ -486,8 +493,6 @@ def check_args(args):
     if mask_needed and "validation_image" in listed and "validation_mask" not in listed:
         problems.append("--validation_image needs --validation_mask, or masks that are split: --use_split_mask")
 
-    if args.output_name and Path(args.output_name).name != args.output_name:
-        problems.append(f"--output_name {args.output_name} must be the name of a file, without folders")
     return problems + check_hub(args)
 
 
@@ -1314,7 +1319,7 @@ def main(args):
     hub_repo = create_hub_repo(accelerator, args)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     if accelerator.is_main_process:
-        remove_partial(args.output_dir)
+        remove_partial(args.output_dir, [lora_file(args.output_dir, args.output_name)])
     accelerator.wait_for_everyone()
 
     # 3. Prompts: embedded once; frozen text encoders are freed before the transformer is loaded

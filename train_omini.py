@@ -59,6 +59,7 @@ from common.arguments import (
     Switch,
     decay_rate,
     fail,
+    file_name,
     fraction,
     in_range,
     name_or_path,
@@ -72,6 +73,7 @@ from common.checkpoints import (
     catch_signals,
     check_disk,
     check_output_dir,
+    check_results,
     check_run,
     checkpoint_state,
     checkpoint_to_resume,
@@ -482,7 +484,10 @@ def parse_args(argv=None):
     arg = parser.add_argument_group("output and logging", "where everything goes").add_argument
     arg("--output_dir", type=Path, default=Path("flux-omini"), help="folder for all results")
     arg(
-        "--output_name", metavar="NAME", help="the LoRA becomes output_dir/NAME.safetensors, the rest output_dir/NAME/"
+        "--output_name",
+        type=file_name,
+        metavar="NAME",
+        help="the LoRA becomes output_dir/NAME.safetensors, the rest output_dir/NAME/",
     )
     for entry in METADATA:
         arg(f"--metadata_{entry}", help=f"{entry} in the header of the LoRA's file")
@@ -498,9 +503,9 @@ def parse_args(argv=None):
     args.lora_alpha = args.lora_alpha or args.rank
     if args.output_name:
         args.output_dir /= args.output_name
-    parser.refuse(
-        check_args(args) + check_conditions(args) + check_weights(args) + check_model(args) + check_output_dir(args)
-    )
+    problems = check_args(args) + check_conditions(args) + check_weights(args) + check_model(args)
+    problems += check_output_dir(args) + check_results(args, adapter_files(args).values(), args.lora_path or [])
+    parser.refuse(problems)
     return args
 
 
@@ -548,8 +553,6 @@ def check_args(args):
     if args.final_validation_prompt and args.skip_final_inference:
         problems.append("--final_validation_prompt has no effect with --skip_final_inference: leave one out")
 
-    if args.output_name and Path(args.output_name).name != args.output_name:
-        problems.append(f"--output_name {args.output_name} must be the name of a file, without folders")
     return problems + check_hub(args)
 
 
@@ -1998,9 +2001,9 @@ def add_adapters(transformer, specs, args):
         start_from_lora(path, {"transformer": transformer}, adapter_name=name)
 
 
-def adapter_files(args, specs):
+def adapter_files(args):
     """{adapter name: the file of its result}, in output_dir or, with --output_name, beside it."""
-    names = adapter_names(specs)
+    names = list(dict.fromkeys(adapter_name(args, i) for i in range(len(args.condition_type))))
     if not args.output_name:
         return {name: args.output_dir / f"{name}.safetensors" for name in names}
     if len(names) == 1:
@@ -2167,7 +2170,7 @@ def save_model_card(args, command):
 
 def generate_command(args, specs, prompt, image='"$IMAGE"', mask='"$MASK"'):
     """The command, below examples/, that generates from `prompt` with the adapters."""
-    files = " ".join(shlex.quote(str(file.resolve())) for file in adapter_files(args, specs).values())
+    files = " ".join(shlex.quote(str(file.resolve())) for file in adapter_files(args).values())
     command = f"omini/generate.py {files} --prompt {shlex.quote(prompt)} --image {image}"
     if any(condition_type in MASKED_CONDITIONS for condition_type in args.condition_type):
         command += f" --mask {mask}"
@@ -2309,7 +2312,7 @@ def main(args):
     hub_repo = create_hub_repo(accelerator, args)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     if accelerator.is_main_process:
-        remove_partial(args.output_dir)
+        remove_partial(args.output_dir, adapter_files(args).values())
     accelerator.wait_for_everyone()
 
     # 3. Prompts, depth maps, VAE and latents: what makes them is freed before the transformer is loaded
@@ -2371,7 +2374,7 @@ def main(args):
     if not args.fsdp:  # the transformer is not wrapped in DistributedDataParallel: `average_gradients` is all it needs
         optimizer = accelerator.prepare(optimizer)
     save_dtype = torch.float32 if args.upcast_before_saving else weight_dtype
-    files = adapter_files(args, specs)
+    files = adapter_files(args)
 
     def header(adapter_name):
         height, width = args.target_size

@@ -59,6 +59,7 @@ from common.arguments import (
     decay_rate,
     exit_if_unreadable,
     fail,
+    file_name,
     fraction,
     in_range,
     name_or_path,
@@ -71,6 +72,7 @@ from common.checkpoints import (
     catch_signals,
     check_disk,
     check_output_dir,
+    check_results,
     check_run,
     checkpoint_to_resume,
     count_skipped,
@@ -559,7 +561,10 @@ def parse_args(argv=None):
     arg = parser.add_argument_group("output and logging", "where the results go").add_argument
     arg("--output_dir", type=Path, default=Path("twinflow"), help="folder for all results")
     arg(
-        "--output_name", metavar="NAME", help="the LoRA becomes output_dir/NAME.safetensors, the rest output_dir/NAME/"
+        "--output_name",
+        type=file_name,
+        metavar="NAME",
+        help="the LoRA becomes output_dir/NAME.safetensors, the rest output_dir/NAME/",
     )
     for entry in METADATA:
         arg(f"--metadata_{entry}", help=f"{entry} in the header of the LoRA's file")
@@ -576,7 +581,11 @@ def parse_args(argv=None):
     args.lora_alpha = args.lora_alpha or args.rank
     if args.output_name:
         args.output_dir /= args.output_name
-    parser.refuse(check_args(args) + check_model(args) + check_output_dir(args))
+    problems = check_args(args) + check_model(args) + check_output_dir(args)
+    if args.training == "lora":
+        lora = lora_file(args.output_dir, args.output_name)
+        problems += check_results(args, [lora], [args.lora_path] if args.lora_path else [])
+    parser.refuse(problems)
     return args
 
 
@@ -652,8 +661,6 @@ def check_args(args) -> list[str]:
         value = getattr(args, flag)
         if value and not args.validation_prompt:
             problems.append(f"--{flag} {value} needs --validation_prompt")
-    if args.output_name and Path(args.output_name).name != args.output_name:
-        problems.append(f"--output_name {args.output_name} must be the name of a file, without folders")
     return problems + check_weights(args) + check_hub(args)
 
 
@@ -2298,7 +2305,7 @@ def main(args):
     hub_repo = create_hub_repo(accelerator, args)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     if accelerator.is_main_process:
-        remove_partial(args.output_dir)
+        remove_partial(args.output_dir, [lora_file(args.output_dir, args.output_name)])
     accelerator.wait_for_everyone()
 
     # 3. Prompts and latents: encoded once; prompt encoders are freed before the transformer is loaded

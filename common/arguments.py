@@ -217,6 +217,22 @@ def name_or_path(text: str) -> str:
     return os.path.expanduser(text)  # noqa: PTH111
 
 
+def file_name(text: str) -> str:
+    """An argparse type: a name for NAME.safetensors and NAME/, which neither hides them nor means other files."""
+    problem = ""
+    if not text or Path(text).name != text:
+        problem = "must be the name of a file, without folders"
+    elif text.startswith("."):
+        problem = "must not begin with a dot"
+    elif text.startswith("resume_"):
+        problem = "must not begin with resume_, as the weights in checkpoints do"
+    elif text.lower().endswith(".safetensors"):
+        problem = "must be without .safetensors, which is added"
+    if problem:
+        raise argparse.ArgumentTypeError(f"{text} {problem}")
+    return text
+
+
 WORKERS_PER_CORE = 4
 
 

@@ -10,7 +10,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -79,6 +79,7 @@ CHANGEABLE = frozenset(
         "metadata_license",
         "metadata_tags",
         "metadata_title",
+        "metadata_usage_hint",
         "output_dir",
         "output_name",
         "push_to_hub",
@@ -159,6 +160,28 @@ def check_output_dir(args: argparse.Namespace) -> list[str]:
             "choose another folder"
         ]
     return []
+
+
+def check_results(args: argparse.Namespace, results: Iterable[Path], sources: Sequence[Path]) -> list[str]:
+    """Problems of the files `results` that the run will write: one that another run wrote, or one of `sources`, the
+    files of --lora_path, would be lost.
+
+    A run that starts again, or is resumed, replaces its own. Where --output_dir has no args.json, they are another's.
+    """
+    resumed = checkpoint_to_resume(args.output_dir, args.resume_from_checkpoint) is not None
+    is_own = resumed or (args.output_dir / "args.json").is_file()
+    problems = []
+    for file in results:
+        if any(file.exists() and source.exists() and file.samefile(source) for source in sources):
+            problems.append(f"--lora_path {file}: this run would write over it; choose another {place(args)}")
+        elif file.exists() and not is_own:
+            problems.append(f"{file} exists and is of another run: move it, or choose another {place(args)}")
+    return problems
+
+
+def place(args: argparse.Namespace) -> str:
+    """The flag that names a run's results."""
+    return "--output_name" if args.output_name else "--output_dir"
 
 
 def check_run(
@@ -529,11 +552,17 @@ def atomic_write(path: Path | str, *, durable: bool = True) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
 
 
-def remove_partial(output_dir: Path) -> None:
+def remove_partial(output_dir: Path, results: Iterable[Path] = ()) -> None:
     """Deletes what a killed run was writing: partial files of `atomic_write` and partial checkpoints.
 
-    To be called by one process, while no other one writes.
+    `results` are the files of its LoRAs, which may stand beside `output_dir`, with others' there; NAME.safetensors
+    stands for NAME-000010.safetensors, of an epoch, too. To be called by one process, while no other one writes.
     """
+    for result in results:
+        own = re.compile(rf"\.{re.escape(result.stem)}(-\d{{6}})?{re.escape(result.suffix)}\.[0-9a-f]{{8}}\.partial")
+        for path in list(result.parent.glob(".*.partial")):
+            if own.fullmatch(path.name):
+                path.unlink()
     for path in list(output_dir.rglob(".*.partial")):
         if path.is_dir() and PARTIAL_CHECKPOINT.fullmatch(path.name):
             shutil.rmtree(path)

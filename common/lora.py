@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from common.checkpoints import (
     TENSORS_FILE,
@@ -114,6 +114,16 @@ def adapter_config(model: torch.nn.Module, adapter_name: str = "default") -> Lor
     return model.peft_config[adapter_name]  # type: ignore[index]
 
 
+def adapter_settings(modules: Mapping[str, torch.nn.Module], adapter_name: str = "default") -> dict[str, Any]:
+    """PEFT's settings of an adapter of {"transformer": model, ...}, as diffusers keeps them in a header:
+    {"transformer.r": 4, ...}."""
+    settings = {}
+    for component, model in modules.items():
+        for key, value in adapter_config(model, adapter_name).to_dict().items():
+            settings[f"{component}.{key}"] = sorted(value) if isinstance(value, set) else value
+    return settings
+
+
 def adapter_weights(model: torch.nn.Module, adapter_name: str = "default") -> dict[str, torch.Tensor]:
     """An adapter's weights {name: tensor}, in full; of a sharded model only if all processes ask for them."""
     state_dict = {}
@@ -170,24 +180,25 @@ def save_lora(
     layers, whole_modules = lora_layers(modules, adapter_name)
     if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
         return
-    settings = {}
-    for component, model in modules.items():
-        config = adapter_config(model, adapter_name)
-        for key, value in (config.to_dict() | {"lora_alpha": config.r}).items():  # the scale is in the tensors
-            settings[f"{component}.{key}"] = sorted(value) if isinstance(value, set) else value
-    metadata = {} if form == "kohya" else {LORA_ADAPTER_METADATA_KEY: json.dumps(settings, indent=2, sort_keys=True)}
-    write_lora(Path(directory) / weight_name, layers, form, metadata | dict(header or {}), dtype, whole_modules)
+    settings = adapter_settings(modules, adapter_name)
+    for component in modules:
+        settings[f"{component}.lora_alpha"] = settings[f"{component}.r"]  # the scale is in the tensors
+    write_lora(Path(directory) / weight_name, layers, form, header, dtype, whole_modules, settings)
 
 
 def save_exact_lora(
     path: str | Path, modules: Mapping[str, torch.nn.Module], *, adapter_name: str = "default"
 ) -> None:
-    """Writes an adapter's weights as they are in training, without their scale, for `load_lora`."""
+    """Writes an adapter's weights as they are in training, without their scale, for `load_lora`.
+
+    Its r and lora_alpha stand in the header, so that readers of the header apply the file at its strength.
+    """
     tensors = {}
     for component, model in modules.items():
         for key, value in adapter_weights(model, adapter_name).items():
             tensors[f"{component}.{key}"] = value.cpu().contiguous()
-    save_file(tensors, path)
+    settings = adapter_settings(modules, adapter_name)
+    save_file(tensors, path, {"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(settings, sort_keys=True)})
 
 
 def load_lora(path: str | Path, modules: Mapping[str, torch.nn.Module], *, adapter_name: str = "default") -> None:
@@ -312,8 +323,8 @@ def lora_of_folder(folder: Path) -> Path:
 def run_of(lora: Path) -> Path | None:
     """The folder with args.json of the run that wrote a file: NAME/ beside NAME.safetensors or NAME-000010.safetensors
     (an epoch's), the file's own, or the one above a checkpoint's; None if there is none."""
-    name = re.sub(r"-\d{6}$", "", lora.stem)
-    folders = [lora.with_name(name), lora.parent]
+    without_epoch = re.sub(r"-\d{6}$", "", lora.stem)
+    folders = [lora.with_name(lora.stem), lora.with_name(without_epoch), lora.parent]
     if lora.parent.name.startswith("checkpoint-"):
         folders.append(lora.parent.parent)
     for folder in folders:
@@ -337,7 +348,7 @@ def register_lora_checkpointing(
 
     Of each of `files` {adapter name: file name}, one named "default" without, there are two: the file itself, which
     is what `save_lora` would write as the result at that step, in `dtype`, with `header(adapter name)`, within
-    `result_weights()`; and RESUME_PREFIX + file name, the weights as they are in training, to resume from.
+    `result_weights()`, in diffusers' form whatever that of the run's result; and RESUME_PREFIX + file name, the weights as they are in training, to resume from.
     `teacher` {name: tensor} is saved with the second. Where the transformer is split over the processes, each saves
     its part of these and of the optimizer instead.
     `modules` may be empty (DreamBooth's textual inversion alone): then checkpoints hold no models.

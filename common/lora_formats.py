@@ -16,6 +16,7 @@ from common.checkpoints import atomic_write
 
 import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from safetensors.torch import save
 
@@ -157,6 +158,7 @@ def write_lora(
     header: Mapping[str, str] | None = None,
     dtype: torch.dtype | None = None,
     whole_modules: Mapping[str, torch.Tensor] | None = None,
+    adapter_settings: Mapping[str, object] | None = None,
 ) -> None:
     """Writes `layers`, converted to `dtype`, to one safetensors file in one of LORA_FORMS. It is written whole or not
     at all.
@@ -166,7 +168,8 @@ def write_lora(
                agree.
     kohya      the names of kohya's sd-scripts, FLUX.1 only; layers that its authors fused are fused, exactly.
 
-    `whole_modules` {name: weight} are written as they are. `header` is added to the file's metadata, to
+    `whole_modules` {name: weight} are written as they are. `adapter_settings` are PEFT's settings for the header, by
+    default those that the layers show, see `adapter_metadata`; kohya's form has none. `header` is added to the file's metadata, to
     ss_network_dim and ss_network_alpha, which hold the trained rank and alpha, and to sshs_model_hash: the SHA-256 of
     everything after the header.
     """
@@ -177,7 +180,7 @@ def write_lora(
         metadata |= {"ss_network_dim": str(rank), "ss_network_alpha": f"{alpha:g}"}
     if form != "kohya":
         layers = {name: folded(layer, dtype) for name, layer in layers.items()}
-        adapter_settings = adapter_metadata(layers)
+        adapter_settings = adapter_settings or adapter_metadata(layers)
         if adapter_settings:
             metadata[LORA_ADAPTER_METADATA_KEY] = json.dumps(adapter_settings, sort_keys=True)
     metadata |= header or {}
@@ -313,9 +316,10 @@ def describe_tensors(keys: Iterable[str]) -> str:
 def alpha_in_header(name: str, rank: int, adapter_settings: Mapping) -> float:
     """A layer's alpha by the PEFT settings in a header of diffusers; without any it is the rank, a scale of 1."""
     component, _, layer = name.partition(".")
-    pattern = adapter_settings.get(f"{component}.alpha_pattern", {})
-    alpha = pattern.get(layer) or pattern.get(layer.removeprefix("text_model."))
-    alpha = alpha or adapter_settings.get(f"{component}.lora_alpha", rank)
+    alpha = adapter_settings.get(f"{component}.lora_alpha", rank)
+    alphas = adapter_settings.get(f"{component}.alpha_pattern") or {}  # {end of a layer's name, an expression: alpha}
+    for layer_name in (layer.removeprefix("text_model."), layer):  # CLIP's layers have both names
+        alpha = alphas.get(get_pattern_key(alphas, layer_name), alpha)
     if adapter_settings.get(f"{component}.use_rslora"):  # whose scale is alpha / sqrt(rank)
         alpha *= math.sqrt(rank)
     return alpha

@@ -277,7 +277,14 @@ def read_events(output_dir: Path) -> dict[str, int]:
         return {}
 
 
-METADATA = ("title", "author", "description", "license", "tags")  # of ModelSpec, by the flags --metadata_...
+METADATA = (
+    "title",
+    "author",
+    "description",
+    "license",
+    "tags",
+    "usage_hint",
+)  # of ModelSpec, by the flags --metadata_...
 
 
 def lora_header(
@@ -426,7 +433,7 @@ def finish(
     generates with them. `unwanted` and `files_beside` are as in `push_to_hub`.
     """
     if accelerator.is_main_process:
-        remove_partial(args.output_dir)
+        remove_partial(args.output_dir, files_beside)
     found = {label: args.output_dir / name for label, name in results.items() if (args.output_dir / name).exists()}
     width = max([len("results"), *map(len, found)]) + 2  # nothing is found by a process that is ahead of the main one
     accelerator.print(f"Trained {step} steps. In {args.output_dir}:")

@@ -34,10 +34,12 @@ def main(argv=None):
     )
     parser.register("type", Path, expanded_path)
     parser.add_argument("input", type=Path, help="a LoRA in any of these forms")
-    parser.add_argument("output", type=Path, help="the file to write")
+    parser.add_argument("output", type=Path, help="the file to write; none of this name may be there")
     parser.add_argument("--to", choices=LORA_FORMS, default="comfyui", help="form to write (default: comfyui)")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights written (default: that of the input)")
     args = parser.parse_args(argv)
+    if args.output.exists():
+        parser.error(f"{args.output} exists: name a new file")
     try:
         layers, header = read_lora(args.input)
         write_lora(args.output, layers, args.to, header, DTYPES.get(args.dtype))

@@ -31,6 +31,15 @@ def test_what_a_killed_run_was_writing_is_swept_and_nothing_else(killed):
     assert (killed.parent / ".beside.png.0123abcd.partial").exists()
 
 
+def test_what_a_killed_run_was_writing_beside_its_folder_is_swept(tmp_path):
+    swept = [".a.b.safetensors.0123abcd.partial", ".a.b-000010.safetensors.0123abcd.partial"]
+    kept = [".a.b-2.safetensors.0123abcd.partial", ".axb.safetensors.0123abcd.partial", ".a.b.safetensors.partial"]
+    for name in swept + kept:
+        (tmp_path / name).write_text("x")
+    remove_partial(tmp_path / "a.b", [tmp_path / "a.b.safetensors"])
+    assert {path.name for path in tmp_path.iterdir()} == {*kept}
+
+
 def test_a_run_sweeps_at_its_start_and_at_its_end(train, short_runs, tmp_path, monkeypatch):
     script = "train_dreambooth_flux_advanced"
     left = [tmp_path / ".checkpoint-6.partial", tmp_path / ".checkpoint-7.partial"]

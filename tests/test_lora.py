@@ -18,12 +18,14 @@ from common.lora import (
     add_lora,
     find_lora,
     load_lora,
+    lora_layers,
     register_lora_checkpointing,
     save_exact_lora,
     save_lora,
     target_layers,
     unknown_layers,
 )
+from common.lora_formats import read_lora
 from common.models import quantize_base, repeated_blocks
 
 import pytest
@@ -98,6 +100,18 @@ def test_round_trip_is_exact(tiny, tmp_path):
     load_lora(tmp_path / "a", {"transformer": other})
     assert torch.equal(run(trained), run(other))
     assert all(parameter.requires_grad == ("lora" in name) for name, parameter in other.named_parameters())
+
+
+def test_weights_to_resume_from_say_their_strength(tiny, tmp_path):
+    modules = {"transformer": with_random_lora(tiny.transformer, 4, 7)}
+    save_exact_lora(tmp_path / "resume.safetensors", modules)
+    read, _ = read_lora(tmp_path / "resume.safetensors")
+    for name, layer in lora_layers(modules)[0].items():
+        assert torch.equal(read[name].up, layer.up)
+        assert read[name].scale == layer.scale == 7 / 4
+    pipeline = FluxPipeline(**tiny.components_but_image())
+    pipeline.load_lora_weights(tmp_path, weight_name="resume.safetensors")
+    torch.testing.assert_close(run(pipeline.transformer), run(modules["transformer"]), atol=1e-4, rtol=1e-4)
 
 
 def test_a_file_for_other_layers_is_refused(tiny, tmp_path):
@@ -394,6 +408,8 @@ def test_a_run_a_checkpoint_and_a_file_name_a_lora(tmp_path, monkeypatch):
     lora = tmp_path / "out" / "cat.safetensors"
     assert find_lora(named) == find_lora(lora) == (lora, named)
     assert find_lora(tmp_path / "out" / "cat-000002.safetensors")[1] == named
+    dated = make_run(tmp_path / "out" / "cat-251127", "../cat-251127.safetensors", output_name="cat-251127")
+    assert find_lora(tmp_path / "out" / "cat-251127.safetensors")[1] == dated
     omini = make_run(tmp_path / "omini", "canny.safetensors")
     assert find_lora(omini) == (omini / "canny.safetensors", omini)
 

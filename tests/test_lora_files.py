@@ -4,9 +4,11 @@ import copy
 import hashlib
 import importlib
 import json
+from argparse import ArgumentTypeError
 from types import SimpleNamespace
 
-from common.lora import adapter_weights, check_lora_file, lora_layers, save_lora, start_from_lora
+from common.arguments import file_name
+from common.lora import adapter_weights, check_lora_file, lora_file, lora_layers, save_lora, start_from_lora
 from common.lora_formats import (
     LORA_FORMS,
     LoraLayer,
@@ -302,6 +304,19 @@ def test_other_spellings_are_read_and_others_refused(tmp_path, capsys):
     assert not (tmp_path / "y").exists()
 
 
+def test_a_conversion_replaces_no_file(adapted, tmp_path, capsys):
+    file, other = tmp_path / "x.safetensors", tmp_path / "y.safetensors"
+    write_lora(file, lora_layers(adapted(2, 2))[0])
+    other.write_bytes(b"mine")
+    before = file.read_bytes()
+    for output in (file, other):
+        with pytest.raises(SystemExit) as stop:
+            convert_lora.main([str(file), str(output), "--to", "kohya"])
+        assert stop.value.code == 2
+        assert f"{output} exists" in capsys.readouterr().err
+    assert (file.read_bytes(), other.read_bytes()) == (before, b"mine")
+
+
 def test_hashes_of_the_file_that_was_are_dropped_and_those_of_the_model_kept(tmp_path):
     tensors = {f"{QKV[0]}.lora_A.weight": torch.ones(2, 16), f"{QKV[0]}.lora_B.weight": torch.ones(16, 2)}
     stale = {"sshs_model_hash": "1", "sshs_legacy_hash": "2", "modelspec.hash_sha256": "0x3"}
@@ -315,6 +330,7 @@ def test_the_header_and_the_hash_are_what_civitai_and_forge_look_up(adapted, tmp
     for entry in METADATA:
         vars(args)[f"metadata_{entry}"] = None
     args.metadata_author = "me"
+    args.metadata_usage_hint = "at strength 0.8"
     header = lora_header(
         args,
         architecture="flux-1-dev",
@@ -333,6 +349,7 @@ def test_the_header_and_the_hash_are_what_civitai_and_forge_look_up(adapted, tmp
     assert written["modelspec.trigger_phrase"] == "tjtoy toy, sparkgpu gpu"
     assert written["modelspec.architecture"] == "flux-1-dev/lora"
     assert (written["modelspec.title"], written["modelspec.author"]) == ("mine", "me")
+    assert written["modelspec.usage_hint"] == "at strength 0.8"
     assert (written["ss_steps"], written["ss_epoch"], written["ss_sd_model_name"]) == ("7", "2", "FLUX.1-dev")
     assert written["modelspec.resolution"] == "1024x768"
     assert json.loads(written["ss_tag_frequency"]) == {"tjtoy": {"tjtoy toy": 6}}
@@ -544,6 +561,41 @@ def test_a_file_that_does_not_fit_is_refused_before_a_model_is_loaded(script, ad
         assert stop.value.code == 2
         assert words in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("name", [None, "mine"])
+def test_a_result_replaces_neither_another_runs_nor_what_the_run_starts_from(
+    script, name, tmp_path, short_runs, capsys
+):
+    trainer = importlib.import_module(script)
+    rank = 2
+    words = [str(flag) for flag in [*short_runs[script], "--output_dir", tmp_path, "--rank", rank]]
+    words += ["--output_name", name] if name else []
+    args = trainer.parse_args(words)
+    file = next(iter(trainer.adapter_files(args).values())) if script == "train_omini" else None
+    file = file or lora_file(args.output_dir, name)
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(b"another's")
+
+    def refused(*more):
+        with pytest.raises(SystemExit) as stop:
+            trainer.parse_args([*words, *more])
+        assert stop.value.code == 2
+        return capsys.readouterr().err
+
+    assert f"{file} exists" in refused()
+    args.output_dir.mkdir(exist_ok=True)
+    (args.output_dir / "args.json").write_text("{}")
+    trainer.parse_args(words)  # the run again
+    assert f"{file}: this run would write over it" in refused("--lora_path", str(file))
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "..", ".", ".hidden", "resume_x", "x.safetensors", "x/"])
+def test_no_name_hides_a_result_or_means_another_file(name):
+    with pytest.raises(ArgumentTypeError):
+        file_name(name)
+    assert file_name("dog-v1.5") == "dog-v1.5"
 
 
 def content(path):

@@ -1,5 +1,7 @@
 """common/lora_formats.py: the names by which other programs call the layers of FLUX.1, against diffusers and PEFT."""
 
+import json
+
 from common.lora_formats import FLUX_LAYERS, FUSED_NAMES, read_lora
 
 import pytest
@@ -138,10 +140,19 @@ def test_comfyuis_names_are_read_as_diffusers_reads_them(tmp_path):
     assert {name.rpartition(".")[2] for name in ours} == {"to_q", "to_k", "to_v"}
 
 
+@pytest.mark.parametrize("patterns", [{}, {"attn.to_q": 2, "x_embedder": 3, r"single.*\d\.proj_mlp": 5}])
 @pytest.mark.parametrize("use_rslora", [False, True])
-def test_what_peft_saves_has_its_strength(tiny, tmp_path, use_rslora):
+def test_what_peft_saves_has_its_strength(tiny, tmp_path, use_rslora, patterns):
     names = ["attn.to_q", "proj_mlp", "norm_out.linear", "x_embedder"]
-    config = LoraConfig(r=4, lora_alpha=6, target_modules=names, use_rslora=use_rslora, init_lora_weights=False)
+    config = LoraConfig(
+        r=4,
+        lora_alpha=6,
+        target_modules=names,
+        use_rslora=use_rslora,
+        rank_pattern=patterns,
+        alpha_pattern={name: 3 * rank for name, rank in patterns.items()},
+        init_lora_weights=False,
+    )
     model = get_peft_model(tiny.transformer, config)
     model.save_pretrained(tmp_path)
     layers, _ = read_lora(tmp_path / "adapter_model.safetensors")
@@ -154,6 +165,20 @@ def test_what_peft_saves_has_its_strength(tiny, tmp_path, use_rslora):
     for name, layer in layers.items():
         delta = adapted[name.removeprefix("transformer.")].get_delta_weight("default")
         torch.testing.assert_close(layer.scale * (layer.up @ layer.down), delta.detach())
+
+
+@pytest.mark.parametrize(
+    "pattern", ["q_proj", "layers.0.self_attn.q_proj", "text_model.encoder.layers.0.self_attn.q_proj"]
+)
+def test_alphas_of_some_layers_hold_by_either_name_of_clips_layers(tmp_path, pattern):
+    tensors = {}
+    for name in ("q_proj", "k_proj"):
+        layer = f"text_encoder.encoder.layers.0.self_attn.{name}"
+        tensors |= pair(layer, (".lora_A.weight", ".lora_B.weight"), (4, 4), seed=0)
+    settings = {"text_encoder.lora_alpha": 2, "text_encoder.alpha_pattern": {pattern: 6}}
+    save_file(tensors, tmp_path / "x.safetensors", {"lora_adapter_metadata": json.dumps(settings)})
+    layers, _ = read_lora(tmp_path / "x.safetensors")
+    assert {name.rpartition(".")[2]: layer.alpha for name, layer in layers.items()} == {"q_proj": 6, "k_proj": 2}
 
 
 @pytest.mark.parametrize("prefix", ["", "base_model.model.", "transformer.base_model.model.", "transformer."])

@@ -122,6 +122,28 @@ def test_a_second_name_in_the_same_folder_is_another_run(train, flux_data, tmp_p
     assert kohya["lora_unet_double_blocks_0_img_attn_qkv.alpha"] == 6
 
 
+def test_a_run_does_not_replace_the_epoch_that_it_starts_from(tiny_model, tmp_path, capsys):
+    loras = tmp_path / "models" / "loras"
+    (loras / "cat").mkdir(parents=True)
+    (loras / "cat" / "args.json").write_text("{}")
+    for name in ("cat-000010", "cat-251127"):
+        (loras / f"{name}.safetensors").write_bytes(b"")
+    (loras / "cat-251127").mkdir()  # of a run of this name
+    flags = [
+        "--pretrained_model_name_or_path",
+        tiny_model,
+        "--instance_data_dir",
+        tmp_path,
+        "--save_every_n_epochs",
+        1,
+    ]
+    flags += ["--output_dir", loras, "--output_name", "cat"]
+    for name, is_refused in (("cat-000010", True), ("cat-251127", False)):
+        with pytest.raises(SystemExit):
+            dreambooth.parse_args([str(flag) for flag in [*flags, "--lora_path", loras / f"{name}.safetensors"]])
+        assert ("would write over it" in capsys.readouterr().err) == is_refused
+
+
 def test_the_file_of_an_epoch_is_there_before_the_checkpoint_and_goes_to_the_hub(
     train, flux_data, tmp_path, tiny_model, monkeypatch, capsys
 ):
@@ -188,7 +210,7 @@ def test_names_of_kohyas_flags_mean_ours(tiny_model, pictures, tmp_path, capsys)
     for extra, message in (
         (["--save_every_n_epochs", "2"], "--save_every_n_epochs and --save_format need --output_name"),
         (["--save_format", "kohya"], "--save_every_n_epochs and --save_format need --output_name"),
-        (["--output_name", "a/b"], "--output_name a/b must be the name of a file, without folders"),
+        (["--output_name", "a/b"], "--output_name: a/b must be the name of a file, without folders"),
     ):
         with pytest.raises(SystemExit):
             dreambooth.parse_args([*flags, *extra])
