@@ -2155,10 +2155,8 @@ def result_files(args):
     files = [lora_file(args.output_dir, args.output_name)]
     if args.output_name and args.save_every_n_epochs:
         pattern = f"{glob.escape(args.output_name)}-{'[0-9]' * 6}.safetensors"
-        others = sorted(args.output_dir.parent.glob(pattern))
-        files += [
-            file for file in others if not file.with_suffix("").is_dir()
-        ]  # no other run's, with a date in its name
+        found = sorted(args.output_dir.parent.glob(pattern))
+        files += [file for file in found if not file.with_suffix("").is_dir()]  # else of a run with a date as its name
     return files
 
 

@@ -166,10 +166,9 @@ def check_results(args: argparse.Namespace, results: Iterable[Path], sources: Se
     """Problems of the files `results` that the run will write: one that another run wrote, or one of `sources`, the
     files of --lora_path, would be lost.
 
-    A run that starts again, or is resumed, replaces its own. Where --output_dir has no args.json, they are another's.
+    A run that starts again, or is resumed, replaces its own: --output_dir has args.json or checkpoints of it.
     """
-    resumed = checkpoint_to_resume(args.output_dir, args.resume_from_checkpoint) is not None
-    is_own = resumed or (args.output_dir / "args.json").is_file()
+    is_own = (args.output_dir / "args.json").is_file() or find_checkpoints(args.output_dir)
     problems = []
     for file in results:
         if any(file.exists() and source.exists() and file.samefile(source) for source in sources):

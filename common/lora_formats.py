@@ -168,10 +168,10 @@ def write_lora(
                agree.
     kohya      the names of kohya's sd-scripts, FLUX.1 only; layers that its authors fused are fused, exactly.
 
-    `whole_modules` {name: weight} are written as they are. `adapter_settings` are PEFT's settings for the header, by
-    default those that the layers show, see `adapter_metadata`; kohya's form has none. `header` is added to the file's metadata, to
+    `whole_modules` {name: weight} are written as they are. `header` is added to the file's metadata, to
     ss_network_dim and ss_network_alpha, which hold the trained rank and alpha, and to sshs_model_hash: the SHA-256 of
-    everything after the header.
+    everything after the header. `adapter_settings` are PEFT's settings of the layers at scale 1, which the header of
+    diffusers' form holds; by default they are what `adapter_metadata` takes from the layers.
     """
     metadata = {"format": "pt"}
     settings = {(layer.rank, layer.alpha) for layer in layers.values()}
@@ -319,7 +319,7 @@ def alpha_in_header(name: str, rank: int, adapter_settings: Mapping) -> float:
     alpha = adapter_settings.get(f"{component}.lora_alpha", rank)
     alphas = adapter_settings.get(f"{component}.alpha_pattern") or {}  # {end of a layer's name, an expression: alpha}
     for layer_name in (layer.removeprefix("text_model."), layer):  # CLIP's layers have both names
-        alpha = alphas.get(get_pattern_key(alphas, layer_name), alpha)
+        alpha = alphas.get(get_pattern_key(list(alphas), layer_name), alpha)
     if adapter_settings.get(f"{component}.use_rslora"):  # whose scale is alpha / sqrt(rank)
         alpha *= math.sqrt(rank)
     return alpha

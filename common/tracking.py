@@ -277,14 +277,8 @@ def read_events(output_dir: Path) -> dict[str, int]:
         return {}
 
 
-METADATA = (
-    "title",
-    "author",
-    "description",
-    "license",
-    "tags",
-    "usage_hint",
-)  # of ModelSpec, by the flags --metadata_...
+# Entries of ModelSpec, by the flags --metadata_...
+METADATA = ("title", "author", "description", "license", "tags", "usage_hint")
 
 
 def lora_header(

@@ -569,12 +569,12 @@ def test_a_result_replaces_neither_another_runs_nor_what_the_run_starts_from(
     script, name, tmp_path, short_runs, capsys
 ):
     trainer = importlib.import_module(script)
-    rank = 2
-    words = [str(flag) for flag in [*short_runs[script], "--output_dir", tmp_path, "--rank", rank]]
+    words = [str(flag) for flag in [*short_runs[script], "--output_dir", tmp_path]]
     words += ["--output_name", name] if name else []
     args = trainer.parse_args(words)
-    file = next(iter(trainer.adapter_files(args).values())) if script == "train_omini" else None
-    file = file or lora_file(args.output_dir, name)
+    file = lora_file(args.output_dir, name)
+    if script == "train_omini":
+        (file,) = trainer.adapter_files(args).values()
     file.parent.mkdir(exist_ok=True)
     file.write_bytes(b"another's")
 
@@ -589,6 +589,10 @@ def test_a_result_replaces_neither_another_runs_nor_what_the_run_starts_from(
     (args.output_dir / "args.json").write_text("{}")
     trainer.parse_args(words)  # the run again
     assert f"{file}: this run would write over it" in refused("--lora_path", str(file))
+    (args.output_dir / "args.json").unlink()
+    (args.output_dir / "checkpoint-1").mkdir()
+    (args.output_dir / "checkpoint-1" / "trainer_state.json").write_text("{}")
+    trainer.parse_args([*words, "--resume_from_checkpoint", "latest"])
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "..", ".", ".hidden", "resume_x", "x.safetensors", "x/"])
