@@ -248,7 +248,9 @@ def stand_ins(pictures, pairs, tiny_model, tiny_fill):
         "prompts.txt": lambda path: path.write_text("a red circle\na blue square\n"),
         "data/Subjects200K": write_subjects,
         "data/text-to-image-2M/data_512_2M/data_000000.tar": lambda path: write_tar(pictures, path),
-        "subject_512.safetensors": functools.partial(write_plain_lora, tiny_model),
+        **dict.fromkeys(
+            ("dog.safetensors", "subject_512.safetensors"), functools.partial(write_plain_lora, tiny_model)
+        ),
         "train_A": link(pairs / "images"),
         "train_B": link(pairs / "targets"),
         "prompts": link(pairs / "captions"),
