@@ -191,8 +191,8 @@ def describe_long_prompts(
     long = longer_than(max_sequence_length, tokenizer, prompts)
     if long:
         return {
-            "long captions": f"{len(long)} of {len(prompts)} have more than the {max_sequence_length} tokens of "
-            f"--max_sequence_length, and what follows is not read, such as that of {long[0]}"
+            "long captions": f"{len(long)} of {len(prompts)} cut at {max_sequence_length} tokens, such as that of "
+            f"{Path(long[0]).name}"
         }
     if clip_tokenizer is None:
         return {}
@@ -201,8 +201,8 @@ def describe_long_prompts(
     if not long:
         return {}
     return {
-        "long captions": f"{len(long)} of {len(prompts)} have more than CLIP's {limit} tokens, and T5 alone reads "
-        f"what follows, such as in that of {long[0]}"
+        "long captions": f"{len(long)} of {len(prompts)} read by T5 alone after {limit} tokens, such as that of "
+        f"{Path(long[0]).name}"
     }
 
 

@@ -361,8 +361,6 @@ def training_step(model, args, fake):
         if args.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
         if args.fsdp:
-            if not torch.distributed.is_initialized():
-                torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=args.num_processes)
             shard(transformer, torch.device("cpu"), dtype)
         transformer.train()
         side = args.resolution // backbone.vae_scale_factor
@@ -386,6 +384,16 @@ def training_step(model, args, fake):
     return {"before": before, "trained": trained, "activations": activations, "peak": memory.peak}
 
 
+@contextmanager
+def processes(count):
+    """This process as the first of so many, with which it exchanges nothing."""
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def estimate(model, args):
     """Of a run of `model` with these flags on each device: ({what is held: bytes}, {phase: the most at once})."""
     fake, dtype = FakeTensorMode(allow_non_fake_inputs=True), DTYPES[args.mixed_precision]
@@ -398,7 +406,8 @@ def estimate(model, args):
     else:
         text = sum(map(torch.numel, (parameter for encoder in encoders for parameter in encoder.parameters())))
     with as_on_gpu() if args.device == "cuda" else nullcontext():
-        step = training_step(model, args, fake)
+        with processes(args.num_processes) if args.fsdp else nullcontext():
+            step = training_step(model, args, fake)
         with LiveMemory() as memory:
             vae = build(model.vae, dtype, fake)
             vae_bytes = memory.peak = memory.live

@@ -277,7 +277,7 @@ def read(arguments, tiny_pipeline):
     def run(script, folder, *flags):
         module, name = importlib.import_module(script), FOLDER_FLAG.get(script, "instance_data_dir")
         args = arguments(script, f"--{name}", ROOT, *flags)
-        setattr(args, name, folder)
+        setattr(args, name, [folder] if script == TWINFLOW else folder)
         before = snapshot(folder.parent)
         examples, problems = module.find_examples(args)
         if not problems:

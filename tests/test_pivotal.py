@@ -227,6 +227,7 @@ def test_the_files_alone_draw_the_last_validation_image(train, flags, tmp_path, 
             pipe.load_lora_weights(run, weight_name=LORA)
         prompt = "a circle on the left"
         if mode != "CLIP LoRA":
+            pipe.text_encoder.eos_token_id = pipe.tokenizer.eos_token_id
             state_dict = load_file(run / f"{run.name}_emb.safetensors")
             tokens = ["<s0>", "<s1>"]
             pipe.load_textual_inversion(
