@@ -56,5 +56,5 @@ def test_the_header_counts_captions_that_are_cut(tiny_pipeline):
     assert text.startswith("1 of 3 read by T5 alone after 77")
     assert "b.png" in text
     (text,) = describe_long_prompts(captions, t5, 3, clip).values()
-    assert text.startswith("2 of 3 have more than the 3")
+    assert text.startswith("2 of 3 cut at 3 tokens")
     assert not describe_long_prompts(captions, t5, 512)
