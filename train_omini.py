@@ -2334,7 +2334,11 @@ def main(args):
     vae.to("cpu" if offload_vae else device)
     if args.cache_latents:
         with offload_models(vae, device=device, offload=offload_vae):
-            dataset.moments = cache_moments(accelerator, vae, dataset.image_keys(), dataset.pixel_values)
+            # an item of the user's class is read once for its image and its conditions, which may be cropped alike
+            num_threads = 1 if args.dataset_class else None
+            dataset.moments = cache_moments(
+                accelerator, vae, dataset.image_keys(), dataset.pixel_values, num_threads=num_threads
+            )
 
     # 4. Transformer and LoRA
     noise_scheduler = load_scheduler(args)

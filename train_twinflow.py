@@ -182,7 +182,7 @@ from diffusers.models.embeddings import Timesteps
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import free_memory, offload_models
 from diffusers.utils import logging as diffusers_logging
-from huggingface_hub import save_torch_state_dict, snapshot_download
+from huggingface_hub import hf_hub_download, save_torch_state_dict
 from PIL import Image
 from safetensors import safe_open
 from torch.nn.utils.rnn import pad_sequence
@@ -1258,9 +1258,10 @@ def model_folder(args) -> Path:
     folder = Path(args.pretrained_model_name_or_path)
     if folder.is_dir():
         return folder
-    return Path(
-        snapshot_download(str(folder), revision=args.revision, cache_dir=args.cache_dir, local_files_only=True)
+    config = hf_hub_download(  # not snapshot_download, which wants all files of a repository, used or not
+        str(folder), "transformer/config.json", revision=args.revision, cache_dir=args.cache_dir, local_files_only=True
     )
+    return Path(config).parent.parent
 
 
 def save_model(accelerator, folder: Path, model: torch.nn.Module, model_class: type, dtype: torch.dtype) -> None:

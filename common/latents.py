@@ -184,10 +184,17 @@ class TensorCache:
         accelerator.wait_for_everyone()  # every process has listed what is missing
         quiet = not accelerator.is_main_process or not missing
         with accelerator.split_between_processes(missing) as share:
-            inputs = map_ahead(read, share, num_threads=os.cpu_count() or 1)
+            inputs = map_ahead(read, share, num_reading_threads())
             for key, value in zip(tqdm(share, desc=desc, disable=quiet), inputs, strict=True):
                 self.save(encode(value), *key)
         accelerator.wait_for_everyone()
+
+
+def num_reading_threads() -> int:
+    """Threads that read ahead in this process: its share of the machine's cores, and no more than their images fit
+    into memory."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(8, max(1, (os.cpu_count() or 1) // processes))
 
 
 def cache_moments(
@@ -196,11 +203,13 @@ def cache_moments(
     keys: Iterable[Hashable],
     load_pixels: Callable[[Any], Tensor],
     folder: Path | str | None = None,
+    num_threads: int | None = None,
 ) -> dict[Any, Tensor]:
     """The VAE posterior of every image of a run: {key: `encode_moments` of load_pixels(key)}, on the CPU.
 
     `load_pixels` returns an image [3, H, W] in [-1, 1]. The processes share the work; each returns all. With `folder`,
-    posteriors are kept there for later runs, by the image's pixels and the VAE's weights.
+    posteriors are kept there for later runs, by the image's pixels and the VAE's weights. `num_threads` read images
+    ahead; 1 reads them in the order of `keys`.
     """
 
     def encode(pixels: Tensor) -> dict[str, Tensor]:
@@ -209,7 +218,7 @@ def cache_moments(
     cache = TensorCache(folder, fingerprint(vae)) if folder else None
     found = []
     with accelerator.split_between_processes(list(keys)) as share:
-        images = map_ahead(load_pixels, share, num_threads=os.cpu_count() or 1)
+        images = map_ahead(load_pixels, share, num_threads or num_reading_threads())
         quiet = not accelerator.is_main_process
         for key, pixels in zip(tqdm(share, desc="Caching latents", unit="image", disable=quiet), images, strict=True):
             if cache:

@@ -1,5 +1,6 @@
 """Prompts to embeddings with FLUX.1's CLIP and T5: each prompt once, or in every step while an encoder is trained."""
 
+import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -180,7 +181,10 @@ def load_tokenizer(args: Any, subfolder: str) -> Any:
 
 def longer_than(limit: int, tokenizer: Any, prompts: Mapping[str, str]) -> list[str]:
     """The names of `prompts` {name: text} that have more than `limit` tokens, those that begin and end it included."""
-    lengths = [len(ids) for ids in tokenizer(list(prompts.values())).input_ids] if prompts else []
+    texts = list(prompts.values())
+    lengths = []
+    for start in range(0, len(texts), 1000):  # of all at once, the tokens would fill the memory
+        lengths += map(len, tokenizer(texts[start : start + 1000], return_attention_mask=False).input_ids)
     return [name for name, length in zip(prompts, lengths, strict=True) if length > limit]
 
 
@@ -217,9 +221,19 @@ def load_text_pipeline(
         index: Any = pipeline_class.load_config(source, **where)
         for name, value in index.items():
             if name.startswith("text_encoder") and value[0] == "transformers" and name not in components:
-                encoder, loaded = getattr(transformers, value[1]).from_pretrained(
-                    source, subfolder=name, output_loading_info=True, **where, **how
+                load = functools.partial(
+                    getattr(transformers, value[1]).from_pretrained,
+                    source,
+                    subfolder=name,
+                    output_loading_info=True,
+                    **where,
                 )
+                try:
+                    encoder, loaded = load(**how)
+                except OSError:
+                    if args.variant is None:
+                        raise
+                    encoder, loaded = load(**(how | {"variant": None}))  # as diffusers does for parts without one
                 check_names(encoder, loaded["missing_keys"], loaded["unexpected_keys"])
                 components[name] = encoder
         pipeline = pipeline_class.from_pretrained(source, transformer=None, vae=None, **where, **how, **components)

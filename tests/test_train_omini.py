@@ -755,6 +755,6 @@ def test_the_transformer_is_loaded_after_the_others_are_gone(train, flags, tmp_p
     events = []
     honest_load, honest_cache = omini.load_model, omini.cache_moments
     monkeypatch.setattr(omini, "load_model", lambda c, *rest: events.append(c.__name__) or honest_load(c, *rest))
-    monkeypatch.setattr(omini, "cache_moments", lambda *a: events.append("cached") or honest_cache(*a))
+    monkeypatch.setattr(omini, "cache_moments", lambda *a, **b: events.append("cached") or honest_cache(*a, **b))
     train(SCRIPT, *flags, "--condition_type", "canny", "--cache_latents", "--output_dir", tmp_path)
     assert events == ["AutoencoderKL", "cached", "OminiTransformer2DModel"]

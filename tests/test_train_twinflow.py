@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 from common.latents import TensorCache
 
@@ -940,3 +941,17 @@ def test_few_steps_come_near_the_models_own_twenty(train, scenes, tmp_path, meth
 if __name__ == "__main__" and sys.argv[1] == "worker":
     one_stream_for_processes_and_micro_steps()
     twinflow.main(twinflow.parse_args(sys.argv[2:]))
+
+
+def test_a_model_from_the_hub_is_where_its_files_are(tmp_path):
+    """Also if the cache knows of files of the repository that were never needed."""
+    repo = tmp_path / "models--own--model"
+    for name, content in {
+        "refs/main": "c0ffee",
+        "snapshots/c0ffee/transformer/config.json": "{}",
+        "trees/c0ffee.json": '[{"path": "transformer/config.json"}, {"path": "all_in_one.safetensors"}]',
+    }.items():
+        (repo / name).parent.mkdir(parents=True, exist_ok=True)
+        (repo / name).write_text(content)
+    args = SimpleNamespace(pretrained_model_name_or_path="own/model", revision=None, cache_dir=tmp_path)
+    assert twinflow.model_folder(args) == repo / "snapshots" / "c0ffee"

@@ -55,3 +55,11 @@ def test_text_encoders_are_checked_too(tiny_model, tmp_path, capsys, change, nam
         load_text_pipeline(FluxPipeline, args, torch.float32)
     assert stop.value.code == 2
     assert name in capsys.readouterr().err
+
+
+def test_encoders_without_files_of_the_variant_are_loaded_from_their_plain_ones(tiny_model, tmp_path):
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    file.rename(file.with_suffix(".fp16.safetensors"))
+    args = SimpleNamespace(pretrained_model_name_or_path=folder, revision=None, variant="fp16", cache_dir=None)
+    assert load_text_pipeline(FluxPipeline, args, torch.float32).text_encoder is not None
