@@ -85,7 +85,9 @@ from common.data import (
     StepSampler,
     check_buckets,
     check_captions,
+    check_class_images,
     collate,
+    describe_class_images,
     describe_data,
     file_example,
     fit,
@@ -98,7 +100,6 @@ from common.data import (
     read_folder,
     read_sizes,
     read_text,
-    unread_class_images,
     visible,
 )
 from common.flow_matching import (
@@ -139,6 +140,7 @@ from common.models import (
     latent_channels,
     load_model,
     load_scheduler,
+    model_identity,
     quantize_base,
     shard,
 )
@@ -1183,7 +1185,14 @@ def find_examples(args):
     # 2. Check, which changes nothing
     problems += unreadable
     problems += check_captions(examples, default=args.instance_prompt)
-    problems += unread_class_images(args.class_data_dir)
+    if args.with_prior_preservation:
+        problems += check_class_images(
+            args.class_data_dir,
+            args.num_class_images,
+            prompts=[args.class_prompt],
+            model=model_identity(args),
+            size=Size(args.resolution, args.resolution),
+        )
     if args.train_text_encoder_ti:
         problems += check_abstractions(examples, args)
         if not problems:
@@ -2344,6 +2353,7 @@ def describe_run(args, examples, embedding_handler, text_params, text_encoder_st
     folders = {example.files[0].parent for example in examples if example.files}
     default = "class_tokens" if args.dataset_config else "--instance_prompt"
     run_info |= describe_data(examples, sorted(folders), default)
+    run_info |= describe_class_images(class_examples(args))
     tokenizers = load_tokenizers(args)
     captions = {example.name: example.prompt() for example in examples}
     run_info |= describe_long_prompts(captions, tokenizers["t5"], args.max_sequence_length, tokenizers["clip_l"])
@@ -2500,6 +2510,8 @@ def main(args):
                 accelerator,
                 pipeline,
                 call,
+                prompt=args.class_prompt,
+                model=model_identity(args),
                 folder=args.class_data_dir,
                 num_images=args.num_class_images,
                 num_present=len(class_examples(args)),

@@ -82,7 +82,9 @@ from common.data import (
     StepSampler,
     all_images,
     check_captions,
+    check_class_images,
     collate,
+    describe_class_images,
     describe_data,
     file_example,
     fit,
@@ -92,7 +94,6 @@ from common.data import (
     read_dataset,
     read_folder,
     read_sizes,
-    unread_class_images,
 )
 from common.flow_matching import (
     TIMESTEP_SAMPLING,
@@ -122,6 +123,7 @@ from common.models import (
     compile_blocks,
     load_model,
     load_scheduler,
+    model_identity,
     quantize_base,
     shard,
 )
@@ -705,7 +707,14 @@ def find_examples(args):
         problems += check_partner_size(example, size_of)
     problems += check_validation_masks(args, examples, size_of)
     problems += check_captions(examples, default=args.instance_prompt)
-    problems += unread_class_images(args.class_data_dir)
+    if args.with_prior_preservation:
+        problems += check_class_images(
+            args.class_data_dir,
+            args.num_class_images,
+            prompts=[args.class_prompt],
+            model=model_identity(args),
+            size=class_image_size(args),
+        )
 
     # 3. Assign
     for example in examples:
@@ -987,10 +996,14 @@ def create_pipeline(transformer, vae, noise_scheduler):
     )
 
 
+def class_image_size(args):
+    return size_at(max(args.resolution), Size(1, 1))
+
+
 def pipeline_call(prompt_encoder, prompt, args, image=None, mask=None):
     """Arguments of the pipeline: edit `image` where `mask` is white, or, without both, generate a whole image."""
     if image is None:
-        size = size_at(max(args.resolution), Size(1, 1))
+        size = class_image_size(args)
         image = Image.new("RGB", (size.width, size.height), "white")
         mask = Image.new("L", (size.width, size.height), "white")
     prompt_embeds, pooled_prompt_embeds = prompt_encoder.encode_prompts([prompt])
@@ -1222,6 +1235,7 @@ def describe_run(args, examples, text_lora_params):
     run_info = {"data": f"{len(examples)} images with {partners} at {edges} px"}
     folders = [args.instance_data_dir, args.target_data_dir, args.mask_data_dir, args.caption_data_dir]
     run_info |= describe_data(examples, folders, "--instance_prompt")
+    run_info |= describe_class_images(class_examples(args))
     tokenizers = load_tokenizer(args, "tokenizer_2"), load_tokenizer(args, "tokenizer")
     captions = {example.name: example.caption for example in examples}
     run_info |= describe_long_prompts(captions, tokenizers[0], args.max_sequence_length, tokenizers[1])
@@ -1365,6 +1379,8 @@ def main(args):
                 accelerator,
                 pipeline,
                 call,
+                prompt=args.class_prompt,
+                model=model_identity(args),
                 folder=args.class_data_dir,
                 num_images=args.num_class_images,
                 num_present=len(class_examples(args)),

@@ -29,7 +29,7 @@ import math
 import re
 import sys
 from collections import Counter, deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
@@ -669,9 +669,59 @@ def read_class_images(folder: Path | None, prompt: str, limit: int) -> list[Exam
     return [file_example(path, prompt) for path in paths[:limit]]
 
 
-def unread_class_images(folder: Path | None) -> list[str]:
-    """Problems of images in --class_data_dir, if there is one, that are in a format that is not read."""
-    return image_files(folder)[1] if folder and folder.is_dir() else []
+def check_class_images(
+    folder: Path | None, limit: int, *, prompts: Collection[str], model: str, size: Size
+) -> list[str]:
+    """Problems of the images in --class_data_dir, if there is one.
+
+    Those in a format that is not read, and those of the first `limit` that a run drew, see `drawn_class_image`, for
+    none of `prompts`, by a model other than `model`, or at another size. Other images are the user's own.
+    """
+    if folder is None or not folder.is_dir():
+        return []
+    paths, problems = image_files(folder)
+    different = {}  # {name: how}
+    for path in paths[:limit]:
+        drawn = drawn_class_image(path)
+        if not drawn:
+            continue
+        differences = []
+        if drawn["class_prompt"] not in prompts:
+            differences.append(f"for the prompt {drawn['class_prompt'][:80]!r}")
+        if drawn["class_model"] != model:
+            differences.append("by another model")
+        if drawn["size"] != str(size):
+            differences.append(f"at {drawn['size']} pixels, not {size}")
+        if differences:
+            different[path.name] = " and ".join(differences)
+    if different:
+        name, how = next(iter(different.items()))
+        problems.append(
+            f"--class_data_dir {folder}: {len(different)} of its images are not of this run's class, such as {name}, "
+            f"drawn {how}: choose another folder, delete them to have them drawn anew, or give the flags that they "
+            "were drawn with"
+        )
+    return problems
+
+
+def drawn_class_image(path: Path) -> dict[str, str]:
+    """{"class_prompt", "class_model", "size"} of an image that a run drew, the first two from the texts of its PNG; {}
+    of others, and of files that cannot be read."""
+    try:
+        with open_image(path) as image:
+            drawn = {name: image.info[name] for name in ("class_prompt", "class_model")}
+            return drawn | {"size": str(Size.of(image))}
+    except Exception:  # PIL's decoders raise many exception types
+        return {}
+
+
+def describe_class_images(class_examples: Sequence[Example]) -> dict[str, str]:
+    """What the header says of class images, {label: text}."""
+    if not class_examples:
+        return {}
+    num_own = sum(not drawn_class_image(example.files[0]) for example in class_examples)
+    own = f" ({num_own} of your own)" if num_own else ""
+    return {"class images": f"{len(class_examples)}{own}"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from safetensors import safe_open
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -83,6 +84,30 @@ def latent_channels(args: argparse.Namespace) -> int:
         return config["latent_channels"]
     except (OSError, ValueError, KeyError):
         return 16
+
+
+def model_identity(args: argparse.Namespace) -> str:
+    """Text that tells the transformers of --pretrained_model_name_or_path apart: the commit of one on the hub, or a
+    hash of pieces of a local one's files, 256 of each, that is the same wherever they lie."""
+    path = Path(args.pretrained_model_name_or_path)
+    if not path.exists():
+        with exit_if_unreadable(f"--pretrained_model_name_or_path {path}: its transformer"):
+            _, commit = FluxTransformer2DModel.load_config(
+                str(path),
+                subfolder="transformer",
+                revision=args.revision,
+                cache_dir=args.cache_dir,
+                return_commit_hash=True,
+            )
+            return str(commit)
+    digest = hashlib.sha256()
+    for file in [path] if path.is_file() else sorted((path / "transformer").glob("*.safetensors")):
+        size = file.stat().st_size
+        with file.open("rb") as opened:
+            for start in range(0, size, max(4096, size // 256)):
+                opened.seek(start)
+                digest.update(opened.read(4096))
+    return digest.hexdigest()
 
 
 def check_weights(args: argparse.Namespace) -> list[str]:

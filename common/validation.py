@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from tqdm.auto import tqdm
 
 
@@ -64,6 +65,8 @@ def generate_class_images(
     pipeline: Any,
     arguments: Mapping[str, Any],
     *,
+    prompt: str,
+    model: str,
     folder: Path,
     num_images: int,
     num_present: int,
@@ -73,7 +76,8 @@ def generate_class_images(
 ) -> None:
     """Generates class images for prior preservation, until `folder`, which holds `num_present`, has `num_images`.
 
-    `arguments` are the pipeline's for the class prompt; `precision` is fp16, bf16 or that of training. Image i
+    `arguments` are the pipeline's for the class prompt; `precision` is fp16, bf16 or that of training. The PNG files
+    say for which prompt and by which model they were drawn, see data.py's `check_class_images`. Image i
     depends on (seed, i) alone and is written whole or not at all, so an interrupted run continues where it was. A
     batch with one missing image is generated as a whole, because rounding depends on the batch size.
     """
@@ -96,6 +100,9 @@ def generate_class_images(
         autocast = torch.autocast(device.type, dtypes[precision])
     sharing: Any = accelerator.split_between_processes(batches)
     quiet = not missing or not accelerator.is_main_process
+    texts = PngInfo()
+    texts.add_text("class_prompt", prompt)
+    texts.add_text("class_model", model)
     with undisturbed(pipeline.transformer, device=device), autocast, sharing as share:
         for batch in tqdm(share, desc="Generating class images", unit="batch", disable=quiet):
             generators = [step_generator(seed, i) for i in batch]
@@ -103,7 +110,7 @@ def generate_class_images(
             for i, image in zip(batch, images, strict=True):
                 if paths[i] in missing:
                     with atomic_write(paths[i]) as partial:
-                        image.save(partial, format="PNG")
+                        image.save(partial, format="PNG", pnginfo=texts)
     accelerator.wait_for_everyone()
 
 

@@ -5,18 +5,22 @@ import io
 import json
 import multiprocessing
 import os
+import shutil
 import struct
 import tarfile
 import time
 import zlib
+from types import SimpleNamespace
 
 from common.data import (
     Example,
     Size,
     all_images,
     check_captions,
+    check_class_images,
     check_images,
     collate,
+    describe_class_images,
     describe_data,
     file_example,
     fit,
@@ -34,6 +38,7 @@ from common.data import (
     read_text,
     upright,
 )
+from common.models import model_identity
 
 import datasets
 import numpy as np
@@ -42,6 +47,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
+from safetensors.torch import load_file, save_file
 
 
 COLORS = {"a": "red", "b": "blue", "c": "green"}
@@ -431,6 +437,62 @@ def test_class_images(folder):
     assert stems(examples) == ["a.png", "b.png"]
     assert {example.caption for example in examples} == {"a thing"}
     assert read_class_images(folder / "none", "a thing", 2) == read_class_images(None, "a thing", 2) == []
+
+
+def test_class_images_of_another_prompt_model_or_size_are_refused(tmp_path):
+    drawn = {"class_prompt": "a café", "class_model": "m"}
+
+    def save(name, **texts):
+        info = PngInfo()
+        for key, text in texts.items():
+            info.add_text(key, text)
+        Image.new("RGB", (32, 48)).save(tmp_path / name, pnginfo=info)
+
+    def check(prompt="a café", model="m", size=(48, 32), limit=9):
+        return check_class_images(tmp_path, limit, prompts=[prompt], model=model, size=Size(*size))
+
+    save("class-00000.png", **drawn)
+    save("class-00001.png", **drawn)
+    save("comfyui.png", prompt='{"3": {"class_type": "KSampler"}}', workflow="{}")
+    Image.new("RGB", (64, 64)).save(tmp_path / "photo.jpg")
+    (tmp_path / "torn.png").write_bytes((tmp_path / "class-00000.png").read_bytes()[:20])
+    assert check() == []
+    examples = read_class_images(tmp_path, "a café", 4)
+    assert describe_class_images(examples) == {"class images": "4 (2 of your own)"}
+    assert describe_class_images(examples[:2]) == {"class images": "2"}
+    for changed, named in (
+        ({"prompt": "a dog"}, "'a café'"),
+        ({"model": "n"}, "by another model"),
+        ({"size": (64, 64)}, "at 32 x 48 pixels, not 64 x 64"),
+    ):
+        (problem,) = check(**changed)
+        assert "2 of its images" in problem and "class-00000.png" in problem and named in problem
+    assert "1 of its images" in check("a dog", limit=1)[0]
+
+
+def test_a_model_is_told_by_its_weights_wherever_they_lie(tiny_model, tmp_path):
+    def identity(path):
+        return model_identity(SimpleNamespace(pretrained_model_name_or_path=str(path), revision=None, cache_dir=None))
+
+    shutil.copytree(tiny_model / "transformer", tmp_path / "moved" / "transformer")
+    (weights,) = (tmp_path / "moved" / "transformer").glob("*.safetensors")
+    assert identity(tmp_path / "moved") == identity(tiny_model)
+    single = identity(weights)
+    tensors = {name: value * 1.01 for name, value in load_file(weights).items()}
+    save_file(tensors, weights)
+    assert identity(tmp_path / "moved") != identity(tiny_model)
+    assert identity(weights) != single
+
+    snapshot = tmp_path / "hub" / "models--black-forest-labs--FLUX.1-dev" / "snapshots" / ("c0ffee" + "0" * 34)
+    (snapshot / "transformer").mkdir(parents=True)
+    (snapshot / "transformer" / "config.json").write_text("{}")
+    refs = snapshot.parent.parent / "refs"
+    refs.mkdir()
+    (refs / "main").write_text(snapshot.name)
+    name = SimpleNamespace(
+        pretrained_model_name_or_path="black-forest-labs/FLUX.1-dev", revision=None, cache_dir=tmp_path / "hub"
+    )
+    assert model_identity(name) == snapshot.name
 
 
 # ---- checks ----

@@ -448,6 +448,20 @@ def test_class_images_are_drawn_once_and_the_rest_after_an_interruption(train, f
     assert_equal(results(tmp_path / "a"), results(tmp_path / "b"))
 
 
+def test_class_images_of_another_run_are_refused_and_counted(train, flags, pictures, tmp_path, capsys):
+    flags = [*flags, *PRIOR, "--class_data_dir", tmp_path / "class", "--max_train_steps", 1, "--output_dir"]
+    (tmp_path / "class").mkdir()
+    shutil.copy(pictures / "0.png", tmp_path / "class" / "a photo of mine.png")
+    train(SCRIPT, *flags, tmp_path / "run")
+    assert "5 (1 of your own)" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        train(SCRIPT, *flags, tmp_path / "other", "--class_prompt", "a dog", "--resolution", 48)
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert "4 of its images" in error and "'a square'" in error and "not 48 x 48" in error
+    assert not (tmp_path / "other").exists()
+
+
 @pytest.mark.parametrize(
     "mode", [None, *(pytest.param(m, marks=pytest.mark.slow) for m in ("pivotal CLIP", "CLIP LoRA"))]
 )

@@ -379,6 +379,9 @@ def test_prior_preservation(train, modes, tmp_path, mode):
     assert len(list(folder.iterdir())) == 3
     assert losses[1] - losses[0] > 1e-3
     assert losses[2] - losses[1] == pytest.approx(losses[1] - losses[0], rel=1e-4)
+    with pytest.raises(SystemExit) as ended:
+        train(SCRIPT, *modes[mode], *prior, "--class_prompt", "a dog", "--output_dir", tmp_path / "other")
+    assert ended.value.code == 2 and not (tmp_path / "other").exists()
 
 
 @pytest.mark.slow
