@@ -69,9 +69,9 @@ from common.checkpoints import (
     checkpoint_damage,
     checkpoint_state,
     checkpoint_to_resume,
+    claim_output_dir,
     count_skipped,
     load_checkpoint,
-    remove_partial,
     run_settings,
     save_checkpoint,
     stop_interrupted,
@@ -1331,10 +1331,7 @@ def main(args):
     if problems:
         fail(accelerator, problems)
     hub_repo = create_hub_repo(accelerator, args)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    if accelerator.is_main_process:
-        remove_partial(args.output_dir, [lora_file(args.output_dir, args.output_name)])
-    accelerator.wait_for_everyone()
+    claim_output_dir(accelerator, args.output_dir, [lora_file(args.output_dir, args.output_name)])
 
     # 3. Prompts: embedded once; frozen text encoders are freed before the transformer is loaded
     cases = validation_cases(args, examples)

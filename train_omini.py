@@ -77,9 +77,9 @@ from common.checkpoints import (
     check_run,
     checkpoint_state,
     checkpoint_to_resume,
+    claim_output_dir,
     count_skipped,
     load_checkpoint,
-    remove_partial,
     run_settings,
     save_checkpoint,
     stop_interrupted,
@@ -2310,10 +2310,7 @@ def main(args):
     if args.streaming:
         sampler = streamed_batches(dataset, args, **processes)
     hub_repo = create_hub_repo(accelerator, args)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    if accelerator.is_main_process:
-        remove_partial(args.output_dir, adapter_files(args).values())
-    accelerator.wait_for_everyone()
+    claim_output_dir(accelerator, args.output_dir, adapter_files(args).values())
 
     # 3. Prompts, depth maps, VAE and latents: what makes them is freed before the transformer is loaded
     is_cached = args.cache_prompts and not args.streaming

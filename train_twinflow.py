@@ -75,12 +75,12 @@ from common.checkpoints import (
     check_results,
     check_run,
     checkpoint_to_resume,
+    claim_output_dir,
     count_skipped,
     follow_umask,
     load_checkpoint,
     register_sharded_checkpointing,
     register_tensor_checkpointing,
-    remove_partial,
     run_settings,
     save_checkpoint,
     stop_interrupted,
@@ -2304,10 +2304,7 @@ def main(args):
     if problems:
         fail(accelerator, problems)
     hub_repo = create_hub_repo(accelerator, args)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    if accelerator.is_main_process:
-        remove_partial(args.output_dir, [lora_file(args.output_dir, args.output_name)])
-    accelerator.wait_for_everyone()
+    claim_output_dir(accelerator, args.output_dir, [lora_file(args.output_dir, args.output_name)])
 
     # 3. Prompts and latents: encoded once; prompt encoders are freed before the transformer is loaded
     encode_prompts(accelerator, backbone, dataset, cache, validation_reference, args, weight_dtype)

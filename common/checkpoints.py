@@ -1,6 +1,7 @@
-"""The folder of a run: what may change on resume, checkpoints that are complete or absent, signals, atomic files."""
+"""The folder of a run: whose it is, what may change on resume, whole checkpoints or none, signals, atomic files."""
 
 import argparse
+import fcntl
 import hashlib
 import json
 import os
@@ -8,21 +9,23 @@ import re
 import secrets
 import shutil
 import signal
+import socket
 import sys
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import IO, Any
 
-from common.arguments import exit_if_unreadable
+from common.arguments import exit_if_unreadable, fail
 from common.models import check_processes
 
 import torch
 import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
 from accelerate.scheduler import AcceleratedScheduler
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
@@ -141,6 +144,8 @@ def check_output_dir(args: argparse.Namespace) -> list[str]:
         return [f"--output_dir {folder}: a file of this name is in the way"]
     if not os.access(nearest_folder(folder), os.W_OK):
         return [f"--output_dir {folder}: no permission to write there"]
+    if is_in_use(folder):
+        return [in_use(folder)]
     checkpoints = find_checkpoints(folder)
     checkpoint = checkpoint_to_resume(folder, args.resume_from_checkpoint)
     if checkpoint is None:
@@ -214,6 +219,85 @@ def checkpoint_conflicts(checkpoint: Path | None, run: Mapping[str, Any]) -> lis
                 f"--resume_from_checkpoint {checkpoint}: {name} was {saved[name]} there and is {value} now"
             )
     return problems
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One run at a time in a folder
+# ---------------------------------------------------------------------------------------------------------------------
+
+RUN_FILE = ".run.json"  # the process that writes in a folder; it holds a lock on this file
+
+held_locks: list[IO[str]] = []  # of this process' run, at most one
+
+
+def claim_output_dir(accelerator: Accelerator, output_dir: Path, results: Iterable[Path]) -> None:
+    """Makes the folder of a run, which no other run writes in until this one ends, and sweeps it.
+
+    A folder in use ends the run with exit code 2. For `results` see `remove_partial`. To be called by all processes.
+    """
+    problem = None
+    with writing(output_dir):
+        output_dir.mkdir(parents=True, exist_ok=True)
+    if accelerator.is_main_process:
+        if lock_folder(output_dir):
+            remove_partial(output_dir, results)
+        else:
+            problem = in_use(output_dir)
+    (problem,) = broadcast_object_list([problem])
+    if problem:
+        fail(accelerator, [problem])
+
+
+def lock_folder(output_dir: Path) -> bool:
+    """Locks RUN_FILE for this process and writes who it is into it; False if another process has it locked.
+
+    The system unlocks it when the process ends, however that happens. Processes that are forked do not have the lock.
+    Where the file system has no locks, it says so in one line.
+    """
+    release_lock()  # of an earlier run of this process, a notebook's
+    path = output_dir / RUN_FILE
+    with writing(path):
+        file = path.open("a")
+        held_locks.append(file)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            release_lock()
+            return False
+        except OSError as error:
+            print(f"{output_dir}: no locks there ({error.strerror}), nothing keeps another run from writing there too")
+        owner = {"pid": os.getpid(), "host": socket.gethostname(), "started": time.strftime("%Y-%m-%d %H:%M:%S")}
+        file.truncate(0)
+        file.write(json.dumps(owner) + "\n")
+        file.flush()
+    return True
+
+
+def release_lock() -> None:
+    """Lets other processes write in the folder of this one's run, which is over."""
+    while held_locks:
+        held_locks.pop().close()
+
+
+def is_in_use(output_dir: Path) -> bool:
+    """Whether another process is writing in a folder; False where nobody can tell."""
+    try:
+        with (output_dir / RUN_FILE).open() as file:
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
+def in_use(output_dir: Path) -> str:
+    """The problem of a folder in which another process writes."""
+    owner = {"pid": "?", "host": "?", "started": "?", **read_json(output_dir / RUN_FILE)}
+    return (
+        f"--output_dir {output_dir}: another run writes there, process {owner['pid']} on {owner['host']}, started "
+        f"{owner['started']}: wait for its end, or choose another folder"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -508,6 +592,7 @@ def stop_interrupted(accelerator: Accelerator, step: int, checkpoint: Path, sign
     """Ends a run that a signal interrupted, on this process (128 + its number) or another (1), after it was saved."""
     accelerator.free_memory()
     accelerator.end_training()
+    release_lock()
     accelerator.print(
         f"\nInterrupted at step {step}, saved {checkpoint}; continue with --resume_from_checkpoint latest"
     )

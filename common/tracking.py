@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from common.arguments import fail
-from common.checkpoints import atomic_write, find_checkpoints, remove_partial, writing
+from common.checkpoints import atomic_write, find_checkpoints, release_lock, remove_partial, writing
 from common.metrics import mean_window, read_metrics, running_mean
 
 import numpy as np
@@ -438,6 +438,7 @@ def finish(
     accelerator.print(f"Generate with it:\n  {python()} {examples}/{command}")
     if hub_repo:
         push_to_hub(args, hub_repo, unwanted, files_beside)
+    release_lock()
 
 
 def python() -> str:

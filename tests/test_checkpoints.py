@@ -1,8 +1,18 @@
-"""common/checkpoints.py: what a killed run leaves is swept, and what a program draws replaces nothing."""
+"""common/checkpoints.py: a folder is one run's, what a killed run leaves is swept, what is drawn replaces nothing."""
 
-from common.checkpoints import remove_partial, unused_path
+import errno
+import fcntl
+import importlib
+import json
+import os
+import signal
+import socket
+from contextlib import contextmanager
+
+from common.checkpoints import is_in_use, lock_folder, release_lock, remove_partial, unused_path
 
 import pytest
+from processes import SCRIPTS
 
 
 SWEPT = [".checkpoint-6.partial/state", "encoded/.a.safetensors.0123abcd.partial", ".loss.png.ffffffff.partial"]
@@ -62,3 +72,115 @@ def test_what_is_drawn_gets_a_name_that_no_file_has(tmp_path):
         assert unused_path(path) == tmp_path / name
         (tmp_path / name).write_text("x")
     assert unused_path(tmp_path / "new" / "0.png") == tmp_path / "new" / "0.png"
+
+
+@contextmanager
+def another_run(folder):
+    """The id of another process that writes in a folder; killed at the end, if not earlier."""
+    folder.mkdir(exist_ok=True)
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.write(writing, b"1" if lock_folder(folder) else b"0")
+        signal.pause()
+    assert os.read(reading, 1) == b"1"
+    try:
+        yield pid
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def files_of(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_second_run_in_a_folder_is_refused_until_the_first_has_ended(script, short_runs, tmp_path, capsys):
+    trainer = importlib.import_module(script)
+    words = [str(word) for word in [*short_runs[script], "--output_dir", tmp_path / "run"]]
+    with another_run(tmp_path / "run") as pid:
+        (tmp_path / "run" / "checkpoint-2").mkdir()
+        before = files_of(tmp_path)
+        for more in ([], ["--resume_from_checkpoint", "latest"]):
+            with pytest.raises(SystemExit) as stop:
+                trainer.parse_args(words + more)
+            assert stop.value.code == 2
+            message = capsys.readouterr().err
+            owner = json.loads((tmp_path / "run" / ".run.json").read_text())
+            assert owner["pid"] == pid
+            assert f"process {pid} on {socket.gethostname()}, started {owner['started']}" in message
+            assert "delete" not in message
+        assert files_of(tmp_path) == before
+    (tmp_path / "run" / "checkpoint-2").rmdir()
+    assert trainer.parse_args(words)
+
+
+def test_of_two_runs_that_start_together_one_is_refused(train, short_runs, tmp_path, capsys, monkeypatch):
+    """Both have looked at the empty folder; the other one is the first to write."""
+    script = SCRIPTS[0]
+    with another_run(tmp_path / "run") as pid:
+        before = files_of(tmp_path)
+        monkeypatch.setattr("common.checkpoints.is_in_use", lambda folder: False)
+        with pytest.raises(SystemExit) as stop:
+            train(script, *short_runs[script], "--output_dir", tmp_path / "run")
+        assert stop.value.code == 2
+        assert f"process {pid} on" in capsys.readouterr().err
+        assert files_of(tmp_path) == before
+
+
+def test_a_lock_ends_with_its_process_and_a_notebook_can_train_again(tmp_path):
+    with another_run(tmp_path):
+        assert is_in_use(tmp_path)
+        assert not lock_folder(tmp_path)
+    assert not is_in_use(tmp_path)
+    assert lock_folder(tmp_path)
+    assert lock_folder(tmp_path)  # a second run of this process, after one that ended in an error
+    assert seen_by_another(tmp_path)
+    release_lock()
+    assert not seen_by_another(tmp_path)
+
+
+def seen_by_another(folder):
+    """Whether another process finds a folder in use."""
+    pid = os.fork()
+    if pid == 0:
+        os._exit(is_in_use(folder))
+    return bool(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+
+
+def test_a_run_holds_its_folder_and_leaves_it(train, short_runs, tmp_path, monkeypatch):
+    script = SCRIPTS[0]
+    seen = []
+    monkeypatch.setattr(f"{script}.print_header", lambda *args, **kwargs: seen.append(seen_by_another(tmp_path)))
+    train(script, *short_runs[script], "--max_train_steps", 1, "--output_dir", tmp_path)
+    assert seen == [True]
+    assert not seen_by_another(tmp_path)
+
+
+def test_a_file_system_without_locks_is_one_line(tmp_path, monkeypatch, capsys):
+    def no_locks(file, operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    assert lock_folder(tmp_path)
+    assert len(capsys.readouterr().out.splitlines()) == 1
+    assert not is_in_use(tmp_path)
+    release_lock()
+
+
+@pytest.mark.slow
+def test_both_of_two_processes_end_where_another_run_writes(runs, short_runs, tmp_path):
+    script = SCRIPTS[0]
+    flags = [*short_runs[script], "--output_dir", tmp_path]
+    with another_run(tmp_path) as pid:
+        assert runs.run(script, flags, claimed_late, processes=2) != 0
+        assert f"process {pid} on" in runs.output()
+        assert "Traceback" not in runs.output().partition(f"process {pid} on")[0]
+    assert runs.run(script, flags, processes=2) == 0, runs.output()
+
+
+def claimed_late(trainer):
+    """The other run was not there when the flags were read."""
+    checkpoints = importlib.import_module("common.checkpoints")
+    checkpoints.is_in_use = lambda folder: False

@@ -166,7 +166,7 @@ def test_what_lands_in_output_dir(train, flags, tmp_path, capsys):
         *("--lora_alpha", 4),
     )
     assert sorted(path.name for path in run.iterdir()) == [
-        *("README.md", "args.json", "checkpoint-4", "checkpoint-6", "logs", "loss.png", "metrics.jsonl"),
+        *(".run.json", "README.md", "args.json", "checkpoint-4", "checkpoint-6", "logs", "loss.png", "metrics.jsonl"),
         *(LORA, "validation"),
     ]
     assert sorted(path.name for path in (run / "validation").iterdir()) == [

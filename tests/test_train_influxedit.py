@@ -338,7 +338,17 @@ def test_what_lands_in_output_dir_and_what_trains(train, modes, tmp_path, tiny_f
     extra += ("--report_to", "tensorboard", "--checkpointing_steps", 2, "--checkpoints_total_limit", 1)
     train(SCRIPT, *modes["edit"], *extra, "--output_dir", run)
     assert sorted(path.name for path in run.iterdir()) == [
-        *("README.md", "args.json", "checkpoint-4", "logs", "loss.png", "metrics.jsonl", LORA, "validation")
+        *(
+            ".run.json",
+            "README.md",
+            "args.json",
+            "checkpoint-4",
+            "logs",
+            "loss.png",
+            "metrics.jsonl",
+            LORA,
+            "validation",
+        )
     ]
     assert sorted(path.name for path in (run / "validation").iterdir()) == [f"step-00000{n}.png" for n in (0, 3, 5)]
     base = load_file(tiny_fill / "transformer" / "diffusion_pytorch_model.safetensors")["x_embedder.weight"]

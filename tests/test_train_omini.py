@@ -203,7 +203,15 @@ def test_what_lands_in_output_dir(train, run_program, flags, pictures, tmp_path)
         *("--num_validation_images", 2, "--condition_size", 32, 16, "--lora_alpha", 4, "--independent_condition"),
     )
     assert sorted(path.name for path in run.iterdir()) == [
-        *("README.md", "args.json", "canny.safetensors", "checkpoint-4", "checkpoint-6", "coloring.safetensors"),
+        *(
+            ".run.json",
+            "README.md",
+            "args.json",
+            "canny.safetensors",
+            "checkpoint-4",
+            "checkpoint-6",
+            "coloring.safetensors",
+        ),
         *("logs", "loss.png", "metrics.jsonl", "validation"),
     ]
     assert sorted(p.name for p in (run / "validation").iterdir()) == [f"step-{step:06d}.png" for step in (0, 4, 6)]

@@ -734,7 +734,17 @@ def test_what_lands_in_output_dir(train, run_program, flags, tmp_path):
     validation = ("--validation_prompt", "a red circle", "--validation_steps", 2, "--num_validation_images", 1)
     train(SCRIPT, *flags, *validation, "--checkpointing_steps", 2, "--report_to", "tensorboard", "--output_dir", run)
     assert sorted(path.name for path in run.iterdir()) == [
-        *("README.md", "args.json", "checkpoint-2", "checkpoint-4", "encoded", "logs", "loss.png", "metrics.jsonl"),
+        *(
+            ".run.json",
+            "README.md",
+            "args.json",
+            "checkpoint-2",
+            "checkpoint-4",
+            "encoded",
+            "logs",
+            "loss.png",
+            "metrics.jsonl",
+        ),
         *("transformer", "validation"),
     ]
     names = sorted(path.name for path in (run / "validation").iterdir())
