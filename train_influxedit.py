@@ -40,7 +40,7 @@ import secrets
 import shlex
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from common.arguments import (
     LR_SCHEDULERS,
@@ -117,10 +117,12 @@ from common.lora import (
     target_layers,
     unknown_layers,
 )
+from common.lora_formats import LoraLayer
 from common.models import (
     QUANTIZATIONS,
     check_weights,
     compile_blocks,
+    full_tensor,
     load_model,
     load_scheduler,
     model_identity,
@@ -584,7 +586,9 @@ def lora_targets(args):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-FILL_CHANNELS = 384  # of a token that FLUX.1-Fill reads: 64 noisy latent, 64 input latent, 256 mask pixels
+MASK_CHANNELS = 256  # pixels of the mask in a token
+
+FILL_CHANNELS = 384  # of a token that FLUX.1-Fill reads: 64 noisy latent, 64 input latent, then the mask's
 
 
 def pack_fill_condition(input_latents: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -597,6 +601,22 @@ def pack_fill_condition(input_latents: torch.Tensor, mask: torch.Tensor) -> torc
     pixels_per_latent = mask.shape[-1] // input_latents.shape[-1]
     mask = F.pixel_unshuffle(mask.to(input_latents), pixels_per_latent)
     return torch.cat([pack_latents(input_latents), pack_latents(mask)], dim=-1)
+
+
+def embedder_lora(transformer: torch.nn.Module) -> dict[str, LoraLayer]:
+    """{layer name: LoraLayer} of what --train_embedder has changed in x_embedder, exactly.
+
+    The change of its weight W [out, in] is up @ down with the identity as down, a LoRA of rank in = FILL_CHANNELS. A
+    LoRA has no bias; the mask's inputs are all 1 in edit mode, the mode of --train_embedder, and so their weights
+    carry the change of the bias.
+    """
+    embedder: Any = transformer.x_embedder  # PEFT's, which holds the layer before and after
+    before = embedder.original_module
+    after = embedder.modules_to_save["default"]
+    up = (full_tensor(after.weight) - full_tensor(before.weight)).detach().cpu()  # the trained layer is in float32
+    bias = (full_tensor(after.bias) - full_tensor(before.bias)).detach().cpu()
+    up[:, -MASK_CHANNELS:] += bias[:, None] / MASK_CHANNELS
+    return {"transformer.x_embedder": LoraLayer(torch.eye(FILL_CHANNELS), up, float(FILL_CHANNELS))}
 
 
 class FillPipeline(FluxFillPipeline):
@@ -1460,8 +1480,16 @@ def main(args):
             trigger_words=[args.instance_prompt] if args.instance_prompt else [],
         )
 
+    def more_layers():
+        return embedder_lora(adapted_models["transformer"]) if args.train_embedder else {}
+
     register_lora_checkpointing(
-        accelerator, adapted_models, optimizer, dtype=save_dtype, header=lambda adapter_name: header()
+        accelerator,
+        adapted_models,
+        optimizer,
+        dtype=save_dtype,
+        header=lambda adapter_name: header(),
+        more_layers=more_layers,
     )
     global_step = load_checkpoint(accelerator, checkpoint, lr_scheduler)
     sampler.start = global_step * accumulation
@@ -1570,7 +1598,9 @@ def main(args):
 
     # 8. Save and final validation
     lora = lora_file(args.output_dir, args.output_name)
-    save_lora(lora.parent, adapted_models, save_dtype, weight_name=lora.name, header=header())
+    save_lora(
+        lora.parent, adapted_models, save_dtype, weight_name=lora.name, header=header(), more_layers=more_layers()
+    )
     if accelerator.is_main_process:
         metrics.close()
         plot_metrics(args.output_dir)

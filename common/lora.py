@@ -86,8 +86,9 @@ def add_lora(
     """Adds a LoRA adapter to a frozen model and returns its parameters, in float32 whatever the model's dtype.
 
     `target_modules` are names of modules or ends of such names, or a regular expression, as in `LoraConfig`; raises
-    ValueError for those that no linear layer has. `modules_to_save` are modules trained as a whole: the adapter holds
-    copies of them, and its file their weights. Adapters added before stay trainable.
+    ValueError for those that no linear layer has. `modules_to_save` are modules trained as a whole, of which the
+    adapter holds copies; what they become in its file the caller says, see `save_lora`. Adapters added before stay
+    trainable.
     """
     unknown = unknown_layers(model, target_modules)
     if unknown:
@@ -141,24 +142,18 @@ def lora_file(output_dir: Path, output_name: str | None, epoch: int | None = Non
     return output_dir.with_name(f"{output_name}{suffix}.safetensors")
 
 
-def lora_layers(
-    modules: Mapping[str, torch.nn.Module], adapter_name: str = "default"
-) -> tuple[dict[str, LoraLayer], dict[str, torch.Tensor]]:
-    """An adapter of {"transformer": model, "text_encoder": model}, on the CPU: ({layer name: LoraLayer}, {name:
-    weight of a module that is trained as a whole})."""
+def lora_layers(modules: Mapping[str, torch.nn.Module], adapter_name: str = "default") -> dict[str, LoraLayer]:
+    """An adapter of {"transformer": model, "text_encoder": model}, on the CPU: {layer name: LoraLayer}."""
     layers = {}
-    whole_modules = {}
     for component, model in modules.items():
         weights = adapter_weights(model, adapter_name)
         alpha = float(adapter_config(model, adapter_name).lora_alpha)
         for key, value in weights.items():
-            name = full_name(f"{component}.{key}")
-            if ".lora_" not in key:
-                whole_modules[name] = value.cpu()
-            elif key.endswith(".lora_A.weight"):
+            if key.endswith(".lora_A.weight"):
+                name = full_name(f"{component}.{key.removesuffix('.lora_A.weight')}")
                 up = weights[key.replace("lora_A", "lora_B")]
-                layers[name.removesuffix(".lora_A.weight")] = LoraLayer(value.cpu(), up.cpu(), alpha)
-    return layers, whole_modules
+                layers[name] = LoraLayer(value.cpu(), up.cpu(), alpha)
+    return layers
 
 
 def save_lora(
@@ -170,20 +165,29 @@ def save_lora(
     weight_name: str = LORA_WEIGHT_NAME_SAFE,
     form: str = "diffusers",
     header: Mapping[str, str] | None = None,
+    more_layers: Mapping[str, LoraLayer] | None = None,
 ) -> None:
     """Writes an adapter of {"transformer": model, ...} as directory/weight_name, see `write_lora`, with `header`.
 
+    `more_layers` {layer name: LoraLayer} are written beside the adapter's: what was trained otherwise, as a LoRA.
     All processes call it, the main one writes.
     """
     if not modules:
         return
-    layers, whole_modules = lora_layers(modules, adapter_name)
+    layers = lora_layers(modules, adapter_name)
     if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
         return
-    settings = adapter_settings(modules, adapter_name)
-    for component in modules:
-        settings[f"{component}.lora_alpha"] = settings[f"{component}.r"]  # the scale is in the tensors
-    write_lora(Path(directory) / weight_name, layers, form, header, dtype, whole_modules, settings)
+    settings = None
+    if more_layers:
+        config = adapter_config(next(iter(modules.values())), adapter_name)
+        trained = {"ss_network_dim": str(config.r), "ss_network_alpha": f"{config.lora_alpha:g}"}
+        header = trained | dict(header or {})
+        layers |= more_layers
+    else:
+        settings = adapter_settings(modules, adapter_name)
+        for component in modules:
+            settings[f"{component}.lora_alpha"] = settings[f"{component}.r"]  # the scale is in the tensors
+    write_lora(Path(directory) / weight_name, layers, form, header, dtype, settings)
 
 
 def save_exact_lora(
@@ -343,12 +347,13 @@ def register_lora_checkpointing(
     header: Callable[[str], Mapping[str, str]] | None = None,
     result_weights: Callable[[], AbstractContextManager] = nullcontext,
     teacher: Mapping[str, torch.Tensor] | None = None,
+    more_layers: Callable[[], Mapping[str, LoraLayer]] = dict,
 ) -> None:
     """Makes checkpoints hold the adapters of {"transformer": model, ...} alone, not the frozen models around them.
 
     Of each of `files` {adapter name: file name}, one named "default" without, there are two: the file itself, which
-    is what `save_lora` would write as the result at that step, in `dtype`, with `header(adapter name)`, within
-    `result_weights()`, though always in diffusers' form; and RESUME_PREFIX + file name, the weights as they are in
+    is what `save_lora` would write as the result at that step, in `dtype`, with `header(adapter name)` and
+    `more_layers()`, within `result_weights()`, though always in diffusers' form; and RESUME_PREFIX + file name, the weights as they are in
     training, to resume from. `teacher` {name: tensor} is saved with the second. Where the transformer is split over
     the processes, each saves its part of these and of the optimizer instead.
     `modules` may be empty (DreamBooth's textual inversion alone): then checkpoints hold no models.
@@ -366,6 +371,7 @@ def register_lora_checkpointing(
                     adapter_name=adapter_name,
                     weight_name=weight_name,
                     header=header(adapter_name) if header else None,
+                    more_layers=more_layers(),
                 )
 
     accelerator.register_save_state_pre_hook(save_results)

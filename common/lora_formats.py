@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,7 +158,6 @@ def write_lora(
     form: str = "diffusers",
     header: Mapping[str, str] | None = None,
     dtype: torch.dtype | None = None,
-    whole_modules: Mapping[str, torch.Tensor] | None = None,
     adapter_settings: Mapping[str, object] | None = None,
 ) -> None:
     """Writes `layers`, converted to `dtype`, to one safetensors file in one of LORA_FORMS. It is written whole or not
@@ -168,9 +168,8 @@ def write_lora(
                agree.
     kohya      the names of kohya's sd-scripts, FLUX.1 only; layers that its authors fused are fused, exactly.
 
-    `whole_modules` {name: weight} are written as they are. `header` is added to the file's metadata, to
-    ss_network_dim and ss_network_alpha, which hold the trained rank and alpha, and to sshs_model_hash: the SHA-256 of
-    everything after the header. `adapter_settings` are PEFT's settings of the layers at scale 1, which the header of
+    `header` is added to the file's metadata, to ss_network_dim and ss_network_alpha, which hold the trained rank and
+    alpha, and to sshs_model_hash: the SHA-256 of everything after the header. `adapter_settings` are PEFT's settings of the layers at scale 1, which the header of
     diffusers' form holds; by default they are what `adapter_metadata` takes from the layers.
     """
     metadata = {"format": "pt"}
@@ -184,7 +183,7 @@ def write_lora(
         if adapter_settings:
             metadata[LORA_ADAPTER_METADATA_KEY] = json.dumps(adapter_settings, sort_keys=True)
     metadata |= header or {}
-    tensors = file_tensors(layers, form) | dict(whole_modules or {})
+    tensors = file_tensors(layers, form)
     if dtype is not None:
         for key, tensor in tensors.items():
             if not key.endswith(".alpha"):
@@ -487,24 +486,26 @@ def diffusers_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict[str, to
 
 
 def adapter_metadata(layers: Mapping[str, LoraLayer]) -> dict[str, object]:
-    """PEFT's settings for `layers` of scale 1, as diffusers keeps them in a header: {"transformer.r": 4, ...}.
-
-    {} if the layers of a component have several ranks: readers then take each rank from its tensors, and scale 1.
-    """
+    """PEFT's settings for `layers` of scale 1, as diffusers keeps them in a header: {"transformer.r": 4, ...}."""
     by_component: dict[str, dict[str, LoraLayer]] = {}
     for name, layer in layers.items():
         component, _, rest = name.partition(".")
         by_component.setdefault(component, {})[rest] = layer
     metadata = {}
     for component, own in by_component.items():
-        ranks = {layer.rank for layer in own.values()}
-        if len(ranks) > 1:
-            return {}
-        rank = ranks.pop()
+        rank = Counter(layer.rank for layer in own.values()).most_common(1)[0][0]
+        other_ranks = {}  # {a pattern of this name alone, as PEFT matches it: rank}
+        for name, layer in own.items():
+            if layer.rank != rank:
+                pattern = name.removeprefix("text_model.") if component == "text_encoder" else f"^{name}"
+                other_ranks[pattern] = layer.rank
         targets = set(own)
         if component == "text_encoder":  # by their last names: transformers 5 has no level text_model
             targets = {name.rpartition(".")[2] for name in own}
         metadata[f"{component}.r"] = rank
         metadata[f"{component}.lora_alpha"] = rank
         metadata[f"{component}.target_modules"] = sorted(targets)
+        if other_ranks:
+            metadata[f"{component}.rank_pattern"] = other_ranks
+            metadata[f"{component}.alpha_pattern"] = other_ranks
     return metadata

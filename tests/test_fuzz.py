@@ -524,7 +524,7 @@ def lora_files(adapter, tmp_path_factory):
     folder = tmp_path_factory.mktemp("loras")
     save_lora(folder, {"transformer": adapter[0]})
     for form in LORA_FORMS:
-        write_lora(folder / f"{form}.safetensors", lora_layers({"transformer": adapter[0]})[0], form)
+        write_lora(folder / f"{form}.safetensors", lora_layers({"transformer": adapter[0]}), form)
     paths = [folder / "pytorch_lora_weights.safetensors", *(folder / f"{form}.safetensors" for form in LORA_FORMS)]
     return [path.read_bytes() for path in paths]
 

@@ -8,7 +8,7 @@ from argparse import ArgumentTypeError
 from types import SimpleNamespace
 
 from common.arguments import file_name
-from common.lora import adapter_weights, check_lora_file, lora_file, lora_layers, save_lora, start_from_lora
+from common.lora import adapter_weights, add_lora, check_lora_file, lora_file, lora_layers, save_lora, start_from_lora
 from common.lora_formats import (
     LORA_FORMS,
     LoraLayer,
@@ -24,12 +24,13 @@ import pytest
 import tiny_backbones
 import torch
 from conftest import ROOT
-from diffusers import FluxFillPipeline, FluxPipeline
+from diffusers import FluxFillPipeline, FluxPipeline, FluxTransformer2DModel
 from diffusers.loaders.lora_conversion_utils import _convert_kohya_flux_lora_to_diffusers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_lora import run, with_random_lora
 
+import train_influxedit as influxedit
 import train_twinflow as twinflow
 from examples import convert_lora
 
@@ -156,7 +157,7 @@ def adapted(tiny):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("rank", "alpha"), [(4, 4), (4, 8), (8, 2), (3, 1.5), (4, 7)])
 def test_comfyui_loads_every_key_at_the_right_strength(adapted, tmp_path, form, dtype, rank, alpha):
-    layers = lora_layers(adapted(rank, alpha))[0]
+    layers = lora_layers(adapted(rank, alpha))
     assert len(layers) == 14 + 6 + 6
     write_lora(tmp_path / "x.safetensors", layers, form, dtype=dtype)
     expected = expected_patches(layers)
@@ -174,7 +175,7 @@ def test_these_rules_see_what_peft_files_get_wrong(adapted, tmp_path):
     for component, model in modules.items():
         tensors |= {f"{component}.{key}": value for key, value in adapter_weights(model).items()}
     save_file(tensors, tmp_path / "x.safetensors")
-    layers = lora_layers(modules)[0]
+    layers = lora_layers(modules)
     patches, not_loaded = comfyui_patches(tmp_path / "x.safetensors", model_shapes(layers))
     expected = expected_patches(layers)
     assert all(torch.allclose(2 * patches[key], expected[key], atol=1e-5) for key in patches)  # alpha is lost
@@ -185,7 +186,7 @@ def test_these_rules_see_what_peft_files_get_wrong(adapted, tmp_path):
 @pytest.mark.parametrize("form", ["comfyui", "diffusers"])
 def test_diffusers_loads_the_same_file(adapted, tiny, tmp_path, form, rank, alpha):
     modules = adapted(rank, alpha)
-    write_lora(tmp_path / "x.safetensors", lora_layers(modules)[0], form, {"ss_output_name": "x"})
+    write_lora(tmp_path / "x.safetensors", lora_layers(modules), form, {"ss_output_name": "x"})
     pipeline = FluxPipeline(**tiny.components_but_image())
     pipeline.load_lora_weights(tmp_path, weight_name="x.safetensors")
     torch.testing.assert_close(run(pipeline.transformer), run(modules["transformer"]), atol=1e-4, rtol=1e-4)
@@ -196,6 +197,93 @@ def test_diffusers_loads_the_same_file(adapted, tiny, tmp_path, form, rank, alph
         plain = tiny.text_encoder(ids).pooler_output
     torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-5)
     assert (ours - plain).abs().max() > 1e-3
+
+
+@pytest.fixture
+def fill_transformer(tiny_fill):
+    return FluxTransformer2DModel.from_pretrained(tiny_fill, subfolder="transformer")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_trained_embedder_is_a_lora_in_every_reader(fill_transformer, tiny_fill, tmp_path, capsys, dtype):
+    trained = copy.deepcopy(fill_transformer)
+    add_lora(trained, rank=2, alpha=4, dropout=0.0, target_modules=["attn.to_q"], modules_to_save=["x_embedder"])
+    torch.manual_seed(0)
+    for parameter in (p for p in trained.parameters() if p.requires_grad):
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    before, after = fill_transformer.x_embedder, trained.x_embedder.modules_to_save["default"]
+    tokens = torch.randn(7, 384)
+    tokens[:, -256:] = 1  # the mask in edit mode
+    with torch.no_grad():
+        change = after(tokens) - before(tokens)
+    bar = {"atol": 5e-3 * change.abs().max().item() if dtype == torch.bfloat16 else 1e-5, "rtol": 1e-5}
+    file = tmp_path / "x.safetensors"
+    more_layers = influxedit.embedder_lora(trained)
+    save_lora(tmp_path, {"transformer": trained}, dtype, weight_name=file.name, more_layers=more_layers)
+
+    # diffusers, beside another LoRA that has the layer, too
+    second = with_random_lora(copy.deepcopy(fill_transformer), 3, 3, ["attn.to_q", "x_embedder"], seed=5)
+    save_lora(tmp_path, {"transformer": second}, weight_name="second.safetensors")
+    pipeline = FluxFillPipeline.from_pretrained(tiny_fill, vae=None, text_encoder_2=None, tokenizer_2=None)
+    pipeline.load_lora_weights(file, adapter_name="edit")
+    pipeline.load_lora_weights(tmp_path / "second.safetensors", adapter_name="second")
+    embedder = pipeline.transformer.x_embedder
+    to_q = "transformer.transformer_blocks.0.attn.to_q"
+    assert pipeline.transformer.transformer_blocks[0].attn.to_q.scaling == {"edit": 1, "second": 1}
+    with torch.no_grad():
+        other = second.x_embedder(tokens) - before(tokens)
+        for weight in (1, 0.5, 0):
+            for other_weight in (0, 1):
+                pipeline.set_adapters(["edit", "second"], [weight, other_weight])
+                expected = before(tokens) + weight * change + other_weight * other
+                torch.testing.assert_close(embedder(tokens), expected, **bar)
+        pipeline.set_adapters(["edit"], [1])
+        torch.testing.assert_close(embedder(tokens), before(tokens) + change, **bar)
+        pipeline.disable_lora()
+        assert torch.equal(embedder(tokens), before(tokens))
+
+    # ComfyUI and Forge, and every form that it is converted to
+    expected = lora_layers({"transformer": trained})
+    for form in ("comfyui", "kohya"):
+        converted = tmp_path / f"{form}.safetensors"
+        convert_lora.main([str(file), str(converted), "--to", form])
+        for path in (file, converted):
+            patches, not_loaded = comfyui_patches(path, model_shapes(expected | more_layers))
+            assert not not_loaded
+            torch.testing.assert_close(tokens @ patches["img_in"].T, change, **bar)
+            patch = patches["double_blocks.0.img_attn.qkv"][:HIDDEN]
+            wanted = expected[to_q].scale * expected[to_q].up @ expected[to_q].down
+            torch.testing.assert_close(patch, wanted, atol=5e-3 * wanted.abs().max().item(), rtol=1e-5)
+    header = content(file)[0]
+    assert (header["ss_network_dim"], header["ss_network_alpha"]) == ("2", "4")
+
+
+def test_a_header_tells_layers_of_other_ranks(tiny, tmp_path):
+    names = ["transformer_blocks.0.attn.to_q", "single_transformer_blocks.0.proj_out", "proj_out"]
+    sizes = {name: tiny.transformer.get_submodule(name).weight.shape for name in names}
+    torch.manual_seed(0)
+    layers = {}
+    for name, rank in zip(names, (4, 4, 2), strict=True):
+        out_features, in_features = sizes[name]
+        down, up = torch.randn(rank, in_features), torch.randn(out_features, rank)
+        layers[f"transformer.{name}"] = LoraLayer(down, up, 3.0)
+    clip_layers = tiny.text_encoder.config.num_hidden_layers
+    width = tiny.text_encoder.config.hidden_size
+    for i in range(clip_layers):
+        name = f"text_encoder.text_model.encoder.layers.{i}.self_attn.q_proj"
+        layers[name] = LoraLayer(torch.randn(2 + i, width), torch.randn(width, 2 + i), 3.0)
+    write_lora(tmp_path / "x.safetensors", layers)
+    assert_same_effect(read_lora(tmp_path / "x.safetensors")[0], layers)
+    assert "lora_adapter_metadata" in content(tmp_path / "x.safetensors")[0]
+    pipeline = FluxPipeline(**tiny.components_but_image())
+    before = {name: tiny.transformer.get_submodule(name).weight.clone() for name in names}
+    pipeline.load_lora_weights(tmp_path / "x.safetensors")
+    pipeline.fuse_lora(components=["transformer", "text_encoder"])
+    pipeline.unload_lora_weights()
+    for name in names:
+        layer = layers[f"transformer.{name}"]
+        difference = pipeline.transformer.get_submodule(name).weight - before[name]
+        torch.testing.assert_close(difference, layer.scale * layer.up @ layer.down, atol=1e-5, rtol=1e-4)
 
 
 def random_layers(width, rank, alpha, names, seed=0):
@@ -270,7 +358,7 @@ def test_a_shared_down_as_kohya_trains_it_goes_to_every_part():
 
 
 def test_every_form_becomes_every_other_and_back(adapted, tmp_path, capsys):
-    layers = lora_layers(adapted(4, 6))[0]
+    layers = lora_layers(adapted(4, 6))
     write_lora(tmp_path / "diffusers.safetensors", layers, "diffusers", {"ss_output_name": "mine"})
     for first in LORA_FORMS:
         convert_lora.main([str(tmp_path / "diffusers.safetensors"), str(tmp_path / f"{first}.2"), "--to", first])
@@ -306,7 +394,7 @@ def test_other_spellings_are_read_and_others_refused(tmp_path, capsys):
 
 def test_a_conversion_replaces_no_file(adapted, tmp_path, capsys):
     file, other = tmp_path / "x.safetensors", tmp_path / "y.safetensors"
-    write_lora(file, lora_layers(adapted(2, 2))[0])
+    write_lora(file, lora_layers(adapted(2, 2)))
     other.write_bytes(b"mine")
     before = file.read_bytes()
     for output in (file, other):
@@ -325,7 +413,7 @@ def test_hashes_of_the_file_that_was_are_dropped_and_those_of_the_model_kept(tmp
 
 
 def test_the_header_and_the_hash_are_what_civitai_and_forge_look_up(adapted, tmp_path):
-    layers = lora_layers(adapted(4, 8))[0]
+    layers = lora_layers(adapted(4, 8))
     args = SimpleNamespace(output_name="mine", output_dir=tmp_path, pretrained_model_name_or_path="x/FLUX.1-dev")
     for entry in METADATA:
         vars(args)[f"metadata_{entry}"] = None
@@ -520,7 +608,7 @@ def test_a_runs_file_has_the_trained_strength_in_every_reader(script, train, sho
 @pytest.mark.parametrize("form", ["header", "rslora", "alpha tensors", "kohya", "ours"])
 def test_a_run_starts_at_the_strength_of_a_file_in_any_form(adapted, tiny, tmp_path, form):
     trained = adapted(4, 8)
-    layers, file = lora_layers(trained)[0], tmp_path / "x.safetensors"
+    layers, file = lora_layers(trained), tmp_path / "x.safetensors"
     pairs = {f"{name}.lora_A.weight": layer.down for name, layer in layers.items()}
     pairs |= {f"{name}.lora_B.weight": layer.up for name, layer in layers.items()}
     if form in ("ours", "kohya"):
@@ -534,7 +622,7 @@ def test_a_run_starts_at_the_strength_of_a_file_in_any_form(adapted, tiny, tmp_p
     started = adapted(4, 1)
     start_from_lora(file, started)
     torch.testing.assert_close(run(started["transformer"]), run(trained["transformer"]), atol=1e-4, rtol=1e-4)
-    for name, layer in lora_layers(started)[0].items():
+    for name, layer in lora_layers(started).items():
         torch.testing.assert_close(layer.scale * layer.up, 2 * layers[name].up)
 
 
@@ -553,7 +641,7 @@ def test_adapters_of_other_models_are_read_by_their_own_names(tmp_path):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_file_that_does_not_fit_is_refused_before_a_model_is_loaded(script, adapted, short_runs, tmp_path, capsys):
-    write_lora(tmp_path / "x.safetensors", lora_layers(adapted(2, 4))[0])
+    write_lora(tmp_path / "x.safetensors", lora_layers(adapted(2, 4)))
     flags = [*short_runs[script], "--output_dir", tmp_path / "run", "--lora_path", tmp_path / "x.safetensors"]
     for extra, words in ((["--rank", 2], "made for other layers"), (["--rank", 3], "give --rank 2")):
         with pytest.raises(SystemExit) as stop:
@@ -621,7 +709,7 @@ def test_pipelines_of_other_families_load_their_file_at_the_trained_strength(fam
     pipeline.fuse_lora(components=["transformer"])
     pipeline.unload_lora_weights()
     after = pipeline.transformer.state_dict()
-    layers = lora_layers(modules)[0]
+    layers = lora_layers(modules)
     assert len(layers) > 10
     for name, layer in layers.items():
         key = name.removeprefix("transformer.") + ".weight"

@@ -351,8 +351,16 @@ def test_what_lands_in_output_dir_and_what_trains(train, modes, tmp_path, tiny_f
         )
     ]
     assert sorted(path.name for path in (run / "validation").iterdir()) == [f"step-00000{n}.png" for n in (0, 3, 5)]
-    base = load_file(tiny_fill / "transformer" / "diffusion_pytorch_model.safetensors")["x_embedder.weight"]
-    assert not torch.equal(weights(run)["transformer.x_embedder.weight"], base)
+    base = load_file(tiny_fill / "transformer" / "diffusion_pytorch_model.safetensors")
+    exact = load_file(run / "checkpoint-4" / f"resume_{LORA}")  # it resumes with the embedder's own weights
+    change, bias_change = [exact[f"transformer.x_embedder.{k}"] - base[f"x_embedder.{k}"] for k in ("weight", "bias")]
+    assert change.any()
+    assert bias_change.any()
+    change[:, -256:] += bias_change[:, None] / 256  # inputs of a mask that is 1 everywhere
+    saved = weights(run / "checkpoint-4")
+    product = saved["transformer.x_embedder.lora_B.weight"] @ saved["transformer.x_embedder.lora_A.weight"]
+    assert torch.equal(product, change)
+    assert weights(run)["transformer.x_embedder.lora_B.weight"].any()
     rows = [json.loads(line) for line in (run / "metrics.jsonl").open()]
     assert all(np.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in rows)
 
