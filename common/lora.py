@@ -353,9 +353,9 @@ def register_lora_checkpointing(
 
     Of each of `files` {adapter name: file name}, one named "default" without, there are two: the file itself, which
     is what `save_lora` would write as the result at that step, in `dtype`, with `header(adapter name)` and
-    `more_layers()`, within `result_weights()`, though always in diffusers' form; and RESUME_PREFIX + file name, the weights as they are in
-    training, to resume from. `teacher` {name: tensor} is saved with the second. Where the transformer is split over
-    the processes, each saves its part of these and of the optimizer instead.
+    `more_layers()`, within `result_weights()`, though always in diffusers' form; and RESUME_PREFIX + file name, the
+    weights as they are in training, to resume from. `teacher` {name: tensor} is saved with the second. Where the
+    transformer is split over the processes, each saves its part of these and of the optimizer instead.
     `modules` may be empty (DreamBooth's textual inversion alone): then checkpoints hold no models.
     """
     files = files or {"default": LORA_WEIGHT_NAME_SAFE}

@@ -169,8 +169,9 @@ def write_lora(
     kohya      the names of kohya's sd-scripts, FLUX.1 only; layers that its authors fused are fused, exactly.
 
     `header` is added to the file's metadata, to ss_network_dim and ss_network_alpha, which hold the trained rank and
-    alpha, and to sshs_model_hash: the SHA-256 of everything after the header. `adapter_settings` are PEFT's settings of the layers at scale 1, which the header of
-    diffusers' form holds; by default they are what `adapter_metadata` takes from the layers.
+    alpha, and to sshs_model_hash: the SHA-256 of everything after the header. `adapter_settings` are PEFT's settings
+    of the layers at scale 1, which the header of diffusers' form holds; by default they are what `adapter_metadata`
+    takes from the layers.
     """
     metadata = {"format": "pt"}
     settings = {(layer.rank, layer.alpha) for layer in layers.values()}
