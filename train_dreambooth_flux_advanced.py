@@ -72,9 +72,12 @@ from common.checkpoints import (
     checkpoint_to_resume,
     claim_output_dir,
     count_skipped,
+    interruption,
     load_checkpoint,
+    outlive_signals,
     run_settings,
     save_checkpoint,
+    stop_agreed,
     stop_interrupted,
 )
 from common.data import (
@@ -2150,6 +2153,8 @@ def log_validation(accelerator, transformer, vae, noise_scheduler, prompt_encode
     ):
         call = pipeline_call(prompt_encoder, prompt, args)
         images = generate_images(accelerator, pipeline, [call] * args.num_validation_images, seed=args.seed)
+    if not images:  # interrupted
+        return
     captions = [f"seed {args.seed + i}" for i in range(len(images))]
     save_images(accelerator, args, images, captions, prompt=prompt, step=step)
 
@@ -2388,6 +2393,12 @@ def generate_command(args, prompt):
 
 
 def main(args):
+    """Trains. Ctrl-C and other signals save and end it with exit code 128 + their number."""
+    with catch_signals(args.output_dir):
+        train(args)
+
+
+def train(args):
     # 1. Accelerator, logging, seed
     if args.local_rank != -1 and "WORLD_SIZE" in os.environ:  # without a launcher there is one process
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
@@ -2595,10 +2606,19 @@ def main(args):
     global_step = load_checkpoint(accelerator, checkpoint, lr_scheduler)
     if prompt_encoder.trained and global_step >= text_encoder_stop:  # the run resumes behind the pivot
         prompt_encoder.freeze(prompts)
+
+    def save():
+        state = run | {"trained_until": stops}
+        return save_checkpoint(accelerator, args.output_dir, global_step, state, args.checkpoints_total_limit)
+
     sampler.start = global_step * accumulation
     sampler.stop = max_train_steps * accumulation
     train_dataloader = DataLoader(
-        dataset, batch_sampler=sampler, collate_fn=collate, num_workers=args.dataloader_num_workers
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=collate,
+        num_workers=args.dataloader_num_workers,
+        worker_init_fn=outlive_signals,
     )
 
     # 7. Train
@@ -2608,7 +2628,6 @@ def main(args):
     print_header(accelerator, args, run_info, lora_params, base_size, max_train_steps, steps_per_epoch, batch)
     marks = {"pivot: text encoders frozen": text_encoder_stop, "transformer frozen": transformer_stop}
     start_logging(accelerator, args, "dreambooth-flux", global_step, marks)
-    signals = catch_signals()  # before the validation: a signal during it, too, saves a checkpoint, after one update
     metrics = None
     if accelerator.is_main_process:
         metrics = open_metrics(args.output_dir / "metrics.jsonl", global_step)
@@ -2622,6 +2641,7 @@ def main(args):
         unit="step",
         disable=not accelerator.is_main_process,
     )
+    interruption.start_saving()
     loss_sum = 0.0  # of the micro-steps since the last update
     num_images = 0  # in them, on all processes, without class images
     skipped_steps = 0  # in a row, because the loss was not finite
@@ -2678,7 +2698,7 @@ def main(args):
                     parameter.grad = None
             grad_norm = accelerator.clip_grad_norm_([*lora_params, *text_params], args.max_grad_norm or math.inf)
             # one message between the processes carries the loss and whether any of them got a signal
-            stop_requested = torch.tensor(float(len(signals)), device=device)
+            stop_requested = torch.tensor(float(interruption.is_requested()), device=device)
             reduced = accelerator.reduce(torch.stack([loss_sum, stop_requested]), reduction="mean")
             mean_loss, stop_requested = reduced.tolist()
             # a gradient scaler (fp16) skips infinite gradients itself
@@ -2705,17 +2725,16 @@ def main(args):
             if step_of_epoch == 0 and epoch % args.save_every_n_epochs == 0:
                 save_result(args, adapted_models, header(), save_dtype, epoch)
         # after the file of the epoch, which a run that is resumed from this checkpoint does not write
-        if stop_requested or global_step % args.checkpointing_steps == 0:
-            state = run | {"trained_until": stops}
-            checkpoint = save_checkpoint(
-                accelerator, args.output_dir, global_step, state, args.checkpoints_total_limit
-            )
-        if stop_requested and not done:
-            transformer = None  # see the end of `main`
-            stop_interrupted(accelerator, global_step, checkpoint, signals)
-        if args.validation_prompt and global_step % validation_steps == 0 and not done:
+        if global_step % args.checkpointing_steps == 0:
+            save()
+        if args.validation_prompt and global_step % validation_steps == 0 and not (done or stop_requested):
             prompt = args.validation_prompt
             log_validation(accelerator, transformer, vae, noise_scheduler, prompt_encoder, args, prompt, global_step)
+            stop_requested = stop_agreed(accelerator)
+        if stop_requested and not done:
+            checkpoint = save()
+            transformer = None  # see the end of `train`
+            stop_interrupted(accelerator, global_step, checkpoint)
         loss_sum = 0.0
         num_images = 0
         started = time.perf_counter()
@@ -2731,6 +2750,11 @@ def main(args):
         plot_metrics(args.output_dir)
     if final_prompt:
         log_validation(accelerator, transformer, vae, noise_scheduler, prompt_encoder, args, final_prompt, global_step)
+    if stop_agreed(accelerator):
+        checkpoint = save()
+        transformer = None
+        stop_interrupted(accelerator, global_step, checkpoint)
+    interruption.stop_saving()
     example_prompt = final_prompt or args.instance_prompt or examples[0].prompt()
     if accelerator.is_main_process:
         save_model_card(

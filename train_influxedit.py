@@ -71,9 +71,12 @@ from common.checkpoints import (
     checkpoint_to_resume,
     claim_output_dir,
     count_skipped,
+    interruption,
     load_checkpoint,
+    outlive_signals,
     run_settings,
     save_checkpoint,
+    stop_agreed,
     stop_interrupted,
 )
 from common.data import (
@@ -1116,6 +1119,8 @@ def log_validation(accelerator, transformer, vae, noise_scheduler, prompt_encode
             calls += [call] * args.num_validation_images
             prompts += [case.prompt] * args.num_validation_images
         images = generate_images(accelerator, pipeline, calls, seed=args.seed)
+    if not images:  # interrupted
+        return
     captions = [f"{prompt} | seed {args.seed + i}" for i, prompt in enumerate(prompts)]
 
     cells = []  # of the grid, a row per case: its input, then the images generated from it
@@ -1302,6 +1307,12 @@ def generate_command(args, prompt):
 
 
 def main(args):
+    """Trains. Ctrl-C and other signals save and end it with exit code 128 + their number."""
+    with catch_signals(args.output_dir):
+        train(args)
+
+
+def train(args):
     # 1. Accelerator, logging, seed
     if args.local_rank != -1 and "WORLD_SIZE" in os.environ:  # without a launcher there is one process
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
@@ -1492,17 +1503,24 @@ def main(args):
         more_layers=more_layers,
     )
     global_step = load_checkpoint(accelerator, checkpoint, lr_scheduler)
+
+    def save():
+        return save_checkpoint(accelerator, args.output_dir, global_step, run, args.checkpoints_total_limit)
+
     sampler.start = global_step * accumulation
     sampler.stop = max_train_steps * accumulation
     train_dataloader = DataLoader(
-        dataset, batch_sampler=sampler, collate_fn=collate, num_workers=args.dataloader_num_workers
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=collate,
+        num_workers=args.dataloader_num_workers,
+        worker_init_fn=outlive_signals,
     )
 
     # 7. Train
     run_info = describe_run(args, examples, text_lora_params)
     print_header(accelerator, args, run_info, lora_params, base_size, max_train_steps, steps_per_epoch)
     start_logging(accelerator, args, "influxedit", global_step)
-    signals = catch_signals()  # before the validation: a signal during it, too, saves a checkpoint, after one update
     metrics = None
     if accelerator.is_main_process:
         metrics = open_metrics(args.output_dir / "metrics.jsonl", global_step)
@@ -1516,6 +1534,7 @@ def main(args):
         unit="step",
         disable=not accelerator.is_main_process,
     )
+    interruption.start_saving()
     loss_sum = 0.0  # of the micro-steps since the last update
     skipped_steps = 0  # in a row, because the loss was not finite
     started = time.perf_counter()
@@ -1567,7 +1586,7 @@ def main(args):
             average_gradients(accelerator, text_lora_params)
             grad_norm = accelerator.clip_grad_norm_([*lora_params, *text_lora_params], args.max_grad_norm or math.inf)
             # one message between the processes carries the loss and whether any of them got a signal
-            stop_requested = torch.tensor(float(len(signals)), device=device)
+            stop_requested = torch.tensor(float(interruption.is_requested()), device=device)
             reduced = accelerator.reduce(torch.stack([loss_sum, stop_requested]), reduction="mean")
             mean_loss, stop_requested = reduced.tolist()
             # a gradient scaler (fp16) skips infinite gradients itself
@@ -1585,13 +1604,15 @@ def main(args):
         lr_scheduler.step()  # after the step's rate was logged
         log_step(accelerator, progress_bar, metrics, global_step, logs)
         done = global_step == max_train_steps
-        if stop_requested or global_step % args.checkpointing_steps == 0:
-            checkpoint = save_checkpoint(accelerator, args.output_dir, global_step, run, args.checkpoints_total_limit)
-        if stop_requested and not done:
-            transformer = None  # see the end of `main`
-            stop_interrupted(accelerator, global_step, checkpoint, signals)
-        if cases and global_step % args.validation_steps == 0 and not done:
+        if global_step % args.checkpointing_steps == 0:
+            save()
+        if cases and global_step % args.validation_steps == 0 and not (done or stop_requested):
             log_validation(accelerator, transformer, vae, noise_scheduler, prompt_encoder, args, cases, global_step)
+            stop_requested = stop_agreed(accelerator)
+        if stop_requested and not done:
+            checkpoint = save()
+            transformer = None  # see the end of `train`
+            stop_interrupted(accelerator, global_step, checkpoint)
         loss_sum = 0.0
         started = time.perf_counter()
     progress_bar.close()
@@ -1606,6 +1627,11 @@ def main(args):
         plot_metrics(args.output_dir)
     if cases:
         log_validation(accelerator, transformer, vae, noise_scheduler, prompt_encoder, args, cases, global_step)
+    if stop_agreed(accelerator):
+        checkpoint = save()
+        transformer = None
+        stop_interrupted(accelerator, global_step, checkpoint)
+    interruption.stop_saving()
     example_prompt = cases[0].prompt if cases else examples[0].caption
     if accelerator.is_main_process:
         save_model_card(args, weight_dtype, example_prompt)

@@ -79,9 +79,12 @@ from common.checkpoints import (
     checkpoint_to_resume,
     claim_output_dir,
     count_skipped,
+    interruption,
     load_checkpoint,
+    outlive_signals,
     run_settings,
     save_checkpoint,
+    stop_agreed,
     stop_interrupted,
 )
 from common.data import (
@@ -2124,6 +2127,8 @@ def log_validation(accelerator, transformer, vae, noise_scheduler, prompt_encode
             inputs[integrated] = dataset.source_image(example, f"condition_{integrated}")
         call = pipeline_call(prompt_encoder, prompt, args, dataset.specs, inputs, mask)
         images = generate_images(accelerator, pipeline, [call] * args.num_validation_images, seed=args.seed)
+    if not images:  # interrupted
+        return
     captions = [f"condition: {spec.type}" for spec in dataset.specs]
     captions += [f"seed {args.seed + i}" for i in range(len(images))]
     height, width = args.target_size
@@ -2247,6 +2252,12 @@ def create_optimizer(args, params_to_optimize):
 
 
 def main(args):
+    """Trains. Ctrl-C and other signals save and end it with exit code 128 + their number."""
+    with catch_signals(args.output_dir):
+        train(args)
+
+
+def train(args):
     # 1. Accelerator, logging, seed
     if args.local_rank != -1 and "WORLD_SIZE" in os.environ:  # without a launcher there is one process
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
@@ -2393,21 +2404,28 @@ def main(args):
         accelerator, adapted_models, optimizer, files_in_checkpoints, dtype=save_dtype, header=header
     )
     global_step = load_checkpoint(accelerator, checkpoint, lr_scheduler)
+
+    def save():
+        return save_checkpoint(accelerator, args.output_dir, global_step, run, args.checkpoints_total_limit)
+
     sampler.start = global_step * accumulation
     sampler.stop = max_train_steps * accumulation
     if args.streaming:
         if checkpoint:
             sampler.state = checkpoint_state(checkpoint).get("stream")
         # one process reads the stream, whose threads decode: each row is read once, in the same order
-        train_dataloader = DataLoader(sampler, batch_size=None, num_workers=min(1, args.dataloader_num_workers))
+        train_dataloader = DataLoader(
+            sampler, batch_size=None, num_workers=min(1, args.dataloader_num_workers), worker_init_fn=outlive_signals
+        )
     else:
-        train_dataloader = DataLoader(dataset, batch_sampler=sampler, num_workers=args.dataloader_num_workers)
+        train_dataloader = DataLoader(
+            dataset, batch_sampler=sampler, num_workers=args.dataloader_num_workers, worker_init_fn=outlive_signals
+        )
 
     # 7. Train
     run_info = describe_run(args, dataset)
     print_header(accelerator, args, run_info, lora_params, base_size, max_train_steps, steps_per_epoch)
     start_logging(accelerator, args, "omini", global_step)
-    signals = catch_signals()  # before the validation: a signal during it, too, saves a checkpoint, after one update
     metrics = None
     if accelerator.is_main_process:
         metrics = open_metrics(args.output_dir / "metrics.jsonl", global_step)
@@ -2423,6 +2441,7 @@ def main(args):
         unit="step",
         disable=not accelerator.is_main_process,
     )
+    interruption.start_saving()
     loss_sum = 0.0  # of the micro-steps since the last update
     skipped_steps = 0  # in a row, because the loss was not finite
     started = time.perf_counter()
@@ -2475,7 +2494,7 @@ def main(args):
                 average_gradients(accelerator, lora_params)
             grad_norm = accelerator.clip_grad_norm_(lora_params, args.max_grad_norm or math.inf)
             # one message between the processes carries the loss and whether any of them got a signal
-            stop_requested = torch.tensor(float(len(signals)), device=device)
+            stop_requested = torch.tensor(float(interruption.is_requested()), device=device)
             reduced = accelerator.reduce(torch.stack([loss_sum, stop_requested]), reduction="mean")
             mean_loss, stop_requested = reduced.tolist()
             # a gradient scaler (fp16) skips infinite gradients itself
@@ -2493,12 +2512,9 @@ def main(args):
         lr_scheduler.step()  # after the step's rate was logged
         log_step(accelerator, progress_bar, metrics, global_step, logs)
         done = global_step == max_train_steps
-        if stop_requested or global_step % args.checkpointing_steps == 0:
-            checkpoint = save_checkpoint(accelerator, args.output_dir, global_step, run, args.checkpoints_total_limit)
-        if stop_requested and not done:
-            transformer = None  # see the end of `main`
-            stop_interrupted(accelerator, global_step, checkpoint, signals)
-        if args.validation_prompt and global_step % validation_steps == 0 and not done:
+        if global_step % args.checkpointing_steps == 0:
+            save()
+        if args.validation_prompt and global_step % validation_steps == 0 and not (done or stop_requested):
             log_validation(
                 accelerator,
                 transformer,
@@ -2510,6 +2526,11 @@ def main(args):
                 args.validation_prompt,
                 global_step,
             )
+            stop_requested = stop_agreed(accelerator)
+        if stop_requested and not done:
+            checkpoint = save()
+            transformer = None  # see the end of `train`
+            stop_interrupted(accelerator, global_step, checkpoint)
         loss_sum = 0.0
         started = time.perf_counter()
     progress_bar.close()
@@ -2526,6 +2547,11 @@ def main(args):
         log_validation(
             accelerator, transformer, vae, noise_scheduler, prompt_encoder, dataset, args, final_prompt, global_step
         )
+    if stop_agreed(accelerator):
+        checkpoint = save()
+        transformer = None
+        stop_interrupted(accelerator, global_step, checkpoint)
+    interruption.stop_saving()
     example_prompt = final_prompt or examples[0].caption
     if accelerator.is_main_process:
         save_model_card(args, generate_command(args, specs, example_prompt))

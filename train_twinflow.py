@@ -78,11 +78,14 @@ from common.checkpoints import (
     claim_output_dir,
     count_skipped,
     follow_umask,
+    interruption,
     load_checkpoint,
+    outlive_signals,
     register_sharded_checkpointing,
     register_tensor_checkpointing,
     run_settings,
     save_checkpoint,
+    stop_agreed,
     stop_interrupted,
     writing,
 )
@@ -2144,6 +2147,8 @@ def log_validation(
             cond["reference"] = encode_images(vae, reference_values[None]).expand(count, -1, -1, -1)
         cond = {name: value.to(device) for name, value in cond.items()}
         for sampler in args.validation_samplers:
+            if stop_agreed(accelerator):
+                return
             style, steps = sampler.split(":")
             generators = [torch.Generator().manual_seed(args.seed + i) for i in range(count)]
             noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
@@ -2251,6 +2256,12 @@ def create_optimizer(args, params_to_optimize):
 
 
 def main(args):
+    """Trains. Ctrl-C and other signals save and end it with exit code 128 + their number."""
+    with catch_signals(args.output_dir):
+        train(args)
+
+
+def train(args):
     # 1. Accelerator, logging, seed
     if args.local_rank != -1 and "WORLD_SIZE" in os.environ:  # without a launcher there is one process
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
@@ -2413,17 +2424,24 @@ def main(args):
         accelerator.register_save_state_pre_hook(lambda models, weights, folder: save_full_model(folder))
     global_step = load_checkpoint(accelerator, checkpoint, lr_scheduler)
     teacher.restore_decay(global_step)
+
+    def save():
+        return save_checkpoint(accelerator, args.output_dir, global_step, run, args.checkpoints_total_limit)
+
     sampler.start = global_step * accumulation
     sampler.stop = max_train_steps * accumulation
     train_dataloader = DataLoader(
-        dataset, batch_sampler=sampler, collate_fn=collate, num_workers=args.dataloader_num_workers
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=collate,
+        num_workers=args.dataloader_num_workers,
+        worker_init_fn=outlive_signals,
     )
 
     # 7. Train
     run_info = describe_run(args, dataset)
     print_header(accelerator, args, run_info, params.values(), base_size, max_train_steps, steps_per_epoch)
     start_logging(accelerator, args, "twinflow", global_step)
-    signals = catch_signals()  # before the validation: a signal during it, too, saves a checkpoint, after one update
     metrics = None
     if accelerator.is_main_process:
         metrics = open_metrics(args.output_dir / "metrics.jsonl", global_step)
@@ -2457,6 +2475,7 @@ def main(args):
         unit="step",
         disable=not accelerator.is_main_process,
     )
+    interruption.start_saving()
     sums = {}  # of the loss and its parts, since the last update
     skipped_steps = 0  # in a row, because the loss was not finite
     started = time.perf_counter()
@@ -2489,7 +2508,7 @@ def main(args):
 
             grad_norm = accelerator.clip_grad_norm_(params.values(), args.max_grad_norm or math.inf)
             # one message between the processes carries the losses and whether any of them got a signal
-            stop_requested = torch.tensor(float(len(signals)), device=device)
+            stop_requested = torch.tensor(float(interruption.is_requested()), device=device)
             reduced = accelerator.reduce(torch.stack([*sums.values(), stop_requested]), reduction="mean")
             *mean_losses, stop_requested = reduced.tolist()
             means = dict(zip(sums, mean_losses, strict=True))
@@ -2509,13 +2528,15 @@ def main(args):
         lr_scheduler.step()  # after the step's rate was logged
         log_step(accelerator, progress_bar, metrics, global_step, logs)
         done = global_step == max_train_steps
-        if stop_requested or global_step % args.checkpointing_steps == 0:
-            checkpoint = save_checkpoint(accelerator, args.output_dir, global_step, run, args.checkpoints_total_limit)
-        if stop_requested and not done:
-            transformer = predict = validate = None  # see the end of `main`
-            stop_interrupted(accelerator, global_step, checkpoint, signals)
-        if args.validation_prompt and global_step % validation_steps == 0 and not done:
+        if global_step % args.checkpointing_steps == 0:
+            save()
+        if args.validation_prompt and global_step % validation_steps == 0 and not (done or stop_requested):
             validate(step=global_step)
+            stop_requested = stop_agreed(accelerator)
+        if stop_requested and not done:
+            checkpoint = save()
+            transformer = predict = validate = None  # see the end of `train`
+            stop_interrupted(accelerator, global_step, checkpoint)
         sums = {}
         started = time.perf_counter()
     progress_bar.close()
@@ -2533,6 +2554,11 @@ def main(args):
         plot_metrics(args.output_dir)
     if args.validation_prompt:
         validate(step=global_step)
+    if stop_agreed(accelerator):
+        checkpoint = save()
+        transformer = predict = validate = None
+        stop_interrupted(accelerator, global_step, checkpoint)
+    interruption.stop_saving()
     command = generate_command(args, args.validation_prompt or examples[0].captions[0])
     if accelerator.is_main_process:
         save_model_card(args, command)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 import warnings
 
 
@@ -11,3 +12,14 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message="Image size .* exceeds limit")  # of Pillow; data.py has a bound of its own
+
+
+def without_traceback(kind, error, traceback):
+    """Ctrl-C, also during imports, is no error of a program's: the line that it ends with says so."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("\nInterrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
+sys.excepthook = without_traceback

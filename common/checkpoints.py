@@ -7,10 +7,12 @@ import json
 import os
 import re
 import secrets
+import select
 import shutil
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -389,10 +391,12 @@ def save_checkpoint(
 
     Guaranteed whenever the process or the machine stops: a folder named checkpoint-N is complete, because it is
     written under another name, flushed to the disk and renamed; and no checkpoint is deleted before a newer one is
-    complete. To be called by all processes.
+    complete. One of this step that is there is that of this run, and is kept. To be called by all processes.
     """
     output_dir = Path(output_dir)
     checkpoint = output_dir / f"checkpoint-{step}"
+    if checkpoint.is_dir():
+        return checkpoint
     partial = output_dir / f".checkpoint-{step}.partial"
     try:
         with writing(checkpoint):
@@ -557,25 +561,165 @@ def own_errors() -> Iterator[None]:
 MAX_SKIPPED_STEPS = 10  # in a row, because the loss was not finite
 
 
-def catch_signals() -> list[int]:
-    """Collects SIGINT and SIGTERM in the list that it returns, so that the training loop can save and stop.
+# Ctrl-C or a notebook's button; a scheduler; a terminal that was closed
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SAME_SIGNAL = 2.0  # seconds: Ctrl-C reaches torchrun and its processes, and torchrun sends them another signal
 
-    A signal more than two seconds after the first one ends the process at once. Those that come sooner count as the
-    same one: Ctrl-C reaches torchrun and its processes, and torchrun sends them another signal.
+
+class Interruption:
+    """What signals ask of the run in this process.
+
+    Where there is nothing to save, the first one ends it at once. Between `start_saving` and `stop_saving` the first
+    one is a request: the training loop, which asks `stop_agreed`, saves and stops after its step; another one ends the
+    run at once.
     """
-    signals: list[int] = []
-    times: list[float] = []
 
-    def handle(number: int, frame: FrameType | None) -> None:
-        signals.append(number)
-        times.append(time.monotonic())
-        if times[-1] - times[0] > 2:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
+    def __init__(self) -> None:
+        self.reset()
 
-    signal.signal(signal.SIGINT, handle)
-    signal.signal(signal.SIGTERM, handle)
-    return signals
+    def reset(self) -> None:
+        """A run begins."""
+        self.number: int | None = None  # of the first signal
+        self.time = 0.0  # of the last one that counted
+        self.pid = os.getpid()
+        self.saves = False
+        self.is_trained = False
+
+    def install(self) -> None:
+        """Makes this the handler of SIGNALS; only a main thread can."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in SIGNALS:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # which nohup asks for
+                signal.signal(number, self.handle)
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self.pid:  # forked, to read data: it lives as long as its parent wants
+            if number == signal.SIGTERM:
+                signal.signal(number, signal.SIG_DFL)
+                signal.raise_signal(number)
+            return
+        now = time.monotonic()
+        if self.number is not None and now - self.time < SAME_SIGNAL:
+            return
+        at_once = self.number is not None or not self.saves
+        self.number = self.number or number
+        self.time = now
+        if at_once:
+            raise KeyboardInterrupt
+
+    def start_saving(self) -> None:
+        """From here on a run has something to save. A handler that a library has put in place of this one goes."""
+        self.saves = True
+        self.install()
+
+    def stop_saving(self) -> None:
+        """From here on all is saved."""
+        self.saves = False
+        self.is_trained = True
+        if self.number is not None:
+            raise KeyboardInterrupt
+
+    def is_requested(self) -> bool:
+        """Whether a signal has come to this process."""
+        if self.number is None:
+            return False
+        drop_closed_outputs()
+        return True
+
+    def announce(self, wakeups: int) -> None:
+        """A thread that says what the first signal does, whatever the main thread waits for: an accelerator's step.
+
+        The file `wakeups` gets the number of each signal when it comes, and 0 at the end.
+        """
+        is_said = False
+        while number := ord(os.read(wakeups, 1)):
+            if number in SIGNALS and self.saves and not is_said:
+                print_once("Saving after this step; once more to stop at once")
+                is_said = True
+
+
+interruption = Interruption()  # a process has one handler of each signal
+
+
+@contextmanager
+def catch_signals(output_dir: Path) -> Iterator[None]:
+    """Within it SIGNALS end the run as `interruption` says, with one line and exit code 128 + their number.
+
+    Afterwards they mean what they meant before: a notebook goes on.
+    """
+    interruption.reset()
+    if threading.current_thread() is not threading.main_thread():  # which gets no signal, and may handle none
+        yield
+        return
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    wakeups, wakeup_writer = os.pipe()
+    os.set_blocking(wakeup_writer, False)
+    thread = threading.Thread(target=interruption.announce, args=[wakeups], daemon=True)
+    thread.start()
+    previous_writer = signal.set_wakeup_fd(wakeup_writer, warn_on_full_buffer=False)
+    try:
+        interruption.install()
+        yield
+    except KeyboardInterrupt:
+        print_once(f"Interrupted at once; {what_is_saved(output_dir)}")
+        raise SystemExit(128 + (interruption.number or signal.SIGINT)) from None
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(previous_writer)
+        os.write(wakeup_writer, bytes(1))
+        thread.join()
+        os.close(wakeups)
+        os.close(wakeup_writer)
+
+
+def what_is_saved(output_dir: Path) -> str:
+    """The end of a sentence: what a run that stopped at once has left."""
+    if interruption.is_trained:
+        return f"what was trained is saved in {output_dir}"
+    checkpoints = find_checkpoints(output_dir)
+    if not checkpoints:
+        return "no checkpoint was saved"
+    return f"the last checkpoint is {checkpoints[-1]}: continue with --resume_from_checkpoint latest"
+
+
+def print_once(text: str) -> None:
+    """Prints a line, in one of several processes, below a progress bar."""
+    drop_closed_outputs()
+    if os.environ.get("RANK", "0") == "0":
+        with suppress(OSError):
+            print(f"\n{text}", file=sys.stderr, flush=True)
+
+
+def drop_closed_outputs() -> None:
+    """What is printed goes nowhere if its reader has gone: a terminal, or a `| tee` that Ctrl-C has ended as well.
+
+    Else printing would end the run before it is saved.
+    """
+    for descriptor in (1, 2):
+        poll = select.poll()
+        poll.register(descriptor, 0)
+        if any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, descriptor)
+            os.close(nowhere)
+
+
+def stop_agreed(accelerator: Accelerator) -> bool:
+    """Whether a signal has come to any of the processes, all of which call this."""
+    requested = torch.tensor(float(interruption.is_requested()), device=accelerator.device)
+    return bool(accelerator.reduce(requested, reduction="sum").item())
+
+
+def outlive_signals(worker: int) -> None:
+    """A DataLoader's worker_init_fn: a signal to all processes leaves its workers to the one that trains.
+
+    It ends them when it has saved. One that is asked to end and is not ended so dies after half a minute.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(30))
 
 
 def count_skipped(num_skipped: int, step: int) -> int:
@@ -588,15 +732,13 @@ def count_skipped(num_skipped: int, step: int) -> int:
     return num_skipped
 
 
-def stop_interrupted(accelerator: Accelerator, step: int, checkpoint: Path, signals: list[int]) -> None:
+def stop_interrupted(accelerator: Accelerator, step: int, checkpoint: Path) -> None:
     """Ends a run that a signal interrupted, on this process (128 + its number) or another (1), after it was saved."""
     accelerator.free_memory()
     accelerator.end_training()
     release_lock()
-    accelerator.print(
-        f"\nInterrupted at step {step}, saved {checkpoint}; continue with --resume_from_checkpoint latest"
-    )
-    raise SystemExit(128 + signals[0] if signals else 1)
+    print_once(f"Interrupted at step {step}, saved {checkpoint}; continue with --resume_from_checkpoint latest")
+    raise SystemExit(128 + interruption.number if interruption.number else 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

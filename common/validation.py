@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from common.checkpoints import atomic_write, writing
+from common.checkpoints import atomic_write, interruption, stop_agreed, writing
 from common.flow_matching import step_generator
 from common.models import gather_objects, is_sharded
 
@@ -45,7 +45,7 @@ def generate_images(
     """One image per dictionary of pipeline arguments in `calls`, image i from a generator seeded with `seed` + i.
 
     The processes share the images; with a sharded model, which needs all processes for each image, they generate the
-    same ones together. Each process returns all images, in order.
+    same ones together. Each process returns all images, in order; none if a signal came before the last.
     """
     pipeline.set_progress_bar_config(disable=True)
     numbered = list(enumerate(calls))
@@ -55,9 +55,12 @@ def generate_images(
     images = []
     with sharing as share, accelerator.autocast():
         for i, arguments in tqdm(share, desc="Validation", unit="image", leave=False, disable=quiet):
+            if stop_agreed(accelerator) if sharded else interruption.is_requested():
+                break
             generator = torch.Generator().manual_seed(seed + i)  # on the CPU: the same noise on every device
             images += pipeline(**arguments, generator=generator).images
-    return images if sharded else gather_objects(images)
+    images = images if sharded else gather_objects(images)
+    return images if len(images) == len(calls) else []
 
 
 def generate_class_images(

@@ -19,6 +19,7 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -99,6 +100,55 @@ def pause(trainer, name, nth, marker, seconds):
         return honest(*args, **kwargs)
 
     setattr(trainer, name, wait)
+
+
+def slow_images(trainer, marker, seconds, nth):
+    """Each image of a validation takes some `seconds` longer; the file `marker` is made with the `nth`."""
+    from common import validation
+
+    honest, calls = validation.torch.Generator, 0
+
+    class Generator(honest):  # one for each image
+        def __init__(self, *args):
+            nonlocal calls
+            super().__init__()
+            calls += 1
+            if calls >= nth:
+                Path(marker).touch()
+                time.sleep(seconds)
+
+    validation.torch = SimpleNamespace(**vars(torch) | {"Generator": Generator})
+
+
+def slow_steps(trainer, seconds, marker):
+    """Each step takes some `seconds`; the second makes the file `marker`."""
+    honest, calls = trainer.compute_loss, 0
+
+    def compute_loss(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            Path(marker).touch()
+        if calls > 1:
+            time.sleep(seconds)
+        return honest(*args, **kwargs)
+
+    trainer.compute_loss = compute_loss
+
+
+def be_a_notebook(trainer, script, flags, marker, log, seconds=None):
+    """Calls main() in a process that lives on, which has a handler of its own. Its third step lasts, or all."""
+    trainer = importlib.import_module(script)
+    kernel = signal.getsignal(signal.SIGINT)
+    if seconds is None:
+        pause(trainer, "compute_loss", 3, marker, 60)
+    else:
+        slow_steps(trainer, seconds, marker)
+    try:
+        trainer.main(trainer.parse_args(flags))
+    except SystemExit as end:
+        same = "the kernel's" if signal.getsignal(signal.SIGINT) is kernel else "another"
+        Path(log).write_text(f"main ended with {end.code}, the handler is {same}")
 
 
 def watch_memory(trainer, path):
@@ -418,7 +468,8 @@ def test_a_step_without_a_finite_loss_changes_no_weight(train, short_runs, tmp_p
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-SIGNALS = [("SIGTERM", "run"), ("SIGINT", "group")]
+SIGNALS = [("SIGTERM", "run"), ("SIGTERM", "group"), ("SIGINT", "group"), ("SIGHUP", "run")]
+MOMENTS = [("log_step", 3, 4), ("save_images", 2, 4), ("save_images", 3, 9)]  # function, its call, step that is saved
 
 
 @pytest.mark.parametrize(("name", "whom"), SIGNALS)
@@ -427,13 +478,13 @@ def test_a_signal_while_training_or_drawing_saves_and_ends(runs, flags_of, tmp_p
     number, marker = getattr(signal, name), tmp_path / "marker"
     flags = [*flags_of[script], "--max_train_steps", 9, "--dataloader_num_workers", 2, "--output_dir"]
     assert runs.run(script, [*flags, tmp_path / "whole"]) == 0, runs.output()
-    # within the validations before step 1 and after step 4, and between two of them
-    for function, nth, step in (("save_images", 1, 1), ("log_step", 3, 4), ("save_images", 2, 5)):
+    for function, nth, step in MOMENTS:  # between two steps; within the validation after step 4, and the last one
         folder = tmp_path / f"{function}-{nth}"
         runs.start(script, [*flags, folder], pause, function, nth, str(marker), 1)
         runs.wait_for(marker.exists)
         marker.unlink()
         (os.kill if whom == "run" else os.killpg)(runs.pid, number)
+        runs.wait_for(lambda: "once more to stop at once" in runs.output(), timeout=1)
         assert runs.end() == 128 + number, runs.output()[-3000:]
         output = runs.output()
         assert "Traceback" not in output, output[-3000:]
@@ -442,6 +493,81 @@ def test_a_signal_while_training_or_drawing_saves_and_ends(runs, flags_of, tmp_p
         assert runs.run(script, [*flags, folder, "--resume_from_checkpoint", "latest"]) == 0, runs.output()
         assert results(folder) == results(tmp_path / "whole")
         assert losses(folder) == losses(tmp_path / "whole")
+        assert (folder / "validation" / "step-000009.png").is_file()
+
+
+def test_validation_stops_between_images(runs, flags_of, tmp_path):
+    marker, folder = tmp_path / "marker", tmp_path / "run"
+    flags = [*flags_of[SCRIPTS[0]], "--num_validation_images", 8, "--output_dir", folder]
+    runs.start(SCRIPTS[0], [*flags, "--max_train_steps", 5], slow_images, str(marker), 2, 9)
+    runs.wait_for(marker.exists)
+    os.kill(runs.pid, signal.SIGINT)
+    began = time.monotonic()
+    assert runs.end() == 130, runs.output()[-3000:]
+    assert time.monotonic() - began < 5  # all would take 16
+    assert list(checkpoints(folder)) == [4]
+    assert sorted(path.name for path in (folder / "validation").iterdir()) == ["step-000000.png"]
+
+
+def test_a_second_signal_ends_at_once_and_a_notebook_goes_on(runs, short_runs, tmp_path):
+    flags = [*short_runs[SCRIPTS[0]], "--max_train_steps", 50, "--checkpointing_steps", 1, "--output_dir"]
+    marker, folder, log = tmp_path / "marker", tmp_path / "run", tmp_path / "kernel"
+    flags = [*map(str, flags), str(folder)]
+    runs.start(None, [], be_a_notebook, SCRIPTS[0], flags, str(marker), str(log))
+    runs.wait_for(marker.exists)
+    os.kill(runs.pid, signal.SIGINT)
+    runs.wait_for(lambda: "once more to stop at once" in runs.output(), timeout=1)
+    time.sleep(2.1)
+    os.kill(runs.pid, signal.SIGINT)
+    assert runs.end(timeout=10) == 0
+    assert log.read_text() == "main ended with 130, the handler is the kernel's"
+    assert "the last checkpoint is" in runs.output()
+    assert "Traceback" not in runs.output()
+    assert list(checkpoints(folder)) == [1, 2]
+
+
+STEPS = [0.0, pytest.param(20.0, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("seconds", STEPS)
+def test_a_notebooks_interrupt_and_a_schedulers_grace_period_end_with_a_checkpoint(
+    runs, short_runs, tmp_path, seconds
+):
+    """30 seconds after SIGTERM a scheduler kills."""
+    flags = [*short_runs[SCRIPTS[0]], "--max_train_steps", 5000, "--output_dir", tmp_path / "scheduler"]
+    runs.start(SCRIPTS[0], flags, slow_steps, seconds, str(tmp_path / "step"))
+    runs.wait_for((tmp_path / "step").exists)
+    os.kill(runs.pid, signal.SIGTERM)
+    assert runs.end(timeout=30) == 143, runs.output()[-3000:]
+    assert len(checkpoints(tmp_path / "scheduler")) == 1
+
+    log, words = tmp_path / "kernel", [*map(str, flags[:-1]), str(tmp_path / "notebook")]
+    runs.start(None, [], be_a_notebook, SCRIPTS[0], words, str(tmp_path / "marker"), str(log), seconds)
+    runs.wait_for((tmp_path / "marker").exists)
+    os.kill(runs.pid, signal.SIGINT)
+    assert runs.end(timeout=30) == 0, runs.output()[-3000:]
+    assert log.read_text() == "main ended with 130, the handler is the kernel's"
+    assert len(checkpoints(tmp_path / "notebook")) == 1
+
+
+def test_a_terminal_that_is_closed_and_a_pipe_that_ends_lose_no_step(short_runs, tmp_path):
+    """`| tee` ends at Ctrl-C, too; to write to it afterwards is an error, and so it is to a closed terminal."""
+    flags = [*short_runs[SCRIPTS[0]], "--max_train_steps", 5000]
+    for number, (reader, writer) in ((signal.SIGINT, os.pipe()), (signal.SIGHUP, os.openpty())):
+        folder = tmp_path / number.name
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        request = json.dumps(request_of(SCRIPTS[0], [*flags, "--output_dir", folder]))
+        process = subprocess.Popen(
+            [sys.executable, PROGRAM, request], stdout=writer, stderr=writer, stdin=subprocess.DEVNULL, env=environment
+        )
+        os.close(writer)
+        seen = b""
+        while not (folder / "metrics.jsonl").exists() or not losses(folder):
+            seen += os.read(reader, 65536)
+        os.close(reader)
+        process.send_signal(number)
+        assert process.wait(60) == 128 + number
+        assert len(checkpoints(folder)) == 1
 
 
 EARLY = [
@@ -449,6 +575,7 @@ EARLY = [
     (SCRIPTS[3], "cache_latents", ["--cache_latents"]),
     *((script, "generate_class_images", []) for script in (SCRIPTS[0], SCRIPTS[2])),
     *((script, "load_checkpoint", []) for script in SCRIPTS),
+    *((script, "open_metrics", []) for script in SCRIPTS),
 ]
 
 
@@ -463,7 +590,9 @@ def test_a_signal_before_training_ends_at_once(runs, short_runs, tmp_path, scrip
         runs.wait_for((tmp_path / "marker").exists)
         (tmp_path / "marker").unlink()
         os.kill(runs.pid, number)
-        assert runs.end(timeout=100) == -number
+        assert runs.end(timeout=100) == 128 + number
+        assert "Interrupted at once; no checkpoint was saved" in runs.output()
+        assert "Traceback" not in runs.output()
     assert not checkpoints(tmp_path / "run")
     assert runs.run(script, flags) == 0, runs.output()
 

@@ -160,13 +160,13 @@ def run(script, flags):
         parts[0] = 0.0
         return generator(seed, step, micro_step, *rest)
 
-    catch_signals = trainer.catch_signals
+    start_saving = trainer.interruption.start_saving
 
-    def catch():  # just before the loop, after all other users of generators
+    def start():  # just before the loop, after all other users of generators
         trainer.step_generator = step_generator
-        return catch_signals()
+        start_saving()
 
-    trainer.catch_signals = catch
+    trainer.interruption.start_saving = start
     with tempfile.TemporaryDirectory() as folder:
         trainer.main(trainer.parse_args([*flags, f"--output_dir={folder}"]))
     measured["memory"] = resident("VmHWM") - baseline
