@@ -67,11 +67,12 @@ from common.checkpoints import (
     check_output_dir,
     check_results,
     check_run,
+    check_steps,
+    check_taken,
     checkpoint_damage,
     checkpoint_state,
     checkpoint_to_resume,
     claim_output_dir,
-    count_skipped,
     interruption,
     load_checkpoint,
     outlive_signals,
@@ -2644,7 +2645,7 @@ def train(args):
     interruption.start_saving()
     loss_sum = 0.0  # of the micro-steps since the last update
     num_images = 0  # in them, on all processes, without class images
-    skipped_steps = 0  # in a row, because the loss was not finite
+    taken_steps = []  # of each step: whether loss and gradient were finite, so that it changed weights
     started = time.perf_counter()
     # No loop over epochs: a run can resume at any micro-step. All that a micro-step draws at random (batch, crops,
     # latents, noise levels, dropout) depends on the seed and its number alone; the order of these draws is what exact
@@ -2712,14 +2713,12 @@ def train(args):
         global_step += 1
         if prompt_encoder.trained and global_step == text_encoder_stop:
             prompt_encoder.freeze(prompts)
-        if finite:
-            skipped_steps = 0
-        else:
-            skipped_steps = count_skipped(skipped_steps, global_step)
+        done = global_step == max_train_steps
+        taken_steps.append(finite and not accelerator.optimizer_step_was_skipped)
         logs = {"loss": mean_loss, **step_logs(optimizer, grad_norm, num_images, started, device)}
         lr_scheduler.step()  # after the step's rate was logged
         log_step(accelerator, progress_bar, metrics, global_step, logs)
-        done = global_step == max_train_steps
+        check_steps(taken_steps, global_step, done=done)
         if args.save_every_n_epochs and adapted_models and not done:
             epoch, step_of_epoch = divmod(global_step, steps_per_epoch)
             if step_of_epoch == 0 and epoch % args.save_every_n_epochs == 0:
@@ -2780,6 +2779,7 @@ def train(args):
     }
     files_beside = [lora] if args.output_name and lora.exists() else []
     command = generate_command(args, example_prompt)
+    check_taken(taken_steps, args.output_dir)
     finish(accelerator, args, global_step, results, command, hub_repo, files_beside=files_beside)
 
 

@@ -75,10 +75,11 @@ from common.checkpoints import (
     check_output_dir,
     check_results,
     check_run,
+    check_steps,
+    check_taken,
     checkpoint_state,
     checkpoint_to_resume,
     claim_output_dir,
-    count_skipped,
     interruption,
     load_checkpoint,
     outlive_signals,
@@ -252,12 +253,16 @@ def size_text(size):
     return f"{width}x{height}"
 
 
+MAX_OFFSET = 100_000  # tokens
+
+
 def offset(text):
     """An argparse type: "down,right" as a pair of numbers."""
     parts = text.split(",")
     if len(parts) != 2:
         raise argparse.ArgumentTypeError(f"{text}: expected a pair DOWN,RIGHT in tokens of 16 pixels, such as 0,-32")
-    return (float(parts[0]), float(parts[1]))
+    down, right = map(in_range(float, -MAX_OFFSET, MAX_OFFSET), parts)
+    return (down, right)
 
 
 def parse_args(argv=None):
@@ -2443,7 +2448,7 @@ def train(args):
     )
     interruption.start_saving()
     loss_sum = 0.0  # of the micro-steps since the last update
-    skipped_steps = 0  # in a row, because the loss was not finite
+    taken_steps = []  # of each step: whether loss and gradient were finite, so that it changed weights
     started = time.perf_counter()
     # No loop over epochs: a run can resume at any micro-step. All that a micro-step draws at random (batch, masks,
     # latents, noise, noise levels, dropout) depends on the seed and its number alone; the order of these draws is what
@@ -2504,14 +2509,12 @@ def train(args):
             optimizer.zero_grad()
 
         global_step += 1
-        if finite:
-            skipped_steps = 0
-        else:
-            skipped_steps = count_skipped(skipped_steps, global_step)
+        done = global_step == max_train_steps
+        taken_steps.append(finite and not accelerator.optimizer_step_was_skipped)
         logs = {"loss": mean_loss, **step_logs(optimizer, grad_norm, total_batch_size, started, device)}
         lr_scheduler.step()  # after the step's rate was logged
         log_step(accelerator, progress_bar, metrics, global_step, logs)
-        done = global_step == max_train_steps
+        check_steps(taken_steps, global_step, done=done)
         if global_step % args.checkpointing_steps == 0:
             save()
         if args.validation_prompt and global_step % validation_steps == 0 and not (done or stop_requested):
@@ -2563,6 +2566,7 @@ def train(args):
     images = " ".join(shlex.quote(str(path)) for path in args.validation_image or ["IMAGE"])
     command = generate_command(args, specs, example_prompt, image=images, mask="MASK")
     files_beside = list(files.values()) if args.output_name else []
+    check_taken(taken_steps, args.output_dir)
     finish(accelerator, args, global_step, results, command, hub_repo, ["depth/**"], files_beside)
 
 

@@ -74,9 +74,10 @@ from common.checkpoints import (
     check_output_dir,
     check_results,
     check_run,
+    check_steps,
+    check_taken,
     checkpoint_to_resume,
     claim_output_dir,
-    count_skipped,
     follow_umask,
     interruption,
     load_checkpoint,
@@ -2477,7 +2478,7 @@ def train(args):
     )
     interruption.start_saving()
     sums = {}  # of the loss and its parts, since the last update
-    skipped_steps = 0  # in a row, because the loss was not finite
+    taken_steps = []  # of each step: whether loss and gradient were finite, so that it changed weights
     started = time.perf_counter()
     # No loop over epochs: a run can resume at any micro-step. All that a micro-step draws at random (batch, crops,
     # times, noise, dropout) depends on the seed and its number alone; the order of these draws is what exact resume
@@ -2520,14 +2521,12 @@ def train(args):
             optimizer.zero_grad()
 
         global_step += 1
-        if finite:
-            skipped_steps = 0
-        else:
-            skipped_steps = count_skipped(skipped_steps, global_step)
+        done = global_step == max_train_steps
+        taken_steps.append(finite and not accelerator.optimizer_step_was_skipped)
         logs = {**means, **step_logs(optimizer, grad_norm, total_batch_size, started, device)}
         lr_scheduler.step()  # after the step's rate was logged
         log_step(accelerator, progress_bar, metrics, global_step, logs)
-        done = global_step == max_train_steps
+        check_steps(taken_steps, global_step, done=done)
         if global_step % args.checkpointing_steps == 0:
             save()
         if args.validation_prompt and global_step % validation_steps == 0 and not (done or stop_requested):
@@ -2573,6 +2572,7 @@ def train(args):
         "images": "validation",
     }
     files_beside = [lora] if args.output_name else []
+    check_taken(taken_steps, args.output_dir)
     finish(accelerator, args, global_step, results, command, hub_repo, ["encoded/**"], files_beside)
 
 

@@ -12,6 +12,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message="Image size .* exceeds limit")  # of Pillow; data.py has a bound of its own
+# torch's, where the first step was skipped: `check_steps` tells of it
+warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
 
 
 def without_traceback(kind, error, traceback):

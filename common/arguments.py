@@ -196,7 +196,8 @@ def in_range(
     def parse(text: str) -> float:
         value = number_type(text)
         too_small = value <= minimum if above else value < minimum
-        if too_small or value > maximum or not math.isfinite(value):
+        is_finite = isinstance(value, int) or math.isfinite(value)
+        if too_small or value > maximum or not is_finite:
             limit = f"above {minimum}" if above else f"at least {minimum}"
             if maximum < math.inf:
                 limit += f" and at most {maximum}"

@@ -1,6 +1,7 @@
 """The folder of a run: whose it is, what may change on resume, whole checkpoints or none, signals, atomic files."""
 
 import argparse
+import errno
 import fcntl
 import hashlib
 import json
@@ -558,7 +559,7 @@ def own_errors() -> Iterator[None]:
 # Stopping before the end
 # ---------------------------------------------------------------------------------------------------------------------
 
-MAX_SKIPPED_STEPS = 10  # in a row, because the loss was not finite
+MAX_SKIPPED_STEPS = 10  # in a row, because the loss or the gradient was not finite
 
 
 # Ctrl-C or a notebook's button; a scheduler; a terminal that was closed
@@ -575,10 +576,11 @@ class Interruption:
     """
 
     def __init__(self) -> None:
-        self.reset()
+        self.reset(None)
 
-    def reset(self) -> None:
-        """A run begins."""
+    def reset(self, output_dir: Path | None) -> None:
+        """A run begins that writes to `output_dir`."""
+        self.output_dir = output_dir
         self.number: int | None = None  # of the first signal
         self.time = 0.0  # of the last one that counted
         self.pid = os.getpid()
@@ -648,7 +650,7 @@ def catch_signals(output_dir: Path) -> Iterator[None]:
 
     Afterwards they mean what they meant before: a notebook goes on.
     """
-    interruption.reset()
+    interruption.reset(output_dir)
     if threading.current_thread() is not threading.main_thread():  # which gets no signal, and may handle none
         yield
         return
@@ -662,7 +664,7 @@ def catch_signals(output_dir: Path) -> Iterator[None]:
         interruption.install()
         yield
     except KeyboardInterrupt:
-        print_once(f"Interrupted at once; {what_is_saved(output_dir)}")
+        print_once(f"Interrupted at once; {what_is_saved()}")
         raise SystemExit(128 + (interruption.number or signal.SIGINT)) from None
     finally:
         for number, handler in handlers.items():
@@ -674,11 +676,11 @@ def catch_signals(output_dir: Path) -> Iterator[None]:
         os.close(wakeup_writer)
 
 
-def what_is_saved(output_dir: Path) -> str:
-    """The end of a sentence: what a run that stopped at once has left."""
+def what_is_saved() -> str:
+    """The end of a sentence: what the run in this process has left."""
     if interruption.is_trained:
-        return f"what was trained is saved in {output_dir}"
-    checkpoints = find_checkpoints(output_dir)
+        return f"what was trained is saved in {interruption.output_dir}"
+    checkpoints = find_checkpoints(interruption.output_dir or Path())
     if not checkpoints:
         return "no checkpoint was saved"
     return f"the last checkpoint is {checkpoints[-1]}: continue with --resume_from_checkpoint latest"
@@ -722,14 +724,42 @@ def outlive_signals(worker: int) -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(30))
 
 
-def count_skipped(num_skipped: int, step: int) -> int:
-    """`num_skipped` + 1, the steps in a row that were skipped; ends the run if these are MAX_SKIPPED_STEPS."""
-    num_skipped += 1
-    if num_skipped == MAX_SKIPPED_STEPS:
-        raise SystemExit(
-            f"\nStopped at step {step}: the last {num_skipped} losses were not finite. Checkpoints are intact."
+REMEDY_NOT_FINITE = (
+    "try a lower --learning_rate, --max_grad_norm 1, --mixed_precision bf16 or no instead of fp16, and look for "
+    "damaged images or weights"
+)
+
+
+def check_steps(taken: Sequence[bool], step: int, *, done: bool) -> None:
+    """Says that the last step was skipped, the first, second, fourth, eighth ... time; ends the run if all are.
+
+    `taken` says of each step of this process whether it changed weights; one whose loss or gradient is not finite does
+    not. The run ends after MAX_SKIPPED_STEPS in a row, or when it is `done` and none was taken.
+    """
+    if taken[-1]:
+        return
+    num_skipped = taken.count(False)
+    if num_skipped.bit_count() == 1:
+        print_once(
+            f"Step {step} was skipped, its loss or gradient is not finite: {num_skipped} of {len(taken)} steps so far"
         )
-    return num_skipped
+    last = taken[-MAX_SKIPPED_STEPS:]
+    if any(last) or (len(last) < MAX_SKIPPED_STEPS and not done):
+        return
+    raise SystemExit(
+        f"\nStopped at step {step}: the last {len(last)} losses or gradients were not finite, nothing was trained by "
+        f"them; {what_is_saved()}. First {REMEDY_NOT_FINITE}"
+    )
+
+
+def check_taken(taken: Sequence[bool], output_dir: Path) -> None:
+    """Ends a run, whose results are written, as failed if more than a tenth of its steps was skipped."""
+    num_skipped = taken.count(False)
+    if num_skipped > len(taken) / 10:
+        raise SystemExit(
+            f"\n{num_skipped} of {len(taken)} steps were skipped, their losses or gradients were not finite: what is "
+            f"in {output_dir} is trained less than was asked for; {REMEDY_NOT_FINITE}"
+        )
 
 
 def stop_interrupted(accelerator: Accelerator, step: int, checkpoint: Path) -> None:
@@ -747,7 +777,7 @@ def stop_interrupted(accelerator: Accelerator, step: int, checkpoint: Path) -> N
 
 
 PARTIAL_CHECKPOINT = re.compile(r"\.checkpoint-\d+\.partial")  # of `save_checkpoint`
-PARTIAL_FILE = re.compile(r"\..+\.[0-9a-f]{8}\.partial")  # of `atomic_write`
+PARTIAL_FILE = re.compile(r"\..+\.[0-9a-f]{8}\.partial|\.tmp[0-9A-Za-z]{6}")  # of `atomic_write`, of safetensors
 
 
 @contextmanager
@@ -789,7 +819,7 @@ def remove_partial(output_dir: Path, results: Iterable[Path] = ()) -> None:
         for path in list(result.parent.glob(".*.partial")):
             if own.fullmatch(path.name):
                 path.unlink()
-    for path in list(output_dir.rglob(".*.partial")):
+    for path in list(output_dir.rglob(".*")):
         if path.is_dir() and PARTIAL_CHECKPOINT.fullmatch(path.name):
             shutil.rmtree(path)
         elif path.is_file() and PARTIAL_FILE.fullmatch(path.name):
@@ -819,20 +849,35 @@ def writing(path: Path | str) -> Iterator[None]:
         reason = write_error(error)
         if reason is None:
             raise
-        free = shutil.disk_usage(nearest_folder(path.parent)).free
+        other = getattr(error, "filename", None)
+        if other and not Path(str(other)).absolute().is_relative_to(path.parent):
+            reason += f": {other}"
         raise SystemExit(
-            f"\n{Path(sys.argv[0]).name}: error: {path} cannot be written ({reason}); {free / 2**20:.1f} MiB are free "
-            "there. Checkpoints are intact: free some space, then continue with --resume_from_checkpoint latest"
+            f"\n{Path(sys.argv[0]).name}: error: {path} cannot be written ({reason}){room(path, error)}{remedy()}"
         ) from None
 
 
 def write_error(error: Exception) -> str | None:
-    """Why a file could not be written; None for an error that has another cause."""
+    """Why a file could not be written, as the system says it; None for an error that has another cause."""
     if isinstance(error, OSError | SafetensorError):
         return getattr(error, "strerror", None) or str(error)
     if re.search("PytorchStreamWriter|iostream|unexpected pos", str(error)):  # torch.save's RuntimeError
-        return "writing failed"
+        return str(error).splitlines()[0]
     return None
+
+
+def room(path: Path, error: Exception) -> str:
+    """What is free where `path` is, as a part of a sentence, unless the system gave another reason for the error."""
+    if isinstance(error, OSError) and error.errno not in (None, errno.ENOSPC, errno.EDQUOT):
+        return ""
+    return f"; {shutil.disk_usage(nearest_folder(path.parent)).free / 2**20:.1f} MiB are free there"
+
+
+def remedy() -> str:
+    """The end of a message of an error while files are read or written: what a run has left, nothing without a run."""
+    if interruption.output_dir is None:
+        return ""
+    return f"; {what_is_saved()}"
 
 
 def follow_umask(folder: Path) -> None:

@@ -35,6 +35,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from common.checkpoints import remedy
 from common.models import gather_objects
 
 import fsspec
@@ -946,8 +947,7 @@ def read_batches(dataloader: Iterable) -> Iterator:
     except (OSError, ValueError, SyntaxError, SafetensorError, Image.DecompressionBombError) as error:
         reason = (str(error).strip() or repr(error)).splitlines()[-1]  # after a worker's traceback
         raise SystemExit(
-            f"\n{Path(sys.argv[0]).name}: error: the data can no longer be read: {reason}. Checkpoints are intact: "
-            "fix it, then continue with --resume_from_checkpoint latest"
+            f"\n{Path(sys.argv[0]).name}: error: the data can no longer be read: {reason}{remedy()}"
         ) from None
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from common.arguments import fail
-from common.checkpoints import atomic_write, find_checkpoints, release_lock, remove_partial, writing
+from common.checkpoints import atomic_write, find_checkpoints, print_once, release_lock, remove_partial, writing
 from common.metrics import mean_window, read_metrics, running_mean
 
 import numpy as np
@@ -156,10 +156,7 @@ def log_step(accelerator: Accelerator, progress_bar: tqdm, metrics: Any, step: i
     with writing(accelerator.logging_dir or "."):
         accelerator.log(dict(logs), step=step)
     if metrics:
-        line = (json.dumps({"step": step, **logs}) + "\n").encode()
-        with writing(metrics.name):
-            if metrics.write(line) < len(line):  # an unbuffered write to a full disk may take a part
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        metrics.write({"step": step, **logs})
 
 
 def print_forecast(progress_bar: Any, step: int, memory_gb: float) -> None:
@@ -182,15 +179,58 @@ def peak_memory(device: torch.device) -> float:
     return peak / 2**20 if sys.platform == "linux" else peak / 2**30  # KiB on Linux, bytes on macOS
 
 
-def open_metrics(path: Path, last_step: int) -> Any:
-    """Opens metrics.jsonl to append the rows of steps after `last_step`; rows that it has of those are dropped.
+class Metrics:
+    """The file metrics.jsonl, open to append the rows of steps after `last_step`; what it has of those is dropped.
 
-    It is unbuffered: what a full disk did not take must not be tried again when the file is closed.
+    It is unbuffered: what a full disk did not take must not be tried again when the file is closed. A run cannot be
+    told, drawn with or plotted without it and args.json beside it, so they are written again if they are deleted.
     """
-    kept = [row for row in read_metrics(path) if row["step"] <= last_step]
-    with atomic_write(path) as partial:
-        partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
-    return path.open("ab", buffering=0)
+
+    def __init__(self, path: Path, last_step: int) -> None:
+        self.path = path
+        self.args_file = path.with_name("args.json")
+        self.args = self.args_file.read_bytes() if self.args_file.exists() else None
+        rows = [row for row in read_metrics(path) if row["step"] <= last_step]
+        self.open("".join(json.dumps(row) + "\n" for row in rows).encode())
+
+    def open(self, rows: bytes) -> None:
+        with atomic_write(self.path) as partial:
+            partial.write_bytes(rows)
+        self.file = self.path.open("a+b", buffering=0)
+
+    def write(self, row: Mapping[str, float]) -> None:
+        self.restore()
+        line = (json.dumps(row) + "\n").encode()
+        with writing(self.path):
+            if self.file.write(line) < len(line):  # an unbuffered write to a full disk may take a part
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def restore(self) -> None:
+        """Writes both files again if they are no longer there, or in a folder of another name."""
+        status = os.fstat(self.file.fileno())
+        is_there = self.path.exists() and os.path.samestat(self.path.stat(), status)
+        if not is_there:
+            rows = os.pread(self.file.fileno(), status.st_size, 0)  # of the file that has no name any more
+            self.file.close()
+            self.open(rows)
+        lacks_args = self.args is not None and not self.args_file.exists()
+        if lacks_args:
+            with atomic_write(self.args_file) as partial:
+                partial.write_bytes(self.args or b"")
+        if not is_there or lacks_args:
+            print_once(
+                f"{self.path.parent} was deleted or moved, or files in it: metrics.jsonl and args.json are written "
+                "again, earlier checkpoints, images and logs are not"
+            )
+
+    def close(self) -> None:
+        self.restore()
+        self.file.close()
+
+
+def open_metrics(path: Path, last_step: int) -> Metrics:
+    """The metrics.jsonl of a run that goes on after `last_step`."""
+    return Metrics(path, last_step)
 
 
 def plot_metrics(output_dir: Path) -> None:

@@ -2,6 +2,7 @@
 
 import math
 import random
+import tempfile
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -141,7 +142,8 @@ def save_images(
     prefix = f"{prompt} | " if prompt else ""
     captions = [f"{prefix}{caption}, step {step}" for caption in captions]
     with writing(args.output_dir / args.logging_dir):
-        log_images(accelerator, images, captions, name="validation", step=step, grid=grid)
+        folder = args.output_dir / "validation"
+        log_images(accelerator, images, captions, name="validation", step=step, grid=grid, folder=folder)
 
 
 def log_images(
@@ -152,8 +154,12 @@ def log_images(
     name: str,
     step: int,
     grid: Image.Image,
+    folder: Path,
 ) -> None:
-    """Sends images with their captions to every tracker; TensorBoard has no captions and gets the grid and a list."""
+    """Sends images with their captions to every tracker; TensorBoard has no captions and gets the grid and a list.
+
+    `folder` is where files may be written on the way.
+    """
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
             tracker.log_images({name: np.asarray(grid)[None]}, step=step, dataformats="NHWC")
@@ -161,8 +167,13 @@ def log_images(
         elif tracker.name == "wandb":
             import wandb
 
-            captioned = [wandb.Image(image, caption=text) for image, text in zip(images, captions, strict=True)]
-            tracker.log({name: captioned}, step=step)
+            # given an image, wandb would write its file to the system's temporary folder, on another disk
+            with tempfile.TemporaryDirectory(prefix=".", dir=folder) as temporary:
+                captioned = []
+                for i, (image, text) in enumerate(zip(images, captions, strict=True)):
+                    image.save(Path(temporary) / f"{i}.png")
+                    captioned.append(wandb.Image(str(Path(temporary) / f"{i}.png"), caption=text))
+                tracker.log({name: captioned}, step=step)
 
 
 def image_grid(

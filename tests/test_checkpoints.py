@@ -9,16 +9,26 @@ import signal
 import socket
 from contextlib import contextmanager
 
-from common.checkpoints import is_in_use, lock_folder, release_lock, remove_partial, unused_path
+from common.checkpoints import (
+    catch_signals,
+    is_in_use,
+    lock_folder,
+    release_lock,
+    remove_partial,
+    unused_path,
+    writing,
+)
 
 import pytest
 from processes import SCRIPTS
+from safetensors import SafetensorError
 
 
 SWEPT = [".checkpoint-6.partial/state", "encoded/.a.safetensors.0123abcd.partial", ".loss.png.ffffffff.partial"]
+SWEPT += [".tmpAb12cd"]  # of safetensors
 KEPT = [
     *("checkpoint-4/state", "encoded/a.safetensors", ".notes.partial", ".checkpoint-x.partial/state"),
-    *("film.partial", ".download.0123abcz.partial", "checkpoint-6.partial/state"),
+    *("film.partial", ".download.0123abcz.partial", "checkpoint-6.partial/state", ".tmpAb12cde", "tmpAb12cd"),
 ]
 
 
@@ -184,3 +194,24 @@ def claimed_late(trainer):
     """The other run was not there when the flags were read."""
     checkpoints = importlib.import_module("common.checkpoints")
     checkpoints.is_in_use = lambda folder: False
+
+
+def test_an_error_of_writing_says_what_the_system_said_and_no_more(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/elsewhere/temporary")
+    denied = PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    for error, said, unsaid in (
+        (full, ["No space left on device: /elsewhere/temporary", "MiB are free there"], ["checkpoint"]),
+        (denied, ["(Permission denied)"], ["MiB", "checkpoint"]),
+        (SafetensorError("I/O error: Input/output error (os error 5)"), ["Input/output error"], ["checkpoint"]),
+    ):
+        with pytest.raises(SystemExit) as end, writing(path):
+            raise error
+        assert all(text in end.value.code for text in [str(path), *said]), end.value.code
+        assert not any(text in end.value.code for text in unsaid), end.value.code
+    with catch_signals(tmp_path):
+        with pytest.raises(SystemExit, match="no checkpoint was saved"), writing(path):
+            raise denied
+        (tmp_path / "checkpoint-7").mkdir()
+        with pytest.raises(SystemExit, match="the last checkpoint is .*checkpoint-7"), writing(path):
+            raise denied

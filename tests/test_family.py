@@ -234,3 +234,29 @@ def test_local_rank_without_a_launcher_is_a_run_of_one_process(train, short_runs
     script = "train_dreambooth_flux_advanced"
     train(script, *short_runs[script], "--max_train_steps", 1, "--local_rank=0", "--output_dir", tmp_path)
     assert (tmp_path / "pytorch_lora_weights.safetensors").exists()
+
+
+ODD = {"position_delta": "{},0", "probs": "e2e={}", "time_dist_ctrl": "{}"}  # flags whose numbers stand within text
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_no_flag_takes_a_number_that_is_none(script):
+    numbers = 0
+    for action in flags_of(script):
+        form = ODD.get(action.dest, "{}")
+        if action.type is None or not takes(action, form.format("0.5")):
+            continue
+        if action.type(form.format("0.5")) in (form.format("0.5"), Path(form.format("0.5"))):
+            continue  # text
+        numbers += 1
+        for word in ("nan", "inf", "-inf", "1e999", "9" * 400):
+            assert not takes(action, form.format(word)), f"{action.option_strings[0]} {form.format(word)}"
+    assert numbers > 5
+
+
+def takes(action, text):
+    try:
+        action.type(text)
+    except (argparse.ArgumentTypeError, ValueError):
+        return False
+    return True

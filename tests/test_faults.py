@@ -136,6 +136,19 @@ def slow_steps(trainer, seconds, marker):
     trainer.compute_loss = compute_loss
 
 
+def not_finite(trainer, bad):
+    """The losses of the steps in `bad` are no numbers."""
+    honest, calls = trainer.compute_loss, 0
+
+    def compute_loss(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        found, factor = honest(*args, **kwargs), float("nan") if calls in bad else 1.0
+        return (found[0] * factor, found[1]) if isinstance(found, tuple) else found * factor
+
+    trainer.compute_loss = compute_loss
+
+
 def be_a_notebook(trainer, script, flags, marker, log, seconds=None):
     """Calls main() in a process that lives on, which has a handler of its own. Its third step lasts, or all."""
     trainer = importlib.import_module(script)
@@ -149,6 +162,20 @@ def be_a_notebook(trainer, script, flags, marker, log, seconds=None):
     except SystemExit as end:
         same = "the kernel's" if signal.getsignal(signal.SIGINT) is kernel else "another"
         Path(log).write_text(f"main ended with {end.code}, the handler is {same}")
+
+
+def removed(trainer, name, nth, path):
+    """Before the trainer's function `name` is called the `nth` time, somebody deletes `path`."""
+    honest, calls = getattr(trainer, name), 0
+
+    def remove(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == nth:
+            shutil.rmtree(path) if Path(path).is_dir() else Path(path).unlink()
+        return honest(*args, **kwargs)
+
+    setattr(trainer, name, remove)
 
 
 def watch_memory(trainer, path):
@@ -412,7 +439,7 @@ def test_a_picture_removed_meanwhile_is_one_message(runs, short_runs, pictures, 
     error = only_error(runs)
     print(error)
     assert str(data / "3.png") in error
-    assert "Checkpoints are intact" in error
+    assert f"the last checkpoint is {folder / 'checkpoint-'}" in error
     last = max(checkpoints(folder))
     assert last >= 4
     (data / "3.away").rename(data / "3.png")
@@ -421,19 +448,41 @@ def test_a_picture_removed_meanwhile_is_one_message(runs, short_runs, pictures, 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# An output folder that is deleted
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+DELETED = [("log_step", 3, ""), ("log_step", 5, "args.json"), ("save_checkpoint", 2, "")]
+
+
+@pytest.mark.parametrize("script", ONE_QUICK)
+def test_what_a_deleted_output_folder_had_is_written_again_or_told(runs, short_runs, tmp_path, script):
+    flags = [*short_runs[script], "--max_train_steps", 6, "--checkpointing_steps", 2, "--output_dir"]
+    assert runs.run(script, [*flags, tmp_path / "whole"]) == 0, runs.output()
+    for function, nth, name in DELETED:
+        folder = tmp_path / f"{function}-{nth}"
+        code = runs.run(script, [*flags, folder], removed, function, nth, str(folder / name))
+        output = runs.output()
+        assert "Traceback" not in output, output[-3000:]
+        if code and script == "train_twinflow":  # its encoded prompts were there, too
+            assert "encoded" in only_error(runs)
+            continue
+        assert code == 0, output[-3000:]
+        assert "was deleted or moved" in output
+        assert losses(folder) == losses(tmp_path / "whole")
+        assert results(folder) == results(tmp_path / "whole") != {}
+        assert json.loads((folder / "args.json").read_text())["args"]["max_train_steps"] == 6
+        assert max(checkpoints(folder)) == 6
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Losses that are no numbers
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def sometimes_nan(trainer, monkeypatch, bad):
-    honest, calls = trainer.compute_loss, []
-
-    def compute_loss(*args, **kwargs):
-        calls.append(1)
-        found, factor = honest(*args, **kwargs), float("nan") if len(calls) in bad else 1.0
-        return (found[0] * factor, found[1]) if isinstance(found, tuple) else found * factor
-
-    monkeypatch.setattr(trainer, "compute_loss", compute_loss)
+    monkeypatch.setattr(trainer, "compute_loss", trainer.compute_loss)  # undone afterwards
+    not_finite(trainer, bad)
 
 
 @pytest.mark.parametrize("script", [pytest.param(script, marks=pytest.mark.slow) for script in SCRIPTS])
@@ -454,13 +503,37 @@ def test_a_step_without_a_finite_loss_changes_no_weight(train, short_runs, tmp_p
 
     folder = tmp_path / "always"
     sometimes_nan(trainer, monkeypatch, range(4, 99))
-    with pytest.raises(SystemExit, match="step 13: the last 10 losses were not finite. Checkpoints are intact") as end:
+    with pytest.raises(SystemExit, match="step 13: the last 10 losses .* not finite.*checkpoint-12") as end:
         train(script, *flags, folder, "--max_train_steps", 50, "--checkpointing_steps", 3)
     assert isinstance(end.value.code, str)  # which Python prints and makes exit code 1
     assert list(checkpoints(folder)) == [3, 6, 9, 12]
     kept = {step: contents(checkpoint) for step, checkpoint in checkpoints(folder).items()}
     for name in moving:
         assert kept[3][name] == kept[12][name]
+
+
+NOT_FINITE = [  # steps that are not finite, steps, what the run ends with, counts that it says before
+    ([1, 2, 3], 3, "Stopped at step 3: the last 3 losses.*no checkpoint was saved.*--learning_rate", [1, 2]),
+    ([1, 3, 5, 7, 9], 10, "5 of 10 steps were skipped.*--learning_rate", [1, 2, 4]),
+    ([1], 10, "Trained 10 steps", [1]),
+]
+
+
+@pytest.mark.parametrize("script", ONE_QUICK)
+def test_skipped_steps_are_counted_and_too_many_are_an_error(runs, short_runs, tmp_path, script):
+    for bad, steps, end, said in NOT_FINITE:
+        folder = tmp_path / str(len(bad))
+        flags = [*short_runs[script], "--output_dir", folder, "--max_train_steps", steps]
+        code = runs.run(script, flags, not_finite, bad)
+        output = runs.output()
+        assert code == ("Trained" not in end), output
+        assert re.search(end, output), output
+        assert ("Trained 10 steps" in output) == (code == 0)
+        found = re.findall(r"Step \d+ was skipped.*: (\d+) of \d+ steps so far", output)
+        assert [int(number) for number in found] == said
+        assert "lr_scheduler" not in output  # torch's warning
+        assert "Traceback" not in output
+        assert bool(results(folder)) == (steps == 10)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

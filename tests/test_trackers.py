@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from test_family import SCRIPTS
+from wandb.sdk.data_types._private import MEDIA_TMP
 
 
 PROMPT = "a red circle on the left of <b>a blue square</b> at 100 %"
@@ -59,6 +60,7 @@ def test_trackers_show_the_curves_and_the_pictures_of_the_run(
     extra += ["--optimizer", "prodigy", "--learning_rate", 1] if script == SCRIPTS[0] else []
     extra += ["--validation_image", pictures / "1.png"] if script in ("train_omini", "train_influxedit") else []
     extra += ["--validation_width", 32, "--validation_height", 32] if script == "train_influxedit" else []
+    shutil.rmtree(MEDIA_TMP.name, ignore_errors=True)  # the system's temporary folder may be full, or swept
     train(script, *short_runs[script], "--report_to", "all", "--max_train_steps", 4, *extra, "--output_dir", run)
     rows = metrics_of(run)
     assert [row["step"] for row in rows] == STEPS
