@@ -1769,8 +1769,13 @@ def read_dataset_class(args):
                 role = f"condition_{n}"
                 read = functools.partial(read_key, read_item, i, role)
                 example.images[role] = Example(f"{example_name}, {role}", read)
-                down, right = item.get(f"position_delta_{n}", (0, 0))
-                positions.append(((float(down), float(right)), float(item.get(f"position_scale_{n}", 1.0))))
+                down, right = map(float, item.get(f"position_delta_{n}", (0, 0)))
+                scale = float(item.get(f"position_scale_{n}", 1.0))
+                if not all(map(math.isfinite, (down, right, scale))):
+                    return [], [
+                        f"--dataset_class {args.dataset_class}: item {i}: condition {n} has no finite position"
+                    ]
+                positions.append(((down, right), scale))
                 latent_masks[role] = f"condition_latent_mask_{n}"
             example.columns["positions"] = tuple(positions)
             example.columns["latent_masks"] = {

@@ -421,8 +421,9 @@ def save_checkpoint(
         raise
     if accelerator.is_main_process and total_limit:
         for folder in find_checkpoints(output_dir)[:-total_limit]:
-            to_delete = folder.rename(folder.with_name(f".{folder.name}.partial"))
-            shutil.rmtree(to_delete)
+            with writing(folder):
+                to_delete = folder.rename(folder.with_name(f".{folder.name}.partial"))
+                shutil.rmtree(to_delete)
     accelerator.wait_for_everyone()
     return checkpoint
 
@@ -814,16 +815,19 @@ def remove_partial(output_dir: Path, results: Iterable[Path] = ()) -> None:
     `results` are the files of its LoRAs, which may stand beside `output_dir`, with others' there; NAME.safetensors
     stands for NAME-000010.safetensors, of an epoch, too. To be called by one process, while no other one writes.
     """
-    for result in results:
-        own = re.compile(rf"\.{re.escape(result.stem)}(-\d{{6}})?{re.escape(result.suffix)}\.[0-9a-f]{{8}}\.partial")
-        for path in list(result.parent.glob(".*.partial")):
-            if own.fullmatch(path.name):
+    with writing(output_dir):
+        for result in results:
+            own = re.compile(
+                rf"\.{re.escape(result.stem)}(-\d{{6}})?{re.escape(result.suffix)}\.[0-9a-f]{{8}}\.partial"
+            )
+            for path in list(result.parent.glob(".*.partial")):
+                if own.fullmatch(path.name):
+                    path.unlink()
+        for path in list(output_dir.rglob(".*")):
+            if path.is_dir() and PARTIAL_CHECKPOINT.fullmatch(path.name):
+                shutil.rmtree(path)
+            elif path.is_file() and PARTIAL_FILE.fullmatch(path.name):
                 path.unlink()
-    for path in list(output_dir.rglob(".*")):
-        if path.is_dir() and PARTIAL_CHECKPOINT.fullmatch(path.name):
-            shutil.rmtree(path)
-        elif path.is_file() and PARTIAL_FILE.fullmatch(path.name):
-            path.unlink()
 
 
 def unused_path(path: Path) -> Path:

@@ -85,7 +85,8 @@ def generate_class_images(
     depends on (seed, i) alone and is written whole or not at all, so an interrupted run continues where it was. A
     batch with one missing image is generated as a whole, because rounding depends on the batch size.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"class-{i:05d}.png" for i in range(num_images)]
     missing = [path for path in paths if not path.exists()]
     missing = set(missing[: num_images - num_present])

@@ -4,8 +4,11 @@ Runs are processes of their own: processes.py.
 """
 
 import atexit
+import builtins
 import contextlib
+import errno
 import functools
+import hashlib
 import importlib
 import io
 import json
@@ -18,6 +21,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +29,7 @@ import numpy as np
 import psutil
 import pyarrow.parquet
 import pytest
+import safetensors.torch
 import torch
 from conftest import ROOT
 from PIL import Image
@@ -67,6 +72,76 @@ def at_file_event(trainer, folder, number, count_file=None):
     sys.addaudithook(hook)
     if count_file:
         atexit.register(lambda: Path(count_file).write_text(str(count)))
+
+
+def failing_write(trainer, folder, number, code, count_file=None):
+    """The `number`th time that something in `folder` is written, made, flushed, renamed or deleted the system's error
+    `code` comes instead; 0: never. A file that is opened to be written with a full disk fails when it is written."""
+    main, count = os.getpid(), 0
+
+    def is_due(path, *args, **kwargs):
+        nonlocal count
+        inside = kwargs.get("dir_fd") is not None  # of shutil.rmtree: names within a folder
+        if isinstance(path, int):
+            path = Path(f"/proc/self/fd/{path}").readlink()
+        inside = inside or str(path).startswith(folder)
+        count += inside and os.getpid() == main
+        return inside and os.getpid() == main and count == number
+
+    def wrap(module, name, writes=lambda *args, **kwargs: True):
+        honest = getattr(module, name)
+
+        def fails_once(path, *args, **kwargs):
+            if not writes(path, *args, **kwargs) or not is_due(path, *args, **kwargs):
+                return honest(path, *args, **kwargs)
+            if name != "open" or module is os or code != errno.ENOSPC or "a" in args[0]:
+                raise OSError(code, os.strerror(code), str(path))
+            file = honest(path, *args, **kwargs)
+            os.dup2(os.open("/dev/full", os.O_WRONLY), file.fileno())
+            return file
+
+        setattr(module, name, fails_once)
+
+    def opens_to_write(path, mode="r", *args, **kwargs):
+        return not isinstance(path, int) and bool(set("wax+").intersection(mode))
+
+    for name in ("mkdir", "rename", "replace", "unlink", "rmdir", "chmod", "fsync"):
+        wrap(os, name)
+    wrap(os, "open", lambda path, flags, *args, **kwargs: flags & (os.O_WRONLY | os.O_RDWR))
+    for module in (builtins, io):
+        wrap(module, "open", opens_to_write)
+    # these two do not write by Python
+    failed = safetensors.SafetensorError(f"Error while serializing: I/O error: {os.strerror(code)} (os error {code})")
+    wrap_second(safetensors.torch, "serialize_file", is_due, failed)
+    wrap_second(torch, "save", is_due, RuntimeError("PytorchStreamWriter failed writing file data.pkl"))
+    if count_file:
+        atexit.register(lambda: Path(count_file).write_text(str(count)))
+
+
+def wrap_second(module, name, is_due, error):
+    """The function of a module raises the error when it is due by its second argument, a path."""
+    honest = getattr(module, name)
+
+    def fails_once(data, path, *args, **kwargs):
+        if is_due(path):
+            raise error
+        return honest(data, path, *args, **kwargs)
+
+    setattr(module, name, fails_once)
+
+
+def vanishing(trainer, name, nth, path):
+    """Before the trainer's function `name` is called the `nth` time the file `path` gets another name."""
+    honest, calls = getattr(trainer, name), 0
+
+    def rename(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == nth:
+            Path(path).rename(f"{path}.away")
+        return honest(*args, **kwargs)
+
+    setattr(trainer, name, rename)
 
 
 def full_disk(trainer, name, nth, filler, room):
@@ -623,6 +698,7 @@ def test_a_notebooks_interrupt_and_a_schedulers_grace_period_end_with_a_checkpoi
     assert len(checkpoints(tmp_path / "notebook")) == 1
 
 
+@pytest.mark.slow
 def test_a_terminal_that_is_closed_and_a_pipe_that_ends_lose_no_step(short_runs, tmp_path):
     """`| tee` ends at Ctrl-C, too; to write to it afterwards is an error, and so it is to a closed terminal."""
     flags = [*short_runs[SCRIPTS[0]], "--max_train_steps", 5000]
@@ -744,6 +820,187 @@ def test_a_full_disk_ends_both_of_two_processes(short_runs, small_disk, script):
     with two_processes(script, [*flags, "--resume_from_checkpoint", "latest"]) as launcher:
         output = launcher.communicate(timeout=300)[0]
         assert launcher.returncode == 0, output[-3000:]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Every write, every file of the input, signals at random moments; beside files of others
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+ERRORS = (errno.ENOSPC, errno.EIO, errno.EPERM)
+DATA_FLAGS = ("--instance_data_dir", "--train_data_dir", "--target_data_dir", "--caption_data_dir")
+CACHES = {
+    SCRIPTS[0]: ["--cache_latents", "--cache_latents_to_disk", "--disk_cache_dir"],
+    SCRIPTS[1]: ["--cache_latents"],
+    SCRIPTS[2]: ["--cache_latents"],
+    SCRIPTS[3]: ["--cache_latents"],
+}
+
+
+@pytest.fixture(scope="module")
+def counts(request):
+    """What the tests below count, printed after them."""
+    found = Counter()
+    yield found
+    text = ", ".join(f"{number} {what}" for what, number in found.items())
+    request.config.pluginmanager.get_plugin("terminalreporter").write_line(f"\nfault injection: {text}")
+
+
+class Home:
+    """A folder with the data of a run and with files of others: runs fail in it, and are continued."""
+
+    def __init__(self, folder, flags, runs, script, counts):
+        self.folder, self.runs, self.script, self.counts = folder, runs, script, counts
+        self.flags = list(flags)
+        for i, flag in enumerate(self.flags):
+            if flag in DATA_FLAGS:
+                copy = shutil.copytree(self.flags[i + 1], folder / "data" / flag.strip("-"))
+                self.flags[i + 1] = copy
+        for name in ("notes.txt", "other/checkpoint-2/state", "other/args.json", ".checkpoint-2.partial/x"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(f"of another: {name}")
+        self.run = folder / "run"
+        self.whole = folder.with_name("whole")
+        self.flags += ["--max_train_steps", 5, "--checkpointing_steps", 2, "--checkpoints_total_limit", 1]
+        self.before = self.others()
+        assert runs.run(script, [*self.flags, "--output_dir", self.whole]) == 0, runs.output()
+        self.losses, self.results = losses(self.whole), results(self.whole)
+        self.resumed = {}  # what lies in `run`: whether a run from there was continued
+
+    def others(self):
+        """{file: hash} of all but what the runs write."""
+        own = (self.folder / "run", self.folder / "cache")
+        files = [path for path in self.folder.rglob("*") if path.is_file()]
+        files = [path for path in files if not any(path.is_relative_to(folder) for folder in own)]
+        return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+    def start(self, *fault, more=()):
+        return self.runs.start(self.script, [*self.flags, *more, "--output_dir", self.run], *fault)
+
+    def check_end(self, code, *, of_signal=None):
+        """A run that failed says so in one line; nothing but its own files has changed."""
+        output = self.runs.output()
+        assert "Traceback" not in output and "Exception ignored" not in output, output[-4000:]
+        if code == 0:
+            self.check_finished()
+        elif of_signal is None:
+            assert code == 1, output[-3000:]
+            assert only_error(self.runs)
+        assert self.others() == self.before
+        self.counts["files of others compared"] += len(self.before)
+
+    def check_finished(self):
+        assert results(self.run) == self.results != {}
+        assert losses(self.run) == self.losses
+        self.counts["results compared"] += len(self.results)
+
+    def resume(self):
+        """Continues the run that failed, unless one that left files of the same names was continued before."""
+        names = frozenset(path.relative_to(self.run) for path in self.run.rglob("*") if "partial" not in path.name)
+        if names not in self.resumed:
+            assert (
+                self.runs.run(
+                    self.script, [*self.flags, "--output_dir", self.run, "--resume_from_checkpoint", "latest"]
+                )
+                == 0
+            ), self.runs.output()[-3000:]
+            self.check_finished()
+            self.counts["runs resumed"] += 1
+            self.resumed[names] = True
+
+    def clear(self):
+        shutil.rmtree(self.run, ignore_errors=True)
+        shutil.rmtree(self.folder / "cache", ignore_errors=True)
+
+
+@pytest.fixture
+def home_of(runs, flags_of, tmp_path, counts):
+    """home_of(script, cached): a `Home` of the trainer's runs, which validate at step 4."""
+
+    def make(script, cached):
+        folder = tmp_path / "home"
+        folder.mkdir()
+        flags = list(flags_of[script])
+        if cached:
+            flags += CACHES[script]
+            flags += [folder / "cache"] if flags[-1] == "--disk_cache_dir" else []
+        return Home(folder, flags, runs, script, counts)
+
+    return make
+
+
+EVERY_WRITE = [pytest.param(SCRIPTS[0], 100, id="some")]
+EVERY_WRITE += [pytest.param(script, 1, id=script, marks=pytest.mark.slow) for script in SCRIPTS]
+
+
+@pytest.mark.parametrize(("script", "stride"), EVERY_WRITE)
+def test_every_write_may_fail(runs, home_of, tmp_path, counts, script, stride):
+    home, count_file = home_of(script, cached=True), tmp_path / "count"
+    home.start(failing_write, str(home.folder), 0, 0, str(count_file))
+    assert runs.end() == 0, runs.output()
+    home.check_finished()
+    home.clear()
+    writes = int(count_file.read_text())
+    for number in range(1, writes + 1, stride):
+        code = ERRORS[number % len(ERRORS)]
+        home.start(failing_write, str(home.folder), number, code)
+        ended = runs.end()
+        where = f"write {number} of {writes}, {os.strerror(code)}: {runs.output()[-3000:]}"
+        home.check_end(ended)
+        if ended:
+            error = only_error(runs)
+            assert os.strerror(code) in error or "PytorchStreamWriter" in error, where
+            assert str(home.folder) in error, where
+            home.resume()
+        counts["writes failed"] += 1
+        home.clear()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_file_of_the_input_may_vanish(runs, home_of, counts, script):
+    home = home_of(script, cached=False)
+    for number, path in enumerate(sorted((home.folder / "data").rglob("*.*"))):
+        moment = ("start_logging", 1) if number % 2 else ("log_step", 2)
+        home.start(vanishing, *moment, str(path))
+        ended = runs.end()
+        away = path.with_name(f"{path.name}.away")
+        if away.exists():
+            away.rename(path)
+        home.check_end(ended)
+        if ended:
+            assert str(path) in only_error(runs)
+            home.resume()
+        counts["files of the input that vanished"] += 1
+        home.clear()
+
+
+SIGNAL_COUNTS = [pytest.param(SCRIPTS[0], 1, id="1 signal")]
+SIGNAL_COUNTS += [pytest.param(script, 13, id=f"{script}, 13 signals", marks=pytest.mark.slow) for script in SCRIPTS]
+
+
+@pytest.mark.parametrize(("script", "signals"), SIGNAL_COUNTS)
+def test_signals_at_random_moments_lose_nothing(runs, home_of, counts, script, signals):
+    home = home_of(script, cached=True)
+    rng, seconds, sent = random.Random(script), runs.seconds, 0
+    while sent < signals:
+        number = rng.choice((signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+        home.start(more=["--resume_from_checkpoint", "latest"])
+        if not runs.ends_within(rng.uniform(0.05, 1.0) * seconds):
+            os.kill(runs.pid, number)
+            sent += 1
+        code = runs.end()
+        assert code in (0, 128 + number, -number), runs.output()[-3000:]
+        if code == -number:  # before main() began, or when it was over
+            assert "Training" not in runs.output() or "Trained 5 steps" in runs.output()
+        home.check_end(code, of_signal=number)
+        if code == 128 + number:
+            assert "Interrupted at " in runs.output()
+            counts["runs that a signal ended"] += 1
+        if code != 128 + number:
+            home.clear()
+    home.resume()
+    counts["signals"] += sent
 
 
 # ---------------------------------------------------------------------------------------------------------------------
