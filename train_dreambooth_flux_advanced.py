@@ -65,6 +65,7 @@ from common.checkpoints import (
     catch_signals,
     check_disk,
     check_output_dir,
+    check_places,
     check_results,
     check_run,
     check_steps,
@@ -1203,6 +1204,9 @@ def find_examples(args):
             problems += check_reach(examples, args)
     if args.dataset_config:
         problems += check_bucket_sizes(examples, sizes)
+        folders = sorted({file.parent for example in examples for file in example.files})
+        filled = {"--output_dir": args.output_dir, "--disk_cache_dir": args.disk_cache_dir}
+        problems += check_places(filled, [(f"{args.dataset_config}: image_dir", folder) for folder in folders])
 
     # 3. Assign captions, sizes and buckets
     flag_buckets = parse_buckets(args.aspect_ratio_buckets, args.resolution)

@@ -91,9 +91,10 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 class Arguments(argparse.Namespace):
-    """A run's flags. `changed` names those that differ from their default; vars() holds the flags alone."""
+    """A run's flags. `changed` names those that differ from their default, `paths` those whose value is a path or may
+    be one; vars() holds the flags alone."""
 
-    __slots__ = ("changed",)
+    __slots__ = ("changed", "paths")
 
 
 class Parser(argparse.ArgumentParser):
@@ -138,6 +139,7 @@ class Parser(argparse.ArgumentParser):
             self.error(f"{files}: not a file of flags ({error})")
         self.refuse(self.unknown_flags(unknown_words))
         args.changed = changed_flags(self, args)
+        args.paths = [action.dest for action in self._actions if action.type in (Path, name_or_path)]
         return args
 
     def unknown_flags(self, words: Sequence[str]) -> list[str]:
@@ -209,7 +211,12 @@ def in_range(
 
 
 def expanded_path(text: str) -> Path:
-    """An argparse type: a path, ~ in it the home folder, which no shell puts for `--output_dir=~/x`."""
+    """An argparse type: a path, ~ in it the home folder, which no shell puts for `--output_dir=~/x`.
+
+    Empty text, an unset variable of a shell, would be the folder that the program was started in.
+    """
+    if not text.strip():
+        raise argparse.ArgumentTypeError("a path is needed, this is empty: write . for the folder you are in")
     return Path(name_or_path(text))
 
 

@@ -140,8 +140,66 @@ def check_disk(args: argparse.Namespace, needed: int) -> list[str]:
     return [f"--output_dir {args.output_dir}: less than {needed / 2**20:.0f} MiB free, which one checkpoint takes"]
 
 
+# What a run writes into its folder, beside its LoRA, checkpoints and the trackers' files
+WRITTEN = ("README.md", "args.json", "encoded", "loss.png", "metrics.jsonl", "transformer", "validation")
+
+FOREIGN = (".git", "model_index.json")  # what no run writes: the folder is a project or a model
+
+FILLED = ("output_dir", "class_data_dir", "disk_cache_dir")  # flags of folders that a run writes into
+
+NOT_READ = ("output_dir", "disk_cache_dir", "cache_dir", "logging_dir", "resume_from_checkpoint")
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a run of one of the trainers has written in a folder."""
+    has_args = isinstance(read_json(folder / "args.json").get("args"), dict)
+    return has_args or (folder / RUN_FILE).is_file() or bool(find_checkpoints(folder))
+
+
+def check_places(filled: Mapping[str, Path], read: Iterable[tuple[str, Path]]) -> list[str]:
+    """Problems of folders {flag: folder} that the run fills: those that are, or lie in, one that it reads.
+
+    `read` are (flag, folder).
+    """
+    problems = []
+    for read_flag, read_folder in read:
+        for flag, folder in filled.items():
+            if flag != read_flag and lies_in(folder, read_folder):
+                where = "is" if lies_in(read_folder, folder) else "lies in"
+                problems.append(
+                    f"{flag} {folder} {where} {read_flag} {read_folder}, which is read: choose another folder"
+                )
+    return problems
+
+
+def lies_in(path: Path, folder: Path) -> bool:
+    """Whether a path is a folder or lies in it, through links and mounts too."""
+    path = path.resolve()
+    folder = folder.resolve()
+    if not folder.exists():
+        return path.is_relative_to(folder)
+    return any(above.exists() and above.samefile(folder) for above in (path, *path.parents))
+
+
 def check_output_dir(args: argparse.Namespace) -> list[str]:
-    """Problems of --output_dir and --resume_from_checkpoint."""
+    """Problems of the folders that flags name, and of --resume_from_checkpoint."""
+    filled = {f"--{name}": vars(args)[name] for name in FILLED if vars(args).get(name)}
+    read = []
+    for name in args.paths:
+        value = vars(args)[name]
+        for path in value if isinstance(value, list) else [value]:
+            if path is not None and name not in NOT_READ and (name in FILLED or Path(path).is_dir()):
+                read.append((f"--{name}", Path(path)))
+    problems = check_places(filled, read)
+    for flag, folder in read:
+        for name in WRITTEN:
+            if lies_in(folder, args.output_dir / name):
+                problems.append(f"{flag} {folder} lies where this run writes: choose another --output_dir")
+    return problems or check_run_folder(args)
+
+
+def check_run_folder(args: argparse.Namespace) -> list[str]:
+    """Problems of --output_dir itself and of --resume_from_checkpoint."""
     folder = args.output_dir
     if folder.exists() and not folder.is_dir():
         return [f"--output_dir {folder}: a file of this name is in the way"]
@@ -149,6 +207,12 @@ def check_output_dir(args: argparse.Namespace) -> list[str]:
         return [f"--output_dir {folder}: no permission to write there"]
     if is_in_use(folder):
         return [in_use(folder)]
+    others = [name for name in (*WRITTEN, *FOREIGN) if (folder / name).exists()]
+    if others and not is_run(folder):
+        return [
+            f"--output_dir {folder} holds {', '.join(others)}, which no run of a trainer wrote there: choose another "
+            "folder"
+        ]
     checkpoints = find_checkpoints(folder)
     checkpoint = checkpoint_to_resume(folder, args.resume_from_checkpoint)
     if checkpoint is None:
@@ -174,9 +238,9 @@ def check_results(args: argparse.Namespace, results: Iterable[Path], sources: Se
     """Problems of the files `results` that the run will write: one that another run wrote, or one of `sources`, the
     files of --lora_path, would be lost.
 
-    A run that starts again, or is resumed, replaces its own: --output_dir has args.json or checkpoints of it.
+    A run that starts again, or is resumed, replaces its own, see `is_run`.
     """
-    is_own = (args.output_dir / "args.json").is_file() or find_checkpoints(args.output_dir)
+    is_own = is_run(args.output_dir)
     problems = []
     for file in results:
         if any(file.exists() and source.exists() and file.samefile(source) for source in sources):

@@ -5,11 +5,15 @@ import fcntl
 import importlib
 import json
 import os
+import shutil
 import signal
 import socket
 from contextlib import contextmanager
+from pathlib import Path
 
 from common.checkpoints import (
+    FILLED,
+    NOT_READ,
     catch_signals,
     is_in_use,
     lock_folder,
@@ -99,6 +103,87 @@ def another_run(folder):
     finally:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
+
+
+def refused(script, words, capsys):
+    """The message of flags that a trainer refuses."""
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(script).parse_args([str(word) for word in words])
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_folder_of_others_is_no_output_dir(script, short_runs, tmp_path, capsys):
+    words = [*short_runs[script], "--output_dir"]
+    assert "empty" in refused(script, [*words, ""], capsys)
+    for name in ("README.md", "args.json", "validation", "loss.png", "model_index.json", ".git", "transformer"):
+        folder = tmp_path / f"with-{name}"
+        folder.mkdir()
+        (folder / name).write_text('{"name": "a project"}')
+        before = files_of(tmp_path)
+        assert f"holds {name}," in refused(script, [*words, folder], capsys)
+        assert files_of(tmp_path) == before
+        (folder / "args.json").write_text('{"args": {"rank": 4}}')  # of a trainer
+        importlib.import_module(script).parse_args([str(word) for word in [*words, folder]])
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "log.txt").write_text("a shell's > notes/log.txt")
+    importlib.import_module(script).parse_args([str(word) for word in [*words, tmp_path / "notes"]])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_no_output_lies_in_what_is_read(script, short_runs, tmp_path, capsys):
+    """Whatever flag names the folder: under its own name, through a link or .., and folders in it."""
+    words = short_runs[script]
+    folders = {flag: path for flag, path in zip(words, words[1:], strict=False) if Path(str(path)).is_dir()}
+    assert len(folders) >= 2
+    (tmp_path / "link").symlink_to(tmp_path / "data")
+    for flag, path in folders.items():
+        if (tmp_path / "data").exists():
+            shutil.rmtree(tmp_path / "data")
+        shutil.copytree(path, tmp_path / "data")
+        before = files_of(tmp_path)
+        for output in ("data", "data/../link", "link/a/b"):
+            message = refused(script, [*words, flag, tmp_path / "data", "--output_dir", tmp_path / output], capsys)
+            assert f"--output_dir {tmp_path / output}" in message
+            assert f"{flag} {tmp_path / 'data'}, which is read" in message
+        assert files_of(tmp_path) == before
+        (tmp_path / "run").mkdir(exist_ok=True)
+        shutil.copytree(path, tmp_path / "run" / "validation" / "images")
+        inside = [*words, flag, tmp_path / "run" / "validation" / "images", "--output_dir", tmp_path / "run"]
+        assert "lies where this run writes" in refused(script, inside, capsys)
+        shutil.move(tmp_path / "run" / "validation" / "images", tmp_path / "run" / "data")
+        shutil.rmtree(tmp_path / "run" / "validation")
+        importlib.import_module(script).parse_args(
+            [str(word) for word in [*words, flag, tmp_path / "run" / "data", "--output_dir", tmp_path / "run"]]
+        )
+        shutil.rmtree(tmp_path / "run")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_of_a_path_is_compared_with_the_output(script, short_runs, tmp_path, capsys):
+    words = [str(word) for word in short_runs[script]]
+    names = importlib.import_module(script).parse_args(words).paths
+    compared = [name for name in names if name not in (*NOT_READ, *FILLED, "resume_from_checkpoint")]
+    assert len(compared) >= 4
+    for name in compared:
+        message = refused(script, [*words, f"--{name}", tmp_path, "--output_dir", tmp_path / "run"], capsys)
+        assert f"--output_dir {tmp_path / 'run'} lies in --{name} {tmp_path}" in message
+
+
+@pytest.mark.parametrize("script", ["train_dreambooth_flux_advanced", "train_influxedit"])
+def test_class_images_are_not_drawn_among_the_users(script, short_runs, tmp_path, capsys):
+    words = [*short_runs[script], "--output_dir", tmp_path / "run", "--with_prior_preservation", "--class_prompt", "x"]
+    images = words[words.index("--instance_data_dir") + 1]
+    for folder in (images, images / "class"):
+        message = refused(script, [*words, "--class_data_dir", folder], capsys)
+        assert f"--class_data_dir {folder}" in message
+        assert "--instance_data_dir" in message
+    refused(script, [*words, "--class_data_dir", tmp_path / "run" / "validation"], capsys)
+    message = refused(
+        script, [*words, "--class_data_dir", tmp_path / "class", "--output_dir", tmp_path / "class"], capsys
+    )
+    assert "--output_dir" in message
 
 
 def files_of(folder):

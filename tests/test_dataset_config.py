@@ -319,6 +319,22 @@ def test_a_run_on_two_datasets_resumes_and_caches_exactly(train, data, tiny_mode
         train(SCRIPT, *flags, "--max_train_steps", 12, "--resume_from_checkpoint", "latest", "--output_dir", "d")
 
 
+@pytest.mark.parametrize("output", ["two", "one/run"])
+def test_a_folder_of_the_configuration_is_no_output_dir(train, data, tiny_model, capsys, output):
+    (data / "data.toml").write_text(TWO)
+    before = sorted(data.rglob("*"))
+    with pytest.raises(SystemExit) as stop:
+        train(
+            *(SCRIPT, "--pretrained_model_name_or_path", tiny_model, "--dataset_config", "data.toml"),
+            *("--max_sequence_length", 8, "--report_to", "none", "--max_train_steps", 1, "--output_dir", output),
+        )
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert f"--output_dir {output}" in message
+    assert "image_dir" in message
+    assert sorted(data.rglob("*")) == before
+
+
 # the file, and what the one message must say; {s} stands for a table of one subset
 SUBSET = '[[datasets.subsets]]\nimage_dir = "one"\nclass_tokens = "x"\n'
 BAD = [

@@ -674,7 +674,7 @@ def test_a_result_replaces_neither_another_runs_nor_what_the_run_starts_from(
 
     assert f"{file} exists" in refused()
     args.output_dir.mkdir(exist_ok=True)
-    (args.output_dir / "args.json").write_text("{}")
+    (args.output_dir / "args.json").write_text('{"args": {}}')
     trainer.parse_args(words)  # the run again
     assert f"{file}: this run would write over it" in refused("--lora_path", str(file))
     (args.output_dir / "args.json").unlink()
