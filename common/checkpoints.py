@@ -174,11 +174,14 @@ def check_places(filled: Mapping[str, Path], read: Iterable[tuple[str, Path]]) -
 
 def lies_in(path: Path, folder: Path) -> bool:
     """Whether a path is a folder or lies in it, through links and mounts too."""
-    path = path.resolve()
-    folder = folder.resolve()
-    if not folder.exists():
-        return path.is_relative_to(folder)
-    return any(above.exists() and above.samefile(folder) for above in (path, *path.parents))
+    try:
+        path = path.resolve()
+        folder = folder.resolve()
+        if not folder.exists():
+            return path.is_relative_to(folder)
+        return any(above.exists() and above.samefile(folder) for above in (path, *path.parents))
+    except (OSError, ValueError):  # no folder can have such a name
+        return False
 
 
 def check_output_dir(args: argparse.Namespace) -> list[str]:
@@ -195,7 +198,7 @@ def check_output_dir(args: argparse.Namespace) -> list[str]:
         for name in WRITTEN:
             if lies_in(folder, args.output_dir / name):
                 problems.append(f"{flag} {folder} lies where this run writes: choose another --output_dir")
-    return problems or check_run_folder(args)
+    return problems + check_run_folder(args)
 
 
 def check_run_folder(args: argparse.Namespace) -> list[str]:
