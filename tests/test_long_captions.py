@@ -17,7 +17,7 @@ def problems_of(short_runs, folder, caption, *flags):
     (folder / "a.txt").write_text(caption)
     Image.new("RGB", (32, 32)).save(folder / "a.png")
     words = [*short_runs["train_dreambooth_flux_advanced"], "--train_text_encoder_ti", "--instance_data_dir", folder]
-    words += ["--output_dir", folder / "out", *flags]
+    words += ["--output_dir", folder.parent / "out", *flags]
     return dreambooth.find_examples(dreambooth.parse_args([str(word) for word in words]))[1]
 
 
