@@ -87,10 +87,13 @@ from common.data import (
     all_images,
     check_captions,
     check_class_images,
+    check_roles,
+    check_shape,
     collate,
     describe_class_images,
     describe_data,
     file_example,
+    first_ten,
     fit,
     fit_mask,
     read_batches,
@@ -423,6 +426,21 @@ def check_args(args):
     for flag in ("target_column", "mask_column"):
         if vars(args)[flag] and not args.dataset_name:
             problems.append(f"--{flag} {vars(args)[flag]} needs --dataset_name")
+    problems += check_roles(
+        {
+            "--instance_data_dir": args.instance_data_dir,
+            "--target_data_dir": args.target_data_dir,
+            "--mask_data_dir": args.mask_data_dir,
+        }
+    )
+    if args.dataset_name:
+        problems += check_roles(
+            {
+                "--image_column": args.image_column,
+                "--target_column": args.target_column,
+                "--mask_column": args.mask_column,
+            }
+        )
     if args.caption_data_dir and args.caption_column:
         problems.append("--caption_data_dir and --caption_column exclude each other: choose one")
 
@@ -727,8 +745,10 @@ def find_examples(args):
     sizes, unreadable = read_sizes(images, decode=False)
     size_of = {image.name: size for image, size in zip(images, sizes, strict=True)}  # None: not readable
     problems += unreadable
+    misfits = []
     for example in examples:
-        problems += check_partner_size(example, size_of)
+        misfits += check_partner_size(example, size_of)
+    problems += first_ten(misfits)
     problems += check_validation_masks(args, examples, size_of)
     problems += check_captions(examples, default=args.instance_prompt)
     if args.with_prior_preservation:
@@ -784,22 +804,8 @@ def check_partner_size(example, size_of):
         if role == "target" and partner_size != size:
             problems.append(f"{partner.name}: a target must have the size of its image, {size}, not {partner_size}")
         if role == "mask":
-            problems += check_mask_shape(partner.name, partner_size, size)
+            problems += check_shape(partner.name, "a mask", partner_size, size)
     return problems
-
-
-def check_mask_shape(name, size, image_size):
-    """A problem if a mask's sides are to each other as those of its image are not: they would be cropped apart."""
-    if same_shape(size, image_size):
-        return []
-    return [f"{name}: a mask must have the shape of its image, {image_size}, not {size}"]
-
-
-def same_shape(size, other):
-    """Whether two sizes have nearly the same aspect ratio, so that `fit` crops the same part of both."""
-    aspect = size.width / size.height
-    other_aspect = other.width / other.height
-    return max(aspect, other_aspect) <= 1.02 * min(aspect, other_aspect)
 
 
 def read_mask(example, size):
@@ -1095,7 +1101,7 @@ def check_validation_masks(args, examples, size_of):
         image_size = size_of[images[i % len(images)].name]
         if mask_size is None or image_size is None:  # not readable, which is said already
             continue
-        misfit = check_mask_shape(mask.name, mask_size, image_size)
+        misfit = check_shape(mask.name, "a mask", mask_size, image_size)
         problems += misfit
         if not misfit:
             try:

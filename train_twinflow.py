@@ -99,8 +99,11 @@ from common.data import (
     all_images,
     check_buckets,
     check_captions,
+    check_roles,
+    check_shape,
     describe_data,
     file_example,
+    first_ten,
     fit,
     nearest_bucket,
     parse_buckets,
@@ -703,6 +706,10 @@ def check_data_flags(args) -> list[str]:
             problems.append(f"--model_type qwenimage-edit needs --{name}")
         if given and name not in needed:
             problems.append(f"--{name} has no effect here: leave it out")
+    for folder in args.train_data_dir or []:
+        problems += check_roles({"--train_data_dir": folder, "--reference_data_dir": args.reference_data_dir})
+    if not args.image_free:
+        problems += check_roles({"--image_column": args.image_column, "--reference_column": args.reference_column})
     return problems
 
 
@@ -1855,6 +1862,12 @@ def find_examples(args) -> tuple[list[Example], list[str]]:
     problems += check_captions(examples, several=True, remedy="write it in a .txt file beside the image")
     for image, size in zip(images, sizes, strict=True):
         image.size = size
+    misfits = []
+    for example in examples:
+        reference = example.images.get("reference")
+        if reference and reference.size and example.size:
+            misfits += check_shape(reference.name, "an image to edit", reference.size, example.size)
+    problems += first_ten(misfits)
     return examples, problems
 
 

@@ -20,6 +20,7 @@ rows of files that are not there, knows no .txt captions, and copies every folde
 """
 
 import csv
+import filecmp
 import functools
 import io
 import itertools
@@ -132,6 +133,17 @@ def upright(image: Image.Image) -> Image.Image:
         image.putalpha(alpha)
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def upright_size(image: Image.Image) -> Size:
+    """The size of `upright(image)`; a file's header says it, the file is not decoded."""
+    size = Size.of(image)
+    turns = {"exif", "Raw profile type exif", "xmp"}  # in a PNG; without any, PIL would decode it to look for more
+    if image.format == "PNG" and not turns & image.info.keys():
+        return size
+    if image.getexif().get(ExifTags.Base.Orientation, 1) >= 5:  # the camera was turned by a quarter
+        size = Size(size.width, size.height)
+    return size
 
 
 def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
@@ -280,6 +292,41 @@ def all_images(examples: Iterable[Example]) -> list[Example]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def first_ten(problems: Sequence[str]) -> list[str]:
+    """The first ten problems of a kind, and how many more there are."""
+    if len(problems) <= 10:
+        return list(problems)
+    return [*problems[:10], f"and {len(problems) - 10:,} more like these"]
+
+
+def same_shape(size: Size, other: Size) -> bool:
+    """Whether two sizes have nearly the same aspect ratio, so that `fit` crops the same part of both."""
+    aspect = size.width / size.height
+    other_aspect = other.width / other.height
+    return max(aspect, other_aspect) <= 1.02 * min(aspect, other_aspect)
+
+
+def check_shape(name: str, kind: str, size: Size, image_size: Size) -> list[str]:
+    """A problem of an image, a mask or whatever `kind` says, whose sides are to each other as those of the image that
+    it belongs to are not: the two would be cropped apart."""
+    if same_shape(size, image_size):
+        return []
+    return [f"{name}: {kind} must have the shape of its image, {image_size}, not {size}"]
+
+
+def check_roles(places: Mapping[str, Path | str | None]) -> list[str]:
+    """Problems of {flag: folder or column} that are one and the same, though each holds other images than the rest."""
+    problems = []
+    given = [(flag, place) for flag, place in places.items() if place is not None]
+    for (flag, place), (other_flag, other) in itertools.combinations(given, 2):
+        is_same = place == other
+        if isinstance(place, Path) and isinstance(other, Path) and place.exists() and other.exists():
+            is_same = place.samefile(other)
+        if is_same:
+            problems.append(f"{other_flag} {other} is {flag}, too: every image would belong to itself")
+    return problems
+
+
 def check_captions(
     examples: Sequence[Example],
     default: str | None = None,
@@ -326,7 +373,7 @@ def read_sizes(examples: Sequence[Example], *, decode: bool = True) -> tuple[lis
     Without `decode`, PNG files are verified by their checksums and JPEG files decoded at an eighth of their size: a
     folder of thousands of images is checked in seconds.
     """
-    results = map_examples(upright_size if decode else verified_size, examples)
+    results = map_examples(decoded_size if decode else verified_size, examples)
     return [size for size, _ in results], [error for _, error in results if error]
 
 
@@ -367,7 +414,15 @@ def map_ahead(function: Callable[[Any], Any], items: Iterable, num_threads: int)
             yield waiting.popleft().result()
 
 
-def upright_size(example: Example) -> Size:
+def header_size(example: Example) -> Size:
+    """The size of an upright image by its file's header alone; raises what PIL raises for what is no image."""
+    if example.size is not None:
+        return example.size
+    assert example.read is not None
+    return upright_size(example.read())
+
+
+def decoded_size(example: Example) -> Size:
     """The size of an image that is decoded whole."""
     return Size.of(example.image())
 
@@ -376,13 +431,11 @@ def verified_size(example: Example) -> Size:
     """The size of an image whose file is read whole, without decoding all of it; raises what PIL raises."""
     assert example.read is not None
     image = example.read()
-    size = Size.of(image)
+    size = upright_size(image)
     is_decoded = getattr(image, "fp", None) is None
-    if image.format == "PNG" and not is_decoded and "exif" not in image.info:
+    if image.format == "PNG" and not is_decoded:
         image.verify()
         return size
-    if image.getexif().get(ExifTags.Base.Orientation, 1) >= 5:  # the camera was turned by a quarter
-        size = Size(size.width, size.height)
     image.draft(None, (1, 1))
     upright(image)
     return size
@@ -520,6 +573,7 @@ def describe_data(examples: Sequence[Example], folders: Iterable[Path | None], d
     """
     counts = Counter(example.source or default for example in examples)
     lines = {"captions": ", ".join(f"{count} from {source}" for source, count in sorted(counts.items()))}
+    lines |= describe_copies(examples)
     unread = []
     for folder in dict.fromkeys(folders):
         if folder is not None and folder.is_dir():
@@ -528,6 +582,30 @@ def describe_data(examples: Sequence[Example], folders: Iterable[Path | None], d
         more = f" and {len(unread) - 10} more" if len(unread) > 10 else ""
         lines["not read"] = f"{len(unread)}: {', '.join(unread[:10])}{more}"
     return lines
+
+
+def describe_copies(examples: Sequence[Example]) -> dict[str, str]:
+    """What the header says if the targets, the references, ... of most examples are the images themselves.
+
+    {role: text}. At most 16 examples are compared, evenly spaced.
+    """
+    compared = examples[:: math.ceil(len(examples) / 16) or 1]
+    lines = {}
+    for role in dict.fromkeys(role for example in compared for role in example.images):
+        pairs = [(example, example.images[role]) for example in compared if role in example.images]
+        copies = sum(is_copy(image, other) for image, other in pairs)
+        if copies > len(pairs) / 2:
+            lines[role] = f"equal to its image in {copies} of {len(pairs)} examples that were compared"
+    return lines
+
+
+def is_copy(image: Example, other: Example) -> bool:
+    """Whether two images are the same, byte for byte where both are files, else pixel for pixel."""
+    if image.files and other.files:
+        return filecmp.cmp(image.files[0], other.files[0], shallow=False)
+    first = image.image()
+    second = other.image()
+    return first.size == second.size and first.tobytes() == second.tobytes()
 
 
 def find_partners(
@@ -746,7 +824,7 @@ def first_value(row: dict, columns: Iterable[str]) -> Any:
 
 
 def read_encoded(file: Mapping[str, Any] | None) -> Image.Image:
-    """The decoded image of {"bytes": ..., "path": ...}, a file of a dataset, turned as EXIF says."""
+    """The image, not decoded yet, of {"bytes": ..., "path": ...}, a file of a dataset."""
     if file is None:
         raise ValueError("there is no image")
     data, path = file["bytes"], file["path"]
@@ -756,7 +834,7 @@ def read_encoded(file: Mapping[str, Any] | None) -> Image.Image:
             data = opened.read()
     elif not data:
         data = Path(path).read_bytes()
-    return ImageOps.exif_transpose(open_image(io.BytesIO(data)))
+    return open_image(io.BytesIO(data))
 
 
 def read_cell(dataset: Any, row: int, column: str) -> Image.Image:

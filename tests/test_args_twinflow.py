@@ -83,6 +83,14 @@ BAD = [
     ),
     ("--model_type qwenimage-edit --train_data_dir {parquet}", "--model_type qwenimage-edit needs --reference_column"),
     ("--reference_data_dir {pictures}", "--reference_data_dir has no effect here: leave it out"),
+    (
+        "--model_type qwenimage-edit --reference_data_dir {pictures}/../{pictures.name}",
+        "--reference_data_dir {pictures}/../{pictures.name} is --train_data_dir, too",
+    ),
+    (
+        "--dataset_name x --model_type qwenimage-edit --reference_column image",
+        "--reference_column image is --image_column, too",
+    ),
     ("--resolution 40", "--resolution 40 must be a multiple of 16, such as 32"),
     ("--lora_layers attn.to_q", "--lora_layers and --lora_dropout have no effect on --training full"),
     ("--training lora --lora_layers attn.to_z", "--lora_layers: the transformer has no linear layer attn.to_z"),

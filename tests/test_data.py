@@ -19,12 +19,16 @@ from common.data import (
     check_captions,
     check_class_images,
     check_images,
+    check_roles,
+    check_shape,
     collate,
     describe_class_images,
     describe_data,
     file_example,
+    first_ten,
     fit,
     fit_mask,
+    header_size,
     image_files,
     left_out,
     map_ahead,
@@ -216,6 +220,92 @@ def test_fit_covers_and_crops():
     assert fit(image, Size(16, 32)) == plain
     turned = ImageOps.mirror(ImageOps.fit(image, (32, 16), Image.Resampling.BILINEAR, centering=(0.2, 0.9)))
     assert fit(image, (16, 32), "bilinear", centering=np.array([0.2, 0.9]), mirrored=True) == turned
+
+
+def turned_file(path, orientation):
+    """A file of 6 x 4 pixels, whose metadata say how the camera was turned: EXIF, or for *.xmp.png XMP alone."""
+    image = Image.new("RGB", (6, 4))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    info = PngInfo()
+    if path.name.endswith(".xmp.png"):
+        info.add_itxt("XML:com.adobe.xmp", f'<x tiff:Orientation="{orientation}"/>')
+        image.save(path, pnginfo=info)
+    else:
+        image.save(path, exif=exif)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".xmp.png", ".webp"])
+def test_a_header_tells_the_size_that_is_seen(tmp_path, suffix, orientation):
+    turned_file(tmp_path / f"a{suffix}", orientation)
+    example = file_example(tmp_path / f"a{suffix}")
+    assert header_size(example) == Size.of(example.image())
+    assert read_sizes([example], decode=False)[0] == [header_size(example)]
+
+
+def test_sizes_are_read_from_headers_alone(tmp_path):
+    Image.effect_noise((600, 400), 99).save(tmp_path / "a.png")
+    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:200])  # no pixels are left
+    assert header_size(file_example(tmp_path / "a.png")) == Size(400, 600)
+    table = datasets.Dataset.from_dict({"image": [{"bytes": (tmp_path / "a.png").read_bytes(), "path": None}]})
+    table.cast_column("image", datasets.Image()).to_parquet(tmp_path / "a.parquet")
+    (row,), problems = read_dataset(
+        "parquet", source="x", image_columns={"image": "image"}, data_files=[str(tmp_path / "a.parquet")]
+    )
+    assert not problems
+    assert header_size(row) == Size(400, 600)
+
+
+def test_what_belongs_together_has_one_shape_and_two_places(tmp_path):
+    image = Size(400, 600)
+    for size in (Size(400, 600), Size(200, 300), Size(400, 611), Size(407, 600)):
+        assert not check_shape("a.png", "a mask", size, image)
+    for size in (Size(600, 400), Size(400, 613), Size(409, 600), Size(400, 400)):
+        assert check_shape("a.png", "a mask", size, image) == [
+            f"a.png: a mask must have the shape of its image, 600 x 400, not {size}"
+        ]
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    assert not check_roles({"--a": tmp_path / "a", "--b": tmp_path / "b", "--c": None, "--d": None})
+    for other in (tmp_path / "a", tmp_path / "b" / ".." / "a", tmp_path / "link"):
+        assert check_roles({"--a": tmp_path / "a", "--b": other})[0].startswith(f"--b {other} is --a, too")
+    assert check_roles({"--a": "image", "--b": "image", "--c": "mask"})[0].startswith("--b image is --a, too")
+
+
+def test_of_many_problems_ten_and_a_count_are_said():
+    problems = [f"{i}.png" for i in range(10_000)]
+    assert first_ten(problems[:10]) == problems[:10]
+    assert first_ten(problems) == [*problems[:10], "and 9,990 more like these"]
+
+
+@pytest.mark.parametrize("source", ["folder", "dataset"])
+def test_targets_that_are_their_images_are_said(tmp_path, source):
+    for name in ("images", "targets"):
+        (tmp_path / name).mkdir()
+    cells = {"image": [], "target": []}
+    for i in range(40):
+        image = encoded((6 * i, 0, 0))
+        target = image if i % 4 else encoded((6 * i, 255, 0))
+        (tmp_path / "images" / f"{i:02}.png").write_bytes(image)
+        (tmp_path / "targets" / f"{i:02}.png").write_bytes(target)
+        cells["image"].append({"bytes": image, "path": None})
+        cells["target"].append({"bytes": target, "path": None})
+    if source == "folder":
+        examples, _ = read_folder(tmp_path / "images", partner_dirs={"target": tmp_path / "targets"})
+    else:
+        table = datasets.Dataset.from_dict(cells)
+        table = table.cast_column("image", datasets.Image()).cast_column("target", datasets.Image())
+        table.to_parquet(tmp_path / "a.parquet")
+        columns = {"image": "image", "target": "target"}
+        examples, _ = read_dataset(
+            "parquet", source="x", image_columns=columns, data_files=[str(tmp_path / "a.parquet")]
+        )
+    lines = describe_data(examples, [], "x")
+    compared = range(0, 40, 3)
+    assert f"{sum(i % 4 > 0 for i in compared)} of {len(compared)} examples" in lines["target"]
+    assert "target" not in describe_data(examples[::4], [], "x")
 
 
 def test_a_mask_is_white_from_128():

@@ -208,6 +208,12 @@ BAD = [
     ("{edit} --target_data_dir {cut}", "{cut}/1.jpg: not a readable image"),
     ("{edit} --target_data_dir {small}", "{small}/0.png: a target must have the size of its image, 48 x 32, not"),
     ("{mask} --mask_data_dir {oblong}", "{oblong}/0.png: a mask must have the shape of its image, 48 x 32, not"),
+    ("{edit} --target_data_dir {images}", "--target_data_dir {images} is --instance_data_dir, too"),
+    ("{mask} --mask_data_dir {images}", "--mask_data_dir {images} is --instance_data_dir, too"),
+    (
+        "--dataset_name x --mode edit --target_column image",
+        "--target_column image is --image_column, too",
+    ),
     ("{split} --caption_data_dir {silent}", "no caption for {images}/1.png: give"),
     (
         "{split} --caption_data_dir {blank}",

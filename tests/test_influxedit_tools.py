@@ -108,6 +108,12 @@ def test_two_folders_are_joined_side_by_side(pairs, tmp_path, capsys):
         combine_images.main([str(flag) for flag in flags])
     assert stop.value.code == 2
     assert "exists and is not empty" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        combine_images.main(
+            [str(flag) for flag in [*flags[:2], "--dir_b", flags[1], "--output_dir", tmp_path / "new"]]
+        )
+    assert f"--dir_b {flags[1]} is --dir_a, too" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
     assert before == {path: path.read_bytes() for path in (tmp_path / "joined").iterdir()}
 
 

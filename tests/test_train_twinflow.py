@@ -96,11 +96,22 @@ def test_a_checkpoint_of_all_weights_holds_the_result_at_its_step(train, short_r
     assert any(not torch.equal(live[f"model/{key}"], value) for key, value in expected.items())
 
 
+@pytest.fixture
+def references(pictures, tmp_path_factory):
+    """A folder with the pictures upside down."""
+    folder = tmp_path_factory.mktemp("references")
+    for path in pictures.glob("*.png"):
+        ImageOps.flip(Image.open(path)).save(folder / path.name)
+    return folder
+
+
 @pytest.mark.parametrize("training", ["full", "lora"])
 @pytest.mark.parametrize("model_type", ["flux", *PIPELINES])
-def test_every_backbone_trains_saves_and_draws(train, backbone_flags, short, pictures, tmp_path, model_type, training):
+def test_every_backbone_trains_saves_and_draws(
+    train, backbone_flags, short, pictures, references, tmp_path, model_type, training
+):
     edit = model_type == "qwenimage-edit"
-    extra = ["--reference_data_dir", pictures, "--validation_image", pictures / "1.png"] if edit else []
+    extra = ["--reference_data_dir", references, "--validation_image", pictures / "1.png"] if edit else []
     method = []
     if training == "lora":
         method = ["--recipe", "lora-2order", "--rank", 4, "--validation_width", 96, "--validation_height", 64]
@@ -225,7 +236,7 @@ def test_openuni_reads_as_its_released_file_does(backbone_flags, tmp_path):
 @pytest.mark.parametrize("model_type", ["flux", *PIPELINES])
 def test_the_second_time_embedding_changes_nothing_at_first_nor_at_the_time_itself(backbone_flags, model_type):
     flags = [*backbone_flags[model_type], "--train_data_dir", "x"]
-    flags += ["--reference_data_dir", "x"] if model_type == "qwenimage-edit" else []
+    flags += ["--reference_data_dir", "y"] if model_type == "qwenimage-edit" else []
     args = twinflow.parse_args([str(flag) for flag in flags])
     backbone = twinflow.BACKBONES[model_type](args)
     side, torch_dtype = args.resolution // backbone.vae_scale_factor, torch.float32
@@ -366,11 +377,11 @@ def test_sizes_without_images_depend_on_the_seed_and_the_micro_step(tiny_model, 
 
 
 @pytest.fixture
-def editor(backbone_flags, pictures):
+def editor(backbone_flags, pictures, references):
     """editor(*flags): (backbone, its prompt encoder, args) of the tiny Qwen-Image-Edit."""
 
     def load(*flags):
-        data = ["--train_data_dir", pictures, "--reference_data_dir", pictures]
+        data = ["--train_data_dir", pictures, "--reference_data_dir", references]
         args = parsed(*backbone_flags["qwenimage-edit"], *data, *flags)
         backbone = twinflow.QwenImageEdit(args)
         return backbone, backbone.load_prompt_encoder(torch.float32, torch.device("cpu")), args
@@ -392,6 +403,20 @@ def test_an_edits_prompt_is_read_however_many_tokens_its_image_takes(editor, pic
     assert not same[-6:].any()
     assert torch.equal(cat, whole[: len(cat)])
     assert len(whole) == len(cat) - 8 + len("a cat on grass") + len("<|im_end|>\n<|im_start|>assistant\n") - 20
+
+
+def test_an_image_to_edit_has_the_shape_of_its_result(backbone_flags, tmp_path):
+    for folder, size in (("images", (48, 32)), ("references", (24, 16)), ("squares", (32, 32))):
+        (tmp_path / folder).mkdir()
+        for i in range(12):
+            Image.new("RGB", size).save(tmp_path / folder / f"{i:02}.png")
+            (tmp_path / folder / f"{i:02}.txt").write_text("an edit")
+    edit = [*backbone_flags["qwenimage-edit"], "--train_data_dir", tmp_path / "images", "--reference_data_dir"]
+    assert not twinflow.find_examples(parsed(*edit, tmp_path / "references"))[1]
+    problems = twinflow.find_examples(parsed(*edit, tmp_path / "squares"))[1]
+    squares = tmp_path / "squares"
+    assert problems[0] == f"{squares}/00.png: an image to edit must have the shape of its image, 48 x 32, not 32 x 32"
+    assert (len(problems), problems[-1]) == (11, "and 2 more like these")
 
 
 def test_the_prompt_encoder_of_an_edit_sees_the_image_as_its_latents_show_it(editor, tmp_path, monkeypatch):

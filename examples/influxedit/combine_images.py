@@ -17,15 +17,24 @@ from tqdm.auto import tqdm
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from common.arguments import expanded_path, join_problems
-from common.data import file_example, find_partners, image_files, read_sizes, read_text
+from common.data import (
+    check_roles,
+    file_example,
+    find_partners,
+    first_ten,
+    image_files,
+    read_sizes,
+    read_text,
+    same_shape,
+)
 
 from examples.influxedit.prepare_fill_circles import combine, write
-from train_influxedit import same_shape
 
 
 def find_pairs(dir_a, dir_b):
     """({left image: right image}, problems) of two folders, whose images of one name must have one shape."""
     problems = [f"{folder}: no such folder" for folder in (dir_a, dir_b) if not folder.is_dir()]
+    problems += check_roles({"--dir_a": dir_a, "--dir_b": dir_b})
     if problems:
         return {}, problems
     lefts, problems = image_files(dir_a)
@@ -35,10 +44,11 @@ def find_pairs(dir_a, dir_b):
         problems.append(f"{dir_a}: no images in it")
     sizes, unreadable = read_sizes([file_example(path) for path in (*pairs.keys(), *pairs.values())])
     problems += unreadable
+    misfits = []
     for (left, right), size, right_size in zip(pairs.items(), sizes, sizes[len(pairs) :], strict=False):
         if size and right_size and not same_shape(right_size, size):
-            problems.append(f"{right}: is {right_size} pixels, {left} {size}: the two must have the same shape")
-    return pairs, problems
+            misfits.append(f"{right}: is {right_size} pixels, {left} {size}: the two must have the same shape")
+    return pairs, problems + first_ten(misfits)
 
 
 def main(argv=None):

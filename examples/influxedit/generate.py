@@ -31,10 +31,10 @@ from common.arguments import (
     positive_int,
 )
 from common.checkpoints import read_run_args, unused_path
-from common.data import Size, file_example, fit, read_sizes
+from common.data import Size, check_shape, file_example, fit, read_sizes
 from common.lora import find_lora
 
-from train_influxedit import FillPipeline, check_mask_shape, read_mask, size_at, split_mask
+from train_influxedit import FillPipeline, read_mask, size_at, split_mask
 
 
 # What is read of a run's args.json, and what it is without a run, unless a flag says otherwise.
@@ -129,7 +129,7 @@ def check_args(args):
     image_sizes = sizes[: len(args.image)]
     if args.mask:
         for size in image_sizes:
-            problems += check_mask_shape(f"--mask {args.mask}", sizes[-1], size)
+            problems += check_shape(f"--mask {args.mask}", "a mask", sizes[-1], size)
     if problems:
         return problems
     args.sizes = [drawn_size(args, size) for size in image_sizes]
