@@ -97,16 +97,23 @@ from common.data import (
     all_images,
     check_captions,
     check_images,
+    check_roles,
+    check_shape,
     describe_data,
     file_example,
+    first_ten,
     first_value,
     fit,
     fit_mask,
+    header_size,
+    map_examples,
     open_image,
     open_stream,
     read_batches,
     read_dataset,
     read_folder,
+    same_shape,
+    upright_size,
     visible,
 )
 from common.flow_matching import (
@@ -1407,6 +1414,13 @@ def check_conditions(args):
             "--condition_type subject can be given once for side-by-side pairs, or more often with --condition_column"
         )
 
+    # what cannot be one and the same
+    image_column = args.image_column if args.dataset_name or args.data_files else None
+    problems += check_roles({"--image_column": image_column, "--mask_column": args.mask_column})
+    for column in args.condition_column or []:
+        problems += check_roles({"--image_column": image_column, "--condition_column": column})
+        problems += check_roles({"--mask_column": args.mask_column, "--condition_column": column})
+
     # masks and depth
     is_masked = any(condition_type in MASKED_CONDITIONS for condition_type in types)
     if args.mask_column and not is_masked:
@@ -1436,17 +1450,37 @@ def check_positions(args):
     """Problems of conditions that lie on the image without covering it exactly."""
     problems = []
     for spec in condition_specs(args):
-        height, width = (round(side * spec.position_scale, 6) for side in spec.size)
         is_aligned = spec.position_delta == (0, 0) and spec.type not in GIVEN_CONDITIONS
         if spec.type == "token_integration":
             if not is_aligned or spec.size != args.target_size or spec.position_scale != 1:
                 problems.append(
                     "--condition_type token_integration shares the image's tokens: no size or position of its own"
                 )
-        elif is_aligned and not args.position_scale and (height, width) != args.target_size:
+        elif is_aligned and not args.position_scale and not covers_image(spec, args.target_size):
             problems.append(
                 f"--condition_size {size_text(spec.size)} of {spec.type} is not --target_size "
                 f"{size_text(args.target_size)} scaled: give --position_scale"
+            )
+    return problems
+
+
+def covers_image(spec, target_size):
+    """Whether a condition lies exactly on the image: what it shows at a place is there in the image."""
+    height, width = (round(side * spec.position_scale, 6) for side in spec.size)
+    return spec.position_delta == (0, 0) and (height, width) == tuple(target_size)
+
+
+def check_shapes(names, sizes, specs, target_size):
+    """Problems of conditions that lie on one image and are made from images of different shapes, `names` with `sizes`,
+    one for each of `specs`: they would be cropped apart."""
+    covering = [i for i, spec in enumerate(specs) if covers_image(spec, target_size)]
+    problems = []
+    for i in covering[1:]:
+        first = covering[0]
+        if not same_shape(sizes[i], sizes[first]):
+            problems.append(
+                f"{names[i]} is {sizes[i]} pixels, {names[first]} {sizes[first]}: conditions that lie on one image "
+                "must have one shape"
             )
     return problems
 
@@ -1579,6 +1613,9 @@ def find_examples(args):
     else:
         examples, problems = read_stored_dataset(args)
 
+    positions = examples[0].columns["positions"] if args.dataset_class and examples else None
+    specs = condition_specs(args, positions)
+
     # check what is trained on
     used = [example for example in examples if not is_left_out(example, args)]
     if examples and not used:
@@ -1587,9 +1624,11 @@ def find_examples(args):
         )
     every_nth = 1 + len(used) // MAX_CHECKED
     problems += check_captions(used, default=args.instance_prompt)
-    problems += check_images(
-        used[::every_nth] + validation_examples(args), functools.partial(check_example, args=args)
-    )
+    misfits = find_misfits(used, specs, args)
+    problems += first_ten(list(misfits.values()))
+    checked = [example for example in used[::every_nth] if example.name not in misfits]
+    problems += check_images(checked + validation_examples(args), functools.partial(check_example, args=args))
+    problems += check_validation_shapes(specs, args)
     if args.dataset_class:
         problems += check_latent_masks(examples, args)
         positions = {example.columns["positions"] for example in examples}
@@ -1632,7 +1671,8 @@ def read_image_folder(args):
         partner_columns=condition_columns(args),
         whole_rows=True,
     )
-    return split_pairs(examples, args), problems
+    examples, misfits = fitting_pairs(examples, args)
+    return split_pairs(examples, args), problems + misfits
 
 
 def read_stored_dataset(args):
@@ -1640,7 +1680,8 @@ def read_stored_dataset(args):
     examples, problems = read_dataset(
         name=args.dataset_name or "--data_files", whole_rows=True, **dataset_settings(args)
     )
-    return split_pairs(examples, args), problems
+    examples, misfits = fitting_pairs(examples, args)
+    return split_pairs(examples, args), problems + misfits
 
 
 def read_first_of_stream(args):
@@ -1709,10 +1750,29 @@ def condition_columns(args):
     return image_columns
 
 
+def has_pairs(args):
+    """Whether the images of the data are pairs side by side: there is a subject, and no column of its images."""
+    needed = [f"condition_{i}" for i, each in enumerate(args.condition_type) if each in GIVEN_CONDITIONS]
+    return not all(role in condition_columns(args) for role in needed)
+
+
+def fitting_pairs(examples, args):
+    """(the examples whose images are no pairs, or pairs that `crop_side` cuts, problems of the others), by the headers
+    of their files alone."""
+    if not has_pairs(args):
+        return examples, []
+    pairs = [example for example in examples if not is_left_out(example, args)]
+    misfits = {}
+    for pair, (size, error) in zip(pairs, map_examples(header_size, pairs), strict=True):
+        misfit = pair_misfit(size, args.image_size, args.padding) if size else None
+        if error or misfit:
+            misfits[pair.name] = error or f"{pair.name}: {misfit}"
+    return [example for example in examples if example.name not in misfits], first_ten(list(misfits.values()))
+
+
 def split_pairs(examples, args):
     """The examples; those of pairs side by side (subject) are two each, with each side once as the condition."""
-    needed = [f"condition_{i}" for i, each in enumerate(args.condition_type) if each in GIVEN_CONDITIONS]
-    if all(role in condition_columns(args) for role in needed):
+    if not has_pairs(args):
         return examples
     subject = f"condition_{args.condition_type.index('subject')}"
     sides = []
@@ -1726,20 +1786,46 @@ def split_pairs(examples, args):
                 caption = pair.caption
             example = Example(f"{pair.name}, side {side}", read_side, caption, columns=pair.columns, files=pair.files)
             example.source = "" if caption is None else pair.source or "its own column"
-            example.images = {**pair.images, subject: Example(f"{pair.name}, other side", read_other)}
+            example.size = Size(args.image_size, args.image_size)
+            other = Example(f"{pair.name}, other side", read_other, size=example.size)
+            example.images = {**pair.images, subject: other}
             sides.append(example)
     return sides
 
 
 def crop_side(pair, side, image_size, padding):
     """The left (0) or right (1) image, `image_size` square, of a pair with `padding` around and between."""
-    image = pair.read()
+    image = pair.image()
+    misfit = pair_misfit(Size.of(image), image_size, padding)
+    if misfit:
+        raise ValueError(misfit)
     left = padding + side * (image_size + padding)
-    if image.width < left + image_size or image.height < padding + image_size:
-        raise ValueError(
-            f"{image.width} x {image.height} pixels hold no pair of --image_size {image_size} and --padding {padding}"
-        )
-    return image.crop((left, padding, left + image_size, padding + image_size))
+    square = image.crop((left, padding, left + image_size, padding + image_size))
+    square.info.clear()  # such as the colour profile, which is applied
+    return square
+
+
+def pair_misfit(size, image_size, padding):
+    """What is wrong with the size of a pair, or None."""
+    if holds_pair(size, image_size, padding):
+        return None
+    fitting = []
+    for other_padding in (2 * size.height - size.width, padding):  # as much around as between; as it is given
+        other_size = size.height - 2 * other_padding
+        if 0 <= 4 * other_padding <= other_size and holds_pair(size, other_size, other_padding):
+            fitting.append(f"--image_size {other_size} --padding {other_padding}")
+    remedy = "two squares side by side are needed"
+    if fitting:
+        remedy = f"give {' or '.join(dict.fromkeys(fitting))}"
+    return f"{size} pixels hold no pair of --image_size {image_size} and --padding {padding}: {remedy}"
+
+
+def holds_pair(size, image_size, padding):
+    """Whether an image of this size is a pair: two squares of `image_size` with `padding` between them and before
+    them. Behind them there may be less, or around each as much (Subjects200K, 1056 x 528)."""
+    rest_right = size.width - 2 * (padding + image_size)
+    rest_below = size.height - (padding + image_size)
+    return 0 <= rest_right <= 2 * padding and 0 <= rest_below <= padding
 
 
 def read_dataset_class(args):
@@ -1763,12 +1849,13 @@ def read_dataset_class(args):
                 ]
             example_name = f"{args.dataset_class}[{i}]"
             example = Example(example_name, functools.partial(read_key, read_item, i, "image"), item["description"])
+            example.size = item_size(item["image"])
             positions = []
             latent_masks = {"image": "image_latent_mask"}
             for n in range(num_conditions):
                 role = f"condition_{n}"
                 read = functools.partial(read_key, read_item, i, role)
-                example.images[role] = Example(f"{example_name}, {role}", read)
+                example.images[role] = Example(f"{example_name}, {role}", read, size=item_size(item[role]))
                 down, right = map(float, item.get(f"position_delta_{n}", (0, 0)))
                 scale = float(item.get(f"position_scale_{n}", 1.0))
                 if not all(map(math.isfinite, (down, right, scale))):
@@ -1802,6 +1889,13 @@ def read_key(read_item, i, key):
     return VaeImageProcessor.numpy_to_pil(image.float().permute(1, 2, 0).numpy())[0]
 
 
+def item_size(image):
+    """The size of an image of the user's own dataset, PIL or a tensor [3, H, W]; None of what is neither."""
+    if isinstance(image, torch.Tensor) and image.ndim == 3:
+        return Size(*image.shape[1:])
+    return upright_size(image) if isinstance(image, Image.Image) else None
+
+
 def read_latent_mask(read_item, i, key):
     """A latent mask of the user's own dataset, boolean [N]: which tokens of its image enter the transformer."""
     return torch.as_tensor(read_item(i)[key]).bool().flatten()
@@ -1831,20 +1925,67 @@ def check_latent_masks(examples, args):
     return problems[:5]
 
 
-def check_example(example, args):
-    """What is wrong with the images and the mask of an example, or None."""
+def find_misfits(examples, specs, args):
+    """{name: problem} of examples whose images do not fit together, by the headers of their files alone."""
+    roles = ["mask", *(f"condition_{i}" for i, spec in enumerate(specs) if covers_image(spec, args.target_size))]
+    compared = {}  # {index of the example: {role: its image}}
+    for index, example in enumerate(examples):
+        others = {role: example.images[role] for role in roles if role in example.images}
+        if others:
+            compared[index] = {"image": example, **others}
+    images = [image for images in compared.values() for image in images.values()]
+    results = iter(map_examples(header_size, images))
+    misfits = {}
+    for index, own in compared.items():
+        sizes = {}
+        errors = []
+        for role in own:
+            sizes[role], error = next(results)
+            errors += [error] if error else []
+        misfit = errors[0] if errors else misfit_of(examples[index], sizes, specs, args)
+        if misfit:
+            misfits[examples[index].name] = misfit
+    return misfits
+
+
+def misfit_of(example, sizes, specs, args):
+    """What is wrong with the sizes {role: Size} of the images of an example, or None."""
+    if "mask" in sizes and sizes["mask"] != sizes["image"]:
+        return f"{example.images['mask'].name}: the mask is {sizes['mask']} pixels, its image {sizes['image']}"
+    for i, spec in enumerate(specs):
+        role = f"condition_{i}"
+        if role in sizes and covers_image(spec, args.target_size):
+            kind = "a condition that lies on it"
+            problems = check_shape(example.images[role].name, kind, sizes[role], sizes["image"])
+            if problems:
+                return f"{problems[0]}: crop both alike, or give it another position_delta"
+    return None
+
+
+def check_example(example, args, specs=()):
+    """What is wrong with the images and the mask of an example, or None. Conditions are compared with their image by
+    `specs`, unless `find_misfits` has done it."""
     sizes = {}
     for role, image in {"image": example, **example.images}.items():
         try:
             sizes[role] = Size.of(image.image())
         except Exception as error:  # PIL raises several exception types
             return f"{image.name}: not a readable image ({error})"
-    mask = example.images.get("mask")
-    if mask is None:
-        return None
-    if sizes["mask"] != sizes["image"]:
-        return f"{mask.name}: the mask is {sizes['mask']} pixels, its image {sizes['image']}"
-    return check_mask(mask, args)
+    misfit = misfit_of(example, sizes, specs, args)
+    if misfit or "mask" not in sizes:
+        return misfit
+    return check_mask(example.images["mask"], args)
+
+
+def check_validation_shapes(specs, args):
+    """Problems of --validation_image, one for each condition, that have different shapes and lie on one image."""
+    paths = args.validation_image or []
+    if len(paths) != len(specs):
+        return []
+    sizes = [size for size, _ in map_examples(header_size, [file_example(path) for path in paths])]
+    if None in sizes:  # one is not readable, which is said already
+        return []
+    return check_shapes([f"--validation_image {path}" for path in paths], sizes, specs, args.target_size)
 
 
 def validation_examples(args):
@@ -1887,7 +2028,7 @@ class OminiDataset(Dataset):
     def checked_sample(self, example, epoch, index):
         """`sample` of an example of a stream, which nothing has checked before. Raises ValueError."""
         problems = check_captions([example], default=self.args.instance_prompt)
-        problem = problems[0] if problems else check_example(example, self.args)
+        problem = problems[0] if problems else check_example(example, self.args, self.specs)
         if problem:
             raise ValueError(problem)
         if example.caption is None:

@@ -17,7 +17,7 @@ def world(tiny_model, pictures, tmp_path):
     """Names that stand for paths in the table below."""
     folders = {
         name: tmp_path / name
-        for name in ("empty", "bare", "masks", "white", "black", "small", "pairs", "posed", "listed")
+        for name in ("empty", "bare", "masks", "white", "black", "small", "pairs", "posed", "listed", "wide")
     }
     for name, folder in folders.items():
         folder.mkdir()
@@ -32,6 +32,8 @@ def world(tiny_model, pictures, tmp_path):
     (folders["posed"] / "metadata.jsonl").write_text(
         json.dumps({"file_name": "a.png", "pose": "none.png", "text": "x"})
     )
+    Image.new("RGB", (48, 32)).save(folders["wide"] / "p.png")
+    (folders["wide"] / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "pose": "p.png", "text": "x"}))
     (folders["listed"] / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": ["x"]}))
     (tmp_path / "fill" / "transformer").mkdir(parents=True)
     config = {"_class_name": "FluxTransformer2DModel", "in_channels": 384}
@@ -77,6 +79,23 @@ BAD = [
         "{posed}/a.png, pose: not a readable image",
     ),
     ("--mask_column hole", "--mask_column hole needs --condition_type fill or token_integration"),
+    ("--condition_type fill --mask_column x --dataset_name d --image_column x", "--mask_column x is --image_column"),
+    (
+        "--condition_type custom --condition_column image --dataset_name d",
+        "--condition_column image is --image_column",
+    ),
+    (
+        "--condition_type custom fill --condition_column pose --mask_column pose",
+        "--condition_column pose is --mask_column, too",
+    ),
+    (
+        "--condition_type canny coloring --validation_prompt x --validation_image {wide}/a.png {wide}/p.png",
+        "conditions that lie on one image must have one shape",
+    ),
+    (
+        "--condition_type custom --condition_column pose --instance_data_dir {wide}",
+        "{wide}/a.png, pose: a condition that lies on it must have the shape of its image, 32 x 32, not 48 x 32",
+    ),
     (
         "--condition_type token_integration --mask_column hole --instance_data_dir {white}",
         "{white}/a.png, hole: the mask is all white",

@@ -243,6 +243,25 @@ def test_token_integration_with_masks_of_any_shape(tiny_model, adapter, tmp_path
     assert generate.parse_args([str(flag) for flag in flags]).pixel_mask.any()  # the mask is of the upright picture
 
 
+def test_images_of_conditions_on_one_image_have_one_shape(adapter, tmp_path, capsys):
+    picture(32, 32).save(tmp_path / "square.png")
+    picture(32, 48).save(tmp_path / "wide.png")
+    picture(64, 97).save(tmp_path / "large.png")
+    paths = list(adapter("canny", "subject", "coloring", adapter_per_condition=True).values())
+    square, wide, large = (tmp_path / f"{name}.png" for name in ("square", "wide", "large"))
+
+    def parse(flag, *images):
+        return generate.parse_args([str(word) for word in [*paths, "--prompt", "x", flag, *images]])
+
+    for flag in ("--image", "--condition"):
+        parse(flag, wide, square, large)  # the subject lies beside the image
+        with pytest.raises(SystemExit) as stop:
+            parse(flag, wide, wide, square)
+        assert stop.value.code == 2
+        assert f"{square} is 32 x 32 pixels, {wide} 48 x 32" in capsys.readouterr().err
+    parse("--image", wide)
+
+
 def test_a_style_beside_a_control_adapter(tiny_model, adapter, tmp_path):
     from diffusers import FluxTransformer2DModel
 

@@ -519,6 +519,128 @@ def test_a_stored_dataset_finds_its_captions_without_a_caption_column(flags, pic
     assert [example.caption for example in examples] == ["a circle"]
 
 
+def posed(folder, pose_size, count=12, image_size=(32, 48), exif=None):
+    """A folder of images, each with a pose that metadata.jsonl names."""
+    folder.mkdir()
+    rows = []
+    for i in range(count):
+        Image.new("RGB", image_size).save(folder / f"{i:02}.png")
+        Image.new("RGB", pose_size).save(folder / f"pose-{i:02}.jpg", **({"exif": exif} if exif else {}))
+        rows.append({"file_name": f"{i:02}.png", "text": "x", "pose": f"pose-{i:02}.jpg"})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture
+def problems_of(flags):
+    """problems_of(*flags): what a run with further flags says of its data."""
+
+    def find(*more):
+        args = omini.parse_args([str(flag) for flag in [*without_source(flags), "--target_size", "32x48", *more]])
+        return omini.find_examples(args)[1]
+
+    return find
+
+
+def test_conditions_on_the_image_have_its_shape(problems_of, tmp_path, monkeypatch):
+    custom = ["--condition_type", "custom", "--condition_column", "pose", "--instance_data_dir"]
+    square = posed(tmp_path / "square", (32, 32))
+    monkeypatch.setattr(omini, "MAX_CHECKED", 3)  # the pixels of few are read, the sizes of all
+    problems = problems_of(*custom, square)
+    assert len(problems) == 11
+    assert problems[0].startswith(f"{square}/00.png, pose: a condition that lies on it must have the shape of")
+    assert problems[-1] == "and 2 more like these"
+    assert not problems_of(*custom, square, "--position_delta", "0,-2")  # beside the image
+    assert not problems_of(*custom, square, "--condition_size", "32x16")  # over its upper part
+    assert not problems_of(*custom, posed(tmp_path / "larger", (64, 97)))
+    lying = Image.Exif()
+    lying[0x0112] = 6
+    assert not problems_of(*custom, posed(tmp_path / "turned", (96, 64), exif=lying))
+    assert len(problems_of(*custom, posed(tmp_path / "upset", (64, 96), exif=lying))) == 11
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_conditions_of_a_dataset_have_the_shape_too(problems_of, flags, tmp_path, monkeypatch, is_stream):
+    import datasets
+
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    images = [Image.new("RGB", (32, 48))] * 3
+    poses = [Image.new("RGB", size) for size in ((32, 48), (32, 48), (32, 32))]
+    table = datasets.Dataset.from_dict({"image": images, "text": ["x"] * 3, "pose": poses})
+    table = table.cast_column("image", datasets.Image()).cast_column("pose", datasets.Image())
+    (tmp_path / "data").mkdir()
+    table.to_parquet(tmp_path / "data" / "train.parquet")
+    own = ["--condition_type", "custom", "--condition_column", "pose", "--dataset_name", tmp_path / "data"]
+    own += ["--target_size", "32x48"]
+    if not is_stream:
+        (problem,) = problems_of(*own)
+        assert f"{tmp_path / 'data'}[2], pose: a condition that lies on it" in problem
+        return
+    args = omini.parse_args([str(flag) for flag in [*without_source(flags), *own, "--streaming"]])
+    examples, problems = omini.find_examples(args)
+    assert not problems
+    dataset = omini.OminiDataset(examples, omini.condition_specs(args), args)
+    batches = omini.streamed_batches(dataset, args, process_index=0, num_processes=1)
+    batches.stop = 2
+    with pytest.raises(ValueError, match="a condition that lies on it"):
+        list(batches)
+
+
+@pytest.mark.parametrize("kind", ["picture", "tensor"])
+def test_conditions_of_a_class_of_ones_own_have_the_shape_too(problems_of, tmp_path, kind):
+    code = "import torch\nfrom PIL import Image\nclass Own:\n    def __len__(self): return 2\n"
+    code += "    def __getitem__(self, i):\n"
+    code += "        pose = Image.new('RGB', (32, 32 + 16 * i))\n"
+    if kind == "tensor":
+        code += "        pose = torch.zeros(3, 32 + 16 * i, 32)\n"
+    code += "        return {'image': Image.new('RGB', (32, 48)), 'description': 'x', 'condition_0': pose}\n"
+    (tmp_path / "own.py").write_text(code)
+    (problem,) = problems_of("--condition_type", "custom", "--dataset_class", f"{tmp_path / 'own.py'}:Own")
+    assert ":Own[0], condition_0: a condition that lies on it" in problem
+
+
+def test_pairs_of_other_sizes_are_refused_with_the_size_that_fits(problems_of, flags, tmp_path):
+    sizes = {
+        "given": ((76, 40), True),  # 2 x 32 and 3 x 4 wide
+        "no border behind": ((72, 36), True),
+        "a border around each": ((80, 40), True),  # as in Subjects200K
+        "larger": ((140, 72), "give --image_size 64 --padding 4"),
+        "no padding": ((128, 64), "give --image_size 64 --padding 0 or --image_size 56 --padding 4"),
+        "smaller": ((44, 24), "give --image_size 16 --padding 4"),
+        "one square": ((64, 64), "two squares side by side are needed"),
+        "upright": ((40, 76), "two squares side by side are needed"),
+    }
+    pair = ["--condition_type", "subject", "--image_size", 32, "--padding", 4, "--instance_data_dir"]
+    for name, (size, expected) in sizes.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        for i in range(12):
+            Image.new("RGB", size).save(folder / f"{i:02}.png")
+            (folder / f"{i:02}.txt").write_text("x")
+        problems = problems_of(*pair, folder)
+        if expected is True:
+            assert not problems, name
+            continue
+        assert problems[0].startswith(f"{folder}/00.png: {size[0]} x {size[1]} pixels hold no pair of --image_size 32")
+        assert problems[0].endswith(f": {expected}")
+        assert (len(problems), problems[-1]) == (11, "and 2 more like these")
+    lying = Image.Exif()
+    lying[0x0112] = 6
+    image = Image.new("RGB", (76, 40))
+    image.paste("red", (4, 4, 36, 36))
+    image.paste("blue", (40, 4, 72, 36))
+    (tmp_path / "turned").mkdir()
+    image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned" / "a.png", exif=lying)
+    (tmp_path / "turned" / "a.txt").write_text("x")
+    args = omini.parse_args([str(flag) for flag in [*without_source(flags), *pair, tmp_path / "turned"]])
+    examples, problems = omini.find_examples(args)
+    assert not problems
+    assert [example.image().getcolors() for example in examples] == [
+        [(32 * 32, (255, 0, 0))],
+        [(32 * 32, (0, 0, 255))],
+    ]
+
+
 def test_custom_columns_keep_their_order_around_a_subject(flags, tmp_path):
     """canny, subject, custom: the column is the third condition's, the other side of the pair the second's."""
     image = Image.new("RGB", (64, 32), "red")

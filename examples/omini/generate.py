@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from common.arguments import exit_if_unreadable, expanded_path, positive_float
 from common.checkpoints import unused_path
-from common.data import Size, fit, fit_mask, open_image, upright
+from common.data import Size, fit, fit_mask, open_image, upright, upright_size
 from common.latents import PATCH
 from common.lora import find_lora
 
@@ -36,6 +36,7 @@ from train_omini import (
     ConditionSpec,
     OminiPipeline,
     OminiTransformer2DModel,
+    check_shapes,
     condition_specs,
     convert_to_condition,
     image_size,
@@ -227,6 +228,11 @@ def check_args(args):
     for path in (*paths, args.mask):
         if path is not None and not path.exists():
             raise ValueError(f"{path}: no such file")
+    if len(paths) == len(args.specs):
+        sizes = [upright_size(open_image(path)) for path in paths]
+        problems = check_shapes(paths, sizes, args.specs, args.run_info["target_size"])
+        if problems:
+            raise ValueError(problems[0])
     if args.size and any(side % PATCH for side in args.size):
         raise ValueError(f"--size {args.size[0]} {args.size[1]}: both must be multiples of {PATCH}")
 
