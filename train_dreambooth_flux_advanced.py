@@ -38,7 +38,7 @@ import re
 import shlex
 import time
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -97,14 +97,17 @@ from common.data import (
     file_example,
     fit,
     image_files,
+    match_any,
     nearest_bucket,
     parse_buckets,
     read_batches,
     read_class_images,
     read_dataset,
     read_folder,
+    read_prompts,
     read_sizes,
     read_text,
+    replace_words,
     visible,
 )
 from common.flow_matching import (
@@ -183,6 +186,7 @@ from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import compute_loss_weighting_for_sd3, offload_models
 from diffusers.utils import logging as diffusers_logging
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset
@@ -310,6 +314,23 @@ def parse_args(argv=None):
         choices=("no", "fp32", "fp16", "bf16"),
         help="precision for generating class images (default: --mixed_precision)",
     )
+
+    arg = parser.add_argument_group("output preservation", "keeps other prompts as they are").add_argument
+    arg(
+        "--preserve_outputs",
+        type=non_negative_float,
+        default=0.0,
+        metavar="WEIGHT",
+        help="weight of a loss that keeps what is predicted for --preserve_prompts as it is without the adapter; 1 is "
+        "usual, 0: none",
+    )
+    arg(
+        "--preserve_prompts",
+        metavar="PROMPTS",
+        help="a .txt file with a prompt per line, or 'sks dog=>dog,cat': all captions, with these words in place of "
+        "the subject's",
+    )
+    arg("--preserve_every", type=positive_int, default=1, metavar="N", help="steps from one such loss to the next")
 
     arg = parser.add_argument_group("pivotal tuning", "what is trained in the text encoders").add_argument
     arg(
@@ -580,6 +601,16 @@ def check_args(args):
             f"--prior_generation_precision {args.prior_generation_precision}: the model is loaded in "
             f"{args.mixed_precision}"
         )
+
+    # output preservation
+    if args.preserve_outputs and not args.preserve_prompts:
+        problems.append("--preserve_outputs needs --preserve_prompts")
+    if not args.preserve_outputs:
+        for flag in ("preserve_prompts", "preserve_every"):
+            if flag in args.changed:
+                problems.append(f"--{flag} {vars(args)[flag]} needs --preserve_outputs, such as 1")
+    if args.preserve_outputs and args.train_transformer_frac == 0:
+        problems.append("--preserve_outputs has no effect with --train_transformer_frac 0: no adapter is trained")
 
     # pivotal tuning
     if args.train_text_encoder and args.train_text_encoder_ti:
@@ -873,26 +904,6 @@ def save_tensors(tensors, path):
         save_file(tensors, partial)
 
 
-LETTER = r"[^\W\u2e80-\u9fff\uac00-\ud7af]"  # of scripts with spaces between words, unlike Chinese; also digits and _
-
-
-def match_any(words):
-    """A regular expression for any of the words where it stands alone: TOK is not in TOKYO, `man` not in woman."""
-    patterns = []
-    for word in sorted(words, key=len, reverse=True):
-        before = rf"(?<!{LETTER})" if re.match(LETTER, word[0]) else ""
-        after = rf"(?!{LETTER})" if re.match(LETTER, word[-1]) else ""
-        patterns.append(before + re.escape(word) + after)
-    return re.compile("|".join(patterns))
-
-
-def replace_words(prompt, replacements):
-    """The prompt with {word: replacement} wherever a word stands alone."""
-    if not replacements:
-        return prompt
-    return match_any(replacements).sub(lambda match: replacements[match[0]], prompt)
-
-
 def load_vae(args, dtype):
     if is_single_file(args):
         return load_vae_file(args.ae, dtype)
@@ -952,24 +963,16 @@ def lora_targets(args, transformer):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def compute_loss(
-    transformer: torch.nn.Module,
+def sample_noise(
     latents: torch.Tensor,
-    prompt_embeds: torch.Tensor,
-    pooled_prompt_embeds: torch.Tensor,
     *,
     args: argparse.Namespace,
     noise_scheduler: FlowMatchEulerDiscreteScheduler,
-    guidance: torch.Tensor | None,
     generator: torch.Generator,
-) -> torch.Tensor:
-    """The flow matching loss [B] of each sample of a batch (arXiv 2403.03206).
-
-    latents [B, C, h, w] are normalized, prompt_embeds [B, T, D], pooled_prompt_embeds [B, P]; guidance [B], or None
-    for a model without guidance embedding. Noise and noise levels come from `generator`, which is on the CPU.
-    """
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(noise [B, C, h, w], noise levels [B]) for latents [B, C, h, w], from `generator`, which is on the CPU."""
     batch_size, _, height, width = latents.shape
-    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+    noise = torch.randn(latents.shape, generator=generator)
     sigmas = sample_sigmas(
         batch_size,
         noise_scheduler=noise_scheduler,
@@ -982,11 +985,49 @@ def compute_loss(
         mode_scale=args.mode_scale,
         sigmoid_scale=args.sigmoid_scale,
         discrete_flow_shift=args.discrete_flow_shift,
-    ).to(latents.device)
-    latents = pack_latents(latents)  # [B, h/2 * w/2, 4C]
-    noise = pack_latents(noise)
-    model_pred = transformer(
-        hidden_states=add_noise(latents, noise, sigmas).to(prompt_embeds.dtype),
+    )
+    return noise.to(latents.device), sigmas.to(latents.device)
+
+
+def compute_loss(
+    transformer: torch.nn.Module,
+    latents: torch.Tensor,
+    noise: torch.Tensor,
+    sigmas: torch.Tensor,
+    prompt_embeds: torch.Tensor,
+    pooled_prompt_embeds: torch.Tensor,
+    *,
+    guidance: torch.Tensor | None,
+    weighting_scheme: str,
+) -> torch.Tensor:
+    """The flow matching loss [B] of each sample of a batch (arXiv 2403.03206).
+
+    latents [B, C, h, w] are normalized; noise and sigmas are those of `sample_noise`; prompt_embeds [B, T, D],
+    pooled_prompt_embeds [B, P]; guidance [B], or None for a model without guidance embedding.
+    """
+    model_pred = predict_velocity(
+        transformer, latents, noise, sigmas, prompt_embeds, pooled_prompt_embeds, guidance=guidance
+    )
+    target = pack_latents(noise) - pack_latents(latents)
+    weighting = compute_loss_weighting_for_sd3(weighting_scheme, sigmas=sigmas)
+    return weighted_mse(model_pred, target, weighting)
+
+
+def predict_velocity(
+    transformer: torch.nn.Module,
+    latents: torch.Tensor,
+    noise: torch.Tensor,
+    sigmas: torch.Tensor,
+    prompt_embeds: torch.Tensor,
+    pooled_prompt_embeds: torch.Tensor,
+    *,
+    guidance: torch.Tensor | None,
+) -> torch.Tensor:
+    """The velocity [B, h/2 * w/2, 4C] that the model predicts for x_σ; arguments as of `compute_loss`."""
+    _, _, height, width = latents.shape
+    noisy_latents = add_noise(pack_latents(latents), pack_latents(noise), sigmas)
+    return transformer(
+        hidden_states=noisy_latents.to(prompt_embeds.dtype),
         timestep=sigmas,
         guidance=guidance,
         pooled_projections=pooled_prompt_embeds,
@@ -995,9 +1036,47 @@ def compute_loss(
         img_ids=image_ids(height, width, latents.device),
         return_dict=False,
     )[0]
-    target = noise - latents
-    weighting = compute_loss_weighting_for_sd3(args.weighting_scheme, sigmas=sigmas)
+
+
+def compute_preservation_loss(
+    transformer: torch.nn.Module,
+    latents: torch.Tensor,
+    noise: torch.Tensor,
+    sigmas: torch.Tensor,
+    prompt_embeds: torch.Tensor,
+    pooled_prompt_embeds: torch.Tensor,
+    base_pooled_prompt_embeds: torch.Tensor,
+    *,
+    guidance: torch.Tensor | None,
+    weighting_scheme: str,
+) -> torch.Tensor:
+    """How far the adapter moves what is predicted for other prompts at the same x_σ, for each sample of a batch [B].
+
+    || transformer(x_σ, σ, prompt) - transformer without adapter(x_σ, σ, prompt) ||², arguments as of `compute_loss`.
+    base_pooled_prompt_embeds [B, P] are those of CLIP without adapter.
+    """
+    with torch.no_grad(), without_adapters(transformer):
+        target = predict_velocity(
+            transformer, latents, noise, sigmas, prompt_embeds, base_pooled_prompt_embeds, guidance=guidance
+        )
+    model_pred = predict_velocity(
+        transformer, latents, noise, sigmas, prompt_embeds, pooled_prompt_embeds, guidance=guidance
+    )
+    weighting = compute_loss_weighting_for_sd3(weighting_scheme, sigmas=sigmas)
     return weighted_mse(model_pred, target, weighting)
+
+
+@contextlib.contextmanager
+def without_adapters(*models: torch.nn.Module) -> Iterator[None]:
+    """Models compute what they did before adapters were added."""
+    layers = [module for model in models for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1291,6 +1370,17 @@ def check_abstractions(examples, args):
             where = "in no caption; --instance_prompt has it, but every image has a caption of its own"
         problems.append(f"--token_abstraction {abstraction}: {where}")
     return problems
+
+
+def check_no_new_tokens(flag, prompts, args):
+    """Problems of prompts for which the model shall stay as it is, but which hold the word of a new token."""
+    if not args.train_text_encoder_ti:
+        return []
+    for prompt in prompts:
+        found = match_any(comma_list(args.token_abstraction)).search(prompt)
+        if found:
+            return [f"{flag}: {prompt[:80]!r} holds {found[0]}, which stands for new tokens: write other words"]
+    return []
 
 
 def near_miss(abstraction, captions):
@@ -2433,6 +2523,9 @@ def train(args):
 
     # 2. Data
     examples, problems = find_examples(args)
+    captions = [example.prompt() for example in examples if example.caption is not None]
+    preserve_prompts, prompt_problems = read_prompts("--preserve_prompts", args.preserve_prompts, captions)
+    problems += prompt_problems + check_no_new_tokens("--preserve_prompts", preserve_prompts, args)
     if args.dataset_config:
         adopt_dataset_config(args, examples)
     dataset = DreamBoothDataset(examples, args)
@@ -2456,6 +2549,8 @@ def train(args):
     run = run_settings(args, len(dataset), accelerator.num_processes)
     if args.dataset_config and not problems:
         run["the hash of --dataset_config"] = hashlib.sha256(args.dataset_config.read_bytes()).hexdigest()[:16]
+    if preserve_prompts:
+        run["the hash of --preserve_prompts"] = hashlib.sha256("\n".join(preserve_prompts).encode()).hexdigest()[:16]
     problems += check_run(accelerator, args, max_train_steps, checkpoint, run)
     if problems:
         fail(accelerator, problems)
@@ -2467,7 +2562,7 @@ def train(args):
     if not args.skip_final_inference:
         final_prompt = args.final_validation_prompt or args.validation_prompt
     prompts = set()
-    for prompt in (args.validation_prompt, final_prompt, args.class_prompt):
+    for prompt in (args.validation_prompt, final_prompt, args.class_prompt, *preserve_prompts):
         if prompt:
             prompts.add(prompt)
     has_varying_prompts = False
@@ -2507,6 +2602,8 @@ def train(args):
         rewrite_prompt=embedding_handler.replace_abstractions,
     )
     prompt_encoder.cache_prompts(prompts)
+    with torch.no_grad(), without_adapters(*adapted_models.values()):
+        base_pooled = {prompt: prompt_encoder.encode_prompts([prompt])[1] for prompt in preserve_prompts}
 
     # 4. Models: VAE, class images and cached latents; then the transformer and its LoRA
     noise_scheduler = load_noise_scheduler(args)
@@ -2670,16 +2767,17 @@ def train(args):
             guidance = None
             if guidance_embeds:
                 guidance = torch.full((len(latents),), args.guidance_scale, device=device)
+            noise, sigmas = sample_noise(latents, args=args, noise_scheduler=noise_scheduler, generator=generator)
             with accelerator.autocast():
                 losses = compute_loss(
                     transformer,
                     latents,
+                    noise,
+                    sigmas,
                     prompt_embeds,
                     pooled_prompt_embeds,
-                    args=args,
-                    noise_scheduler=noise_scheduler,
                     guidance=guidance,
-                    generator=generator,
+                    weighting_scheme=args.weighting_scheme,
                 )
             # --prior_loss_weight is part of the sample, 1 for others: is_reg images of --dataset_config have it too
             losses = losses * batch["loss_weight"].to(device)
@@ -2693,6 +2791,27 @@ def train(args):
                 loss = losses.mean()
             accelerator.backward(loss)
             loss_sum = loss_sum + loss.detach() / accumulation
+            if args.preserve_outputs and step % args.preserve_every == 0:
+                # a backward pass of its own: the activations of one batch are in memory at a time
+                choice = torch.randint(len(preserve_prompts), (len(latents),), generator=generator)
+                batch_prompts = [preserve_prompts[i] for i in choice]
+                with torch.set_grad_enabled(args.train_text_encoder):  # new tokens are not in these prompts
+                    prompt_embeds, pooled_prompt_embeds = prompt_encoder.encode_prompts(batch_prompts)
+                with accelerator.autocast():
+                    preserve_loss = compute_preservation_loss(
+                        transformer,
+                        latents,
+                        noise,
+                        sigmas,
+                        prompt_embeds,
+                        pooled_prompt_embeds,
+                        torch.cat([base_pooled[prompt] for prompt in batch_prompts]),
+                        guidance=guidance,
+                        weighting_scheme=args.weighting_scheme,
+                    ).mean()
+                preserve_loss = args.preserve_outputs * preserve_loss
+                accelerator.backward(preserve_loss)
+                loss_sum = loss_sum + preserve_loss.detach() / accumulation
             num_images += len(instance_losses) * accelerator.num_processes
             if not accelerator.sync_gradients:
                 continue

@@ -496,6 +496,59 @@ def read_lines(path: Path) -> list[str]:
     return text.split("\n") if text else []
 
 
+def read_prompts(flag: str, text: str | None, captions: Iterable[str] = ()) -> tuple[list[str], list[str]]:
+    """(the different prompts that `text`, the value of a flag, stands for, problems).
+
+    It is one prompt; or a .txt file with one on each line; or WORDS=>A,B: the captions that have these words, with A
+    and with B in their place.
+    """
+    if text is None:
+        return [], []
+    words, arrow, replacements = text.partition("=>")
+    if arrow:
+        words = words.strip()
+        others = [other.strip() for other in replacements.split(",") if other.strip()]
+        if not words or not others:
+            return [], [f"{flag} {text!r}: words, => and what stands in their place: 'sks dog=>dog,cat'"]
+        templates = [caption for caption in captions if match_any([words]).search(caption)]
+        if not templates:
+            return [], [f"{flag} {text!r}: no caption has the words {words!r}"]
+        prompts = [replace_words(caption, {words: other}) for caption in templates for other in others]
+    elif text.endswith(".txt"):
+        path = Path(text).expanduser()
+        if not path.is_file():
+            return [], [f"{flag} {visible(path)}: no such file"]
+        try:
+            prompts = [line.strip() for line in read_lines(path) if line.strip()]
+        except ValueError as error:
+            return [], [f"{flag}: {error}"]
+        if not prompts:
+            return [], [f"{flag} {path}: no prompts in it"]
+    else:
+        prompts = [text]
+    return list(dict.fromkeys(prompts)), []
+
+
+LETTER = r"[^\W\u2e80-\u9fff\uac00-\ud7af]"  # of scripts with spaces between words, unlike Chinese; also digits and _
+
+
+def match_any(words):
+    """A regular expression for any of the words where it stands alone: TOK is not in TOKYO, `man` not in woman."""
+    patterns = []
+    for word in sorted(words, key=len, reverse=True):
+        before = rf"(?<!{LETTER})" if re.match(LETTER, word[0]) else ""
+        after = rf"(?!{LETTER})" if re.match(LETTER, word[-1]) else ""
+        patterns.append(before + re.escape(word) + after)
+    return re.compile("|".join(patterns))
+
+
+def replace_words(prompt, replacements):
+    """The prompt with {word: replacement} wherever a word stands alone."""
+    if not replacements:
+        return prompt
+    return match_any(replacements).sub(lambda match: replacements[match[0]], prompt)
+
+
 def read_metadata(path: Path) -> tuple[dict[str, dict], list[str]]:
     """({file_name: the other columns of its row} of a metadata.jsonl or .csv, problems); nothing without a file."""
     rows = {}

@@ -484,7 +484,8 @@ def test_two_processes_are_one_with_two_batches_a_step(train, flags, tmp_path, m
         dreambooth, "step_generator", lambda seed, step, batch=0, rank=0: honest(seed, step, batch + rank)
     )
     prior = (*PRIOR, "--class_data_dir", tmp_path / "class", "--prior_loss_weight", 3, "--random_flip")
-    flags = [*flags, *MODES[mode], *prior, "--repeats", 4, "--caption_dropout", 0.3, "--output_dir"]
+    preserve = ("--preserve_outputs", 2, "--preserve_prompts", "a red shape")
+    flags = [*flags, *MODES[mode], *prior, *preserve, "--repeats", 4, "--caption_dropout", 0.3, "--output_dir"]
     one, two = tmp_path / "one" / "run", tmp_path / "two" / "run"
     train(SCRIPT, *flags, one, "--gradient_accumulation_steps", 2)
     script = tmp_path / "same_noise.py"

@@ -1,0 +1,176 @@
+"""train_dreambooth_flux_advanced.py: what keeps other prompts as they are, --preserve_outputs and class prompts."""
+
+import json
+
+from common.data import read_prompts
+from common.lora import add_lora
+
+import pytest
+import torch
+from test_pivotal import MODES, flags, results  # noqa: F401  # flags is a fixture
+from test_train_dreambooth import SCRIPT, assert_equal
+
+import train_dreambooth_flux_advanced as dreambooth
+
+
+PRESERVE = ("--preserve_outputs", 2, "--preserve_prompts")
+
+
+@pytest.fixture
+def prompts_file(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("a red shape\n\na blue shape on the left\n a red shape \nan empty picture\n")
+    return path
+
+
+def losses_of(folder):
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").open()]
+
+
+def test_prompts_are_one_or_the_lines_of_a_file_or_captions_with_other_words(prompts_file):
+    captions = ["sks dog on a lawn", "a photo of sks dog", "a lawn", "sks dogs"]
+    assert read_prompts("--x", None) == ([], [])
+    assert read_prompts("--x", "a photo of a dog") == (["a photo of a dog"], [])
+    assert read_prompts("--x", str(prompts_file))[0] == ["a red shape", "a blue shape on the left", "an empty picture"]
+    found, problems = read_prompts("--x", "sks dog => dog, big cat", captions)
+    assert found == ["dog on a lawn", "big cat on a lawn", "a photo of dog", "a photo of big cat"]
+    assert problems == []
+    for text in ("sks cat=>cat", "=>cat", "sks dog=>", "nowhere.txt"):
+        found, (problem,) = read_prompts("--x", text, captions)
+        assert found == [] and "--x" in problem and text.partition("=>")[0] in problem
+    for content, words in ((b"\n \n", "no prompts"), (b"\xff\xfe\xff", "UTF-8")):
+        prompts_file.write_bytes(content)
+        assert words in read_prompts("--x", str(prompts_file))[1][0]
+
+
+def test_the_preservation_loss_is_the_distance_to_the_model_without_adapter(tiny):
+    transformer = tiny.transformer
+    generator = torch.Generator().manual_seed(0)
+    latents, noise = torch.randn(2, 2, 16, 4, 4, generator=generator)
+    sigmas = torch.tensor([0.2, 0.9])
+    prompt_embeds = torch.randn(2, 8, 32, generator=generator)
+    pooled, base_pooled = torch.randn(2, 2, 32, generator=generator)
+    inputs = {
+        "hidden_states": dreambooth.pack_latents(
+            (1 - sigmas.view(2, 1, 1, 1)) * latents + sigmas.view(2, 1, 1, 1) * noise
+        ),
+        "timestep": sigmas,
+        "guidance": torch.ones(2),
+        "encoder_hidden_states": prompt_embeds,
+        "txt_ids": torch.zeros(8, 3),
+        "img_ids": dreambooth.image_ids(4, 4, "cpu"),
+        "return_dict": False,
+    }
+    with torch.no_grad():
+        base = transformer(**inputs, pooled_projections=base_pooled)[0]
+    parameters = add_lora(transformer, rank=2, alpha=2, dropout=0.0, target_modules=["attn.to_q", "ff.net.2"])
+    for parameter in parameters:
+        torch.nn.init.normal_(parameter, generator=generator)
+    adapted = transformer(**inputs, pooled_projections=pooled)[0]
+    losses = dreambooth.compute_preservation_loss(
+        transformer,
+        latents,
+        noise,
+        sigmas,
+        prompt_embeds,
+        pooled,
+        base_pooled,
+        guidance=torch.ones(2),
+        weighting_scheme="none",
+    )
+    torch.testing.assert_close(losses, (adapted - base).square().mean(dim=(1, 2)))
+    losses.sum().backward()
+    gradients = [parameter.grad.clone() for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    (adapted - base).square().mean(dim=(1, 2)).sum().backward()
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        torch.testing.assert_close(gradient, parameter.grad)
+
+
+def distance_to_base(tiny_model, run, prompts):
+    """The mean squared change of predictions for prompts by the LoRA of a run."""
+    pipeline = dreambooth.FluxPipeline.from_pretrained(tiny_model)
+    generator = torch.Generator().manual_seed(0)
+    latents, noise = torch.randn(2, len(prompts), 16, 4, 4, generator=generator)
+    with torch.no_grad():
+        prompt_embeds, pooled, _ = pipeline.encode_prompt(prompts, prompts, max_sequence_length=16)
+        rest = (latents, noise, torch.linspace(0.1, 0.9, len(prompts)), prompt_embeds, pooled)
+        guidance = torch.full((len(prompts),), 3.5)
+        base = dreambooth.predict_velocity(pipeline.transformer, *rest, guidance=guidance)
+        pipeline.load_lora_weights(run)
+        adapted = dreambooth.predict_velocity(pipeline.transformer, *rest, guidance=guidance)
+    return (adapted - base).square().mean().item()
+
+
+def test_preserved_prompts_move_less(train, flags, tiny_model, prompts_file, tmp_path):  # noqa: F811
+    flags = [*flags, "--learning_rate", 1e-2, "--max_train_steps", 8]
+    train(SCRIPT, *flags, "--output_dir", tmp_path / "plain")
+    strong = ("--preserve_outputs", 30, "--preserve_prompts", prompts_file)
+    train(SCRIPT, *flags, *strong, "--output_dir", tmp_path / "kept")
+    plain, kept = (
+        distance_to_base(tiny_model, tmp_path / run, ["a red shape", "an empty picture"] * 2)
+        for run in ("plain", "kept")
+    )
+    assert 0 < kept < plain / 2
+    # at the first step the adapter changes nothing
+    assert losses_of(tmp_path / "plain")[0] == losses_of(tmp_path / "kept")[0]
+
+
+def test_preservation_resumes_bit_for_bit_and_does_not_depend_on_caches(train, flags, prompts_file, tmp_path):  # noqa: F811
+    flags = [*flags, *PRESERVE, prompts_file, "--preserve_every", 2, "--lora_dropout", 0.1]
+    flags += ["--gradient_accumulation_steps", 2, "--checkpointing_steps", 2, *MODES["CLIP LoRA"]]
+    flags += ["--max_train_steps", 4]
+    train(SCRIPT, *flags, "--output_dir", tmp_path / "a" / "run")
+    variants = {
+        "resumed": ["--resume_from_checkpoint", tmp_path / "a" / "run" / "checkpoint-2"],
+        "other ways": ["--cache_latents", "False", "--gradient_checkpointing", "--offload"],
+    }
+    for name, extra in variants.items():
+        train(SCRIPT, *flags, *extra, "--output_dir", tmp_path / name / "run")
+        assert_equal(results(tmp_path / "a" / "run"), results(tmp_path / name / "run"))
+    prompts_file.write_text("a green shape\n")
+    with pytest.raises(SystemExit) as ended:
+        train(SCRIPT, *flags, *variants["resumed"], "--output_dir", tmp_path / "changed" / "run")
+    assert ended.value.code == 2
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        "pivotal CLIP+T5",
+        *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("pivotal, Prodigy", "nf4", "compile")),
+    ],
+)
+def test_preservation_goes_with(train, flags, prompts_file, tmp_path, mode):  # noqa: F811
+    modes = MODES | {"nf4": ["--quantize_base", "nf4"], "compile": ["--compile"]}
+    flags = [*flags, *modes[mode], "--max_train_steps", 2, "--output_dir"]
+    train(SCRIPT, *flags, tmp_path / "plain")
+    train(SCRIPT, *flags, tmp_path / "kept", *PRESERVE, prompts_file)
+    plain, kept = (losses_of(tmp_path / run) for run in ("plain", "kept"))
+    assert plain[0] == pytest.approx(kept[0], rel=1e-4)
+    assert all(torch.isfinite(value).all() for value in results(tmp_path / "kept").values())
+    assert plain[1:] != kept[1:]
+
+
+BAD = [
+    ("--preserve_outputs 1", "--preserve_outputs needs --preserve_prompts"),
+    ("--preserve_prompts x", "--preserve_prompts x needs --preserve_outputs"),
+    ("--preserve_every 2", "--preserve_every 2 needs --preserve_outputs"),
+    ("--preserve_outputs -1 --preserve_prompts x", "--preserve_outputs: -1 is out of range"),
+    ("--preserve_outputs 1 --preserve_prompts nowhere.txt", "--preserve_prompts nowhere.txt: no such file"),
+    ("--preserve_outputs 1 --preserve_prompts sks=>dog", "no caption has the words 'sks'"),
+    (
+        "--preserve_outputs 1 --preserve_prompts red --train_text_encoder_ti --token_abstraction red",
+        "--preserve_prompts: 'red' holds red, which stands for new tokens",
+    ),
+]
+
+
+@pytest.mark.parametrize(("wrong", "message"), BAD)
+def test_wrong_use_is_one_line(train, flags, tmp_path, capsys, wrong, message):  # noqa: F811
+    with pytest.raises(SystemExit) as ended:
+        train(SCRIPT, *flags, "--output_dir", tmp_path / "run", *wrong.split())
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
