@@ -305,7 +305,12 @@ def parse_args(argv=None):
     ).add_argument
     arg("--with_prior_preservation", action="store_true", help="also train on images of the class, see --class_prompt")
     arg("--class_data_dir", type=Path, help="folder of class images; missing ones are generated before training")
-    arg("--class_prompt", help="prompt of the class images, such as: a photo of a dog")
+    arg(
+        "--class_prompt",
+        metavar="PROMPTS",
+        help="prompt of the class images, such as a photo of a dog; or a .txt file with a prompt per line; or "
+        "'sks dog=>dog,cat': all captions, with these words in place of the subject's",
+    )
     arg("--num_class_images", type=positive_int, default=100, help="number of class images to use")
     arg("--prior_loss_weight", type=non_negative_float, default=1.0, help="weight of the class images' loss")
     arg("--sample_batch_size", type=positive_int, default=4, help="class images generated at a time")
@@ -1136,7 +1141,8 @@ class DreamBoothDataset(Dataset):
             flip_draw = rng.random()
             mirrored = bool(self.args.random_flip and flip_draw < 0.5)
             key = (len(self.examples) + class_index, example.bucket, mirrored)
-            samples.append(self.sample(key, self.args.class_prompt, self.args.prior_loss_weight))
+            caption = self.class_examples[class_index].caption
+            samples.append(self.sample(key, caption, self.args.prior_loss_weight))
         return samples
 
     def sample(self, key, prompt, loss_weight):
@@ -1263,20 +1269,13 @@ def find_examples(args):
     """(examples, problems): the training images with their captions, options and buckets."""
     # 1. Read
     examples, problems = read_examples(args)
-    sizes, unreadable = read_sizes(examples + class_examples(args))
+    class_images = read_class_images(args.class_data_dir, [], args.num_class_images)
+    sizes, unreadable = read_sizes(examples + class_images)
     sizes = sizes[: len(examples)]
 
     # 2. Check, which changes nothing
     problems += unreadable
     problems += check_captions(examples, default=args.instance_prompt)
-    if args.with_prior_preservation:
-        problems += check_class_images(
-            args.class_data_dir,
-            args.num_class_images,
-            prompts=[args.class_prompt],
-            model=model_identity(args),
-            size=Size(args.resolution, args.resolution),
-        )
     if args.train_text_encoder_ti:
         problems += check_abstractions(examples, args)
         if not problems:
@@ -1343,10 +1342,10 @@ def configure(example, options):
     )
 
 
-def class_examples(args):
-    """Examples of the images that --class_data_dir holds, at most --num_class_images."""
+def class_examples(args, class_prompts):
+    """Examples of the images that --class_data_dir holds, at most --num_class_images, with captions."""
     options = default_options(args)
-    found = read_class_images(args.class_data_dir, args.class_prompt, args.num_class_images)
+    found = read_class_images(args.class_data_dir, class_prompts, args.num_class_images)
     return [configure(example, options) for example in found]
 
 
@@ -2228,9 +2227,9 @@ def create_pipeline(transformer, vae, noise_scheduler):
     )
 
 
-def pipeline_call(prompt_encoder, prompt, args):
-    """Arguments of the pipeline: generate an image of --resolution from a prompt."""
-    prompt_embeds, pooled_prompt_embeds = prompt_encoder.encode_prompts([prompt])
+def pipeline_call(prompt_encoder, args, prompts):
+    """Arguments of the pipeline: generate an image of --resolution from each prompt."""
+    prompt_embeds, pooled_prompt_embeds = prompt_encoder.encode_prompts(prompts)
     return {
         "prompt_embeds": prompt_embeds,
         "pooled_prompt_embeds": pooled_prompt_embeds,
@@ -2246,7 +2245,7 @@ def log_validation(accelerator, transformer, vae, noise_scheduler, prompt_encode
         undisturbed(transformer, device=accelerator.device),
         offload_models(vae, device=accelerator.device, offload=args.offload or args.cache_latents),
     ):
-        call = pipeline_call(prompt_encoder, prompt, args)
+        call = pipeline_call(prompt_encoder, args, [prompt])
         images = generate_images(accelerator, pipeline, [call] * args.num_validation_images, seed=args.seed)
     if not images:  # interrupted
         return
@@ -2446,14 +2445,14 @@ def training_stops(args, max_train_steps, checkpoint):
     return stops
 
 
-def describe_run(args, examples, embedding_handler, text_params, text_encoder_stop):
+def describe_run(args, examples, class_examples, embedding_handler, text_params, text_encoder_stop):
     """{name: text} to be printed before training: data, new tokens, text encoders."""
     sizes = sorted({str(example.resolution) for example in examples})
     run_info = {"data": f"{len(examples)} images at {', '.join(sizes)} px"}
     folders = {example.files[0].parent for example in examples if example.files}
     default = "class_tokens" if args.dataset_config else "--instance_prompt"
     run_info |= describe_data(examples, sorted(folders), default)
-    run_info |= describe_class_images(class_examples(args))
+    run_info |= describe_class_images(class_examples)
     tokenizers = load_tokenizers(args)
     captions = {example.name: example.prompt() for example in examples}
     run_info |= describe_long_prompts(captions, tokenizers["t5"], args.max_sequence_length, tokenizers["clip_l"])
@@ -2524,6 +2523,16 @@ def train(args):
     # 2. Data
     examples, problems = find_examples(args)
     captions = [example.prompt() for example in examples if example.caption is not None]
+    class_prompts, prompt_problems = read_prompts("--class_prompt", args.class_prompt, captions)
+    problems += prompt_problems + check_no_new_tokens("--class_prompt", class_prompts, args)
+    if class_prompts:
+        problems += check_class_images(
+            args.class_data_dir,
+            args.num_class_images,
+            prompts=class_prompts,
+            model=model_identity(args),
+            size=Size(args.resolution, args.resolution),
+        )
     preserve_prompts, prompt_problems = read_prompts("--preserve_prompts", args.preserve_prompts, captions)
     problems += prompt_problems + check_no_new_tokens("--preserve_prompts", preserve_prompts, args)
     if args.dataset_config:
@@ -2549,6 +2558,8 @@ def train(args):
     run = run_settings(args, len(dataset), accelerator.num_processes)
     if args.dataset_config and not problems:
         run["the hash of --dataset_config"] = hashlib.sha256(args.dataset_config.read_bytes()).hexdigest()[:16]
+    if class_prompts:
+        run["the hash of --class_prompt"] = hashlib.sha256("\n".join(class_prompts).encode()).hexdigest()[:16]
     if preserve_prompts:
         run["the hash of --preserve_prompts"] = hashlib.sha256("\n".join(preserve_prompts).encode()).hexdigest()[:16]
     problems += check_run(accelerator, args, max_train_steps, checkpoint, run)
@@ -2562,7 +2573,9 @@ def train(args):
     if not args.skip_final_inference:
         final_prompt = args.final_validation_prompt or args.validation_prompt
     prompts = set()
-    for prompt in (args.validation_prompt, final_prompt, args.class_prompt, *preserve_prompts):
+    prompts.update(class_prompts, preserve_prompts)
+    prompts.update(example.caption for example in class_examples(args, class_prompts))
+    for prompt in (args.validation_prompt, final_prompt):
         if prompt:
             prompts.add(prompt)
     has_varying_prompts = False
@@ -2615,21 +2628,20 @@ def train(args):
         if args.with_prior_preservation:
             transformer = load_transformer(args, weight_dtype).to(device)
             pipeline = create_pipeline(transformer, vae, noise_scheduler)
-            call = pipeline_call(prompt_encoder, args.class_prompt, args)
             generate_class_images(
                 accelerator,
                 pipeline,
-                call,
-                prompt=args.class_prompt,
+                functools.partial(pipeline_call, prompt_encoder, args),
+                prompts=class_prompts,
                 model=model_identity(args),
                 folder=args.class_data_dir,
                 num_images=args.num_class_images,
-                num_present=len(class_examples(args)),
+                num_present=len(class_examples(args, class_prompts)),
                 batch_size=args.sample_batch_size,
                 seed=args.seed,
                 precision=args.prior_generation_precision,
             )
-            dataset.class_examples = class_examples(args)
+            dataset.class_examples = class_examples(args, class_prompts)
         if args.cache_latents:
             folder = args.disk_cache_dir.expanduser() if args.cache_latents_to_disk else None
             dataset.moments = cache_moments(accelerator, vae, dataset.image_keys(), dataset.pixel_values, folder)
@@ -2724,7 +2736,7 @@ def train(args):
     )
 
     # 7. Train
-    run_info = describe_run(args, examples, embedding_handler, text_params, text_encoder_stop)
+    run_info = describe_run(args, examples, dataset.class_examples, embedding_handler, text_params, text_encoder_stop)
     batch_sizes = sorted({example.options["batch_size"] for example in examples})
     batch = " or ".join(str(batch_size) for batch_size in batch_sizes)
     print_header(accelerator, args, run_info, lora_params, base_size, max_train_steps, steps_per_epoch, batch)

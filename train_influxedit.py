@@ -34,6 +34,8 @@ output_dir then holds pytorch_lora_weights.safetensors for `FluxFillPipeline.loa
 """
 
 import argparse
+import functools
+import hashlib
 import math
 import os
 import secrets
@@ -100,6 +102,7 @@ from common.data import (
     read_class_images,
     read_dataset,
     read_folder,
+    read_prompts,
     read_sizes,
 )
 from common.flow_matching import (
@@ -269,7 +272,12 @@ def parse_args(argv=None):
     arg = parser.add_argument_group("prior preservation", "keeps what the model knows of a class").add_argument
     arg("--with_prior_preservation", action="store_true", help="also train on images of the class, see --class_prompt")
     arg("--class_data_dir", type=Path, help="folder of class images; missing ones are generated before training")
-    arg("--class_prompt", help="prompt of the class images, such as: a photo of a dog")
+    arg(
+        "--class_prompt",
+        metavar="PROMPTS",
+        help="prompt of the class images, such as a photo of a dog; or a .txt file with a prompt per line; or "
+        "'sks dog=>dog,cat': all captions, with these words in place of the subject's",
+    )
     arg("--num_class_images", type=positive_int, default=100, help="number of class images to use")
     arg("--prior_loss_weight", type=non_negative_float, default=1.0, help="weight of the class images' loss")
     arg("--sample_batch_size", type=positive_int, default=4, help="class images generated at a time")
@@ -737,7 +745,7 @@ def find_examples(args):
     """(training examples, problems). Each has its caption, its size and, in `images`, its target or mask."""
     # 1. Read
     examples, problems = read_examples(args)
-    images = all_images(examples) + class_examples(args) + validation_files(args, "validation_image")
+    images = all_images(examples) + class_examples(args, []) + validation_files(args, "validation_image")
     if not args.use_split_mask:
         images += validation_files(args, "validation_mask")
 
@@ -751,14 +759,6 @@ def find_examples(args):
     problems += first_ten(misfits)
     problems += check_validation_masks(args, examples, size_of)
     problems += check_captions(examples, default=args.instance_prompt)
-    if args.with_prior_preservation:
-        problems += check_class_images(
-            args.class_data_dir,
-            args.num_class_images,
-            prompts=[args.class_prompt],
-            model=model_identity(args),
-            size=class_image_size(args),
-        )
 
     # 3. Assign
     for example in examples:
@@ -819,9 +819,9 @@ def read_mask(example, size):
     return Image.fromarray(selected.astype(np.uint8) * 255)
 
 
-def class_examples(args):
+def class_examples(args, class_prompts):
     """Examples of the class images there are, at most --num_class_images."""
-    return read_class_images(args.class_data_dir, args.class_prompt, args.num_class_images)
+    return read_class_images(args.class_data_dir, class_prompts, args.num_class_images)
 
 
 def size_at(long_edge: int, size: Size) -> Size:
@@ -979,11 +979,12 @@ class EditDataset(Dataset):
         samples = [self.sample(result_key, input_key, prompt)]
 
         if self.class_examples:
-            class_index = len(self.examples) + int(rng.integers(len(self.class_examples)))
+            drawn = int(rng.integers(len(self.class_examples)))
+            class_index = len(self.examples) + drawn
             mirrored = bool(self.args.random_flip and rng.random() < 0.5)
             result_key = ImageKey(class_index, size, mirrored, "image")
             input_key = ImageKey(None, size, False, "nothing")
-            samples.append(self.sample(result_key, input_key, self.args.class_prompt))
+            samples.append(self.sample(result_key, input_key, self.class_examples[drawn].caption))
         return samples
 
     def sample(self, result_key, input_key, prompt):
@@ -1030,13 +1031,13 @@ def class_image_size(args):
     return size_at(max(args.resolution), Size(1, 1))
 
 
-def pipeline_call(prompt_encoder, prompt, args, image=None, mask=None):
-    """Arguments of the pipeline: edit `image` where `mask` is white, or, without both, generate a whole image."""
+def pipeline_call(prompt_encoder, args, prompts, image=None, mask=None):
+    """Arguments of the pipeline for prompts: edit `image` where `mask` is white, or, without it, draw whole images."""
     if image is None:
         size = class_image_size(args)
         image = Image.new("RGB", (size.width, size.height), "white")
         mask = Image.new("L", (size.width, size.height), "white")
-    prompt_embeds, pooled_prompt_embeds = prompt_encoder.encode_prompts([prompt])
+    prompt_embeds, pooled_prompt_embeds = prompt_encoder.encode_prompts(prompts)
     return {
         "prompt_embeds": prompt_embeds,
         "pooled_prompt_embeds": pooled_prompt_embeds,
@@ -1122,7 +1123,7 @@ def log_validation(accelerator, transformer, vae, noise_scheduler, prompt_encode
         offload_models(vae, device=accelerator.device, offload=args.offload or args.cache_latents),
     ):
         for case in cases:
-            call = pipeline_call(prompt_encoder, case.prompt, args, case.image, case.mask)
+            call = pipeline_call(prompt_encoder, args, [case.prompt], case.image, case.mask)
             calls += [call] * args.num_validation_images
             prompts += [case.prompt] * args.num_validation_images
         images = generate_images(accelerator, pipeline, calls, seed=args.seed)
@@ -1255,7 +1256,7 @@ def choose_seed(seed, checkpoint):
     return broadcast_object_list([secrets.randbits(31)])[0]
 
 
-def describe_run(args, examples, text_lora_params):
+def describe_run(args, examples, class_examples, text_lora_params):
     """What the header says of this trainer's data and text encoders, {label: text}."""
     if args.mode == "edit":
         partners = "targets"
@@ -1267,7 +1268,7 @@ def describe_run(args, examples, text_lora_params):
     run_info = {"data": f"{len(examples)} images with {partners} at {edges} px"}
     folders = [args.instance_data_dir, args.target_data_dir, args.mask_data_dir, args.caption_data_dir]
     run_info |= describe_data(examples, folders, "--instance_prompt")
-    run_info |= describe_class_images(class_examples(args))
+    run_info |= describe_class_images(class_examples)
     tokenizers = load_tokenizer(args, "tokenizer_2"), load_tokenizer(args, "tokenizer")
     captions = {example.name: example.caption for example in examples}
     run_info |= describe_long_prompts(captions, tokenizers[0], args.max_sequence_length, tokenizers[1])
@@ -1352,6 +1353,17 @@ def train(args):
 
     # 2. Data
     examples, problems = find_examples(args)
+    captions = [example.caption for example in examples if example.caption is not None]
+    class_prompts, prompt_problems = read_prompts("--class_prompt", args.class_prompt, captions)
+    problems += prompt_problems
+    if class_prompts:
+        problems += check_class_images(
+            args.class_data_dir,
+            args.num_class_images,
+            prompts=class_prompts,
+            model=model_identity(args),
+            size=class_image_size(args),
+        )
     dataset = EditDataset(examples, args)
     sampler = StepSampler(
         dataset.groups(),
@@ -1365,6 +1377,8 @@ def train(args):
     steps_per_epoch = math.ceil(sampler.steps_per_epoch / accumulation)
     max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
     run = run_settings(args, len(dataset), accelerator.num_processes)
+    if class_prompts:
+        run["the hash of --class_prompt"] = hashlib.sha256("\n".join(class_prompts).encode()).hexdigest()[:16]
     problems += check_run(accelerator, args, max_train_steps, checkpoint, run)
     if problems:
         fail(accelerator, problems)
@@ -1377,8 +1391,8 @@ def train(args):
     prompts.update(case.prompt for case in cases)
     if args.caption_dropout:
         prompts.add("")
-    if args.class_prompt:
-        prompts.add(args.class_prompt)
+    prompts.update(class_prompts)
+    prompts.update(example.caption for example in class_examples(args, class_prompts))
     text_pipeline = load_text_pipeline(FluxPipeline, args, weight_dtype)
     text_lora_params = []
     if args.train_text_encoder:
@@ -1409,21 +1423,20 @@ def train(args):
         if args.with_prior_preservation:
             transformer = load_model(FluxTransformer2DModel, "transformer", args, weight_dtype).to(device)
             pipeline = create_pipeline(transformer, vae, noise_scheduler)
-            call = pipeline_call(prompt_encoder, args.class_prompt, args)
             generate_class_images(
                 accelerator,
                 pipeline,
-                call,
-                prompt=args.class_prompt,
+                functools.partial(pipeline_call, prompt_encoder, args),
+                prompts=class_prompts,
                 model=model_identity(args),
                 folder=args.class_data_dir,
                 num_images=args.num_class_images,
-                num_present=len(class_examples(args)),
+                num_present=len(class_examples(args, class_prompts)),
                 batch_size=args.sample_batch_size,
                 seed=args.seed,
                 precision=args.prior_generation_precision,
             )
-            dataset.class_examples = class_examples(args)
+            dataset.class_examples = class_examples(args, class_prompts)
         if args.cache_latents:
             dataset.moments = cache_moments(accelerator, vae, dataset.image_keys(), dataset.pixel_values)
     if transformer is None:
@@ -1525,7 +1538,7 @@ def train(args):
     )
 
     # 7. Train
-    run_info = describe_run(args, examples, text_lora_params)
+    run_info = describe_run(args, examples, dataset.class_examples, text_lora_params)
     print_header(accelerator, args, run_info, lora_params, base_size, max_train_steps, steps_per_epoch)
     start_logging(accelerator, args, "influxedit", global_step)
     metrics = None

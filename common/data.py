@@ -30,8 +30,9 @@ import math
 import re
 import sys
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -793,25 +794,49 @@ def read_folder(
     return examples, problems
 
 
-def read_class_images(folder: Path | None, prompt: str, limit: int) -> list[Example]:
-    """Examples of the first `limit` images of --class_data_dir, as far as there are any."""
+def read_class_images(folder: Path | None, prompts: Sequence[str], limit: int) -> list[Example]:
+    """Examples of the first `limit` images of --class_data_dir, as far as there are any.
+
+    The caption of an image is in the .txt or .caption file beside it; or it is the prompt that a run drew it for, see
+    `drawn_class_image`; else the one prompt that there is. None: none of these.
+    """
     if folder is None or not folder.is_dir():
         return []
     paths, _ = image_files(folder)
-    return [file_example(path, prompt) for path in paths[:limit]]
+    captions = caption_files(folder)
+    examples = []
+    for path in paths[:limit]:
+        caption = None
+        caption_file = find_caption_file(path, captions)
+        if caption_file:
+            with suppress(ValueError):  # among the problems of `check_class_images`
+                caption = read_text(caption_file) or None
+        elif len(prompts) == 1:
+            caption = prompts[0]
+        else:
+            caption = drawn_class_image(path).get("class_prompt")
+        examples.append(file_example(path, caption))
+    return examples
 
 
 def check_class_images(
-    folder: Path | None, limit: int, *, prompts: Collection[str], model: str, size: Size
+    folder: Path | None, limit: int, *, prompts: Sequence[str], model: str, size: Size
 ) -> list[str]:
     """Problems of the images in --class_data_dir, if there is one.
 
-    Those in a format that is not read, and those of the first `limit` that a run drew, see `drawn_class_image`, for
-    none of `prompts`, by a model other than `model`, or at another size. Other images are the user's own.
+    Those in a format that is not read, and those of the first `limit` that have no caption, or that a run drew, see
+    `drawn_class_image`, for none of `prompts`, by a model other than `model`, or at another size. Other images are the
+    user's own.
     """
     if folder is None or not folder.is_dir():
         return []
     paths, problems = image_files(folder)
+    uncaptioned = [example.name for example in read_class_images(folder, prompts, limit) if not example.caption]
+    if uncaptioned:
+        problems.append(
+            f"--class_data_dir {folder}: {len(uncaptioned)} images have no caption that can be read, such as "
+            f"{uncaptioned[0]}: write it to the .txt file beside it, or give --class_prompt one prompt for all"
+        )
     different = {}  # {name: how}
     for path in paths[:limit]:
         drawn = drawn_class_image(path)
@@ -853,7 +878,9 @@ def describe_class_images(class_examples: Sequence[Example]) -> dict[str, str]:
         return {}
     num_own = sum(not drawn_class_image(example.files[0]) for example in class_examples)
     own = f" ({num_own} of your own)" if num_own else ""
-    return {"class images": f"{len(class_examples)}{own}"}
+    num_captions = len({example.caption for example in class_examples})
+    captions = f", with {num_captions} captions" if num_captions > 1 else ""
+    return {"class images": f"{len(class_examples)}{own}{captions}"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import math
 import random
 import tempfile
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -67,9 +67,9 @@ def generate_images(
 def generate_class_images(
     accelerator: Accelerator,
     pipeline: Any,
-    arguments: Mapping[str, Any],
+    pipeline_call: Callable[[list[str]], Mapping[str, Any]],
     *,
-    prompt: str,
+    prompts: Sequence[str],
     model: str,
     folder: Path,
     num_images: int,
@@ -80,10 +80,11 @@ def generate_class_images(
 ) -> None:
     """Generates class images for prior preservation, until `folder`, which holds `num_present`, has `num_images`.
 
-    `arguments` are the pipeline's for the class prompt; `precision` is fp16, bf16 or that of training. The PNG files
-    say for which prompt and by which model they were drawn, see data.py's `check_class_images`. Image i
-    depends on (seed, i) alone and is written whole or not at all, so an interrupted run continues where it was. A
-    batch with one missing image is generated as a whole, because rounding depends on the batch size.
+    `pipeline_call` returns the pipeline's arguments for a batch of prompts; `precision` is fp16, bf16 or that of
+    training. The PNG files say for which prompt and by which model they were drawn, see data.py's
+    `check_class_images`. Image i depends on (seed, i) and its prompt alone, the prompts being taken in turn, and is
+    written whole or not at all, so an interrupted run continues where it was. A batch with one missing image is
+    generated as a whole, because rounding depends on the batch size.
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -105,15 +106,16 @@ def generate_class_images(
         autocast = torch.autocast(device.type, dtypes[precision])
     sharing: Any = accelerator.split_between_processes(batches)
     quiet = not missing or not accelerator.is_main_process
-    texts = PngInfo()
-    texts.add_text("class_prompt", prompt)
-    texts.add_text("class_model", model)
     with undisturbed(pipeline.transformer, device=device), autocast, sharing as share:
         for batch in tqdm(share, desc="Generating class images", unit="batch", disable=quiet):
             generators = [step_generator(seed, i) for i in batch]
-            images = pipeline(**arguments, num_images_per_prompt=len(batch), generator=generators).images
-            for i, image in zip(batch, images, strict=True):
+            batch_prompts = [prompts[i % len(prompts)] for i in batch]
+            images = pipeline(**pipeline_call(batch_prompts), generator=generators).images
+            for i, prompt, image in zip(batch, batch_prompts, images, strict=True):
                 if paths[i] in missing:
+                    texts = PngInfo()
+                    texts.add_text("class_prompt", prompt)
+                    texts.add_text("class_model", model)
                     with atomic_write(paths[i]) as partial:
                         image.save(partial, format="PNG", pnginfo=texts)
     accelerator.wait_for_everyone()

@@ -523,10 +523,10 @@ def test_problems_of_a_folder(folder, tmp_path):
 
 
 def test_class_images(folder):
-    examples = read_class_images(folder, "a thing", 2)
+    examples = read_class_images(folder, ["a thing"], 2)
     assert stems(examples) == ["a.png", "b.png"]
-    assert {example.caption for example in examples} == {"a thing"}
-    assert read_class_images(folder / "none", "a thing", 2) == read_class_images(None, "a thing", 2) == []
+    assert [example.caption for example in examples] == ["a red image", "a thing"]
+    assert read_class_images(folder / "none", ["a thing"], 2) == read_class_images(None, ["a thing"], 2) == []
 
 
 def test_class_images_of_another_prompt_model_or_size_are_refused(tmp_path):
@@ -547,7 +547,11 @@ def test_class_images_of_another_prompt_model_or_size_are_refused(tmp_path):
     Image.new("RGB", (64, 64)).save(tmp_path / "photo.jpg")
     (tmp_path / "torn.png").write_bytes((tmp_path / "class-00000.png").read_bytes()[:20])
     assert check() == []
-    examples = read_class_images(tmp_path, "a café", 4)
+    several = ["a café", "a bar"]
+    assert [example.caption for example in read_class_images(tmp_path, several, 3)] == ["a café", "a café", None]
+    (problem,) = check_class_images(tmp_path, 9, prompts=several, model="m", size=Size(48, 32))
+    assert "3 images have no caption" in problem and "comfyui.png" in problem
+    examples = read_class_images(tmp_path, ["a café"], 4)
     assert describe_class_images(examples) == {"class images": "4 (2 of your own)"}
     assert describe_class_images(examples[:2]) == {"class images": "2"}
     for changed, named in (

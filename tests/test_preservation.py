@@ -1,12 +1,14 @@
 """train_dreambooth_flux_advanced.py: what keeps other prompts as they are, --preserve_outputs and class prompts."""
 
 import json
+import shutil
 
-from common.data import read_prompts
+from common.data import read_class_images, read_prompts
 from common.lora import add_lora
 
 import pytest
 import torch
+from PIL import Image
 from test_pivotal import MODES, flags, results  # noqa: F401  # flags is a fixture
 from test_train_dreambooth import SCRIPT, assert_equal
 
@@ -139,7 +141,7 @@ def test_preservation_resumes_bit_for_bit_and_does_not_depend_on_caches(train, f
     "mode",
     [
         "pivotal CLIP+T5",
-        *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("pivotal, Prodigy", "nf4", "compile")),
+        *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("nf4", "compile")),
     ],
 )
 def test_preservation_goes_with(train, flags, prompts_file, tmp_path, mode):  # noqa: F811
@@ -174,3 +176,46 @@ def test_wrong_use_is_one_line(train, flags, tmp_path, capsys, wrong, message): 
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def class_images(folder):
+    """{name: (caption in its PNG, bytes)}."""
+    return {
+        path.name: (Image.open(path).info["class_prompt"], path.read_bytes()) for path in sorted(folder.glob("*.png"))
+    }
+
+
+def test_class_images_of_several_prompts_are_trained_with_their_own(
+    train,
+    flags,  # noqa: F811
+    prompts_file,
+    tmp_path,
+    monkeypatch,
+):
+    folder = tmp_path / "class"
+    prior = ["--with_prior_preservation", "--class_data_dir", folder, "--num_class_images", 5]
+    prior += ["--sample_batch_size", 2, "--max_train_steps", 2]
+    honest = dreambooth.PromptEncoder.encode_prompts
+    seen = []
+    monkeypatch.setattr(
+        dreambooth.PromptEncoder, "encode_prompts", lambda self, prompts: seen.append(prompts) or honest(self, prompts)
+    )
+    train(SCRIPT, *flags, *prior, "--class_prompt", prompts_file, "--output_dir", tmp_path / "a")
+    drawn = class_images(folder)
+    prompts = ["a red shape", "a blue shape on the left", "an empty picture"]
+    assert [prompt for prompt, _ in drawn.values()] == [*prompts, *prompts[:2]]
+    assert len({image for _, image in drawn.values()}) == 5
+    trained = [prompt for batch in seen[-2:] for prompt in batch[2:]]  # class images follow the others
+    assert len(trained) == 4 and set(trained) <= set(prompts)
+
+    # what is drawn again is the same; an image of one's own brings its caption
+    (folder / "class-00003.png").unlink()
+    shutil.copy(folder / "class-00000.png", folder / "zoo.png")
+    (folder / "zoo.txt").write_text("a picture of mine")
+    prior += ["--num_class_images", 6, "--class_prompt", prompts_file]
+    train(SCRIPT, *flags, *prior, "--output_dir", tmp_path / "b")
+    assert drawn.items() <= class_images(folder).items()
+    assert read_class_images(folder, prompts, 6)[5].caption == "a picture of mine"
+    with pytest.raises(SystemExit) as ended:
+        train(SCRIPT, *flags, *prior, "--output_dir", tmp_path / "c", "--class_prompt", "a red shape")
+    assert ended.value.code == 2
