@@ -324,10 +324,9 @@ def parse_args(argv=None):
     arg(
         "--preserve_outputs",
         type=non_negative_float,
-        default=0.0,
         metavar="WEIGHT",
-        help="weight of a loss that keeps what is predicted for --preserve_prompts as it is without the adapter; 1 is "
-        "usual, 0: none",
+        help="weight of a loss that keeps what is predicted for --preserve_prompts as it is without the adapter, such "
+        "as 1 (default: none)",
     )
     arg(
         "--preserve_prompts",
@@ -610,7 +609,7 @@ def check_args(args):
     # output preservation
     if args.preserve_outputs and not args.preserve_prompts:
         problems.append("--preserve_outputs needs --preserve_prompts")
-    if not args.preserve_outputs:
+    if args.preserve_outputs is None:
         for flag in ("preserve_prompts", "preserve_every"):
             if flag in args.changed:
                 problems.append(f"--{flag} {vars(args)[flag]} needs --preserve_outputs, such as 1")
@@ -2533,7 +2532,10 @@ def train(args):
             model=model_identity(args),
             size=Size(args.resolution, args.resolution),
         )
-    preserve_prompts, prompt_problems = read_prompts("--preserve_prompts", args.preserve_prompts, captions)
+    preserve_prompts = []
+    prompt_problems = []
+    if args.preserve_outputs:
+        preserve_prompts, prompt_problems = read_prompts("--preserve_prompts", args.preserve_prompts, captions)
     problems += prompt_problems + check_no_new_tokens("--preserve_prompts", preserve_prompts, args)
     if args.dataset_config:
         adopt_dataset_config(args, examples)
