@@ -148,7 +148,13 @@ from common.models import (
     reshard,
     shard,
 )
-from common.text_encoders import describe_long_prompts, load_text_pipeline, load_tokenizer
+from common.text_encoders import (
+    PROMPTS_PER_BATCH,
+    describe_long_prompts,
+    fill_up,
+    load_text_pipeline,
+    load_tokenizer,
+)
 from common.tracking import (
     METADATA,
     check_hub,
@@ -865,6 +871,12 @@ class Backbone:
         """Conditions {name: [T, D] or [D]} of one prompt, unbatched; `reference` is an image to edit."""
         raise NotImplementedError
 
+    def encode_prompts(self, prompt_encoder, prompts: list[str], references: list) -> list[Conditions]:
+        """The conditions of several prompts, each with an image to edit or None. One at a time, because their
+        lengths differ; a family that pads all to one length encodes them together."""
+        inputs = zip(prompts, references, strict=True)
+        return [self.encode_prompt(prompt_encoder, prompt, reference) for prompt, reference in inputs]
+
     def predict(self, transformer, x: torch.Tensor, time: torch.Tensor, cond: Conditions) -> torch.Tensor:
         """Velocities [B, C, h, w] of noisy latents; `time` is [B, 2], (t, t'), or [B], one time for both."""
         return transformer(hidden_states=x, timestep=1000 * time, **cond, return_dict=False)[0]
@@ -888,10 +900,16 @@ class Flux(Backbone):
         return transformer
 
     def encode_prompt(self, prompt_encoder, prompt, reference=None):
+        return self.encode_prompts(prompt_encoder, [prompt], [reference])[0]
+
+    def encode_prompts(self, prompt_encoder, prompts, references):
         prompt_embeds, pooled_prompt_embeds, _ = prompt_encoder.encode_prompt(
-            prompt, prompt_2=None, max_sequence_length=self.args.max_sequence_length
+            fill_up(prompts), prompt_2=None, max_sequence_length=self.args.max_sequence_length
         )
-        return {"encoder_hidden_states": prompt_embeds[0], "pooled_projections": pooled_prompt_embeds[0]}
+        return [
+            {"encoder_hidden_states": prompt_embeds[i], "pooled_projections": pooled_prompt_embeds[i]}
+            for i in range(len(prompts))
+        ]
 
     def predict(self, transformer, x, time, cond):
         batch_size, _, height, width = x.shape
@@ -923,14 +941,20 @@ class StableDiffusion3(Backbone):
     max_sequence_length = 256
 
     def encode_prompt(self, prompt_encoder, prompt, reference=None):
+        return self.encode_prompts(prompt_encoder, [prompt], [reference])[0]
+
+    def encode_prompts(self, prompt_encoder, prompts, references):
         prompt_embeds, _, pooled_prompt_embeds, _ = prompt_encoder.encode_prompt(
-            prompt,
+            fill_up(prompts),
             prompt_2=None,
             prompt_3=None,
             do_classifier_free_guidance=False,
             max_sequence_length=self.args.max_sequence_length,
         )
-        return {"encoder_hidden_states": prompt_embeds[0], "pooled_projections": pooled_prompt_embeds[0]}
+        return [
+            {"encoder_hidden_states": prompt_embeds[i], "pooled_projections": pooled_prompt_embeds[i]}
+            for i in range(len(prompts))
+        ]
 
 
 class Sana(Backbone):
@@ -2074,10 +2098,10 @@ def encode_prompts(
 
     @torch.no_grad()
     def encode(inputs):
-        prompt, image = inputs
-        return backbone.encode_prompt(load_prompt_encoder(), prompt, image)
+        prompts, images = zip(*inputs, strict=True)
+        return backbone.encode_prompts(load_prompt_encoder(), list(prompts), list(images))
 
-    cache.fill(accelerator, list(requests), read, encode, "Encoding prompts")
+    cache.fill(accelerator, list(requests), read, encode, "Encoding prompts", batch_size=PROMPTS_PER_BATCH)
 
 
 def cache_latents(accelerator, vae, dataset: TwinFlowDataset, cache: TensorCache) -> None:
@@ -2095,8 +2119,9 @@ def cache_latents(accelerator, vae, dataset: TwinFlowDataset, cache: TensorCache
         return pixel_values
 
     @torch.no_grad()
-    def encode(pixel_values):
-        return {name: encode_images(vae, image[None])[0] for name, image in pixel_values.items()}
+    def encode(inputs):
+        (pixel_values,) = inputs  # batched convolutions round differently
+        return [{name: encode_images(vae, image[None])[0] for name, image in pixel_values.items()}]
 
     cache.fill(accelerator, list(requests), read, encode, "Caching latents")
 

@@ -2,9 +2,10 @@
 
 import functools
 import hashlib
+import itertools
 import json
 import os
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -173,20 +174,33 @@ class TensorCache:
         return self.load(*key)
 
     def fill(
-        self, accelerator: Accelerator, keys: Iterable[tuple], read: Callable, encode: Callable, desc: str
+        self,
+        accelerator: Accelerator,
+        keys: Iterable[tuple],
+        read: Callable[[tuple], Any],
+        encode: Callable[[list], Sequence[Mapping[str, Tensor]]],
+        desc: str,
+        batch_size: int = 1,
     ) -> None:
-        """Adds the entries of `keys` that are absent, each encode(read(key)); the processes share the work.
+        """Adds the entries of `keys` that are absent: encode([read(key), ...]) returns those of up to `batch_size`.
 
-        Threads read ahead of the encoder.
+        The processes share the work, and threads read ahead of the encoder.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         missing = [key for key in keys if not self.has(*key)]
         accelerator.wait_for_everyone()  # every process has listed what is missing
         quiet = not accelerator.is_main_process or not missing
-        with accelerator.split_between_processes(missing) as share:
+        with (
+            accelerator.split_between_processes(missing) as share,
+            tqdm(desc=desc, total=len(share), disable=quiet) as progress_bar,
+        ):
             inputs = map_ahead(read, share, num_reading_threads())
-            for key, value in zip(tqdm(share, desc=desc, disable=quiet), inputs, strict=True):
-                self.save(encode(value), *key)
+            for start in range(0, len(share), batch_size):
+                batch = share[start : start + batch_size]
+                entries = encode(list(itertools.islice(inputs, len(batch))))
+                for key, entry in zip(batch, entries, strict=True):
+                    self.save(entry, *key)
+                progress_bar.update(len(batch))
         accelerator.wait_for_everyone()
 
 

@@ -740,13 +740,13 @@ def test_caches(tmp_path, count):
     bytes_cache = TensorCache(tmp_path, b"a model")
     bytes_cache.save({"a": value}, b"key")
     (file,) = tmp_path.glob("*.safetensors")
-    cache.fill(accelerator, [("picture",)], str, lambda name: {"a": value}, "Encoding")
+    cache.fill(accelerator, [("picture",)], str, lambda names: [{"a": value}], "Encoding")
     wholes = [path.read_bytes() for path in (file, cache.path("picture"))]
 
     def prop(content):
         for path in (file, cache.path("picture")):
             path.write_bytes(content)
-        cache.fill(accelerator, [("picture",)], str, lambda name: {"a": value}, "Encoding")
+        cache.fill(accelerator, [("picture",)], str, lambda names: [{"a": value}], "Encoding")
         assert torch.equal(cache.load("picture")["a"], value)
         found = bytes_cache.load_or_encode(b"key", encode=lambda: {"a": value})
         assert torch.equal(found["a"], value)

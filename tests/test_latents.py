@@ -132,9 +132,9 @@ def test_images_become_the_latents_of_each_familys_pipeline(kind):
 def test_the_tensor_cache_keeps_what_it_has(tmp_path):
     accelerator, calls = Accelerator(cpu=True), []
 
-    def encode(number):
-        calls.append(number)
-        return {"a": torch.full((2,), float(number)), "b": torch.arange(3)[1:]}
+    def encode(numbers):
+        calls.extend(numbers)
+        return [{"a": torch.full((2,), float(number)), "b": torch.arange(3)[1:]} for number in numbers]
 
     cache = TensorCache(tmp_path, ["a model"])
     cache.fill(accelerator, [("picture", 1), ("picture", 2)], itemgetter(1), encode, "Encoding")

@@ -346,7 +346,9 @@ def encodings(monkeypatch):
     monkeypatch.setattr(
         dreambooth.PromptEncoder,
         "encode_with",
-        lambda self, name, prompts: seen.append(f"{name}: {prompts[0]}") or text(self, name, prompts),
+        lambda self, name, prompts: (
+            seen.extend(dict.fromkeys(f"{name}: {prompt}" for prompt in prompts)) or text(self, name, prompts)
+        ),
     )
     return seen
 
