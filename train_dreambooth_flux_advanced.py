@@ -2257,13 +2257,20 @@ def embedding_name(abstraction):
     return re.sub(r"[^\w.-]+", "_", abstraction)
 
 
+def embeddings_file(args):
+    """The file of the new tokens."""
+    return args.output_dir / f"{args.output_dir.resolve().name}_emb.safetensors"
+
+
 def result_files(args):
-    """The LoRA files that a run writes: of those of epochs the ones that are there already."""
+    """The files of LoRAs and new tokens that a run writes: of those of epochs the ones that are there already."""
     files = [lora_file(args.output_dir, args.output_name)]
     if args.output_name and args.save_every_n_epochs:
         pattern = f"{glob.escape(args.output_name)}-{'[0-9]' * 6}.safetensors"
         found = sorted(args.output_dir.parent.glob(pattern))
         files += [file for file in found if not file.with_suffix("").is_dir()]  # else of a run with a date as its name
+    if args.train_text_encoder_ti:
+        files += [embeddings_file(args), args.output_dir / "embeddings"]
     return files
 
 
@@ -2878,9 +2885,9 @@ def train(args):
 
     # 8. Save and final validation
     save_result(args, adapted_models, header(), save_dtype)
-    embeddings_name = f"{args.output_dir.resolve().name}_emb.safetensors"
+    embeddings_name = embeddings_file(args).name
     if accelerator.is_main_process:
-        embedding_handler.save_embeddings(args.output_dir / embeddings_name)
+        embedding_handler.save_embeddings(embeddings_file(args))
         embedding_handler.export_embeddings(args.output_dir / "embeddings")
         metrics.close()
         plot_metrics(args.output_dir)

@@ -631,23 +631,28 @@ def check_alternatives(transformer, pattern):
 
 def alternatives_of(pattern):
     """The alternatives of a regular expression, "a" and "b" of "a|b" or "(a|b)"; those within a group stay whole."""
-    tokens = re.findall(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|.", pattern, re.DOTALL)  # an escape or a [set] is one token
-    parts = [""]
-    depth = 0
-    for token in tokens:
-        depth += (token == "(") - (token == ")")
-        if token == "|" and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += token
     group = re.fullmatch(r"\((?:\?:)?(.*)\)", pattern, re.DOTALL)
-    if len(parts) > 1 or group is None:
-        return parts
+    if group and is_pattern(group[1]):  # which (a)(b) without its ends is not
+        return alternatives_of(group[1])
+    alternatives = []
+    part = ""
+    for piece in pattern.split("|"):
+        part += piece
+        if is_pattern(part):
+            alternatives.append(part)
+            part = ""
+        else:  # the | is within a group or a set, or stands for itself
+            part += "|"
+    return alternatives
+
+
+def is_pattern(text):
+    """Whether the text is a regular expression."""
     try:
-        re.compile(group[1])
-    except re.error:  # two groups, (a)(b)
-        return parts
-    return alternatives_of(group[1])
+        re.compile(text)
+    except re.error:
+        return False
+    return True
 
 
 def backslash_hint(pattern):
@@ -2229,6 +2234,7 @@ def adapter_metadata(args, specs, adapter):
         "max_sequence_length": args.max_sequence_length,
         "depth_model": args.depth_model,
         "conditions": own_specs,
+        "place": adapter_names(specs).index(adapter),  # among the adapters of the run
     }
     return {"omini": json.dumps(run_info)}
 

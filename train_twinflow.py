@@ -595,9 +595,10 @@ def parse_args(argv=None):
     if args.output_name:
         args.output_dir /= args.output_name
     problems = check_args(args) + check_model(args) + check_output_dir(args)
+    result = args.output_dir / "transformer"
     if args.training == "lora":
-        lora = lora_file(args.output_dir, args.output_name)
-        problems += check_results(args, [lora], [args.lora_path] if args.lora_path else [])
+        result = lora_file(args.output_dir, args.output_name)
+    problems += check_results(args, [result], [args.lora_path] if args.lora_path else [])
     parser.refuse(problems)
     return args
 
@@ -2375,7 +2376,9 @@ def train(args):
     transformer.to("cpu" if args.fsdp else device)  # `shard` moves it block by block: it may not fit as a whole
     set_seed(args.seed)  # the same initial weights, whether prompts and latents were encoded or found in the cache
     if train_all:
-        if not embeds_target_time(transformer, backbone.time_module):
+        if embeds_target_time(transformer, backbone.time_module):
+            accelerator.print("  --target_time_init has no effect: the model has its second time embedding already")
+        else:
             add_target_time(transformer, backbone.time_module, args.target_time_init)
         transformer.requires_grad_(True)
     else:

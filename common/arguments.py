@@ -191,9 +191,10 @@ def changed_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
 
 
 def in_range(
-    number_type: type, minimum: float, maximum: float = math.inf, *, above: bool = False
+    number_type: type, minimum: float, maximum: float = math.inf, *, above: bool = False, reason: str = ""
 ) -> Callable[[str], float]:
-    """An argparse type: a finite int or float of at least (or `above`) the minimum and at most the maximum."""
+    """An argparse type: a finite int or float of at least (or `above`) the minimum and at most the maximum, for which
+    there may be a `reason`."""
 
     def parse(text: str) -> float:
         value = number_type(text)
@@ -203,6 +204,8 @@ def in_range(
             limit = f"above {minimum}" if above else f"at least {minimum}"
             if maximum < math.inf:
                 limit += f" and at most {maximum}"
+            if reason:
+                limit += f", {reason}"
             raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {limit}")
         return value
 
@@ -241,22 +244,15 @@ def file_name(text: str) -> str:
     return text
 
 
-WORKERS_PER_CORE = 4
+NUM_CORES = os.cpu_count() or 1
+WORKERS_PER_CORE = 4  # processes that read data
 
-
-def worker_count(text: str) -> int:
-    """An argparse type: a number of processes that read data, 0 to WORKERS_PER_CORE for each core of the machine."""
-    value = int(text)
-    cores = os.cpu_count() or 1
-    if not 0 <= value <= WORKERS_PER_CORE * cores:
-        raise argparse.ArgumentTypeError(
-            f"{text} is out of range: it must be at least 0 and at most {WORKERS_PER_CORE * cores}, "
-            f"{WORKERS_PER_CORE} for each of the {cores} cores of this machine"
-        )
-    return value
-
-
-worker_count.__name__ = "whole number"
+worker_count = in_range(
+    int,
+    0,
+    WORKERS_PER_CORE * NUM_CORES,
+    reason=f"{WORKERS_PER_CORE} for each of the {NUM_CORES} cores of this machine",
+)
 positive_int = in_range(int, 1)
 positive_float = in_range(float, 0, above=True)
 non_negative_float = in_range(float, 0)

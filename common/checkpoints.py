@@ -114,7 +114,12 @@ def read_run_args(folder: Path, flags: Collection[str]) -> dict[str, Any]:
 
 def run_settings(args: argparse.Namespace, num_samples: int, num_processes: int) -> dict[str, Any]:
     """{name: value} of all that must be the same when the run is resumed; flags as text."""
-    settings: dict[str, Any] = {name: str(value) for name, value in vars(args).items() if name not in CHANGEABLE}
+    settings: dict[str, Any] = {}
+    for name, value in vars(args).items():
+        if isinstance(value, list):  # a Path in it would be PosixPath(...)
+            value = [str(part) if isinstance(part, Path) else part for part in value]
+        if name not in CHANGEABLE:
+            settings[name] = str(value)
     settings["the number of samples"] = num_samples
     settings["the number of processes"] = num_processes
     return settings
@@ -880,15 +885,20 @@ def remove_partial(output_dir: Path, results: Iterable[Path] = ()) -> None:
     """Deletes what a killed run was writing: partial files of `atomic_write` and partial checkpoints.
 
     `results` are the files of its LoRAs, which may stand beside `output_dir`, with others' there; NAME.safetensors
-    stands for NAME-000010.safetensors, of an epoch, too. To be called by one process, while no other one writes.
+    stands for NAME-000010.safetensors, of an epoch, too, unless that is a run with a folder of its own. To be called
+    by one process, while no other one writes.
     """
     with writing(output_dir):
         for result in results:
             own = re.compile(
-                rf"\.{re.escape(result.stem)}(-\d{{6}})?{re.escape(result.suffix)}\.[0-9a-f]{{8}}\.partial"
+                rf"\.({re.escape(result.stem)}(-\d{{6}})?){re.escape(result.suffix)}\.[0-9a-f]{{8}}\.partial"
             )
             for path in list(result.parent.glob(".*.partial")):
-                if own.fullmatch(path.name):
+                name = own.fullmatch(path.name)
+                if name is None:
+                    continue
+                is_other_run = name[2] and path.with_name(name[1]).is_dir()
+                if not is_other_run:
                     path.unlink()
         for path in list(output_dir.rglob(".*")):
             if path.is_dir() and PARTIAL_CHECKPOINT.fullmatch(path.name):

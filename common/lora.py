@@ -287,9 +287,8 @@ def find_lora(path: str | Path) -> tuple[Path, Path | None]:
     if found.is_dir():
         found = found.resolve()
     if found.is_file() and found.name.startswith(RESUME_PREFIX):
-        raise ValueError(
-            f"{path}: weights to resume from, without their scale; {found.name[len(RESUME_PREFIX) :]} draws"
-        )
+        result = found.name.removeprefix(RESUME_PREFIX)
+        raise ValueError(f"{path}: weights that a run resumes from; {result} beside it is the one to draw with")
     lora = found if found.is_file() else lora_of_folder(found)
     try:
         with safe_open(lora, "pt") as file:

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import socket
+from argparse import Namespace
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from common.checkpoints import (
     lock_folder,
     release_lock,
     remove_partial,
+    run_settings,
     unused_path,
     writing,
 )
@@ -58,10 +60,19 @@ def test_what_a_killed_run_was_writing_is_swept_and_nothing_else(killed):
 def test_what_a_killed_run_was_writing_beside_its_folder_is_swept(tmp_path):
     swept = [".a.b.safetensors.0123abcd.partial", ".a.b-000010.safetensors.0123abcd.partial"]
     kept = [".a.b-2.safetensors.0123abcd.partial", ".axb.safetensors.0123abcd.partial", ".a.b.safetensors.partial"]
+    kept += [".a.b-251127.safetensors.0123abcd.partial", "a.b-251127/args.json"]  # of a run with a date as its name
+    (tmp_path / "a.b-251127").mkdir()
     for name in swept + kept:
         (tmp_path / name).write_text("x")
     remove_partial(tmp_path / "a.b", [tmp_path / "a.b.safetensors"])
-    assert {path.name for path in tmp_path.iterdir()} == {*kept}
+    assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()} == {*kept}
+
+
+def test_settings_that_differ_are_named_without_pythons_types():
+    args = Namespace(train_data_dir=[Path("a b"), Path("c")], condition_type=["fill"], model=Path("x"), seed=0)
+    settings = run_settings(args, 4, 1)
+    assert settings["train_data_dir"] == "['a b', 'c']"
+    assert (settings["condition_type"], settings["model"], settings["seed"]) == ("['fill']", "x", "0")
 
 
 def test_a_run_sweeps_at_its_start_and_at_its_end(train, short_runs, tmp_path, monkeypatch):

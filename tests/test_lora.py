@@ -423,7 +423,7 @@ def test_no_lora_is_one_line_and_never_another_file(tmp_path):
     with pytest.raises(ValueError, match=r"canny\.safetensors, depth\.safetensors"):
         find_lora(two)
     exact = make_run(tmp_path / "exact", LORA, f"resume_{LORA}") / f"resume_{LORA}"
-    with pytest.raises(ValueError, match="without their scale"):
+    with pytest.raises(ValueError, match="resumes from"):
         find_lora(exact)
     other = tmp_path / "vae.safetensors"
     save_file({"decoder.weight": torch.zeros(1)}, other)

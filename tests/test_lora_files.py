@@ -683,6 +683,31 @@ def test_a_result_replaces_neither_another_runs_nor_what_the_run_starts_from(
     trainer.parse_args([*words, "--resume_from_checkpoint", "latest"])
 
 
+@pytest.mark.parametrize(
+    ("script", "flags", "result"),
+    [
+        (
+            "train_dreambooth_flux_advanced",
+            ["--train_text_encoder_ti", "--instance_prompt", "TOK"],
+            "run_emb.safetensors",
+        ),
+        ("train_twinflow", ["--training", "full"], "transformer/diffusion_pytorch_model.safetensors"),
+    ],
+)
+def test_a_result_that_is_no_lora_replaces_no_other_runs_either(script, flags, result, tmp_path, short_runs, capsys):
+    words = [str(flag) for flag in [*short_runs[script], *flags, "--output_dir", tmp_path / "run"]]
+    if "full" in flags:
+        del words[words.index("--rank") : words.index("--rank") + 2]
+    parse_args = importlib.import_module(script).parse_args
+    parse_args(words)
+    file = tmp_path / "run" / result
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"another's")
+    with pytest.raises(SystemExit):
+        parse_args(words)
+    assert f"{tmp_path / 'run' / result.partition('/')[0]} exists" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["", "a/b", "..", ".", ".hidden", "resume_x", "x.safetensors", "x/"])
 def test_no_name_hides_a_result_or_means_another_file(name):
     with pytest.raises(ArgumentTypeError):

@@ -325,13 +325,14 @@ def test_adapters_of_one_name_are_combined(tiny_model, adapter, tmp_path):
 
 
 def test_the_folder_of_a_run_with_several_adapters(adapter):
-    paths = adapter("canny", "coloring", adapter_per_condition=True)
-    assert generate.lora_files(paths["canny"].parent) == sorted(paths.values())
+    paths = adapter("coloring", "canny", adapter_per_condition=True)
+    in_order = [paths["coloring"], paths["canny"]]  # as --condition_type names them
+    assert generate.lora_files(paths["canny"].parent) == in_order
     named = paths["canny"].parents[1] / "named"  # as with --output_name named
     named.mkdir()
     (named / "args.json").write_text("{}")
-    beside = [path.rename(named.with_name(f"named-{path.name}")) for path in paths.values()]
-    assert generate.lora_files(named) == sorted(beside)
+    beside = [path.rename(named.with_name(f"named-{path.name}")) for path in in_order]
+    assert generate.lora_files(named) == beside
     assert generate.lora_files(beside[0]) == [beside[0]]
 
 

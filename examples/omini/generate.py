@@ -117,7 +117,8 @@ def parse_args(argv=None):
 
 def lora_files(path):
     """The files that a path means: itself, or those of a run's folder or a checkpoint, several if each condition was
-    trained with an adapter of its own. Raises OSError or ValueError if there is none."""
+    trained with an adapter of its own, in the order of the conditions. Raises OSError or ValueError if there is none.
+    """
     folder = path.resolve()
     if folder.is_dir():
         files = [file for file in sorted(folder.glob("*.safetensors")) if read_header(file)]
@@ -125,7 +126,7 @@ def lora_files(path):
         if not files and not one_adapter and (folder / "args.json").is_file():
             files = files_beside(folder)
         if files:
-            return files
+            return sorted(files, key=lambda file: read_header(file).get("place", 0))
     return [find_lora(path)[0]]
 
 
