@@ -163,6 +163,7 @@ from common.text_encoders import (
 )
 from common.tracking import (
     METADATA,
+    add_thumbnail,
     check_hub,
     create_hub_repo,
     finish,
@@ -1618,6 +1619,7 @@ KOHYA_FLAGS = dict.fromkeys([*DATASET_OPTIONS, *REFUSED_OPTIONS], IN_DATASET_CON
     "max_timestep": RefusedOption(None, "it has no effect on FLUX.1 in sd-scripts either: leave it out"),
     "max_token_length": RefusedOption(None, "CLIP reads 77 tokens; T5's number is --max_sequence_length"),
     "mem_eff_attn": RefusedOption("", "attention is PyTorch's scaled_dot_product_attention"),
+    "metadata_thumbnail": RefusedOption(None, "it is the last image drawn after training, of --validation_prompt"),
     "min_snr_gamma": RefusedOption(None, "it is for models that predict noise: see --weighting_scheme"),
     "min_timestep": RefusedOption(None, "it has no effect on FLUX.1 in sd-scripts either: leave it out"),
     "model_prediction_type": RefusedOption("raw", "the velocity is predicted, which sd-scripts calls raw"),
@@ -2238,7 +2240,7 @@ def pipeline_call(prompt_encoder, args, prompts):
 
 
 def log_validation(accelerator, transformer, vae, noise_scheduler, prompt_encoder, args, prompt, step):
-    """Generates images of a prompt; they go to validation/step-N.png and to the trackers."""
+    """Generates images of a prompt and returns them; they go to validation/step-N.png and to the trackers."""
     pipeline = create_pipeline(accelerator.unwrap_model(transformer), vae, noise_scheduler)
     with (
         undisturbed(transformer, device=accelerator.device),
@@ -2247,9 +2249,10 @@ def log_validation(accelerator, transformer, vae, noise_scheduler, prompt_encode
         call = pipeline_call(prompt_encoder, args, [prompt])
         images = generate_images(accelerator, pipeline, [call] * args.num_validation_images, seed=args.seed)
     if not images:  # interrupted
-        return
+        return []
     captions = [f"seed {args.seed + i}" for i in range(len(images))]
     save_images(accelerator, args, images, captions, prompt=prompt, step=step)
+    return images
 
 
 def embedding_name(abstraction):
@@ -2891,13 +2894,18 @@ def train(args):
         embedding_handler.export_embeddings(args.output_dir / "embeddings")
         metrics.close()
         plot_metrics(args.output_dir)
+    images = []
     if final_prompt:
-        log_validation(accelerator, transformer, vae, noise_scheduler, prompt_encoder, args, final_prompt, global_step)
+        images = log_validation(
+            accelerator, transformer, vae, noise_scheduler, prompt_encoder, args, final_prompt, global_step
+        )
     if stop_agreed(accelerator):
         checkpoint = save()
         transformer = None
         stop_interrupted(accelerator, global_step, checkpoint)
     interruption.stop_saving()
+    if images and adapted_models:
+        add_thumbnail(accelerator, [lora_file(args.output_dir, args.output_name)], images[-1])
     example_prompt = final_prompt or args.instance_prompt or examples[0].prompt()
     if accelerator.is_main_process:
         save_model_card(

@@ -149,6 +149,7 @@ from common.text_encoders import (
 )
 from common.tracking import (
     METADATA,
+    add_thumbnail,
     check_hub,
     create_hub_repo,
     finish,
@@ -1113,7 +1114,8 @@ def check_validation_masks(args, examples, size_of):
 
 
 def log_validation(accelerator, transformer, vae, noise_scheduler, prompt_encoder, args, cases, step):
-    """Generates the cases and sends the images to validation/step-N.png, beside their inputs, and to the trackers."""
+    """Generates the cases, sends the images to validation/step-N.png, beside their inputs, and to the trackers, and
+    returns them."""
     pipeline = create_pipeline(accelerator.unwrap_model(transformer), vae, noise_scheduler)
     pipeline.edit_mode = args.mode == "edit"
     calls = []
@@ -1128,7 +1130,7 @@ def log_validation(accelerator, transformer, vae, noise_scheduler, prompt_encode
             prompts += [case.prompt] * args.num_validation_images
         images = generate_images(accelerator, pipeline, calls, seed=args.seed)
     if not images:  # interrupted
-        return
+        return []
     captions = [f"{prompt} | seed {args.seed + i}" for i, prompt in enumerate(prompts)]
 
     cells = []  # of the grid, a row per case: its input, then the images generated from it
@@ -1142,6 +1144,7 @@ def log_validation(accelerator, transformer, vae, noise_scheduler, prompt_encode
     columns = 1 + args.num_validation_images
     grid = image_grid(cells, captions_of_cells, columns=columns, title=f"step {step}")
     save_images(accelerator, args, images, captions, step=step, grid=grid)
+    return images
 
 
 MASK_MODE_CARD = """
@@ -1643,13 +1646,18 @@ def train(args):
     if accelerator.is_main_process:
         metrics.close()
         plot_metrics(args.output_dir)
+    images = []
     if cases:
-        log_validation(accelerator, transformer, vae, noise_scheduler, prompt_encoder, args, cases, global_step)
+        images = log_validation(
+            accelerator, transformer, vae, noise_scheduler, prompt_encoder, args, cases, global_step
+        )
     if stop_agreed(accelerator):
         checkpoint = save()
         transformer = None
         stop_interrupted(accelerator, global_step, checkpoint)
     interruption.stop_saving()
+    if images:
+        add_thumbnail(accelerator, [lora], images[-1])
     example_prompt = cases[0].prompt if cases else examples[0].caption
     if accelerator.is_main_process:
         save_model_card(args, weight_dtype, example_prompt)

@@ -160,6 +160,7 @@ from common.models import (
 from common.text_encoders import PromptEncoder, describe_long_prompts, load_text_pipeline, load_tokenizer
 from common.tracking import (
     METADATA,
+    add_thumbnail,
     check_hub,
     create_hub_repo,
     finish,
@@ -2259,8 +2260,8 @@ def pipeline_call(prompt_encoder, prompt, args, specs, condition_images, mask):
 
 
 def log_validation(accelerator, transformer, vae, noise_scheduler, prompt_encoder, dataset, args, prompt, step):
-    """Generates images from `prompt` and the conditions of --validation_image, and sends them, conditions first, to
-    validation/step-N.png and the trackers."""
+    """Generates images from `prompt` and the conditions of --validation_image, sends them, conditions first, to
+    validation/step-N.png and the trackers, and returns them."""
     (example,) = validation_examples(args)
     rng = np.random.default_rng(args.seed)
     mask = dataset.mask(example, rng)
@@ -2285,12 +2286,13 @@ def log_validation(accelerator, transformer, vae, noise_scheduler, prompt_encode
         call = pipeline_call(prompt_encoder, prompt, args, dataset.specs, inputs, mask)
         images = generate_images(accelerator, pipeline, [call] * args.num_validation_images, seed=args.seed)
     if not images:  # interrupted
-        return
+        return []
     captions = [f"condition: {spec.type}" for spec in dataset.specs]
     captions += [f"seed {args.seed + i}" for i in range(len(images))]
     height, width = args.target_size
     shown = [image.resize((width, height)) for image in condition_images] + images
     save_images(accelerator, args, shown, captions, prompt=prompt, step=step)
+    return images
 
 
 # ---- the run ----
@@ -2698,8 +2700,9 @@ def train(args):
     if accelerator.is_main_process:
         metrics.close()
         plot_metrics(args.output_dir)
+    images = []
     if final_prompt:
-        log_validation(
+        images = log_validation(
             accelerator, transformer, vae, noise_scheduler, prompt_encoder, dataset, args, final_prompt, global_step
         )
     if stop_agreed(accelerator):
@@ -2707,6 +2710,8 @@ def train(args):
         transformer = None
         stop_interrupted(accelerator, global_step, checkpoint)
     interruption.stop_saving()
+    if images:
+        add_thumbnail(accelerator, files.values(), images[-1])
     example_prompt = final_prompt or examples[0].caption
     if accelerator.is_main_process:
         save_model_card(args, generate_command(args, specs, example_prompt))

@@ -157,6 +157,7 @@ from common.text_encoders import (
 )
 from common.tracking import (
     METADATA,
+    add_thumbnail,
     check_hub,
     create_hub_repo,
     finish,
@@ -2164,8 +2165,8 @@ def log_validation(
     args,
     *,
     step: int,
-) -> None:
-    """Generates the validation prompt and sends the images to validation/step-N.png and the trackers.
+) -> list[Image.Image]:
+    """Generates the validation prompt, sends the images to validation/step-N.png and the trackers, and returns them.
 
     `teacher()` is a context in which `predict` computes with the weights that are validated.
     """
@@ -2188,7 +2189,7 @@ def log_validation(
         cond = {name: value.to(device) for name, value in cond.items()}
         for sampler in args.validation_samplers:
             if stop_agreed(accelerator):
-                return
+                return []
             style, steps = sampler.split(":")
             generators = [torch.Generator().manual_seed(args.seed + i) for i in range(count)]
             noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
@@ -2198,6 +2199,7 @@ def log_validation(
             images += [to_image(decode_images(vae, part)) for part in latents.split(1)]
             captions += [f"{sampler}, seed {args.seed + i}" for i in range(count)]
     save_images(accelerator, args, images, captions, prompt=args.validation_prompt, step=step, columns=count)
+    return images
 
 
 MODEL_CARD = """
@@ -2592,13 +2594,16 @@ def train(args):
     if accelerator.is_main_process:
         metrics.close()
         plot_metrics(args.output_dir)
+    images = []
     if args.validation_prompt:
-        validate(step=global_step)
+        images = validate(step=global_step)
     if stop_agreed(accelerator):
         checkpoint = save()
         transformer = predict = validate = None
         stop_interrupted(accelerator, global_step, checkpoint)
     interruption.stop_saving()
+    if images and not train_all:
+        add_thumbnail(accelerator, [lora], images[-1])
     command = generate_command(args, args.validation_prompt or examples[0].captions[0])
     if accelerator.is_main_process:
         save_model_card(args, command)

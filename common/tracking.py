@@ -1,7 +1,9 @@
 """What a run reports: header, metrics, trackers, loss.png, model card, hub."""
 
+import base64
 import errno
 import importlib.metadata
+import io
 import json
 import math
 import os
@@ -23,6 +25,9 @@ import torch
 from accelerate import Accelerator
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HTTPError
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 
@@ -320,6 +325,8 @@ def read_events(output_dir: Path) -> dict[str, int]:
 # Entries of ModelSpec, by the flags --metadata_...
 METADATA = ("title", "author", "description", "license", "tags", "usage_hint")
 
+THUMBNAIL_SIZE = (256, 256)  # pixels at most, about 10 KB
+
 
 def lora_header(
     args: Any,
@@ -365,6 +372,26 @@ def lora_header(
         if value:
             header[f"modelspec.{entry}"] = value
     return header
+
+
+def add_thumbnail(accelerator: Accelerator, files: Iterable[Path], image: Image.Image) -> None:
+    """Puts an image into the header of LoRA files, small, where ModelSpec's readers look for what they show of a file.
+
+    Their weights stay as they are. All processes call it, one writes.
+    """
+    if not accelerator.is_main_process:
+        return
+    small = image.convert("RGB")
+    small.thumbnail(THUMBNAIL_SIZE)
+    jpeg = io.BytesIO()
+    small.save(jpeg, format="JPEG")
+    url = f"data:image/jpeg;base64,{base64.b64encode(jpeg.getvalue()).decode()}"
+    for path in files:
+        with safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+        tensors = load_file(path)
+        with atomic_write(path) as partial:
+            save_file(tensors, partial, {**header, "modelspec.thumbnail": url})
 
 
 def write_model_card(

@@ -1,8 +1,10 @@
 """common/lora_formats.py: ComfyUI's rules, kohya's fused layers, headers, and every way round."""
 
+import base64
 import copy
 import hashlib
 import importlib
+import io
 import json
 from argparse import ArgumentTypeError
 from types import SimpleNamespace
@@ -18,14 +20,16 @@ from common.lora_formats import (
     split_layer,
     write_lora,
 )
-from common.tracking import METADATA, lora_header
+from common.tracking import METADATA, add_thumbnail, lora_header
 
 import pytest
 import tiny_backbones
 import torch
+from accelerate import Accelerator
 from conftest import ROOT
 from diffusers import FluxFillPipeline, FluxPipeline, FluxTransformer2DModel
 from diffusers.loaders.lora_conversion_utils import _convert_kohya_flux_lora_to_diffusers
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_lora import run, with_random_lora
@@ -317,6 +321,24 @@ def test_diffusers_own_converter_reads_the_fused_form_exactly(rank, alpha):
     print(f"rank {rank}, alpha {alpha}: largest difference {max(differences):.1e} (bar 1e-6)")
     assert max(differences) <= 1e-6
     assert len(differences) == 7
+
+
+def test_a_thumbnail_is_small_and_changes_no_weight(adapted, tmp_path):
+    file = tmp_path / "x.safetensors"
+    write_lora(file, lora_layers(adapted(4, 6)), "diffusers", {"ss_output_name": "mine"})
+    header, weights = content(file)
+    image = Image.effect_noise((1024, 512), 64)
+    for _ in range(2):
+        add_thumbnail(Accelerator(cpu=True), [file], image)
+        header_after, weights_after = content(file)
+        url = header_after.pop("modelspec.thumbnail")
+        assert (header_after, weights_after) == (header, weights)
+    thumbnail = Image.open(io.BytesIO(base64.b64decode(url.removeprefix("data:image/jpeg;base64,"))))
+    assert thumbnail.size == (256, 128)
+    assert len(url) < 50_000
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    assert header["sshs_model_hash"] == hashlib.sha256(data[8 + length :]).hexdigest()
 
 
 def assert_same_effect(a, b):

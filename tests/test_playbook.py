@@ -299,6 +299,7 @@ def test_kohyas_other_flags_are_each_named_with_a_remedy(playbook, capsys):
         "--enable_bucket": ("", "--dataset_config"),
         "--config_file": ("a.toml", "@file"),
         "--loss_type": ("huber", "squared error"),
+        "--metadata_thumbnail": ("cat.png", "--validation_prompt"),
         "--model_prediction_type": ("sigma_scaled", "raw"),
     }
     words = [word for flag, (value, _) in refused.items() for word in (flag, value) if word]

@@ -1,5 +1,7 @@
 """What TensorBoard and wandb have of a run is what metrics.jsonl and validation/ say."""
 
+import base64
+import io
 import json
 import re
 import shutil
@@ -7,6 +9,7 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors import safe_open
 from test_family import SCRIPTS
 from wandb.sdk.data_types._private import MEDIA_TMP
 
@@ -93,6 +96,13 @@ def test_trackers_show_the_curves_and_the_pictures_of_the_run(
         for name in row["validation/filenames"]:
             (file,) = wandb_dir.glob(f"wandb/offline-run-*/files/{name}")
             assert Image.open(file).size == (32, 32)
+
+    (lora,) = run.glob("*.safetensors")
+    with safe_open(lora, "pt") as opened:
+        thumbnail = opened.metadata()["modelspec.thumbnail"]
+    last = io.BytesIO()
+    Image.open(file).save(last, format="JPEG")
+    assert thumbnail == f"data:image/jpeg;base64,{base64.b64encode(last.getvalue()).decode()}"
 
 
 def test_a_resumed_run_shows_no_step_twice(train, short_runs, tmp_path):
