@@ -1217,8 +1217,9 @@ image.save("image.png")
 """
 
 
-def save_model_card(args, dtype, prompt):
-    """Writes README.md into the output folder: what was trained, and code that applies it with `prompt`."""
+def save_model_card(args, dtype, prompt, hub_repo=None):
+    """Writes README.md into the output folder: what was trained, and code that applies it with `prompt`, with the file
+    that was written or, with `hub_repo`, that on the Hub."""
     folder = args.output_dir.resolve()
     lora = lora_file(folder, args.output_name)
     pretrained_arguments = [repr(args.pretrained_model_name_or_path), f"dtype={dtype}"]
@@ -1233,7 +1234,7 @@ def save_model_card(args, dtype, prompt):
         alpha=args.lora_alpha,
         model=args.pretrained_model_name_or_path,
         pretrained_arguments=", ".join(pretrained_arguments),
-        lora_folder=str(lora.parent),
+        lora_folder=hub_repo or str(lora.parent),
         lora_name=lora.name,
         prompt=prompt,
         long_edge=max(args.resolution),
@@ -1660,7 +1661,7 @@ def train(args):
         add_thumbnail(accelerator, [lora], images[-1])
     example_prompt = cases[0].prompt if cases else examples[0].caption
     if accelerator.is_main_process:
-        save_model_card(args, weight_dtype, example_prompt)
+        save_model_card(args, weight_dtype, example_prompt, hub_repo)
     transformer = None  # DistributedDataParallel must be freed before the process group: gloo can hang otherwise
     accelerator.free_memory()
     accelerator.end_training()

@@ -153,6 +153,17 @@ def test_the_card_and_the_generator_draw_the_trained_long_edge_in_the_images_sha
     assert generate.parse_args([str(run), "--prompt", "x", "--image", str(image)]).sizes == [Size(80, 128)]
 
 
+@pytest.mark.parametrize("mode", ["edit", "mask"])
+def test_the_card_on_the_hub_loads_the_file_from_there(tiny_fill, pairs, tmp_path, mode):
+    data = {"edit": ("--target_data_dir", pairs / "targets"), "mask": ("--mask_data_dir", pairs / "masks")}[mode]
+    flags = ("--mode", mode, "--instance_data_dir", pairs / "images", *data, "--instance_prompt", "x")
+    _, args = dataset_of(tiny_fill, *flags, "--output_dir", tmp_path)
+    influxedit.save_model_card(args, torch.float32, "x", "me/my-lora")
+    card = (tmp_path / "README.md").read_text()
+    assert "load_lora_weights('me/my-lora', weight_name=" in card
+    assert str(tmp_path) not in card.split("```python")[1].split("```")[0]
+
+
 def test_kept_pixels_are_the_images_own(tiny_fill, lora, pipeline, tmp_path, monkeypatch):
     monkeypatch.setattr(generate, "load_pipeline", lambda *_: (pipeline, generate.WITHOUT_RUN))
     run = make_run(tmp_path / "run", lora, mode="mask", resolution=[32], pretrained_model_name_or_path=tiny_fill)

@@ -568,11 +568,12 @@ def test_the_published_model_draws(published, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("training", ["full", "lora"])
-def test_the_published_model_is_trained_on(train, published, short, tmp_path, training):
+def test_the_published_model_is_trained_on(train, published, short, tmp_path, capsys, training):
     folder, second = published
     flags = ["--pretrained_model_name_or_path", folder, "--model_type", "qwenimage", "--resolution", 32, *short]
     run = tmp_path / "run"
     train(SCRIPT, *flags, "--training", training, "--learning_rate", 1e-6, "--output_dir", run)
+    assert ("--target_time_init has no effect" in capsys.readouterr().out) == (training == "full")
     if training == "full":
         for key, value in second.items():
             torch.testing.assert_close(result(run)[key], value, atol=1e-4, rtol=0)
