@@ -784,7 +784,7 @@ def drop_closed_outputs() -> None:
 def stop_agreed(accelerator: Accelerator) -> bool:
     """Whether a signal has come to any of the processes, all of which call this."""
     requested = torch.tensor(float(interruption.is_requested()), device=accelerator.device)
-    return bool(accelerator.reduce(requested, reduction="sum").item())
+    return bool(accelerator.reduce(requested, reduction="sum"))
 
 
 def outlive_signals(worker: int) -> None:

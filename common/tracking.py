@@ -201,7 +201,8 @@ class Metrics:
     def open(self, rows: bytes) -> None:
         with atomic_write(self.path) as partial:
             partial.write_bytes(rows)
-        self.file = self.path.open("a+b", buffering=0)
+        with writing(self.path):
+            self.file = self.path.open("a+b", buffering=0)
 
     def write(self, row: Mapping[str, float]) -> None:
         self.restore()
