@@ -24,4 +24,11 @@ def without_traceback(kind, error, traceback):
         sys.__excepthook__(kind, error, traceback)
 
 
+def without_remark(unraisable):
+    """An interrupt while Python clears up, or ends, is no remark of a library's."""
+    if unraisable.exc_type is not KeyboardInterrupt:
+        sys.__unraisablehook__(unraisable)
+
+
 sys.excepthook = without_traceback
+sys.unraisablehook = without_remark

@@ -684,7 +684,12 @@ class Interruption:
             raise KeyboardInterrupt
 
     def start_saving(self) -> None:
-        """From here on a run has something to save. A handler that a library has put in place of this one goes."""
+        """From here on a run has something to save. A handler that a library has put in place of this one goes.
+
+        An interrupt that came while Python cleared something up was lost, and comes here.
+        """
+        if self.number is not None:
+            raise KeyboardInterrupt
         self.saves = True
         self.install()
 
