@@ -336,7 +336,7 @@ KILLS += [pytest.param(script, 20, id=f"{script}, 20 kills", marks=pytest.mark.s
 
 
 @pytest.mark.parametrize(("script", "kills"), KILLS)
-def test_kills_at_random_moments_lose_nothing(runs, short_runs, tmp_path, script, kills):
+def test_kills_at_random_moments_lose_nothing(runs, short_runs, tmp_path, counts, script, kills):
     flags = [*short_runs[script], "--max_train_steps", 12, "--checkpointing_steps", 2, "--lr_scheduler", "linear"]
     flags += ["--lr_warmup_steps", 2]
     whole, count_file = tmp_path / "whole", tmp_path / "count"
@@ -376,6 +376,7 @@ def test_kills_at_random_moments_lose_nothing(runs, short_runs, tmp_path, script
     assert results(folder) == results(whole) != {}
     assert losses(folder) == losses(whole)
     assert len(losses(whole)) == 12
+    counts["kills"] += kills
     print(f"{kills} kills, {finished + 1} runs finished, {seconds:.1f} s and {events} file events for one: {moments}")
 
 
