@@ -58,6 +58,7 @@ from common.arguments import (
     non_negative_float,
     positive_float,
     positive_int,
+    seed_number,
     worker_count,
 )
 from common.checkpoints import (
@@ -91,6 +92,7 @@ from common.data import (
     check_buckets,
     check_captions,
     check_class_images,
+    check_num_samples,
     collate,
     describe_class_images,
     describe_data,
@@ -272,7 +274,12 @@ def parse_args(argv=None):
         default=0.0,
         help="probability of training on an empty caption, 0 to 1",
     )
-    arg("--repeats", type=positive_int, default=1, help="times each image is used per epoch, each with its own crop")
+    arg(
+        "--repeats",
+        type=in_range(int, 1, 10_000),
+        default=1,
+        help="times each image is used per epoch, each with its own crop",
+    )
     arg("--resolution", type=side, default=512, help="side in pixels that images are resized and cropped to")
     arg("--aspect_ratio_buckets", metavar="H,W;H,W", help="sizes instead of --resolution; an image gets the nearest")
     arg(
@@ -471,7 +478,7 @@ def parse_args(argv=None):
     arg = parser.add_argument_group("schedule and checkpoints", "how long, and what can be resumed").add_argument
     arg(
         "--seed",
-        type=in_range(int, 0),
+        type=seed_number,
         default=0,
         help="random seed for data order, crops, noise, adapter init and validation",
     )
@@ -628,6 +635,10 @@ def check_args(args):
             problems.append(
                 f"--train_text_encoder_ti_frac {args.train_text_encoder_ti_frac} needs --train_text_encoder_ti"
             )
+    elif args.train_text_encoder_ti_frac == 0:
+        problems.append("--train_text_encoder_ti_frac 0 leaves the new tokens as noise: train them, such as 0.5")
+    if args.train_text_encoder and args.train_text_encoder_frac == 0:
+        problems.append("--train_text_encoder_frac 0 trains nothing of CLIP: leave out --train_text_encoder")
     if args.train_text_encoder_frac < 1 and not args.train_text_encoder:
         problems.append(f"--train_text_encoder_frac {args.train_text_encoder_frac} needs --train_text_encoder")
     for flag in ("train_text_encoder", "train_text_encoder_ti"):
@@ -1276,6 +1287,7 @@ def find_examples(args):
     # 2. Check, which changes nothing
     problems += unreadable
     problems += check_captions(examples, default=args.instance_prompt)
+    problems += check_num_samples(sum(example.repeats for example in examples))
     if args.train_text_encoder_ti:
         problems += check_abstractions(examples, args)
         if not problems:
@@ -1415,7 +1427,15 @@ def check_reach(examples, args):
             caption = example.caption or args.instance_prompt
             text = match_any(abstractions).sub(lambda match: "".join(placeholders[match[0]]), caption)
             seen.update(tokenizer(text, truncation=True, max_length=limit).input_ids)
+        num_most = limit - 2 if name == "clip_l" else limit - 1  # without those of begin and end
         for abstraction, tokens in placeholders.items():
+            if len(tokens) > num_most:
+                flag = "CLIP" if name == "clip_l" else f"T5 with --max_sequence_length {limit}"
+                problems.append(
+                    f"--token_abstraction {abstraction}: {len(tokens)} new tokens for it, and {flag} has room for "
+                    f"{num_most} in all: give --num_new_tokens_per_abstraction {min(num_most, 4)}"
+                )
+                continue
             num_read = len(seen.intersection(tokenizer.convert_tokens_to_ids(tokens)))
             if num_read < len(tokens):
                 flag = "CLIP" if name == "clip_l" else "T5 with --max_sequence_length"
@@ -1694,9 +1714,13 @@ def read_dataset_config(args):
         own_options = {name: value for name, value in dataset.items() if name != "subsets"}
         options = default_options(args) | config.get("general", {}) | own_options
         image_dirs = [subset["image_dir"] for subset in dataset["subsets"]]
-        for name in dict.fromkeys(image_dirs):
-            if image_dirs.count(name) > 1:
-                problems.append(f"{where}: image_dir {name} twice: use num_repeats")
+        first_name = {}  # of each folder, which can be spelt in several ways
+        for name in image_dirs:
+            folder = (find_image_dirs(name, path.parent) or [Path(name)])[0].resolve()
+            if folder in first_name:
+                same = f" ({first_name[folder]} is the same folder)" if first_name[folder] != name else ""
+                problems.append(f"{where}: image_dir {name} twice{same}: use num_repeats")
+            first_name.setdefault(folder, name)
         problems += check_bucket_options(where, options)
         dataset_examples = []
         for j, subset in enumerate(dataset["subsets"]):
@@ -1796,12 +1820,18 @@ def unknown_option_hint(name):
     return "no option has this name"
 
 
+def find_image_dirs(image_dir, config_dir):
+    """The folders that image_dir means: in the working folder, and in that of the file."""
+    image_dir = Path(image_dir)
+    with contextlib.suppress(RuntimeError):  # ~name of a user who does not exist
+        image_dir = image_dir.expanduser()
+    return [folder for folder in (image_dir, config_dir / image_dir) if folder.is_dir()]
+
+
 def read_subset(where, options, config_dir):
     """(examples, problems) of a subset. image_dir is relative to the working folder, or else to that of the file."""
     image_dir = Path(options["image_dir"])
-    with contextlib.suppress(RuntimeError):  # ~name of a user who does not exist
-        image_dir = image_dir.expanduser()
-    folders = [folder for folder in (image_dir, config_dir / image_dir) if folder.is_dir()]
+    folders = find_image_dirs(image_dir, config_dir)
     if not folders:
         return [], [f"{where}: image_dir {visible(image_dir)}: no such folder here or in {config_dir}"]
     paths, problems = image_files(folders[0])

@@ -60,6 +60,7 @@ from common.arguments import (
     non_negative_float,
     positive_float,
     positive_int,
+    seed_number,
     worker_count,
 )
 from common.checkpoints import (
@@ -89,6 +90,7 @@ from common.data import (
     all_images,
     check_captions,
     check_class_images,
+    check_num_samples,
     check_roles,
     check_shape,
     collate,
@@ -98,12 +100,14 @@ from common.data import (
     first_ten,
     fit,
     fit_mask,
+    map_examples,
     read_batches,
     read_class_images,
     read_dataset,
     read_folder,
     read_prompts,
     read_sizes,
+    shortened,
 )
 from common.flow_matching import (
     TIMESTEP_SAMPLING,
@@ -249,7 +253,12 @@ def parse_args(argv=None):
     arg("--caption_column", help="column of the dataset or of metadata.jsonl that holds captions")
     arg("--instance_prompt", help="prompt of every image without a caption, such as a photo of sks dog")
     arg("--caption_dropout", type=fraction, default=0.0, help="probability of training on an empty caption, 0 to 1")
-    arg("--repeats", type=positive_int, default=1, help="times each image is used per epoch, each with its own crop")
+    arg(
+        "--repeats",
+        type=in_range(int, 1, 10_000),
+        default=1,
+        help="times each image is used per epoch, each with its own crop",
+    )
     arg(
         "--resolution",
         "--size",
@@ -365,7 +374,7 @@ def parse_args(argv=None):
     arg = parser.add_argument_group("schedule and checkpoints", "how long to train, and how to resume").add_argument
     arg(
         "--seed",
-        type=in_range(int, 0, 2**32 - 1),
+        type=seed_number,
         help="random seed for data order, crops, noise, adapter init and validation (default: a random one)",
     )
     arg("--num_train_epochs", type=positive_int, default=1, help="passes over the data")
@@ -759,6 +768,7 @@ def find_examples(args):
         misfits += check_partner_size(example, size_of)
     problems += first_ten(misfits)
     problems += check_validation_masks(args, examples, size_of)
+    problems += check_num_samples(len(examples) * args.repeats)
     problems += check_captions(examples, default=args.instance_prompt)
 
     # 3. Assign
@@ -807,6 +817,13 @@ def check_partner_size(example, size_of):
         if role == "mask":
             problems += check_shape(partner.name, "a mask", partner_size, size)
     return problems
+
+
+def black_masks(examples):
+    """The names of the masks in which nothing is white; to be called by all processes."""
+    masks = [example.images["mask"] for example in examples if "mask" in example.images]
+    found = map_examples(lambda mask: mask.image().convert("L").getextrema()[1] < 128, masks)
+    return [mask.name for mask, (is_black, _) in zip(masks, found, strict=True) if is_black]
 
 
 def read_mask(example, size):
@@ -1273,6 +1290,9 @@ def describe_run(args, examples, class_examples, text_lora_params):
     folders = [args.instance_data_dir, args.target_data_dir, args.mask_data_dir, args.caption_data_dir]
     run_info |= describe_data(examples, folders, "--instance_prompt")
     run_info |= describe_class_images(class_examples)
+    black = black_masks(examples)
+    if black:
+        run_info["black masks"] = f"{len(black)}, which select nothing: {shortened(black)}"
     tokenizers = load_tokenizer(args, "tokenizer_2"), load_tokenizer(args, "tokenizer")
     captions = {example.name: example.caption for example in examples}
     run_info |= describe_long_prompts(captions, tokenizers[0], args.max_sequence_length, tokenizers[1])

@@ -66,6 +66,7 @@ from common.arguments import (
     non_negative_float,
     positive_float,
     positive_int,
+    seed_number,
     worker_count,
 )
 from common.checkpoints import (
@@ -466,7 +467,7 @@ def parse_args(argv=None):
     arg = parser.add_argument_group("schedule and checkpoints", "how long, and what can be resumed").add_argument
     arg(
         "--seed",
-        type=in_range(int, 0),
+        type=seed_number,
         default=0,
         help="random seed for data order, noise, adapter init and validation",
     )

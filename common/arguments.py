@@ -4,18 +4,21 @@ import argparse
 import difflib
 import math
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-from accelerate import Accelerator
-from diffusers.optimization import SchedulerType
+from typing import TYPE_CHECKING, Any
 
 
-LR_SCHEDULERS = [scheduler.value for scheduler in SchedulerType if scheduler != SchedulerType.PIECEWISE_CONSTANT]
+if TYPE_CHECKING:  # importing it takes seconds, which a tool without models does not need
+    from accelerate import Accelerator
+
+
+# Those of diffusers.optimization but piecewise_constant, which takes rules of its own
+LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 
 TRACKERS = ("tensorboard", "wandb", "all", "none")
 
@@ -81,6 +84,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return METAVARS.get(getattr(action.type, "__name__", ""), "TEXT")
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings:
+            return super()._format_action_invocation(action)
         names = ", ".join(action.option_strings)
         if action.nargs == 0 or isinstance(action, (Switch, OnSwitch)):
             return names
@@ -100,9 +105,10 @@ class Arguments(argparse.Namespace):
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose flags can also stand in a file, `script.py @file`, several on a line, with # comments.
 
-    `description` and `epilog` are printed as they are; the epilog is an example command. `other_flags` are flags of
-    another program whose users come here, {"sdpa": (value, remedy)}: such a flag is passed over if it has this value,
-    "" for none, because it asks for what happens anyway; otherwise it is refused with the remedy.
+    `description` and `epilog` are printed as they are; the epilog is an example command. `takes` are the words that
+    a command needs without a flag, such as "FOLDER". `other_flags` are flags of another program whose users come here,
+    {"sdpa": (value, remedy)}: such a flag is passed over if it has this value, "" for none, because it asks for what
+    happens anyway; otherwise it is refused with the remedy.
     """
 
     def __init__(
@@ -110,11 +116,12 @@ class Parser(argparse.ArgumentParser):
         *,
         description: str = "",
         epilog: str = "",
+        takes: str = "",
         add_help: bool = True,
         other_flags: Mapping[str, tuple[str | None, str]] | None = None,
     ):
         super().__init__(
-            usage="%(prog)s [options] [@file]; --help explains them",
+            usage=" ".join(["%(prog)s", *takes.split(), "[options] [@file]; --help explains them"]),
             description=description,
             epilog=f"{epilog}\n\n@file: a file of options with # comments, such as examples/*/*.args",
             formatter_class=HelpFormatter,
@@ -172,6 +179,11 @@ class Parser(argparse.ArgumentParser):
             return "--help lists them"
         return f"did you mean {' or '.join(similar[:5])}?"
 
+    def remark(self, idle: Sequence[str]) -> None:
+        """Says in one line, of the main process, which flags have no effect, if there are any."""
+        if idle and os.environ.get("RANK", "0") == "0":
+            print(f"{self.prog}: without effect in this run: {', '.join(idle)}", file=sys.stderr)
+
     def refuse(self, problems: Sequence[str]) -> None:
         """Exits with all problems in one message, if there are any."""
         if problems:
@@ -188,6 +200,36 @@ def changed_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         if action.dest in args and getattr(args, action.dest) != default:
             changed.append(action.dest)
     return list(dict.fromkeys(changed))  # two flags can set one value
+
+
+Needs = Mapping[str, tuple[object, Sequence[str]]]  # {what: (whether a run has it, the flags that are read then)}
+
+
+def idle_flags(args: Arguments, *needs: Needs) -> list[str]:
+    """The flags that differ from their default and that nothing reads in this run, each with what it needs."""
+    idle = {}
+    for table in needs:
+        for what, (is_there, names) in table.items():
+            for name in names:
+                if not is_there and name in args.changed:
+                    idle.setdefault(name, f"--{name} (it needs {what})")
+    return list(idle.values())
+
+
+def shared_needs(args: argparse.Namespace) -> Needs:
+    """What the flags that all trainers have need."""
+    return {
+        "--lr_scheduler polynomial": (args.lr_scheduler == "polynomial", ("lr_power",)),
+        "--lr_scheduler cosine_with_restarts": (args.lr_scheduler == "cosine_with_restarts", ("lr_num_cycles",)),
+        "another --lr_scheduler than constant": (args.lr_scheduler != "constant", ("lr_warmup_steps",)),
+        "--optimizer prodigy": (
+            args.optimizer == "prodigy",
+            ("prodigy_decouple", "prodigy_use_bias_correction", "prodigy_safeguard_warmup"),
+        ),
+        "no --max_train_steps": (args.max_train_steps is None, ("num_train_epochs",)),
+        "--report_to": (args.report_to != "none", ("logging_dir",)),
+        "--push_to_hub": (args.push_to_hub, ("hub_model_id",)),
+    }
 
 
 def in_range(
@@ -218,6 +260,8 @@ def expanded_path(text: str) -> Path:
 
     Empty text, an unset variable of a shell, would be the folder that the program was started in.
     """
+    if "\0" in text:
+        raise argparse.ArgumentTypeError("a path cannot hold a zero byte")
     if not text.strip():
         raise argparse.ArgumentTypeError("a path is needed, this is empty: write . for the folder you are in")
     return Path(name_or_path(text))
@@ -257,6 +301,7 @@ positive_int = in_range(int, 1)
 positive_float = in_range(float, 0, above=True)
 non_negative_float = in_range(float, 0)
 fraction = in_range(float, 0, 1)
+seed_number = in_range(int, 0, 2**32 - 1)  # what numpy takes
 decay_rate = in_range(float, 0, 0.9999999)  # of an exponential mean, such as Adam's betas
 
 
@@ -266,14 +311,56 @@ def comma_list(text: str | None) -> list[str]:
     return [part.strip() for part in parts if part.strip()]
 
 
+MOST_OF_A_KIND = 10
+
+
 def join_problems(problems: Sequence[str]) -> str:
-    """One problem as it is, several as an indented list."""
+    """One problem as it is, several as an indented list: of each kind, such as unreadable files, ten and a count."""
     if len(problems) == 1:
         return problems[0]
-    return "\n  ".join(["", *problems])
+    of_kind: dict[str, list[str]] = {}
+    for problem in problems:
+        kind = re.sub(r"\S*[/\\'\"\d]\S*", "", problem)  # less paths, quotations and numbers
+        of_kind.setdefault(kind, []).append(problem)
+    lines = [""]
+    for same in of_kind.values():
+        lines += same[:MOST_OF_A_KIND]
+        if len(same) > MOST_OF_A_KIND:
+            lines.append(f"and {len(same) - MOST_OF_A_KIND} more of this kind")
+    return "\n  ".join(lines)
 
 
-def fail(accelerator: Accelerator, problems: Sequence[str]) -> None:
+def nearest_folder(path: Path) -> Path:
+    """The path itself if it exists, or the nearest folder above it that does."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def check_folder(flag: str, folder: Path) -> list[str]:
+    """A problem of a folder that is to be written: that of no folder's name, or without permission."""
+    try:
+        nearest = nearest_folder(folder)
+    except (OSError, ValueError) as error:
+        return [f"{flag} {folder}: no folder can have this name ({error})"]
+    if not nearest.is_dir():
+        name = "this name" if nearest == folder.absolute() else f"the name {nearest}"
+        return [f"{flag} {folder}: a file of {name} is in the way"]
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        return [f"{flag} {folder}: no permission to write there"]
+    return []
+
+
+def check_file(flag: str, file: Path) -> list[str]:
+    """A problem of a file that is to be written."""
+    problems = check_folder(flag, file.absolute().parent)
+    if not problems and file.is_dir():
+        problems = [f"{flag} {file}: a folder of this name is in the way"]
+    return problems
+
+
+def fail(accelerator: "Accelerator", problems: Sequence[str]) -> None:
     """Ends the run as argparse does: all problems in one message of the main process, exit code 2."""
     if accelerator.is_main_process:
         print(f"{Path(sys.argv[0]).name}: error: {join_problems(problems)}", file=sys.stderr)

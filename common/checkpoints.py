@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
-from common.arguments import exit_if_unreadable, fail
+from common.arguments import check_folder, exit_if_unreadable, fail, nearest_folder
 from common.models import check_processes
 
 import torch
@@ -130,14 +130,6 @@ def run_settings(args: argparse.Namespace, num_samples: int, num_processes: int)
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def nearest_folder(path: Path) -> Path:
-    """The path itself if it exists, or the nearest folder above it that does."""
-    path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    return path
-
-
 def check_disk(args: argparse.Namespace, needed: int) -> list[str]:
     """A problem if the disk of --output_dir has less free than `needed`, the bytes of a checkpoint and the result."""
     if shutil.disk_usage(nearest_folder(args.output_dir)).free >= needed:
@@ -209,10 +201,9 @@ def check_output_dir(args: argparse.Namespace) -> list[str]:
 def check_run_folder(args: argparse.Namespace) -> list[str]:
     """Problems of --output_dir itself and of --resume_from_checkpoint."""
     folder = args.output_dir
-    if folder.exists() and not folder.is_dir():
-        return [f"--output_dir {folder}: a file of this name is in the way"]
-    if not os.access(nearest_folder(folder), os.W_OK):
-        return [f"--output_dir {folder}: no permission to write there"]
+    problems = check_folder("--output_dir", folder)
+    if problems:
+        return problems
     if is_in_use(folder):
         return [in_use(folder)]
     others = [name for name in (*WRITTEN, *FOREIGN) if (folder / name).exists()]

@@ -37,7 +37,8 @@ from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from common.checkpoints import remedy
+from common.arguments import check_file
+from common.checkpoints import atomic_write, remedy, unused_path
 from common.models import gather_objects
 
 import fsspec
@@ -63,6 +64,14 @@ INTERPOLATION = [*(mode.name.lower() for mode in Image.Resampling), "nearest_exa
 CAPTION_SUFFIXES = (".txt", ".caption")
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv")  # the first of them that there is
+
+MACOS_PREFIX = "._"  # of the files in which macOS keeps what another system's disk has no place for
+
+MAX_CAPTION = 20_000  # characters of a caption that are read; 512 tokens of T5 are about 3,000
+
+TINY = 16  # pixels, a token's side: an image that small shows nothing
+
+MAX_SAMPLES = 10_000_000  # of an epoch, which are held in memory as numbers
 
 SYSTEM_FILES = ("thumbs.db", "desktop.ini")
 
@@ -104,6 +113,8 @@ def open_image(file: Path | str | io.BytesIO) -> Image.Image:
     The content decides on the format, not the name. Raises OSError for what is no image, ValueError for one of more
     than MAX_PIXELS.
     """
+    if not isinstance(file, io.BytesIO) and Path(file).exists() and not Path(file).is_file():
+        raise OSError("no file but a folder, a pipe or a device")
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # Pillow warns above it, see common/__init__.py, and refuses twice as many
     PngImagePlugin.MAX_TEXT_CHUNK = MAX_CHUNK
     Image.preinit()  # PNG, JPEG, ... are tried first
@@ -126,6 +137,8 @@ def upright(image: Image.Image) -> Image.Image:
     """
     profile = image.info.get("icc_profile")
     image = ImageOps.exif_transpose(image)
+    if image.mode == "F":  # 0 to 1, 0 to 255, metres: nothing says which, and PIL would clip it
+        raise ValueError("its pixels are floating-point numbers: save it with 8 or 16 bits")
     if image.mode.startswith("I"):  # 16-bit grey, which PIL would clip to white
         image = Image.fromarray((np.asarray(image) / 257).astype(np.uint8))
     alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
@@ -163,6 +176,23 @@ def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
     except (ImageCms.PyCMSError, OSError, ValueError, KeyError):
         pass
     return image.convert("RGB")
+
+
+def check_image_file(flag: str, file: Path) -> list[str]:
+    """A problem of a file that an image is to be written to."""
+    Image.init()
+    if Image.registered_extensions().get(file.suffix.lower()) not in Image.SAVE:
+        return [f"{flag} {file}: name an image file, such as {file.stem or 'image'}.png"]
+    return check_file(flag, file)
+
+
+def save_image(image: Image.Image, path: Path) -> Path:
+    """Writes an image in the format that its path ends with; returns the path, another one if there is a file of this
+    name."""
+    path = unused_path(path)
+    with atomic_write(path, durable=False) as partial:
+        image.save(partial, Image.registered_extensions()[path.suffix.lower()])
+    return path
 
 
 def fit(
@@ -249,6 +279,9 @@ class Example:
     source: str = ""
     size: Size | None = None
 
+    def __post_init__(self) -> None:
+        self.caption = cut_caption(self.caption)
+
     @property
     def captions(self) -> list:
         """The caption, or those of a list of them, in a list."""
@@ -261,6 +294,13 @@ class Example:
         if self.read is None:
             raise ValueError(f"{self.name} has no image")
         return upright(self.read())
+
+
+def cut_caption(caption: Any) -> Any:
+    """The first MAX_CAPTION characters of a caption, or of each of a list: all that encoders read, and more."""
+    if isinstance(caption, str):
+        return caption[:MAX_CAPTION]
+    return [cut_caption(text) for text in caption] if isinstance(caption, list) else caption
 
 
 def file_example(path: Path, caption: Any = None, *, name: str | None = None) -> Example:
@@ -359,6 +399,13 @@ def check_captions(
     return problems
 
 
+def check_num_samples(count: int) -> list[str]:
+    """A problem of more samples in an epoch than memory has room for."""
+    if count <= MAX_SAMPLES:
+        return []
+    return [f"{count:,} samples per epoch, at most {MAX_SAMPLES:,}: give fewer repeats"]
+
+
 def check_images(examples: Sequence[Example], check: Callable[[Example], str | None]) -> list[str]:
     """Problems of images, in order of the examples: what check(example) returns (None: none) or raises."""
     problems = []
@@ -449,7 +496,7 @@ def verified_size(example: Example) -> Size:
 
 def image_files(folder: Path) -> tuple[list[Path], list[str]]:
     """(the image files in a folder, sorted; problems of those in a format that is not read)."""
-    paths = sorted(folder.iterdir())
+    paths = [path for path in sorted(folder.iterdir()) if not path.name.startswith(MACOS_PREFIX)]
     problems = [
         f"{path}: save it as PNG or JPEG, {path.suffix} is not read"
         for path in paths
@@ -479,6 +526,8 @@ def visible(path: Path | str) -> str:
 
 def read_text(path: Path) -> str | None:
     """The text of a file, without space around it; None if there is no file. Raises ValueError if it holds no text."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: not UTF-8 text but a folder, a pipe or a device")
     try:
         text = path.read_text("utf-8-sig").strip() if path.exists() else None
     except (OSError, ValueError):
@@ -553,6 +602,7 @@ def replace_words(prompt, replacements):
 def read_metadata(path: Path) -> tuple[dict[str, dict], list[str]]:
     """({file_name: the other columns of its row} of a metadata.jsonl or .csv, problems); nothing without a file."""
     rows = {}
+    twice = []
     is_table = path.suffix == ".csv"
     try:
         if is_table:
@@ -562,11 +612,17 @@ def read_metadata(path: Path) -> tuple[dict[str, dict], list[str]]:
         else:
             found = [json.loads(line) for line in read_lines(path) if line.strip()]
         for row in found:
-            rows[str(row.pop("file_name"))] = row
+            name = str(row.pop("file_name"))
+            if name in rows:
+                twice.append(name)
+            rows[name] = row
         json.dumps(rows, ensure_ascii=False).encode()  # half of a surrogate pair is not text
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, csv.Error) as error:
         kind = "have a column" if is_table else "be JSON with"
         return {}, [f"{path}: each line must {kind} file_name ({error!r})"]
+    if twice:
+        names = list(dict.fromkeys(twice))
+        return rows, [f"{path}: names {len(names)} files twice: {shortened(names)}"]
     return rows, []
 
 
@@ -584,7 +640,7 @@ def caption_files(folder: Path) -> dict[tuple[str, str], Path]:
     """{(name before its ending, .txt or .caption): path} of the files of captions in a folder."""
     found = {}
     for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in CAPTION_SUFFIXES:
+        if path.suffix.lower() in CAPTION_SUFFIXES and not path.name.startswith(MACOS_PREFIX):
             found.setdefault((path.stem, path.suffix.lower()), path)
     return found
 
@@ -628,13 +684,15 @@ def describe_data(examples: Sequence[Example], folders: Iterable[Path | None], d
     counts = Counter(example.source or default for example in examples)
     lines = {"captions": ", ".join(f"{count} from {source}" for source, count in sorted(counts.items()))}
     lines |= describe_copies(examples)
+    tiny = [f"{example.name} ({example.size})" for example in examples if example.size and min(example.size) < TINY]
+    if tiny:
+        lines["tiny images"] = f"{len(tiny)} of less than {TINY} pixels a side: {shortened(tiny)}"
     unread = []
     for folder in dict.fromkeys(folders):
         if folder is not None and folder.is_dir():
             unread += [f"{folder.name}/{name}" for name in left_out(folder, examples)]
     if unread:
-        more = f" and {len(unread) - 10} more" if len(unread) > 10 else ""
-        lines["not read"] = f"{len(unread)}: {', '.join(unread[:10])}{more}"
+        lines["not read"] = f"{len(unread)}: {shortened(unread)}"
     return lines
 
 
@@ -660,6 +718,12 @@ def is_copy(image: Example, other: Example) -> bool:
     first = image.image()
     second = other.image()
     return first.size == second.size and first.tobytes() == second.tobytes()
+
+
+def shortened(names: Sequence[str]) -> str:
+    """The first ten of some names, and how many others there are."""
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    return f"{', '.join(names[:10])}{more}"
 
 
 def find_partners(
@@ -764,7 +828,7 @@ def read_folder(
         text_file = find_caption_file(path, captions) if caption is None else None
         if text_file:
             try:
-                caption = read_text(text_file) or ""
+                caption = cut_caption(read_text(text_file) or "")
             except ValueError as error:
                 problems.append(str(error))
                 continue

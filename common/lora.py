@@ -271,6 +271,23 @@ def start_from_lora(
         set_peft_model_state_dict(model, weights, adapter_name=adapter_name)
 
 
+def check_applied(path: Path, models: Iterable[torch.nn.Module | None], *, adapter_name: str | None = None) -> None:
+    """Raises ValueError if the models, into which a LoRA file was loaded, did not take all its layers: what they draw
+    would be that of another LoRA. `adapter_name` None: they have no other adapter."""
+    with safe_open(path, "pt") as file:
+        keys = list(file.keys())
+    layers = [key for key in keys if re.search(r"lora_A|lora_down|lora\.down", key)]
+    taken = 0
+    for model in models:
+        for module in model.modules() if model is not None else ():
+            adapters = getattr(module, "lora_A", {})
+            taken += adapter_name in adapters if adapter_name else len(adapters) > 0
+    if not taken:
+        raise ValueError("it holds no layer of this model")
+    if taken < len(layers):
+        raise ValueError(f"this model has {taken} of its {len(layers)} layers: it was made for another one")
+
+
 def find_lora(path: str | Path) -> tuple[Path, Path | None]:
     """(the LoRA file that `path` means, the run's folder, which holds args.json; None for a file without a run).
 

@@ -8,11 +8,12 @@ from typing import Any
 from common.arguments import exit_if_unreadable
 from common.latents import TensorCache, fingerprint
 from common.lora import layer_shapes
-from common.models import check_names, gather_objects
+from common.models import check_names, gather_objects, load_model
 
 import torch
 import transformers
 from accelerate import Accelerator
+from diffusers import AutoencoderKL
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.training_utils import free_memory
 from tqdm.auto import tqdm
@@ -265,6 +266,17 @@ def load_text_pipeline(
                 components[name] = encoder
         pipeline = pipeline_class.from_pretrained(source, transformer=None, vae=None, **where, **how, **components)
     return freeze_models(pipeline)
+
+
+def load_whole_pipeline(
+    pipeline_class: type[DiffusionPipeline], transformer_class: Any, args: Any, dtype: torch.dtype
+) -> DiffusionPipeline:
+    """The whole pipeline of --pretrained_model_name_or_path, frozen. Ends the run if a part lacks weights, with which
+    a pipeline's own from_pretrained would draw random ones."""
+    parts = load_text_pipeline(pipeline_class, args, dtype).components
+    parts["vae"] = load_model(AutoencoderKL, "vae", args, dtype)
+    parts["transformer"] = load_model(transformer_class, "transformer", args, dtype)
+    return pipeline_class(**parts)
 
 
 def freeze_models(pipeline: DiffusionPipeline) -> DiffusionPipeline:

@@ -12,7 +12,6 @@ The input's form is detected: one of these, or the names of PEFT, ComfyUI, OneTr
 FLUX.1's transformer and CLIP, such as T5's layers, DoRA or LoKr, is refused by name.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -21,7 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from common.arguments import expanded_path
+from common.arguments import Parser, check_file
 from common.lora_formats import LORA_FORMS, read_lora, write_lora
 
 
@@ -29,17 +28,18 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    parser = Parser(description=__doc__, takes="INPUT OUTPUT")
+    parser.add_argument("input", metavar="INPUT", type=Path, help="a LoRA in any of these forms")
+    parser.add_argument(
+        "output", metavar="OUTPUT", type=Path, help="the file to write; none of this name may be there"
     )
-    parser.register("type", Path, expanded_path)
-    parser.add_argument("input", type=Path, help="a LoRA in any of these forms")
-    parser.add_argument("output", type=Path, help="the file to write; none of this name may be there")
-    parser.add_argument("--to", choices=LORA_FORMS, default="comfyui", help="form to write (default: comfyui)")
+    parser.add_argument("--to", choices=LORA_FORMS, default="comfyui", help="form to write")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights written (default: that of the input)")
     args = parser.parse_args(argv)
+    problems = check_file("OUTPUT", args.output)
     if args.output.exists():
-        parser.error(f"{args.output} exists: name a new file")
+        problems = [f"{args.output} exists: name a new file"]
+    parser.refuse(problems)
     try:
         layers, header = read_lora(args.input)
         write_lora(args.output, layers, args.to, header, DTYPES.get(args.dtype))

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 
 # isort: split
+from common.arguments import Parser, in_range
 from common.latents import encode_images
 from common.lora import FLUX_TARGET_MODULES, add_lora
 from common.models import QUANTIZATIONS, check_processes, quantize_base, shard
@@ -448,24 +449,27 @@ def on_meta(create):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__)
     arg = parser.add_argument
     arg("--model", choices=MODELS, default="FLUX.1-dev")
     arg("--training", choices=("lora", "full"), default="lora", help="full: as train_twinflow.py does it")
-    arg("--resolution", type=int, default=512)
-    arg("--train_batch_size", type=int, default=1)
-    arg("--rank", type=int, default=16)
+    arg("--resolution", type=in_range(int, 16, 8192), default=512, help="side of the images in pixels")
+    arg("--train_batch_size", type=in_range(int, 1, 4096), default=1, help="images per device and forward pass")
+    arg("--rank", type=in_range(int, 1, 4096), default=16, help="rank of the LoRA")
     arg("--mixed_precision", choices=DTYPES, default="bf16")
     arg("--gradient_checkpointing", action="store_true")
     arg("--quantize_base", choices=QUANTIZATIONS, default="none")
     arg("--optimizer", choices=("adamw", "prodigy", "sgd"), default="adamw")
     arg("--use_8bit_adam", action="store_true")
-    arg("--ema_decay_rate", type=float, default=0.99, help="of full training; 0: no second set of weights")
+    arg(
+        "--ema_decay_rate",
+        type=in_range(float, 0, 1),
+        default=0.99,
+        help="of full training; 0: no second set of weights",
+    )
     arg("--cache_latents", action="store_true")
     arg("--offload", action="store_true")
-    arg("--num_processes", type=int, default=1, help="of accelerate launch")
+    arg("--num_processes", type=in_range(int, 1, 1024), default=1, help="of accelerate launch")
     arg("--fsdp", action="store_true")
     arg("--device", choices=("cuda", "cpu"), default="cuda", help="whose way to compute is assumed")
     arg("--table", action="store_true", help="print as Markdown what fits in which card")
@@ -477,8 +481,10 @@ def parse_args(argv=None):
         problems.append(f"--quantize_base {args.quantize_base} is for --training lora")
     if args.training == "full" and "Fill" in args.model:
         problems.append(f"--training full: no trainer does this for {args.model}")
-    if problems:
-        parser.error("; ".join(problems))
+    multiple = BACKBONES[MODELS[args.model].backbone].resolution_multiple
+    if args.resolution % multiple:
+        problems.append(f"--resolution {args.resolution} must be a multiple of {multiple}")
+    parser.refuse(problems)
     return args
 
 

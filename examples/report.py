@@ -5,13 +5,13 @@ python examples/report.py OUTPUT_DIR
 The page needs no network and no other file. While a run goes on, the command can be given again at any time.
 """
 
-import argparse
 import base64
 import hashlib
 import html
 import io
 import json
 import math
+import os
 import re
 import string
 import sys
@@ -24,6 +24,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from common.arguments import Parser
 from common.metrics import mean_window, read_metrics, running_mean
 
 
@@ -52,6 +53,16 @@ def read_json(path):
     except (OSError, ValueError, RecursionError):
         value = {}
     return value if isinstance(value, dict) else {}
+
+
+def part_of(record, name):
+    """The object of this name in another; {} if there is none, or something else in its place."""
+    part = record.get(name)
+    return part if isinstance(part, dict) else {}
+
+
+def is_before(step, last_step):
+    return type(step) is int and step < last_step
 
 
 def charts_of(rows):
@@ -102,7 +113,7 @@ def image_url(path):
                 image.convert("RGB").save(buffer, "WEBP", quality=90)
                 data = buffer.getvalue()
                 form = "webp"
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         print(f"{path}: left out, {error}", file=sys.stderr)
         return None
     return f"data:image/{form};base64,{base64.b64encode(data).decode()}"
@@ -170,18 +181,21 @@ def page(folder):
     """The HTML of the report."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
-    by_step = {row["step"]: row for row in read_metrics(folder / "metrics.jsonl")}
+    by_step = {}
+    for row in read_metrics(folder / "metrics.jsonl"):
+        by_step[row["step"]] = {name: value for name, value in row.items() if type(value) in (int, float)}
     if not by_step:
         raise ValueError(f"{folder}: no metrics.jsonl with steps in it, so it is not the output folder of a run")
     rows = [by_step[step] for step in sorted(by_step)]
     last_step = rows[-1]["step"]
     record = read_json(folder / "args.json")
-    values = record.get("args", {})
+    values = part_of(record, "args")
+    changed = record.get("changed")
     checkpoints = [path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")]
     checkpoints = sorted(int(step) for step in checkpoints if step.isdecimal() and int(step) <= last_step)
     data = charts_of(rows)
     data["checkpoints"] = checkpoints
-    data["marks"] = [(label, step) for label, step in record.get("marks", {}).items() if step < last_step]
+    data["marks"] = [(label, step) for label, step in part_of(record, "marks").items() if is_before(step, last_step)]
     data["images"] = validation_images(folder)
 
     mean_losses = running_mean([row["loss"] for row in rows], mean_window(len(rows)))
@@ -201,26 +215,32 @@ def page(folder):
         model=html.escape(str(values.get("pretrained_model_name_or_path", ""))),
         prompt=html.escape(str(values.get("validation_prompt") or "")),
         facts="".join(f"<div><b>{value}</b>{name}</div>" for name, value in facts.items()),
-        settings=settings_html(values, record.get("changed", [])),
+        settings=settings_html(values, changed if isinstance(changed, list) else []),
         files=files_table(folder),
-        versions=table(record.get("versions", {}).items()),
+        versions=table(part_of(record, "versions").items()),
         data=json.dumps(data).replace("<", "\\u003c"),
         hash=base64.b64encode(hashlib.sha256(script).digest()).decode(),
     )
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.register("type", Path, lambda text: Path(text).expanduser())
+def main(argv=None):
+    parser = Parser(description=__doc__.split("\n")[0], takes="OUTPUT_DIR")
     parser.add_argument("folder", metavar="OUTPUT_DIR", type=Path, help="a trainer's output folder")
-    folder = parser.parse_args().folder
+    folder = parser.parse_args(argv).folder
+    report = folder / "report.html"
+    partial = folder / f".report.html.{os.getpid()}"
     try:
         text = page(folder)
-        (folder / "report.html").write_text(text, errors="replace")
-    except (OSError, ValueError) as error:
+        if report.exists() and 'id="data"' not in report.read_text(errors="replace"):
+            raise ValueError(f"{report} exists and is no report of this program: move it")
+        partial.write_text(text, errors="replace")
+        partial.replace(report)
+    except (OSError, ValueError, OverflowError) as error:
+        if partial.exists():
+            partial.unlink()
         print(f"report.py: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    print(folder / "report.html")
+    print(report)
 
 
 if __name__ == "__main__":

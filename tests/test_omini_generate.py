@@ -435,7 +435,7 @@ def test_what_cannot_be_drawn_is_said(adapter, tmp_path, capsys):
     for flags, message in (
         ([canny], "exactly one of --image and --condition is needed"),
         ([canny, "--image", image, image], "2 images for 1 conditions: canny"),
-        ([canny, "--image", str(tmp_path / "no.png")], "no.png: no such file"),
+        ([canny, "--image", str(tmp_path / "no.png")], "no.png: not a readable image"),
         ([str(plain), "--image", image], "its header names no conditions"),
         ([canny, other, "--image", image], "trained with another --independent_condition"),
         ([canny, "--image", image, "--condition_type", "canny"], "--condition_type has no effect"),

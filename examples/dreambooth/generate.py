@@ -17,19 +17,22 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 # isort: split
 from common.arguments import (
+    Parser,
+    check_folder,
     exit_if_unreadable,
-    expanded_path,
     in_range,
-    join_problems,
     name_or_path,
     non_negative_float,
     positive_int,
+    seed_number,
 )
-from common.checkpoints import read_run_args, unused_path
-from common.lora import find_lora, run_of
+from common.checkpoints import read_run_args
+from common.data import save_image
+from common.lora import check_applied, find_lora, run_of
+from common.text_encoders import load_whole_pipeline
 
 import torch
-from diffusers import FluxPipeline
+from diffusers import FluxPipeline, FluxTransformer2DModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -103,20 +106,18 @@ def load_pipeline(path, model=None):
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(trained["mixed_precision"], torch.float32)
     if without_run and torch.accelerator.is_available():
         dtype = torch.bfloat16
-    files = {}
-    if model is None:
-        model = trained["pretrained_model_name_or_path"]
-        files = {name: trained[name] for name in ("revision", "variant", "cache_dir")}
-    with exit_if_unreadable(f"--pretrained_model_name_or_path {model}"):
-        if files and single_files(trained):
-            pipeline = load_single_files(trained, dtype)
+    base = trained
+    if model is not None:
+        base = WITHOUT_RUN | {"pretrained_model_name_or_path": model}
+    with exit_if_unreadable(f"--pretrained_model_name_or_path {base['pretrained_model_name_or_path']}"):
+        if single_files(base):
+            pipeline = load_single_files(base, dtype)
         else:
-            pipeline = FluxPipeline.from_pretrained(model, dtype=dtype, **files)
+            pipeline = load_whole_pipeline(FluxPipeline, FluxTransformer2DModel, argparse.Namespace(**base), dtype)
     if lora:
         with exit_if_unreadable(lora):
             pipeline.load_lora_weights(lora.parent, weight_name=lora.name)
-            if not pipeline.get_list_adapters():
-                raise ValueError("it holds no layer of this model")
+            check_applied(lora, [pipeline.transformer, pipeline.text_encoder])
     from_single_files = str(trained["pretrained_model_name_or_path"]).endswith(".safetensors")
     if trained.get("pool_at_eos") or from_single_files:  # else at the last new token, as older runs were trained
         pipeline.text_encoder.eos_token_id = pipeline.tokenizer.eos_token_id
@@ -139,9 +140,10 @@ def load_pipeline(path, model=None):
 
 def parse_args(argv=None):
     """The flags; `args.trained` are those that the LoRA was trained with."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.register("type", Path, expanded_path)
-    parser.add_argument("lora", type=Path, help="a run's output folder, a checkpoint in it, or a LoRA file")
+    parser = Parser(description=__doc__.split("\n")[0], takes="LORA")
+    parser.add_argument(
+        "lora", metavar="LORA", type=Path, help="a run's output folder, a checkpoint in it, or a LoRA file"
+    )
     parser.add_argument("--prompt", required=True, nargs="+", help="prompts, one image each")
     parser.add_argument(
         "--pretrained_model_name_or_path",
@@ -158,7 +160,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--max_sequence_length", type=in_range(int, 1, 512), help="T5 tokens per prompt (default: as trained)"
     )
-    parser.add_argument("--seed", type=in_range(int, 0), default=0)
+    parser.add_argument("--seed", type=seed_number, default=0)
     parser.add_argument("--output", type=Path, default=Path(), help="folder for the images")
     args = parser.parse_args(argv)
     try:
@@ -177,8 +179,9 @@ def parse_args(argv=None):
         )
     if args.size and any(side % 16 for side in args.size):
         problems.append(f"--size {args.size[0]} {args.size[1]}: both must be multiples of 16")
-    if problems:
-        parser.error(join_problems(problems))
+    if model and model.endswith(".safetensors"):
+        problems.append(f"--pretrained_model_name_or_path {model}: name a folder or a model on the Hub, not a file")
+    parser.refuse(problems + check_folder("--output", args.output))
     return args
 
 
@@ -188,7 +191,6 @@ def main(argv=None):
     pipeline, abstractions = load_pipeline(args.lora, args.pretrained_model_name_or_path)
     if torch.accelerator.is_available():
         pipeline.to(torch.accelerator.current_accelerator())
-    args.output.mkdir(parents=True, exist_ok=True)
     for i, prompt in enumerate(args.prompt):
         image = pipeline(
             replace_words(prompt, abstractions),
@@ -199,9 +201,7 @@ def main(argv=None):
             max_sequence_length=args.max_sequence_length or args.trained["max_sequence_length"],
             generator=torch.Generator().manual_seed(args.seed + i),
         ).images[0]
-        path = unused_path(args.output / f"{i}.png")
-        image.save(path)
-        print(path)
+        print(save_image(image, args.output / f"{i}.png"))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ shape and is resized to it. The captions NAME.txt of --dir_b, or else of --dir_a
 the folder with `--instance_data_dir combined --use_split_mask --mask_only_right`.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from common.arguments import expanded_path, join_problems
+from common.arguments import Parser, check_folder
 from common.data import (
     check_roles,
     file_example,
@@ -52,8 +51,7 @@ def find_pairs(dir_a, dir_b):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.register("type", Path, expanded_path)
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--dir_a", type=Path, required=True, help="folder of the left images, and perhaps captions")
     parser.add_argument(
         "--dir_b", type=Path, required=True, help="folder of the right images, named like the left ones"
@@ -62,7 +60,7 @@ def main(argv=None):
     parser.add_argument("--prefix", default="", help="text before the captions, such as: before and after, ")
     args = parser.parse_args(argv)
     pairs, problems = find_pairs(args.dir_a, args.dir_b)
-    if args.output_dir.exists() and (not args.output_dir.is_dir() or any(args.output_dir.iterdir())):
+    if args.output_dir.is_dir() and any(args.output_dir.iterdir()):
         problems.append(f"--output_dir {args.output_dir} exists and is not empty: name a new folder")
     captions = {}
     try:
@@ -70,8 +68,7 @@ def main(argv=None):
             captions[left] = read_text(right.with_suffix(".txt")) or read_text(left.with_suffix(".txt"))
     except ValueError as error:
         problems.append(str(error))
-    if problems:
-        parser.error(join_problems(problems))
+    parser.refuse(problems + check_folder("--output_dir", args.output_dir))
 
     args.output_dir.mkdir(parents=True, exist_ok=True)
     for left, right in tqdm(pairs.items(), desc="Joining", unit="pair"):

@@ -15,30 +15,36 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-from PIL import Image, ImageOps
-
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+
+# isort: split
 from common.arguments import (
+    Parser,
+    check_folder,
     exit_if_unreadable,
-    expanded_path,
     in_range,
-    join_problems,
     name_or_path,
     non_negative_float,
     positive_int,
+    seed_number,
 )
-from common.checkpoints import read_run_args, unused_path
-from common.data import Size, check_shape, file_example, fit, read_sizes
-from common.lora import find_lora
+from common.checkpoints import read_run_args
+from common.data import Size, check_shape, file_example, fit, read_sizes, save_image
+from common.lora import check_applied, find_lora
+from common.text_encoders import load_whole_pipeline
+
+import torch
+from diffusers import FluxTransformer2DModel
+from PIL import Image, ImageOps
 
 from train_influxedit import FillPipeline, read_mask, size_at, split_mask
 
 
 # What is read of a run's args.json, and what it is without a run, unless a flag says otherwise.
 WITHOUT_RUN = {
+    "cache_dir": None,
     "guidance_scale": 3.5,
     "image_interpolation_mode": "lanczos",
     "max_sequence_length": 512,
@@ -55,9 +61,10 @@ WITHOUT_RUN = {
 def parse_args(argv=None):
     """The flags; `args.lora` is the LoRA's file, `args.trained` the flags that it was trained with, and `args.sizes`
     the size at which each image is drawn."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.register("type", Path, expanded_path)
-    parser.add_argument("lora", type=Path, help="a run's output folder, a checkpoint in it, or a LoRA file")
+    parser = Parser(description=__doc__.split("\n")[0], takes="LORA")
+    parser.add_argument(
+        "lora", metavar="LORA", type=Path, help="a run's output folder, a checkpoint in it, or a LoRA file"
+    )
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--image", type=Path, required=True, nargs="+", help="input images, each is edited by itself")
     parser.add_argument("--mask", type=Path, help="mask for all of them, white where to generate")
@@ -82,7 +89,7 @@ def parse_args(argv=None):
     parser.add_argument("--guidance_scale", type=non_negative_float, help="(default: that of the training)")
     parser.add_argument("--max_sequence_length", type=in_range(int, 1, 512), help="(default: that of the training)")
     parser.add_argument(
-        "--seed", type=in_range(int, 0), default=0, help="seed of the first image; each next one has the next seed"
+        "--seed", type=seed_number, default=0, help="seed of the first image; each next one has the next seed"
     )
     parser.add_argument("--output", type=Path, default=Path(), help="folder for the results")
     args = parser.parse_args(argv)
@@ -94,9 +101,7 @@ def parse_args(argv=None):
     for name in ("guidance_scale", "max_sequence_length", "mode", "pretrained_model_name_or_path"):
         if vars(args)[name] is None:
             setattr(args, name, args.trained[name])
-    problems = check_args(args)
-    if problems:
-        parser.error(join_problems(problems))
+    parser.refuse(check_args(args) + check_folder("--output", args.output))
     return args
 
 
@@ -160,15 +165,14 @@ def load_pipeline(path, model=None, edit_mode=None):
     model = model or trained["pretrained_model_name_or_path"]
     is_bf16 = trained["mixed_precision"] == "bf16" or (run is None and torch.accelerator.is_available())
     dtype = torch.bfloat16 if is_bf16 else torch.float32
-    files = {}
-    if model == trained["pretrained_model_name_or_path"]:
-        files = {"revision": trained["revision"], "variant": trained["variant"]}
+    base = trained
+    if model != trained["pretrained_model_name_or_path"]:
+        base = WITHOUT_RUN | {"pretrained_model_name_or_path": model}
     with exit_if_unreadable(f"--pretrained_model_name_or_path {model}"):
-        pipeline = FillPipeline.from_pretrained(model, dtype=dtype, **files)
+        pipeline = load_whole_pipeline(FillPipeline, FluxTransformer2DModel, argparse.Namespace(**base), dtype)
     with exit_if_unreadable(lora):
         pipeline.load_lora_weights(lora.parent, weight_name=lora.name)
-        if not pipeline.get_active_adapters():
-            raise ValueError("it holds no layer of this model")
+        check_applied(lora, [pipeline.transformer, pipeline.text_encoder])
     pipeline.edit_mode = trained["mode"] == "edit" if edit_mode is None else edit_mode
     return pipeline, trained
 
@@ -206,8 +210,6 @@ def main(argv=None):
     pipeline, trained = load_pipeline(args.lora, args.pretrained_model_name_or_path, args.mode == "edit")
     if torch.accelerator.is_available():
         pipeline.to(torch.accelerator.current_accelerator())
-    args.output.mkdir(parents=True, exist_ok=True)
-
     side_by_side = args.mode == "mask" and not args.mask
     for i, (path, size) in enumerate(zip(args.image, args.sizes, strict=True)):
         original = file_example(path).image()
@@ -231,9 +233,7 @@ def main(argv=None):
             (result,) = paint_beside(pipeline, [args.prompt], [image], **options)
         else:
             (result,) = edit(pipeline, [args.prompt], [image], **options)
-        output = unused_path(args.output / f"{path.stem}-edited.png")
-        result.save(output)
-        print(output)
+        print(save_image(result, args.output / f"{path.stem}-edited.png"))
 
 
 if __name__ == "__main__":

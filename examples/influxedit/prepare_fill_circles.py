@@ -18,7 +18,6 @@ train_prompts.json, {file name: prompt}, and the same with test.
 Running the command again continues an interrupted download or preparation.
 """
 
-import argparse
 import json
 import stat
 import sys
@@ -34,7 +33,7 @@ from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from common.arguments import in_range, positive_float, positive_int
+from common.arguments import Parser, check_folder, in_range, positive_float, positive_int
 
 
 URL = "https://huggingface.co/lllyasviel/ControlNet/resolve/main/training/fill50k.zip"
@@ -69,6 +68,8 @@ def download(url, path):
     with response:
         resumed = response.status == 206
         done = done if resumed else 0  # a server without ranges starts again
+        if "Content-Length" not in response.headers:
+            raise ConnectionError(f"{url}: the server does not say how long the file is")
         total = done + int(response.headers["Content-Length"])
         with (
             partial.open("ab" if resumed else "wb") as file,
@@ -202,18 +203,29 @@ def write_sample(archive, row, folders, prefix):
     try:
         outline = Image.open(archive.open(row["source"])).convert("RGB")
         filled = Image.open(archive.open(row["target"])).convert("RGB")
-    except (OSError, SyntaxError, zlib.error, zipfile.BadZipFile, Image.DecompressionBombError) as error:
+    except Exception as error:  # RuntimeError: encrypted; NotImplementedError: packed in an unknown way; PIL's many
         raise BadArchive(f"{row['source']} or {row['target']}: not a readable image ({error})") from error
     images = {outlines: outline, filled_circles: filled, combined: combine(outline, filled)}
+    for folder, image in images.items():
+        check_same(folder / f"{stem}.png", image)
     for folder, image in images.items():
         write(folder / f"{stem}.png", lambda path, image=image: image.save(path, "PNG"))
     write(prompts / f"{stem}.txt", lambda path: path.write_text(row["prompt"]))
     write(last, lambda path: path.write_text(prefix + row["prompt"]))
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.register("type", Path, lambda text: Path(text).expanduser())
+def check_same(path, image):
+    """Raises BadArchive if there is a file of this name that holds another image: it is not of an earlier run."""
+    if not path.exists():
+        return
+    with Image.open(path) as found:
+        if found.size == image.size and found.convert("RGB").tobytes() == image.tobytes():
+            return
+    raise BadArchive(f"{path} exists and is another image than that of the archive: name another folder, --output")
+
+
+def main(argv=None):
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--zip", type=Path, help="archive to use; without it, --url is downloaded into --output")
     parser.add_argument("--url", default=URL)
     parser.add_argument("--output", type=Path, default=Path("data/my_fill50k"))
@@ -225,8 +237,12 @@ def main():
     parser.add_argument(
         "--max_gigabytes", type=positive_float, default=10.0, help="refuse archives that unpack to more"
     )
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     path = args.zip or args.output / "fill50k.zip"
+    problems = check_folder("--output", args.output)
+    if args.zip and not args.zip.is_file():
+        problems.append(f"--zip {args.zip}: no such file")
+    parser.refuse(problems)
     try:
         if not args.zip and not path.exists():
             args.output.mkdir(parents=True, exist_ok=True)
@@ -239,7 +255,7 @@ def main():
             prefix=args.prefix,
             max_bytes=int(args.max_gigabytes * 2**30),
         )
-    except (OSError, BadArchive) as error:  # URLError is an OSError
+    except (OSError, ValueError) as error:  # URLError is an OSError, BadArchive a ValueError
         print(f"{Path(sys.argv[0]).name}: error: {path}: {error}", file=sys.stderr)
         return 2
     print(f"{done} samples in {args.output}")

@@ -6,7 +6,6 @@ The archive has the layout of fill50k.zip, so prepare_fill_circles.py reads it. 
 turned outlines into filled circles.
 """
 
-import argparse
 import io
 import json
 import random
@@ -18,6 +17,8 @@ import numpy as np
 
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from common.arguments import Parser, check_file, in_range, positive_int, seed_number
 
 from examples.toy.world import (
     COLOR_NAMES,
@@ -78,14 +79,18 @@ def write_archive(path, *, count, size=64, seed=0):
         archive.writestr("fill50k/prompt.json", "\n".join(lines) + "\n")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.register("type", Path, lambda text: Path(text).expanduser())
-    parser.add_argument("archive", type=Path)
-    parser.add_argument("--count", type=int, default=500)
-    parser.add_argument("--size", type=int, default=64, help="side in pixels")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+def main(argv=None):
+    parser = Parser(description=__doc__.split("\n")[0], takes="ARCHIVE")
+    parser.add_argument("archive", metavar="ARCHIVE", type=Path, help="the zip file to write")
+    parser.add_argument("--count", type=positive_int, default=500, help="circles to draw")
+    parser.add_argument("--size", type=in_range(int, 16, 2048), default=64, help="side in pixels")
+    parser.add_argument("--seed", type=seed_number, default=0, help="random seed of the circles")
+    args = parser.parse_args(argv)
+    problems = check_file("ARCHIVE", args.archive)
+    if args.archive.is_file():
+        problems.append(f"{args.archive} exists: name a new file")
+    parser.refuse(problems)
+    args.archive.parent.mkdir(parents=True, exist_ok=True)
     write_archive(args.archive, count=args.count, size=args.size, seed=args.seed)
     print(f"{args.count} circles in {args.archive}")
 

@@ -11,7 +11,6 @@ positions and the attention rule need not be repeated. Files of OminiControl's o
 --image is an image to make each condition from, as in training; --condition is the condition itself.
 """
 
-import argparse
 import sys
 from argparse import Namespace
 from dataclasses import asdict, replace
@@ -23,11 +22,30 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from common.arguments import exit_if_unreadable, expanded_path, positive_float
-from common.checkpoints import unused_path
-from common.data import Size, fit, fit_mask, open_image, upright, upright_size
+from common.arguments import (
+    Parser,
+    exit_if_unreadable,
+    in_range,
+    name_or_path,
+    non_negative_float,
+    positive_float,
+    positive_int,
+    seed_number,
+)
+from common.data import (
+    Size,
+    check_image_file,
+    file_example,
+    fit,
+    fit_mask,
+    open_image,
+    read_sizes,
+    save_image,
+    upright,
+)
 from common.latents import PATCH
-from common.lora import find_lora
+from common.lora import check_applied, find_lora
+from common.text_encoders import load_whole_pipeline
 
 from train_omini import (
     CONDITION_TYPES,
@@ -50,21 +68,28 @@ from train_omini import (
 # what the headers of train_omini.py say, and flags of files without
 PLAIN_FLAGS = ("condition_type", "condition_size", "position_delta", "position_scale", "independent_condition")
 
+HEADER_FIELDS = {"base_model", "target_size", "max_sequence_length", "independent_condition", "conditions"}
+
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Generates images that follow conditions, with the adapters of train_omini.py.",
         epilog="The adapters' headers say what was trained: types, sizes and positions of the conditions.",
-        formatter_class=argparse.RawTextHelpFormatter,
+        takes="ADAPTER ...",
     )
-    parser.register("type", Path, expanded_path)
-    parser.add_argument("adapters", nargs="+", type=Path, help="adapters: files, run folders or checkpoints")
+    parser.add_argument(
+        "adapters", metavar="ADAPTER", nargs="+", type=Path, help="adapters: files, run folders or checkpoints"
+    )
     parser.add_argument("--prompt", required=True, nargs="+", help="prompts, one image each")
     parser.add_argument("--image", nargs="+", type=Path, help="image to make all conditions from, or one for each")
     parser.add_argument("--condition", nargs="+", type=Path, help="the conditions themselves, one for each")
     parser.add_argument("--mask", type=Path, help="mask of fill or token_integration: white where to generate")
-    parser.add_argument("--pretrained_model_name_or_path", help="base model (default: as trained)")
-    parser.add_argument("--size", nargs=2, type=int, metavar=("WIDTH", "HEIGHT"), help="default: as trained")
+    parser.add_argument(
+        "--pretrained_model_name_or_path", type=name_or_path, metavar="MODEL", help="base model (default: as trained)"
+    )
+    parser.add_argument(
+        "--size", nargs=2, type=in_range(int, 16, 8192), metavar=("WIDTH", "HEIGHT"), help="(default: as trained)"
+    )
     plain = parser.add_argument_group("adapter files without a header of train_omini.py, such as OminiControl's own")
     plain.add_argument("--condition_type", nargs="+", choices=CONDITION_TYPES, help="types of their conditions")
     plain.add_argument(
@@ -91,16 +116,22 @@ def parse_args(argv=None):
     plain.add_argument("--independent_condition", action="store_true", help="trained with independent_condition")
     parser.add_argument("--style_lora", type=Path, help="LoRA that text and image pass, beside the conditions' own")
     parser.add_argument("--depth_model", help="depth estimation model (default: as trained)")
-    parser.add_argument("--num_inference_steps", type=int, default=28, help="denoising steps; 4 for schnell")
-    parser.add_argument("--guidance_scale", type=float, default=3.5, help="value passed to the guidance embedding")
-    parser.add_argument("--image_guidance_scale", type=float, default=1.0, help="above 1: away from black conditions")
+    parser.add_argument("--num_inference_steps", type=positive_int, default=28, help="denoising steps; 4 for schnell")
+    parser.add_argument(
+        "--guidance_scale", type=non_negative_float, default=3.5, help="value passed to the guidance embedding"
+    )
+    parser.add_argument(
+        "--image_guidance_scale", type=non_negative_float, default=1.0, help="above 1: away from black conditions"
+    )
     parser.add_argument("--kv_cache", action="store_true", help="compute independent conditions only once")
     parser.add_argument("--force", action="store_true", help="kv_cache also for adapters not trained for it")
     parser.add_argument(
-        "--dtype", choices=("float32", "float16", "bfloat16"), help="default: bfloat16 on an accelerator"
+        "--dtype", choices=("float32", "float16", "bfloat16"), help="(default: bfloat16 on an accelerator)"
     )
-    parser.add_argument("--max_sequence_length", type=int, help="T5 tokens per prompt (default: as trained)")
-    parser.add_argument("--seed", type=int, default=0, help="random seed of the first image; the next adds 1")
+    parser.add_argument(
+        "--max_sequence_length", type=in_range(int, 1, 512), help="T5 tokens per prompt (default: as trained)"
+    )
+    parser.add_argument("--seed", type=seed_number, default=0, help="random seed of the first image; the next adds 1")
     parser.add_argument("--output", type=Path, default=Path("image.png"), help="several prompts: image-0.png, ...")
     args = parser.parse_args(argv)
     try:
@@ -112,6 +143,7 @@ def parse_args(argv=None):
         args.pixel_mask = read_mask(args) if args.mask else None
     except (ValueError, OSError) as error:
         parser.error(str(error))
+    parser.refuse(check_image_file("--output", args.output))
     return args
 
 
@@ -179,6 +211,9 @@ def read_metadata(paths, args=None):
     same name get different ones.
     """
     headers = [read_header(path) for path in paths]
+    for path, header in zip(paths, headers, strict=True):
+        if header is not None and not (isinstance(header, dict) and header.keys() >= HEADER_FIELDS):
+            raise ValueError(f"{path}: its header is damaged: it says not what it was trained for")
     without = [path for path, header in zip(paths, headers, strict=True) if header is None]
     flags = [name for name in PLAIN_FLAGS if args and vars(args)[name]]
     if without and "condition_type" not in flags:
@@ -226,11 +261,11 @@ def check_args(args):
         raise ValueError("--mask has no effect: no adapter is of fill or token_integration")
     if not args.mask and ("token_integration" in types or (is_masked and args.image)):
         raise ValueError("--mask is needed: white where the image is to be generated")
-    for path in (*paths, args.mask):
-        if path is not None and not path.exists():
-            raise ValueError(f"{path}: no such file")
+    files = [*paths, args.mask] if args.mask else paths
+    sizes, unreadable = read_sizes([file_example(path) for path in files])
+    if unreadable:
+        raise ValueError(unreadable[0])
     if len(paths) == len(args.specs):
-        sizes = [upright_size(open_image(path)) for path in paths]
         problems = check_shapes(paths, sizes, args.specs, args.run_info["target_size"])
         if problems:
             raise ValueError(problems[0])
@@ -290,7 +325,9 @@ def estimate_depth(image, model):
     """The depth map of an image, of its size."""
     from transformers import pipeline
 
-    depth = pipeline("depth-estimation", model=model)(image)["depth"]
+    with exit_if_unreadable(f"--depth_model {model}"):
+        estimator = pipeline("depth-estimation", model=model)
+    depth = estimator(image)["depth"]
     return depth.convert("RGB").resize(image.size)
 
 
@@ -298,8 +335,7 @@ def load_adapter(pipeline, path, name):
     """Loads a LoRA file as the adapter `name`; ends the run if the transformer gets nothing of it."""
     with exit_if_unreadable(path):
         pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name)
-        if name not in getattr(pipeline.transformer, "peft_config", {}):
-            raise ValueError("it holds no layer of this model")
+        check_applied(path, [pipeline.transformer, pipeline.text_encoder], adapter_name=name)
 
 
 def load_pipeline(args):
@@ -309,8 +345,9 @@ def load_pipeline(args):
         device = torch.accelerator.current_accelerator()
     dtype = getattr(torch, args.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
     model = args.pretrained_model_name_or_path or args.run_info["base_model"]
-    transformer = OminiTransformer2DModel.from_pretrained(model, subfolder="transformer", dtype=dtype)
-    pipeline = OminiPipeline.from_pretrained(model, transformer=transformer, dtype=dtype)
+    base = Namespace(pretrained_model_name_or_path=model, revision=None, variant=None, cache_dir=None)
+    with exit_if_unreadable(f"--pretrained_model_name_or_path {model}"):
+        pipeline = load_whole_pipeline(OminiPipeline, OminiTransformer2DModel, base, dtype)
     names = list(dict.fromkeys(spec.adapter for spec in args.specs))
     for path, name in zip(args.adapters, names, strict=True):
         load_adapter(pipeline, path, name)
@@ -319,10 +356,15 @@ def load_pipeline(args):
 
     path = args.style_lora
     load_adapter(pipeline, path, "style")
-    transformer.set_adapter([*names, "style"])
-    for name, layer in transformer.named_modules():
+    pipeline.transformer.set_adapter([*names, "style"])
+    for name, layer in pipeline.transformer.named_modules():
         if name.startswith("time_text_embed") and "style" in getattr(layer, "lora_A", ()):
-            raise SystemExit(f"--style_lora {path}: {name} is shared with the conditions, a style cannot change it")
+            print(
+                f"{Path(sys.argv[0]).name}: error: --style_lora {path}: {name} is shared with the conditions, a style "
+                "cannot change it",
+                file=sys.stderr,
+            )
+            raise SystemExit(2)
     return pipeline.to(device), "style"
 
 
@@ -351,10 +393,7 @@ def main(argv=None):
             generator=torch.Generator().manual_seed(args.seed + i),
         ).images[0]
         path = args.output if len(args.prompt) == 1 else args.output.with_stem(f"{args.output.stem}-{i}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path = unused_path(path)
-        image.save(path)
-        print(path)
+        print(save_image(image, path))
 
 
 if __name__ == "__main__":

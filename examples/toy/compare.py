@@ -3,7 +3,6 @@
 python examples/toy/compare.py OUTPUT_DIR --subject glyph --output before_after.png
 """
 
-import argparse
 import random
 import sys
 from pathlib import Path
@@ -13,7 +12,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 
 # isort: split
-from common.arguments import expanded_path
+from common.arguments import Parser, exit_if_unreadable
+from common.data import check_image_file, save_image
+from common.lora import check_applied, find_lora
 from common.validation import image_grid
 
 import numpy as np
@@ -50,27 +51,36 @@ def evaluate(pipeline, subject, *, count=32, seed=0, replace=lambda prompt: prom
     return 100 * float(subject_score), all_right(others, scenes), shown
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.register("type", Path, expanded_path)
-    parser.add_argument("lora", type=Path, nargs="+", help="a trainer's output folder")
+def main(argv=None):
+    parser = Parser(description=__doc__.split("\n")[0], takes="OUTPUT_DIR ...")
+    parser.add_argument("lora", metavar="OUTPUT_DIR", type=Path, nargs="+", help="a trainer's output folder")
     parser.add_argument("--subject", choices=SUBJECTS, default="glyph")
     parser.add_argument("--output", type=Path, default=Path("before_after.png"))
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    problems = check_image_file("--output", args.output)
+    files = []
+    for folder in args.lora:
+        try:
+            files.append(find_lora(folder)[0])
+        except (OSError, ValueError) as error:
+            problems.append(str(error))
+    parser.refuse(problems)
     pipeline = FluxPipeline.from_pretrained(HERE / "flux")
     pipeline.set_progress_bar_config(desc="Sampling", leave=False)
     rows = []
     names = ["after"] if len(args.lora) == 1 else [folder.name for folder in args.lora]
-    for when, folder in zip(["before", *names], [None, *args.lora], strict=True):
+    for when, file in zip(["before", *names], [None, *files], strict=True):
         pipeline.unload_lora_weights()
-        if folder:
-            pipeline.load_lora_weights(folder)
+        if file:
+            with exit_if_unreadable(file):
+                pipeline.load_lora_weights(file.parent, weight_name=file.name)
+                check_applied(file, [pipeline.transformer, pipeline.text_encoder])
         subject_score, ordinary, shown = evaluate(pipeline, args.subject)
         print(
             f"{when:6}  {SUBJECTS[args.subject]}: {subject_score:.0f} of 100   ordinary prompts: {ordinary:.0f} of 100"
         )
         rows += [(image, f"{when}: {prompt}") for image, prompt in shown]
-    image_grid([image for image, _ in rows], [text for _, text in rows], columns=8).save(args.output)
+    print(save_image(image_grid([image for image, _ in rows], [text for _, text in rows], columns=8), args.output))
 
 
 if __name__ == "__main__":

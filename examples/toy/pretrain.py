@@ -7,7 +7,6 @@ Four stages: the VAE; flow matching, together with the text encoders; guidance, 
 the Fill transformer. The random numbers of a step depend on (stage, step, process) alone, so a rerun repeats itself.
 """
 
-import argparse
 import json
 import math
 import random
@@ -33,7 +32,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config,
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from common.arguments import expanded_path
+from common.arguments import Parser, check_folder
 from common.flow_matching import add_noise
 from common.latents import image_ids, pack_latents
 
@@ -575,12 +574,12 @@ def score(count=256):
     row("Fill, all right without a caption, shape at least half visible", f"{all_right(images, shown):.0f}", ">= 60")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.register("type", Path, expanded_path)
+def main(argv=None):
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--work_dir", type=Path, default=Path("toy-pretraining"), help="states of the stages")
     parser.add_argument("--score", action="store_true", help="only measure what is in examples/toy")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    parser.refuse(check_folder("--work_dir", args.work_dir))
     if not args.score:
         args.work_dir.mkdir(parents=True, exist_ok=True)
         (args.work_dir / "rendezvous").unlink(missing_ok=True)

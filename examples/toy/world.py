@@ -7,15 +7,20 @@ side, so one scene can be drawn at any size. Every drawing function is determini
     python examples/toy/world.py scenes data/scenes --count 512  # images of what the toy FLUX knows
 """
 
-import argparse
 import math
 import random
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from common.arguments import Parser, check_folder, in_range, positive_int, seed_number
 
 
 COLORS = {
@@ -336,15 +341,18 @@ def sliced_wasserstein(a, b, projections=128, seed=0):
     return float(np.sqrt(np.square(np.sort(a @ directions, axis=0) - np.sort(b @ directions, axis=0)).mean()))
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.register("type", Path, lambda text: Path(text).expanduser())
-    parser.add_argument("subject", choices=[*SUBJECTS, "scenes"])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--count", type=int, default=6)
-    parser.add_argument("--size", type=int, default=64, help="side in pixels")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+def main(argv=None):
+    parser = Parser(description=__doc__.split("\n")[0], takes="SUBJECT FOLDER")
+    parser.add_argument("subject", choices=[*SUBJECTS, "scenes"], help="what is drawn")
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="where the images and their captions go")
+    parser.add_argument("--count", type=positive_int, default=6, help="images to draw")
+    parser.add_argument("--size", type=in_range(int, 16, 2048), default=64, help="side in pixels")
+    parser.add_argument("--seed", type=seed_number, default=0, help="random seed of the images")
+    args = parser.parse_args(argv)
+    problems = check_folder("FOLDER", args.folder)
+    if args.folder.is_dir() and any(args.folder.iterdir()):
+        problems.append(f"{args.folder} exists and is not empty: name a new folder")
+    parser.refuse(problems)
     args.folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(args.seed)
     for i in range(args.count):

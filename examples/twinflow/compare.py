@@ -9,7 +9,6 @@ rendered scenes of the same prompts. One can improve while another gets worse: b
 classifier, and guidance raises scores but narrows the spread.
 """
 
-import argparse
 import random
 import sys
 from pathlib import Path
@@ -19,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 
 # isort: split
-from common.arguments import expanded_path
+from common.arguments import Parser, check_folder, positive_int, seed_number
+from common.data import check_image_file, save_image
 from common.validation import image_grid
 
 import numpy as np
@@ -29,7 +29,7 @@ from diffusers import FluxPipeline
 from examples.toy.pretrain import encode, to_tensor
 from examples.toy.world import all_right, caption, random_scene, sliced_wasserstein
 from examples.toy.world import draw as draw_scene
-from examples.twinflow.generate import generate
+from examples.twinflow.generate import check_source, generate, trained_args
 
 
 TOY = Path(__file__).parents[1] / "toy" / "flux"
@@ -88,18 +88,35 @@ def measure(images, scenes, vae, seed=0):
     return all_right(images, scenes), sharpness(images), sliced_wasserstein(image_latents, rendered_latents)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.register("type", Path, expanded_path)
-    parser.add_argument("folders", type=Path, nargs="*", help="output folders of train_twinflow.py")
+def check_args(args):
+    """Problems of the folders and files that are named."""
+    problems = []
+    if args.make_data:
+        if args.folders or args.output:
+            problems.append("--make_data only renders scenes: leave out the folders and --output")
+        if args.make_data.exists():
+            problems.append(f"--make_data {args.make_data} exists: name a new folder")
+        return problems + check_folder("--make_data", args.make_data)
+    for folder in args.folders:
+        try:
+            check_source(folder, trained_args(folder))
+        except (OSError, ValueError) as error:
+            problems.append(str(error))
+    return problems + (check_image_file("--output", args.output) if args.output else [])
+
+
+def main(argv=None):
+    parser = Parser(description=__doc__.split("\n")[0], takes="FOLDER ...")
+    parser.add_argument("folders", metavar="FOLDER", type=Path, nargs="*", help="output folders of train_twinflow.py")
     parser.add_argument("--make_data", type=Path, metavar="FOLDER", help="only render scenes into this folder")
-    parser.add_argument("--count", type=int, help="images per cell (default: 256), or scenes (default: 1500)")
-    parser.add_argument("--seed", type=int, default=0, help="random seed of prompts and images")
+    parser.add_argument("--count", type=positive_int, help="images per cell (default: 256), or scenes (default: 1500)")
+    parser.add_argument("--seed", type=seed_number, default=0, help="random seed of prompts and images")
     parser.add_argument(
         "--steps", type=int, nargs="+", default=list(STYLES), choices=list(STYLES), help="numbers of steps"
     )
     parser.add_argument("--output", type=Path, help="file for a grid of some of the images")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    parser.refuse(check_args(args))
     if args.make_data:
         make_data(args.make_data, args.count or 1500)
         return
@@ -125,7 +142,7 @@ def main():
                 grid_captions.append(f"{name}, {steps}: {prompt}")
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
     if args.output:
-        image_grid(grid_images, grid_captions, columns=8, min_width=96).save(args.output)
+        print(save_image(image_grid(grid_images, grid_captions, columns=8, min_width=96), args.output))
 
 
 if __name__ == "__main__":

@@ -16,11 +16,19 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 
 # isort: split
-from common.arguments import exit_if_unreadable, expanded_path, in_range, join_problems
-from common.checkpoints import TENSORS_FILE, read_run_args, unused_path
-from common.data import MAX_SIDE, Size, fit, open_image, upright
+from common.arguments import (
+    Parser,
+    check_folder,
+    exit_if_unreadable,
+    fraction,
+    in_range,
+    non_negative_float,
+    seed_number,
+)
+from common.checkpoints import TENSORS_FILE, read_run_args
+from common.data import MAX_SIDE, Size, file_example, fit, read_sizes, save_image
 from common.latents import decode_images, encode_images, to_image, to_tensor
-from common.lora import find_lora, run_of
+from common.lora import check_applied, find_lora, run_of
 
 import torch
 from diffusers import DiffusionPipeline
@@ -90,8 +98,7 @@ def load_transformer(source, backbone, args, dtype):
             transformer.load_lora_adapter(
                 file.parent, prefix="transformer", weight_name=file.name, use_safetensors=True
             )
-            if not getattr(transformer, "peft_config", None):
-                raise ValueError("it holds no layer of this model")
+            check_applied(file, [transformer])
         return transformer, backbone
     place = {"pretrained_model_name_or_path": str(source), "revision": None, "variant": None}
     backbone = type(backbone)(argparse.Namespace(**vars(args) | place | {"openuni_checkpoint": None}))
@@ -172,7 +179,10 @@ def default_style(steps):
 
 def stochast_ratio(text):
     """An argparse type: a number, or SDE."""
-    return text if text == "SDE" else float(text)
+    return text if text == "SDE" else fraction(text)
+
+
+stochast_ratio.__name__ = "number"
 
 
 def check_flags(args, model_type):
@@ -181,9 +191,14 @@ def check_flags(args, model_type):
     problems = []
     if (args.image is None) == (model_type == "qwenimage-edit"):
         problems.append(f"--image, the image to edit, is for a model trained as qwenimage-edit; this is {model_type}")
+    elif args.image:
+        _, unreadable = read_sizes([file_example(args.image)])
+        problems += unreadable
     if args.size and (args.size[0] % multiple or args.size[1] % multiple):
         width, height = args.size
         problems.append(f"--size {width} {height}: both must be multiples of {multiple}")
+    if args.gaps and sum(args.gaps) >= 1:
+        problems.append(f"--gaps {args.gaps[0]:g} {args.gaps[1]:g}: together they must be less than 1")
     if args.order == 2 and args.style != "mul":
         problems.append(f"--order 2 is for --style mul, which follows the path, not {args.style}")
     if args.order == 2 and args.stochast_ratio:
@@ -191,18 +206,18 @@ def check_flags(args, model_type):
     return problems
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.register("type", Path, expanded_path)
+def main(argv=None):
+    parser = Parser(description=__doc__.split("\n")[0], takes="FOLDER")
     parser.add_argument(
         "folder",
+        metavar="FOLDER",
         type=Path,
         help="the trainer's output folder, a checkpoint or LoRA file in it, or a pipeline with a second time "
         "embedding, such as the published TwinFlow-Qwen-Image",
     )
     parser.add_argument("--prompt", required=True, nargs="+", help="prompts, one image each")
     parser.add_argument("--image", type=Path, help="the image to edit, for qwenimage-edit")
-    parser.add_argument("--steps", type=int, default=2, help="forward passes per image")
+    parser.add_argument("--steps", type=in_range(int, 1, 1000), default=2, help="forward passes per image")
     parser.add_argument(
         "--style",
         choices=STYLES,
@@ -210,15 +225,23 @@ def main():
         "steps, any up to 8, mul above)",
     )
     parser.add_argument(
-        "--cfg_scale", type=float, default=0.0, help="classifier-free guidance scale; 0: off, as usual"
+        "--cfg_scale", type=non_negative_float, default=0.0, help="classifier-free guidance scale; 0: off, as usual"
     )
     parser.add_argument(
         "--stochast_ratio", type=stochast_ratio, help="share of the noise renewed in each step, 0 to 1, or SDE"
     )
-    parser.add_argument("--extrapol_ratio", type=float, default=0.0, help="extrapolate from the previous step")
+    parser.add_argument(
+        "--extrapol_ratio", type=in_range(float, -10, 10), default=0.0, help="extrapolate from the previous step"
+    )
     parser.add_argument("--order", type=int, choices=(1, 2), default=1, help="2: Heun's rule, for style mul")
-    parser.add_argument("--gaps", type=float, nargs=2, help="part of the times left out at the noise and data ends")
-    parser.add_argument("--time_dist_ctrl", type=float, nargs=3, metavar=("A", "B", "C"), help="bend the time grid")
+    parser.add_argument("--gaps", type=fraction, nargs=2, help="part of the times left out at the noise and data ends")
+    parser.add_argument(
+        "--time_dist_ctrl",
+        type=in_range(float, 0, 100, above=True),
+        nargs=3,
+        metavar=("A", "B", "C"),
+        help="bend the time grid",
+    )
     parser.add_argument(
         "--size",
         type=in_range(int, 16, MAX_SIDE),
@@ -226,15 +249,15 @@ def main():
         metavar=("WIDTH", "HEIGHT"),
         help="size of the images in pixels (default: as trained)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="random seed of the first image; image i has seed + i")
+    parser.add_argument(
+        "--seed", type=seed_number, default=0, help="random seed of the first image; image i has seed + i"
+    )
     parser.add_argument("--output", type=Path, default=Path(), help="folder of the images")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     args.style = args.style or default_style(args.steps)
     try:
         trained = trained_args(args.folder)
-        problems = check_flags(args, trained.model_type)
-        if problems:
-            parser.error(join_problems(problems))
+        parser.refuse(check_flags(args, trained.model_type) + check_folder("--output", args.output))
         check_source(args.folder, trained)
     except (OSError, ValueError) as error:
         parser.error(str(error))
@@ -243,7 +266,7 @@ def main():
             args.folder,
             args.prompt,
             seed=args.seed,
-            image=upright(open_image(args.image)) if args.image else None,
+            image=file_example(args.image).image() if args.image else None,
             size=args.size[::-1] if args.size else None,
             steps=args.steps,
             style=args.style,
@@ -256,11 +279,8 @@ def main():
         )
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    args.output.mkdir(parents=True, exist_ok=True)
     for i, image in enumerate(images):
-        path = unused_path(args.output / f"{i}.png")
-        image.save(path)
-        print(path)
+        print(save_image(image, args.output / f"{i}.png"))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,202 @@
+"""A flag that nothing reads in a mode is refused or named when it is given: found by observing what tiny runs read."""
+
+import argparse
+import importlib
+
+from common.arguments import Arguments, Parser
+
+import pytest
+from test_wrong_input import TRAINERS, FoundParser
+
+
+DREAMBOOTH, OMINI, INFLUX, TWINFLOW = TRAINERS
+
+
+class Flags(dict):
+    """vars() of `Observed`, which notes the keys that are asked for."""
+
+    def __init__(self, flags, reads):
+        super().__init__(flags)
+        self.reads = reads
+
+    def __getitem__(self, name):
+        self.reads.add(name)
+        return super().__getitem__(name)
+
+
+class Observed(Arguments):
+    """A run's flags that notes in `reads` which of them are read."""
+
+    __slots__ = ("reads",)
+
+    def __getattribute__(self, name):
+        reads = object.__getattribute__(self, "reads") if name != "reads" else set()
+        if name == "__dict__":
+            return Flags(object.__getattribute__(self, "__dict__"), reads)
+        if not name.startswith("_"):
+            reads.add(name)
+        return object.__getattribute__(self, name)
+
+
+def observe(module, args):
+    """The names of the flags that a run of these reads after they are parsed."""
+    observed = Observed.__new__(Observed)
+    observed.reads = set()
+    object.__getattribute__(observed, "__dict__").update(vars(args))
+    observed.changed = args.changed
+    module.main(observed)
+    return observed.reads
+
+
+def flags_of(module, monkeypatch):
+    """{name: action} of the flags of a trainer."""
+
+    def leave(parser, argv=None):
+        raise FoundParser(parser)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Parser, "parse_args", leave)
+        with pytest.raises(FoundParser) as found:
+            module.parse_args([])
+    return {action.dest: action for action in found.value.args[0]._actions if action.dest != "help"}
+
+
+def other_words(action, files):
+    """The flag with a value that is not its default."""
+    flag = action.option_strings[0]
+    if type(action).__name__ in ("OnSwitch", "Switch"):
+        return [flag, str(not action.default)]
+    if action.choices:
+        return [flag, next(choice for choice in action.choices if choice != str(action.default).lower())]
+    if action.dest in files:
+        return [flag, *map(str, files[action.dest])]
+    for value in ("2", "0.5", "0.25", "3", "-1", "1,2", "x"):
+        try:
+            parsed = (action.type or str)(value)
+        except (ValueError, TypeError, argparse.ArgumentTypeError):
+            continue
+        if parsed != action.default:
+            count = action.nargs if isinstance(action.nargs, int) else 1
+            return [flag, *[value] * count]
+    raise AssertionError(f"no value for {flag}")
+
+
+MODES = {
+    DREAMBOOTH: {
+        "plain": "",
+        "schedule": "--lr_scheduler cosine --lr_warmup_steps 1 --timestep_sampling shift",
+        "prodigy": "--optimizer prodigy --learning_rate 1 --validation_prompt x --num_validation_images 1",
+        "prior": "--with_prior_preservation --class_prompt x --num_class_images 2 --class_data_dir {class_images}",
+        "cached": "--cache_latents_to_disk --cache_text_encoder_outputs_to_disk --disk_cache_dir {cache}",
+        "pivotal": "--train_text_encoder_ti --cache_latents",
+        "tokens alone": "--train_text_encoder_ti --train_transformer_frac 0 --train_text_encoder_ti_frac 1",
+        "CLIP": "--train_text_encoder --weighting_scheme logit_normal",
+    },
+    OMINI: {
+        "plain": "",
+        "prodigy": "--optimizer prodigy --learning_rate 1 --cache_latents --no-cache_prompts",
+        "sgd": "--optimizer sgd --learning_rate 0.1 --condition_type fill coloring --adapter_per_condition",
+        "validation": "--validation_prompt x --validation_image {image} --num_validation_images 1",
+        "stream": "without instance_data_dir --streaming --data_files {stream} --image_column jpg",
+    },
+    INFLUX: {
+        "plain": "",
+        "split": "without target_data_dir --mode mask --use_split_mask --cache_latents",
+        "prodigy": "--optimizer prodigy --learning_rate 1 --train_text_encoder",
+        "prior": "--with_prior_preservation --class_prompt x --num_class_images 2 --class_data_dir {class_images}",
+        "validation": "--validation_prompt x --validation_image {image} --validation_width 32 --validation_height 32",
+    },
+    TWINFLOW: {
+        "plain": "",
+        "full": "--training full --ema_decay_rate 0.5",
+        "prodigy": "--optimizer prodigy --learning_rate 1 --cache_latents --validation_prompt x "
+        "--num_validation_images 1",
+        "image free": "without train_data_dir --image_free --prompts_file {prompts} --ema_decay_rate 1",
+    },
+}
+
+
+def command(script, mode, short_runs, files):
+    """The words of a short run in a mode, which may leave out a flag of it."""
+    words = [str(word) for word in short_runs[script]]
+    extra = MODES[script][mode].format(**{name: " ".join(map(str, paths)) for name, paths in files.items()}).split()
+    if extra[:1] == ["without"]:
+        place = words.index(f"--{extra[1]}")
+        words = words[:place] + words[place + 2 :]
+        extra = extra[2:]
+    return [*words, *extra]
+
+
+@pytest.fixture
+def files(tmp_path, pictures, tiny_model):
+    """{name: paths} of what the modes and the flags below name."""
+    from tarfile import TarFile
+
+    folders = ["class_images", "cache", "some_folder"]
+    for name in folders:
+        (tmp_path / name).mkdir()
+    with TarFile(tmp_path / "00000.tar", "w") as tar:
+        for i in range(5):
+            tar.add(pictures / f"{i}.png", f"{i}.png")
+            tar.add(pictures / f"{i}.txt", f"{i}.txt")
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue square\n")
+    found = {name: [tmp_path / name] for name in folders}
+    return found | {
+        "stream": [tmp_path / "00000.tar"],
+        "prompts": [tmp_path / "prompts.txt"],
+        "image": [pictures / "0.png"],
+        "validation_image": [pictures / "0.png"],
+        "validation_samplers": ["few:1"],
+        "probs": ["e2e=1,mul=1,any=1,adv=2"],
+        "class_data_dir": [tmp_path / "some_folder"],
+        "disk_cache_dir": [tmp_path / "some_folder"],
+        "resolution": ["64"],
+        "target_size": ["64"],
+        "image_size": ["64"],
+        "condition_size": ["64"],
+        "aspect_ratio_buckets": ["32,64"],
+        "validation_width": ["64"],
+        "validation_height": ["64"],
+        "time_dist_ctrl": ["1", "2", "1"],
+        "enhanced_range": ["0.1", "0.9"],
+    }
+
+
+def remark_of(module, words, capsys):
+    """(flags, what is said of them) of a command; None for those of one that is refused."""
+    capsys.readouterr()
+    try:
+        args = module.parse_args(words)
+    except SystemExit as stop:
+        assert stop.code == 2
+        args = None
+    return args, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("script", "mode"),
+    [
+        pytest.param(script, mode, marks=[] if (script, mode) == (DREAMBOOTH, "plain") else pytest.mark.slow)
+        for script in TRAINERS
+        for mode in MODES[script]
+    ],
+)
+def test_a_flag_that_nothing_reads_is_named(short_runs, files, tmp_path, monkeypatch, capsys, script, mode):
+    module = importlib.import_module(script)
+    words = [*command(script, mode, short_runs, files), "--output_dir", str(tmp_path / "run")]
+    args, said = remark_of(module, words, capsys)
+    assert args is not None, said
+    reads = observe(module, args)
+    silent = []
+    for name, action in flags_of(module, monkeypatch).items():
+        if name in reads or name in args.changed:
+            continue
+        given = [*words[:-1], str(tmp_path / "other"), *other_words(action, files)]
+        changed_args, said = remark_of(module, given, capsys)
+        if action.option_strings[0] in said or f"--{name}" in said:
+            continue
+        ours = {key: value for key, value in vars(args).items() if key not in (name, "output_dir")}
+        theirs = {key: value for key, value in vars(changed_args).items() if key not in (name, "output_dir")}
+        if ours == theirs and vars(args)[name] != vars(changed_args)[name]:
+            silent.append(name)
+    assert silent == []
