@@ -53,12 +53,14 @@ from common.arguments import (
     fail,
     file_name,
     fraction,
+    idle_flags,
     in_range,
     name_or_path,
     non_negative_float,
     positive_float,
     positive_int,
     seed_number,
+    shared_needs,
     worker_count,
 )
 from common.checkpoints import (
@@ -548,6 +550,7 @@ def parse_args(argv=None):
     args.pool_at_eos = args.train_text_encoder_ti  # no flag, but recorded as one, see `pools_at_eos`
     problems = check_args(args) + check_hub(args) + check_weights(args) + check_model(args) + check_output_dir(args)
     parser.refuse(problems + check_results(args, result_files(args), [args.lora_path] if args.lora_path else []))
+    parser.remark(idle_flags(args, shared_needs(args), needs(args)))
     return args
 
 
@@ -573,6 +576,46 @@ def kohya_defaults(args):
         "adam_weight_decay_text_encoder": weight_decay,
         "prodigy_use_bias_correction": False,
         "prodigy_safeguard_warmup": False,
+    }
+
+
+def needs(args):
+    """{what: (whether this run has it, the flags that are read with it alone)}, see `idle_flags`."""
+    trains_text = args.train_text_encoder or args.train_text_encoder_ti
+    draws = args.validation_prompt or args.final_validation_prompt
+    return {
+        "--weighting_scheme logit_normal": (args.weighting_scheme == "logit_normal", ("logit_mean", "logit_std")),
+        "--weighting_scheme mode": (args.weighting_scheme == "mode", ("mode_scale",)),
+        "--timestep_sampling sigmoid, shift or flux_shift": (
+            args.timestep_sampling in ("sigmoid", "shift", "flux_shift"),
+            ("sigmoid_scale",),
+        ),
+        "--timestep_sampling shift": (args.timestep_sampling == "shift", ("discrete_flow_shift",)),
+        "--with_prior_preservation": (
+            args.with_prior_preservation,
+            ("num_class_images", "sample_batch_size", "prior_generation_precision"),
+        ),
+        "--with_prior_preservation or --dataset_config": (
+            args.with_prior_preservation or args.dataset_config,
+            ("prior_loss_weight",),
+        ),
+        "--train_text_encoder or --train_text_encoder_ti": (
+            trains_text,
+            ("text_encoder_lr", "adam_weight_decay_text_encoder"),
+        ),
+        "--train_text_encoder_ti": (args.train_text_encoder_ti, ("token_abstraction",)),
+        "--train_transformer_frac above 0": (
+            args.train_transformer_frac > 0,
+            ("rank", "lora_alpha", "lora_dropout", "lora_layers"),
+        ),
+        "--validation_prompt": (args.validation_prompt, ("validation_epochs",)),
+        "no --validation_steps": (not args.validation_steps, ("validation_epochs",)),
+        "--validation_prompt or --final_validation_prompt": (draws, ("num_validation_images", "skip_final_inference")),
+        "--dataset_name": (args.dataset_name, ("image_column",)),
+        "--cache_latents_to_disk or --cache_text_encoder_outputs_to_disk": (
+            args.cache_latents_to_disk or args.cache_text_encoder_outputs_to_disk,
+            ("disk_cache_dir",),
+        ),
     }
 
 
@@ -666,6 +709,8 @@ def check_args(args):
     if args.optimizer == "prodigy":
         if args.use_8bit_adam:
             problems.append("--use_8bit_adam has no effect on --optimizer prodigy: leave one out")
+        if args.scale_lr:
+            problems.append("--scale_lr multiplies the factor of Prodigy's own rate, which is about 1: leave one out")
         if args.learning_rate <= 0.1:
             problems.append(f"--learning_rate {args.learning_rate:g}: Prodigy finds the rate itself and wants about 1")
     elif args.prodigy_beta3 is not None:
@@ -2533,7 +2578,7 @@ def main(args):
 
 def train(args):
     # 1. Accelerator, logging, seed
-    if args.local_rank != -1 and "WORLD_SIZE" in os.environ:  # without a launcher there is one process
+    if args.local_rank != -1 and "MASTER_ADDR" in os.environ:  # without a launcher there is one process
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     if args.verbose:

@@ -55,12 +55,14 @@ from common.arguments import (
     fail,
     file_name,
     fraction,
+    idle_flags,
     in_range,
     name_or_path,
     non_negative_float,
     positive_float,
     positive_int,
     seed_number,
+    shared_needs,
     worker_count,
 )
 from common.checkpoints import (
@@ -402,7 +404,12 @@ def parse_args(argv=None):
     arg("--validation_height", type=image_edge, default=1024, help="height of validation images in pixels")
 
     arg = parser.add_argument_group("output and logging", "where results and logs go").add_argument
-    arg("--output_dir", type=Path, default=Path("flux-dreambooth-lora"), help="folder for all results")
+    arg(
+        "--output_dir",
+        type=Path,
+        default=Path("flux-dreambooth-lora"),
+        help="folder for all results, named as by InFluxEdit's script",
+    )
     arg(
         "--output_name",
         type=file_name,
@@ -426,7 +433,31 @@ def parse_args(argv=None):
     problems = check_args(args) + check_weights(args) + check_model(args) + check_output_dir(args)
     lora = lora_file(args.output_dir, args.output_name)
     parser.refuse(problems + check_results(args, [lora], [args.lora_path] if args.lora_path else []))
+    parser.remark(idle_flags(args, shared_needs(args), needs(args)))
     return args
+
+
+def needs(args):
+    """{what: (whether this run has it, the flags that are read with it alone)}, see `idle_flags`."""
+    return {
+        "--weighting_scheme logit_normal": (args.weighting_scheme == "logit_normal", ("logit_mean", "logit_std")),
+        "--weighting_scheme mode": (args.weighting_scheme == "mode", ("mode_scale",)),
+        "--timestep_sampling sigmoid, shift or flux_shift": (
+            args.timestep_sampling in ("sigmoid", "shift", "flux_shift"),
+            ("sigmoid_scale",),
+        ),
+        "--timestep_sampling shift": (args.timestep_sampling == "shift", ("discrete_flow_shift",)),
+        "--with_prior_preservation": (
+            args.with_prior_preservation,
+            ("num_class_images", "sample_batch_size", "prior_generation_precision", "prior_loss_weight"),
+        ),
+        "--train_text_encoder": (args.train_text_encoder, ("text_encoder_lr", "adam_weight_decay_text_encoder")),
+        "--validation_prompt": (
+            args.validation_prompt,
+            ("num_validation_images", "validation_steps", "validation_width", "validation_height"),
+        ),
+        "--dataset_name": (args.dataset_name, ("image_column",)),
+    }
 
 
 def check_args(args):
@@ -511,6 +542,8 @@ def check_args(args):
     if args.optimizer == "prodigy":
         if args.use_8bit_adam:
             problems.append("--use_8bit_adam has no effect on --optimizer prodigy: leave one out")
+        if args.scale_lr:
+            problems.append("--scale_lr multiplies the factor of Prodigy's own rate, which is about 1: leave one out")
         if args.learning_rate <= 0.1:
             problems.append(f"--learning_rate {args.learning_rate:g}: Prodigy finds the rate itself and wants about 1")
     elif args.prodigy_beta3 is not None:
@@ -1346,7 +1379,7 @@ def main(args):
 
 def train(args):
     # 1. Accelerator, logging, seed
-    if args.local_rank != -1 and "WORLD_SIZE" in os.environ:  # without a launcher there is one process
+    if args.local_rank != -1 and "MASTER_ADDR" in os.environ:  # without a launcher there is one process
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     if args.verbose:

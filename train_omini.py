@@ -61,12 +61,14 @@ from common.arguments import (
     fail,
     file_name,
     fraction,
+    idle_flags,
     in_range,
     name_or_path,
     non_negative_float,
     positive_float,
     positive_int,
     seed_number,
+    shared_needs,
     worker_count,
 )
 from common.checkpoints import (
@@ -333,7 +335,8 @@ def parse_args(argv=None):
     arg(
         "--condition_column",
         nargs="+",
-        help="column of the dataset or of metadata.jsonl with the images of each custom condition",
+        help="column of the dataset, or of metadata.jsonl with paths from its folder (../ may leave it), with the images of "
+        "each custom condition",
     )
     arg("--mask_column", help="column of masks, white to generate, for fill and token_integration (default: random)")
     arg("--instance_prompt", help="prompt of every image without a caption, such as a photo of sks dog")
@@ -523,7 +526,36 @@ def parse_args(argv=None):
     problems = check_args(args) + check_conditions(args) + check_weights(args) + check_model(args)
     problems += check_output_dir(args) + check_results(args, adapter_files(args).values(), args.lora_path or [])
     parser.refuse(problems)
+    parser.remark(idle_flags(args, shared_needs(args), needs(args)))
     return args
+
+
+def needs(args):
+    """{what: (whether this run has it, the flags that are read with it alone)}, see `idle_flags`."""
+    draws = args.validation_prompt or args.final_validation_prompt
+    return {
+        "--weighting_scheme logit_normal": (args.weighting_scheme == "logit_normal", ("logit_mean", "logit_std")),
+        "--weighting_scheme mode": (args.weighting_scheme == "mode", ("mode_scale",)),
+        "--timestep_sampling sigmoid, shift or flux_shift": (
+            args.timestep_sampling in ("sigmoid", "shift", "flux_shift"),
+            ("sigmoid_scale",),
+        ),
+        "--timestep_sampling shift": (args.timestep_sampling == "shift", ("discrete_flow_shift",)),
+        "--optimizer adamw or prodigy": (
+            args.optimizer != "sgd",
+            ("adam_beta1", "adam_beta2", "adam_epsilon"),
+        ),
+        "--streaming": (args.streaming, ("shuffle_buffer",)),
+        "--dataset_name or --data_files": (args.dataset_name or args.data_files, ("image_column",)),
+        "--condition_type subject": (
+            "subject" in args.condition_type,
+            ("image_size", "padding", "quality_filter"),
+        ),
+        "--condition_type depth or depth_pred": (needs_depth(args), ("depth_model", "depth_batch_size")),
+        "--validation_prompt": (args.validation_prompt, ("validation_epochs",)),
+        "no --validation_steps": (not args.validation_steps, ("validation_epochs",)),
+        "--validation_prompt or --final_validation_prompt": (draws, ("num_validation_images", "skip_final_inference")),
+    }
 
 
 def check_args(args):
@@ -550,6 +582,8 @@ def check_args(args):
     # noise, optimizer, precision
     if args.weighting_scheme in ("logit_normal", "mode") and args.timestep_sampling != "sigma":
         problems.append(f"--weighting_scheme {args.weighting_scheme} has no effect without --timestep_sampling sigma")
+    if args.optimizer == "prodigy" and args.scale_lr:
+        problems.append("--scale_lr multiplies the factor of Prodigy's own rate, which is about 1: leave one out")
     if args.optimizer == "prodigy" and args.learning_rate <= 0.1:
         problems.append(f"--learning_rate {args.learning_rate:g}: Prodigy finds the rate itself and wants about 1")
     if args.optimizer == "adamw" and args.learning_rate > 0.1:
@@ -2419,7 +2453,7 @@ def main(args):
 
 def train(args):
     # 1. Accelerator, logging, seed
-    if args.local_rank != -1 and "WORLD_SIZE" in os.environ:  # without a launcher there is one process
+    if args.local_rank != -1 and "MASTER_ADDR" in os.environ:  # without a launcher there is one process
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     if args.verbose:

@@ -53,6 +53,7 @@ from pathlib import Path
 from common.arguments import (
     LR_SCHEDULERS,
     TRACKERS,
+    Needs,
     Parser,
     Switch,
     comma_list,
@@ -61,12 +62,14 @@ from common.arguments import (
     fail,
     file_name,
     fraction,
+    idle_flags,
     in_range,
     name_or_path,
     non_negative_float,
     positive_float,
     positive_int,
     seed_number,
+    shared_needs,
     worker_count,
 )
 from common.checkpoints import (
@@ -602,6 +605,7 @@ def parse_args(argv=None):
         result = lora_file(args.output_dir, args.output_name)
     problems += check_results(args, [result], [args.lora_path] if args.lora_path else [])
     parser.refuse(problems)
+    parser.remark(idle_flags(args, shared_needs(args), needs(args)))
     return args
 
 
@@ -624,6 +628,24 @@ def chosen_defaults(argv: list[str] | None) -> dict:
     if (chosen.training or recipe.get("training", "full")) == "full":
         defaults["learning_rate"] = backbone.full_learning_rate
     return defaults | recipe
+
+
+def needs(args) -> Needs:
+    """{what: (whether this run has it, the flags that are read with it alone)}, see `idle_flags`."""
+    return {
+        "--training lora": (args.training == "lora", ("rank", "lora_alpha")),
+        "--validation_prompt": (
+            args.validation_prompt,
+            ("num_validation_images", "validation_epochs", "validation_samplers"),
+        ),
+        "no --validation_steps": (not args.validation_steps, ("validation_epochs",)),
+        "--dataset_name": (args.dataset_name, ("image_column",)),
+        "--enhanced_ratio above 0": (args.enhanced_ratio > 0, ("enhanced_range",)),
+        "e2e in --probs and --consistc_ratio 1": (
+            args.probs["e2e"] and args.consistc_ratio == 1,
+            ("dist_match_cof",),
+        ),
+    }
 
 
 def check_args(args) -> list[str]:
@@ -667,6 +689,8 @@ def check_args(args) -> list[str]:
         problems.append(f"--target_time_init {args.target_time_init} has no effect on --training lora: leave it out")
     if args.optimizer == "prodigy" and args.use_8bit_adam:
         problems.append("--use_8bit_adam has no effect on --optimizer prodigy: leave one out")
+    if args.optimizer == "prodigy" and args.scale_lr:
+        problems.append("--scale_lr multiplies the factor of Prodigy's own rate, which is about 1: leave one out")
     if args.optimizer == "prodigy" and args.learning_rate <= 0.1:
         problems.append(f"--learning_rate {args.learning_rate:g}: Prodigy finds the rate itself and wants about 1")
     if args.optimizer != "prodigy" and args.prodigy_beta3 is not None:
@@ -2306,7 +2330,7 @@ def main(args):
 
 def train(args):
     # 1. Accelerator, logging, seed
-    if args.local_rank != -1 and "WORLD_SIZE" in os.environ:  # without a launcher there is one process
+    if args.local_rank != -1 and "MASTER_ADDR" in os.environ:  # without a launcher there is one process
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     if args.verbose:

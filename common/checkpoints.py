@@ -201,7 +201,7 @@ def check_output_dir(args: argparse.Namespace) -> list[str]:
 def check_run_folder(args: argparse.Namespace) -> list[str]:
     """Problems of --output_dir itself and of --resume_from_checkpoint."""
     folder = args.output_dir
-    problems = check_folder("--output_dir", folder)
+    problems = check_folder("--output_dir", folder) or names_in_the_way(folder, args.logging_dir)
     if problems:
         return problems
     if is_in_use(folder):
@@ -231,6 +231,18 @@ def check_run_folder(args: argparse.Namespace) -> list[str]:
             "choose another folder"
         ]
     return []
+
+
+def names_in_the_way(folder: Path, logging_dir: Path) -> list[str]:
+    """Problems of what a run writes into its folder: files where a folder is, and folders where a file is."""
+    problems = []
+    for name in ("args.json", "metrics.jsonl", "loss.png", "README.md", "pytorch_lora_weights.safetensors"):
+        if (folder / name).is_dir():
+            problems.append(f"--output_dir {folder}: the folder {name} in it is in the way of a file")
+    for name in ("validation", "encoded", "embeddings", logging_dir):
+        if (folder / name).exists() and not (folder / name).is_dir():
+            problems.append(f"--output_dir {folder}: the file {name} in it is in the way of a folder")
+    return problems
 
 
 def check_results(args: argparse.Namespace, results: Iterable[Path], sources: Sequence[Path]) -> list[str]:

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import resource
+import secrets
 import shlex
 import shutil
 import sys
@@ -17,7 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from common.arguments import fail
-from common.checkpoints import atomic_write, find_checkpoints, print_once, release_lock, remove_partial, writing
+from common.checkpoints import (
+    atomic_write,
+    find_checkpoints,
+    print_once,
+    read_json,
+    release_lock,
+    remove_partial,
+    writing,
+)
 from common.metrics import mean_window, read_metrics, running_mean
 
 import numpy as np
@@ -95,9 +104,13 @@ def start_logging(
 
     args.json holds the flags, which of them were changed, the versions of the libraries and, as "marks", `events`
     {label: step}, which plots mark; step 0 means never. Where a run resumes, TensorBoard drops what it has of steps
-    after `last_step`.
+    after `last_step`, and wandb goes on with the run whose id args.json has.
     """
     flags = {name: value for name, value in vars(args).items() if name != "hub_token"}
+    wandb_id = None
+    if args.report_to in ("wandb", "all"):
+        before = read_json(args.output_dir / "args.json") if last_step else {}
+        wandb_id = before.get("wandb_id") or secrets.token_hex(4)
     if accelerator.is_main_process:
         libraries = ("torch", "diffusers", "transformers", "peft", "accelerate")
         record = {
@@ -106,13 +119,19 @@ def start_logging(
             "versions": {name: importlib.metadata.version(name) for name in libraries},
             "marks": {label: step for label, step in (events or {}).items() if step},
         }
+        if wandb_id:
+            record["wandb_id"] = wandb_id
         with atomic_write(args.output_dir / "args.json") as partial:
             partial.write_text(json.dumps(record, indent=2, default=str) + "\n")
     if not accelerator.log_with:
         return
     if args.hub_token:  # wandb records the command line
         sys.argv = [word.replace(args.hub_token, "***") for word in sys.argv]
-    tracker_settings = {"tensorboard": {"purge_step": last_step + 1}} if last_step else {}
+    tracker_settings: dict[str, dict] = {}
+    if wandb_id:
+        tracker_settings["wandb"] = {"id": wandb_id, "resume": "allow"}
+    if last_step:
+        tracker_settings["tensorboard"] = {"purge_step": last_step + 1}
     with writing(args.output_dir / args.logging_dir):
         accelerator.init_trackers(project, tracker_config(flags), init_kwargs=tracker_settings)
 

@@ -3,9 +3,12 @@
 import argparse
 import importlib
 
-from common.arguments import Arguments, Parser
+from common.arguments import LR_SCHEDULERS, Arguments, Parser, idle_flags, shared_needs
+from common.flow_matching import TIMESTEP_SAMPLING, WEIGHTING_SCHEMES, sample_sigmas
 
 import pytest
+import torch
+from diffusers.optimization import get_scheduler
 from test_wrong_input import TRAINERS, FoundParser
 
 
@@ -200,3 +203,77 @@ def test_a_flag_that_nothing_reads_is_named(short_runs, files, tmp_path, monkeyp
         if ours == theirs and vars(args)[name] != vars(changed_args)[name]:
             silent.append(name)
     assert silent == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags that are read and passed on: what they change is compared
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def is_named(module, args, flag):
+    args.changed = [flag]
+    return bool(idle_flags(args, shared_needs(args), module.needs(args)))
+
+
+@pytest.mark.parametrize("script", [DREAMBOOTH, OMINI, INFLUX])
+def test_noise_flags_that_change_nothing_are_named(short_runs, script):
+    module = importlib.import_module(script)
+    args = module.parse_args([str(word) for word in short_runs[script]])
+    scheduler = module.FlowMatchEulerDiscreteScheduler()
+    values = {"logit_mean": 0.5, "logit_std": 2.0, "mode_scale": 0.5, "sigmoid_scale": 2.0, "discrete_flow_shift": 2.0}
+
+    def sigmas(**changes):
+        generator = torch.Generator().manual_seed(0)
+        names = {"timestep_sampling": args.timestep_sampling, "weighting_scheme": args.weighting_scheme}
+        return sample_sigmas(64, noise_scheduler=scheduler, image_seq_len=300, generator=generator, **names, **changes)
+
+    for args.timestep_sampling in TIMESTEP_SAMPLING:
+        for args.weighting_scheme in WEIGHTING_SCHEMES:
+            for flag, value in values.items():
+                changes_nothing = torch.equal(sigmas(), sigmas(**{flag: value}))
+                assert is_named(module, args, flag) == changes_nothing, (args.timestep_sampling, flag)
+
+
+@pytest.mark.parametrize("script", TRAINERS)
+def test_schedule_and_optimizer_flags_that_change_nothing_are_named(short_runs, script):
+    module = importlib.import_module(script)
+    args = module.parse_args([str(word) for word in short_runs[script]])
+
+    def trained():
+        """A parameter and its learning rates over some steps."""
+        parameter = torch.nn.Parameter(torch.ones(1, 300))
+        groups = [{"params": [parameter], "lr": 0.5, "weight_decay": 0.1}]
+        optimizer = module.create_optimizer(args, groups)
+        schedule = get_scheduler(
+            args.lr_scheduler,
+            optimizer,
+            num_warmup_steps=args.lr_warmup_steps,
+            num_training_steps=12,
+            num_cycles=args.lr_num_cycles,
+            power=args.lr_power,
+        )
+        values = []
+        for step in range(12):
+            parameter.grad = torch.sin(torch.arange(300.0) + step)[None]
+            optimizer.step()
+            schedule.step()
+            values += [*schedule.get_last_lr(), *parameter.detach().flatten().tolist()]
+        return values
+
+    def check(changes):
+        before = trained()
+        for flag, value in changes.items():
+            kept = getattr(args, flag)
+            setattr(args, flag, value)
+            changes_nothing = trained() == before
+            setattr(args, flag, kept)
+            assert is_named(module, args, flag) == changes_nothing, (args.lr_scheduler, args.optimizer, flag)
+
+    args.optimizer = "adamw"
+    args.lr_warmup_steps = 2
+    for args.lr_scheduler in LR_SCHEDULERS:
+        check({"lr_power": 2.0, "lr_num_cycles": 3, "lr_warmup_steps": 4})
+    args.lr_scheduler = "constant_with_warmup"
+    for args.optimizer in ("adamw", "prodigy", "sgd") if script == OMINI else ("adamw", "prodigy"):
+        check({"prodigy_decouple": False, "prodigy_use_bias_correction": False, "prodigy_safeguard_warmup": False})
+        check({"adam_beta1": 0.5, "adam_beta2": 0.9, "adam_epsilon": 0.1})

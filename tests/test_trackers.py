@@ -119,3 +119,12 @@ def test_a_resumed_run_shows_no_step_twice(train, short_runs, tmp_path):
         assert scalars == [(row["step"], pytest.approx(row[name], rel=1e-6)) for row in rows]
     assert rows[:2] == first[:2]
     assert rows[2]["images_per_second"] != first[2]["images_per_second"]
+
+
+def test_a_resumed_run_goes_on_with_its_run_of_wandb(train, short_runs, tmp_path, wandb_dir):
+    script = SCRIPTS[0]
+    flags = [*short_runs[script], "--report_to", "wandb", "--checkpointing_steps", 1, "--output_dir", tmp_path / "run"]
+    train(script, *flags, "--max_train_steps", 1)
+    train(script, *flags, "--max_train_steps", 2, "--resume_from_checkpoint", "latest")
+    ids = {path.name.rpartition("-")[2] for path in wandb_dir.glob("wandb/offline-run-*")}
+    assert len(ids) == 1

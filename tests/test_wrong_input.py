@@ -184,7 +184,7 @@ def wrong_values(action):
         return ["nosuch"]
     if name in ("int", "float", "whole number", "number"):
         values = ["x", "nan", "inf", "-inf", "1e999", "", "0x10"]
-        for value in ("-1", "0", "1.5", "1e12", "99999999999999999999"):
+        for value in ("-1", "0", "1.5", "4294967296", "99999999999999999999"):
             try:
                 number = action.type(value)
             except (ValueError, TypeError, OverflowError):
@@ -217,7 +217,12 @@ def argument_cases(program, monkeypatch):
         yield [misspelt(flag), "1"]
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
+def quick(names, *few):
+    """The programs as parameters: all but `few` are slow."""
+    return [pytest.param(name, marks=[] if name in few else pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("program", quick(PROGRAMS, "examples.toy.world", "examples.dreambooth.generate"))
 def test_wrong_values_of_every_flag(commands, refused, monkeypatch, program):
     accepted = []
     for words in argument_cases(program, monkeypatch):
@@ -283,7 +288,7 @@ FILES = {  # {program: (its command, the file that is damaged)}
 }
 
 
-@pytest.mark.parametrize("program", FILES)
+@pytest.mark.parametrize("program", quick(FILES, "examples.convert_lora", "examples.twinflow.generate"))
 def test_damaged_files(place, commands, refused, program):
     for command, name in FILES[program]:
         path = place / name
@@ -363,7 +368,7 @@ OTHERS = {  # {program: commands whose input is of another kind, or whose output
 }
 
 
-@pytest.mark.parametrize("program", OTHERS)
+@pytest.mark.parametrize("program", quick(OTHERS, "examples.report", "examples.influxedit.generate"))
 def test_input_of_another_kind_and_output_in_the_way(commands, refused, program):
     for command in OTHERS[program]:
         assert refused(program, command.split())
