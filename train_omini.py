@@ -335,8 +335,8 @@ def parse_args(argv=None):
     arg(
         "--condition_column",
         nargs="+",
-        help="column of the dataset, or of metadata.jsonl with paths from its folder (../ may leave it), with the images "
-        "of each custom condition",
+        help="column of the dataset, or of metadata.jsonl with paths from its folder (../ may leave it), of images of "
+        "each custom condition",
     )
     arg("--mask_column", help="column of masks, white to generate, for fill and token_integration (default: random)")
     arg("--instance_prompt", help="prompt of every image without a caption, such as a photo of sks dog")

@@ -228,7 +228,6 @@ def shared_needs(args: argparse.Namespace) -> Needs:
         ),
         "no --max_train_steps": (args.max_train_steps is None, ("num_train_epochs",)),
         "--report_to": (args.report_to != "none", ("logging_dir",)),
-        "--push_to_hub": (args.push_to_hub, ("hub_model_id",)),
     }
 
 
