@@ -678,7 +678,7 @@ def check_args(args):
             problems.append(
                 f"--train_text_encoder_ti_frac {args.train_text_encoder_ti_frac} needs --train_text_encoder_ti"
             )
-    elif args.train_text_encoder_ti_frac == 0:
+    elif args.train_text_encoder_ti_frac == 0 and args.train_transformer_frac > 0:  # else see below
         problems.append("--train_text_encoder_ti_frac 0 leaves the new tokens as noise: train them, such as 0.5")
     if args.train_text_encoder and args.train_text_encoder_frac == 0:
         problems.append("--train_text_encoder_frac 0 trains nothing of CLIP: leave out --train_text_encoder")
