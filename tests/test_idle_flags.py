@@ -108,7 +108,7 @@ MODES = {
 
 def command(script, mode, short_runs, files):
     """The words of a short run in a mode, which may leave out a flag of it."""
-    words = [str(word) for word in short_runs[script]]
+    words = [*map(str, short_runs[script]), "--checkpointing_steps", "1"]
     extra = MODES[script][mode].format(**{name: " ".join(map(str, paths)) for name, paths in files.items()}).split()
     if extra[:1] == ["without"]:
         place = words.index(f"--{extra[1]}")
@@ -220,6 +220,8 @@ def test_noise_flags_that_change_nothing_are_named(short_runs, script):
 
     for args.timestep_sampling in TIMESTEP_SAMPLING:
         for args.weighting_scheme in WEIGHTING_SCHEMES:
+            if args.timestep_sampling != "sigma" and args.weighting_scheme in ("logit_normal", "mode"):
+                continue  # refused
             for flag, value in values.items():
                 changes_nothing = torch.equal(sigmas(), sigmas(**{flag: value}))
                 assert is_named(module, args, flag) == changes_nothing, (args.timestep_sampling, flag)
@@ -244,8 +246,9 @@ def test_schedule_and_optimizer_flags_that_change_nothing_are_named(short_runs, 
             power=args.lr_power,
         )
         values = []
-        for step in range(12):
-            parameter.grad = torch.sin(torch.arange(300.0) + step)[None]
+        target = 3 * torch.sin(torch.arange(300.0))[None]
+        for _ in range(12):
+            parameter.grad = parameter.detach() - target
             optimizer.step()
             schedule.step()
             values += [*schedule.get_last_lr(), *parameter.detach().flatten().tolist()]
