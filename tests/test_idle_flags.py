@@ -234,7 +234,7 @@ def test_schedule_and_optimizer_flags_that_change_nothing_are_named(short_runs, 
 
     def trained():
         """A parameter and its learning rates over some steps."""
-        parameter = torch.nn.Parameter(torch.ones(1, 300))
+        parameter = torch.nn.Parameter(torch.ones(1, 300, dtype=torch.float64))  # Prodigy starts at 1e-6
         groups = [{"params": [parameter], "lr": 0.5, "weight_decay": 0.1}]
         optimizer = module.create_optimizer(args, groups)
         schedule = get_scheduler(
