@@ -2606,7 +2606,7 @@ def train(args):
 
     # 2. Data
     examples, problems = find_examples(args)
-    captions = [example.prompt() for example in examples if example.caption is not None]
+    captions = [example.prompt() for example in examples if isinstance(example.caption, str)]
     class_prompts, prompt_problems = read_prompts("--class_prompt", args.class_prompt, captions)
     problems += prompt_problems + check_no_new_tokens("--class_prompt", class_prompts, args)
     if class_prompts:
