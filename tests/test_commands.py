@@ -14,6 +14,7 @@ import functools
 import importlib
 import io
 import json
+import math
 import os
 import re
 import runpy
@@ -242,7 +243,7 @@ def stand_ins(pictures, pairs, tiny_model, tiny_fill):
         "photos": link(pictures),
         "dog": lambda path: shutil.copytree(pictures, path, ignore=shutil.ignore_patterns("*.txt")),
         "before": link(pictures),
-        "after": link(pictures),
+        "after": lambda path: shutil.copytree(pictures, path),
         "3d_icon": lambda path: write_rows(pictures, path, "prompt"),
         "shards": lambda path: write_parquet(path, shards),
         "prompts.txt": lambda path: path.write_text("a red circle\na blue square\n"),
@@ -528,6 +529,67 @@ def test_influxedits_published_commands_run_as_they_are(
     told = capsys.readouterr().out
     for setting in TOLD[mode]:
         assert setting in told
+
+
+def published_commands(page, word, tmp_path):
+    """{folder of results: words} of the commands of a page that contain a word."""
+    steps = [without_launcher(step) for _, _, step in steps_of(page, tmp_path) if step[0] == "accelerate"]
+    commands = {}
+    for step in steps:
+        output_dir = re.search(r"--output_dir[= ](\S+)", " ".join(step))
+        if output_dir and any(word in part for part in step):
+            commands[output_dir[1]] = step
+    return commands
+
+
+TWINFLOW = {  # the folder of results of each published command: images of a step, pixels
+    "openuni-full": (16, 512),
+    "openuni-image-free": (16, 512),
+    "openuni-lora-order-1": (16, 512),
+    "openuni-lora-order-2": (16, 512),
+    "sd35-m-full": (16, 512),
+    "sd35-m-lora-order-1": (8, 512),
+    "sd35-m-lora-order-2": (8, 512),
+    "qwen-image-full": (4, 512),
+    "qwen-image-lora-order-1": (4, 512),
+    "qwen-image-lora-order-2": (4, 512),
+    "qwen-image-edit-lora": (4, 1024),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TWINFLOW)
+def test_twinflows_published_commands_run_as_they_are(train, workplace, pictures, tmp_path, monkeypatch, capsys, name):
+    """At their own size and batch; only models and data are small, and --fsdp needs several processes."""
+    words = published_commands("examples/twinflow/README.md", "--recipe", tmp_path)[name]
+    monkeypatch.chdir(workplace(" ".join(words)))
+    if Path("shards").exists():
+        shutil.rmtree("shards")
+        row = {"text": "a red circle", "image_bytes": encoded(Image.open(pictures / "1.png"))}
+        write_parquet(Path("shards"), [row] * 16)
+    flags = [word for word in words[2:] if not LEFT_OUT.fullmatch(word)]
+    train("train_twinflow", *flags, "--max_train_steps", 1)
+    told = capsys.readouterr().out
+    batch, pixels = TWINFLOW[name]
+    assert f"a step is batch {batch} x accumulation 1" in told
+    assert f"{pixels} x {pixels} px" in told
+    (row,) = map(json.loads, (Path(name) / "metrics.jsonl").open())
+    assert math.isfinite(row["loss"])
+
+
+OMINICONTROL = ("subject", "coloring", "several", "canny-reuse", "compact", "integration")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OMINICONTROL)
+def test_ominicontrols_published_commands_run_as_they_are(train, workplace, tmp_path, monkeypatch, capsys, name):
+    """What train/script/train_*.sh start, at their own size and batch, with the images they draw."""
+    page = "examples/omini/README.md"
+    words = published_commands(page, "@examples/omini/", tmp_path)[name]
+    monkeypatch.chdir(workplace((ROOT / page).read_text()))
+    train("train_omini", *words[2:], "--max_train_steps", 1)
+    assert "a step is batch 1 x accumulation 1" in capsys.readouterr().out
+    assert Image.open(sorted((Path(name) / "validation").iterdir())[-1]).width > 2 * 512
 
 
 def test_the_pages_name_every_script_and_every_preset(tmp_path):

@@ -72,7 +72,7 @@ def sd3():
         joint_attention_dim=32,
         caption_projection_dim=32,
         pooled_projection_dim=32,
-        pos_embed_max_size=16,
+        pos_embed_max_size=32,
         dual_attention_layers=(0,),
         qk_norm="rms_norm",
     )
