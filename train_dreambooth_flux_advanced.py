@@ -61,6 +61,7 @@ from common.arguments import (
     positive_int,
     seed_number,
     shared_needs,
+    square_side,
     worker_count,
 )
 from common.checkpoints import (
@@ -147,14 +148,17 @@ from common.lora import (
 from common.lora_formats import FLUX_LAYERS, LORA_FORMS, diffusers_state_dict, full_name
 from common.models import (
     QUANTIZATIONS,
+    check_launcher,
     check_weights,
     compile_blocks,
+    is_lora,
     latent_channels,
     load_model,
     load_scheduler,
     model_identity,
     quantize_base,
     shard,
+    why_no_pipeline,
 )
 from common.text_encoders import (
     CLIP_TARGET_MODULES,
@@ -169,6 +173,7 @@ from common.tracking import (
     METADATA,
     add_thumbnail,
     check_hub,
+    check_trackers,
     create_hub_repo,
     finish,
     log_step,
@@ -215,7 +220,6 @@ def parse_args(argv=None):
     --instance_prompt="a photo of sks dog" --validation_prompt="sks dog on the beach" --output_dir=sks-dog""",
         other_flags=KOHYA_FLAGS,
     )
-    side = in_range(int, 16, 8192)
 
     arg = parser.add_argument_group("model", "the pretrained model, its precision and memory").add_argument
     arg(
@@ -282,7 +286,7 @@ def parse_args(argv=None):
         default=1,
         help="times each image is used per epoch, each with its own crop",
     )
-    arg("--resolution", type=side, default=512, help="side in pixels that images are resized and cropped to")
+    arg("--resolution", type=square_side, default=512, help="side in pixels that images are resized and cropped to")
     arg("--aspect_ratio_buckets", metavar="H,W;H,W", help="sizes instead of --resolution; an image gets the nearest")
     arg(
         "--center_crop",
@@ -548,7 +552,8 @@ def parse_args(argv=None):
     if args.output_name:
         args.output_dir /= args.output_name
     args.pool_at_eos = args.train_text_encoder_ti  # no flag, but recorded as one, see `pools_at_eos`
-    problems = check_args(args) + check_hub(args) + check_weights(args) + check_model(args) + check_output_dir(args)
+    problems = check_args(args) + check_hub(args) + check_trackers(args) + check_weights(args) + check_model(args)
+    problems += check_launcher() + check_output_dir(args)
     parser.refuse(problems + check_results(args, result_files(args), [args.lora_path] if args.lora_path else []))
     parser.remark(idle_flags(args, shared_needs(args), needs(args)))
     return args
@@ -741,10 +746,10 @@ def check_model(args):
         config = transformer_config(args)
         channels = 16 if is_single_file(args) else latent_channels(args)
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        return [
-            f"{flag}: neither a folder with a FLUX pipeline nor a Hub id like black-forest-labs/FLUX.1-dev ({reason})"
-        ]
+        reason = why_no_pipeline(
+            args.pretrained_model_name_or_path, "a FLUX pipeline", "black-forest-labs/FLUX.1-dev", error
+        )
+        return [f"{flag}: {reason}"]
     in_channels = 4 * channels  # a token is a patch of 2 x 2 latents
     if config.get("_class_name") != "FluxTransformer2DModel" or config.get("in_channels") != in_channels:
         found = f"{config.get('_class_name')} with {config.get('in_channels')} input channels"
@@ -2073,6 +2078,10 @@ def check_single_files(args):
             problems.append(f"--{flag} {path}: not a whole safetensors file ({error})")
             continue
         missing = [key for key in known_keys if key not in shapes and key.removeprefix(CLIP_PREFIX) not in shapes]
+        if missing and flag == "pretrained_model_name_or_path" and is_lora(Path(path)):
+            return [
+                f"--{flag} {path}: a LoRA, which belongs to --lora_path; here stands the model it was trained from"
+            ]
         if missing:
             problems.append(f"--{flag} {path}: holds no {missing[0]}, so it is not the file of FLUX.1 in its own form")
         elif any(key.endswith(("scale_weight", "weight_scale", "scaled_fp8")) for key in shapes):

@@ -136,6 +136,7 @@ from common.lora import (
 from common.lora_formats import LoraLayer
 from common.models import (
     QUANTIZATIONS,
+    check_launcher,
     check_weights,
     compile_blocks,
     full_tensor,
@@ -144,6 +145,7 @@ from common.models import (
     model_identity,
     quantize_base,
     shard,
+    why_no_pipeline,
 )
 from common.text_encoders import (
     CLIP_TARGET_MODULES,
@@ -157,6 +159,7 @@ from common.tracking import (
     METADATA,
     add_thumbnail,
     check_hub,
+    check_trackers,
     create_hub_repo,
     finish,
     log_step,
@@ -570,7 +573,7 @@ def check_args(args):
     if mask_needed and "validation_image" in listed and "validation_mask" not in listed:
         problems.append("--validation_image needs --validation_mask, or masks that are split: --use_split_mask")
 
-    return problems + check_hub(args)
+    return problems + check_hub(args) + check_trackers(args) + check_launcher()
 
 
 def validation_lists(args):
@@ -619,11 +622,10 @@ def check_model(args):
             cache_dir=args.cache_dir,
         )
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        return [
-            f"{flag}: neither a folder with a FLUX.1-Fill pipeline nor a Hub id like "
-            f"black-forest-labs/FLUX.1-Fill-dev ({reason})"
-        ]
+        reason = why_no_pipeline(
+            args.pretrained_model_name_or_path, "a FLUX.1-Fill pipeline", "black-forest-labs/FLUX.1-Fill-dev", error
+        )
+        return [f"{flag}: {reason}"]
     class_name = config.get("_class_name")
     in_channels = config.get("in_channels")
     if class_name != "FluxTransformer2DModel" or in_channels != FILL_CHANNELS:

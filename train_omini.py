@@ -152,6 +152,7 @@ from common.lora import (
 )
 from common.models import (
     QUANTIZATIONS,
+    check_launcher,
     check_weights,
     compile_blocks,
     latent_channels,
@@ -159,12 +160,14 @@ from common.models import (
     load_scheduler,
     quantize_base,
     shard,
+    why_no_pipeline,
 )
 from common.text_encoders import PromptEncoder, describe_long_prompts, load_text_pipeline, load_tokenizer
 from common.tracking import (
     METADATA,
     add_thumbnail,
     check_hub,
+    check_trackers,
     create_hub_repo,
     finish,
     log_step,
@@ -604,7 +607,7 @@ def check_args(args):
     if args.final_validation_prompt and args.skip_final_inference:
         problems.append("--final_validation_prompt has no effect with --skip_final_inference: leave one out")
 
-    return problems + check_hub(args)
+    return problems + check_hub(args) + check_trackers(args) + check_launcher()
 
 
 def check_model(args):
@@ -619,10 +622,10 @@ def check_model(args):
         )
         channels = latent_channels(args)
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        return [
-            f"{flag}: neither a folder with a FLUX pipeline nor a Hub id like black-forest-labs/FLUX.1-dev ({reason})"
-        ]
+        reason = why_no_pipeline(
+            args.pretrained_model_name_or_path, "a FLUX pipeline", "black-forest-labs/FLUX.1-dev", error
+        )
+        return [f"{flag}: {reason}"]
     in_channels = 4 * channels  # a token is a patch of 2 x 2 latents
     if config.get("_class_name") != "FluxTransformer2DModel" or config.get("in_channels") != in_channels:
         found = f"{config.get('_class_name')} with {config.get('in_channels')} input channels"
@@ -1871,7 +1874,9 @@ def holds_pair(size, image_size, padding):
 
 def read_dataset_class(args):
     """Examples of the user's own dataset, whose items are dictionaries."""
-    path, _, name = args.dataset_class.partition(":")
+    path, _, name = args.dataset_class.rpartition(":")
+    if not path:
+        return [], [f"--dataset_class {args.dataset_class}: expected FILE.py:CLASS"]
     num_conditions = len(args.condition_type)
     examples = []
     try:
@@ -2269,6 +2274,7 @@ def adapter_metadata(args, specs, adapter):
         "independent_condition": args.independent_condition,
         "max_sequence_length": args.max_sequence_length,
         "depth_model": args.depth_model,
+        "image_interpolation_mode": args.image_interpolation_mode,
         "conditions": own_specs,
         "place": adapter_names(specs).index(adapter),  # among the adapters of the run
     }

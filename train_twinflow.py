@@ -70,6 +70,7 @@ from common.arguments import (
     positive_int,
     seed_number,
     shared_needs,
+    square_side,
     worker_count,
 )
 from common.checkpoints import (
@@ -143,6 +144,7 @@ from common.lora import (
 )
 from common.models import (
     QUANTIZATIONS,
+    check_launcher,
     check_names,
     check_weights,
     compile_blocks,
@@ -151,6 +153,7 @@ from common.models import (
     quantize_base,
     reshard,
     shard,
+    why_no_pipeline,
 )
 from common.text_encoders import (
     PROMPTS_PER_BATCH,
@@ -163,6 +166,7 @@ from common.tracking import (
     METADATA,
     add_thumbnail,
     check_hub,
+    check_trackers,
     create_hub_repo,
     finish,
     log_step,
@@ -385,7 +389,7 @@ def parse_args(argv=None):
     )
     arg(
         "--resolution",
-        type=in_range(int, 16, 8192),
+        type=square_side,
         default=512,
         help="images are resized and cropped to this side, in pixels",
     )
@@ -701,7 +705,7 @@ def check_args(args) -> list[str]:
         value = getattr(args, flag)
         if value and not args.validation_prompt:
             problems.append(f"--{flag} {value} needs --validation_prompt")
-    return problems + check_weights(args) + check_hub(args)
+    return problems + check_weights(args) + check_hub(args) + check_trackers(args) + check_launcher()
 
 
 def check_data_flags(args) -> list[str]:
@@ -801,8 +805,8 @@ def check_model(args) -> list[str]:
             cache_dir=args.cache_dir,
         )
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        return [f"{flag}: neither a folder with a pipeline nor a Hub id like {backbone.example} ({reason})"]
+        reason = why_no_pipeline(args.pretrained_model_name_or_path, "a pipeline", backbone.example, error)
+        return [f"{flag}: {reason}"]
     if config.get("_class_name") not in (expected, f"{expected}Wrapper"):  # the latter by the authors' code
         return [f"{flag}: holds a {config.get('_class_name')}, --model_type {args.model_type} a {expected}"]
     longest = backbone.longest_prompt

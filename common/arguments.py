@@ -8,7 +8,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -134,24 +134,31 @@ class Parser(argparse.ArgumentParser):
         self.other_flags = other_flags or {}
 
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
-        return shlex.split(arg_line.removeprefix("\ufeff"), comments=True)  # Windows' editors mark a file's beginning
+        line = arg_line.removeprefix("\ufeff")  # Windows' editors mark a file's beginning
+        for comment in re.finditer(r"(^|\s)#", line):  # as in a shell: "runs/#1" holds none
+            with suppress(ValueError):  # what precedes it ends within quotes
+                return shlex.split(line[: comment.start()])
+        return shlex.split(line)
 
     def parse_args(self, argv: Sequence[str] | None = None) -> Arguments:  # type: ignore[override]
         words = sys.argv[1:] if argv is None else argv
+        words = [f"@{name_or_path(word[1:])}" if word.startswith("@~") else word for word in words]
         args = Arguments()
         try:
             _, unknown_words = self.parse_known_args(words, args)
         except (ValueError, RecursionError) as error:  # a file that is no text, or that includes itself
             files = " ".join(word for word in words if word.startswith("@"))
             self.error(f"{files}: not a file of flags ({error})")
-        self.refuse(self.unknown_flags(unknown_words))
+        self.refuse(self.unknown_flags(unknown_words, words))
         args.changed = changed_flags(self, args)
         args.paths = [action.dest for action in self._actions if action.type in (Path, name_or_path)]
         return args
 
-    def unknown_flags(self, words: Sequence[str]) -> list[str]:
-        """A problem for each flag among `words`, which no flag of this parser took, with its remedy."""
+    def unknown_flags(self, words: Sequence[str], typed: Sequence[str] = ()) -> list[str]:
+        """A problem for each flag among `words`, which no flag of this parser took, with its remedy; `typed` are all
+        words of the command."""
         problems = []
+        stray = []
         given: list[tuple[str, list[str]]] = []  # a flag and the words after it
         for word in words:
             if word.startswith("--"):
@@ -160,11 +167,17 @@ class Parser(argparse.ArgumentParser):
             elif given:
                 given[-1][1].append(word)
             else:
-                problems.append(f"{word!r} belongs to no flag")
+                stray.append(word)
+        if stray:
+            before = list(typed[: typed.index(stray[0])]) if stray[0] in typed else []
+            flags = [word for word in before if word.startswith("--")]
+            remedy = f": {flags[-1]} takes one value, put what belongs to it in quotes" if flags else ""
+            problems.append(f"{' '.join(stray)[:80]!r} belongs to no flag{remedy}")
         for flag, values in given:
             value = " ".join(values)
             if flag.removeprefix("--") in self.other_flags:
                 passed_over, remedy = self.other_flags[flag.removeprefix("--")]
+                remedy = f"here it is {remedy}" if remedy.startswith("--") else remedy
                 if value != passed_over:
                     problems.append(f"{flag} {value[:80]}".rstrip() + f": {remedy}")
             else:
@@ -174,7 +187,11 @@ class Parser(argparse.ArgumentParser):
     def similar_flags(self, name: str) -> str:
         """A question for the flags that `name` abbreviates or is a misspelling of, or where to look for flags."""
         flags = [flag for action in self._actions for flag in action.option_strings]
-        similar = [flag for flag in flags if flag.startswith(name)] or difflib.get_close_matches(name, flags, 1)
+        similar = (
+            [flag for flag in flags if initials(flag) == name]  # --lr
+            or [flag for flag in flags if flag.startswith(name)]
+            or difflib.get_close_matches(name, flags, 1)
+        )
         if not similar:
             return "--help lists them"
         return f"did you mean {' or '.join(similar[:5])}?"
@@ -188,6 +205,11 @@ class Parser(argparse.ArgumentParser):
         """Exits with all problems in one message, if there are any."""
         if problems:
             self.error(join_problems(problems))
+
+
+def initials(flag: str) -> str:
+    """--lr of --learning_rate."""
+    return "--" + "".join(word[:1] for word in flag.removeprefix("--").split("_"))
 
 
 def changed_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[str]:
@@ -252,6 +274,18 @@ def in_range(
 
     parse.__name__ = "whole number" if number_type is int else "number"  # argparse: invalid whole number value
     return parse
+
+
+def square_side(text: str) -> int:
+    """An argparse type: the side of a square image in pixels, 16 to 8192."""
+    if not text.strip().isdecimal():
+        raise argparse.ArgumentTypeError(
+            f"{text}: expected one side in pixels, such as 512; other shapes are --aspect_ratio_buckets HEIGHT,WIDTH"
+        )
+    return int(in_range(int, 16, 8192)(text))
+
+
+square_side.__name__ = "whole number"
 
 
 def expanded_path(text: str) -> Path:

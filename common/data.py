@@ -22,6 +22,7 @@ rows of files that are not there, knows no .txt captions, and copies every folde
 import csv
 import filecmp
 import functools
+import glob
 import io
 import itertools
 import json
@@ -56,6 +57,8 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp")
 
 UNREAD_SUFFIXES = (".heic", ".heif", ".avif", ".tif", ".tiff", ".gif")
 
+ARCHIVE_SUFFIXES = (".zip", ".rar", ".7z", ".tar", ".gz", ".tgz")
+
 MAX_SIDE = 8192  # pixels of an image that is trained on
 
 # nearest_exact is torchvision's name for PIL's nearest, which takes the pixel at the centre
@@ -86,6 +89,9 @@ UNSAFE_FORMATS = ("EPS", "IPTC")
 MAX_PIXELS = 2**28  # 268 megapixels, of an image that is read: 800 MB in memory
 
 MAX_CHUNK = 2**24  # bytes of a text or a colour profile in a PNG file, unpacked
+
+# What a PNG file contains, perhaps after its pixels, where it says how to turn them: EXIF, ImageMagick's EXIF, XMP.
+PNG_ORIENTATION = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -139,6 +145,8 @@ def upright(image: Image.Image) -> Image.Image:
     image = ImageOps.exif_transpose(image)
     if image.mode == "F":  # 0 to 1, 0 to 255, metres: nothing says which, and PIL would clip it
         raise ValueError("its pixels are floating-point numbers: save it with 8 or 16 bits")
+    if image.mode == "P":
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
     if image.mode.startswith("I"):  # 16-bit grey, which PIL would clip to white
         image = Image.fromarray((np.asarray(image) / 257).astype(np.uint8))
     alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
@@ -152,12 +160,25 @@ def upright(image: Image.Image) -> Image.Image:
 def upright_size(image: Image.Image) -> Size:
     """The size of `upright(image)`; a file's header says it, the file is not decoded."""
     size = Size.of(image)
-    turns = {"exif", "Raw profile type exif", "xmp"}  # in a PNG; without any, PIL would decode it to look for more
-    if image.format == "PNG" and not turns & image.info.keys():
+    if image.format == "PNG" and not may_be_turned(image):  # else PIL decodes it to look for more
         return size
     if image.getexif().get(ExifTags.Base.Orientation, 1) >= 5:  # the camera was turned by a quarter
         size = Size(size.width, size.height)
     return size
+
+
+def may_be_turned(image: Any) -> bool:
+    """Whether an open PNG file says how to turn it, before its pixels or, as exiftool writes it, after them."""
+    if {"exif", "Raw profile type exif", "xmp"} & image.info.keys():
+        return True
+    if getattr(image, "fp", None) is None:
+        return False
+    place = image.fp.tell()
+    image.fp.seek(0, io.SEEK_END)
+    image.fp.seek(max(0, image.fp.tell() - 2**16))
+    end = image.fp.read()
+    image.fp.seek(place)
+    return any(mark in end for mark in PNG_ORIENTATION)
 
 
 def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
@@ -195,6 +216,11 @@ def save_image(image: Image.Image, path: Path) -> Path:
     return path
 
 
+def resampling(interpolation: str) -> Image.Resampling:
+    """PIL's name for one of INTERPOLATION."""
+    return Image.Resampling[interpolation.removesuffix("_exact").upper()]
+
+
 def fit(
     image: Image.Image,
     size: tuple[int, int],
@@ -205,8 +231,7 @@ def fit(
 ) -> Image.Image:
     """The image resized to cover `size` (height, width), cropped at `centering` (x, y in [0, 1]), perhaps mirrored."""
     height, width = size
-    method = Image.Resampling[interpolation.removesuffix("_exact").upper()]
-    image = ImageOps.fit(image, (width, height), method, centering=(centering[0], centering[1]))
+    image = ImageOps.fit(image, (width, height), resampling(interpolation), centering=(centering[0], centering[1]))
     return ImageOps.mirror(image) if mirrored else image
 
 
@@ -441,7 +466,8 @@ def map_examples(function: Callable[[Example], Any], examples: Sequence[Example]
     if dist.is_initialized():
         process, num_processes = dist.get_rank(), dist.get_world_size()
     share = examples[process::num_processes]
-    results = thread_map(attempt, share, desc="Reading images", unit="image", leave=False, disable=process != 0)
+    hidden = process != 0 or not share
+    results = thread_map(attempt, share, desc="Reading images", unit="image", leave=False, disable=hidden)
     if num_processes == 1:
         return results
     names = [example.name for example in share]
@@ -480,7 +506,7 @@ def verified_size(example: Example) -> Size:
     assert example.read is not None
     image = example.read()
     size = upright_size(image)
-    is_decoded = getattr(image, "fp", None) is None
+    is_decoded = getattr(image, "fp", None) is None or getattr(image, "png", True) is None
     if image.format == "PNG" and not is_decoded:
         image.verify()
         return size
@@ -497,21 +523,40 @@ def verified_size(example: Example) -> Size:
 def image_files(folder: Path) -> tuple[list[Path], list[str]]:
     """(the image files in a folder, sorted; problems of those in a format that is not read)."""
     paths = [path for path in sorted(folder.iterdir()) if not path.name.startswith(MACOS_PREFIX)]
-    problems = [
-        f"{path}: save it as PNG or JPEG, {path.suffix} is not read"
-        for path in paths
-        if path.suffix.lower() in UNREAD_SUFFIXES
-    ]
+    problems = []
+    unread = [path for path in paths if path.suffix.lower() in UNREAD_SUFFIXES]
+    suffixes = ", ".join(dict.fromkeys(path.suffix for path in unread))
+    if len(unread) == 1:
+        problems = [f"{unread[0]}: save it as PNG or JPEG, {suffixes} is not read"]
+    elif unread:
+        names = shortened([path.name for path in unread])
+        problems = [f"{folder}: {suffixes} is not read, save as PNG or JPEG: {names}"]
     return [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES], problems
 
 
 def check_folders(folders: Mapping[str, Path | None]) -> list[str]:
     """Problems of folders {flag: folder or None} that are not there."""
-    return [
-        f"{flag} {visible(folder)}: no such folder"
-        for flag, folder in folders.items()
-        if folder and not folder.is_dir()
-    ]
+    problems = []
+    for flag, folder in folders.items():
+        if folder and folder.is_file():
+            remedy = (
+                "unpack it and give the folder" if folder.suffix in ARCHIVE_SUFFIXES else "give the folder it is in"
+            )
+            problems.append(f"{flag} {visible(folder)}: a file, not a folder of images: {remedy}")
+        elif folder and not folder.is_dir():
+            problems.append(f"{flag} {visible(folder)}: no such folder")
+    return problems
+
+
+def describe_folder(folder: Path) -> str:
+    """What a folder without images holds, for a message: folders with images, or else the names of its files."""
+    names = left_out(folder, [])
+    if not names:
+        return "it is empty"
+    folders = [name for name in names if "/ with " in name]
+    if folders:
+        return f"it holds {shortened(folders)}: give the folder that has the images"
+    return f"it holds {shortened(names)}"
 
 
 def visible(path: Path | str) -> str:
@@ -599,6 +644,11 @@ def replace_words(prompt, replacements):
     return match_any(replacements).sub(lambda match: replacements[match[0]], prompt)
 
 
+def metadata_file(folder: Path) -> Path:
+    """The first of METADATA_FILES that is in a folder, or its path in one that has none."""
+    return next((folder / name for name in METADATA_FILES if (folder / name).exists()), folder / METADATA_FILES[0])
+
+
 def read_metadata(path: Path) -> tuple[dict[str, dict], list[str]]:
     """({file_name: the other columns of its row} of a metadata.jsonl or .csv, problems); nothing without a file."""
     rows = {}
@@ -657,14 +707,10 @@ def find_caption_file(image: Path, captions: Mapping[tuple[str, str], Path]) -> 
 def left_out(folder: Path, examples: Iterable[Example]) -> list[str]:
     """What lies in a folder that is read and belongs to none of the examples: files, and folders with their images."""
     used = {file for image in all_images(examples) for file in image.files}
+    used.add(metadata_file(folder))
     names = []
     for path in sorted(folder.iterdir()):
-        if (
-            path in used
-            or path.name.startswith(".")
-            or path.name.lower() in SYSTEM_FILES
-            or path.name in METADATA_FILES
-        ):
+        if path in used or path.name.startswith(".") or path.name.lower() in SYSTEM_FILES:
             continue
         name = path.name if path.name.isprintable() else repr(path.name)
         if path.is_dir():
@@ -799,9 +845,9 @@ def read_folder(
     if sort_by_stem:
         paths.sort(key=lambda path: path.stem)
     if not paths and not problems:
-        return [], [f"{flag} {folder}: no images ({', '.join(IMAGE_SUFFIXES)}) in it"]
+        return [], [f"{flag} {folder}: no images ({', '.join(IMAGE_SUFFIXES)}) in it; {describe_folder(folder)}"]
 
-    metadata = next((folder / name for name in METADATA_FILES if (folder / name).exists()), folder / METADATA_FILES[0])
+    metadata = metadata_file(folder)
     rows, unread = read_metadata(metadata)
     problems += unread
     listed_partners = {str(row.get(column)) for row in rows.values() for column in partner_columns.values()}
@@ -986,6 +1032,15 @@ def read_cell(dataset: Any, row: int, column: str) -> Image.Image:
     return read_encoded(dataset.select_columns(column)[row][column])
 
 
+def literal_pattern(file: str) -> str:
+    """A pattern of `datasets`; of a file that has this very name, one that means the file alone.
+
+    Its folder is the real one: where a name has brackets, `datasets` looks through no links.
+    """
+    path = Path(file)
+    return glob.escape(str(path.parent.resolve() / path.name)) if path.is_file() else file
+
+
 def load_rows(
     path: str,
     *,
@@ -1004,6 +1059,8 @@ def load_rows(
     import datasets
 
     datasets.disable_progress_bars()
+    if data_files:
+        data_files = [literal_pattern(file) for file in data_files]
     columns = {}
     try:
         dataset: Any = datasets.load_dataset(

@@ -4,7 +4,10 @@ import argparse
 import functools
 import hashlib
 import json
+import os
+import re
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +73,44 @@ def load_scheduler(args: argparse.Namespace) -> Any:
     return FlowMatchEulerDiscreteScheduler.from_pretrained(
         args.pretrained_model_name_or_path, subfolder="scheduler", revision=args.revision, cache_dir=args.cache_dir
     )
+
+
+def why_no_pipeline(source: str, kind: str, example: str, error: Exception) -> str:
+    """What is wrong with a --pretrained_model_name_or_path of which reading raised an error, and the remedy.
+
+    kind     what is needed, as a message calls it: a FLUX pipeline
+    example  name of one on the Hub
+    """
+    path = Path(source)
+    needed = f"needed is the folder of {kind} in diffusers' form, or a Hub id like {example}"
+    if path.is_file():
+        found = "a LoRA, which belongs to --lora_path" if is_lora(path) else "a single file"
+        return f"{found}; {needed}"
+    if (path / "model_index.json").is_file():
+        with suppress(OSError, ValueError, AttributeError):
+            found = json.loads((path / "model_index.json").read_text()).get("_class_name")
+            return f"holds a {found} without a transformer; {needed}"
+    if any(is_lora(file) for file in path.glob("*.safetensors")):
+        return f"holds a LoRA, which belongs to --lora_path; {needed}"
+    reason = f"neither a folder with {kind} nor a Hub id like {example}"
+    if path.exists():
+        return f"{reason}: it has no transformer/config.json"
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not source.startswith("."):
+        return (
+            f"neither a folder with {kind} nor a Hub id that can be read: for a gated model accept its terms at "
+            f"https://huggingface.co/{source} and run `hf auth login`; without a network it must be here already "
+            f"({str(error).splitlines()[0]})"
+        )
+    return reason
+
+
+def is_lora(path: Path) -> bool:
+    """Whether a file is a LoRA in safetensors, by the names of its tensors."""
+    try:
+        with safe_open(path, "pt") as file:
+            return any("lora_" in key for key in file.keys())  # noqa: SIM118, it is no dict
+    except Exception:  # safetensors raises a kind of its own beside OSError
+        return False
 
 
 def latent_channels(args: argparse.Namespace) -> int:
@@ -266,15 +307,25 @@ def gather_objects(objects: list) -> list:
     return [each for part in parts for each in part]
 
 
+NOT_SUPPORTED = (
+    "not supported, choose multi-GPU without it in accelerate config and --fsdp for memory, which splits weights, "
+    "gradients and optimizer over the processes (FSDP2)"
+)
+
+
+def check_launcher() -> list[str]:
+    """A problem of accelerate's configuration of which its Accelerator would say nothing but that a package lacks."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("true", "1"):
+        return [f"DEEPSPEED: {NOT_SUPPORTED}"]
+    return []
+
+
 def check_processes(accelerator: Accelerator, args: argparse.Namespace) -> list[str]:
     """Problems of the launcher's settings, and of flags that do not work together with --fsdp."""
     problems = []
     launched_as = accelerator.distributed_type
     if launched_as not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
-        problems.append(
-            f"{launched_as.value}: not supported, choose multi-GPU without it in accelerate config and --fsdp for "
-            "memory, which splits weights, gradients and optimizer over the processes (FSDP2)"
-        )
+        problems.append(f"{launched_as.value}: {NOT_SUPPORTED}")
     if not args.fsdp:
         return problems
     if accelerator.num_processes == 1:

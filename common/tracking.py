@@ -92,6 +92,8 @@ def print_header(
         "precision": f"mixed precision {accelerator.mixed_precision}, seed {args.seed}",
         "output": args.output_dir,
     }
+    if args.resume_from_checkpoint == "latest" and not find_checkpoints(args.output_dir):
+        lines["resume"] = f"no checkpoint in {args.output_dir}: this run starts at step 0"
     for label, text in lines.items():
         if text:
             accelerator.print(f"  {label:15}{text}")
@@ -457,6 +459,22 @@ def settings_table(args: Any) -> str:
         if value is not None and not overridden:
             rows.append(f"| {name} | {value} |")
     return "\n".join(rows)
+
+
+def check_trackers(args: Any) -> list[str]:
+    """A problem of --report_to, where wandb would ask for a key that nobody can type."""
+    if args.report_to not in ("wandb", "all") or os.environ.get("WANDB_MODE", "online") != "online":
+        return []
+    try:
+        import wandb
+    except ImportError:  # which another check says
+        return []
+    if sys.stdin.isatty() or wandb.login(prompt=False):
+        return []
+    return [
+        f"--report_to {args.report_to}: not logged in to wandb: run `wandb login`, set WANDB_MODE=offline, or give "
+        "--report_to tensorboard"
+    ]
 
 
 def check_hub(args: Any) -> list[str]:

@@ -224,3 +224,10 @@ def short_runs(tiny_model, tiny_fill, pictures, pairs):
             *("--training", "lora", "--model_type", "flux"),
         ],
     }
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Prints what tests have counted with `record_property`."""
+    for report in terminalreporter.stats.get("passed", []):
+        for name, value in report.user_properties:
+            terminalreporter.write_line(f"{name}: {value}")

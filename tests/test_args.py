@@ -85,7 +85,7 @@ BAD = [
     ("--gradient_checkpointing photos", "--gradient_checkpointing photos: expected True or False, or nothing"),
     ("photos", "'photos' belongs to no flag"),
     ("--sdpa --loss_type huber --rank 2", "--loss_type huber: the loss is the squared error"),
-    ("--unet_lr=1e-4", "--unet_lr 1e-4: --learning_rate"),
+    ("--unet_lr=1e-4", "--unet_lr 1e-4: here it is --learning_rate"),
     ("--optimizer_type AdamW8bit", "AdamW8bit: give --optimizer adamw --use_8bit_adam"),
     ("--shuffle_caption", "--shuffle_caption: write it into the file that --dataset_config names"),
     ("--optimizer prodigy --learning_rate 1 --use_8bit_adam", "--use_8bit_adam has no effect on --optimizer prodigy"),

@@ -612,7 +612,8 @@ def test_what_cannot_be_drawn_with_is_one_line(backbone_flags, tmp_path, monkeyp
 
 def test_a_lora_with_no_layer_of_the_model_does_not_draw(flags, tmp_path, capsys):
     args = twinflow.parse_args([str(flag) for flag in [*flags, "--training", "lora"]])
-    kohya = {"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": torch.zeros(1, 1)}
+    name = "lora_te1_text_model_encoder_layers_0_mlp_fc1"
+    kohya = {f"{name}.lora_{part}.weight": torch.zeros(1, 1) for part in ("down", "up")}
     for name, layers in (("kohya", kohya), ("other", {"transformer.x.lora_A.weight": torch.zeros(1, 1)})):
         save_file(layers, tmp_path / f"{name}.safetensors")
         with pytest.raises(SystemExit) as stop:

@@ -31,7 +31,7 @@ from common.arguments import (
     seed_number,
 )
 from common.checkpoints import read_run_args
-from common.data import Size, check_shape, file_example, fit, read_sizes, save_image
+from common.data import Size, check_shape, file_example, fit, read_sizes, resampling, save_image
 from common.lora import check_applied, find_lora
 from common.text_encoders import load_whole_pipeline
 
@@ -158,6 +158,14 @@ def drawn_size(args, image_size):
     return Size(wide_size.height, wide_size.width // 2)
 
 
+def left_half(image, size, interpolation):
+    """An image at `size` (height, width), cut as the left half of an image twice as wide is in training."""
+    wide = Image.new("RGB", (2 * image.width, image.height))
+    for left in (0, image.width):  # beside itself: at the seam nothing black shines through
+        wide.paste(image, (left, 0))
+    return fit(wide, (size.height, 2 * size.width), interpolation).crop((0, 0, size.width, size.height))
+
+
 def load_pipeline(path, model=None, edit_mode=None):
     """(pipeline with the LoRA, the training's flags) of a run's folder, a checkpoint or a LoRA file."""
     lora, run = find_lora(path)
@@ -213,7 +221,8 @@ def main(argv=None):
     side_by_side = args.mode == "mask" and not args.mask
     for i, (path, size) in enumerate(zip(args.image, args.sizes, strict=True)):
         original = file_example(path).image()
-        image = fit(original, size, trained["image_interpolation_mode"])
+        interpolation = trained["image_interpolation_mode"]
+        image = fit(original, size, interpolation)
         options = {
             "num_inference_steps": args.num_inference_steps,
             "guidance_scale": args.guidance_scale,
@@ -222,7 +231,7 @@ def main(argv=None):
         }
         if args.mask and args.keep_unmasked:
             # stretched by less than 16 pixels instead of cropped: every pixel of the result has its place in the image
-            image = original.resize((size.width, size.height), Image.Resampling.LANCZOS)
+            image = original.resize((size.width, size.height), resampling(interpolation))
             mask = read_mask(file_example(args.mask), Size.of(original))
             small_mask = mask.resize(image.size, Image.Resampling.NEAREST)
             result = keep_unmasked(fill(pipeline, args.prompt, image, small_mask, size, **options), original, mask)
@@ -230,6 +239,7 @@ def main(argv=None):
             mask = read_mask(file_example(args.mask), size)
             result = fill(pipeline, args.prompt, image, mask, size, **options)
         elif side_by_side:
+            image = left_half(original, size, interpolation)
             (result,) = paint_beside(pipeline, [args.prompt], [image], **options)
         else:
             (result,) = edit(pipeline, [args.prompt], [image], **options)

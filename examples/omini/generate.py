@@ -115,7 +115,7 @@ def parse_args(argv=None):
     )
     plain.add_argument("--independent_condition", action="store_true", help="trained with independent_condition")
     parser.add_argument("--style_lora", type=Path, help="LoRA that text and image pass, beside the conditions' own")
-    parser.add_argument("--depth_model", help="depth estimation model (default: as trained)")
+    parser.add_argument("--depth_model", type=name_or_path, help="depth estimation model (default: as trained)")
     parser.add_argument("--num_inference_steps", type=positive_int, default=28, help="denoising steps; 4 for schnell")
     parser.add_argument(
         "--guidance_scale", type=non_negative_float, default=3.5, help="value passed to the guidance embedding"
@@ -309,12 +309,16 @@ def read_condition_images(args, specs):
     paths = args.image or args.condition
     if len(paths) == 1:
         paths = paths * len(specs)
+    interpolation = args.run_info.get("image_interpolation_mode", "lanczos")  # older headers do not say it
     rng = np.random.default_rng(args.seed)
     images = []
     for spec, path in zip(specs, paths, strict=True):
-        image = fit(upright(open_image(path)), spec.size)
-        if args.image and spec.type == "depth":
-            image = estimate_depth(image, args.depth_model or args.run_info["depth_model"])
+        original = upright(open_image(path))
+        image = fit(original, spec.size, interpolation)
+        if args.image and spec.type == "depth":  # of the image at its own size, as in training
+            whole = fit(original, (args.height, args.width), interpolation)
+            depth = estimate_depth(whole, args.depth_model or args.run_info["depth_model"])
+            image = depth.resize(image.size)
         elif args.image and spec.type != "token_integration":  # the pipeline takes that one's image as it is
             image = convert_to_condition(spec.type, image, rng=rng, mask=args.pixel_mask)
         images.append(image)

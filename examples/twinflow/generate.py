@@ -29,10 +29,12 @@ from common.checkpoints import TENSORS_FILE, read_run_args
 from common.data import MAX_SIDE, Size, file_example, fit, read_sizes, save_image
 from common.latents import decode_images, encode_images, to_image, to_tensor
 from common.lora import check_applied, find_lora, run_of
+from common.lora_formats import file_tensors, folded, read_lora
 
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.training_utils import free_memory
+from safetensors import safe_open
 
 from train_twinflow import (
     BACKBONES,
@@ -95,9 +97,17 @@ def load_transformer(source, backbone, args, dtype):
         transformer = backbone.load_transformer(dtype)
         file, _ = find_lora(source)
         with exit_if_unreadable(file):
-            transformer.load_lora_adapter(
-                file.parent, prefix="transformer", weight_name=file.name, use_safetensors=True
-            )
+            with safe_open(file, "pt") as opened:
+                keys = list(opened.keys())
+            is_plain = all(key.startswith("transformer.") and not key.endswith(".alpha") for key in keys)
+            if args.model_type == "flux" and not is_plain:  # kohya's names, another program's, or its alphas
+                layers = read_lora(file)[0]
+                tensors = file_tensors({name: folded(layer) for name, layer in layers.items()}, "diffusers")
+                transformer.load_lora_adapter(tensors, prefix="transformer")
+            else:
+                transformer.load_lora_adapter(
+                    file.parent, prefix="transformer", weight_name=file.name, use_safetensors=True
+                )
             check_applied(file, [transformer])
         return transformer, backbone
     place = {"pretrained_model_name_or_path": str(source), "revision": None, "variant": None}
