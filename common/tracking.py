@@ -21,6 +21,8 @@ from common.arguments import fail
 from common.checkpoints import (
     atomic_write,
     find_checkpoints,
+    in_use,
+    lock_folder,
     print_once,
     read_json,
     release_lock,
@@ -237,6 +239,9 @@ class Metrics:
         status = os.fstat(self.file.fileno())
         is_there = self.path.exists() and os.path.samestat(self.path.stat(), status)
         if not is_there:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if not lock_folder(self.path.parent):  # deleted with the folder, which another run has made again
+                raise SystemExit(f"\n{in_use(self.path.parent)}")
             rows = os.pread(self.file.fileno(), status.st_size, 0)  # of the file that has no name any more
             self.file.close()
             self.open(rows)

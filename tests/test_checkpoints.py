@@ -24,6 +24,8 @@ from common.checkpoints import (
     unused_path,
     writing,
 )
+from common.metrics import read_metrics
+from common.tracking import open_metrics
 
 import pytest
 from processes import SCRIPTS
@@ -292,7 +294,7 @@ def claimed_late(trainer):
     checkpoints.is_in_use = lambda folder: False
 
 
-def test_an_error_of_writing_says_what_the_system_said_and_no_more(tmp_path, monkeypatch):
+def test_an_error_of_writing_says_what_the_system_said_and_no_more(tmp_path):
     path = tmp_path / "file"
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/elsewhere/temporary")
     denied = PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
@@ -311,3 +313,24 @@ def test_an_error_of_writing_says_what_the_system_said_and_no_more(tmp_path, mon
         (tmp_path / "checkpoint-7").mkdir()
         with pytest.raises(SystemExit, match="the last checkpoint is .*checkpoint-7"), writing(path):
             raise denied
+
+
+def test_a_folder_that_is_deleted_meanwhile_is_locked_again_or_left_to_the_run_that_has_it(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "args.json").write_text("{}")
+    assert lock_folder(folder)
+    metrics = open_metrics(folder / "metrics.jsonl", 0)
+    metrics.write({"step": 1, "loss": 1.0, "lr": 1.0})
+    shutil.rmtree(folder)
+    metrics.write({"step": 2, "loss": 1.0, "lr": 1.0})
+    assert [row["step"] for row in read_metrics(folder / "metrics.jsonl")] == [1, 2]
+    assert (folder / "args.json").read_text() == "{}"
+    assert seen_by_another(folder)
+    shutil.rmtree(folder)
+    with another_run(folder) as pid:
+        before = files_of(folder)
+        with pytest.raises(SystemExit, match=f"process {pid} on"):
+            metrics.write({"step": 3, "loss": 1.0, "lr": 1.0})
+        assert files_of(folder) == before
+    release_lock()
