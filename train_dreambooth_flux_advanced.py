@@ -611,7 +611,7 @@ def needs(args):
         "--train_text_encoder_ti": (args.train_text_encoder_ti, ("token_abstraction",)),
         "--train_transformer_frac above 0": (
             args.train_transformer_frac > 0,
-            ("rank", "lora_alpha", "lora_dropout", "lora_layers"),
+            ("rank", "lora_alpha", "lora_dropout", "lora_layers", "adam_weight_decay"),
         ),
         "--validation_prompt": (args.validation_prompt, ("validation_epochs",)),
         "no --validation_steps": (not args.validation_steps, ("validation_epochs",)),

@@ -637,7 +637,11 @@ def chosen_defaults(argv: list[str] | None) -> dict:
 def needs(args) -> Needs:
     """{what: (whether this run has it, the flags that are read with it alone)}, see `idle_flags`."""
     return {
-        "--training lora": (args.training == "lora", ("rank", "lora_alpha")),
+        "--training lora": (
+            args.training == "lora",
+            ("rank", "lora_alpha", *(f"metadata_{entry}" for entry in METADATA)),
+        ),
+        "images, not --image_free": (not args.image_free, ("caption_column",)),
         "--validation_prompt": (
             args.validation_prompt,
             ("num_validation_images", "validation_epochs", "validation_samplers"),
