@@ -87,7 +87,8 @@ MODES = {
         "prodigy": "--optimizer prodigy --learning_rate 1 --cache_latents --no-cache_prompts",
         "sgd": "--optimizer sgd --learning_rate 0.1 --condition_type fill coloring --adapter_per_condition",
         "validation": "--validation_prompt x --validation_image {image} --num_validation_images 1",
-        "stream": "without instance_data_dir --streaming --data_files {stream} --image_column png --caption_column txt",
+        "stream": "without instance_data_dir --streaming --data_files {stream} --image_column png "
+        "--caption_column txt",
     },
     INFLUX: {
         "plain": "",
