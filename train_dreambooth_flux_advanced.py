@@ -79,6 +79,7 @@ from common.checkpoints import (
     checkpoint_to_resume,
     claim_output_dir,
     interruption,
+    keep_shorter_results,
     load_checkpoint,
     outlive_signals,
     run_settings,
@@ -97,14 +98,17 @@ from common.data import (
     check_class_images,
     check_num_samples,
     collate,
+    count_sizes,
     describe_class_images,
     describe_data,
+    describe_small_groups,
     file_example,
     fit,
     image_files,
     match_any,
     nearest_bucket,
     parse_buckets,
+    quoted,
     read_batches,
     read_class_images,
     read_dataset,
@@ -1842,18 +1846,18 @@ def is_list_of_tables(value):
 def check_options(where, table, table_name):
     """Problems of the names and values in one table."""
     if not isinstance(table, dict):
-        return [f"{where} must be a table, not {table!r}"]
+        return [f"{where} must be a table, not {quoted(table)}"]
     problems = []
     allowed = [name for name, option in DATASET_OPTIONS.items() if table_name in option.tables]
     for name, value in table.items():
         if name in REFUSED_OPTIONS:
             refused = REFUSED_OPTIONS[name]
             if value != refused.neutral_value:
-                problems.append(f"{where}: {name} = {value!r} is not supported: {refused.reason}")
+                problems.append(f"{where}: {name} = {quoted(value)} is not supported: {refused.reason}")
         elif name in allowed:
             option = DATASET_OPTIONS[name]
             if not option.type.accepts(value):
-                problems.append(f"{where}: {name} = {value!r} must be {option.type.description}")
+                problems.append(f"{where}: {name} = {quoted(value)} must be {option.type.description}")
         else:
             problems.append(f"{where}: {name}: {unknown_option_hint(name)} (allowed here: {', '.join(allowed)})")
     if table_name == "subsets" and "image_dir" not in table:
@@ -2540,8 +2544,7 @@ def training_stops(args, max_train_steps, checkpoint):
 
 def describe_run(args, examples, class_examples, embedding_handler, text_params, text_encoder_stop):
     """{name: text} to be printed before training: data, new tokens, text encoders."""
-    sizes = sorted({str(example.resolution) for example in examples})
-    run_info = {"data": f"{len(examples)} images at {', '.join(sizes)} px"}
+    run_info = {"data": f"{len(examples)} images: {count_sizes(example.bucket for example in examples)}"}
     folders = {example.files[0].parent for example in examples if example.files}
     default = "class_tokens" if args.dataset_config else "--instance_prompt"
     run_info |= describe_data(examples, sorted(folders), default)
@@ -2833,10 +2836,13 @@ def train(args):
 
     # 7. Train
     run_info = describe_run(args, examples, dataset.class_examples, embedding_handler, text_params, text_encoder_stop)
+    run_info |= describe_small_groups(sampler.groups, sampler.batch_size, size_of=lambda group: group[1])
     batch_sizes = sorted({example.options["batch_size"] for example in examples})
     batch = " or ".join(str(batch_size) for batch_size in batch_sizes)
     print_header(accelerator, args, run_info, lora_params, base_size, max_train_steps, steps_per_epoch, batch)
+    results = [lora_file(args.output_dir, args.output_name), embeddings_file(args), args.output_dir / "embeddings"]
     marks = {"pivot: text encoders frozen": text_encoder_stop, "transformer frozen": transformer_stop}
+    keep_shorter_results(accelerator, args.output_dir, results, max_train_steps)
     start_logging(accelerator, args, "dreambooth-flux", global_step, marks)
     metrics = None
     if accelerator.is_main_process:
@@ -2859,7 +2865,7 @@ def train(args):
     # No loop over epochs: a run can resume at any micro-step. All that a micro-step draws at random (batch, crops,
     # latents, noise levels, dropout) depends on the seed and its number alone; the order of these draws is what exact
     # resume relies on.
-    for micro_step, batch in enumerate(read_batches(train_dataloader), start=sampler.start):
+    for micro_step, batch in enumerate(read_batches(train_dataloader, accelerator, save), start=sampler.start):
         with accelerator.accumulate(transformer):
             step, accumulated = divmod(micro_step, accumulation)
             generator = step_generator(args.seed, step, accumulated, accelerator.process_index)

@@ -78,6 +78,7 @@ from common.checkpoints import (
     checkpoint_to_resume,
     claim_output_dir,
     interruption,
+    keep_shorter_results,
     load_checkpoint,
     outlive_signals,
     run_settings,
@@ -96,8 +97,10 @@ from common.data import (
     check_roles,
     check_shape,
     collate,
+    count_sizes,
     describe_class_images,
     describe_data,
+    describe_small_groups,
     file_example,
     first_ten,
     fit,
@@ -1598,7 +1601,10 @@ def train(args):
 
     # 7. Train
     run_info = describe_run(args, examples, dataset.class_examples, text_lora_params)
+    run_info["sizes"] = count_sizes(sampler.groups)
+    run_info |= describe_small_groups(sampler.groups, args.train_batch_size)
     print_header(accelerator, args, run_info, lora_params, base_size, max_train_steps, steps_per_epoch)
+    keep_shorter_results(accelerator, args.output_dir, [lora_file(args.output_dir, args.output_name)], max_train_steps)
     start_logging(accelerator, args, "influxedit", global_step)
     metrics = None
     if accelerator.is_main_process:
@@ -1620,7 +1626,7 @@ def train(args):
     # No loop over epochs: a run can resume at any micro-step. All that a micro-step draws at random (batch, crops,
     # latents, noise levels, dropout) depends on the seed and its number alone; the order of these draws is what exact
     # resume relies on.
-    for micro_step, batch in enumerate(read_batches(train_dataloader), start=sampler.start):
+    for micro_step, batch in enumerate(read_batches(train_dataloader, accelerator, save), start=sampler.start):
         with accelerator.accumulate(transformer):
             step, accumulated = divmod(micro_step, accumulation)
             generator = step_generator(args.seed, step, accumulated, accelerator.process_index)

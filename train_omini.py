@@ -84,6 +84,7 @@ from common.checkpoints import (
     checkpoint_to_resume,
     claim_output_dir,
     interruption,
+    keep_shorter_results,
     load_checkpoint,
     outlive_signals,
     run_settings,
@@ -93,6 +94,7 @@ from common.checkpoints import (
 )
 from common.data import (
     INTERPOLATION,
+    MAX_LEFT_OUT,
     Example,
     Size,
     StepSampler,
@@ -103,6 +105,7 @@ from common.data import (
     check_roles,
     check_shape,
     describe_data,
+    describe_small_groups,
     file_example,
     first_ten,
     first_value,
@@ -155,6 +158,7 @@ from common.models import (
     check_launcher,
     check_weights,
     compile_blocks,
+    gather_objects,
     latent_channels,
     load_model,
     load_scheduler,
@@ -323,7 +327,7 @@ def parse_args(argv=None):
         type=name_or_path,
         nargs="+",
         metavar="TAR",
-        help="webdataset tars or patterns: jpg images, json with a prompt",
+        help="webdataset tars or patterns: images, captions in json or txt",
     )
     arg(
         "--dataset_class",
@@ -1729,15 +1733,25 @@ def read_stored_dataset(args):
 
 
 def read_first_of_stream(args):
-    """The examples of the first row of a stream that is not left out: what can be checked before training."""
+    """The examples of a row of a stream: what can be checked before training.
+
+    It is the first one that is not left out, or if this cannot be used, the first of the next few that can.
+    """
     stream, to_example, problems = open_stream(**dataset_settings(args))
     if problems:
         return [], problems
+    tried = []
     for row in stream:
         example = to_example(row, "the first sample of the stream")
-        if not is_left_out(example, args):
-            return split_pairs([example], args), []
-    return [], [f"{source_of(args)}: no samples in it"]
+        if is_left_out(example, args):
+            continue
+        examples = split_pairs([example], args)
+        if not check_images(examples, functools.partial(check_example, args=args)):
+            return examples, []
+        tried.append(examples)
+        if len(tried) == MAX_LEFT_OUT:
+            break
+    return (tried[0], []) if tried else ([], [f"{source_of(args)}: no samples in it"])
 
 
 def streamed_batches(dataset, args, **processes):
@@ -1762,16 +1776,11 @@ def streamed_batches(dataset, args, **processes):
 
 def dataset_settings(args):
     """What the `datasets` library is to load, and the columns that are read."""
-    image_columns = {"image": args.image_column, **condition_columns(args)}
-    caption_column = args.caption_column
-    if args.data_files:  # webdataset: members of a sample are named by the endings of their files
-        image_columns["image"] = [args.image_column, "jpg", "jpeg", "png", "webp"]
-        caption_column = caption_column or "json.prompt"
     return {
         "path": "webdataset" if args.data_files else args.dataset_name,
         "source": source_of(args),
-        "image_columns": image_columns,
-        "caption_column": caption_column,
+        "image_columns": {"image": args.image_column, **condition_columns(args)},
+        "caption_column": args.caption_column,
         "config_name": args.dataset_config_name,
         "data_files": args.data_files,
         "cache_dir": args.cache_dir,
@@ -2016,7 +2025,7 @@ def check_example(example, args, specs=()):
         try:
             sizes[role] = Size.of(image.image())
         except Exception as error:  # PIL raises several exception types
-            return f"{image.name}: not a readable image ({error})"
+            return f"{image.name}: not a readable image ({str(error)[:200]})"
     misfit = misfit_of(example, sizes, specs, args)
     if misfit or "mask" not in sizes:
         return misfit
@@ -2500,7 +2509,8 @@ def train(args):
         steps_per_epoch = None
         max_train_steps = args.max_train_steps
     else:
-        sampler = StepSampler([0] * len(dataset), args.train_batch_size, seed=args.seed, **processes)
+        groups = [Size(*args.target_size)] * len(dataset)  # one bucket
+        sampler = StepSampler(groups, args.train_batch_size, seed=args.seed, **processes)
         steps_per_epoch = math.ceil(sampler.steps_per_epoch / accumulation)
         max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
     validation_steps = args.validation_steps or args.validation_epochs * (steps_per_epoch or 1)
@@ -2624,7 +2634,10 @@ def train(args):
 
     # 7. Train
     run_info = describe_run(args, dataset)
+    if not args.streaming:
+        run_info |= describe_small_groups(sampler.groups, args.train_batch_size)
     print_header(accelerator, args, run_info, lora_params, base_size, max_train_steps, steps_per_epoch)
+    keep_shorter_results(accelerator, args.output_dir, files.values(), max_train_steps)
     start_logging(accelerator, args, "omini", global_step)
     metrics = None
     if accelerator.is_main_process:
@@ -2644,17 +2657,21 @@ def train(args):
     interruption.start_saving()
     loss_sum = 0.0  # of the micro-steps since the last update
     taken_steps = []  # of each step: whether loss and gradient were finite, so that it changed weights
+    left_out = []  # samples of a stream that cannot be used
     started = time.perf_counter()
     # No loop over epochs: a run can resume at any micro-step. All that a micro-step draws at random (batch, masks,
     # latents, noise, noise levels, dropout) depends on the seed and its number alone; the order of these draws is what
     # exact resume relies on.
-    for micro_step, batch in enumerate(read_batches(train_dataloader), start=sampler.start):
+    for micro_step, batch in enumerate(read_batches(train_dataloader, accelerator, save), start=sampler.start):
         with accelerator.accumulate(transformer):
             step, accumulated = divmod(micro_step, accumulation)
             generator = step_generator(args.seed, step, accumulated, accelerator.process_index)
             torch.manual_seed(generator.initial_seed())  # dropout uses the global generator
             if args.streaming:
                 run["stream"] = batch["stream"]  # for a checkpoint: where to read on
+                left_out += batch["left_out"]
+                for text in batch["left_out"]:
+                    progress_bar.write(f"  left out: {text}")
 
             moments = {role: values.to(device) for role, values in batch["moments"].items()}
             if batch["pixel_values"]:
@@ -2732,6 +2749,12 @@ def train(args):
         loss_sum = 0.0
         started = time.perf_counter()
     progress_bar.close()
+    left_out = gather_objects(left_out)
+    if left_out:
+        accelerator.print(
+            f"{len(left_out)} samples of the stream could not be used, and the next ones took their place:"
+        )
+        accelerator.print("\n".join(f"  {text}" for text in left_out[:10]))
 
     # 8. Save and final validation
     for name, file in files.items():

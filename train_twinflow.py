@@ -45,7 +45,6 @@ import math
 import os
 import shlex
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -85,6 +84,7 @@ from common.checkpoints import (
     claim_output_dir,
     follow_umask,
     interruption,
+    keep_shorter_results,
     load_checkpoint,
     outlive_signals,
     register_sharded_checkpointing,
@@ -96,6 +96,7 @@ from common.checkpoints import (
     writing,
 )
 from common.data import (
+    DATASET_CAPTIONS,
     INTERPOLATION,
     MAX_SIDE,
     Example,
@@ -106,7 +107,9 @@ from common.data import (
     check_captions,
     check_roles,
     check_shape,
+    count_sizes,
     describe_data,
+    describe_small_groups,
     file_example,
     first_ten,
     fit,
@@ -1868,7 +1871,7 @@ def read_parquet(flag: str, path: Path, args, image_columns: dict) -> tuple[list
         source=f"{flag} {path}",
         name=str(path),
         image_columns=image_columns,
-        caption_column=args.caption_column or "text",
+        caption_column=args.caption_column or DATASET_CAPTIONS,
         data_files=[str(file) for file in files],
         cache_dir=args.cache_dir,
     )
@@ -1889,7 +1892,7 @@ def read_examples(args) -> tuple[list[Example], list[str]]:
             args.dataset_name,
             source=f"--dataset_name {args.dataset_name}",
             image_columns=image_columns,
-            caption_column=args.caption_column or "text",
+            caption_column=args.caption_column or DATASET_CAPTIONS,
             config_name=args.dataset_config_name,
             cache_dir=args.cache_dir,
         )
@@ -2282,13 +2285,15 @@ def describe_run(args, dataset: TwinFlowDataset) -> dict[str, str]:
         teacher = "the model before training"
     else:
         teacher = f"moving average, decay {args.ema_decay_rate:g}"
+    small_groups = {}
     if args.image_free:
         sizes = " or ".join(map(str, trained_sizes(args)))
         data = f"{len(dataset.examples)} prompts at {sizes} px"
     else:
-        counts_by_size = Counter(map(str, dataset.buckets))
-        sizes = ", ".join(f"{number} at {size} px" for size, number in counts_by_size.items())
-        data = f"{len(dataset.examples)} images: {sizes}"
+        data = f"{len(dataset.examples)} images: {count_sizes(dataset.buckets)}"
+        small_groups = describe_small_groups(
+            dataset.buckets, args.train_batch_size, consequence="too few for a batch, repeated until they fill one"
+        )
     tokenizers = [load_tokenizer(args, folder) for folder in BACKBONES[args.model_type].tokenizer_folders]
     long_captions = {}
     if tokenizers:
@@ -2305,6 +2310,7 @@ def describe_run(args, dataset: TwinFlowDataset) -> dict[str, str]:
         "data": data,
         **describe_data(dataset.examples, [*(args.train_data_dir or []), args.reference_data_dir], "--prompts_file"),
         **long_captions,
+        **small_groups,
     }
 
 
@@ -2518,6 +2524,8 @@ def train(args):
     # 7. Train
     run_info = describe_run(args, dataset)
     print_header(accelerator, args, run_info, params.values(), base_size, max_train_steps, steps_per_epoch)
+    result = args.output_dir / "transformer" if train_all else lora_file(args.output_dir, args.output_name)
+    keep_shorter_results(accelerator, args.output_dir, [result], max_train_steps)
     start_logging(accelerator, args, "twinflow", global_step)
     metrics = None
     if accelerator.is_main_process:
@@ -2559,7 +2567,7 @@ def train(args):
     # No loop over epochs: a run can resume at any micro-step. All that a micro-step draws at random (batch, crops,
     # times, noise, dropout) depends on the seed and its number alone; the order of these draws is what exact resume
     # relies on.
-    for micro_step, batch in enumerate(read_batches(train_dataloader), start=sampler.start):
+    for micro_step, batch in enumerate(read_batches(train_dataloader, accelerator, save), start=sampler.start):
         with accelerator.accumulate(transformer):
             step, accumulated = divmod(micro_step, accumulation)
             generator = step_generator(args.seed, step, accumulated, accelerator.process_index)

@@ -22,6 +22,7 @@ from types import FrameType
 from typing import IO, Any
 
 from common.arguments import check_folder, exit_if_unreadable, fail, nearest_folder
+from common.metrics import read_metrics
 from common.models import check_processes
 
 import torch
@@ -913,6 +914,26 @@ def remove_partial(output_dir: Path, results: Iterable[Path] = ()) -> None:
                 shutil.rmtree(path)
             elif path.is_file() and PARTIAL_FILE.fullmatch(path.name):
                 path.unlink()
+
+
+def keep_shorter_results(
+    accelerator: Accelerator, output_dir: Path, results: Iterable[Path], max_train_steps: int
+) -> None:
+    """Moves `results`, files and folders of a run that ended sooner than this one that continues it, to
+    `output_dir`/step-NNNNNN, and says so; to be called before metrics.jsonl, which tells its last step, is written."""
+    if not accelerator.is_main_process:
+        return
+    rows = read_metrics(output_dir / "metrics.jsonl")
+    last_step = rows[-1]["step"] if rows else 0
+    found = [path for path in results if path.exists()]
+    if not found or not 0 < last_step < max_train_steps:
+        return
+    kept = unused_path(output_dir / f"step-{last_step:06d}")
+    with writing(kept):
+        kept.mkdir()
+        for path in found:
+            path.rename(kept / path.name)
+    accelerator.print(f"  {'kept':15}results of the run that ended at step {last_step}, in {kept.name}/")
 
 
 def unused_path(path: Path) -> Path:

@@ -19,6 +19,7 @@ and a sample is `fit(example.image(), Size(height, width), args.image_interpolat
 rows of files that are not there, knows no .txt captions, and copies every folder into its cache.
 """
 
+import base64
 import csv
 import filecmp
 import functools
@@ -46,6 +47,7 @@ import fsspec
 import numpy as np
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 from diffusers.training_utils import parse_buckets_string
 from PIL import ExifTags, Image, ImageCms, ImageOps, PngImagePlugin
 from safetensors import SafetensorError
@@ -66,6 +68,8 @@ INTERPOLATION = [*(mode.name.lower() for mode in Image.Resampling), "nearest_exa
 
 CAPTION_SUFFIXES = (".txt", ".caption")
 
+SAVED_DATASETS = ("state.json", "dataset_dict.json")  # of datasets' save_to_disk
+
 METADATA_FILES = ("metadata.jsonl", "metadata.csv")  # the first of them that there is
 
 MACOS_PREFIX = "._"  # of the files in which macOS keeps what another system's disk has no place for
@@ -83,8 +87,20 @@ CONTROL_CHARACTER = re.compile(r"[\x00-\x08\x0e-\x1b\x7f]")
 
 CAPTION_COLUMNS = ("text", "prompt", "caption")  # of metadata.jsonl, where no column is named
 
+# Of datasets, tars of the webdataset kind among them, whose columns are the endings of a sample's files.
+DATASET_CAPTIONS = (*CAPTION_COLUMNS, "json.prompt", "json.caption", "json.text", "txt")
+
+TAR_IMAGES = ("jpg", "jpeg", "png", "webp")
+
+TAR_NAMES = (
+    "in tars, all samples have the same endings, and these begin at the first dot of a name: 0001.jpg and 0001.txt, "
+    "0002.jpg and 0002.txt"
+)
+
 # PIL hands PostScript to Ghostscript, and reads what an IPTC file contains in any format, PostScript too.
 UNSAFE_FORMATS = ("EPS", "IPTC")
+
+MAX_LEFT_OUT = 10  # samples of a stream, in a row, that cannot be used
 
 MAX_PIXELS = 2**28  # 268 megapixels, of an image that is read: 800 MB in memory
 
@@ -416,7 +432,7 @@ def check_captions(
         invalid = [text for text in texts if not isinstance(text, str) or not text.strip()]
         if invalid or not texts:
             wrong = invalid[0] if invalid else example.caption
-            problems.append(f"{example.name}: its caption must be text and not empty, not {wrong!r}")
+            problems.append(f"{example.name}: its caption must be text and not empty, not {quoted(wrong)}")
             continue
         garbled = [text for text in texts if CONTROL_CHARACTER.search(text)]
         if garbled:
@@ -460,7 +476,7 @@ def map_examples(function: Callable[[Example], Any], examples: Sequence[Example]
         try:
             return function(example), None
         except Exception as error:  # PIL's decoders raise many exception types
-            return None, f"{example.name}: not a readable image ({error})"
+            return None, f"{example.name}: not a readable image ({str(error)[:200]})"
 
     process, num_processes = 0, 1
     if dist.is_initialized():
@@ -772,6 +788,40 @@ def shortened(names: Sequence[str]) -> str:
     return f"{', '.join(names[:10])}{more}"
 
 
+def count_sizes(sizes: Iterable[Hashable]) -> str:
+    """How many images have which size, as the header says it, the commonest first; at most ten sizes and a count."""
+    counts = Counter(map(size_text, sizes)).most_common()
+    texts = [f"{count} at {text}" for text, count in counts[:10]]
+    if len(counts) > 10:
+        texts.append(f"{sum(count for _, count in counts[10:])} at {len(counts) - 10} more sizes")
+    return f"{', '.join(texts)} px"
+
+
+def size_text(size: Any) -> str:
+    """A size as text, or several of one image: 512 x 768 and 1024 x 1536."""
+    return str(size) if isinstance(size, Size) else " and ".join(map(str, size))
+
+
+def describe_small_groups(
+    groups: Iterable[Hashable],
+    batch_size: "int | Mapping[Any, int]",
+    size_of: Callable[[Any], Any] = lambda group: group,
+    consequence: str = "too few for a batch, trained in smaller ones",
+) -> dict[str, str]:
+    """What the header says of sizes with fewer samples than a batch, {label: text}.
+
+    `groups` and `batch_size` are those of `StepSampler`, size_of(group) a size, or several of one image.
+    """
+    small = []
+    for group, count in Counter(groups).items():
+        if count < (batch_size[group] if isinstance(batch_size, Mapping) else batch_size):
+            small.append(f"{count} at {size_text(size_of(group))}")
+    if not small:
+        return {}
+    more = f" and {len(small) - 10} more sizes" if len(small) > 10 else ""
+    return {"small batches": f"{', '.join(small[:10])}{more} px: {consequence}"}
+
+
 def find_partners(
     paths: Sequence[Path], folder: Path, match: Literal["stem", "name"]
 ) -> tuple[dict[Path, Path], list[str]]:
@@ -794,6 +844,11 @@ def find_partners(
             names = " and ".join(file.name for file in found) or "none"
             problems.append(f"{path}: needs one image {wanted} in {folder}, which has {names}")
     return partners, problems
+
+
+def is_table(path: Path) -> bool:
+    """Whether a file belongs to a dataset, which `read_dataset` reads and `read_folder` does not."""
+    return path.suffix in (".parquet", ".arrow", ".tar") or path.name in SAVED_DATASETS
 
 
 def check_stems(folder: Path, paths: Sequence[Path]) -> list[str]:
@@ -845,7 +900,10 @@ def read_folder(
     if sort_by_stem:
         paths.sort(key=lambda path: path.stem)
     if not paths and not problems:
-        return [], [f"{flag} {folder}: no images ({', '.join(IMAGE_SUFFIXES)}) in it; {describe_folder(folder)}"]
+        problem = f"{flag} {folder}: no images ({', '.join(IMAGE_SUFFIXES)}) in it; {describe_folder(folder)}"
+        if any(is_table(path) for path in folder.iterdir()):
+            problem += ": a dataset is named by --dataset_name"
+        return [], [problem]
 
     metadata = metadata_file(folder)
     rows, unread = read_metadata(metadata)
@@ -1013,18 +1071,44 @@ def first_value(row: dict, columns: Iterable[str]) -> Any:
     return next((value for value in values if value is not None), None)
 
 
-def read_encoded(file: Mapping[str, Any] | None) -> Image.Image:
-    """The image, not decoded yet, of {"bytes": ..., "path": ...}, a file of a dataset."""
-    if file is None:
+def read_encoded(file: Any) -> Image.Image:
+    """The image, not decoded yet, of {"bytes": ..., "path": ...}, a file of a dataset, or of a list of one.
+
+    The "path" may be one, an address, or the file itself as base64 text.
+    """
+    if isinstance(file, list):
+        if len(file) != 1:
+            raise ValueError(f"a list of {len(file)} images: one is needed, choose another column")
+        file = file[0]
+    if file is None or not (file["bytes"] or file["path"]):
         raise ValueError("there is no image")
-    data, path = file["bytes"], file["path"]
-    if not data and "://" in str(path):
+    data = file["bytes"]
+    path = file["path"]
+    if not data:
+        data = base64_bytes(path)
+    if not data and "://" in path:
         remote: Any = fsspec.open(path, "rb")
         with remote as opened:
             data = opened.read()
     elif not data:
         data = Path(path).read_bytes()
     return open_image(io.BytesIO(data))
+
+
+def base64_bytes(text: str) -> bytes:
+    """What base64 text, perhaps behind "data:image/png;base64,", stands for; nothing for other text and for paths."""
+    if len(text) < 100:
+        return b""
+    try:
+        return base64.b64decode("".join(text.split("base64,")[-1].split()), validate=True)
+    except ValueError:
+        return b""
+
+
+def quoted(value: object) -> str:
+    """A value as messages quote it: at most 80 characters of its representation."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def read_cell(dataset: Any, row: int, column: str) -> Image.Image:
@@ -1046,7 +1130,7 @@ def load_rows(
     *,
     source: str,
     image_columns: Mapping[str, str | Sequence[str]],
-    caption_column: str | None = None,
+    caption_column: str | Sequence[str] | None = None,
     config_name: str | None = None,
     data_files: Sequence[str] | None = None,
     cache_dir: str | Path | None = None,
@@ -1054,40 +1138,85 @@ def load_rows(
 ) -> tuple[Any, dict[str, str], list[str]]:
     """(dataset, {role: its column of images}, problems); no dataset if there are problems.
 
-    For the arguments see `read_dataset`. Images are not decoded: they are {"bytes": ..., "path": ...}.
+    For the arguments see `read_dataset`. Images are not decoded: they are {"bytes": ..., "path": ...}, or lists of it.
     """
     import datasets
 
     datasets.disable_progress_bars()
     if data_files:
         data_files = [literal_pattern(file) for file in data_files]
-    columns = {}
     try:
-        dataset: Any = datasets.load_dataset(
-            path,
-            config_name,
-            data_files=data_files,
-            split="train",
-            cache_dir=None if cache_dir is None else str(cache_dir),
-            streaming=streaming,
-        )
+        if any((Path(path) / name).is_file() for name in SAVED_DATASETS):
+            splits: Any = datasets.load_from_disk(path)
+        else:
+            splits = datasets.load_dataset(
+                path,
+                config_name,
+                data_files=data_files,
+                cache_dir=None if cache_dir is None else str(cache_dir),
+                streaming=streaming,
+            )
+        dataset: Any = splits
+        if isinstance(splits, dict):
+            if "train" not in splits and len(splits) > 1:
+                return None, {}, [f"{source}: no split train; it has {', '.join(splits)}: give a dataset of one split"]
+            dataset = splits["train"] if "train" in splits else next(iter(splits.values()))
+        if streaming and isinstance(dataset, datasets.Dataset):
+            dataset = dataset.to_iterable_dataset()
         found = dataset.column_names or list(next(iter(dataset)))
-        for role, names in image_columns.items():
-            names = [names] if isinstance(names, str) else names
-            columns[role] = next((name for name in names if name in found), names[0])
-        needed = list(columns.values())
-        if caption_column is not None:
-            needed.append(caption_root(caption_column, found))
-        absent = [name for name in needed if name not in found]
-        if absent:
-            return None, {}, [f"{source}: no column {', '.join(absent)}; it has {', '.join(found)}"]
-        features = dataset.features or {}
-        others = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-        for column in dict.fromkeys([*columns.values(), *others]):
-            dataset = dataset.cast_column(column, datasets.Image(decode=False))
+    except IndexError:  # tars
+        return None, {}, [f"{source}: cannot be loaded (no samples in it)"]
     except Exception as error:  # a missing, gated, empty or malformed dataset each raises its own exception
-        return None, {}, [f"{source}: cannot be loaded ({error})"]
+        reason = str(error)
+        if "don't share the same prefix or the same types" in reason:
+            reason = TAR_NAMES
+        return None, {}, [f"{source}: cannot be loaded ({reason[:500]})"]
+
+    columns = {}
+    for role, names in image_columns.items():
+        names = [names] if isinstance(names, str) else list(names)
+        if role == "image" and "__key__" in found:  # of tars
+            names += tar_images(found)
+        columns[role] = next((name for name in names if name in found), names[0])
+    absent = [name for name in columns.values() if name not in found]
+    wanted = [caption_column] if isinstance(caption_column, str) else list(caption_column or [])
+    if wanted and not any(caption_root(name, found) in found for name in wanted):
+        absent.append(caption_root(wanted[0], found))
+    if absent:
+        remedy = "see --image_column and --caption_column"
+        if any("." in name for name in found):
+            remedy += f"; {TAR_NAMES}"
+        return None, {}, [f"{source}: no column {', '.join(absent)}; it has {', '.join(found)}: {remedy}"]
+
+    features = dataset.features or {}
+    others = [name for name, feature in features.items() if holds_images(feature) and name not in columns.values()]
+    try:
+        for column in [*columns.values(), *others]:
+            encoded: Any = datasets.Image(decode=False)
+            feature: Any = features.get(column)
+            if isinstance(feature, datasets.List) and feature.feature in (datasets.Image(), datasets.Value("binary")):
+                encoded = datasets.List(encoded)
+            dataset = dataset.cast_column(column, encoded)
+        if streaming:
+            next(iter(dataset))  # it is cast when it is read
+    except Exception as error:  # by pyarrow or datasets, by the kind of the column
+        names = ", ".join(columns.values())
+        return None, {}, [f"{source}: column {names} holds no images ({str(error)[:200]}): see --image_column"]
     return dataset, columns, []
+
+
+def tar_images(columns: Sequence[str]) -> list[str]:
+    """The columns of a dataset of tars that hold the image of a sample: jpg, JPG, png, or else the one x.jpg."""
+    images = [name for name in columns if name.lower().rpartition(".")[2] in TAR_IMAGES]
+    plain = [name for name in images if "." not in name]
+    if plain or len(images) > 1:
+        return plain
+    return images
+
+
+def holds_images(feature: Any) -> bool:
+    """Whether a column of a dataset holds images, or lists of them."""
+    return type(getattr(feature, "feature", feature)).__name__ == "Image"
 
 
 def row_example(
@@ -1116,18 +1245,20 @@ def read_dataset(
     source: str,
     name: str | None = None,
     image_columns: Mapping[str, str | Sequence[str]],
-    caption_column: str | None = None,
+    caption_column: str | Sequence[str] | None = None,
     whole_rows: bool = False,
     **loading: Any,
 ) -> tuple[list[Example], list[str]]:
-    """Examples of a dataset's train split, in its order, and problems.
+    """Examples of a dataset's train split, or its only one, in its order, and problems.
 
-    path            hub id or folder of a dataset; "parquet" or "webdataset" with `data_files`
+    path            hub id or folder of a dataset, of save_to_disk too; "parquet" or "webdataset" with `data_files`
     source          the flag and its value, as messages name the data; `name` (default: path) as examples do: NAME[row]
-    image_columns   {"image": column, role: column, ...}; of several names for a role the first that there is
-    caption_column  "a.b" is b within column a; without it there are no captions
+    image_columns   {"image": column, role: column, ...}; of several names for a role the first that there is. In tars
+                    the image may also be in one of TAR_IMAGES, in any case
+    caption_column  "a.b" is b within column a; of several, the first that says anything; without it there are no
+                    captions
     whole_rows      all columns but images are read, and without `caption_column` the caption is in the first of
-                    CAPTION_COLUMNS that has one (OminiControl)
+                    DATASET_CAPTIONS that has one (OminiControl)
     loading         config_name, data_files, cache_dir: as in `load_rows`
     """
     dataset, columns, problems = load_rows(
@@ -1135,12 +1266,13 @@ def read_dataset(
     )
     if problems:
         return [], problems
-    texts = []
+    caption_columns = caption_names(caption_column, whole_rows)
+    texts = [column for column in dataset.column_names if column not in columns.values()]
     if whole_rows:
-        features = dataset.features.items()
-        texts = [column for column, feature in features if type(feature).__name__ != "Image"]
-    elif caption_column is not None:
-        texts = [caption_root(caption_column, dataset.column_names)]
+        texts = [column for column in texts if not holds_images(dataset.features[column])]
+    else:
+        roots = [caption_root(column, dataset.column_names) for column in caption_columns]
+        texts = [column for column in texts if column in roots]
     rows = dataset.select_columns(texts).to_list() if texts else [{}] * len(dataset)
     examples = []
     for i, row in enumerate(rows):
@@ -1151,7 +1283,7 @@ def read_dataset(
                 f"{name or path}[{i}]",
                 readers=readers,
                 image_columns=columns,
-                caption_columns=caption_names(caption_column, whole_rows),
+                caption_columns=caption_columns,
                 stamp=f"{dataset._fingerprint} {i}",
             )
         )
@@ -1163,11 +1295,11 @@ def caption_root(caption_column: str, columns: Sequence[str]) -> str:
     return caption_column if caption_column in columns else caption_column.split(".")[0]
 
 
-def caption_names(caption_column: str | None, whole_rows: bool) -> Sequence[str]:
+def caption_names(caption_column: str | Sequence[str] | None, whole_rows: bool) -> Sequence[str]:
     """The columns of a dataset that may hold a caption, see `read_dataset`."""
-    if caption_column is not None:
-        return [caption_column]
-    return CAPTION_COLUMNS if whole_rows else ()
+    if caption_column is None:
+        return DATASET_CAPTIONS if whole_rows else ()
+    return [caption_column] if isinstance(caption_column, str) else caption_column
 
 
 def open_stream(
@@ -1175,7 +1307,7 @@ def open_stream(
     *,
     source: str,
     image_columns: Mapping[str, str | Sequence[str]],
-    caption_column: str | None = None,
+    caption_column: str | Sequence[str] | None = None,
     **loading: Any,
 ) -> tuple[Any, Callable[[dict, str], Example] | None, list[str]]:
     """(stream, function (row, name) -> example, problems) of a dataset that is read as it comes.
@@ -1197,6 +1329,8 @@ def streamed_example(
     row: dict, name: str, *, image_columns: Mapping[str, str], caption_columns: Iterable[str]
 ) -> Example:
     """The example of a row of a stream, whose images are files that are not decoded yet."""
+    if "__key__" in row:  # of a tar
+        name = f"{name}, {row['__key__']} of {row['__url__']}"
     readers = {role: functools.partial(read_encoded, row[column]) for role, column in image_columns.items()}
     return row_example(row, name, readers=readers, image_columns=image_columns, caption_columns=caption_columns)
 
@@ -1219,12 +1353,20 @@ def collate(examples: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
     return batch
 
 
-def read_batches(dataloader: Iterable) -> Iterator:
-    """What a DataLoader yields; a file that can no longer be read ends the run with one message."""
+def read_batches(dataloader: Iterable, accelerator: Accelerator, save: Callable[[], Any]) -> Iterator:
+    """What a DataLoader yields; a file that can no longer be read ends the run with one message, after save().
+
+    Not where other processes would have to take part, and not while gradients are accumulated, which are not saved.
+    """
+    started = False
     try:
-        yield from dataloader
+        for batch in dataloader:
+            yield batch
+            started = True
     except (OSError, ValueError, SyntaxError, SafetensorError, Image.DecompressionBombError) as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[-1]  # after a worker's traceback
+        reason = (str(error).strip() or repr(error)).splitlines()[-1][:300]  # after a worker's traceback
+        if started and accelerator.num_processes == 1 and accelerator.sync_gradients:
+            save()
         raise SystemExit(
             f"\n{Path(sys.argv[0]).name}: error: the data can no longer be read: {reason}{remedy()}"
         ) from None
@@ -1293,6 +1435,10 @@ class StreamedBatches(IterableDataset):
     A batch has, beside its samples, "stream": where the stream was before its block, the same for all processes. With
     it as `state`, reading goes on there: no row before that block is read again. (datasets' own shuffling keeps rows
     in a buffer that its state does not hold, so it could not go on with the same order.)
+
+    In the place of an example for which `sample` raises an error comes the next one of its block, so that what a
+    micro-step trains on depends on the stream alone; the batch says of which and why as "left_out". Iteration raises
+    ValueError after MAX_LEFT_OUT of them in a row, or if they are more than this and 1 % of the samples.
     """
 
     def __init__(
@@ -1348,27 +1494,56 @@ class StreamedBatches(IterableDataset):
                 }
             state = {"epoch": state["epoch"] + 1, "block": 0, "index": 0, "count": state["count"], "rows": None}
 
-    def batches(self) -> Iterator[tuple[dict[str, Any], list[tuple[Example, int, int]]]]:
-        """(state before its last example's block, its [(example, epoch, index)]) of each batch of this process."""
+    def batches(self) -> Iterator[tuple[dict[str, Any], list[tuple[list, int]]]]:
+        """(state before its last example's block, its [(examples of a block, place in it)]) of each batch of this
+        process."""
         batch = []
         for state, examples in self.blocks():
-            for count, example in enumerate(examples, start=state["count"]):
-                micro_step, process = divmod(count // self.batch_size, self.num_processes)
+            for place in range(len(examples)):
+                micro_step, process = divmod((state["count"] + place) // self.batch_size, self.num_processes)
                 if micro_step == self.stop:
                     return
                 if micro_step < self.start or process != self.process_index:
                     continue
-                batch.append(example)
+                batch.append((examples, place))
                 if len(batch) == self.batch_size:
                     yield state, batch
                     batch = []
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         if self.num_threads:
-            return map_ahead(self.read_batch, self.batches(), self.num_threads)
-        return map(self.read_batch, self.batches())
+            batches = map_ahead(self.read_batch, self.batches(), self.num_threads)
+        else:
+            batches = map(self.read_batch, self.batches())
+        num_left_out = 0
+        for number, batch in enumerate(batches, start=1):
+            num_left_out += len(batch["left_out"])
+            if num_left_out > max(MAX_LEFT_OUT, 0.01 * number * self.batch_size):
+                raise ValueError(
+                    f"{num_left_out} of {number * self.batch_size} samples cannot be used, the last one "
+                    f"{batch['left_out'][-1]}"
+                )
+            yield batch
 
-    def read_batch(self, batch: tuple[dict[str, Any], list[tuple[Example, int, int]]]) -> dict[str, Any]:
-        """The samples of one of `batches`, collated, with its state."""
-        state, examples = batch
-        return {**default_collate([self.sample(*example) for example in examples]), "stream": state}
+    def read_batch(self, batch: tuple[dict[str, Any], list[tuple[list, int]]]) -> dict[str, Any]:
+        """The samples of one of `batches`, collated, with its state and what was left out."""
+        state, places = batch
+        samples = []
+        left_out = []
+        for examples, place in places:
+            sample, unusable = self.read_sample(examples, place)
+            samples.append(sample)
+            left_out += unusable
+        return {**default_collate(samples), "stream": state, "left_out": left_out}
+
+    def read_sample(self, examples: list[tuple[Example, int, int]], place: int) -> tuple[dict[str, Any], list[str]]:
+        """(the sample of a block's example, or of the next one that can be used; why those before cannot)."""
+        left_out = []
+        for i in range(place, place + MAX_LEFT_OUT):
+            try:
+                return self.sample(*examples[i % len(examples)]), left_out
+            except Exception as error:  # PIL's decoders raise many exception types
+                example = examples[i % len(examples)][0]
+                reason = str(error).strip() or repr(error)
+                left_out.append(reason if example.name in reason else f"{example.name}: {reason}")
+        raise ValueError(f"{MAX_LEFT_OUT} samples in a row cannot be used, the last one {left_out[-1]}")

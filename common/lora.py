@@ -342,10 +342,10 @@ def lora_of_folder(folder: Path) -> Path:
 
 def run_of(lora: Path) -> Path | None:
     """The folder with args.json of the run that wrote a file: NAME/ beside NAME.safetensors or NAME-000010.safetensors
-    (an epoch's), the file's own, or the one above a checkpoint's; None if there is none."""
+    (an epoch's), the file's own, or the one above a checkpoint's or a step's; None if there is none."""
     without_epoch = re.sub(r"-\d{6}$", "", lora.stem)
     folders = [lora.with_name(lora.stem), lora.with_name(without_epoch), lora.parent]
-    if lora.parent.name.startswith("checkpoint-"):
+    if lora.parent.name.startswith(("checkpoint-", "step-")):
         folders.append(lora.parent.parent)
     for folder in folders:
         if (folder / "args.json").is_file():

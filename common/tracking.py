@@ -508,8 +508,9 @@ def create_hub_repo(accelerator: Accelerator, args: Any) -> str | None:
 
 
 def push_to_hub(args: Any, repo_id: str, unwanted: Sequence[str] = (), files_beside: Sequence[Path] = ()) -> None:
-    """Uploads the output folder without checkpoints, logs and the patterns `unwanted`, and `files_beside` it."""
-    ignored = ["checkpoint-*/**", ".*", "*/.*", f"{args.logging_dir}/**", *unwanted]
+    """Uploads the output folder without checkpoints, results of shorter runs, logs and the patterns `unwanted`, and
+    `files_beside` it."""
+    ignored = ["checkpoint-*/**", "step-*/**", ".*", "*/.*", f"{args.logging_dir}/**", *unwanted]
     hub = HfApi(token=args.hub_token)
     try:
         hub.upload_folder(repo_id=repo_id, folder_path=args.output_dir, ignore_patterns=ignored)

@@ -1,5 +1,6 @@
 """common/data.py: what its readers find in folders, metadata.jsonl, datasets, parquet files and tars."""
 
+import base64
 import functools
 import io
 import json
@@ -13,6 +14,7 @@ import zlib
 from types import SimpleNamespace
 
 from common.data import (
+    DATASET_CAPTIONS,
     Example,
     Size,
     all_images,
@@ -22,8 +24,10 @@ from common.data import (
     check_roles,
     check_shape,
     collate,
+    count_sizes,
     describe_class_images,
     describe_data,
+    describe_small_groups,
     file_example,
     first_ten,
     fit,
@@ -589,6 +593,24 @@ def test_a_model_is_told_by_its_weights_wherever_they_lie(tiny_model, tmp_path):
     assert model_identity(name) == snapshot.name
 
 
+def test_sizes_are_counted_and_those_that_fill_no_batch_are_named():
+    square, wide = Size(512, 512), Size(512, 768)
+    sizes = [square, wide, square, square]
+    assert count_sizes(sizes) == "3 at 512 x 512, 1 at 768 x 512 px"
+    assert describe_small_groups(sizes, 1) == {}
+    (line,) = describe_small_groups(sizes, 3).values()
+    assert "1 at 768 x 512" in line and "3 at" not in line
+    (line,) = describe_small_groups(
+        [(0, square), (0, wide), (1, wide)],
+        {(0, square): 1, (0, wide): 2, (1, wide): 1},
+        size_of=lambda group: group[1],
+    ).values()  # batches of several sets of images
+    assert "1 at 768 x 512 px" in line and "512 x 512" not in line
+    assert count_sizes([(square, wide)] * 2) == "2 at 512 x 512 and 768 x 512 px"  # an image at several resolutions
+    many = [Size(16, 16 * i) for i in range(1, 15)]
+    assert count_sizes(many).count(" at ") == 11 and "4 at 4 more sizes" in count_sizes(many)
+
+
 # ---- checks ----
 
 
@@ -774,9 +796,11 @@ def test_problems_of_a_dataset(parquet, tmp_path):
         read_dataset, str(parquet.parent), source="--dataset_name set", cache_dir=tmp_path / "cache"
     )
     _, problems = read(image_columns={"image": "photo", "mask": "mask"}, caption_column="words")
-    assert problems == ["--dataset_name set: no column photo, words; it has image_bytes, mask, text, lists, deep"]
-    _, problems = read(image_columns={"image": "lists"})
-    assert problems[0].startswith("--dataset_name set: cannot be loaded (")
+    (problem,) = problems
+    assert "--dataset_name set: no column photo, words; it has image_bytes, mask, text, lists, deep" in problem
+    assert "--image_column" in problem and "--caption_column" in problem
+    _, (problem,) = read(image_columns={"image": "lists"})
+    assert problem.startswith("--dataset_name set: column lists holds no images (") and len(problem) < 400
     _, problems = read_dataset(str(tmp_path / "none"), source="--dataset_name none", image_columns={"image": "image"})
     assert problems[0].startswith("--dataset_name none: cannot be loaded (")
 
@@ -832,6 +856,132 @@ def tars(tmp_path):
                     tar.addfile(member, io.BytesIO(data))
         paths.append(str(path))
     return paths
+
+
+def write_tar(path, members):
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+
+def samples(image, caption):
+    """Three samples of a tar: `image` and `caption` are the endings of their files."""
+    members = {}
+    for stem, color in COLORS.items():
+        words = f"a {color} image"
+        text = json.dumps({"caption": words}) if caption == "json" else words
+        members |= {f"{stem}.{image}": encoded(color), f"{stem}.{caption}": text.encode()}
+    return members
+
+
+def table(images, feature):
+    """A dataset of three images, each given in the way of images(file) and of the datasets `feature`."""
+    rows = {"image": [images(encoded(color)) for color in COLORS.values()]}
+    rows["text"] = [f"a {color} image" for color in COLORS.values()]
+    features = datasets.Features({"image": feature, "text": datasets.Value("string")})
+    return datasets.Dataset.from_dict(rows, features=features)
+
+
+def write_dataset(kind, folder):
+    """Writes a dataset of COLORS in one of the forms that people have theirs in; what names it, in `load_rows`."""
+    folder.mkdir()
+    image, text = datasets.Image(), datasets.Value("string")
+    if kind.startswith("tar"):
+        write_tar(folder / "0.tar", samples(*kind.split()[1:]))
+    elif kind == "save_to_disk":
+        table(bytes, image).save_to_disk(folder)
+    elif kind == "save_to_disk of splits":
+        datasets.DatasetDict({"train": table(bytes, image), "test": table(bytes, image)}).save_to_disk(folder)
+    elif kind == "only a test split":
+        table(bytes, image).to_parquet(folder / "test-0.parquet")
+    elif kind == "lists of one image":
+        table(lambda file: [file], datasets.List(image)).to_parquet(folder / "train.parquet")
+    elif kind == "base64":
+        table(lambda file: base64.encodebytes(file).decode(), text).to_parquet(folder / "train.parquet")
+    elif kind == "data URLs":
+        prefix = "data:image/png;base64,"
+        table(lambda file: prefix + base64.b64encode(file).decode(), text).to_parquet(folder / "train.parquet")
+
+
+DATASETS = ["tar jpg txt", "tar JPG json", "tar final.Png json", "save_to_disk", "save_to_disk of splits"]
+DATASETS += ["only a test split", "lists of one image", "base64", "data URLs"]
+
+
+@pytest.mark.parametrize("kind", DATASETS)
+def test_forms_of_datasets_are_read_stored_and_streamed(kind, tmp_path):
+    write_dataset(kind, tmp_path / "set")
+    settings = {"source": "--dataset_name", "image_columns": {"image": "image"}, "cache_dir": tmp_path / "cache"}
+    path = str(tmp_path / "set")
+    whole, problems = read_dataset(path, **settings, whole_rows=True)
+    assert not problems
+    with_default, problems = read_dataset(path, **settings, caption_column=DATASET_CAPTIONS)  # TwinFlow
+    assert not problems
+    stream, to_example, problems = open_stream(path, **settings)
+    assert not problems
+    streamed = [to_example(row, str(i)) for i, row in enumerate(stream)]
+    for examples in (whole, with_default, streamed):
+        assert [example.caption for example in examples] == [f"a {color} image" for color in COLORS.values()]
+        assert [color_of(example) for example in examples] == list(COLORS.values())
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_forms_of_datasets_that_are_not_read_name_the_flag(streaming, tmp_path):
+    def problems_of(path):
+        settings = {
+            "source": "--dataset_name set",
+            "image_columns": {"image": "image"},
+            "cache_dir": tmp_path / "cache",
+        }
+        if streaming:
+            return open_stream(str(path), **settings)[2]
+        return read_dataset(str(path), **settings)[1]
+
+    for name in ("two splits", "mixed", "dotted", "numbers", "empty"):
+        (tmp_path / name).mkdir()
+    for split in ("test", "validation"):
+        table(bytes, datasets.Image()).to_parquet(tmp_path / "two splits" / f"{split}.parquet")
+    write_tar(tmp_path / "mixed" / "0.tar", {"a.jpg": encoded("red"), "a.txt": b"a", "b.png": encoded("red")})
+    write_tar(tmp_path / "dotted" / "0.tar", {"my.a.jpg": encoded("red"), "my.b.jpg": encoded("red")})
+    datasets.Dataset.from_dict({"image": [1, 2]}).to_parquet(tmp_path / "numbers" / "train.parquet")
+    for name, words in {
+        "two splits": "no split train; it has validation, test",
+        "mixed": "the same endings",
+        "dotted": "first dot",
+        "numbers": "--image_column",
+        "empty": "cannot be loaded",
+    }.items():
+        (problem,) = problems_of(tmp_path / name)
+        assert problem.startswith("--dataset_name set: ") and words in problem and len(problem) < 500
+
+
+def test_what_is_no_image_in_a_dataset_is_said_in_a_line(tmp_path):
+    texts = ["no path! " * 10**5, "none.png", None]
+    datasets.Dataset.from_dict({"image": texts, "text": ["x" * 10**5] * 3}).to_parquet(tmp_path / "a.parquet")
+    two = [[encoded("red"), encoded("red")], [], [encoded("red")]]
+    features = datasets.Features({"image": datasets.List(datasets.Image())})
+    datasets.Dataset.from_dict({"image": two}, features=features).to_parquet(tmp_path / "b.parquet")
+    for name, num_problems in (("a", 3), ("b", 2)):
+        examples, problems = read_dataset(
+            "parquet",
+            source="--dataset_name",
+            image_columns={"image": "image"},
+            data_files=[str(tmp_path / f"{name}.parquet")],
+            cache_dir=tmp_path / "cache",
+        )
+        assert not problems
+        _, problems = read_sizes(examples)
+        assert len(problems) == num_problems and max(map(len, problems)) < 300
+    (problem,) = check_captions([Example("row", caption=["x" * 10**6])])
+    assert len(problem) < 200
+
+
+def test_a_folder_of_tables_or_tars_is_sent_to_dataset_name(tmp_path):
+    for kind in ("tar jpg txt", "save_to_disk", "only a test split"):
+        write_dataset(kind, tmp_path / kind)
+        _, (problem,) = read_folder(tmp_path / kind)
+        assert "--dataset_name" in problem
 
 
 TARS = {"source": "--data_files", "image_columns": {"image": ("image", "jpg", "png")}, "caption_column": "json.prompt"}

@@ -10,6 +10,7 @@ from common.arguments import Parser
 
 import pytest
 from conftest import ROOT
+from test_data import COLORS, DATASETS, color_of, write_dataset
 
 
 SCRIPTS = sorted(path.stem for path in ROOT.glob("train_*.py"))
@@ -260,3 +261,35 @@ def takes(action, text):
     except (argparse.ArgumentTypeError, ValueError):
         return False
     return True
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_trainer_reads_the_forms_that_people_have_datasets_in(script, short_runs, tmp_path):
+    """Whatever `datasets` reads; or a message that names the flag."""
+    module = importlib.import_module(script)
+    flags = [str(flag) for flag in short_runs[script]]
+    place = flags.index("--train_data_dir" if script == "train_twinflow" else "--instance_data_dir")
+    del flags[place : place + 2]
+    captions = script in ("train_omini", "train_twinflow")  # without --caption_column
+    for flag in ("--target_data_dir", "--caption_data_dir", "--mode"):
+        if flag in flags:
+            place = flags.index(flag)
+            del flags[place : place + 2]
+    if script == "train_influxedit":
+        flags += ["--mode", "mask", "--use_split_mask"]
+    for i, kind in enumerate(DATASETS):
+        write_dataset(kind, tmp_path / str(i))
+        source = ["--dataset_name", tmp_path / str(i)]
+        if script == "train_omini" and kind.startswith("tar"):
+            source = ["--data_files", tmp_path / str(i) / "*.tar"]
+        column = [] if captions else ["--caption_column", "json.caption" if kind.endswith("json") else "text"]
+        if kind.endswith("txt") and not captions:
+            column = ["--caption_column", "txt"]
+        args = module.parse_args([*flags, *map(str, [*source, *column, "--cache_dir", tmp_path / "cache"])])
+        examples, problems = module.find_examples(args)
+        assert not problems, (kind, problems)
+        assert [example.caption for example in examples] == [f"a {color} image" for color in COLORS.values()], kind
+        assert [color_of(example) for example in examples] == list(COLORS.values())
+    if script != "train_omini":
+        _, problems = module.find_examples(module.parse_args([*flags, "--dataset_name", str(tmp_path / "none")]))
+        assert problems[0].startswith(f"--dataset_name {tmp_path / 'none'}: ")

@@ -14,7 +14,7 @@ import train_twinflow as twinflow
 from examples.toy import pretrain
 
 
-COSINE = ("--lr_scheduler", "cosine", "--lr_warmup_steps", 0, "--checkpointing_steps", 2, "--skip_final_inference")
+COSINE = ("--lr_scheduler", "cosine", "--lr_warmup_steps", 0, "--checkpointing_steps", 2)
 
 
 def rates(folder):
@@ -25,15 +25,40 @@ def cosine(num_steps):
     return [1e-3 * 0.5 * (1 + math.cos(math.pi * step / num_steps)) for step in range(num_steps)]
 
 
-@pytest.mark.parametrize("script", ["train_dreambooth_flux_advanced"])
-def test_a_longer_run_goes_on_by_its_own_schedule(train, short_runs, tmp_path, capsys, script):
-    flags = [*short_runs[script], *COSINE, "--output_dir", tmp_path / "run"]
+@pytest.mark.parametrize(
+    ("script", "extra"),
+    [
+        (
+            "train_dreambooth_flux_advanced",
+            ["--output_name", "tok", "--train_text_encoder_ti", "--token_abstraction", "circle"],
+        ),
+        *(pytest.param(s, [], marks=pytest.mark.slow) for s in ("train_omini", "train_influxedit", "train_twinflow")),
+        pytest.param("train_twinflow", ["--training", "full"], marks=pytest.mark.slow),
+    ],
+)
+def test_a_longer_run_goes_on_by_its_own_schedule_and_keeps_the_shorter_ones_results(
+    train, short_runs, tmp_path, capsys, script, extra
+):
+    run = tmp_path / "tok"
+    flags = [*short_runs[script], *COSINE, *extra, "--output_dir", tmp_path if "--output_name" in extra else run]
     train(script, *flags, "--max_train_steps", 2)
-    assert rates(tmp_path / "run") == pytest.approx(cosine(2))
+    assert rates(run) == pytest.approx(cosine(2))
     assert "another length" not in capsys.readouterr().out
+    results = [path.name for path in run.glob("*.safetensors")]
+    if extra:
+        results = ["transformer/diffusion_pytorch_model.safetensors"]
+    if "--output_name" in extra:
+        results = ["../tok.safetensors", "tok_emb.safetensors", "embeddings/comfyui/circle.safetensors"]
+    shorter = {name: (run / name).read_bytes() for name in results}
     train(script, *flags, "--max_train_steps", 4, "--resume_from_checkpoint", "latest")
-    assert rates(tmp_path / "run") == pytest.approx([*cosine(2), *cosine(4)[2:]])
-    assert "another length" in capsys.readouterr().out
+    assert rates(run) == pytest.approx([*cosine(2), *cosine(4)[2:]])
+    printed = capsys.readouterr().out
+    assert "another length" in printed and "step-000002/" in printed
+    for name, content in shorter.items():
+        assert (run / "step-000002" / name.removeprefix("../")).read_bytes() == content
+        assert (run / name).read_bytes() != content or "emb" in name  # tokens are trained in the first half
+    train(script, *flags, "--max_train_steps", 4, "--resume_from_checkpoint", "latest")  # nothing is left to train
+    assert sorted(path.name for path in run.glob("step-*")) == ["step-000002"]
 
 
 @pytest.mark.slow

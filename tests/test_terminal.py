@@ -62,6 +62,24 @@ def test_a_run_says_what_matters_and_nothing_else(script, run_program, short_run
     assert [*tmp_path.glob("*.png")]
 
 
+@pytest.mark.parametrize("script", [SCRIPTS[0], *(pytest.param(s, marks=pytest.mark.slow) for s in SCRIPTS[1:])])
+def test_the_header_names_sizes_that_fill_no_batch(script, train, short_runs, tmp_path, capsys):
+    flags = [*short_runs[script], "--train_batch_size", 4, "--max_train_steps", 1, "--output_dir", tmp_path]
+    expected = {  # of five images
+        "train_dreambooth_flux_advanced": ["2 at 32 x 32", "2 at 48 x 32", "1 at 32 x 48"],
+        "train_omini": [],
+        "train_influxedit": ["3 at 32 x 32", "2 at 32 x 16"],
+        "train_twinflow": ["2 at 32 x 32", "2 at 48 x 32", "1 at 32 x 48"],
+    }[script]
+    if script in ("train_dreambooth_flux_advanced", "train_twinflow"):
+        flags += ["--aspect_ratio_buckets", "32,48;32,32;48,32"]
+    train(script, *flags)
+    header = capsys.readouterr().out
+    small = "".join(re.findall("^  small batches .*$", header, re.MULTILINE))
+    assert all(header.count(text) == 2 and text in small for text in expected), header
+    assert bool(small) == bool(expected)
+
+
 def test_packed_weights_count_as_what_they_stand_for(train, short_runs, tmp_path, capsys):
     trained = set()
     for kind in ("none", "nf4"):

@@ -426,6 +426,65 @@ def test_a_stream_goes_on_where_it_was(flags, tars, tmp_path, monkeypatch, kind)
         assert run(3, state, num_workers=2)[0] == whole[3:]
 
 
+def stream_of(folder, num_samples, damaged):
+    """A parquet file of `num_samples`, of which those in `damaged` {number: the bytes of its image} are no images."""
+    rows = []
+    for i in range(num_samples):
+        file = io.BytesIO()
+        Image.new("RGB", (32, 32), (i, 0, 0)).save(file, "PNG")
+        rows.append({"image": {"bytes": damaged.get(i, file.getvalue()), "path": None}, "text": str(i)})
+    folder.mkdir()
+    Dataset.from_list(rows).to_parquet(folder / "train.parquet")
+    return ("--condition_type", "canny", "--dataset_name", folder, "--streaming")
+
+
+def test_a_bad_sample_of_a_stream_is_left_out_and_named(train, flags, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+    source = stream_of(tmp_path / "data", 9, {0: b"", 4: b"no image"})
+    flags = [*without_source(flags), *source, "--shuffle_buffer", 4, "--checkpointing_steps", 2]
+    train(SCRIPT, *flags, "--output_dir", tmp_path / "whole")  # 12 samples: more than an epoch
+    text = capfd.readouterr().out
+    assert "samples of the stream could not be used" in text
+    assert text.count("not a readable image") >= 4  # of each while it trains, and at the end
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "parts" / "checkpoint-2")
+    train(SCRIPT, *flags, "--output_dir", tmp_path / "parts", "--resume_from_checkpoint", "latest")
+    assert_equal(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    assert losses(tmp_path / "whole")[2:] == losses(tmp_path / "parts")
+
+
+def test_what_takes_the_place_of_a_bad_sample_depends_on_the_stream_alone(flags, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+    source = stream_of(tmp_path / "data", 400, {3: b"", 150: b"x"})
+    args = [*without_source(flags), *source, "--shuffle_buffer", 20, "--max_train_steps", 9]
+    args = omini.parse_args([str(flag) for flag in args])
+
+    def run(start=0, state=None, bad=(3, 150), num_workers=0):
+        class Samples:
+            @staticmethod
+            def checked_sample(example, epoch, index):
+                if int(example.caption) in bad:
+                    raise OSError("damaged")
+                return {"id": int(example.caption)}
+
+        args.dataloader_num_workers = num_workers
+        sampler = omini.streamed_batches(Samples, args, process_index=0, num_processes=1)
+        sampler.start, sampler.stop, sampler.state = start, 200, state
+        batches = list(DataLoader(sampler, batch_size=None, num_workers=min(1, num_workers)))
+        return [each["id"].tolist() for each in batches], batches
+
+    without, _ = run(bad=())
+    whole, batches = run()
+    differ = [i for i, (a, b) in enumerate(zip(whole, without, strict=True)) if a != b]
+    assert len(differ) == 2 and sum(len(each["left_out"]) for each in batches) == 2
+    assert run(num_workers=2)[0] == whole
+    first = differ[0]
+    assert run(first + 1, batches[first]["stream"])[0] == whole[first + 1 :]
+    with pytest.raises(ValueError, match="10 samples in a row cannot be used.*damaged"):
+        run(bad=range(400))
+    with pytest.raises(ValueError, match="11 of .* samples cannot be used"):
+        run(bad=range(0, 400, 20))
+
+
 @pytest.mark.parametrize("source", ["--instance_data_dir", "--dataset_name"])
 def test_subject_pairs_give_two_samples_each(flags, tmp_path, source):
     folder = tmp_path / "pairs"

@@ -71,7 +71,7 @@ def find_files(path):
         lora, run = find_lora(path)
         trained = read_run_args(run, WITHOUT_RUN) if run else WITHOUT_RUN | {"pool_at_eos": True}
         folder = lora.parent
-    if not folder.name.startswith("checkpoint-"):
+    if not folder.name.startswith(("checkpoint-", "step-")):
         folder = run or folder
     embeddings = sorted(folder.glob("*_emb.safetensors"), key=lambda file: file.stat().st_mtime)
     if run is None:
