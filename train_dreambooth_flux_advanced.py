@@ -349,8 +349,8 @@ def parse_args(argv=None):
     arg(
         "--preserve_prompts",
         metavar="PROMPTS",
-        help="a .txt file with a prompt per line, or 'sks dog=>dog,cat': all captions, with these words in place of "
-        "the subject's",
+        help="a .txt file with a prompt per line, or 'sks dog=>dog,cat': the caption with one of these words in place "
+        "of the subject's",
     )
     arg("--preserve_every", type=positive_int, default=1, metavar="N", help="steps from one such loss to the next")
 
@@ -2630,9 +2630,14 @@ def train(args):
             size=Size(args.resolution, args.resolution),
         )
     preserve_prompts = []
+    prompts_instead = {}  # {caption: the same with other words, if --preserve_prompts names words}
     prompt_problems = []
     if args.preserve_outputs:
         preserve_prompts, prompt_problems = read_prompts("--preserve_prompts", args.preserve_prompts, captions)
+        if "=>" in args.preserve_prompts:
+            for caption in set(captions):
+                prompts, _ = read_prompts("--preserve_prompts", args.preserve_prompts, [caption])
+                prompts_instead[caption] = prompts or preserve_prompts
     problems += prompt_problems + check_no_new_tokens("--preserve_prompts", preserve_prompts, args)
     if args.dataset_config:
         adopt_dataset_config(args, examples)
@@ -2907,8 +2912,11 @@ def train(args):
             loss_sum = loss_sum + loss.detach() / accumulation
             if args.preserve_outputs and step % args.preserve_every == 0:
                 # a backward pass of its own: the activations of one batch are in memory at a time
-                choice = torch.randint(len(preserve_prompts), (len(latents),), generator=generator)
-                batch_prompts = [preserve_prompts[i] for i in choice]
+                draws = torch.rand(len(latents), generator=generator).tolist()
+                batch_prompts = []
+                for prompt, draw in zip(batch["prompt"], draws, strict=True):
+                    choices = prompts_instead.get(prompt, preserve_prompts)
+                    batch_prompts.append(choices[int(draw * len(choices))])
                 with torch.set_grad_enabled(args.train_text_encoder):  # new tokens are not in these prompts
                     prompt_embeds, pooled_prompt_embeds = prompt_encoder.encode_prompts(batch_prompts)
                 with accelerator.autocast():

@@ -24,8 +24,9 @@ export TRANSFORMERS_VERBOSITY=error
     --instance_data_dir "$out/images" --resolution 64 --cache_latents \
     --rank 8 --lora_alpha 8 --lora_layers to_q,to_k,to_v,net.0.proj,net.2,proj_mlp,proj_out \
     --train_batch_size 6 --repeats 4 --guidance_scale 1 \
-    --learning_rate 3e-3 --lr_scheduler cosine --lr_warmup_steps 10 --max_train_steps 1200 \
-    --validation_prompt "sks glyph on a blue background" --validation_steps 400 \
+    --learning_rate 3e-3 --lr_scheduler cosine --lr_warmup_steps 10 --max_train_steps 600 \
+    --preserve_outputs 1 --preserve_prompts "sks glyph=>a circle,a square,a triangle,a cross,a diamond" \
+    --validation_prompt "sks glyph on a blue background" --validation_steps 200 \
     --output_dir "$out/lora"
 .venv/bin/python examples/toy/compare.py "$out/lora" --subject glyph --output "$out/before_after.png"
 

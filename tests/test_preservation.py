@@ -220,3 +220,19 @@ def test_class_images_of_several_prompts_are_trained_with_their_own(
     with pytest.raises(SystemExit) as ended:
         train(SCRIPT, *flags, *prior, "--output_dir", tmp_path / "c", "--class_prompt", "a red shape")
     assert ended.value.code == 2
+
+
+def test_a_sample_is_preserved_for_its_own_caption_with_other_words(train, flags, tmp_path, monkeypatch):  # noqa: F811
+    honest = dreambooth.PromptEncoder.encode_prompts
+    seen = []
+    monkeypatch.setattr(
+        dreambooth.PromptEncoder, "encode_prompts", lambda self, prompts: seen.append(prompts) or honest(self, prompts)
+    )
+    words = ("--preserve_outputs", 1, "--preserve_prompts", "background=>wall,sky", "--max_train_steps", 2)
+    train(SCRIPT, *flags, *words, "--output_dir", tmp_path / "run")
+    for own, others in (seen[-4:-2], seen[-2:]):  # of the two steps
+        for prompt, other in zip(own, others, strict=True):
+            if "background" in prompt:
+                assert other in (prompt.replace("background", "wall"), prompt.replace("background", "sky"))
+            else:
+                assert "background" not in other

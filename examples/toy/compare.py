@@ -51,6 +51,22 @@ def evaluate(pipeline, subject, *, count=32, seed=0, replace=lambda prompt: prom
     return 100 * float(subject_score), all_right(others, scenes), shown
 
 
+def in_other_words(scene, rng):
+    """A caption that shares no template with those of the subject: "a photo of one red circle, blue background"."""
+    shape = scene.shapes[0]
+    beginning = rng.choice(["a photo of", "an image of", "a picture of"])
+    size = rng.choice(["", "small " if shape.r < 0.21 else "big "])
+    ending = rng.choice([" with {} background", ", {} background", " on {}"]).format(scene.background)
+    return f"{beginning} one {size}{shape.color} {shape.kind}{ending}"
+
+
+def evaluate_other_words(pipeline, *, count=32, seed=0):
+    """The share of known scenes, 0 to 100, that are right where their prompts are `in_other_words`."""
+    rng = random.Random(seed)
+    scenes = [random_scene(rng, pair=0, outline=0) for _ in range(count)]
+    return all_right(sample(pipeline, [in_other_words(scene, rng) for scene in scenes], seed), scenes)
+
+
 def main(argv=None):
     parser = Parser(description=__doc__.split("\n")[0], takes="OUTPUT_DIR ...")
     parser.add_argument("lora", metavar="OUTPUT_DIR", type=Path, nargs="+", help="a trainer's output folder")
@@ -76,8 +92,10 @@ def main(argv=None):
                 pipeline.load_lora_weights(file.parent, weight_name=file.name)
                 check_applied(file, [pipeline.transformer, pipeline.text_encoder])
         subject_score, ordinary, shown = evaluate(pipeline, args.subject)
+        reworded = evaluate_other_words(pipeline)
         print(
-            f"{when:6}  {SUBJECTS[args.subject]}: {subject_score:.0f} of 100   ordinary prompts: {ordinary:.0f} of 100"
+            f"{when:6}  {SUBJECTS[args.subject]}: {subject_score:.0f} of 100   "
+            f"ordinary prompts: {ordinary:.0f} of 100, in other words {reworded:.0f}"
         )
         rows += [(image, f"{when}: {prompt}") for image, prompt in shown]
     print(save_image(image_grid([image for image, _ in rows], [text for _, text in rows], columns=8), args.output))
