@@ -375,7 +375,7 @@ def run(words, train, short_runs, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(sys, "argv", [str(script), *words[2:], *SMALL.get(str(script), [])])
         patch.setattr(sys, "path", [*sys.path])
-        if script.name == "compare.py":  # which draws 128 pictures
+        if script.name == "compare.py":  # which draws 192 pictures
             small_pictures(diffusers.FluxPipeline, patch, num_inference_steps=2)
         try:
             runpy.run_path(str(script), run_name="__main__")

@@ -210,7 +210,7 @@ def quickstart_flags():
 @pytest.mark.parametrize(
     ("extra", "steps", "bar", "ordinary_bar"),
     [
-        pytest.param((), 600, 50, 70, id="the quickstart", marks=pytest.mark.slow),
+        pytest.param((), 600, 50, 65, id="the quickstart", marks=pytest.mark.slow),
         pytest.param(("--preserve_outputs", 0), 200, 25, 0, id="nothing preserved"),
     ],
 )
