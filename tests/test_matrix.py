@@ -1221,14 +1221,14 @@ def unload(transformer):
 def read_by_dreambooth(file, request, monkeypatch):
     pipeline = request.getfixturevalue("flux_pipeline")
     pipeline.unload_lora_weights()
-    monkeypatch.setattr(FluxPipeline, "from_pretrained", lambda *_, **__: pipeline)
+    monkeypatch.setattr(dreambooth_generate, "load_whole_pipeline", lambda *_: pipeline)
     return dreambooth_generate.load_pipeline(file, "model")[0].transformer
 
 
 def read_by_influxedit(file, request, monkeypatch):
     pipeline = request.getfixturevalue("fill_pipeline")
     pipeline.unload_lora_weights()
-    monkeypatch.setattr(influxedit.FillPipeline, "from_pretrained", lambda *_, **__: pipeline)
+    monkeypatch.setattr(influxedit_generate, "load_whole_pipeline", lambda *_: pipeline)
     return influxedit_generate.load_pipeline(file, "model", edit_mode=True)[0].transformer
 
 
