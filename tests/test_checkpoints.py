@@ -133,7 +133,11 @@ def test_a_folder_of_others_is_no_output_dir(script, short_runs, tmp_path, capsy
     for name in ("README.md", "args.json", "validation", "loss.png", "model_index.json", ".git", "transformer"):
         folder = tmp_path / f"with-{name}"
         folder.mkdir()
-        (folder / name).write_text('{"name": "a project"}')
+        if name in ("validation", ".git", "transformer"):
+            (folder / name).mkdir()
+            (folder / name / "a.txt").write_text("of another")
+        else:
+            (folder / name).write_text('{"name": "a project"}')
         before = files_of(tmp_path)
         assert f"holds {name}," in refused(script, [*words, folder], capsys)
         assert files_of(tmp_path) == before
