@@ -730,11 +730,15 @@ interruption = Interruption()  # a process has one handler of each signal
 def catch_signals(output_dir: Path) -> Iterator[None]:
     """Within it SIGNALS end the run as `interruption` says, with one line and exit code 128 + their number.
 
-    Afterwards they mean what they meant before: a notebook goes on.
+    Afterwards they mean what they meant before, and the folder is free for other processes, whatever ended the run: a
+    notebook goes on.
     """
     interruption.reset(output_dir)
     if threading.current_thread() is not threading.main_thread():  # which gets no signal, and may handle none
-        yield
+        try:
+            yield
+        finally:
+            release_lock()
         return
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     wakeups, wakeup_writer = os.pipe()
@@ -756,6 +760,7 @@ def catch_signals(output_dir: Path) -> Iterator[None]:
         thread.join()
         os.close(wakeups)
         os.close(wakeup_writer)
+        release_lock()
 
 
 def what_is_saved() -> str:
@@ -848,7 +853,6 @@ def stop_interrupted(accelerator: Accelerator, step: int, checkpoint: Path) -> N
     """Ends a run that a signal interrupted, on this process (128 + its number) or another (1), after it was saved."""
     accelerator.free_memory()
     accelerator.end_training()
-    release_lock()
     print_once(f"Interrupted at step {step}, saved {checkpoint}; continue with --resume_from_checkpoint latest")
     raise SystemExit(128 + interruption.number if interruption.number else 1)
 
@@ -893,9 +897,9 @@ def atomic_write(path: Path | str, *, durable: bool = True) -> Iterator[Path]:
 def remove_partial(output_dir: Path, results: Iterable[Path] = ()) -> None:
     """Deletes what a killed run was writing: partial files of `atomic_write` and partial checkpoints.
 
-    `results` are the files of its LoRAs, which may stand beside `output_dir`, with others' there; NAME.safetensors
-    stands for NAME-000010.safetensors, of an epoch, too, unless that is a run with a folder of its own. To be called
-    by one process, while no other one writes.
+    Runs with a folder in `output_dir` are left alone. `results` are the files of its LoRAs, which may stand beside
+    `output_dir`, with others' there; NAME.safetensors stands for NAME-000010.safetensors, of an epoch, too, unless
+    that is a run with a folder of its own. To be called by one process, while no other one writes.
     """
     with writing(output_dir):
         for result in results:
@@ -909,11 +913,15 @@ def remove_partial(output_dir: Path, results: Iterable[Path] = ()) -> None:
                 is_other_run = name[2] and path.with_name(name[1]).is_dir()
                 if not is_other_run:
                     path.unlink()
-        for path in list(output_dir.rglob(".*")):
-            if path.is_dir() and PARTIAL_CHECKPOINT.fullmatch(path.name):
-                shutil.rmtree(path)
-            elif path.is_file() and PARTIAL_FILE.fullmatch(path.name):
-                path.unlink()
+        for folder, folder_names, file_names in os.walk(output_dir):
+            own = Path(folder)
+            if own != output_dir and (own / RUN_FILE).exists():  # of another run, which may be writing
+                folder_names.clear()
+                continue
+            for name in filter(PARTIAL_CHECKPOINT.fullmatch, folder_names):
+                shutil.rmtree(own / name)
+            for name in filter(PARTIAL_FILE.fullmatch, file_names):
+                (own / name).unlink()
 
 
 def keep_shorter_results(

@@ -25,7 +25,6 @@ from common.checkpoints import (
     lock_folder,
     print_once,
     read_json,
-    release_lock,
     remove_partial,
     writing,
 )
@@ -549,7 +548,6 @@ def finish(
     accelerator.print(f"Generate with it:\n  {python()} {examples}/{command}")
     if hub_repo:
         push_to_hub(args, hub_repo, unwanted, files_beside)
-    release_lock()
 
 
 def python() -> str:

@@ -8,8 +8,9 @@ import os
 import shutil
 import signal
 import socket
+import threading
 from argparse import Namespace
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from common.checkpoints import (
@@ -68,6 +69,19 @@ def test_what_a_killed_run_was_writing_beside_its_folder_is_swept(tmp_path):
         (tmp_path / name).write_text("x")
     remove_partial(tmp_path / "a.b", [tmp_path / "a.b.safetensors"])
     assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()} == {*kept}
+
+
+def test_a_run_in_the_folder_of_another_goes_on_writing(tmp_path):
+    """--output_dir out beside a run of --output_dir out/second, or --output_name second."""
+    live = [tmp_path / "second" / name for name in (".checkpoint-6.partial/state", "encoded/.a.0123abcd.partial")]
+    for path in live:
+        path.parent.mkdir(parents=True)
+        path.write_text("x")
+    with another_run(tmp_path / "second"):
+        remove_partial(tmp_path)
+        assert all(path.exists() for path in live)
+        remove_partial(tmp_path / "second")  # its own
+    assert not any(path.exists() for path in live)
 
 
 def test_settings_that_differ_are_named_without_pythons_types():
@@ -267,6 +281,25 @@ def test_a_run_holds_its_folder_and_leaves_it(train, short_runs, tmp_path, monke
     monkeypatch.setattr(f"{script}.print_header", lambda *args, **kwargs: seen.append(seen_by_another(tmp_path)))
     train(script, *short_runs[script], "--max_train_steps", 1, "--output_dir", tmp_path)
     assert seen == [True]
+    assert not seen_by_another(tmp_path)
+
+
+@pytest.mark.parametrize("error", [ValueError, SystemExit, KeyboardInterrupt])
+@pytest.mark.parametrize("in_thread", [False, True])
+def test_a_folder_is_free_when_a_run_in_a_notebook_has_failed(tmp_path, error, in_thread):
+    """The process lives on, and the next run may be one of another process."""
+
+    def fail_while_training():
+        with suppress(error, SystemExit), catch_signals(tmp_path):
+            assert lock_folder(tmp_path)
+            raise error
+
+    if in_thread:
+        thread = threading.Thread(target=fail_while_training)
+        thread.start()
+        thread.join()
+    else:
+        fail_while_training()
     assert not seen_by_another(tmp_path)
 
 
