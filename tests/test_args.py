@@ -230,7 +230,7 @@ def test_a_missing_dataset_or_column_is_named(world, no_models, train, capsys):
     for extra, message in (
         ([world["nowhere"]], "cannot be loaded"),
         ([world["bare"], "--image_column", "photo"], "no column photo; it has image"),
-        ([world["labelled"], "--image_column", "label"], "cannot be loaded"),
+        ([world["labelled"], "--image_column", "label"], "column label holds no images"),
         ([world["bare"], "--caption_column", "words"], "no column words; it has image"),
     ):
         with pytest.raises(SystemExit) as stop:
