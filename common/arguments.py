@@ -243,7 +243,10 @@ def shared_needs(args: argparse.Namespace) -> Needs:
     return {
         "--lr_scheduler polynomial": (args.lr_scheduler == "polynomial", ("lr_power",)),
         "--lr_scheduler cosine_with_restarts": (args.lr_scheduler == "cosine_with_restarts", ("lr_num_cycles",)),
-        "another --lr_scheduler than constant": (args.lr_scheduler != "constant", ("lr_warmup_steps",)),
+        "another --lr_scheduler than constant": (
+            args.lr_scheduler != "constant" or args.lr_warmup_steps == 0,  # published commands have it beside constant
+            ("lr_warmup_steps",),
+        ),
         "--optimizer prodigy": (
             args.optimizer == "prodigy",
             ("prodigy_decouple", "prodigy_use_bias_correction", "prodigy_safeguard_warmup"),

@@ -271,3 +271,13 @@ def test_schedule_and_optimizer_flags_that_change_nothing_are_named(short_runs, 
     for args.optimizer in ("adamw", "prodigy", "sgd") if script == OMINI else ("adamw", "prodigy"):
         check({"prodigy_decouple": False, "prodigy_use_bias_correction": False, "prodigy_safeguard_warmup": False})
         check({"adam_beta1": 0.5, "adam_beta2": 0.9, "adam_epsilon": 0.1})
+
+
+@pytest.mark.parametrize("script", TRAINERS)
+def test_no_warmup_beside_a_constant_rate_is_what_happens(short_runs, script, capsys):
+    module = importlib.import_module(script)
+    words = [*map(str, short_runs[script]), "--lr_scheduler", "constant", "--lr_warmup_steps"]
+    _, said = remark_of(module, [*words, "0"], capsys)
+    assert "lr_warmup_steps" not in said
+    _, said = remark_of(module, [*words, "5"], capsys)
+    assert "lr_warmup_steps" in said
