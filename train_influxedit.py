@@ -1734,7 +1734,7 @@ def train(args):
     }
     files_beside = [lora] if args.output_name else []
     command = generate_command(args, example_prompt)
-    check_taken(taken_steps, args.output_dir)
+    check_taken(taken_steps, args.output_dir, has_scaler=accelerator.scaler is not None)
     finish(accelerator, args, global_step, results, command, hub_repo, files_beside=files_beside)
 
 

@@ -2787,7 +2787,7 @@ def train(args):
     images = " ".join(shlex.quote(str(path)) for path in args.validation_image or ["IMAGE"])
     command = generate_command(args, specs, example_prompt, image=images, mask="MASK")
     files_beside = list(files.values()) if args.output_name else []
-    check_taken(taken_steps, args.output_dir)
+    check_taken(taken_steps, args.output_dir, has_scaler=accelerator.scaler is not None)
     finish(accelerator, args, global_step, results, command, hub_repo, ["depth/**"], files_beside)
 
 

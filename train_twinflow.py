@@ -2659,7 +2659,7 @@ def train(args):
         "images": "validation",
     }
     files_beside = [lora] if args.output_name else []
-    check_taken(taken_steps, args.output_dir)
+    check_taken(taken_steps, args.output_dir, has_scaler=accelerator.scaler is not None)
     finish(accelerator, args, global_step, results, command, hub_repo, ["encoded/**"], files_beside)
 
 

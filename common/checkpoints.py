@@ -839,10 +839,13 @@ def check_steps(taken: Sequence[bool], step: int, *, done: bool) -> None:
     )
 
 
-def check_taken(taken: Sequence[bool], output_dir: Path) -> None:
-    """Ends a run, whose results are written, as failed if more than a tenth of its steps was skipped."""
+def check_taken(taken: Sequence[bool], output_dir: Path, *, has_scaler: bool) -> None:
+    """Ends a run, whose results are written, as failed if more than a tenth of its steps was skipped.
+
+    A gradient scaler (fp16) finds its scale by steps that it skips: up to 16, from 65,536 down to 1.
+    """
     num_skipped = taken.count(False)
-    if num_skipped > len(taken) / 10:
+    if num_skipped > len(taken) / 10 + (16 if has_scaler else 0):
         raise SystemExit(
             f"\n{num_skipped} of {len(taken)} steps were skipped, their losses or gradients were not finite: what is "
             f"in {output_dir} is trained less than was asked for; {REMEDY_NOT_FINITE}"

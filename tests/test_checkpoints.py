@@ -17,6 +17,7 @@ from common.checkpoints import (
     FILLED,
     NOT_READ,
     catch_signals,
+    check_taken,
     is_in_use,
     lock_folder,
     release_lock,
@@ -371,3 +372,12 @@ def test_a_folder_that_is_deleted_meanwhile_is_locked_again_or_left_to_the_run_t
             metrics.write({"step": 3, "loss": 1.0, "lr": 1.0})
         assert files_of(folder) == before
     release_lock()
+
+
+def test_steps_by_which_a_scaler_finds_its_scale_are_no_failure(tmp_path):
+    taken = [False] * 3 + [True] * 17
+    check_taken(taken, tmp_path, has_scaler=True)
+    with pytest.raises(SystemExit, match="3 of 20 steps"):
+        check_taken(taken, tmp_path, has_scaler=False)
+    with pytest.raises(SystemExit, match="30 of 100 steps"):
+        check_taken([True, True, True, False] * 20 + [False, True] * 10, tmp_path, has_scaler=True)
