@@ -2842,6 +2842,9 @@ def train(args):
     # 7. Train
     run_info = describe_run(args, examples, dataset.class_examples, embedding_handler, text_params, text_encoder_stop)
     run_info |= describe_small_groups(sampler.groups, sampler.batch_size, size_of=lambda group: group[1])
+    if preserve_prompts:
+        interval = "every step" if args.preserve_every == 1 else f"every {args.preserve_every} steps"
+        run_info["preserved"] = f"outputs for {len(preserve_prompts)} prompts, {interval}"
     batch_sizes = sorted({example.options["batch_size"] for example in examples})
     batch = " or ".join(str(batch_size) for batch_size in batch_sizes)
     print_header(accelerator, args, run_info, lora_params, base_size, max_train_steps, steps_per_epoch, batch)

@@ -338,6 +338,7 @@ positive_float = in_range(float, 0, above=True)
 non_negative_float = in_range(float, 0)
 fraction = in_range(float, 0, 1)
 seed_number = in_range(int, 0, 2**32 - 1)  # what numpy takes
+image_seed = in_range(int, 0, 2**63 - 1)  # of a torch.Generator; such as ComfyUI's
 decay_rate = in_range(float, 0, 0.9999999)  # of an exponential mean, such as Adam's betas
 
 

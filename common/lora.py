@@ -1,5 +1,6 @@
 """LoRA adapters: which layers get one, adding them, saving and loading them."""
 
+import functools
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -42,6 +43,9 @@ FLUX_TARGET_MODULES = (
 )
 
 RESUME_PREFIX = "resume_"  # of the files in checkpoints that runs continue from
+
+# Embeddings are no part of an adapter; left to itself, PEFT asks the Hub whether they are
+peft_state_dict = functools.partial(get_peft_model_state_dict, save_embedding_layers=False)
 
 TargetModules = str | Sequence[str]  # a regular expression, or names of layers or ends of such names
 
@@ -131,7 +135,7 @@ def adapter_weights(model: torch.nn.Module, adapter_name: str = "default") -> di
     for name, value in model.state_dict(keep_vars=True).items():
         trained = value.requires_grad  # frozen weights are not gathered
         state_dict[name] = full_tensor(value) if trained else value.detach()
-    return get_peft_model_state_dict(model, state_dict, adapter_name)
+    return peft_state_dict(model, state_dict, adapter_name)
 
 
 def lora_file(output_dir: Path, output_name: str | None, epoch: int | None = None) -> Path:
@@ -214,7 +218,7 @@ def load_lora(path: str | Path, modules: Mapping[str, torch.nn.Module], *, adapt
     for name, model in modules.items():
         prefix = f"{name}."
         weights = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
-        if weights.keys() != get_peft_model_state_dict(model, adapter_name=adapter_name).keys():
+        if weights.keys() != peft_state_dict(model, adapter_name=adapter_name).keys():
             raise ValueError(f"the LoRA in {path} was made for other layers of the {name} than this run trains")
         set_peft_model_state_dict(model, weights, adapter_name=adapter_name)
     unused = [key for key in state_dict if key.partition(".")[0] not in modules]
@@ -262,7 +266,7 @@ def start_from_lora(
     for component, model in modules.items():
         config = adapter_config(model, adapter_name)
         weights = {}
-        for key in get_peft_model_state_dict(model, adapter_name=adapter_name):
+        for key in peft_state_dict(model, adapter_name=adapter_name):
             if key.endswith(".lora_A.weight"):
                 layer = layers[full_name(f"{component}.{key.removesuffix('.lora_A.weight')}")]
                 weights[key] = layer.down.float()

@@ -94,6 +94,15 @@ def test_text_encoder_adapters_travel_in_the_same_file(tiny, tmp_path):
     torch.testing.assert_close(run(pipeline.transformer), run(transformer), atol=1e-5, rtol=1e-5)
 
 
+def test_saving_asks_nobody_about_the_vocabulary(tiny, tmp_path, recwarn):
+    text_encoder = with_random_lora(tiny.text_encoder, 4, 8, ("self_attn.q_proj",))
+    text_encoder.peft_config["default"].base_model_name_or_path = "some/pipeline"  # whose root has no config.json
+    save_lora(tmp_path, {"text_encoder": text_encoder})
+    save_exact_lora(tmp_path / "exact", {"text_encoder": text_encoder})
+    load_lora(tmp_path / "exact", {"text_encoder": text_encoder})
+    assert not [warning for warning in recwarn if "config" in str(warning.message)]
+
+
 def test_round_trip_is_exact(tiny, tmp_path):
     trained, other = (with_random_lora(tiny.transformer, 4, 7, seed=seed) for seed in (0, 9))
     save_exact_lora(tmp_path / "a", {"transformer": trained})

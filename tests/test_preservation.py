@@ -1,6 +1,7 @@
 """train_dreambooth_flux_advanced.py: what keeps other prompts as they are, --preserve_outputs and class prompts."""
 
 import json
+import re
 import shutil
 
 from common.data import read_class_images, read_prompts
@@ -105,11 +106,13 @@ def distance_to_base(tiny_model, run, prompts):
     return (adapted - base).square().mean().item()
 
 
-def test_preserved_prompts_move_less(train, flags, tiny_model, prompts_file, tmp_path):  # noqa: F811
+def test_preserved_prompts_move_less(train, flags, tiny_model, prompts_file, tmp_path, capsys):  # noqa: F811
     flags = [*flags, "--learning_rate", 1e-2, "--max_train_steps", 8]
     train(SCRIPT, *flags, "--output_dir", tmp_path / "plain")
     strong = ("--preserve_outputs", 30, "--preserve_prompts", prompts_file)
+    assert "  preserved  " not in capsys.readouterr().out
     train(SCRIPT, *flags, *strong, "--output_dir", tmp_path / "kept")
+    assert re.search(r"  preserved +outputs for \d prompts, every step", capsys.readouterr().out)
     plain, kept = (
         distance_to_base(tiny_model, tmp_path / run, ["a red shape", "an empty picture"] * 2)
         for run in ("plain", "kept")

@@ -11,6 +11,7 @@ from common.arguments import LR_SCHEDULERS, Parser
 from common.lora import add_lora, save_lora
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import ModelMixin
 from diffusers.optimization import SchedulerType
@@ -231,6 +232,13 @@ def test_wrong_values_of_every_flag(commands, refused, monkeypatch, program):
         except (Exception, pytest.fail.Exception) as error:
             accepted.append((words, repr(error)[:300]))
     assert accepted == []
+
+
+def test_images_are_drawn_with_seeds_of_other_programs(monkeypatch):
+    for name in ("dreambooth", "omini", "influxedit", "twinflow"):
+        actions = actions_of(f"examples.{name}.generate", monkeypatch)
+        (seed,) = (action for action in actions if action.dest == "seed")
+        torch.Generator().manual_seed(seed.type("156680208700286") + 1)  # ComfyUI's have 64 bits
 
 
 def test_the_schedules_are_those_of_diffusers():

@@ -20,11 +20,11 @@ from common.arguments import (
     Parser,
     check_folder,
     exit_if_unreadable,
+    image_seed,
     in_range,
     name_or_path,
     non_negative_float,
     positive_int,
-    seed_number,
 )
 from common.checkpoints import read_run_args
 from common.data import save_image
@@ -160,7 +160,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--max_sequence_length", type=in_range(int, 1, 512), help="T5 tokens per prompt (default: as trained)"
     )
-    parser.add_argument("--seed", type=seed_number, default=0)
+    parser.add_argument("--seed", type=image_seed, default=0)
     parser.add_argument("--output", type=Path, default=Path(), help="folder for the images")
     args = parser.parse_args(argv)
     try:

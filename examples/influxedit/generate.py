@@ -24,11 +24,11 @@ from common.arguments import (
     Parser,
     check_folder,
     exit_if_unreadable,
+    image_seed,
     in_range,
     name_or_path,
     non_negative_float,
     positive_int,
-    seed_number,
 )
 from common.checkpoints import read_run_args
 from common.data import Size, check_shape, file_example, fit, read_sizes, resampling, save_image
@@ -89,7 +89,7 @@ def parse_args(argv=None):
     parser.add_argument("--guidance_scale", type=non_negative_float, help="(default: that of the training)")
     parser.add_argument("--max_sequence_length", type=in_range(int, 1, 512), help="(default: that of the training)")
     parser.add_argument(
-        "--seed", type=seed_number, default=0, help="seed of the first image; each next one has the next seed"
+        "--seed", type=image_seed, default=0, help="seed of the first image; each next one has the next seed"
     )
     parser.add_argument("--output", type=Path, default=Path(), help="folder for the results")
     args = parser.parse_args(argv)

@@ -25,12 +25,12 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from common.arguments import (
     Parser,
     exit_if_unreadable,
+    image_seed,
     in_range,
     name_or_path,
     non_negative_float,
     positive_float,
     positive_int,
-    seed_number,
 )
 from common.data import (
     Size,
@@ -131,7 +131,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--max_sequence_length", type=in_range(int, 1, 512), help="T5 tokens per prompt (default: as trained)"
     )
-    parser.add_argument("--seed", type=seed_number, default=0, help="random seed of the first image; the next adds 1")
+    parser.add_argument("--seed", type=image_seed, default=0, help="random seed of the first image; the next adds 1")
     parser.add_argument("--output", type=Path, default=Path("image.png"), help="several prompts: image-0.png, ...")
     args = parser.parse_args(argv)
     try:

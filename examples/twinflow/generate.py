@@ -21,9 +21,9 @@ from common.arguments import (
     check_folder,
     exit_if_unreadable,
     fraction,
+    image_seed,
     in_range,
     non_negative_float,
-    seed_number,
 )
 from common.checkpoints import TENSORS_FILE, read_run_args
 from common.data import MAX_SIDE, Size, file_example, fit, read_sizes, save_image
@@ -260,7 +260,7 @@ def main(argv=None):
         help="size of the images in pixels (default: as trained)",
     )
     parser.add_argument(
-        "--seed", type=seed_number, default=0, help="random seed of the first image; image i has seed + i"
+        "--seed", type=image_seed, default=0, help="random seed of the first image; image i has seed + i"
     )
     parser.add_argument("--output", type=Path, default=Path(), help="folder of the images")
     args = parser.parse_args(argv)
