@@ -656,7 +656,7 @@ class Interruption:
         self.reset(None)
 
     def reset(self, output_dir: Path | None) -> None:
-        """A run begins that writes to `output_dir`."""
+        """A run begins that writes to `output_dir`, or has ended (None)."""
         self.output_dir = output_dir
         self.number: int | None = None  # of the first signal
         self.time = 0.0  # of the last one that counted
@@ -738,6 +738,7 @@ def catch_signals(output_dir: Path) -> Iterator[None]:
         try:
             yield
         finally:
+            interruption.reset(None)
             release_lock()
         return
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
@@ -760,6 +761,7 @@ def catch_signals(output_dir: Path) -> Iterator[None]:
         thread.join()
         os.close(wakeups)
         os.close(wakeup_writer)
+        interruption.reset(None)
         release_lock()
 
 

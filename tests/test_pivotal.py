@@ -303,7 +303,7 @@ def test_a_word_within_others_or_in_another_case_is_no_abstraction(tiny_model, t
     examples, problems = dreambooth.find_examples(args)
     assert not problems
     _, embedding_handler = new_prompt_encoder(args)
-    told = dreambooth.describe_run(args, examples, embedding_handler, [], 1)
+    told = dreambooth.describe_run(args, examples, [], embedding_handler, [], 1)
     assert "tok" in told["no tokens"]
     assert "4 times" in told["no tokens"]
 

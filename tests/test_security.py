@@ -435,7 +435,7 @@ def test_no_secret_is_written_and_the_hub_gets_the_results(
     assert {token for _, _, token in asked} == {f"Bearer {SECRETS['flag']}"}
     others = {path for _, path, _ in asked if "me/run" not in path}
     assert others == {"/api/repos/create", "/api/validate-yaml"}
-    kept = ("checkpoint-", ".", "logs/", "encoded/")
+    kept = ("checkpoint-", "step-", ".", "logs/", "encoded/")
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     local = {path.relative_to(tmp_path / "run").as_posix(): path for path in files}
     assert hub.files.keys() == {name for name in local if not name.startswith(kept)}
