@@ -36,7 +36,7 @@ def fill_up(prompts: Sequence[str]) -> list[str]:
     Kernels are chosen by the shape of a batch and may round differently: with one shape for all, an embedding does
     not depend on how many other prompts there are.
     """
-    return [*prompts, *prompts[:1] * (PROMPTS_PER_BATCH - len(prompts))]
+    return [*prompts, *list(prompts[:1]) * (PROMPTS_PER_BATCH - len(prompts))]
 
 
 def clip_lora_shapes(args: Any, target_modules: Sequence[str]) -> dict[str, tuple[int, int]]:
@@ -123,7 +123,8 @@ class PromptEncoder:
         The processes share the work; afterwards each of them has all embeddings.
         """
         for encoder_name in sorted(self.encoders.keys() - self.trained):  # all processes need the same order
-            with self.accelerator.split_between_processes(prompts) as own_prompts:
+            sharing: Any = self.accelerator.split_between_processes(prompts)
+            with sharing as own_prompts:
                 embeds = self._encode_through_disk(encoder_name, own_prompts)
             self.cached[encoder_name] = dict(gather_objects(list(embeds.items())))
             if not self.keep_encoders:

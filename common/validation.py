@@ -69,7 +69,7 @@ def generate_class_images(
     pipeline: Any,
     pipeline_call: Callable[[list[str]], Mapping[str, Any]],
     *,
-    prompts: Sequence[str],
+    prompts: list[str],
     model: str,
     folder: Path,
     num_images: int,
