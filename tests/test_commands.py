@@ -10,6 +10,7 @@ in two steps. `...` at the end of a command stands for the flags of a short run,
 
 import argparse
 import ast
+import contextlib
 import functools
 import importlib
 import io
@@ -366,6 +367,9 @@ def run(words, train, short_runs, monkeypatch):
         flags = [word.replace("models/checkpoints/flux1-dev.safetensors", f"../../{FLUX}") for word in flags]
         if flags[-1:] == ["..."]:
             flags[-1:] = map(str, short_runs[script.stem])
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            importlib.import_module(script.stem).parse_args(flags)
+        assert said.getvalue() == ""  # no flag of a page is without effect
         torch.compiler.set_stance("force_eager")  # compiling takes a minute on a CPU; tests/test_speed.py does it
         try:
             train(script.stem, *flags, *small_run(script.name, flags))
