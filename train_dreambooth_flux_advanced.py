@@ -99,6 +99,7 @@ from common.data import (
     check_num_samples,
     collate,
     count_sizes,
+    data_record,
     describe_class_images,
     describe_data,
     describe_small_groups,
@@ -159,6 +160,7 @@ from common.models import (
     latent_channels,
     load_model,
     load_scheduler,
+    model_identities,
     model_identity,
     quantize_base,
     shard,
@@ -1401,6 +1403,7 @@ def configure(example, options):
         example.name,
         example.read,
         example.caption,
+        stamp=example.stamp,
         files=example.files,
         source=example.source,
         options=options,
@@ -2659,7 +2662,8 @@ def train(args):
     # fewer than requested where nothing is left to train: new tokens alone are done after --train_text_encoder_ti_frac
     max_train_steps = max(text_encoder_stop, transformer_stop)
     validation_steps = args.validation_steps or args.validation_epochs * steps_per_epoch
-    run = run_settings(args, len(dataset), accelerator.num_processes)
+    models = model_identities(args, ["ae", "clip_l", "t5xxl", "tokenizer_dir"])
+    run = run_settings(args, accelerator.num_processes, data=data_record(examples), models=models)
     if args.dataset_config and not problems:
         run["the hash of --dataset_config"] = hashlib.sha256(args.dataset_config.read_bytes()).hexdigest()[:16]
     if class_prompts:

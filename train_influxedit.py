@@ -98,6 +98,7 @@ from common.data import (
     check_shape,
     collate,
     count_sizes,
+    data_record,
     describe_class_images,
     describe_data,
     describe_small_groups,
@@ -145,6 +146,7 @@ from common.models import (
     full_tensor,
     load_model,
     load_scheduler,
+    model_identities,
     model_identity,
     quantize_base,
     shard,
@@ -1438,7 +1440,8 @@ def train(args):
     total_batch_size = args.train_batch_size * accumulation * accelerator.num_processes
     steps_per_epoch = math.ceil(sampler.steps_per_epoch / accumulation)
     max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
-    run = run_settings(args, len(dataset), accelerator.num_processes)
+    models = model_identities(args)
+    run = run_settings(args, accelerator.num_processes, data=data_record(examples), models=models)
     if class_prompts:
         run["the hash of --class_prompt"] = hashlib.sha256("\n".join(class_prompts).encode()).hexdigest()[:16]
     problems += check_run(accelerator, args, max_train_steps, checkpoint, run)

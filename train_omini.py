@@ -104,6 +104,7 @@ from common.data import (
     check_images,
     check_roles,
     check_shape,
+    data_record,
     describe_data,
     describe_small_groups,
     file_example,
@@ -162,6 +163,7 @@ from common.models import (
     latent_channels,
     load_model,
     load_scheduler,
+    model_identities,
     quantize_base,
     shard,
     why_no_pipeline,
@@ -1838,6 +1840,7 @@ def split_pairs(examples, args):
             if caption is None:
                 caption = pair.caption
             example = Example(f"{pair.name}, side {side}", read_side, caption, columns=pair.columns, files=pair.files)
+            example.stamp = pair.stamp
             example.source = "" if caption is None else pair.source or "its own column"
             example.size = Size(args.image_size, args.image_size)
             other = Example(f"{pair.name}, other side", read_other, size=example.size)
@@ -2524,7 +2527,8 @@ def train(args):
         if prompt is not None:
             prompts.add(prompt)
     checkpoint = checkpoint_to_resume(args.output_dir, args.resume_from_checkpoint)
-    run = run_settings(args, len(dataset), accelerator.num_processes)
+    models = model_identities(args, ["depth_model"] if needs_depth(args) else [])
+    run = run_settings(args, accelerator.num_processes, data=data_record(examples), models=models)
     problems += check_memory(args, prompts) + check_run(accelerator, args, max_train_steps, checkpoint, run)
     if problems:
         fail(accelerator, problems)

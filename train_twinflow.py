@@ -108,6 +108,7 @@ from common.data import (
     check_roles,
     check_shape,
     count_sizes,
+    data_record,
     describe_data,
     describe_small_groups,
     file_example,
@@ -153,6 +154,7 @@ from common.models import (
     compile_blocks,
     full_tensor,
     load_model,
+    model_identities,
     quantize_base,
     reshard,
     shard,
@@ -1966,27 +1968,28 @@ def latent_shape(backbone: Backbone, size: Size) -> tuple[int, int, int]:
     return backbone.latent_channels, size.height // factor, size.width // factor
 
 
-def encoder_settings(args) -> list[str]:
-    """What the tensors of a prompt or an image depend on, beside the prompt or the image itself."""
+def model_record(args) -> dict[str, str]:
+    """The `model_identities` of all that models are read from."""
+    return model_identities(args, ["openuni_checkpoint", "openuni_llm"])
+
+
+def encoder_settings(args, models: dict[str, str]) -> list[str]:
+    """What the tensors of a prompt or an image depend on, beside the prompt or the image itself.
+
+    `models` is the `model_record`.
+    """
     return [
         str(value)
         for value in (
-            args.pretrained_model_name_or_path,
+            *models.items(),
             args.model_type,
-            args.revision,
             args.variant,
-            args.openuni_checkpoint,
-            args.openuni_llm,
             args.mixed_precision,
             args.max_sequence_length,
             args.seed,  # of random crops
             args.resolution,
             args.center_crop,
             args.image_interpolation_mode,
-            *(args.train_data_dir or []),
-            args.dataset_name,
-            args.dataset_config_name,
-            args.reference_data_dir,
             "sRGB",  # of the pixels
         )
     ]
@@ -1996,7 +1999,7 @@ def prompt_key(prompt: str, reference: Example | None, *crop: object) -> tuple:
     """The cache's key for a prompt; that of an edit is encoded beside the image to edit, cut as `crop` says."""
     if reference is None:
         return ("prompt", prompt)
-    return ("prompt", prompt, reference.name, reference.stamp, *crop)
+    return ("prompt", prompt, reference.stamp or reference.name, *crop)
 
 
 class TwinFlowDataset(Dataset):
@@ -2051,7 +2054,8 @@ class TwinFlowDataset(Dataset):
 
     def image_key(self, index: int, flipped: bool) -> tuple:
         """The cache's key for the latents of an image, whose random crop depends on its index."""
-        return ("image", self.buckets[index], index, flipped, self.examples[index].stamp)
+        example = self.examples[index]
+        return ("image", self.buckets[index], index, flipped, example.stamp or example.name)
 
     def __getitem__(self, position: tuple[int, int]) -> dict:
         epoch, place = position
@@ -2376,7 +2380,8 @@ def train(args):
     examples, problems = find_examples(args)
     validation_reference, unreadable = find_validation_image(args)
     problems += unreadable
-    cache = TensorCache(args.output_dir / "encoded", encoder_settings(args))
+    models = model_record(args)
+    cache = TensorCache(args.output_dir / "encoded", encoder_settings(args, models))
     dataset = TwinFlowDataset(examples, cache, args)
     sampler = StepSampler(
         [dataset.buckets[index] for index in dataset.order],
@@ -2390,7 +2395,7 @@ def train(args):
     steps_per_epoch = math.ceil(sampler.steps_per_epoch / accumulation)
     max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
     validation_steps = args.validation_steps or args.validation_epochs * steps_per_epoch
-    run = run_settings(args, len(examples), accelerator.num_processes)
+    run = run_settings(args, accelerator.num_processes, data=data_record(examples), models=models)
     checkpoint = checkpoint_to_resume(args.output_dir, args.resume_from_checkpoint)
     problems += check_run(accelerator, args, max_train_steps, checkpoint, run)
     if problems:

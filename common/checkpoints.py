@@ -94,6 +94,22 @@ CHANGEABLE = frozenset(
         "save_format",
         "upcast_before_saving",
         "verbose",
+        # Where data and models lie: their content is compared, see `run_settings`
+        "ae",
+        "caption_data_dir",
+        "clip_l",
+        "dataset_config",
+        "instance_data_dir",
+        "mask_data_dir",
+        "openuni_checkpoint",
+        "openuni_llm",
+        "pretrained_model_name_or_path",
+        "prompts_file",
+        "reference_data_dir",
+        "t5xxl",
+        "target_data_dir",
+        "tokenizer_dir",
+        "train_data_dir",
     }
 )
 
@@ -113,16 +129,20 @@ def read_run_args(folder: Path, flags: Collection[str]) -> dict[str, Any]:
     return args
 
 
-def run_settings(args: argparse.Namespace, num_samples: int, num_processes: int) -> dict[str, Any]:
-    """{name: value} of all that must be the same when the run is resumed; flags as text."""
+def run_settings(
+    args: argparse.Namespace, num_processes: int, *, data: list[list[str]], models: dict[str, str]
+) -> dict[str, Any]:
+    """{name: value} of all that must be the same when the run is resumed: flags as text, and the content of the data
+    and of the models, from `data_record` (data.py) and `model_identities` (models.py)."""
     settings: dict[str, Any] = {}
     for name, value in vars(args).items():
         if isinstance(value, list):  # a Path in it would be PosixPath(...)
             value = [str(part) if isinstance(part, Path) else part for part in value]
         if name not in CHANGEABLE:
             settings[name] = str(value)
-    settings["the number of samples"] = num_samples
     settings["the number of processes"] = num_processes
+    settings["data"] = data
+    settings["models"] = models
     return settings
 
 
@@ -291,13 +311,55 @@ def checkpoint_conflicts(checkpoint: Path | None, run: Mapping[str, Any]) -> lis
     if damage:
         return damage
     saved = checkpoint_state(checkpoint)
+    changes = []
     problems = []
     for name, value in run.items():
-        if name in saved and saved[name] != value:
+        if name not in saved or saved[name] == value:
+            continue
+        if name == "data":
+            changes += data_changes(saved[name], value)
+        elif name == "models":
+            changes += model_changes(saved[name], value)
+        else:
             problems.append(
                 f"--resume_from_checkpoint {checkpoint}: {name} was {saved[name]} there and is {value} now"
             )
+    if changes:
+        problems.append(
+            f"--resume_from_checkpoint {checkpoint} is of a run with others of these: {'; '.join(changes)}. Put back "
+            "what was there, or start a new run in another --output_dir: the LoRA of this one can be its --lora_path"
+        )
     return problems
+
+
+def data_changes(saved: Sequence[Sequence[str]], record: Sequence[Sequence[str]]) -> list[str]:
+    """What differs between two `data_record`s, in words: "2 of 12 images (a.png, b.png)"."""
+    if len(saved) != len(record):
+        names = sorted({row[0] for row in saved} ^ {row[0] for row in record})
+        return [f"{len(record)} examples for {len(saved)}{first_five(names)}"]
+    changes = []
+    for kind, position in (("images", 1), ("captions", 2)):
+        names = []
+        for old, new in zip(saved, record, strict=True):
+            if old[position] != new[position] and old[position] and new[position]:
+                names.append(new[0])
+        if names:
+            changes.append(f"{len(names)} of {len(record)} {kind}{first_five(names)}")
+    return changes
+
+
+def first_five(names: Sequence[str]) -> str:
+    """Some names in brackets, and how many others there are; nothing of none."""
+    if not names:
+        return ""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f" ({', '.join(names[:5])}{more})"
+
+
+def model_changes(saved: Mapping[str, str], models: Mapping[str, str]) -> list[str]:
+    """The parts of a run's models that differ, in words."""
+    changed = [part for part in sorted({*saved, *models}) if saved.get(part) != models.get(part)]
+    return [f"weights or files of {', '.join(changed)}"] if changed else []
 
 
 # ---------------------------------------------------------------------------------------------------------------------

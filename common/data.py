@@ -24,6 +24,7 @@ import csv
 import filecmp
 import functools
 import glob
+import hashlib
 import io
 import itertools
 import json
@@ -103,6 +104,8 @@ UNSAFE_FORMATS = ("EPS", "IPTC")
 MAX_LEFT_OUT = 10  # samples of a stream, in a row, that cannot be used
 
 MAX_PIXELS = 2**28  # 268 megapixels, of an image that is read: 800 MB in memory
+
+STAMP_BYTES = 2**14  # of the beginning and of the end of a file
 
 MAX_CHUNK = 2**24  # bytes of a text or a colour profile in a PNG file, unpacked
 
@@ -303,7 +306,7 @@ class Example:
     caption  as it was found: text, None, a list of texts, or what a check refuses
     images   examples of its other images by role: mask, target, reference, condition_0, ...
     columns  its row of metadata.jsonl or of the dataset, less images
-    stamp    text that changes when its files change
+    stamp    text that tells its images from others, see `file_stamp`; "" where nothing is known of them
     files    its image and the file of its caption, where these are files
     source   where its caption was found: .txt, metadata.jsonl, the dataset; "" where it was not
     size     of the upright image, once it is assigned
@@ -352,12 +355,45 @@ def file_example(path: Path, caption: Any = None, *, name: str | None = None) ->
 
 
 def file_stamp(path: Path) -> str:
-    """Path, bytes and time of a file's last change; nothing of one that cannot be looked at."""
+    """The `content_stamp` of a file, which is the same wherever it lies; "" of one that cannot be read."""
     try:
-        status = path.stat()
+        if not path.is_file():  # reading a pipe waits for what writes there
+            return ""
+        with path.open("rb", buffering=0) as file:
+            return content_stamp(file)
     except (OSError, ValueError):
         return ""
-    return f"{path} {status.st_size} {status.st_mtime_ns}"
+
+
+def content_stamp(file: Any) -> str:
+    """A hash of an image file, open to be read: of its length, its first 16 KiB and its last.
+
+    PNG files end with a checksum of all pixels, and two JPEG or WebP files of different pictures differ in length or
+    in how they end. So thousands of files take a second.
+    """
+    size = file.seek(0, io.SEEK_END)
+    digest = hashlib.blake2b(str(size).encode(), digest_size=8)
+    file.seek(0)
+    digest.update(file.read(STAMP_BYTES))
+    if size > STAMP_BYTES:
+        file.seek(max(STAMP_BYTES, size - STAMP_BYTES))
+        digest.update(file.read(STAMP_BYTES))
+    return digest.hexdigest()
+
+
+def data_record(examples: Iterable[Example]) -> list[list[str]]:
+    """[name, stamp, hash of the caption] of each example: what is compared when a run is resumed."""
+    record = []
+    for example in examples:
+        caption = json.dumps(example.caption, default=str)
+        record.append(
+            [
+                Path(example.name).name,
+                example.stamp,
+                hashlib.blake2b(caption.encode(), digest_size=8).hexdigest(),
+            ]
+        )
+    return record
 
 
 def all_images(examples: Iterable[Example]) -> list[Example]:
@@ -1125,6 +1161,35 @@ def literal_pattern(file: str) -> str:
     return glob.escape(str(path.parent.resolve() / path.name)) if path.is_file() else file
 
 
+def cell_stamps(dataset: Any, column: str) -> list[str]:
+    """The stamps of the images in a column of a dataset, whose bytes are not copied."""
+    stamps = []
+    for rows in dataset.select_columns(column).with_format("arrow").iter(1000):
+        for cell in rows[column]:
+            stamps.append(cell_stamp(cell))
+    return stamps
+
+
+def cell_stamp(cell: Any) -> str:
+    """The stamp of the image in a cell of an Arrow table: of its bytes, of its file, or of its address or base64 text.
+    "" of a cell without one."""
+    import pyarrow
+
+    if isinstance(cell, pyarrow.ListScalar):
+        if not cell.is_valid or len(cell.values) != 1:
+            return ""
+        cell = cell.values[0]
+    if not cell.is_valid:
+        return ""
+    if cell["bytes"].is_valid:
+        return content_stamp(pyarrow.BufferReader(cell["bytes"].as_buffer()))
+    path = cell["path"].as_py()
+    if not path:
+        return ""
+    address = path.partition("::")[0]  # what follows says where an archive lies
+    return file_stamp(Path(path)) or content_stamp(io.BytesIO(address.encode()))
+
+
 def load_rows(
     path: str,
     *,
@@ -1274,6 +1339,10 @@ def read_dataset(
         roots = [caption_root(column, dataset.column_names) for column in caption_columns]
         texts = [column for column in texts if column in roots]
     rows = dataset.select_columns(texts).to_list() if texts else [{}] * len(dataset)
+    stamps = [""] * len(dataset)
+    if columns:
+        stamps_of_columns = [cell_stamps(dataset, column) for column in columns.values()]
+        stamps = [" ".join(row) for row in zip(*stamps_of_columns, strict=True)]
     examples = []
     for i, row in enumerate(rows):
         readers = {role: functools.partial(read_cell, dataset, i, column) for role, column in columns.items()}
@@ -1284,7 +1353,7 @@ def read_dataset(
                 readers=readers,
                 image_columns=columns,
                 caption_columns=caption_columns,
-                stamp=f"{dataset._fingerprint} {i}",
+                stamp=stamps[i],
             )
         )
     return examples, [] if examples else [f"{source}: no images in it"]

@@ -127,19 +127,49 @@ def latent_channels(args: argparse.Namespace) -> int:
         return 16
 
 
-def model_identity(args: argparse.Namespace) -> str:
-    """Text that tells the transformers of --pretrained_model_name_or_path apart: the name and the revision of one on
-    the hub, or a hash of pieces of a local one's files, 256 of each, that is the same wherever they lie."""
+# Beginnings of the names of a pipeline's folders: text_encoder_2
+PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler", "processor")
+
+
+def model_identity(args: argparse.Namespace, part: str = "transformer") -> str:
+    """Text that tells a part of --pretrained_model_name_or_path from those of other models: the name and the revision
+    of one on the hub, or the `content_hash` of a local one."""
     path = Path(args.pretrained_model_name_or_path)
     if not path.exists():
         return f"{path} {args.revision or 'main'}"  # no commit: it changes with a word on the model's page
+    return content_hash(path if path.is_file() else path / part)
+
+
+def model_identities(args: argparse.Namespace, flags: Iterable[str] = ()) -> dict[str, str]:
+    """{part: `model_identity`} of --pretrained_model_name_or_path, and {flag: text} of the models in `flags`, files,
+    folders or names on the hub."""
+    path = Path(args.pretrained_model_name_or_path)
+    parts = ["transformer"]
+    if path.is_dir():
+        parts = sorted(part.name for part in path.iterdir() if part.is_dir() and part.name.startswith(PARTS))
+    identities = {part: model_identity(args, part) for part in parts}
+    for flag in flags:
+        other = vars(args)[flag]
+        if other is not None:
+            identities[f"--{flag}"] = content_hash(Path(other)) if Path(other).exists() else str(other)
+    return identities
+
+
+def content_hash(path: Path) -> str:
+    """A hash of pieces of a file, 256 of each, or of the files in a folder and below with their names, that is the
+    same wherever they lie."""
     digest = hashlib.sha256()
-    for file in [path] if path.is_file() else sorted((path / "transformer").glob("*.safetensors")):
-        size = file.stat().st_size
-        with file.open("rb") as opened:
-            for start in range(0, size, max(4096, size // 256)):
-                opened.seek(start)
-                digest.update(opened.read(4096))
+    with exit_if_unreadable(path):  # it can vanish after the flags were checked
+        files = [path] if path.is_file() else sorted(file for file in path.rglob("[!.]*") if file.is_file())
+        for file in files:
+            if file != path:
+                digest.update(file.relative_to(path).as_posix().encode())
+            size = file.stat().st_size
+            digest.update(f" {size} ".encode())
+            with file.open("rb") as opened:
+                for start in range(0, size, max(4096, size // 256)):
+                    opened.seek(start)
+                    digest.update(opened.read(4096))
     return digest.hexdigest()
 
 

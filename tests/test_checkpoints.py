@@ -30,8 +30,10 @@ from common.metrics import read_metrics
 from common.tracking import open_metrics
 
 import pytest
+from PIL import Image
 from processes import SCRIPTS
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 
 SWEPT = [".checkpoint-6.partial/state", "encoded/.a.safetensors.0123abcd.partial", ".loss.png.ffffffff.partial"]
@@ -86,9 +88,9 @@ def test_a_run_in_the_folder_of_another_goes_on_writing(tmp_path):
 
 
 def test_settings_that_differ_are_named_without_pythons_types():
-    args = Namespace(train_data_dir=[Path("a b"), Path("c")], condition_type=["fill"], model=Path("x"), seed=0)
-    settings = run_settings(args, 4, 1)
-    assert settings["train_data_dir"] == "['a b', 'c']"
+    args = Namespace(data_files=[Path("a b"), Path("c")], condition_type=["fill"], model=Path("x"), seed=0)
+    settings = run_settings(args, 1, data=[], models={})
+    assert settings["data_files"] == "['a b', 'c']"
     assert (settings["condition_type"], settings["model"], settings["seed"]) == ("['fill']", "x", "0")
 
 
@@ -381,3 +383,92 @@ def test_steps_by_which_a_scaler_finds_its_scale_are_no_failure(tmp_path):
         check_taken(taken, tmp_path, has_scaler=False)
     with pytest.raises(SystemExit, match="30 of 100 steps"):
         check_taken([True, True, True, False] * 20 + [False, True] * 10, tmp_path, has_scaler=True)
+
+
+# ---- what a run computes ----
+
+
+@pytest.fixture
+def started(train, short_runs, tmp_path):
+    """started(script, *flags): (flags of a run with a checkpoint, {flag: copy of its folder})."""
+
+    def start(script, *more):
+        words = [*short_runs[script], *more, "--checkpointing_steps", 1]
+        folders = {}
+        for i, flag in enumerate(words[:-1]):
+            if Path(str(words[i + 1])).is_dir():
+                folders[flag] = shutil.copytree(words[i + 1], tmp_path / "first" / flag.strip("-"), dirs_exist_ok=True)
+                words[i + 1] = folders[flag]
+        train(script, *words, "--max_train_steps", 1, "--output_dir", tmp_path / "run")
+        return [*words, "--output_dir", tmp_path / "run", "--resume_from_checkpoint", "latest"], folders
+
+    return start
+
+
+DATA = {script: "--train_data_dir" if script == "train_twinflow" else "--instance_data_dir" for script in SCRIPTS}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_other_data_or_weights_are_not_resumed_and_moved_ones_are(train, started, tmp_path, capsys, script):
+    words, folders = started(script)
+
+    def message(*more):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            train(script, *words, *more)
+        assert stop.value.code == 2
+        return capsys.readouterr().err
+
+    images = folders[DATA[script]]
+    captions = folders.get("--caption_data_dir", images)
+    was = (images / "1.png").read_bytes(), (captions / "2.txt").read_text()
+    Image.new("RGB", (32, 32), "red").save(images / "1.png")
+    (captions / "2.txt").write_text("another caption")
+    before = files_of(tmp_path / "run")
+    refusal = message()
+    assert "1 of 5 images (1.png)" in refusal
+    assert "1 of 5 captions (2.png)" in refusal
+    assert "--lora_path" in refusal
+    (images / "1.png").write_bytes(was[0])
+    (captions / "2.txt").write_text(was[1])
+
+    model = folders["--pretrained_model_name_or_path"]
+    for part in ("transformer", "vae", "text_encoder"):
+        (file,) = (model / part).glob("*.safetensors")
+        honest = file.read_bytes()
+        save_file({name: value + 0.001 for name, value in load_file(file).items()}, file)
+        assert f"weights or files of {part}." in message()
+        file.write_bytes(honest)
+    after = files_of(tmp_path / "run")
+    for name in (".run.json", "args.json"):
+        before.pop(Path(name))
+        after.pop(Path(name))
+    assert after == before
+
+    for flag, folder in folders.items():
+        words[words.index(folder)] = shutil.copytree(folder, tmp_path / "moved" / flag.strip("-"))
+    shutil.rmtree(tmp_path / "first")
+    train(script, *words, "--max_train_steps", 2)
+    train(script, *words[:-4], "--max_train_steps", 2, "--output_dir", tmp_path / "whole")
+    weights = [path for path in files_of(tmp_path / "whole" / "checkpoint-2") if path.suffix == ".safetensors"]
+    assert weights
+    for path in weights:
+        one, other = (load_file(tmp_path / run / "checkpoint-2" / path) for run in ("run", "whole"))
+        assert one.keys() == other.keys()
+        assert all(one[name].equal(other[name]) for name in one)
+
+
+def test_what_is_encoded_belongs_to_the_weights_not_to_their_path(train, started, tmp_path):
+    """A run begins again where an earlier one left its encoded/, with other weights at the same path."""
+    script = "train_twinflow"
+    words, folders = started(script, "--cache_latents")
+    entries = set((tmp_path / "run" / "encoded").iterdir())
+    shutil.rmtree(tmp_path / "run" / "checkpoint-1")
+    for part in ("vae", "text_encoder_2"):
+        (file,) = (folders["--pretrained_model_name_or_path"] / part).glob("*.safetensors")
+        save_file({name: value * 1.5 for name, value in load_file(file).items()}, file)
+    train(script, *words[:-2], "--max_train_steps", 1)
+    encoded = {path.name: load_file(path) for path in (tmp_path / "run" / "encoded").iterdir()}
+    assert len(encoded) == 2 * len(entries)
+    contents = {str({name: value.tolist() for name, value in tensors.items()}) for tensors in encoded.values()}
+    assert len(contents) == len(encoded)

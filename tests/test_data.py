@@ -13,6 +13,7 @@ import time
 import zlib
 from types import SimpleNamespace
 
+from common.checkpoints import data_changes
 from common.data import (
     DATASET_CAPTIONS,
     Example,
@@ -29,6 +30,7 @@ from common.data import (
     describe_data,
     describe_small_groups,
     file_example,
+    file_stamp,
     first_ten,
     fit,
     fit_mask,
@@ -46,7 +48,7 @@ from common.data import (
     read_text,
     upright,
 )
-from common.models import model_identity
+from common.models import content_hash, model_identity
 
 import datasets
 import numpy as np
@@ -783,6 +785,70 @@ def test_a_dataset_with_several_image_columns(parquet, tmp_path):
     (whole, *_), _ = read(whole_rows=True)
     assert whole.caption == "red"
     assert whole.columns == {"text": "red", "lists": ["red", "a red image"], "deep": {"prompt": "deep red"}}
+
+
+def test_a_row_is_told_by_its_images_wherever_the_dataset_lies(parquet, tmp_path):
+    def stamps(path):
+        options = {"image_columns": {"image": "image_bytes", "mask": "mask"}, "cache_dir": tmp_path / "cache"}
+        examples, problems = read_dataset("parquet", source="set", data_files=[str(path)], **options)
+        assert not problems
+        return [example.stamp for example in examples]
+
+    moved = tmp_path / "moved.parquet"
+    shutil.copy(parquet, moved)
+    os.utime(moved, (1, 1))
+    assert stamps(moved) == stamps(parquet)
+    table = datasets.Dataset.from_parquet(str(parquet), cache_dir=tmp_path / "cache").to_dict()
+    table["mask"][1] = encoded("white")
+    datasets.Dataset.from_dict(table).to_parquet(moved)
+    assert [new != old for new, old in zip(stamps(moved), stamps(parquet), strict=True)] == [False, True, False]
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.webp", "a.jpg"])
+def test_a_file_is_told_by_its_content(tmp_path, name):
+    """One point of many differs, in the middle of the picture."""
+    pixels = np.random.default_rng(0).integers(0, 256, (400, 400, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / name)
+    assert (tmp_path / name).stat().st_size > 32768
+    (tmp_path / "moved").mkdir()
+    moved = tmp_path / "moved" / f"b{name}"
+    shutil.copy(tmp_path / name, moved)
+    os.utime(moved, (1, 1))
+    assert file_stamp(moved) == file_stamp(tmp_path / name) != ""
+    pixels[196:204, 196:204] = 255
+    Image.fromarray(pixels).save(moved)
+    assert file_stamp(moved) != file_stamp(tmp_path / name)
+    assert file_stamp(tmp_path / "none.png") == ""
+    os.mkfifo(tmp_path / "pipe.png")
+    assert file_stamp(tmp_path / "pipe.png") == ""
+
+
+def test_what_changed_is_named():
+    saved = [[f"{i}.png", f"s{i}", f"c{i}"] for i in range(12)]
+    record = [list(row) for row in saved]
+    assert data_changes(saved, record) == []
+    for i in range(7):
+        record[i][1] = "another"
+    record[3][2] = "another"
+    record[8][1] = ""  # of which nothing is known
+    images, captions = data_changes(saved, record)
+    assert images == "7 of 12 images (0.png, 1.png, 2.png, 3.png, 4.png and 2 more)"
+    assert captions == "1 of 12 captions (3.png)"
+    assert data_changes(saved, saved[:-1]) == ["11 examples for 12 (11.png)"]
+
+
+def test_a_model_is_told_by_all_of_its_files(tmp_path):
+    tensors = {"large.weight": torch.zeros(1000, 100), "small.bias": torch.zeros(7)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    before = content_hash(tmp_path / "a.safetensors")
+    for name, value in tensors.items():
+        save_file({**tensors, name: value + 1e-3}, tmp_path / "a.safetensors")
+        assert content_hash(tmp_path / "a.safetensors") != before
+    (tmp_path / "tokenizers" / "t5").mkdir(parents=True)
+    (tmp_path / "tokenizers" / "t5" / "words.json").write_text("[]")
+    before = content_hash(tmp_path / "tokenizers")
+    (tmp_path / "tokenizers" / "t5" / "words.json").write_text("{}")
+    assert content_hash(tmp_path / "tokenizers") != before
 
 
 def test_problems_of_a_dataset(parquet, tmp_path):

@@ -174,7 +174,7 @@ def check_stock_pipeline(flags, model_type, folder):
 def load_condition(folder, args, backbone, prompt="a red circle"):
     args.validation_image = args.validation_image and Path(args.validation_image)
     reference, _ = twinflow.find_validation_image(args)
-    cache = TensorCache(folder / "encoded", twinflow.encoder_settings(args))
+    cache = TensorCache(folder / "encoded", twinflow.encoder_settings(args, twinflow.model_record(args)))
     cond = cache.load(*twinflow.prompt_key(prompt, reference, twinflow.validation_size(args, reference)))
     cond = {name: value[None] for name, value in cond.items()}
     if reference:
@@ -423,7 +423,7 @@ def test_the_prompt_encoder_of_an_edit_sees_the_image_as_its_latents_show_it(edi
     """Cropped at the same place and as often mirrored."""
     backbone, encoder, args = editor("--random_flip", *BUCKETS, "--max_sequence_length", 8)
     examples, _ = twinflow.find_examples(args)
-    cache = TensorCache(tmp_path / "encoded", twinflow.encoder_settings(args))
+    cache = TensorCache(tmp_path / "encoded", twinflow.encoder_settings(args, twinflow.model_record(args)))
     dataset = twinflow.TwinFlowDataset(examples, cache, args)
     seen = {}
     honest = backbone.encode_prompt
