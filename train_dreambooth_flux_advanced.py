@@ -79,7 +79,7 @@ from common.checkpoints import (
     checkpoint_to_resume,
     claim_output_dir,
     interruption,
-    keep_shorter_results,
+    keep_earlier_results,
     load_checkpoint,
     outlive_signals,
     run_settings,
@@ -2854,7 +2854,9 @@ def train(args):
     print_header(accelerator, args, run_info, lora_params, base_size, max_train_steps, steps_per_epoch, batch)
     results = [lora_file(args.output_dir, args.output_name), embeddings_file(args), args.output_dir / "embeddings"]
     marks = {"pivot: text encoders frozen": text_encoder_stop, "transformer frozen": transformer_stop}
-    keep_shorter_results(accelerator, args.output_dir, results, max_train_steps)
+    keep_earlier_results(
+        accelerator, args.output_dir, results, first_step=global_step, max_train_steps=max_train_steps
+    )
     start_logging(accelerator, args, "dreambooth-flux", global_step, marks)
     metrics = None
     if accelerator.is_main_process:

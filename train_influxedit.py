@@ -78,7 +78,7 @@ from common.checkpoints import (
     checkpoint_to_resume,
     claim_output_dir,
     interruption,
-    keep_shorter_results,
+    keep_earlier_results,
     load_checkpoint,
     outlive_signals,
     run_settings,
@@ -1607,7 +1607,10 @@ def train(args):
     run_info["sizes"] = count_sizes(sampler.groups)
     run_info |= describe_small_groups(sampler.groups, args.train_batch_size)
     print_header(accelerator, args, run_info, lora_params, base_size, max_train_steps, steps_per_epoch)
-    keep_shorter_results(accelerator, args.output_dir, [lora_file(args.output_dir, args.output_name)], max_train_steps)
+    result = lora_file(args.output_dir, args.output_name)
+    keep_earlier_results(
+        accelerator, args.output_dir, [result], first_step=global_step, max_train_steps=max_train_steps
+    )
     start_logging(accelerator, args, "influxedit", global_step)
     metrics = None
     if accelerator.is_main_process:

@@ -84,7 +84,7 @@ from common.checkpoints import (
     checkpoint_to_resume,
     claim_output_dir,
     interruption,
-    keep_shorter_results,
+    keep_earlier_results,
     load_checkpoint,
     outlive_signals,
     run_settings,
@@ -2641,7 +2641,9 @@ def train(args):
     if not args.streaming:
         run_info |= describe_small_groups(sampler.groups, args.train_batch_size)
     print_header(accelerator, args, run_info, lora_params, base_size, max_train_steps, steps_per_epoch)
-    keep_shorter_results(accelerator, args.output_dir, files.values(), max_train_steps)
+    keep_earlier_results(
+        accelerator, args.output_dir, files.values(), first_step=global_step, max_train_steps=max_train_steps
+    )
     start_logging(accelerator, args, "omini", global_step)
     metrics = None
     if accelerator.is_main_process:

@@ -84,7 +84,7 @@ from common.checkpoints import (
     claim_output_dir,
     follow_umask,
     interruption,
-    keep_shorter_results,
+    keep_earlier_results,
     load_checkpoint,
     outlive_signals,
     register_sharded_checkpointing,
@@ -2530,7 +2530,9 @@ def train(args):
     run_info = describe_run(args, dataset)
     print_header(accelerator, args, run_info, params.values(), base_size, max_train_steps, steps_per_epoch)
     result = args.output_dir / "transformer" if train_all else lora_file(args.output_dir, args.output_name)
-    keep_shorter_results(accelerator, args.output_dir, [result], max_train_steps)
+    keep_earlier_results(
+        accelerator, args.output_dir, [result], first_step=global_step, max_train_steps=max_train_steps
+    )
     start_logging(accelerator, args, "twinflow", global_step)
     metrics = None
     if accelerator.is_main_process:

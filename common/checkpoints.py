@@ -991,17 +991,26 @@ def remove_partial(output_dir: Path, results: Iterable[Path] = ()) -> None:
                 (own / name).unlink()
 
 
-def keep_shorter_results(
-    accelerator: Accelerator, output_dir: Path, results: Iterable[Path], max_train_steps: int
+def keep_earlier_results(
+    accelerator: Accelerator, output_dir: Path, results: Iterable[Path], *, first_step: int, max_train_steps: int
 ) -> None:
-    """Moves `results`, files and folders of a run that ended sooner than this one that continues it, to
-    `output_dir`/step-NNNNNN, and says so; to be called before metrics.jsonl, which tells its last step, is written."""
+    """Moves what an earlier run left in `output_dir` to `output_dir`/step-NNNNNN, its last step, and says so.
+
+    That is `results`, files and folders, of a run that ended sooner than this one that continues it after `first_step`
+    steps. For a run that begins anew (0) it is its validation images, too: they are none of this run's. To be called
+    before metrics.jsonl, which tells the last step, is written.
+    """
     if not accelerator.is_main_process:
         return
     rows = read_metrics(output_dir / "metrics.jsonl")
     last_step = rows[-1]["step"] if rows else 0
+    is_redone = first_step > 0 and last_step >= max_train_steps
+    if last_step == 0 or is_redone:
+        return
+    if first_step == 0:
+        results = [*results, output_dir / "validation"]
     found = [path for path in results if path.exists()]
-    if not found or not 0 < last_step < max_train_steps:
+    if not found:
         return
     kept = unused_path(output_dir / f"step-{last_step:06d}")
     with writing(kept):

@@ -61,6 +61,25 @@ def test_a_longer_run_goes_on_by_its_own_schedule_and_keeps_the_shorter_ones_res
     assert sorted(path.name for path in run.glob("step-*")) == ["step-000002"]
 
 
+def test_a_run_that_begins_anew_keeps_what_is_in_its_folder(train, short_runs, tmp_path, capsys):
+    script = "train_dreambooth_flux_advanced"
+    flags = [*short_runs[script], "--max_train_steps", 2, "--output_dir", tmp_path / "run"]
+    drawing = ["--validation_prompt", "a red circle", "--validation_steps", 1, "--num_validation_images", 1]
+    train(script, *flags, *drawing)
+    names = ["pytorch_lora_weights.safetensors", "validation/step-000001.png", "validation/step-000002.png"]
+    earlier = {name: (tmp_path / "run" / name).read_bytes() for name in names}
+    capsys.readouterr()
+    train(script, *flags, "--seed", 1)
+    assert "ended at step 2, in step-000002/" in capsys.readouterr().out
+    for name, content in earlier.items():
+        assert (tmp_path / "run" / "step-000002" / name).read_bytes() == content
+    assert (tmp_path / "run" / names[0]).read_bytes() != earlier[names[0]]
+    assert not (tmp_path / "run" / "validation").exists()
+    assert "validation/" not in (tmp_path / "run" / "README.md").read_text()
+    train(script, *flags, "--seed", 2)
+    assert sorted(path.name for path in (tmp_path / "run").glob("step-*")) == ["step-000002", "step-000002-1"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["train_influxedit", "train_omini", "train_twinflow"])
 def test_the_rate_in_the_log_is_the_one_of_the_step(train, short_runs, tmp_path, script):
