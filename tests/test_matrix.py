@@ -614,7 +614,7 @@ class TwinFlow:
         (self.folder / "run").mkdir(exist_ok=True)
         (self.folder / "run" / "args.json").write_text(json.dumps({"args": vars(args)}, default=str))
         save_file({"a.lora_A.weight": torch.zeros(1)}, self.folder / "run" / "pytorch_lora_weights.safetensors")
-        cache = TensorCache(self.folder / "cache", twinflow.encoder_settings(args))
+        cache = TensorCache(self.folder / "cache", twinflow.encoder_settings(args, twinflow.model_record(args)))
         return twinflow.TwinFlowDataset(examples, cache, args), args
 
     def validated(self, path, args):
@@ -632,7 +632,7 @@ class TwinFlow:
         args.validation_prompt = "x"
         reference, problems = twinflow.find_validation_image(args)
         assert not problems
-        cache = TensorCache(self.folder / "cache", twinflow.encoder_settings(args))
+        cache = TensorCache(self.folder / "cache", twinflow.encoder_settings(args, twinflow.model_record(args)))
         dataset = twinflow.TwinFlowDataset([], cache, args)
         accelerator = Accelerator(cpu=True)
         twinflow.encode_prompts(accelerator, backbone, dataset, cache, reference, args, torch.float32)
@@ -775,7 +775,9 @@ def read_run(script, model, *flags, cache):
     if problems:
         return examples, problems, {}
     if script == "train_twinflow":
-        dataset = twinflow.TwinFlowDataset(examples, TensorCache(cache, twinflow.encoder_settings(args)), args)
+        dataset = twinflow.TwinFlowDataset(
+            examples, TensorCache(cache, twinflow.encoder_settings(args, twinflow.model_record(args))), args
+        )
         return examples, [], trainer.describe_run(args, dataset)
     if script == "train_omini":
         dataset = omini.OminiDataset(examples, omini.condition_specs(args), args)
