@@ -29,6 +29,7 @@ from common.checkpoints import (
     writing,
 )
 from common.metrics import mean_window, read_metrics, running_mean
+from common.models import gather_objects
 
 import numpy as np
 import torch
@@ -495,15 +496,22 @@ def check_hub(args: Any) -> list[str]:
 def create_hub_repo(accelerator: Accelerator, args: Any) -> str | None:
     """The id of the repository that --push_to_hub uploads to, created before training so that a wrong token shows.
 
-    None without the flag, and in all processes but the main one.
+    None without the flag, and in all processes but the main one. If the hub refuses it, all processes end.
     """
-    if not (args.push_to_hub and accelerator.is_main_process):
+    if not args.push_to_hub:
         return None
-    name = args.hub_model_id or args.output_dir.resolve().name
-    try:
-        return HfApi(token=args.hub_token).create_repo(name, exist_ok=True).repo_id
-    except (HTTPError, OSError, ValueError) as error:
-        fail(accelerator, [f"--push_to_hub: {error}"])
+    repo_id = None
+    problems = []
+    if accelerator.is_main_process:
+        name = args.hub_model_id or args.output_dir.resolve().name
+        try:
+            repo_id = HfApi(token=args.hub_token).create_repo(name, exist_ok=True).repo_id
+        except (HTTPError, OSError, ValueError) as error:
+            problems.append(f"--push_to_hub: {error}")
+    problems = gather_objects(problems)
+    if problems:
+        fail(accelerator, problems)
+    return repo_id
 
 
 def push_to_hub(args: Any, repo_id: str, unwanted: Sequence[str] = (), files_beside: Sequence[Path] = ()) -> None:

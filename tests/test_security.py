@@ -494,3 +494,31 @@ def test_a_hub_that_fails_in_the_end_costs_nothing(train, run_flags, hub, script
     assert f"Try again: hf upload me/run {tmp_path / 'run'}" in str(stop.value)
     assert "Trained 1 steps" in capfd.readouterr().out
     assert load_file(next((tmp_path / "run").glob("**/*.safetensors")))
+
+
+@pytest.mark.slow
+def test_a_hub_that_refuses_ends_both_of_two_processes(runs, short_runs, tmp_path):
+    flags = [*short_runs[DREAMBOOTH], "--output_dir", tmp_path / "run", "--push_to_hub"]
+    assert runs.run(DREAMBOOTH, flags, refuses, processes=2, timeout=120) != 0
+    assert runs.output().count("--push_to_hub: the token is refused") == 1
+    assert runs.output().count("ended with 2\n") == 2
+    assert "Traceback" not in runs.output().partition("--push_to_hub")[0]
+
+
+def refuses(trainer):
+    """The hub refuses the token; each process says how it ends."""
+
+    def create_repo(*args, **kwargs):
+        raise ValueError("the token is refused")
+
+    def fail(*args):
+        try:
+            honest_fail(*args)
+        except SystemExit as stop:
+            sys.stdout.write(f"ended with {stop.code}\n")
+            sys.stdout.flush()
+            raise
+
+    tracking = importlib.import_module("common.tracking")
+    honest_fail, tracking.fail = tracking.fail, fail
+    tracking.HfApi.create_repo = create_repo
