@@ -409,7 +409,7 @@ def only_error(runs, tracked=False):
 FULL = [
     *(("save_checkpoint", 3, room, "checkpoint-6") for room in (0, 8192, 16384, 32768, 49152, 65536, 81920)),
     ("start_logging", 1, 0, "args.json"),
-    ("start_logging", 1, 4096, "logs"),
+    ("start_logging", 1, 8192, "logs"),  # args.json takes two blocks
     ("open_metrics", 1, 0, "step-000000.png"),  # an empty metrics.jsonl takes no room
     ("log_step", 1, 0, "metrics.jsonl"),  # later lines find room in the block of the first
     ("save_images", 2, 0, "step-000004.png"),
