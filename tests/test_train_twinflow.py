@@ -814,7 +814,8 @@ def test_one_bad_loss_is_skipped_and_ten_end_the_run(train, flags, tmp_path, mon
 
 def test_sigterm_saves_says_where_and_exits(runs, flags, tmp_path):
     runs.start(SCRIPT, [*flags, "--output_dir", tmp_path / "run", "--max_train_steps", 100000])
-    runs.wait_for((tmp_path / "run" / "metrics.jsonl").exists)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    runs.wait_for(lambda: metrics.exists() and metrics.stat().st_size)  # before its first step a run ends at once
     os.kill(runs.pid, signal.SIGTERM)
     assert runs.end() == 128 + signal.SIGTERM
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
