@@ -64,6 +64,7 @@ from common.arguments import (
     idle_flags,
     in_range,
     name_or_path,
+    noise_needs,
     non_negative_float,
     positive_float,
     positive_int,
@@ -542,14 +543,7 @@ def parse_args(argv=None):
 def needs(args):
     """{what: (whether this run has it, the flags that are read with it alone)}, see `idle_flags`."""
     draws = args.validation_prompt or args.final_validation_prompt
-    return {
-        "--weighting_scheme logit_normal": (args.weighting_scheme == "logit_normal", ("logit_mean", "logit_std")),
-        "--weighting_scheme mode": (args.weighting_scheme == "mode", ("mode_scale",)),
-        "--timestep_sampling sigmoid, shift or flux_shift": (
-            args.timestep_sampling in ("sigmoid", "shift", "flux_shift"),
-            ("sigmoid_scale",),
-        ),
-        "--timestep_sampling shift": (args.timestep_sampling == "shift", ("discrete_flow_shift",)),
+    return noise_needs(args) | {
         "--optimizer adamw or prodigy": (
             args.optimizer != "sgd",
             ("adam_beta1", "adam_beta2", "adam_epsilon"),

@@ -256,6 +256,19 @@ def shared_needs(args: argparse.Namespace) -> Needs:
     }
 
 
+def noise_needs(args: argparse.Namespace) -> dict[str, tuple[object, Sequence[str]]]:
+    """What the flags of the noise's distribution need, where a trainer has `sample_sigmas` choose it."""
+    return {
+        "--weighting_scheme logit_normal": (args.weighting_scheme == "logit_normal", ("logit_mean", "logit_std")),
+        "--weighting_scheme mode": (args.weighting_scheme == "mode", ("mode_scale",)),
+        "--timestep_sampling sigmoid, shift or flux_shift": (
+            args.timestep_sampling in ("sigmoid", "shift", "flux_shift"),
+            ("sigmoid_scale",),
+        ),
+        "--timestep_sampling shift": (args.timestep_sampling == "shift", ("discrete_flow_shift",)),
+    }
+
+
 def in_range(
     number_type: type, minimum: float, maximum: float = math.inf, *, above: bool = False, reason: str = ""
 ) -> Callable[[str], float]:
