@@ -178,6 +178,7 @@ from common.text_encoders import (
 )
 from common.tracking import (
     METADATA,
+    Metrics,
     add_thumbnail,
     check_hub,
     check_trackers,
@@ -185,7 +186,6 @@ from common.tracking import (
     finish,
     log_step,
     lora_header,
-    open_metrics,
     plot_metrics,
     print_header,
     start_logging,
@@ -2854,7 +2854,7 @@ def train(args):
     start_logging(accelerator, args, "dreambooth-flux", global_step, marks)
     metrics = None
     if accelerator.is_main_process:
-        metrics = open_metrics(args.output_dir / "metrics.jsonl", global_step)
+        metrics = Metrics(args.output_dir / "metrics.jsonl", global_step)
     if args.validation_prompt and global_step == 0:
         log_validation(accelerator, transformer, vae, noise_scheduler, prompt_encoder, args, args.validation_prompt, 0)
     transformer.train()

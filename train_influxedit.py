@@ -163,6 +163,7 @@ from common.text_encoders import (
 )
 from common.tracking import (
     METADATA,
+    Metrics,
     add_thumbnail,
     check_hub,
     check_trackers,
@@ -170,7 +171,6 @@ from common.tracking import (
     finish,
     log_step,
     lora_header,
-    open_metrics,
     plot_metrics,
     print_header,
     start_logging,
@@ -1608,7 +1608,7 @@ def train(args):
     start_logging(accelerator, args, "influxedit", global_step)
     metrics = None
     if accelerator.is_main_process:
-        metrics = open_metrics(args.output_dir / "metrics.jsonl", global_step)
+        metrics = Metrics(args.output_dir / "metrics.jsonl", global_step)
     if cases and global_step == 0:
         log_validation(accelerator, transformer, vae, noise_scheduler, prompt_encoder, args, cases, step=0)
     transformer.train()

@@ -172,6 +172,7 @@ from common.models import (
 from common.text_encoders import PromptEncoder, describe_long_prompts, load_text_pipeline, load_tokenizer
 from common.tracking import (
     METADATA,
+    Metrics,
     add_thumbnail,
     check_hub,
     check_trackers,
@@ -179,7 +180,6 @@ from common.tracking import (
     finish,
     log_step,
     lora_header,
-    open_metrics,
     plot_metrics,
     print_header,
     start_logging,
@@ -2641,7 +2641,7 @@ def train(args):
     start_logging(accelerator, args, "omini", global_step)
     metrics = None
     if accelerator.is_main_process:
-        metrics = open_metrics(args.output_dir / "metrics.jsonl", global_step)
+        metrics = Metrics(args.output_dir / "metrics.jsonl", global_step)
     if args.validation_prompt and global_step == 0:
         log_validation(
             accelerator, transformer, vae, noise_scheduler, prompt_encoder, dataset, args, args.validation_prompt, 0

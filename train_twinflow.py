@@ -169,6 +169,7 @@ from common.text_encoders import (
 )
 from common.tracking import (
     METADATA,
+    Metrics,
     add_thumbnail,
     check_hub,
     check_trackers,
@@ -176,7 +177,6 @@ from common.tracking import (
     finish,
     log_step,
     lora_header,
-    open_metrics,
     plot_metrics,
     print_header,
     start_logging,
@@ -2536,7 +2536,7 @@ def train(args):
     start_logging(accelerator, args, "twinflow", global_step)
     metrics = None
     if accelerator.is_main_process:
-        metrics = open_metrics(args.output_dir / "metrics.jsonl", global_step)
+        metrics = Metrics(args.output_dir / "metrics.jsonl", global_step)
     predict = functools.partial(
         predict_velocity,
         transformer=transformer,

@@ -173,7 +173,7 @@ def step_logs(
 
 
 def log_step(accelerator: Accelerator, progress_bar: tqdm, metrics: Any, step: int, logs: Mapping[str, float]) -> None:
-    """Sends the numbers of one step to the progress bar, the trackers and the file from `open_metrics`.
+    """Sends the numbers of one step to the progress bar, the trackers and `Metrics`.
 
     `metrics` is None on all processes but the main one.
     """
@@ -258,11 +258,6 @@ class Metrics:
     def close(self) -> None:
         self.restore()
         self.file.close()
-
-
-def open_metrics(path: Path, last_step: int) -> Metrics:
-    """The metrics.jsonl of a run that goes on after `last_step`."""
-    return Metrics(path, last_step)
 
 
 def plot_metrics(output_dir: Path) -> None:

@@ -27,7 +27,7 @@ from common.checkpoints import (
     writing,
 )
 from common.metrics import read_metrics
-from common.tracking import open_metrics
+from common.tracking import Metrics
 
 import pytest
 from PIL import Image
@@ -360,7 +360,7 @@ def test_a_folder_that_is_deleted_meanwhile_is_locked_again_or_left_to_the_run_t
     folder.mkdir()
     (folder / "args.json").write_text("{}")
     assert lock_folder(folder)
-    metrics = open_metrics(folder / "metrics.jsonl", 0)
+    metrics = Metrics(folder / "metrics.jsonl", 0)
     metrics.write({"step": 1, "loss": 1.0, "lr": 1.0})
     shutil.rmtree(folder)
     metrics.write({"step": 2, "loss": 1.0, "lr": 1.0})

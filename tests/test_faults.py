@@ -410,7 +410,7 @@ FULL = [
     *(("save_checkpoint", 3, room, "checkpoint-6") for room in (0, 8192, 16384, 32768, 49152, 65536, 81920)),
     ("start_logging", 1, 0, "args.json"),
     ("start_logging", 1, 8192, "logs"),  # args.json takes two blocks
-    ("open_metrics", 1, 0, "step-000000.png"),  # an empty metrics.jsonl takes no room
+    ("Metrics", 1, 0, "step-000000.png"),  # an empty metrics.jsonl takes no room
     ("log_step", 1, 0, "metrics.jsonl"),  # later lines find room in the block of the first
     ("save_images", 2, 0, "step-000004.png"),
     ("save_lora", 1, 0, ".safetensors"),
@@ -463,7 +463,7 @@ def test_a_full_disk_is_one_message_and_costs_nothing(runs, flags_of, small_disk
         kept = checkpoints(folder)
         for step, checkpoint in kept.items():
             assert contents(checkpoint) == contents(tmp_path / "whole" / f"checkpoint-{step}")
-        expected = {"start_logging": 0, "open_metrics": 0, "log_step": 0, "save_checkpoint": 2, "save_images": 2}
+        expected = {"start_logging": 0, "Metrics": 0, "log_step": 0, "save_checkpoint": 2, "save_images": 2}
         assert len(kept) == expected.get(name, 3)
         assert not list(folder.glob(".*.partial"))
         filler.unlink()
@@ -737,7 +737,7 @@ EARLY = [
     (SCRIPTS[3], "cache_latents", ["--cache_latents"]),
     *((script, "generate_class_images", []) for script in (SCRIPTS[0], SCRIPTS[2])),
     *((script, "load_checkpoint", []) for script in SCRIPTS),
-    *((script, "open_metrics", []) for script in SCRIPTS),
+    *((script, "Metrics", []) for script in SCRIPTS),
 ]
 
 

@@ -9,7 +9,7 @@ import time
 from contextlib import closing
 
 from common.metrics import running_mean
-from common.tracking import log_step, open_metrics, plot_metrics
+from common.tracking import Metrics, log_step, plot_metrics
 from common.validation import generate_images, image_grid, undisturbed, wrap
 
 import numpy as np
@@ -79,13 +79,13 @@ def test_lines_are_as_wide_as_the_picture_and_lose_nothing(text):
 
 def test_metrics_continue_after_a_resume_and_are_drawn(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    with closing(open_metrics(path, 0)) as metrics:
+    with closing(Metrics(path, 0)) as metrics:
         for step in range(1, 31):
             loss = 1 / step if step != 7 else math.nan
             metrics.write({"step": step, "loss": loss, "lr": 1e-4})
     with path.open("a") as file:
         file.write('{"step": 31, "lo')  # killed here
-    with closing(open_metrics(path, 20)) as metrics:
+    with closing(Metrics(path, 20)) as metrics:
         metrics.write({"step": 21, "loss": 0.5, "lr": 1e-4})
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == list(range(1, 22))
     plot_metrics(tmp_path)
