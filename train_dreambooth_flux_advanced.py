@@ -162,7 +162,6 @@ from common.models import (
     load_model,
     load_scheduler,
     model_identities,
-    model_identity,
     quantize_base,
     shard,
     why_no_pipeline,
@@ -2615,6 +2614,7 @@ def train(args):
 
     # 2. Data
     examples, problems = find_examples(args)
+    models = model_identities(args, ["ae", "clip_l", "t5xxl", "tokenizer_dir"])
     captions = [example.prompt() for example in examples if isinstance(example.caption, str)]
     class_prompts, prompt_problems = read_prompts("--class_prompt", args.class_prompt, captions)
     problems += prompt_problems + check_no_new_tokens("--class_prompt", class_prompts, args)
@@ -2623,7 +2623,7 @@ def train(args):
             args.class_data_dir,
             args.num_class_images,
             prompts=class_prompts,
-            model=model_identity(args),
+            model=models["transformer"],
             size=Size(args.resolution, args.resolution),
         )
     preserve_prompts = []
@@ -2656,7 +2656,6 @@ def train(args):
     # fewer than requested where nothing is left to train: new tokens alone are done after --train_text_encoder_ti_frac
     max_train_steps = max(text_encoder_stop, transformer_stop)
     validation_steps = args.validation_steps or args.validation_epochs * steps_per_epoch
-    models = model_identities(args, ["ae", "clip_l", "t5xxl", "tokenizer_dir"])
     run = run_settings(args, accelerator.num_processes, data=data_record(examples), models=models)
     if args.dataset_config and not problems:
         run["the hash of --dataset_config"] = hashlib.sha256(args.dataset_config.read_bytes()).hexdigest()[:16]
@@ -2735,7 +2734,7 @@ def train(args):
                 pipeline,
                 functools.partial(pipeline_call, prompt_encoder, args),
                 prompts=class_prompts,
-                model=model_identity(args),
+                model=models["transformer"],
                 folder=args.class_data_dir,
                 num_images=args.num_class_images,
                 num_present=len(class_examples(args, class_prompts)),

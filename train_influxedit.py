@@ -148,7 +148,6 @@ from common.models import (
     load_model,
     load_scheduler,
     model_identities,
-    model_identity,
     quantize_base,
     shard,
     why_no_pipeline,
@@ -1411,6 +1410,7 @@ def train(args):
 
     # 2. Data
     examples, problems = find_examples(args)
+    models = model_identities(args)
     captions = [example.caption for example in examples if example.caption is not None]
     class_prompts, prompt_problems = read_prompts("--class_prompt", args.class_prompt, captions)
     problems += prompt_problems
@@ -1419,7 +1419,7 @@ def train(args):
             args.class_data_dir,
             args.num_class_images,
             prompts=class_prompts,
-            model=model_identity(args),
+            model=models["transformer"],
             size=class_image_size(args),
         )
     dataset = EditDataset(examples, args)
@@ -1434,7 +1434,6 @@ def train(args):
     total_batch_size = args.train_batch_size * accumulation * accelerator.num_processes
     steps_per_epoch = math.ceil(sampler.steps_per_epoch / accumulation)
     max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
-    models = model_identities(args)
     run = run_settings(args, accelerator.num_processes, data=data_record(examples), models=models)
     if class_prompts:
         run["the hash of --class_prompt"] = hashlib.sha256("\n".join(class_prompts).encode()).hexdigest()[:16]
@@ -1487,7 +1486,7 @@ def train(args):
                 pipeline,
                 functools.partial(pipeline_call, prompt_encoder, args),
                 prompts=class_prompts,
-                model=model_identity(args),
+                model=models["transformer"],
                 folder=args.class_data_dir,
                 num_images=args.num_class_images,
                 num_present=len(class_examples(args, class_prompts)),
