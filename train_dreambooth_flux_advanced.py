@@ -197,7 +197,13 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+)
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import compute_loss_weighting_for_sd3, offload_models
@@ -744,23 +750,24 @@ def check_model(args):
     try:
         config = transformer_config(args)
         channels = 16 if is_single_file(args) else latent_channels(args)
+        family = find_family(args)
     except (OSError, ValueError) as error:
         reason = why_no_pipeline(
             args.pretrained_model_name_or_path, "a FLUX pipeline", "black-forest-labs/FLUX.1-dev", error
         )
         return [f"{flag}: {reason}"]
     in_channels = 4 * channels  # a token is a patch of 2 x 2 latents
-    if config.get("_class_name") != "FluxTransformer2DModel" or config.get("in_channels") != in_channels:
+    if config.get("_class_name") != family.transformer_class.__name__ or config.get("in_channels") != in_channels:
         found = f"{config.get('_class_name')} with {config.get('in_channels')} input channels"
-        return [f"{flag}: holds a {found}, not FLUX.1-dev or -schnell, where its VAE makes {in_channels}"]
-    longest = 512 if config["guidance_embeds"] else 256
+        return [f"{flag}: holds a {found}, not {family.kind}, where its VAE makes {in_channels}"]
+    longest = family.longest_prompt(config)
     if args.max_sequence_length is None:
         args.max_sequence_length = longest
     if args.max_sequence_length > longest:
         return [f"--max_sequence_length {args.max_sequence_length}: FLUX.1-schnell takes at most 256"]
     with torch.device("meta"):
-        transformer = FluxTransformer2DModel.from_config(config)
-    target_modules = lora_targets(args, transformer)
+        transformer = family.transformer_class.from_config(config)
+    target_modules = lora_targets(args, family, transformer)
     unknown = unknown_layers(transformer, target_modules)
     if unknown:
         return [
@@ -784,6 +791,93 @@ def check_model(args):
             return problems
     bytes_needed = 4 * 5 * lora_size  # float32: a checkpoint holds the LoRA twice and Adam's two moments; the result
     return check_disk(args, bytes_needed)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Families of models
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Flux:
+    """FLUX.1: dev, schnell, Krea, and Kontext, which draws from a prompt alone where it has no reference image.
+
+    A family is what differs between models. `latents` are [B, C, H/8, W/8], normalized; the transformer takes them as
+    `pack_latents` makes them, tokens [B, H/16 * W/16, 4C].
+    """
+
+    kind = "FLUX.1-dev or -schnell"
+    pipeline_class = FluxPipeline
+    transformer_class = FluxTransformer2DModel
+    vae_class = AutoencoderKL
+    text_parts = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    tokenizers = {"clip_l": "tokenizer", "t5": "tokenizer_2"}  # {name: its folder}
+    settings: dict = {}  # of the pipeline, beside its models
+    sampling: dict = {}  # arguments of the pipeline's call that differ from its defaults
+    has_clip = True  # which can be trained; else a language model alone reads prompts
+
+    def longest_prompt(self, config: dict) -> int:
+        """The largest --max_sequence_length for a transformer with this config."""
+        return 512 if config["guidance_embeds"] else 256
+
+    def architecture(self, config: dict) -> str:
+        """The name in the header of a LoRA file."""
+        return "flux-1-dev" if config["guidance_embeds"] else "flux-1-schnell"
+
+    def target_modules(self, transformer: torch.nn.Module) -> list[str]:
+        """The layers that get a LoRA without --lora_layers."""
+        return list(FLUX_TARGET_MODULES)
+
+    def sample_latents(self, moments: torch.Tensor, vae: torch.nn.Module, generator: torch.Generator) -> torch.Tensor:
+        """Latents [B, C, h, w] of posteriors [B, 2C, h, w]."""
+        return sample_latents(moments, vae.config, generator)
+
+    def predict(
+        self,
+        transformer: torch.nn.Module,
+        tokens: torch.Tensor,
+        sigmas: torch.Tensor,
+        prompt_embeds: torch.Tensor,
+        pooled_prompt_embeds: torch.Tensor,
+        *,
+        guidance: torch.Tensor | None,
+        height: int,
+        width: int,
+    ) -> torch.Tensor:
+        """The velocity [B, N, 4C] of noisy tokens [B, N, 4C], which are height x width latents."""
+        return transformer(
+            hidden_states=tokens,
+            timestep=sigmas,
+            guidance=guidance,
+            pooled_projections=pooled_prompt_embeds,
+            encoder_hidden_states=prompt_embeds,
+            txt_ids=torch.zeros(prompt_embeds.shape[1], 3, device=tokens.device),
+            img_ids=image_ids(height, width, tokens.device),
+            return_dict=False,
+        )[0]
+
+    def prompt_arguments(self, prompt_encoder: PromptEncoder, prompts: list[str]) -> dict[str, torch.Tensor]:
+        """Arguments of the pipeline's call that stand for prompts."""
+        prompt_embeds, pooled_prompt_embeds = prompt_encoder.encode_prompts(prompts)
+        return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled_prompt_embeds}
+
+
+FAMILIES = {  # by the class that model_index.json names
+    "FluxPipeline": Flux,
+    "FluxKontextPipeline": Flux,
+}
+
+
+def find_family(args):
+    """The family of --pretrained_model_name_or_path. That of FLUX.1 for any other: `check_model` says what it is."""
+    if is_single_file(args):
+        return Flux()
+    try:
+        index = DiffusionPipeline.load_config(
+            args.pretrained_model_name_or_path, revision=args.revision, cache_dir=args.cache_dir
+        )
+    except (OSError, ValueError):
+        return Flux()
+    return FAMILIES.get(index.get("_class_name"), Flux)()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -972,20 +1066,20 @@ def save_tensors(tensors, path):
 def load_vae(args, dtype):
     if is_single_file(args):
         return load_vae_file(args.ae, dtype)
-    return load_model(AutoencoderKL, "vae", args, dtype)
+    return load_model(find_family(args).vae_class, "vae", args, dtype)
 
 
 def load_transformer(args, dtype):
     if is_single_file(args):
         return load_transformer_file(args.pretrained_model_name_or_path, dtype)
-    return load_model(FluxTransformer2DModel, "transformer", args, dtype)
+    return load_model(find_family(args).transformer_class, "transformer", args, dtype)
 
 
 def load_text_encoders(args, dtype):
-    """A FluxPipeline with frozen text encoders and tokenizers alone."""
+    """A pipeline with frozen text encoders and tokenizers alone."""
     if is_single_file(args):
         return load_text_encoder_files(args, dtype)
-    return load_text_pipeline(FluxPipeline, args, dtype)
+    return load_text_pipeline(find_family(args).pipeline_class, args, dtype)
 
 
 def load_noise_scheduler(args):
@@ -1012,10 +1106,15 @@ def clip_shapes(args):
     return shapes
 
 
-def lora_targets(args, transformer):
+def lora_targets(args, family, transformer):
     """The layers that --lora_layers names; "kohya" means every linear layer in the blocks, as in its sd-scripts."""
     if args.lora_layers != "kohya":
-        return comma_list(args.lora_layers) or list(FLUX_TARGET_MODULES)
+        return comma_list(args.lora_layers) or family.target_modules(transformer)
+    return block_layers(transformer)
+
+
+def block_layers(transformer):
+    """The names of all linear layers in the blocks."""
     layers = []
     for name, module in transformer.named_modules():
         if isinstance(module, torch.nn.Linear) and "transformer_blocks." in name:
@@ -1062,6 +1161,7 @@ def compute_loss(
     prompt_embeds: torch.Tensor,
     pooled_prompt_embeds: torch.Tensor,
     *,
+    family: Flux,
     guidance: torch.Tensor | None,
     weighting_scheme: str,
 ) -> torch.Tensor:
@@ -1071,7 +1171,7 @@ def compute_loss(
     pooled_prompt_embeds [B, P]; guidance [B], or None for a model without guidance embedding.
     """
     model_pred = predict_velocity(
-        transformer, latents, noise, sigmas, prompt_embeds, pooled_prompt_embeds, guidance=guidance
+        transformer, latents, noise, sigmas, prompt_embeds, pooled_prompt_embeds, family=family, guidance=guidance
     )
     target = pack_latents(noise) - pack_latents(latents)
     weighting = compute_loss_weighting_for_sd3(weighting_scheme, sigmas=sigmas)
@@ -1086,21 +1186,22 @@ def predict_velocity(
     prompt_embeds: torch.Tensor,
     pooled_prompt_embeds: torch.Tensor,
     *,
+    family: Flux,
     guidance: torch.Tensor | None,
 ) -> torch.Tensor:
     """The velocity [B, h/2 * w/2, 4C] that the model predicts for x_σ; arguments as of `compute_loss`."""
     _, _, height, width = latents.shape
     noisy_latents = add_noise(pack_latents(latents), pack_latents(noise), sigmas)
-    return transformer(
-        hidden_states=noisy_latents.to(prompt_embeds.dtype),
-        timestep=sigmas,
+    return family.predict(
+        transformer,
+        noisy_latents.to(prompt_embeds.dtype),
+        sigmas,
+        prompt_embeds,
+        pooled_prompt_embeds,
         guidance=guidance,
-        pooled_projections=pooled_prompt_embeds,
-        encoder_hidden_states=prompt_embeds,
-        txt_ids=torch.zeros(prompt_embeds.shape[1], 3, device=latents.device),
-        img_ids=image_ids(height, width, latents.device),
-        return_dict=False,
-    )[0]
+        height=height,
+        width=width,
+    )
 
 
 def compute_preservation_loss(
@@ -1112,6 +1213,7 @@ def compute_preservation_loss(
     pooled_prompt_embeds: torch.Tensor,
     base_pooled_prompt_embeds: torch.Tensor,
     *,
+    family: Flux,
     guidance: torch.Tensor | None,
     weighting_scheme: str,
 ) -> torch.Tensor:
@@ -1122,10 +1224,17 @@ def compute_preservation_loss(
     """
     with torch.no_grad(), without_adapters(transformer):
         target = predict_velocity(
-            transformer, latents, noise, sigmas, prompt_embeds, base_pooled_prompt_embeds, guidance=guidance
+            transformer,
+            latents,
+            noise,
+            sigmas,
+            prompt_embeds,
+            base_pooled_prompt_embeds,
+            family=family,
+            guidance=guidance,
         )
     model_pred = predict_velocity(
-        transformer, latents, noise, sigmas, prompt_embeds, pooled_prompt_embeds, guidance=guidance
+        transformer, latents, noise, sigmas, prompt_embeds, pooled_prompt_embeds, family=family, guidance=guidance
     )
     weighting = compute_loss_weighting_for_sd3(weighting_scheme, sigmas=sigmas)
     return weighted_mse(model_pred, target, weighting)
@@ -1498,7 +1607,7 @@ def check_reach(examples, args):
 
 def load_tokenizers(args):
     """{clip_l, t5: its tokenizer}."""
-    names = {"clip_l": "tokenizer", "t5": "tokenizer_2"}
+    names = find_family(args).tokenizers
     if not is_single_file(args):
         return {name: load_tokenizer(args, folder) for name, folder in names.items()}
     return {
@@ -2298,39 +2407,32 @@ def load_text_encoder_files(args, dtype):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def create_pipeline(transformer, vae, noise_scheduler):
-    """A FluxPipeline of the models in training, for prompts that are embedded already."""
-    return FluxPipeline(
+def create_pipeline(family, transformer, vae, noise_scheduler):
+    """A pipeline of the models in training, for prompts that are embedded already."""
+    return family.pipeline_class(
         # its own scheduler: set_timesteps replaces the 1000 noise levels that training picks from
         scheduler=FlowMatchEulerDiscreteScheduler.from_config(noise_scheduler.config),
         vae=vae,
-        text_encoder=None,
-        tokenizer=None,
-        text_encoder_2=None,
-        tokenizer_2=None,
         transformer=transformer,
+        **dict.fromkeys(family.text_parts),
+        **family.settings,
     )
 
 
-def pipeline_call(prompt_encoder, args, prompts):
+def pipeline_call(family, prompt_encoder, args, prompts):
     """Arguments of the pipeline: generate an image of --resolution from each prompt."""
-    prompt_embeds, pooled_prompt_embeds = prompt_encoder.encode_prompts(prompts)
-    return {
-        "prompt_embeds": prompt_embeds,
-        "pooled_prompt_embeds": pooled_prompt_embeds,
-        "height": args.resolution,
-        "width": args.resolution,
-    }
+    call = family.prompt_arguments(prompt_encoder, prompts) | family.sampling
+    return call | {"height": args.resolution, "width": args.resolution}
 
 
-def log_validation(accelerator, transformer, vae, noise_scheduler, prompt_encoder, args, prompt, step):
+def log_validation(accelerator, family, transformer, vae, noise_scheduler, prompt_encoder, args, prompt, step):
     """Generates images of a prompt and returns them; they go to validation/step-N.png and to the trackers."""
-    pipeline = create_pipeline(accelerator.unwrap_model(transformer), vae, noise_scheduler)
+    pipeline = create_pipeline(family, accelerator.unwrap_model(transformer), vae, noise_scheduler)
     with (
         undisturbed(transformer, device=accelerator.device),
         offload_models(vae, device=accelerator.device, offload=args.offload or args.cache_latents),
     ):
-        call = pipeline_call(prompt_encoder, args, [prompt])
+        call = pipeline_call(family, prompt_encoder, args, [prompt])
         images = generate_images(accelerator, pipeline, [call] * args.num_validation_images, seed=args.seed)
     if not images:  # interrupted
         return []
@@ -2367,7 +2469,7 @@ def save_result(args, adapted_models, header, dtype, epoch=None):
     save_lora(path.parent, adapted_models, dtype, weight_name=path.name, form=args.save_format, header=header)
 
 
-def file_header(args, examples, embedding_handler, is_dev, step, steps_per_epoch):
+def file_header(args, examples, embedding_handler, architecture, step, steps_per_epoch):
     """The header of the LoRA's file at a step. It holds what calls the subject in ComfyUI, and the captions' tags,
     {folder: {tag: how often an epoch has it}}."""
     instance_examples = [example for example in examples if not example.options["is_reg"]]
@@ -2382,7 +2484,7 @@ def file_header(args, examples, embedding_handler, is_dev, step, steps_per_epoch
     resolution = instance_examples[0].resolution
     return lora_header(
         args,
-        architecture="flux-1-dev" if is_dev else "flux-1-schnell",
+        architecture=architecture,
         resolution=(resolution.width, resolution.height),
         step=step,
         steps_per_epoch=steps_per_epoch,
@@ -2613,6 +2715,7 @@ def train(args):
     set_seed(args.seed)
 
     # 2. Data
+    family = find_family(args)
     examples, problems = find_examples(args)
     models = model_identities(args, ["ae", "clip_l", "t5xxl", "tokenizer_dir"])
     captions = [example.prompt() for example in examples if isinstance(example.caption, str)]
@@ -2728,11 +2831,11 @@ def train(args):
     with offload_models(vae, device=device, offload=offload_vae):
         if args.with_prior_preservation:
             transformer = load_transformer(args, weight_dtype).to(device)
-            pipeline = create_pipeline(transformer, vae, noise_scheduler)
+            pipeline = create_pipeline(family, transformer, vae, noise_scheduler)
             generate_class_images(
                 accelerator,
                 pipeline,
-                functools.partial(pipeline_call, prompt_encoder, args),
+                functools.partial(pipeline_call, family, prompt_encoder, args),
                 prompts=class_prompts,
                 model=models["transformer"],
                 folder=args.class_data_dir,
@@ -2750,6 +2853,7 @@ def train(args):
         transformer = load_transformer(args, weight_dtype)
     base_size = transformer.num_parameters()
     guidance_embeds = transformer.config.guidance_embeds  # FLUX.1-dev was distilled with guidance, -schnell was not
+    architecture = family.architecture(transformer.config)
     if args.quantize_base != "none":
         quantize_base(transformer, weight_dtype, args.quantize_base)
     transformer.to("cpu" if args.fsdp else device)  # `shard` moves it block by block: it may not fit as a whole
@@ -2760,7 +2864,7 @@ def train(args):
             rank=args.rank,
             alpha=args.lora_alpha,
             dropout=args.lora_dropout,
-            target_modules=lora_targets(args, transformer),
+            target_modules=lora_targets(args, family, transformer),
         )
     if args.lora_path:
         start_from_lora(args.lora_path, {"transformer": transformer, **adapted_models})
@@ -2812,7 +2916,7 @@ def train(args):
     save_dtype = torch.float32 if args.upcast_before_saving else weight_dtype
 
     def header():
-        return file_header(args, examples, embedding_handler, guidance_embeds, global_step, steps_per_epoch)
+        return file_header(args, examples, embedding_handler, architecture, global_step, steps_per_epoch)
 
     register_lora_checkpointing(
         accelerator, adapted_models, optimizer, dtype=save_dtype, header=lambda adapter_name: header()
@@ -2855,7 +2959,8 @@ def train(args):
     if accelerator.is_main_process:
         metrics = Metrics(args.output_dir / "metrics.jsonl", global_step)
     if args.validation_prompt and global_step == 0:
-        log_validation(accelerator, transformer, vae, noise_scheduler, prompt_encoder, args, args.validation_prompt, 0)
+        prompt = args.validation_prompt
+        log_validation(accelerator, family, transformer, vae, noise_scheduler, prompt_encoder, args, prompt, 0)
     transformer.train()
     progress_bar = tqdm(
         total=max_train_steps,
@@ -2883,7 +2988,7 @@ def train(args):
             else:
                 with offload_models(vae, device=device, offload=offload_vae):
                     moments = encode_moments(vae, batch["pixel_values"])
-            latents = sample_latents(moments, vae.config, generator)
+            latents = family.sample_latents(moments, vae, generator)
             prompt_embeds, pooled_prompt_embeds = prompt_encoder.encode_prompts(batch["prompt"])
             guidance = None
             if guidance_embeds:
@@ -2897,6 +3002,7 @@ def train(args):
                     sigmas,
                     prompt_embeds,
                     pooled_prompt_embeds,
+                    family=family,
                     guidance=guidance,
                     weighting_scheme=args.weighting_scheme,
                 )
@@ -2930,6 +3036,7 @@ def train(args):
                         prompt_embeds,
                         pooled_prompt_embeds,
                         torch.cat([base_pooled[prompt] for prompt in batch_prompts]),
+                        family=family,
                         guidance=guidance,
                         weighting_scheme=args.weighting_scheme,
                     ).mean()
@@ -2975,7 +3082,9 @@ def train(args):
             save()
         if args.validation_prompt and global_step % validation_steps == 0 and not (done or stop_requested):
             prompt = args.validation_prompt
-            log_validation(accelerator, transformer, vae, noise_scheduler, prompt_encoder, args, prompt, global_step)
+            log_validation(
+                accelerator, family, transformer, vae, noise_scheduler, prompt_encoder, args, prompt, global_step
+            )
             stop_requested = stop_agreed(accelerator)
         if stop_requested and not done:
             checkpoint = save()
@@ -2997,7 +3106,7 @@ def train(args):
     images = []
     if final_prompt:
         images = log_validation(
-            accelerator, transformer, vae, noise_scheduler, prompt_encoder, args, final_prompt, global_step
+            accelerator, family, transformer, vae, noise_scheduler, prompt_encoder, args, final_prompt, global_step
         )
     if stop_agreed(accelerator):
         checkpoint = save()
