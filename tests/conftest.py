@@ -227,7 +227,12 @@ def short_runs(tiny_model, tiny_fill, pictures, pairs):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Prints what tests have counted with `record_property`."""
+    """Prints what tests have counted with `record_property`: the sum of the numbers of a name."""
+    found = {}
     for report in terminalreporter.stats.get("passed", []):
         for name, value in report.user_properties:
+            found.setdefault(name, []).append(value)
+    for name, values in found.items():
+        numbers = all(isinstance(value, int) for value in values)
+        for value in [sum(values)] if numbers else values:
             terminalreporter.write_line(f"{name}: {value}")

@@ -319,6 +319,14 @@ def test_a_run_on_two_datasets_resumes_and_caches_exactly(train, data, tiny_mode
         train(SCRIPT, *flags, "--max_train_steps", 12, "--resume_from_checkpoint", "latest", "--output_dir", "d")
 
 
+def test_validation_images_have_the_configurations_size_unless_one_is_given(read):
+    for flags, side in (((), 64), (("--resolution", 32), 32)):
+        args, examples, problems = read(toml(), *flags)
+        dreambooth.adopt_dataset_config(args, examples)
+        assert problems == []
+        assert args.resolution == side
+
+
 @pytest.mark.parametrize("output", ["two", "one/run"])
 def test_a_folder_of_the_configuration_is_no_output_dir(train, data, tiny_model, capsys, output):
     (data / "data.toml").write_text(TWO)

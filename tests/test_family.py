@@ -293,3 +293,12 @@ def test_every_trainer_reads_the_forms_that_people_have_datasets_in(script, shor
     if script != "train_omini":
         _, problems = module.find_examples(module.parse_args([*flags, "--dataset_name", str(tmp_path / "none")]))
         assert problems[0].startswith(f"--dataset_name {tmp_path / 'none'}: ")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_total_batch_does_not_multiply_the_rate_that_prodigy_finds(script, short_runs, capsys):
+    flags = [*short_runs[script], "--optimizer", "prodigy", "--learning_rate", 1, "--scale_lr"]
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(script).parse_args([str(flag) for flag in flags])
+    assert stop.value.code == 2
+    assert "--scale_lr multiplies" in capsys.readouterr().err

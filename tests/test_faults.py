@@ -20,8 +20,8 @@ import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
-from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -259,6 +259,11 @@ def removed(trainer, name, nth, path):
     setattr(trainer, name, remove)
 
 
+def without_temporary_folder(trainer, path):
+    """The system's temporary folder takes no file."""
+    tempfile.tempdir = os.environ["TMPDIR"] = path
+
+
 def watch_memory(trainer, path):
     """Each step's memory, less the cache of files, goes to `path`. It is the data's that counts: pixels stand for
     latents, and a prompt is encoded once."""
@@ -336,7 +341,7 @@ KILLS += [pytest.param(script, 20, id=f"{script}, 20 kills", marks=pytest.mark.s
 
 
 @pytest.mark.parametrize(("script", "kills"), KILLS)
-def test_kills_at_random_moments_lose_nothing(runs, short_runs, tmp_path, counts, script, kills):
+def test_kills_at_random_moments_lose_nothing(runs, short_runs, tmp_path, count, script, kills):
     flags = [*short_runs[script], "--max_train_steps", 12, "--checkpointing_steps", 2, "--lr_scheduler", "linear"]
     flags += ["--lr_warmup_steps", 2]
     whole, count_file = tmp_path / "whole", tmp_path / "count"
@@ -376,7 +381,7 @@ def test_kills_at_random_moments_lose_nothing(runs, short_runs, tmp_path, counts
     assert results(folder) == results(whole) != {}
     assert losses(folder) == losses(whole)
     assert len(losses(whole)) == 12
-    counts["kills"] += kills
+    count("kills", kills)
     print(f"{kills} kills, {finished + 1} runs finished, {seconds:.1f} s and {events} file events for one: {moments}")
 
 
@@ -497,6 +502,15 @@ def test_a_full_disk_elsewhere_is_one_message(runs, short_runs, small_disk, scri
     assert not [path for path in small_disk.rglob("*") if "partial" in path.name]
     filler.unlink()
     assert runs.run(script, flags) == 0, runs.output()
+
+
+@pytest.mark.parametrize("script", ONE_QUICK)
+def test_nothing_goes_through_the_systems_temporary_folder(runs, flags_of, tmp_path, script):
+    """It may be full, and is on another disk."""
+    flags = [*flags_of[script], "--report_to", "tensorboard", "--checkpointing_steps", 1, *CACHES[script]]
+    flags += [tmp_path / "cache"] if flags[-1] == "--disk_cache_dir" else []
+    flags += ["--output_dir", tmp_path / "run"]
+    assert runs.run(script, flags, without_temporary_folder, str(tmp_path / "none")) == 0, runs.output()[-3000:]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -850,21 +864,21 @@ CACHES = {
 }
 
 
-@pytest.fixture(scope="module")
-def counts(request):
-    """What the tests below count, printed after them."""
-    found = Counter()
-    yield found
-    text = ", ".join(f"{number} {what}" for what, number in found.items())
-    with request.config.pluginmanager.get_plugin("capturemanager").global_and_fixture_disabled():
-        print(f"\nfault injection: {text}")
+@pytest.fixture
+def count(record_property):
+    """count(what, number=1): the sums over all tests are printed below pytest's results."""
+
+    def add(what, number=1):
+        record_property(f"fault injection, {what}", number)
+
+    return add
 
 
 class Home:
     """A folder with the data of a run and with files of others: runs fail in it, and are continued."""
 
-    def __init__(self, folder, flags, runs, script, counts):
-        self.folder, self.runs, self.script, self.counts = folder, runs, script, counts
+    def __init__(self, folder, flags, runs, script, count):
+        self.folder, self.runs, self.script, self.count = folder, runs, script, count
         self.flags = list(flags)
         for i, flag in enumerate(self.flags):
             if flag in DATA_FLAGS:
@@ -901,12 +915,12 @@ class Home:
             assert code == 1, output[-3000:]
             assert only_error(self.runs)
         assert self.others() == self.before
-        self.counts["files of others compared"] += len(self.before)
+        self.count("files of others compared", len(self.before))
 
     def check_finished(self):
         assert results(self.run) == self.results != {}
         assert losses(self.run) == self.losses
-        self.counts["results compared"] += len(self.results)
+        self.count("results compared", len(self.results))
 
     def resume(self):
         """Continues the run that failed, unless one that left files of the same names was continued before."""
@@ -919,7 +933,7 @@ class Home:
                 == 0
             ), self.runs.output()[-3000:]
             self.check_finished()
-            self.counts["runs resumed"] += 1
+            self.count("runs resumed")
             self.resumed[names] = True
 
     def clear(self):
@@ -928,7 +942,7 @@ class Home:
 
 
 @pytest.fixture
-def home_of(runs, flags_of, tmp_path, counts):
+def home_of(runs, flags_of, tmp_path, count):
     """home_of(script, cached): a `Home` of the trainer's runs, which validate at step 4."""
 
     def make(script, cached):
@@ -938,7 +952,7 @@ def home_of(runs, flags_of, tmp_path, counts):
         if cached:
             flags += CACHES[script]
             flags += [folder / "cache"] if flags[-1] == "--disk_cache_dir" else []
-        return Home(folder, flags, runs, script, counts)
+        return Home(folder, flags, runs, script, count)
 
     return make
 
@@ -948,8 +962,9 @@ EVERY_WRITE += [pytest.param(script, 1, id=script, marks=pytest.mark.slow) for s
 
 
 @pytest.mark.parametrize(("script", "stride"), EVERY_WRITE)
-def test_every_write_may_fail(runs, home_of, tmp_path, counts, script, stride):
+def test_every_write_may_fail(runs, home_of, tmp_path, count, script, stride):
     home, count_file = home_of(script, cached=True), tmp_path / "count"
+    home.clear()  # of the cache that the whole run has filled
     home.start(failing_write, str(home.folder), 0, 0, str(count_file))
     assert runs.end() == 0, runs.output()
     home.check_finished()
@@ -968,14 +983,14 @@ def test_every_write_may_fail(runs, home_of, tmp_path, counts, script, stride):
                 home.resume()
         except AssertionError as found:
             wrong.append(f"write {number} of {writes}, {os.strerror(code)}: {str(found)[-1500:]}")
-        counts["writes failed"] += 1
+        count("writes failed")
         home.clear()
     assert not wrong, "\n\n".join(wrong)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_every_file_of_the_input_may_vanish(runs, home_of, counts, script):
+def test_every_file_of_the_input_may_vanish(runs, home_of, count, script):
     home = home_of(script, cached=False)
     for number, path in enumerate(sorted((home.folder / "data").rglob("*.*"))):
         moment = ("start_logging", 1) if number % 2 else ("log_step", 2)
@@ -988,13 +1003,13 @@ def test_every_file_of_the_input_may_vanish(runs, home_of, counts, script):
         if ended:
             assert str(path) in only_error(runs)
             home.resume()
-        counts["files of the input that vanished"] += 1
+        count("files of the input that vanished")
         home.clear()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_signals_at_random_moments_lose_nothing(runs, home_of, counts, script):
+def test_signals_at_random_moments_lose_nothing(runs, home_of, count, script):
     home = home_of(script, cached=True)
     rng, seconds, sent = random.Random(script), runs.seconds, 0
     while sent < 13:
@@ -1010,11 +1025,11 @@ def test_signals_at_random_moments_lose_nothing(runs, home_of, counts, script):
         home.check_end(code, of_signal=number)
         if code == 128 + number:
             assert "Interrupted at " in runs.output()
-            counts["runs that a signal ended"] += 1
+            count("runs that a signal ended")
         if code != 128 + number:
             home.clear()
     home.resume()
-    counts["signals"] += sent
+    count("signals", sent)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

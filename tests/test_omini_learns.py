@@ -34,6 +34,8 @@ from examples.toy.world import (
 from train_omini import ConditionSpec
 
 
+pytestmark = pytest.mark.learning
+
 HERE = Path(__file__).parents[1] / "examples" / "toy"
 SIDE, COUNT = 64, 24
 LEARN = (

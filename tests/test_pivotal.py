@@ -725,6 +725,7 @@ def test_the_optimizer_holds_rows_not_tables(train, flags, tmp_path, monkeypatch
 
 
 @pytest.mark.slow
+@pytest.mark.learning
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("mode", LEARNING)
 def test_every_mode_learns_the_subject(glyph_pictures, ordinary_before, tmp_path, mode, processes):
@@ -742,6 +743,7 @@ def test_every_mode_learns_the_subject(glyph_pictures, ordinary_before, tmp_path
 
 
 @pytest.mark.slow
+@pytest.mark.learning
 @pytest.mark.parametrize("processes", [1, 2])
 def test_textual_inversion_finds_words_for_what_the_model_can_draw(tmp_path, processes):
     """The subject is a big orange cross: the frozen transformer cannot draw what it has never seen, such as a ring."""

@@ -744,6 +744,7 @@ batch_size = 12
 
 
 @pytest.mark.slow
+@pytest.mark.learning
 def test_two_concepts_of_one_file_are_learned_and_appear_in_one_picture(train, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rng = random.Random(0)

@@ -208,6 +208,7 @@ def quickstart_flags():
     return script.split("--cache_latents")[1].split("--validation_prompt")[0].replace("\\\n", " ")
 
 
+@pytest.mark.learning
 @pytest.mark.parametrize(
     ("extra", "steps", "bar", "ordinary_bar"),
     [

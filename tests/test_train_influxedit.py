@@ -487,6 +487,7 @@ def learn(train, circles, run, mode, *extra):
     return results
 
 
+@pytest.mark.learning
 @pytest.mark.parametrize(
     ("steps", "batch", "color_bar", "outline_bar"),
     [(200, 8, 85, 45), pytest.param(400, 16, 90, 60, marks=pytest.mark.slow)],
@@ -501,6 +502,7 @@ def test_it_learns_an_edit(train, circles, tmp_path, steps, batch, color_bar, ou
 
 
 @pytest.mark.slow
+@pytest.mark.learning
 @pytest.mark.parametrize("mode", ["edit", "mask"])
 def test_it_learns_circles_in_both_modes(train, circles, tmp_path, mode):
     before, after = learn(train, circles, tmp_path, mode)

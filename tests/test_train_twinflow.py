@@ -936,6 +936,7 @@ def learn(train, scenes, folder, *method, sampling_steps=tuple(compare.STYLES)):
     return before, after
 
 
+@pytest.mark.learning
 @pytest.mark.parametrize(
     ("training_steps", "bars"), [(40, (40, 60)), pytest.param(120, (30, 50), marks=pytest.mark.slow)]
 )
@@ -965,6 +966,7 @@ MATRIX = {  # method: flags, and the bars at 1 and 2 steps
 
 
 @pytest.mark.slow
+@pytest.mark.learning
 @pytest.mark.parametrize("method", MATRIX)
 def test_few_steps_come_near_the_models_own_twenty(train, scenes, tmp_path, method):
     flags, *bars = MATRIX[method]

@@ -440,6 +440,7 @@ def quality(model, steps, style):
 
 
 @pytest.mark.slow
+@pytest.mark.learning
 def test_one_step_draws_the_eight_gaussians_and_rectification_matters(pretrained):
     no_steps = {"probs": {"e2e": 1, "mul": 1, "any": 0, "adv": 1, "one": 0}, "estimate_order": 0}
     models = {
