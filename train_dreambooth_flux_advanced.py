@@ -94,10 +94,15 @@ from common.data import (
     Example,
     Size,
     StepSampler,
+    all_images,
+    alpha_channel,
     check_buckets,
     check_captions,
     check_class_images,
     check_num_samples,
+    check_roles,
+    check_shape,
+    check_stems,
     collate,
     count_sizes,
     data_record,
@@ -105,8 +110,12 @@ from common.data import (
     describe_data,
     describe_small_groups,
     file_example,
+    find_partners,
+    first_ten,
     fit,
     image_files,
+    map_ahead,
+    map_examples,
     match_any,
     nearest_bucket,
     parse_buckets,
@@ -130,9 +139,11 @@ from common.flow_matching import (
     weighted_mse,
 )
 from common.latents import (
+    PATCH,
     cache_moments,
     encode_moments,
     image_ids,
+    num_reading_threads,
     pack_latents,
     sample_latents,
     to_tensor,
@@ -361,6 +372,16 @@ def parse_args(argv=None):
         "of the subject's",
     )
     arg("--preserve_every", type=positive_int, default=1, metavar="N", help="steps from one such loss to the next")
+
+    arg = parser.add_argument_group("masked loss", "which part of an image is learned").add_argument
+    arg("--mask_data_dir", type=Path, help="folder of masks, named like the images; white parts are learned")
+    arg("--alpha_mask", action="store_true", help="use the images' alpha channels as masks; opaque parts are learned")
+    arg(
+        "--unmasked_weight",
+        type=fraction,
+        default=0.0,
+        help="loss weight of what a mask leaves out, 0 to 1; of the rest 1",
+    )
 
     arg = parser.add_argument_group("pivotal tuning", "what is trained in the text encoders").add_argument
     arg(
@@ -622,6 +643,10 @@ def needs(args):
         "no --validation_steps": (not args.validation_steps, ("validation_epochs",)),
         "--validation_prompt or --final_validation_prompt": (draws, ("num_validation_images", "skip_final_inference")),
         "--dataset_name": (args.dataset_name, ("image_column",)),
+        "--mask_data_dir, --alpha_mask or --dataset_config": (
+            args.mask_data_dir or args.alpha_mask or args.dataset_config,
+            ("unmasked_weight",),
+        ),
         "--cache_latents_to_disk or --cache_text_encoder_outputs_to_disk": (
             args.cache_latents_to_disk or args.cache_text_encoder_outputs_to_disk,
             ("disk_cache_dir",),
@@ -676,6 +701,17 @@ def check_args(args):
                 problems.append(f"--{flag} {vars(args)[flag]} needs --preserve_outputs, such as 1")
     if args.preserve_outputs and args.train_transformer_frac == 0:
         problems.append("--preserve_outputs has no effect with --train_transformer_frac 0: no adapter is trained")
+
+    # masked loss
+    if args.mask_data_dir and args.alpha_mask:
+        problems.append("--mask_data_dir and --alpha_mask exclude each other: choose one")
+    if args.mask_data_dir and args.dataset_config:
+        problems.append("--mask_data_dir has no effect with --dataset_config: conditioning_data_dir in it is the same")
+    if args.mask_data_dir and args.dataset_name:
+        problems.append("--mask_data_dir goes with --instance_data_dir, not with --dataset_name")
+    problems += check_roles({"--instance_data_dir": args.instance_data_dir, "--mask_data_dir": args.mask_data_dir})
+    if args.unmasked_weight == 1:
+        problems.append("--unmasked_weight 1 leaves masks without effect: leave them out")
 
     # pivotal tuning
     if args.train_text_encoder and args.train_text_encoder_ti:
@@ -1164,18 +1200,26 @@ def compute_loss(
     family: Flux,
     guidance: torch.Tensor | None,
     weighting_scheme: str,
+    loss_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The flow matching loss [B] of each sample of a batch (arXiv 2403.03206).
 
     latents [B, C, h, w] are normalized; noise and sigmas are those of `sample_noise`; prompt_embeds [B, T, D],
     pooled_prompt_embeds [B, P]; guidance [B], or None for a model without guidance embedding.
+
+    loss_mask [B, 1, h, w], not negative, weights the squared error e of each latent, see `loss_mask` of the dataset:
+    Σ w e / Σ w. Divided by the sum of the weights and not by the number of latents, an image counts as much where the
+    subject is small, and the weights of class images and of output preservation mean what they do without masks.
     """
     model_pred = predict_velocity(
         transformer, latents, noise, sigmas, prompt_embeds, pooled_prompt_embeds, family=family, guidance=guidance
     )
     target = pack_latents(noise) - pack_latents(latents)
     weighting = compute_loss_weighting_for_sd3(weighting_scheme, sigmas=sigmas)
-    return weighted_mse(model_pred, target, weighting)
+    weights = None
+    if loss_mask is not None:
+        weights = pack_latents(loss_mask.expand(latents.shape))
+    return weighted_mse(model_pred, target, weighting, weights)
 
 
 def predict_velocity(
@@ -1271,6 +1315,8 @@ class DreamBoothDataset(Dataset):
         self.args = args
         self.class_examples = []
         self.moments = {}  # {key of `image_keys`: [2C, h, w]} once latents are cached
+        self.has_masks = any("mask" in example.images for example in examples)
+        self.loss_masks = {}  # {key of `image_keys`: [1, h, w]}, cached with the latents
         self.examples = []
         max_repeats = max((example.repeats for example in examples), default=0)
         # round after round, each with the examples that have repeats left
@@ -1320,6 +1366,8 @@ class DreamBoothDataset(Dataset):
             sample["moments"] = self.moments[key]
         else:
             sample["pixel_values"] = self.pixel_values(key)
+        if self.has_masks:
+            sample["loss_mask"] = self.loss_masks[key] if self.loss_masks else self.loss_mask(key)
         return sample
 
     def image_keys(self):
@@ -1339,19 +1387,54 @@ class DreamBoothDataset(Dataset):
                     keys.append((index, bucket, True))
         return keys
 
+    def example(self, index):
+        """The example of an index of `image_keys`."""
+        if index < len(self.examples):
+            return self.examples[index]
+        return self.class_examples[index - len(self.examples)]
+
+    def crop(self, key):
+        """The arguments of `fit` that an image and its mask share."""
+        index, _, mirrored = key
+        centering = (0.5, 0.5)
+        if self.example(index).options["random_crop"]:
+            centering = tuple(np.random.default_rng((self.args.seed, index)).random(2))
+        return {"centering": centering, "mirrored": mirrored}
+
     def pixel_values(self, key):
         """An image, resized to cover its bucket, cropped and perhaps mirrored: [3, H, W] in [-1, 1]."""
-        index, bucket, mirrored = key
-        if index < len(self.examples):
-            example = self.examples[index]
-        else:
-            example = self.class_examples[index - len(self.examples)]
-        centering = (0.5, 0.5)
-        if example.options["random_crop"]:
-            centering = tuple(np.random.default_rng((self.args.seed, index)).random(2))
+        index, bucket, _ = key
+        example = self.example(index)
         interpolation = example.options["resize_interpolation"]
         interpolation = KOHYA_INTERPOLATION.get(interpolation, interpolation)
-        return to_tensor(fit(example.image(), bucket, interpolation, centering=centering, mirrored=mirrored))
+        return to_tensor(fit(example.image(), bucket, interpolation, **self.crop(key)))
+
+    def loss_mask(self, key):
+        """The weight in the loss of each latent of an image: [1, h, w], h and w an eighth of the bucket's sides.
+
+        m + --unmasked_weight (1 - m), where m is the mean of the mask, from black 0 to white 1, over what it is of.
+        All are 1 without a mask, and 0 if the crop shows nothing of the mask: then there is nothing to learn.
+        """
+        index, bucket, _ = key
+        height, width = (side // (PATCH // 2) for side in bucket)
+        example = self.example(index)
+        if "mask" not in example.images:
+            return torch.ones(1, height, width)
+        mask = example.images["mask"].image().convert("L")
+        mask = fit(mask, (height, width), "box", **self.crop(key))  # box: the mean over an area
+        mask = torch.from_numpy(np.array(mask)).float()[None] / 255
+        if not mask.any():
+            return mask
+        return mask + self.args.unmasked_weight * (1 - mask)
+
+    def cache_loss_masks(self, accelerator):
+        """Makes the masks of all images once, if there are any."""
+        if self.has_masks:
+            keys = self.image_keys()
+            masks = map_ahead(self.loss_mask, keys, num_reading_threads())
+            quiet = not accelerator.is_main_process
+            masks = tqdm(masks, desc="Caching masks", total=len(keys), unit="mask", disable=quiet)
+            self.loss_masks = dict(zip(keys, masks, strict=True))
 
 
 @dataclass
@@ -1362,6 +1445,7 @@ class ConfiguredExample(Example):
     repeats: int = 1  # in an epoch
     dataset: int = 0  # a batch holds images of one dataset
     bucket: Size | None = None
+    mask_share: float | None = None  # of its image that its mask shows, 0 to 1
 
     @property
     def resolution(self):
@@ -1442,8 +1526,10 @@ def find_examples(args):
     sizes, unreadable = read_sizes(examples + class_images)
     sizes = sizes[: len(examples)]
 
+    shares, mask_problems = check_masks(args, examples, sizes)
+
     # 2. Check, which changes nothing
-    problems += unreadable
+    problems += unreadable + mask_problems
     problems += check_captions(examples, default=args.instance_prompt)
     problems += check_num_samples(sum(example.repeats for example in examples))
     if args.train_text_encoder_ti:
@@ -1452,7 +1538,7 @@ def find_examples(args):
             problems += check_reach(examples, args)
     if args.dataset_config:
         problems += check_bucket_sizes(examples, sizes)
-        folders = sorted({file.parent for example in examples for file in example.files})
+        folders = sorted({file.parent for image in all_images(examples) for file in image.files})
         filled = {"--output_dir": args.output_dir, "--disk_cache_dir": args.disk_cache_dir}
         problems += check_places(filled, [(f"{args.dataset_config}: image_dir", folder) for folder in folders])
 
@@ -1464,6 +1550,7 @@ def find_examples(args):
         if size is None:  # unreadable
             continue
         example.size = size
+        example.mask_share = shares.get(example.name)
         if args.dataset_config:
             example.bucket = choose_bucket(size, example.options)
         else:
@@ -1489,7 +1576,11 @@ def read_examples(args):
                 cache_dir=args.cache_dir,
             )
         else:
-            found, problems = read_folder(args.instance_data_dir, caption_column=args.caption_column)
+            found, problems = read_folder(
+                args.instance_data_dir,
+                caption_column=args.caption_column,
+                partner_dirs={"mask": args.mask_data_dir},
+            )
         options = default_options(args)
         examples = [configure(example, options) for example in found]
     if args.instance_prompt:
@@ -1501,10 +1592,14 @@ def read_examples(args):
 
 
 def configure(example, options):
+    images = dict(example.images)
+    if options["alpha_mask"]:
+        images["mask"] = Example(f"{example.name}, alpha channel", functools.partial(read_alpha, example.read))
     return ConfiguredExample(
         example.name,
         example.read,
         example.caption,
+        images=images,
         stamp=example.stamp,
         files=example.files,
         source=example.source,
@@ -1513,9 +1608,68 @@ def configure(example, options):
     )
 
 
+def read_alpha(read):
+    return alpha_channel(read())
+
+
+def check_masks(args, examples, sizes):
+    """({name of an example: the share of its image that its mask shows}, problems). All processes call it.
+
+    `sizes` are those of the images, None of one that cannot be read.
+    """
+    masked = []  # (example, size)
+    for example, size in zip(examples, sizes, strict=True):
+        if "mask" in example.images and size is not None:
+            masked.append((example, size))
+    if not masked:
+        if args.dataset_config and "unmasked_weight" in args.changed:
+            return {}, [f"--unmasked_weight {args.unmasked_weight:g} needs masks: {args.dataset_config} names none"]
+        return {}, []
+    shares = {}
+    problems = []
+    found = map_examples(mask_size_and_share, [example.images["mask"] for example, _ in masked])
+    for (example, image_size), (size_and_share, unreadable) in zip(masked, found, strict=True):
+        if unreadable:
+            problems.append(unreadable)
+            continue
+        size, share = size_and_share
+        name = example.images["mask"].name
+        problems += check_shape(name, "a mask", size, image_size)
+        if share == 0:
+            problems.append(f"{name}: nothing in this mask is white (or opaque), so nothing would be learned")
+        shares[example.name] = share
+    if not problems and all(share == 1 for share in shares.values()):
+        source = f"--mask_data_dir {args.mask_data_dir}"
+        if args.dataset_config:
+            source = f"--dataset_config {args.dataset_config}"
+        elif args.alpha_mask:
+            source = "--alpha_mask"
+        problems.append(f"{source}: all masks are white (or opaque) all over, which has no effect: leave them out")
+    return shares, first_ten(problems)
+
+
+def mask_size_and_share(mask):
+    """(size, share of it that counts, 0 to 1) of a mask's example; 0 where nothing is brighter than grey."""
+    values = np.asarray(mask.image().convert("L"))
+    share = values.mean() / 255 if values.max() >= 128 else 0.0
+    return Size(*values.shape), float(share)
+
+
+def describe_masks(args, examples):
+    """What the header says of masks, {label: text}."""
+    shares = [example.mask_share for example in examples if example.mask_share is not None]
+    if not shares:
+        return {}
+    num_whole = sum(share == 1 for share in shares)
+    whole = f", {num_whole} of them whole" if num_whole else ""
+    share = sum(shares) / len(shares)
+    weight = f"weight {args.unmasked_weight:g} outside"
+    return {"masks": f"for {len(shares)} of {len(examples)} images{whole}, {share:.0%} of an image, {weight}"}
+
+
 def class_examples(args, class_prompts):
     """Examples of the images that --class_data_dir holds, at most --num_class_images, with captions."""
-    options = default_options(args)
+    options = default_options(args) | {"alpha_mask": False}  # they count whole
     found = read_class_images(args.class_data_dir, class_prompts, args.num_class_images)
     return [configure(example, options) for example in found]
 
@@ -1734,6 +1888,8 @@ DATASET_OPTIONS = {
     "caption_dropout_every_n_epochs": Option(ANYWHERE, COUNT, 0),
     "image_dir": Option(SUBSET, NON_EMPTY_TEXT),
     "is_reg": Option(SUBSET, SWITCH, False),
+    "alpha_mask": Option(ANYWHERE, SWITCH),
+    "conditioning_data_dir": Option(SUBSET, NON_EMPTY_TEXT),
 }
 
 
@@ -1745,10 +1901,8 @@ class RefusedOption(NamedTuple):
 
 
 REFUSED_OPTIONS = {
-    "alpha_mask": RefusedOption(False, "transparent parts become white"),
     "cache_info": RefusedOption(False, "captions and sizes are read from the files every time"),
     "color_aug": RefusedOption(False, "colors are kept as they are"),
-    "conditioning_data_dir": RefusedOption(None, "loss masks are not supported"),
     "custom_attributes": RefusedOption({}, "preserve the class with an is_reg subset"),
     "debug_dataset": RefusedOption(None, "it is a flag of another trainer"),
     "face_crop_aug_range": RefusedOption(None, "use random_crop, or crop the images beforehand"),
@@ -1766,7 +1920,6 @@ REFUSED_OPTIONS = {
 # here anyway, and what to do instead of any other. Those that are ours too have their place in `parse_args`.
 IN_DATASET_CONFIG = RefusedOption(None, "write it into the file that --dataset_config names")
 KOHYA_FLAGS = dict.fromkeys([*DATASET_OPTIONS, *REFUSED_OPTIONS], IN_DATASET_CONFIG) | {
-    "alpha_mask": RefusedOption(None, "transparent parts become white, and loss masks are not supported"),
     "apply_t5_attn_mask": RefusedOption(None, "T5's padding is read, as ComfyUI and diffusers do: leave it out"),
     "base_weights": RefusedOption(None, "merge the LoRA into the model beforehand"),
     "blocks_to_swap": RefusedOption(None, "to save memory: --quantize_base nf4, --gradient_checkpointing, --offload"),
@@ -1794,7 +1947,7 @@ KOHYA_FLAGS = dict.fromkeys([*DATASET_OPTIONS, *REFUSED_OPTIONS], IN_DATASET_CON
     "lowram": RefusedOption(None, "to save memory: --offload or --quantize_base nf4"),
     "lr_scheduler_args": RefusedOption(None, "--lr_warmup_steps, --lr_num_cycles and --lr_power"),
     "lr_scheduler_type": RefusedOption(None, "--lr_scheduler chooses among the schedules of diffusers"),
-    "masked_loss": RefusedOption(None, "loss masks are not supported"),
+    "masked_loss": RefusedOption("", "masks count where there are any: --mask_data_dir or --alpha_mask"),
     "max_timestep": RefusedOption(None, "it has no effect on FLUX.1 in sd-scripts either: leave it out"),
     "max_token_length": RefusedOption(None, "CLIP reads 77 tokens; T5's number is --max_sequence_length"),
     "mem_eff_attn": RefusedOption("", "attention is PyTorch's scaled_dot_product_attention"),
@@ -1853,6 +2006,7 @@ def default_options(args):
     options["random_crop"] = not args.center_crop and not args.dataset_config
     options["caption_dropout_rate"] = args.caption_dropout
     options["class_tokens"] = args.instance_prompt
+    options["alpha_mask"] = args.alpha_mask
     return options
 
 
@@ -2004,6 +2158,10 @@ def read_subset(where, options, config_dir):
         text_files = [path for path in text_files if path.exists()]
         if text_files:
             problems.append(f'{text_files[0]}: is it a caption? Set caption_extension = ".txt" or "{suffix}"')
+    masks = {}
+    if options["conditioning_data_dir"]:
+        masks, mask_problems = find_masks(where, options, folders[0], paths, config_dir)
+        problems += mask_problems
     examples = []
     for path in paths:
         try:
@@ -2017,8 +2175,26 @@ def read_subset(where, options, config_dir):
         if path.with_suffix(suffix).exists():
             example.files += (path.with_suffix(suffix),)
             example.source = suffix
+        if path in masks:
+            example.images["mask"] = file_example(masks[path])
+            example.stamp += f" {example.images['mask'].stamp}"
         examples.append(configure(example, options))
     return examples, problems
+
+
+def find_masks(where, options, image_dir, paths, config_dir):
+    """({image: its mask in conditioning_data_dir}, problems) of a subset."""
+    mask_dir = options["conditioning_data_dir"]
+    if options["alpha_mask"]:
+        return {}, [f"{where}: alpha_mask and conditioning_data_dir exclude each other: set alpha_mask = false"]
+    folders = find_image_dirs(mask_dir, config_dir)
+    if not folders:
+        return {}, [f"{where}: conditioning_data_dir {visible(mask_dir)}: no such folder here or in {config_dir}"]
+    problems = check_roles({"image_dir": image_dir, f"{where}: conditioning_data_dir": folders[0]})
+    if problems:
+        return {}, problems
+    masks, problems = find_partners(paths, folders[0], "stem")
+    return masks, problems + check_stems(image_dir, paths)
 
 
 def read_subset_caption(path, options):
@@ -2643,9 +2819,10 @@ def training_stops(args, max_train_steps, checkpoint):
 def describe_run(args, examples, class_examples, embedding_handler, text_params, text_encoder_stop):
     """{name: text} to be printed before training: data, new tokens, text encoders."""
     run_info = {"data": f"{len(examples)} images: {count_sizes(example.bucket for example in examples)}"}
-    folders = {example.files[0].parent for example in examples if example.files}
+    folders = {image.files[0].parent for image in all_images(examples) if image.files}
     default = "class_tokens" if args.dataset_config else "--instance_prompt"
     run_info |= describe_data(examples, sorted(folders), default)
+    run_info |= describe_masks(args, examples)
     run_info |= describe_class_images(class_examples)
     tokenizers = load_tokenizers(args)
     captions = {example.name: example.prompt() for example in examples}
@@ -2849,6 +3026,7 @@ def train(args):
         if args.cache_latents:
             folder = args.disk_cache_dir.expanduser() if args.cache_latents_to_disk else None
             dataset.moments = cache_moments(accelerator, vae, dataset.image_keys(), dataset.pixel_values, folder)
+            dataset.cache_loss_masks(accelerator)
     if transformer is None:
         transformer = load_transformer(args, weight_dtype)
     base_size = transformer.num_parameters()
@@ -3005,6 +3183,7 @@ def train(args):
                     family=family,
                     guidance=guidance,
                     weighting_scheme=args.weighting_scheme,
+                    loss_mask=batch["loss_mask"].to(device) if dataset.has_masks else None,
                 )
             # --prior_loss_weight is part of the sample, 1 for others: is_reg images of --dataset_config have it too
             losses = losses * batch["loss_weight"].to(device)

@@ -176,6 +176,16 @@ def upright(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def alpha_channel(image: Image.Image) -> Image.Image:
+    """How opaque `upright(image)` was before its transparent parts became white: grey, 255 where it was opaque."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or not image.has_transparency_data:
+        return Image.new("L", image.size, 255)
+    alpha = image.convert("RGBA").getchannel("A")
+    alpha.info = {}  # the colour profile is that of the other channels
+    return alpha
+
+
 def upright_size(image: Image.Image) -> Size:
     """The size of `upright(image)`; a file's header says it, the file is not decoded."""
     size = Size.of(image)

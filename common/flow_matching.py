@@ -87,14 +87,17 @@ def weighted_mse(
     model_pred: torch.Tensor,
     target: torch.Tensor,
     weighting: torch.Tensor,
-    token_weights: torch.Tensor | None = None,
+    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Squared error [B] of predictions [B, ...], the mean over all but the batch, times `weighting` [B].
 
-    `token_weights` [B, N], not negative, make it a weighted mean over the tokens of predictions [B, N, C].
+    `weights`, not negative, make it a weighted mean over the tokens of predictions [B, N, C] if they are [B, N], over
+    their elements if they are [B, N, C].
     """
     error = (model_pred.float() - target.float()).square()
-    if token_weights is None:
+    if weights is None:
         return weighting * error.flatten(1).mean(dim=1)
-    total = token_weights.sum(dim=1).clamp(min=1e-6)  # with weight 0, no token may be left
-    return weighting * (error.mean(dim=2) * token_weights).sum(dim=1) / total
+    if weights.ndim == 2:
+        error = error.mean(dim=2)
+    total = weights.flatten(1).sum(dim=1).clamp(min=1e-6)  # with weight 0, no token may be left
+    return weighting * (error * weights).flatten(1).sum(dim=1) / total

@@ -371,7 +371,7 @@ BAD = [
     ("[[datasets]]\n{s}resize_interpolation = 'best'", "resize_interpolation = 'best' must be lanczos, nearest"),
     ("[[datasets]]\nbucket_reso_steps = 24\n{s}", "bucket_reso_steps = 24 must be a multiple of 16"),
     ("[[datasets]]\n{s}color_aug = true", "color_aug = True is not supported: colors are kept as they are"),
-    ("[[datasets]]\n{s}alpha_mask = true", "alpha_mask = True is not supported: transparent parts become white"),
+    ("[[datasets]]\n{s}alpha_mask = true", "--dataset_config data.toml: all masks are white (or opaque) all over"),
     ("[[datasets]]\nvalidation_split = 0.1\n{s}", "validation_split = 0.1 is not supported: no images are held out"),
     ("[general]\nprior_loss_weight = 0.5\n[[datasets]]\n{s}", "it is a flag: --prior_loss_weight"),
     ("[[datasets]]\n{s}metadata_file = 'm.json'", "metadata_file = 'm.json' is not supported: give image_dir"),

@@ -859,6 +859,7 @@ PATHS = {
         {
             "pretrained_model_name_or_path": "model",
             "instance_data_dir": "images",
+            "mask_data_dir": "masks",
             "class_data_dir": "classes",
             "output_dir": "out",
             "logging_dir": "logs",
