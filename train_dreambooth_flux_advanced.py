@@ -38,7 +38,7 @@ import re
 import shlex
 import time
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -161,6 +161,7 @@ from common.lora import (
     start_from_lora,
     target_layers,
     unknown_layers,
+    without_adapters,
 )
 from common.lora_formats import FLUX_LAYERS, LORA_FORMS, diffusers_state_dict, full_name
 from common.models import (
@@ -219,7 +220,6 @@ from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import compute_loss_weighting_for_sd3, offload_models
 from diffusers.utils import logging as diffusers_logging
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset
@@ -1282,19 +1282,6 @@ def compute_preservation_loss(
     )
     weighting = compute_loss_weighting_for_sd3(weighting_scheme, sigmas=sigmas)
     return weighted_mse(model_pred, target, weighting)
-
-
-@contextlib.contextmanager
-def without_adapters(*models: torch.nn.Module) -> Iterator[None]:
-    """Models compute what they did before adapters were added."""
-    layers = [module for model in models for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    for layer in layers:
-        layer.enable_adapters(False)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.enable_adapters(True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -137,6 +137,7 @@ from common.lora import (
     start_from_lora,
     target_layers,
     unknown_layers,
+    without_adapters,
 )
 from common.lora_formats import LoraLayer
 from common.models import (
@@ -306,6 +307,22 @@ def parse_args(argv=None):
         choices=("no", "fp32", "fp16", "bf16"),
         help="precision for generating class images (default: --mixed_precision)",
     )
+
+    arg = parser.add_argument_group("output preservation", "keeps other prompts as they are").add_argument
+    arg(
+        "--preserve_outputs",
+        type=non_negative_float,
+        metavar="WEIGHT",
+        help="weight of a loss that keeps what is predicted for --preserve_prompts as it is without the adapter, such "
+        "as 1 (default: none)",
+    )
+    arg(
+        "--preserve_prompts",
+        metavar="PROMPTS",
+        help="a .txt file with a prompt per line, or 'sks dog=>dog,cat': the caption with one of these words in place "
+        "of the subject's",
+    )
+    arg("--preserve_every", type=positive_int, default=1, metavar="N", help="steps from one such loss to the next")
 
     arg = parser.add_argument_group("edit", "what the model sees, and what it generates").add_argument
     arg("--mode", choices=("mask", "edit"), default="mask", help="fill a mask, or edit the whole image")
@@ -537,6 +554,14 @@ def check_args(args):
             f"{args.mixed_precision}"
         )
 
+    # output preservation
+    if args.preserve_outputs and not args.preserve_prompts:
+        problems.append("--preserve_outputs needs --preserve_prompts")
+    if args.preserve_outputs is None:
+        for flag in ("preserve_prompts", "preserve_every"):
+            if flag in args.changed:
+                problems.append(f"--{flag} {vars(args)[flag]} needs --preserve_outputs, such as 1")
+
     # noise, optimizer, precision
     if args.weighting_scheme in ("logit_normal", "mode") and args.timestep_sampling != "sigma":
         problems.append(f"--weighting_scheme {args.weighting_scheme} has no effect without --timestep_sampling sigma")
@@ -720,26 +745,16 @@ class FillPipeline(FluxFillPipeline):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def compute_loss(
-    transformer: torch.nn.Module,
+def sample_noise(
     latents: torch.Tensor,
-    condition: torch.Tensor,
-    prompt_embeds: torch.Tensor,
-    pooled_prompt_embeds: torch.Tensor,
     *,
     args: argparse.Namespace,
     noise_scheduler: FlowMatchEulerDiscreteScheduler,
-    guidance: torch.Tensor | None,
     generator: torch.Generator,
-) -> torch.Tensor:
-    """The flow matching loss [B] of each sample of a batch.
-
-    latents [B, C, h, w] of the results, normalized; condition [B, h/2 * w/2, 4C + 4f²] from `pack_fill_condition`;
-    prompt_embeds [B, T, D]; pooled_prompt_embeds [B, P]; guidance [B], None for a model without guidance embedding.
-    The CPU `generator` gives the noise, then the noise levels.
-    """
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(noise [B, C, h, w], noise levels [B]) for latents [B, C, h, w], from `generator`, which is on the CPU."""
     batch_size, _, height, width = latents.shape
-    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+    noise = torch.randn(latents.shape, generator=generator)
     sigmas = sample_sigmas(
         batch_size,
         noise_scheduler=noise_scheduler,
@@ -752,12 +767,57 @@ def compute_loss(
         mode_scale=args.mode_scale,
         sigmoid_scale=args.sigmoid_scale,
         discrete_flow_shift=args.discrete_flow_shift,
-    ).to(latents.device)
-    latents = pack_latents(latents)  # [B, N, 4C], N = h/2 * w/2
-    noise = pack_latents(noise)
-    noisy_latents = add_noise(latents, noise, sigmas)
+    )
+    return noise.to(latents.device), sigmas.to(latents.device)
 
-    model_pred = transformer(
+
+def compute_loss(
+    transformer: torch.nn.Module,
+    latents: torch.Tensor,
+    noise: torch.Tensor,
+    sigmas: torch.Tensor,
+    condition: torch.Tensor,
+    prompt_embeds: torch.Tensor,
+    pooled_prompt_embeds: torch.Tensor,
+    *,
+    args: argparse.Namespace,
+    guidance: torch.Tensor | None,
+) -> torch.Tensor:
+    """The flow matching loss [B] of each sample of a batch.
+
+    latents [B, C, h, w] of the results, normalized; noise and sigmas are those of `sample_noise`; condition
+    [B, h/2 * w/2, 4C + 4f²] from `pack_fill_condition`; prompt_embeds [B, T, D]; pooled_prompt_embeds [B, P]; guidance
+    [B], None for a model without guidance embedding.
+    """
+    model_pred = predict_velocity(
+        transformer, latents, noise, sigmas, condition, prompt_embeds, pooled_prompt_embeds, guidance=guidance
+    )
+    target = pack_latents(noise) - pack_latents(latents)
+    weighting = compute_loss_weighting_for_sd3(args.weighting_scheme, sigmas=sigmas)
+    token_weights = None
+    if args.loss_mask_weight != 1:
+        num_latent_channels = target.shape[-1]  # of a condition token: these come first, then its mask pixels
+        mask_pixels = condition[..., num_latent_channels:]
+        masked_share = mask_pixels.mean(dim=-1)  # [B, N]
+        token_weights = 1 + (args.loss_mask_weight - 1) * masked_share
+    return weighted_mse(model_pred, target, weighting, token_weights)
+
+
+def predict_velocity(
+    transformer: torch.nn.Module,
+    latents: torch.Tensor,
+    noise: torch.Tensor,
+    sigmas: torch.Tensor,
+    condition: torch.Tensor,
+    prompt_embeds: torch.Tensor,
+    pooled_prompt_embeds: torch.Tensor,
+    *,
+    guidance: torch.Tensor | None,
+) -> torch.Tensor:
+    """The velocity [B, h/2 * w/2, 4C] that the model predicts for x_σ; arguments as of `compute_loss`."""
+    _, _, height, width = latents.shape
+    noisy_latents = add_noise(pack_latents(latents), pack_latents(noise), sigmas)
+    return transformer(
         hidden_states=torch.cat([noisy_latents, condition], dim=-1).to(prompt_embeds.dtype),
         timestep=sigmas,
         guidance=guidance,
@@ -768,15 +828,31 @@ def compute_loss(
         return_dict=False,
     )[0]
 
-    target = noise - latents
-    weighting = compute_loss_weighting_for_sd3(args.weighting_scheme, sigmas=sigmas)
-    token_weights = None
-    if args.loss_mask_weight != 1:
-        num_latent_channels = latents.shape[-1]  # of a condition token: these come first, then its mask pixels
-        mask_pixels = condition[..., num_latent_channels:]
-        masked_share = mask_pixels.mean(dim=-1)  # [B, N]
-        token_weights = 1 + (args.loss_mask_weight - 1) * masked_share
-    return weighted_mse(model_pred, target, weighting, token_weights)
+
+def compute_preservation_loss(
+    transformer: torch.nn.Module,
+    latents: torch.Tensor,
+    noise: torch.Tensor,
+    sigmas: torch.Tensor,
+    condition: torch.Tensor,
+    prompt_embeds: torch.Tensor,
+    pooled_prompt_embeds: torch.Tensor,
+    base_pooled_prompt_embeds: torch.Tensor,
+    *,
+    guidance: torch.Tensor | None,
+    weighting_scheme: str,
+) -> torch.Tensor:
+    """How far the adapter moves what is predicted for other prompts at the same x_σ and condition, [B].
+
+    || transformer(x_σ, σ, condition, prompt) - transformer without adapter(the same) ||², arguments as of
+    `compute_loss`. base_pooled_prompt_embeds [B, P] are those of CLIP without adapter.
+    """
+    inputs = (latents, noise, sigmas, condition, prompt_embeds)
+    with torch.no_grad(), without_adapters(transformer):
+        target = predict_velocity(transformer, *inputs, base_pooled_prompt_embeds, guidance=guidance)
+    model_pred = predict_velocity(transformer, *inputs, pooled_prompt_embeds, guidance=guidance)
+    weighting = compute_loss_weighting_for_sd3(weighting_scheme, sigmas=sigmas)
+    return weighted_mse(model_pred, target, weighting)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1422,6 +1498,15 @@ def train(args):
             model=models["transformer"],
             size=class_image_size(args),
         )
+    preserve_prompts = []
+    prompts_instead = {}  # {caption: the same with other words, if --preserve_prompts names words}
+    if args.preserve_outputs:
+        preserve_prompts, prompt_problems = read_prompts("--preserve_prompts", args.preserve_prompts, captions)
+        problems += prompt_problems
+        if "=>" in args.preserve_prompts:
+            for caption in set(captions):
+                found, _ = read_prompts("--preserve_prompts", args.preserve_prompts, [caption])
+                prompts_instead[caption] = found or preserve_prompts
     dataset = EditDataset(examples, args)
     sampler = StepSampler(
         dataset.groups(),
@@ -1437,6 +1522,8 @@ def train(args):
     run = run_settings(args, accelerator.num_processes, data=data_record(examples), models=models)
     if class_prompts:
         run["the hash of --class_prompt"] = hashlib.sha256("\n".join(class_prompts).encode()).hexdigest()[:16]
+    if preserve_prompts:
+        run["the hash of --preserve_prompts"] = hashlib.sha256("\n".join(preserve_prompts).encode()).hexdigest()[:16]
     problems += check_run(accelerator, args, max_train_steps, checkpoint, run)
     if problems:
         fail(accelerator, problems)
@@ -1449,7 +1536,7 @@ def train(args):
     prompts.update(case.prompt for case in cases)
     if args.caption_dropout:
         prompts.add("")
-    prompts.update(class_prompts)
+    prompts.update(class_prompts, preserve_prompts)
     prompts.update(example.caption for example in class_examples(args, class_prompts))
     text_pipeline = load_text_pipeline(FluxPipeline, args, weight_dtype)
     text_lora_params = []
@@ -1470,6 +1557,9 @@ def train(args):
         offload=args.offload,
     )
     prompt_encoder.cache_prompts(sorted(prompts))
+    text_encoders = [text_pipeline.text_encoder] if args.train_text_encoder else []
+    with torch.no_grad(), without_adapters(*text_encoders):
+        base_pooled = {prompt: prompt_encoder.encode_prompts([prompt])[1] for prompt in preserve_prompts}
 
     # 4. Models: VAE, class images and cached latents; then the transformer and its LoRA
     noise_scheduler = load_scheduler(args)
@@ -1599,6 +1689,9 @@ def train(args):
     run_info = describe_run(args, examples, dataset.class_examples, text_lora_params)
     run_info["sizes"] = count_sizes(sampler.groups)
     run_info |= describe_small_groups(sampler.groups, args.train_batch_size)
+    if preserve_prompts:
+        interval = "every step" if args.preserve_every == 1 else f"every {args.preserve_every} steps"
+        run_info["preserved"] = f"outputs for {len(preserve_prompts)} prompts, {interval}"
     print_header(accelerator, args, run_info, lora_params, base_size, max_train_steps, steps_per_epoch)
     result = lora_file(args.output_dir, args.output_name)
     keep_earlier_results(
@@ -1643,17 +1736,18 @@ def train(args):
             guidance = None
             if guidance_embeds:
                 guidance = torch.full((len(latents),), args.guidance_scale, device=device)
+            noise, sigmas = sample_noise(latents, args=args, noise_scheduler=noise_scheduler, generator=generator)
             with accelerator.autocast():
                 losses = compute_loss(
                     transformer,
                     latents,
+                    noise,
+                    sigmas,
                     condition,
                     prompt_embeds,
                     pooled_prompt_embeds,
                     args=args,
-                    noise_scheduler=noise_scheduler,
                     guidance=guidance,
-                    generator=generator,
                 )
             if args.with_prior_preservation:
                 instance_losses, prior_losses = losses.chunk(2)  # `collate` puts class images behind the others
@@ -1664,6 +1758,30 @@ def train(args):
                 loss = losses.mean()
             accelerator.backward(loss)
             loss_sum = loss_sum + loss.detach() / accumulation
+            if args.preserve_outputs and step % args.preserve_every == 0:
+                # a backward pass of its own: the activations of one batch are in memory at a time
+                draws = torch.rand(len(latents), generator=generator).tolist()
+                batch_prompts = []
+                for prompt, draw in zip(batch["prompt"], draws, strict=True):
+                    choices = prompts_instead.get(prompt, preserve_prompts)
+                    batch_prompts.append(choices[int(draw * len(choices))])
+                prompt_embeds, pooled_prompt_embeds = prompt_encoder.encode_prompts(batch_prompts)
+                with accelerator.autocast():
+                    preserve_loss = compute_preservation_loss(
+                        transformer,
+                        latents,
+                        noise,
+                        sigmas,
+                        condition,
+                        prompt_embeds,
+                        pooled_prompt_embeds,
+                        torch.cat([base_pooled[prompt] for prompt in batch_prompts]),
+                        guidance=guidance,
+                        weighting_scheme=args.weighting_scheme,
+                    ).mean()
+                preserve_loss = args.preserve_outputs * preserve_loss
+                accelerator.backward(preserve_loss)
+                loss_sum = loss_sum + preserve_loss.detach() / accumulation
             if not accelerator.sync_gradients:
                 continue
 

@@ -3,8 +3,8 @@
 import functools
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +23,8 @@ from accelerate import Accelerator
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -112,6 +114,20 @@ def add_lora(
     for parameter in earlier:
         parameter.requires_grad_(True)
     return added
+
+
+@contextmanager
+def without_adapters(*models: torch.nn.Module) -> Iterator[None]:
+    """Models compute what they did before adapters were added, and before modules were trained as a whole."""
+    wrappers = (BaseTunerLayer, ModulesToSaveWrapper)
+    layers = [module for model in models for module in model.modules() if isinstance(module, wrappers)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
 
 
 def adapter_config(model: torch.nn.Module, adapter_name: str = "default") -> LoraConfig:
