@@ -286,8 +286,16 @@ def offset(text):
     return (down, right)
 
 
+# The LoRA acts on condition tokens alone
+NOT_NEEDED = (None, "without a condition, the model is the base model bit for bit: there is nothing to preserve")
+
+
 def parse_args(argv=None):
-    parser = Parser(description="Trains FLUX.1 to follow image conditions (OminiControl).", epilog=EXAMPLE)
+    parser = Parser(
+        description="Trains FLUX.1 to follow image conditions (OminiControl).",
+        epilog=EXAMPLE,
+        other_flags=dict.fromkeys(("preserve_outputs", "preserve_prompts", "preserve_every"), NOT_NEEDED),
+    )
 
     arg = parser.add_argument_group("model", "which model is trained, in which precision").add_argument
     arg(

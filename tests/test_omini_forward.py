@@ -206,6 +206,8 @@ def test_without_conditions_it_is_the_stock_model(guidance):
         difference = (omini_forward(model, arguments) - expected).abs().max().item()
         print(f"max abs {difference:.1e} (bar 1e-5), outputs to {expected.abs().max():.1f}")
         assert difference <= 1e-5
+    # bit for bit the base: what --preserve_outputs would hold fast
+    assert torch.equal(omini_forward(adapted, arguments), omini_forward(transformer, arguments))
     stock = add_adapters(stock, "control")
     assert (stock(**arguments, return_dict=False)[0] - expected).abs().max() > 0.1  # the adapter does do something
 
