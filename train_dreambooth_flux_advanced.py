@@ -39,7 +39,7 @@ import shlex
 import time
 import tomllib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -301,7 +301,14 @@ def parse_args(argv=None):
         "--caption_dropout_rate",
         type=fraction,
         default=0.0,
-        help="probability of training on an empty caption, 0 to 1",
+        help="probability of training without the caption, 0 to 1",
+    )
+    arg(
+        "--caption_dropout_to",
+        choices=("empty", "instance_prompt"),
+        default="empty",
+        help="what stands in for a dropped caption: nothing, or --instance_prompt (class_tokens), so that the bare "
+        "prompt is learned beside the captions",
     )
     arg(
         "--repeats",
@@ -630,6 +637,10 @@ def needs(args):
             args.with_prior_preservation or args.dataset_config,
             ("prior_loss_weight",),
         ),
+        "--caption_dropout or --dataset_config": (
+            args.caption_dropout or args.dataset_config,
+            ("caption_dropout_to",),
+        ),
         "--train_text_encoder or --train_text_encoder_ti": (
             trains_text,
             ("text_encoder_lr", "adam_weight_decay_text_encoder"),
@@ -664,6 +675,8 @@ def check_args(args):
         problems.append("exactly one of --instance_data_dir, --dataset_name and --dataset_config is needed")
     if args.dataset_config_name and not args.dataset_name:
         problems.append(f"--dataset_config_name {args.dataset_config_name} needs --dataset_name")
+    if args.caption_dropout_to == "instance_prompt" and not (args.instance_prompt or args.dataset_config):
+        problems.append("--caption_dropout_to instance_prompt needs --instance_prompt")
     if args.dataset_config:
         for flag in ("with_prior_preservation", "aspect_ratio_buckets", "center_crop", "caption_column", "scale_lr"):
             if vars(args)[flag]:
@@ -1335,7 +1348,7 @@ class DreamBoothDataset(Dataset):
         is_dropped = dropout_draw < options["caption_dropout_rate"]
         if every_n_epochs and (epoch + 1) % every_n_epochs == 0:
             is_dropped = True
-        prompt = "" if is_dropped else example.prompt(rng)
+        prompt = example.dropped_prompt(self.args, rng) if is_dropped else example.prompt(rng)
         loss_weight = self.args.prior_loss_weight if options["is_reg"] else 1.0
         samples = [self.sample((self.crop_index[index], example.bucket, mirrored), prompt, loss_weight)]
         if self.class_examples:
@@ -1462,6 +1475,19 @@ class ConfiguredExample(Example):
             caption = caption.replace(options["secondary_separator"], options["caption_separator"])
         return caption
 
+    def drops_captions(self):
+        """Whether a sample of it can have `dropped_prompt`."""
+        return bool(self.options["caption_dropout_rate"] or self.options["caption_dropout_every_n_epochs"])
+
+    def dropped_prompt(self, args, rng=None):
+        """The prompt of a sample whose caption is dropped: an empty one, or the one it would have without a caption
+        of its own; images that keep the class, which is_reg marks, have no other than their own."""
+        if args.caption_dropout_to == "empty":
+            return ""
+        if self.options["is_reg"]:
+            return self.prompt(rng) if self.caption else ""
+        return replace(self, caption=self.options["class_tokens"] or "").prompt(rng)
+
     def arrange_tags(self, caption, rng):
         """The caption's tags with ", " between them; those that are not kept in place are shuffled and dropped."""
         options = self.options
@@ -1524,6 +1550,7 @@ def find_examples(args):
         if not problems:
             problems += check_reach(examples, args)
     if args.dataset_config:
+        problems += check_dropout(examples, args)
         problems += check_bucket_sizes(examples, sizes)
         folders = sorted({file.parent for image in all_images(examples) for file in image.files})
         filled = {"--output_dir": args.output_dir, "--disk_cache_dir": args.disk_cache_dir}
@@ -1659,6 +1686,21 @@ def class_examples(args, class_prompts):
     options = default_options(args) | {"alpha_mask": False}  # they count whole
     found = read_class_images(args.class_data_dir, class_prompts, args.num_class_images)
     return [configure(example, options) for example in found]
+
+
+def check_dropout(examples, args):
+    """Problems of folders whose captions are dropped, but that have no prompt to put in their place."""
+    if args.caption_dropout_to == "empty":
+        return []
+    folders = set()
+    for example in examples:
+        if example.drops_captions() and not (example.options["is_reg"] or example.options["class_tokens"]):
+            folders.add(example.files[0].parent)
+    return [
+        f"{folder}: --caption_dropout_to instance_prompt needs its class_tokens in {args.dataset_config}, or "
+        "--instance_prompt"
+        for folder in sorted(folders)
+    ]
 
 
 def check_abstractions(examples, args):
@@ -2897,9 +2939,11 @@ def train(args):
     prompts_instead = {}  # {caption: the same with other words, if --preserve_prompts names words}
     prompt_problems = []
     if args.preserve_outputs:
-        preserve_prompts, prompt_problems = read_prompts("--preserve_prompts", args.preserve_prompts, captions)
+        dropped_prompts = {example.dropped_prompt(args) for example in examples if example.drops_captions()} - {""}
+        all_captions = captions + sorted(dropped_prompts)
+        preserve_prompts, prompt_problems = read_prompts("--preserve_prompts", args.preserve_prompts, all_captions)
         if "=>" in args.preserve_prompts:
-            for caption in set(captions):
+            for caption in set(all_captions):
                 prompts, _ = read_prompts("--preserve_prompts", args.preserve_prompts, [caption])
                 prompts_instead[caption] = prompts or preserve_prompts
     problems += prompt_problems + check_no_new_tokens("--preserve_prompts", preserve_prompts, args)
@@ -2952,8 +2996,8 @@ def train(args):
             has_varying_prompts = True
         else:
             prompts.add(example.prompt())
-        if example.options["caption_dropout_rate"] or example.options["caption_dropout_every_n_epochs"]:
-            prompts.add("")
+        if example.drops_captions():
+            prompts.add(example.dropped_prompt(args))
     prompts = sorted(prompts)
 
     pipeline = load_text_encoders(args, weight_dtype)

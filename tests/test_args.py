@@ -64,6 +64,10 @@ BAD = [
         "--caption_dropout 1.5",
         "--caption_dropout/--caption_dropout_rate: 1.5 is out of range: it must be at least 0 and at most 1",
     ),
+    (
+        "--caption_dropout 0.2 --caption_dropout_to instance_prompt",
+        "--caption_dropout_to instance_prompt needs --instance_prompt",
+    ),
     ("--lora_dropout 1", "--lora_dropout: 1 is out of range"),
     ("--max_sequence_length 600", "--max_sequence_length/--t5xxl_max_token_length: 600 is out of range"),
     ("--resolution 40", "--resolution 40 must be a multiple of 16, such as 32"),

@@ -180,6 +180,30 @@ def test_dropout_of_an_epoch_and_of_a_share(read):
     assert 0.18 < share < 0.32
 
 
+def test_a_dropped_caption_is_replaced_by_the_class_tokens_but_not_for_class_images(read):
+    subsets = [
+        'image_dir = "class"\nclass_tokens = "sks"\ncaption_suffix = "2024"',
+        'image_dir = "one"\nis_reg = true',
+    ]
+    args, examples, _ = read(
+        toml("caption_dropout_every_n_epochs = 2", "", *subsets), "--caption_dropout_to", "instance_prompt"
+    )
+    dataset = dreambooth.DreamBoothDataset(examples, args)
+    prompts = [[dataset[epoch, i][0]["prompt"] for i in range(4)] for epoch in range(2)]
+    assert sorted(prompts[0]) == ["class 0, x 2024", "class 1, x 2024", "sks thing", "sks thing"]
+    assert sorted(prompts[1]) == ["sks 2024", "sks 2024", "sks thing", "sks thing"]
+
+
+def test_a_folder_without_class_tokens_has_nothing_to_put_in_a_captions_place(read):
+    subset = 'image_dir = "class"\nclass_tokens = ""'
+    args, examples, problems = read(
+        toml("caption_dropout_rate = 0.5", "", subset), "--caption_dropout_to", "instance_prompt"
+    )
+    assert len(problems) == 1 and "class_tokens" in problems[0] and "class:" in problems[0]
+    _, _, problems = read(toml("caption_dropout_rate = 0.5", "", subset))
+    assert problems == []
+
+
 def test_bucket_lists_are_the_known_ones():
     narrow = bucket_sizes(1024**2, 256, 1024, 64)
     wide = bucket_sizes(1024**2, 256, 2048, 64)

@@ -159,6 +159,43 @@ def test_preservation_goes_with(train, flags, prompts_file, tmp_path, mode):  # 
     assert plain[1:] != kept[1:]
 
 
+def test_dropped_captions_become_the_instance_prompt(tiny_model, pictures, tmp_path):
+    words = ["--pretrained_model_name_or_path", tiny_model, "--instance_data_dir", pictures, "--output_dir", tmp_path]
+    words += ["--caption_dropout", 0.5, "--instance_prompt", "sks"]
+    prompts = {}
+    for to in ("empty", "instance_prompt"):
+        args = dreambooth.parse_args([*map(str, words), "--caption_dropout_to", to])
+        examples, problems = dreambooth.find_examples(args)
+        assert problems == []
+        dataset = dreambooth.DreamBoothDataset(examples, args)
+        dataset.pixel_values = lambda key: None
+        prompts[to] = [dataset[epoch, index][0]["prompt"] for epoch in range(40) for index in range(len(dataset))]
+    assert set(prompts["empty"]) == {example.caption for example in examples} | {""}
+    assert [prompt or "sks" for prompt in prompts["empty"]] == prompts["instance_prompt"]
+    assert 70 < prompts["instance_prompt"].count("sks") < 130
+
+
+def test_bare_prompts_resume_bit_for_bit_and_do_not_depend_on_caches(train, flags, tmp_path):  # noqa: F811
+    flags = [*flags, *MODES["pivotal CLIP"], "--instance_prompt", "a circle", "--caption_dropout", 0.5]
+    flags += ["--checkpointing_steps", 2, "--max_train_steps", 4, "--with_prior_preservation", "--class_prompt", "red"]
+    flags += ["--class_data_dir", tmp_path / "class", "--num_class_images", 2]
+    flags += ["--preserve_outputs", 1, "--preserve_prompts", "circle=>square"]
+    bare = ["--caption_dropout_to", "instance_prompt"]
+    train(SCRIPT, *flags, "--output_dir", tmp_path / "empty" / "run")
+    train(SCRIPT, *flags, *bare, "--output_dir", tmp_path / "a" / "run")
+    variants = {
+        "resumed": ["--resume_from_checkpoint", tmp_path / "a" / "run" / "checkpoint-2"],
+        "other ways": ["--cache_latents", "False"],
+    }
+    for name, extra in variants.items():
+        train(SCRIPT, *flags, *bare, *extra, "--output_dir", tmp_path / name / "run")
+        assert_equal(results(tmp_path / "a" / "run"), results(tmp_path / name / "run"))
+    assert losses_of(tmp_path / "empty" / "run") != losses_of(tmp_path / "a" / "run")
+    with pytest.raises(SystemExit) as ended:
+        train(SCRIPT, *flags, *variants["resumed"], "--output_dir", tmp_path / "changed" / "run")
+    assert ended.value.code == 2
+
+
 BAD = [
     ("--preserve_outputs 1", "--preserve_outputs needs --preserve_prompts"),
     ("--preserve_prompts x", "--preserve_prompts x needs --preserve_outputs"),
