@@ -152,6 +152,7 @@ from common.lora import (
     FLUX_TARGET_MODULES,
     add_lora,
     average_gradients,
+    check_adapter,
     check_lora_file,
     is_target,
     layer_shapes,
@@ -432,6 +433,7 @@ def parse_args(argv=None):
     arg("--lora_alpha", "--network_alpha", type=positive_float, help="LoRA scale is lora_alpha / rank (default: rank)")
     arg("--lora_path", type=Path, metavar="FILE", help="a LoRA file to continue from, at the strength it has")
     arg("--lora_dropout", type=in_range(float, 0, 0.99), default=0.0, help="dropout probability of the LoRA's inputs")
+    arg("--use_dora", action="store_true", help="train a DoRA: also the norm of each row of a weight; slower steps")
     arg(
         "--lora_layers",
         "--lora_blocks",
@@ -593,6 +595,7 @@ def parse_args(argv=None):
         args.output_dir /= args.output_name
     args.pool_at_eos = args.train_text_encoder_ti  # no flag, but recorded as one, see `pools_at_eos`
     problems = check_args(args) + check_hub(args) + check_trackers(args) + check_weights(args) + check_model(args)
+    problems += check_adapter(args)
     problems += check_launcher() + check_output_dir(args)
     parser.refuse(problems + check_results(args, result_files(args), [args.lora_path] if args.lora_path else []))
     parser.remark(idle_flags(args, shared_needs(args), needs(args)))
@@ -648,7 +651,7 @@ def needs(args):
         "--train_text_encoder_ti": (args.train_text_encoder_ti, ("token_abstraction",)),
         "--train_transformer_frac above 0": (
             args.train_transformer_frac > 0,
-            ("rank", "lora_alpha", "lora_dropout", "lora_layers", "adam_weight_decay"),
+            ("rank", "lora_alpha", "lora_dropout", "lora_layers", "use_dora", "adam_weight_decay"),
         ),
         "--validation_prompt": (args.validation_prompt, ("validation_epochs",)),
         "no --validation_steps": (not args.validation_steps, ("validation_epochs",)),
@@ -784,6 +787,8 @@ def check_args(args):
         problems.append("--final_validation_prompt has no effect with --skip_final_inference: leave one out")
     if (args.save_every_n_epochs or args.save_format == "kohya") and not args.output_name:
         problems.append("--save_every_n_epochs and --save_format need --output_name")
+    if args.use_dora and args.save_format == "kohya":
+        problems.append("--save_format kohya has no DoRA: leave it or --use_dora out")
     return problems
 
 
@@ -830,12 +835,12 @@ def check_model(args):
         ]
     lora_size = 0
     for _, layer in target_layers(transformer, target_modules):
-        lora_size += args.rank * (layer.in_features + layer.out_features)
+        lora_size += args.rank * (layer.in_features + layer.out_features) + args.use_dora * layer.out_features
     if args.lora_path:
         shapes = layer_shapes("transformer", transformer, target_modules)
         if args.train_text_encoder:
             shapes |= clip_shapes(args)
-        problems = check_lora_file(args.lora_path, shapes, args.rank)
+        problems = check_lora_file(args.lora_path, shapes, args.rank, use_dora=args.use_dora)
         if problems:
             return problems
     bytes_needed = 4 * 5 * lora_size  # float32: a checkpoint holds the LoRA twice and Adam's two moments; the result
@@ -2707,7 +2712,7 @@ def class_tokens(examples):
 LORA_CARD = """
 # {name}
 
-LoRA of rank {rank} and alpha {lora_alpha} for {trained_model}, trained with DreamBooth.
+{adapter} of rank {rank} and alpha {lora_alpha} for {trained_model}, trained with DreamBooth.
 
 ```python
 import torch
@@ -2765,8 +2770,10 @@ def save_model_card(args, dtype, embedding_handler, prompt, embeddings_name, hub
         from_pretrained.append(f"revision={args.revision!r}")
     if args.variant:
         from_pretrained.append(f"variant={args.variant!r}")
+    adapter = "DoRA" if args.use_dora else "LoRA"
     values = {
         "name": folder.name,
+        "adapter": adapter,
         "rank": args.rank,
         "lora_alpha": args.lora_alpha,
         "trained_model": args.pretrained_model_name_or_path,
@@ -2780,7 +2787,7 @@ def save_model_card(args, dtype, embedding_handler, prompt, embeddings_name, hub
     else:
         tokens = [f"`{tokens}` for {word}" for word, tokens in embedding_handler.abstractions.items()]
         values |= {
-            "what_was_trained": f"LoRA of rank {args.rank} and alpha {args.lora_alpha} and new tokens",
+            "what_was_trained": f"{adapter} of rank {args.rank} and alpha {args.lora_alpha} and new tokens",
             "tokens": ", ".join(tokens),
             "import_hub": "",
             "set_eos_token": "",
@@ -3009,7 +3016,7 @@ def train(args):
             rank=args.rank,
             alpha=args.lora_alpha,
             dropout=0.0,
-            target_modules=clip_targets(args),
+            target_modules=clip_targets(args),  # a LoRA beside a DoRA too: transformers loads no magnitudes into CLIP
         )
         adapted_models["text_encoder"] = pipeline.text_encoder
     embedding_handler = add_new_tokens(pipeline, args)
@@ -3074,6 +3081,7 @@ def train(args):
             alpha=args.lora_alpha,
             dropout=args.lora_dropout,
             target_modules=lora_targets(args, family, transformer),
+            use_dora=args.use_dora,
         )
     if args.lora_path:
         start_from_lora(args.lora_path, {"transformer": transformer, **adapted_models})

@@ -41,6 +41,7 @@ import os
 import secrets
 import shlex
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -126,9 +127,11 @@ from common.flow_matching import (
 )
 from common.latents import cache_moments, encode_moments, image_ids, pack_latents, sample_latents, to_tensor
 from common.lora import (
+    adapter_config,
     FLUX_TARGET_MODULES,
     add_lora,
     average_gradients,
+    check_adapter,
     check_lora_file,
     layer_shapes,
     lora_file,
@@ -337,6 +340,7 @@ def parse_args(argv=None):
     arg("--lora_alpha", type=positive_float, help="LoRA scale is lora_alpha / rank (default: rank)")
     arg("--lora_path", type=Path, metavar="FILE", help="a LoRA file to continue from, at the strength it has")
     arg("--lora_dropout", type=in_range(float, 0, 0.99), default=0.0, help="dropout probability of the LoRA's inputs")
+    arg("--use_dora", action="store_true", help="train a DoRA: also the norm of each row of a weight; slower steps")
     arg(
         "--lora_layers",
         "--lora_blocks",
@@ -596,7 +600,7 @@ def check_args(args):
     if mask_needed and "validation_image" in listed and "validation_mask" not in listed:
         problems.append("--validation_image needs --validation_mask, or masks that are split: --use_split_mask")
 
-    return problems + check_hub(args) + check_trackers(args) + check_launcher()
+    return problems + check_adapter(args) + check_hub(args) + check_trackers(args) + check_launcher()
 
 
 def validation_lists(args):
@@ -662,12 +666,12 @@ def check_model(args):
         return [f"--lora_layers: the transformer has no linear layer {', '.join(unknown)}"]
     lora_size = 0
     for _, layer in target_layers(transformer, targets):
-        lora_size += args.rank * (layer.in_features + layer.out_features)
+        lora_size += args.rank * (layer.in_features + layer.out_features) + args.use_dora * layer.out_features
     if args.lora_path:
         shapes = layer_shapes("transformer", transformer, targets)
         if args.train_text_encoder:
             shapes |= clip_lora_shapes(args, CLIP_TARGET_MODULES)
-        problems = check_lora_file(args.lora_path, shapes, args.rank)
+        problems = check_lora_file(args.lora_path, shapes, args.rank, use_dora=args.use_dora)
         if problems:
             return problems
     bytes_needed = 4 * 5 * lora_size  # float32: a checkpoint holds the LoRA twice and Adam's two moments; the result
@@ -714,7 +718,13 @@ def embedder_lora(transformer: torch.nn.Module) -> dict[str, LoraLayer]:
     up = (full_tensor(after.weight) - full_tensor(before.weight)).detach().cpu()  # the trained layer is in float32
     bias = (full_tensor(after.bias) - full_tensor(before.bias)).detach().cpu()
     up[:, -MASK_CHANNELS:] += bias[:, None] / MASK_CHANNELS
-    return {"transformer.x_embedder": LoraLayer(torch.eye(FILL_CHANNELS), up, float(FILL_CHANNELS))}
+    layer = LoraLayer(torch.eye(FILL_CHANNELS), up, float(FILL_CHANNELS))
+    if adapter_config(transformer).use_dora:  # then readers expect magnitudes of all layers: at these it is the LoRA
+        weight = full_tensor(before.weight).float().cpu()
+        layer = replace(
+            layer, magnitude=(weight + up).norm(dim=1), dora_scale=weight.norm(dim=1, keepdim=True)
+        )
+    return {"transformer.x_embedder": layer}
 
 
 class FillPipeline(FluxFillPipeline):
@@ -1276,7 +1286,7 @@ def log_validation(accelerator, transformer, vae, noise_scheduler, prompt_encode
 MASK_MODE_CARD = """
 # {name}
 
-A LoRA (rank {rank}, alpha {alpha}) for {model}: it generates the white part of a mask from a prompt.
+A {adapter} (rank {rank}, alpha {alpha}) for {model}: it generates the white part of a mask from a prompt.
 
 ```python
 import torch
@@ -1306,7 +1316,7 @@ image.save("image.png")
 EDIT_MODE_CARD = """
 # {name}
 
-A LoRA (rank {rank}, alpha {alpha}) for {model}: it edits a whole image as a prompt says.
+A {adapter} (rank {rank}, alpha {alpha}) for {model}: it edits a whole image as a prompt says.
 
 ```python
 import torch
@@ -1356,6 +1366,7 @@ def save_model_card(args, dtype, prompt, hub_repo=None):
     template = EDIT_MODE_CARD if args.mode == "edit" else MASK_MODE_CARD
     description = template.format(
         name=folder.name,
+        adapter="DoRA" if args.use_dora else "LoRA",
         rank=args.rank,
         alpha=args.lora_alpha,
         model=args.pretrained_model_name_or_path,
@@ -1546,7 +1557,7 @@ def train(args):
             rank=args.rank,
             alpha=args.lora_alpha,
             dropout=0.0,
-            target_modules=CLIP_TARGET_MODULES,
+            target_modules=CLIP_TARGET_MODULES,  # a LoRA beside a DoRA too: transformers loads no magnitudes into CLIP
         )
     prompt_encoder = PromptEncoder(
         accelerator,
@@ -1602,6 +1613,7 @@ def train(args):
         dropout=args.lora_dropout,
         target_modules=lora_targets(args),
         modules_to_save=["x_embedder"] if args.train_embedder else None,
+        use_dora=args.use_dora,
     )
     adapted_models = {"transformer": transformer}
     if args.train_text_encoder:

@@ -147,6 +147,7 @@ from common.latents import (
 from common.lora import (
     add_lora,
     average_gradients,
+    check_adapter,
     check_lora_file,
     lora_file,
     register_lora_checkpointing,
@@ -423,6 +424,7 @@ def parse_args(argv=None):
     arg("--rank", type=positive_int, default=4, help="rank of the LoRA: its capacity and size; 16 to 64 for detail")
     arg("--lora_alpha", type=positive_float, help="LoRA scale is lora_alpha / rank (default: rank)")
     arg("--lora_dropout", type=in_range(float, 0, 0.99), default=0.0, help="dropout probability of the LoRA's inputs")
+    arg("--use_dora", action="store_true", help="train a DoRA: also the norm of each row of a weight; slower steps")
     arg("--target_modules", metavar="REGEX", help="layers with LoRA (default: all that condition tokens pass)")
     arg(
         "--lora_path",
@@ -615,7 +617,7 @@ def check_args(args):
     if args.final_validation_prompt and args.skip_final_inference:
         problems.append("--final_validation_prompt has no effect with --skip_final_inference: leave one out")
 
-    return problems + check_hub(args) + check_trackers(args) + check_launcher()
+    return problems + check_adapter(args) + check_hub(args) + check_trackers(args) + check_launcher()
 
 
 def check_model(args):
@@ -659,8 +661,8 @@ def check_model(args):
     not_passed = [name for name, _ in layers if re.search(OTHER_LAYERS, name)]
     if not_passed:
         return [f"--target_modules {targets}: condition tokens do not pass {not_passed[0]}; leave it out"]
-    sizes = [sum(layer.weight.shape) for _, layer in layers]
-    needed = 20 * args.rank * sum(sizes)  # bytes of a checkpoint, which holds it twice, two moments and the result
+    sizes = [args.rank * sum(layer.weight.shape) + args.use_dora * len(layer.weight) for _, layer in layers]
+    needed = 20 * sum(sizes)  # bytes of a checkpoint, which holds it twice, two moments and the result
     return check_disk(args, needed) or check_lora_path(args, layers)
 
 
@@ -718,7 +720,7 @@ def check_lora_path(args, layers):
     shapes = {f"transformer.{name}": (layer.out_features, layer.in_features) for name, layer in layers}
     problems = []
     for path in paths:
-        problems += check_lora_file(path, shapes, args.rank)
+        problems += check_lora_file(path, shapes, args.rank, use_dora=args.use_dora)
     return problems
 
 
@@ -909,9 +911,27 @@ def lora_linear(layer: Any, hidden_states: torch.Tensor, adapter: str | None) ->
     result = layer.base_layer(hidden_states)
     if adapter is not None and adapter in layer.lora_A:
         inputs = layer.lora_dropout[adapter](hidden_states.to(layer.lora_A[adapter].weight.dtype))
-        update = layer.lora_B[adapter](layer.lora_A[adapter](inputs)) * layer.scaling[adapter]
+        if adapter in layer.lora_magnitude_vector:
+            update = dora_update(layer, inputs, adapter, result)
+        else:
+            update = layer.lora_B[adapter](layer.lora_A[adapter](inputs)) * layer.scaling[adapter]
         result = result + update.to(result.dtype)
     return result
+
+
+def dora_update(layer: Any, inputs: torch.Tensor, adapter: str, result: torch.Tensor) -> torch.Tensor:
+    """What a DoRA changes of the frozen layer's `result`, as PEFT has it. The dropout of the LoRA's `inputs` is that of
+    the frozen weight's too."""
+    has_dropout = layer.training and not isinstance(layer.lora_dropout[adapter], torch.nn.Identity)
+    return layer.lora_magnitude_vector[adapter](
+        inputs,
+        lora_A=layer.lora_A[adapter],
+        lora_B=layer.lora_B[adapter],
+        scaling=layer.scaling[adapter],
+        base_layer=layer.base_layer,
+        base_result=None if has_dropout else result,
+        adapter_name=adapter,
+    )
 
 
 def modulate(norm: Any, branch: Branch, num_parts: int) -> tuple[torch.Tensor, ...]:
@@ -2209,6 +2229,7 @@ def add_adapters(transformer, specs, args):
             alpha=args.lora_alpha,
             dropout=args.lora_dropout,
             target_modules=lora_targets(args),
+            use_dora=args.use_dora,
             adapter_name=name,
         )
     for name, path in match_lora_paths(args, specs).items():
@@ -2356,7 +2377,7 @@ def log_validation(accelerator, transformer, vae, noise_scheduler, prompt_encode
 MODEL_CARD = """
 # {name}
 
-A LoRA (rank {rank}) for {model}: generated images follow {conditions}, by OminiControl.
+A {adapter} (rank {rank}) for {model}: generated images follow {conditions}, by OminiControl.
 
 `IMAGE` is the image to make the conditions from ({width} x {height} pixels are cut out of it){mask_note}. In the
 trainer's folder:
@@ -2375,6 +2396,7 @@ def save_model_card(args, command):
     height, width = args.target_size
     description = MODEL_CARD.format(
         name=args.output_dir.resolve().name,
+        adapter="DoRA" if args.use_dora else "LoRA",
         rank=args.rank,
         model=args.pretrained_model_name_or_path,
         conditions=", ".join(args.condition_type),

@@ -137,6 +137,7 @@ from common.latents import (
 from common.lora import (
     FLUX_TARGET_MODULES,
     add_lora,
+    check_adapter,
     check_lora_file,
     layer_shapes,
     lora_file,
@@ -478,6 +479,7 @@ def parse_args(argv=None):
     arg("--lora_alpha", type=positive_float, help="LoRA scale is lora_alpha / rank (default: rank)")
     arg("--lora_path", type=Path, metavar="FILE", help="a LoRA file to continue from, at the strength it has")
     arg("--lora_dropout", type=in_range(float, 0, 0.99), default=0.0, help="dropout probability of the LoRA's inputs")
+    arg("--use_dora", action="store_true", help="train a DoRA: also the norm of each row of a weight; slower steps")
     arg(
         "--lora_layers",
         "--lora_blocks",
@@ -691,8 +693,10 @@ def check_args(args) -> list[str]:
             problems.append("--openuni_checkpoint is only for --model_type openuni")
         if args.openuni_llm is not None:
             problems.append("--openuni_llm is only for --model_type openuni")
-    if args.training == "full" and (args.lora_layers or args.lora_dropout):
-        problems.append("--lora_layers and --lora_dropout have no effect on --training full: leave them out")
+    if args.training == "full" and (args.lora_layers or args.lora_dropout or args.use_dora):
+        problems.append(
+            "--lora_layers, --lora_dropout and --use_dora have no effect on --training full: leave them out"
+        )
     for flag in ("lora_path", "output_name"):
         if args.training == "full" and vars(args)[flag]:
             problems.append(f"--{flag} names the file of a LoRA: it needs --training lora")
@@ -714,7 +718,8 @@ def check_args(args) -> list[str]:
         value = getattr(args, flag)
         if value and not args.validation_prompt:
             problems.append(f"--{flag} {value} needs --validation_prompt")
-    return problems + check_weights(args) + check_hub(args) + check_trackers(args) + check_launcher()
+    problems += check_weights(args) + check_adapter(args)
+    return problems + check_hub(args) + check_trackers(args) + check_launcher()
 
 
 def check_data_flags(args) -> list[str]:
@@ -839,10 +844,14 @@ def check_model(args) -> list[str]:
         layers = target_layers(transformer, lora_targets(args))
         if args.lora_path:
             shapes = layer_shapes("transformer", transformer, lora_targets(args))
-            problems = check_lora_file(args.lora_path, shapes, args.rank, flux=args.model_type == "flux")
+            problems = check_lora_file(
+                args.lora_path, shapes, args.rank, use_dora=args.use_dora, flux=args.model_type == "flux"
+            )
             if problems:
                 return problems
-        adapter_parameters = args.rank * sum(sum(layer.weight.shape) for _, layer in layers)
+        adapter_parameters = 0
+        for _, layer in layers:
+            adapter_parameters += args.rank * sum(layer.weight.shape) + args.use_dora * len(layer.weight)
         checkpoint_bytes = 24 * adapter_parameters  # the same, what would be the result, and the result
     return check_disk(args, checkpoint_bytes)
 
@@ -2258,7 +2267,8 @@ def save_model_card(args, command: str) -> None:
     """Writes README.md into the output folder: what was trained, and the command that generates images with it."""
     trained = "All weights"
     if args.training == "lora":
-        trained = f"A LoRA of rank {args.rank} and alpha {args.lora_alpha:g}"
+        adapter = "DoRA" if args.use_dora else "LoRA"
+        trained = f"A {adapter} of rank {args.rank} and alpha {args.lora_alpha:g}"
     description = MODEL_CARD.format(
         name=args.output_dir.resolve().name,
         trained=trained,
@@ -2434,6 +2444,7 @@ def train(args):
             alpha=args.lora_alpha,
             dropout=args.lora_dropout,
             target_modules=lora_targets(args),
+            use_dora=args.use_dora,
         )
         if args.lora_path:
             start_from_lora(args.lora_path, {"transformer": transformer}, flux=args.model_type == "flux")

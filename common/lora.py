@@ -1,5 +1,6 @@
 """LoRA adapters: which layers get one, adding them, saving and loading them."""
 
+import argparse
 import functools
 import json
 import re
@@ -15,7 +16,7 @@ from common.checkpoints import (
     register_sharded_checkpointing,
     register_tensor_checkpointing,
 )
-from common.lora_formats import LoraLayer, full_name, read_lora, write_lora
+from common.lora_formats import LoraLayer, comfyui_dora_scale, full_name, read_lora, write_lora
 from common.models import full_tensor, is_sharded
 
 import torch
@@ -25,6 +26,7 @@ from diffusers.training_utils import cast_training_params
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
+from peft.utils.integrations import dequantize_module_weight
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -87,14 +89,15 @@ def add_lora(
     dropout: float,
     target_modules: TargetModules,
     modules_to_save: list[str] | None = None,
+    use_dora: bool = False,
     adapter_name: str = "default",
 ) -> list[torch.nn.Parameter]:
     """Adds a LoRA adapter to a frozen model and returns its parameters, in float32 whatever the model's dtype.
 
     `target_modules` are names of modules or ends of such names, or a regular expression, as in `LoraConfig`; raises
     ValueError for those that no linear layer has. `modules_to_save` are modules trained as a whole, of which the
-    adapter holds copies; what they become in its file the caller says, see `save_lora`. Adapters added before stay
-    trainable.
+    adapter holds copies; what they become in its file the caller says, see `save_lora`. `use_dora` adds the trained
+    magnitudes of DoRA (2402.09353), one for each row of a weight. Adapters added before stay trainable.
     """
     unknown = unknown_layers(model, target_modules)
     if unknown:
@@ -106,10 +109,13 @@ def add_lora(
         init_lora_weights="gaussian",
         target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
         modules_to_save=modules_to_save,
+        use_dora=use_dora,
     )
     earlier = [p for name, p in model.named_parameters() if p.requires_grad and ".lora_" in name]
     model.add_adapter(config, adapter_name)  # type: ignore[operator]  # freezes all other adapters
     cast_training_params(model, dtype=torch.float32)  # bfloat16 would lose small updates to rounding
+    if use_dora:
+        set_magnitudes(model, adapter_name)
     added = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in earlier:
         parameter.requires_grad_(True)
@@ -128,6 +134,37 @@ def without_adapters(*models: torch.nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.enable_adapters(True)
+
+
+def check_adapter(args: argparse.Namespace) -> list[str]:
+    """Problems of the flags that choose the kind of adapter."""
+    if args.use_dora and args.quantize_base == "int8":
+        return ["--use_dora needs the norms of weights, which PEFT does not read from int8: use --quantize_base nf4"]
+    return []
+
+
+def dora_norms(layer: Any, adapter_name: str = "default") -> tuple[torch.Tensor, torch.Tensor]:
+    """The norms [out], in float32, of the rows of a layer's frozen weight W and of W + scale * B A of its adapter; of a
+    sharded model only if all processes ask for them."""
+    weight = full_tensor(dequantize_module_weight(layer.get_base_layer())).float()
+    down = full_tensor(layer.lora_A[adapter_name].weight).float()
+    up = full_tensor(layer.lora_B[adapter_name].weight).float()
+    merged = weight + layer.scaling[adapter_name] * (up @ down)
+    return weight.norm(dim=1), merged.norm(dim=1)
+
+
+def set_magnitudes(
+    model: torch.nn.Module, adapter_name: str = "default", magnitudes: Mapping[str, torch.Tensor] | None = None
+) -> None:
+    """Sets a DoRA's magnitudes to `magnitudes` {layer name: [out]} and, of other layers, to the norms of W + scale * B A
+    as they are, so that the adapter is a plain LoRA. Not by PEFT, whose norms of a bfloat16 weight are rounded to it."""
+    for name, module in model.named_modules():
+        vectors = getattr(module, "lora_magnitude_vector", {})
+        if adapter_name in vectors:
+            magnitude = (magnitudes or {}).get(name)
+            if magnitude is None:
+                magnitude = dora_norms(module, adapter_name)[1]
+            vectors[adapter_name].weight.data = magnitude.to(vectors[adapter_name].weight.device, torch.float32)
 
 
 def adapter_config(model: torch.nn.Module, adapter_name: str = "default") -> LoraConfig:
@@ -172,7 +209,13 @@ def lora_layers(modules: Mapping[str, torch.nn.Module], adapter_name: str = "def
             if key.endswith(".lora_A.weight"):
                 name = full_name(f"{component}.{key.removesuffix('.lora_A.weight')}")
                 up = weights[key.replace("lora_A", "lora_B")]
-                layers[name] = LoraLayer(value.cpu(), up.cpu(), alpha)
+                magnitude = weights.get(key.replace("lora_A.weight", "lora_magnitude_vector"))
+                dora_scale = None
+                if magnitude is not None:
+                    module = model.get_submodule(key.removesuffix(".lora_A.weight"))
+                    dora_scale = comfyui_dora_scale(magnitude, *dora_norms(module, adapter_name)).cpu()
+                    magnitude = magnitude.cpu()
+                layers[name] = LoraLayer(value.cpu(), up.cpu(), alpha, magnitude, dora_scale)
     return layers
 
 
@@ -250,9 +293,11 @@ def layer_shapes(component: str, model: torch.nn.Module, target_modules: TargetM
     return shapes
 
 
-def check_lora_file(path: Path, shapes: Mapping[str, tuple[int, int]], rank: int, *, flux: bool = True) -> list[str]:
-    """Problems of a file given as --lora_path to a run with adapters of `rank` on the layers {name: (out, in)}; `flux`
-    as in `read_lora`."""
+def check_lora_file(
+    path: Path, shapes: Mapping[str, tuple[int, int]], rank: int, *, use_dora: bool = False, flux: bool = True
+) -> list[str]:
+    """Problems of a file given as --lora_path to a run with adapters of `rank` on the layers {name: (out, in)}, DoRA or
+    not; `flux` as in `read_lora`."""
     try:
         layers, _ = read_lora(path, flux=flux)
         ranks = sorted({layer.rank for layer in layers.values()})
@@ -266,6 +311,8 @@ def check_lora_file(path: Path, shapes: Mapping[str, tuple[int, int]], rank: int
     if found_shapes != shapes:
         different = [name for name in {*found_shapes, *shapes} if found_shapes.get(name) != shapes.get(name)]
         return [f"--lora_path {path}: made for other layers than this run trains, such as {min(different)}"]
+    if not use_dora and any(layer.magnitude is not None for layer in layers.values()):
+        return [f"--lora_path {path}: a DoRA, which needs --use_dora"]
     dtypes = {tensor.dtype for layer in layers.values() for tensor in (layer.down, layer.up)}
     unusual = sorted(str(dtype) for dtype in dtypes - {torch.float64, torch.float32, torch.float16, torch.bfloat16})
     if unusual:
@@ -282,13 +329,17 @@ def start_from_lora(
     for component, model in modules.items():
         config = adapter_config(model, adapter_name)
         weights = {}
+        magnitudes = {}
         for key in peft_state_dict(model, adapter_name=adapter_name):
             if key.endswith(".lora_A.weight"):
                 layer = layers[full_name(f"{component}.{key.removesuffix('.lora_A.weight')}")]
                 weights[key] = layer.down.float()
                 up = layer.up.float() * (layer.scale * config.r / config.lora_alpha)
                 weights[key.replace("lora_A", "lora_B")] = up
+                if layer.magnitude is not None:
+                    magnitudes[key.removesuffix(".lora_A.weight")] = layer.magnitude
         set_peft_model_state_dict(model, weights, adapter_name=adapter_name)
+        set_magnitudes(model, adapter_name, magnitudes)
 
 
 def check_applied(path: Path, models: Iterable[torch.nn.Module | None], *, adapter_name: str | None = None) -> None:

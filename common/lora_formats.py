@@ -10,7 +10,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.checkpoints import atomic_write
@@ -121,7 +121,7 @@ PREFIXES = re.compile(
 
 # Tensors and layers that are no pair of matrices for FLUX.1 or CLIP: what their keys contain, and what they are.
 OTHER_TENSORS = {
-    r"lora_magnitude_vector|dora_scale": "DoRA magnitudes",
+    r"lora_magnitude_vector|dora_scale": "DoRA magnitudes in a form that is not read here",
     r"\.lokr_": "LoKr factors",
     r"\.hada_": "LoHa factors",
     r"\.oft_": "OFT blocks",
@@ -131,17 +131,24 @@ OTHER_TENSORS = {
     r"\.alpha$": "the alpha of no layer",
 }
 
+DORA_ENDINGS = (".lora_magnitude_vector", ".dora_scale")
+
 # Header entries with hashes of the file they stood in, or that are written anew: a converted file must not keep them.
 FILE_HEADER = ("format", "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 
 
 @dataclass(frozen=True)
 class LoraLayer:
-    """The adapter of one layer, which adds scale * up @ down to its weight [out, in]."""
+    """The adapter of one layer, which adds scale * up @ down to its weight W [out, in].
+
+    A DoRA (2402.09353) then scales each row of W + scale * up @ down to the norm that `magnitude` holds.
+    """
 
     down: torch.Tensor  # [rank, in]
     up: torch.Tensor  # [out, rank]
     alpha: float
+    magnitude: torch.Tensor | None = None  # [out], of a DoRA
+    dora_scale: torch.Tensor | None = None  # [out, 1], what ComfyUI needs for the same, see `comfyui_dora_scale`
 
     @property
     def rank(self) -> int:
@@ -150,6 +157,17 @@ class LoraLayer:
     @property
     def scale(self) -> float:
         return self.alpha / self.rank
+
+
+def comfyui_dora_scale(
+    magnitude: torch.Tensor, base_norms: torch.Tensor, merged_norms: torch.Tensor
+) -> torch.Tensor:
+    """A DoRA's magnitudes [out] as ComfyUI reads them [out, 1].
+
+    `base_norms` and `merged_norms` [out] are the norms of the rows of W and of W + scale * up @ down. ComfyUI
+    multiplies W + scale * up @ down by dora_scale / base_norms where PEFT multiplies it by magnitude / merged_norms.
+    """
+    return (magnitude * base_norms / merged_norms)[:, None]
 
 
 def write_lora(
@@ -165,7 +183,8 @@ def write_lora(
 
     diffusers  and comfyui: diffusers' names with the scale inside lora_B and a header that says lora_alpha = r, so
                that readers of the header (diffusers, peft), of tensors named alpha and of neither (ComfyUI, Forge)
-               agree.
+               agree. A DoRA has lora_magnitude_vector for diffusers and PEFT and dora_scale for ComfyUI, both in
+               float32 whatever the `dtype`: bfloat16 would round away most of what was learned of the magnitudes.
     kohya      the names of kohya's sd-scripts, FLUX.1 only; layers that its authors fused are fused, exactly.
 
     `header` is added to the file's metadata, to ss_network_dim and ss_network_alpha, which hold the trained rank and
@@ -173,6 +192,8 @@ def write_lora(
     of the layers at scale 1, which the header of diffusers' form holds; by default they are what `adapter_metadata`
     takes from the layers.
     """
+    if form == "kohya" and any(layer.magnitude is not None for layer in layers.values()):
+        raise ValueError("kohya's form has no DoRA: choose another")
     metadata = {"format": "pt"}
     settings = {(layer.rank, layer.alpha) for layer in layers.values()}
     if len(settings) == 1:
@@ -187,7 +208,7 @@ def write_lora(
     tensors = file_tensors(layers, form)
     if dtype is not None:
         for key, tensor in tensors.items():
-            if not key.endswith(".alpha"):
+            if not key.endswith((".alpha", *DORA_ENDINGS)):
                 tensors[key] = tensor.to(dtype)
     serialized = save(tensors)
     header_size = int.from_bytes(serialized[:8], "little")
@@ -200,7 +221,7 @@ def folded(layer: LoraLayer, dtype: torch.dtype | None = None) -> LoraLayer:
     """The same adapter with its scale inside `up`, multiplied in float32 and then converted to `dtype` (None: as it
     was), and alpha = rank."""
     up = layer.up.float() * layer.scale
-    return LoraLayer(layer.down, up.to(dtype or layer.up.dtype), float(layer.rank))
+    return replace(layer, up=up.to(dtype or layer.up.dtype), alpha=float(layer.rank))
 
 
 def read_lora(path: str | Path, *, flux: bool = True) -> tuple[dict[str, LoraLayer], dict[str, str]]:
@@ -239,7 +260,30 @@ def file_tensors(layers: Mapping[str, LoraLayer], form: str) -> dict[str, torch.
         tensors[f"{name}.{up_name}.weight"] = layer.up.contiguous()
         if form == "kohya":
             tensors[f"{name}.alpha"] = torch.tensor(float(layer.alpha))
+        if layer.magnitude is not None:
+            tensors[f"{name}.lora_magnitude_vector"] = layer.magnitude.float().contiguous()
+        if layer.dora_scale is not None:
+            tensors[f"{name}.dora_scale"] = swap_comfyui_halves(name, layer.dora_scale.float()).contiguous()
     return tensors
+
+
+def swap_comfyui_halves(name: str, dora_scale: torch.Tensor) -> torch.Tensor:
+    """A `dora_scale` with the rows in the order of ComfyUI's weight, which is that of FLUX.1's authors, or back."""
+    return swap_halves(name.removeprefix("transformer."), dora_scale)
+
+
+def pop_dora(
+    tensors: dict[str, torch.Tensor], name: str, layer_name: str
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(magnitude, dora_scale) of the layer that a file calls `name`, taken out of its `tensors`.
+
+    A dora_scale alone stays: it means nothing without the model that it was trained on.
+    """
+    magnitude = tensors.pop(f"{name}.lora_magnitude_vector", None)
+    if magnitude is None:
+        return None, None
+    dora_scale = tensors.pop(f"{name}.dora_scale", None)
+    return magnitude, None if dora_scale is None else swap_comfyui_halves(layer_name, dora_scale)
 
 
 def layers_as_named(tensors: Mapping[str, torch.Tensor], adapter_settings: Mapping) -> dict[str, LoraLayer]:
@@ -259,7 +303,7 @@ def layers_as_named(tensors: Mapping[str, torch.Tensor], adapter_settings: Mappi
             alpha = unused.pop(f"{name}.alpha", None)
             if alpha is None:
                 alpha = alpha_in_header(name, len(down), adapter_settings)
-            layers[name] = LoraLayer(down, up, float(alpha))
+            layers[name] = LoraLayer(down, up, float(alpha), *pop_dora(unused, name, name))
     if unused or not layers:
         raise ValueError(f"not a LoRA in diffusers' form: {', '.join([*unused][:5]) or 'nothing in it'}")
     return layers
@@ -289,7 +333,11 @@ def layers_of_file(tensors: Mapping[str, torch.Tensor], adapter_settings: Mappin
                 continue
             if alpha is None:
                 alpha = alpha_in_header(names[0], len(down), adapter_settings)
-            for part_name, part in split_layer(name, LoraLayer(down, up, float(alpha))).items():
+            layer = LoraLayer(down, up, float(alpha))
+            if len(names) == 1:
+                magnitude, dora_scale = pop_dora(unused, name, names[0])
+                layer = replace(layer, magnitude=magnitude, dora_scale=dora_scale)
+            for part_name, part in split_layer(name, layer).items():
                 if part_name in layers:
                     raise ValueError(f"{part_name} is in it twice, also as {key}")
                 layers[part_name] = part
@@ -506,6 +554,8 @@ def adapter_metadata(layers: Mapping[str, LoraLayer]) -> dict[str, object]:
         metadata[f"{component}.r"] = rank
         metadata[f"{component}.lora_alpha"] = rank
         metadata[f"{component}.target_modules"] = sorted(targets)
+        if any(layer.magnitude is not None for layer in own.values()):
+            metadata[f"{component}.use_dora"] = True
         if other_ranks:
             metadata[f"{component}.rank_pattern"] = other_ranks
             metadata[f"{component}.alpha_pattern"] = other_ranks

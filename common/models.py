@@ -360,4 +360,9 @@ def check_processes(accelerator: Accelerator, args: argparse.Namespace) -> list[
         problems.append("--use_8bit_adam does not work with --fsdp: leave one out")
     if args.quantize_base != "none":
         problems.append(f"--quantize_base {args.quantize_base} does not work with --fsdp: leave one out")
+    if args.use_dora and args.mixed_precision == "bf16":
+        problems.append(
+            "--use_dora does not work with --fsdp in bf16, to which it would round the magnitudes: leave one out, or "
+            "give --mixed_precision no"
+        )
     return problems

@@ -380,7 +380,10 @@ def lora_header(
         "ss_sd_model_name": Path(args.pretrained_model_name_or_path).name,
         "ss_steps": str(step),
     }
-    if is_flux:
+    if args.use_dora:  # as LyCORIS calls it: kohya's own module has none
+        header["ss_network_module"] = "lycoris.kohya"
+        header["ss_network_args"] = json.dumps({"algo": "lora", "dora_wd": "True"})
+    elif is_flux:
         header["ss_network_module"] = "networks.lora_flux"
     if steps_per_epoch:
         header["ss_epoch"] = str(math.ceil(step / steps_per_epoch))

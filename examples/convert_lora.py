@@ -9,7 +9,8 @@ kohya      the names of kohya's sd-scripts, with query, key and value fused as i
            it at FLUX.1's size alone, and neither it nor sd-scripts the layers outside the blocks
 
 The input's form is detected: one of these, or the names of PEFT, ComfyUI, OneTrainer or XLabs. What is no LoRA for
-FLUX.1's transformer and CLIP, such as T5's layers, DoRA or LoKr, is refused by name.
+FLUX.1's transformer and CLIP, such as T5's layers or LoKr, is refused by name. A DoRA keeps its magnitudes; kohya's
+form has none.
 """
 
 import sys
@@ -46,6 +47,8 @@ def main(argv=None):
     except Exception as error:  # a damaged file can raise anything
         reason = str(error) or repr(error)
         parser.error(reason if str(args.input) in reason else f"{args.input}: cannot be converted ({reason})")
+    if any(layer.magnitude is not None and layer.dora_scale is None for layer in layers.values()):
+        print("Without the tensors dora_scale, which need the model, ComfyUI applies it as a LoRA.", file=sys.stderr)
     ranks = sorted({layer.rank for layer in layers.values()})
     outside_blocks = [name for name in layers if name.startswith("transformer.") and "_blocks." not in name]
     if args.to == "kohya" and outside_blocks:

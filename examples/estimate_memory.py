@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 # isort: split
 from common.arguments import Parser, in_range
 from common.latents import encode_images
-from common.lora import FLUX_TARGET_MODULES, add_lora
+from common.lora import FLUX_TARGET_MODULES, add_lora, check_adapter
 from common.models import QUANTIZATIONS, check_processes, quantize_base, shard
 
 import bitsandbytes
@@ -355,7 +355,14 @@ def training_step(model, args, fake):
             return
         if args.quantize_base != "none":
             quantize_base(transformer, dtype, args.quantize_base)
-        add_lora(transformer, rank=args.rank, alpha=args.rank, dropout=0.0, target_modules=model.targets)
+        add_lora(
+            transformer,
+            rank=args.rank,
+            alpha=args.rank,
+            dropout=0.0,
+            target_modules=model.targets,
+            use_dora=args.use_dora,
+        )
 
     with LiveMemory() as memory:
         transformer = build(lambda: model.transformer(**model.config), torch.float32 if full else dtype, fake, adapt)
@@ -456,6 +463,7 @@ def parse_args(argv=None):
     arg("--resolution", type=in_range(int, 16, 8192), default=512, help="side of the images in pixels")
     arg("--train_batch_size", type=in_range(int, 1, 4096), default=1, help="images per device and forward pass")
     arg("--rank", type=in_range(int, 1, 4096), default=16, help="rank of the LoRA")
+    arg("--use_dora", action="store_true", help="train a DoRA")
     arg("--mixed_precision", choices=DTYPES, default="bf16")
     arg("--gradient_checkpointing", action="store_true")
     arg("--quantize_base", choices=QUANTIZATIONS, default="none")
@@ -479,6 +487,9 @@ def parse_args(argv=None):
     problems = check_processes(argparse.Namespace(**vars(args), distributed_type=kind, scaler=scaler), args)
     if args.training == "full" and args.quantize_base != "none":
         problems.append(f"--quantize_base {args.quantize_base} is for --training lora")
+    if args.training == "full" and args.use_dora:
+        problems.append("--use_dora is for --training lora")
+    problems += check_adapter(args)
     if args.training == "full" and "Fill" in args.model:
         problems.append(f"--training full: no trainer does this for {args.model}")
     multiple = BACKBONES[MODELS[args.model].backbone].resolution_multiple

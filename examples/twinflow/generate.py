@@ -9,6 +9,7 @@ it can be given, or a pipeline with a second time embedding, as the authors publ
 import argparse
 import functools
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 
@@ -100,9 +101,12 @@ def load_transformer(source, backbone, args, dtype):
             with safe_open(file, "pt") as opened:
                 keys = list(opened.keys())
             is_plain = all(key.startswith("transformer.") and not key.endswith(".alpha") for key in keys)
-            if args.model_type == "flux" and not is_plain:  # kohya's names, another program's, or its alphas
-                layers = read_lora(file)[0]
-                tensors = file_tensors({name: folded(layer) for name, layer in layers.items()}, "diffusers")
+            is_flux = args.model_type == "flux"
+            is_dora = any(key.endswith(".dora_scale") for key in keys)
+            if (is_flux and not is_plain) or is_dora:  # kohya's names, another program's, its alphas, or ComfyUI's DoRA
+                layers = read_lora(file, flux=is_flux)[0]
+                layers = {name: replace(folded(layer), dora_scale=None) for name, layer in layers.items()}
+                tensors = file_tensors(layers, "diffusers")
                 transformer.load_lora_adapter(tensors, prefix="transformer")
             else:
                 transformer.load_lora_adapter(
