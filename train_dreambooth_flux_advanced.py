@@ -150,6 +150,9 @@ from common.latents import (
 )
 from common.lora import (
     FLUX_TARGET_MODULES,
+    adapter_kind,
+    adapter_options,
+    adapter_size,
     add_lora,
     average_gradients,
     check_adapter,
@@ -434,6 +437,8 @@ def parse_args(argv=None):
     arg("--lora_path", type=Path, metavar="FILE", help="a LoRA file to continue from, at the strength it has")
     arg("--lora_dropout", type=in_range(float, 0, 0.99), default=0.0, help="dropout probability of the LoRA's inputs")
     arg("--use_dora", action="store_true", help="train a DoRA: also the norm of each row of a weight; slower steps")
+    arg("--lora_type", choices=("lora", "lokr"), default="lora", help="lokr: a Kronecker product (LyCORIS' LoKr)")
+    arg("--lokr_factor", type=positive_int, help="size of a LoKr's first factor (default: near the square root)")
     arg(
         "--lora_layers",
         "--lora_blocks",
@@ -651,7 +656,7 @@ def needs(args):
         "--train_text_encoder_ti": (args.train_text_encoder_ti, ("token_abstraction",)),
         "--train_transformer_frac above 0": (
             args.train_transformer_frac > 0,
-            ("rank", "lora_alpha", "lora_dropout", "lora_layers", "use_dora", "adam_weight_decay"),
+            ("rank", "lora_alpha", "lora_dropout", "lora_layers", "use_dora", "lora_type", "adam_weight_decay"),
         ),
         "--validation_prompt": (args.validation_prompt, ("validation_epochs",)),
         "no --validation_steps": (not args.validation_steps, ("validation_epochs",)),
@@ -787,8 +792,8 @@ def check_args(args):
         problems.append("--final_validation_prompt has no effect with --skip_final_inference: leave one out")
     if (args.save_every_n_epochs or args.save_format == "kohya") and not args.output_name:
         problems.append("--save_every_n_epochs and --save_format need --output_name")
-    if args.use_dora and args.save_format == "kohya":
-        problems.append("--save_format kohya has no DoRA: leave it or --use_dora out")
+    if adapter_kind(args) != "LoRA" and args.save_format == "kohya":
+        problems.append(f"--save_format kohya has no {adapter_kind(args)}: leave one out")
     return problems
 
 
@@ -835,12 +840,12 @@ def check_model(args):
         ]
     lora_size = 0
     for _, layer in target_layers(transformer, target_modules):
-        lora_size += args.rank * (layer.in_features + layer.out_features) + args.use_dora * layer.out_features
+        lora_size += adapter_size(args, layer)
     if args.lora_path:
         shapes = layer_shapes("transformer", transformer, target_modules)
         if args.train_text_encoder:
             shapes |= clip_shapes(args)
-        problems = check_lora_file(args.lora_path, shapes, args.rank, use_dora=args.use_dora)
+        problems = check_lora_file(args.lora_path, shapes, args.rank, **adapter_options(args))
         if problems:
             return problems
     bytes_needed = 4 * 5 * lora_size  # float32: a checkpoint holds the LoRA twice and Adam's two moments; the result
@@ -2770,7 +2775,7 @@ def save_model_card(args, dtype, embedding_handler, prompt, embeddings_name, hub
         from_pretrained.append(f"revision={args.revision!r}")
     if args.variant:
         from_pretrained.append(f"variant={args.variant!r}")
-    adapter = "DoRA" if args.use_dora else "LoRA"
+    adapter = adapter_kind(args)
     values = {
         "name": folder.name,
         "adapter": adapter,
@@ -3016,7 +3021,7 @@ def train(args):
             rank=args.rank,
             alpha=args.lora_alpha,
             dropout=0.0,
-            target_modules=clip_targets(args),  # a LoRA beside a DoRA too: transformers loads no magnitudes into CLIP
+            target_modules=clip_targets(args),  # always a LoRA: transformers loads no other kind into CLIP
         )
         adapted_models["text_encoder"] = pipeline.text_encoder
     embedding_handler = add_new_tokens(pipeline, args)
@@ -3081,7 +3086,7 @@ def train(args):
             alpha=args.lora_alpha,
             dropout=args.lora_dropout,
             target_modules=lora_targets(args, family, transformer),
-            use_dora=args.use_dora,
+            **adapter_options(args),
         )
     if args.lora_path:
         start_from_lora(args.lora_path, {"transformer": transformer, **adapted_models})

@@ -127,8 +127,11 @@ from common.flow_matching import (
 )
 from common.latents import cache_moments, encode_moments, image_ids, pack_latents, sample_latents, to_tensor
 from common.lora import (
-    adapter_config,
     FLUX_TARGET_MODULES,
+    adapter_config,
+    adapter_kind,
+    adapter_options,
+    adapter_size,
     add_lora,
     average_gradients,
     check_adapter,
@@ -341,6 +344,8 @@ def parse_args(argv=None):
     arg("--lora_path", type=Path, metavar="FILE", help="a LoRA file to continue from, at the strength it has")
     arg("--lora_dropout", type=in_range(float, 0, 0.99), default=0.0, help="dropout probability of the LoRA's inputs")
     arg("--use_dora", action="store_true", help="train a DoRA: also the norm of each row of a weight; slower steps")
+    arg("--lora_type", choices=("lora", "lokr"), default="lora", help="lokr: a Kronecker product (LyCORIS' LoKr)")
+    arg("--lokr_factor", type=positive_int, help="size of a LoKr's first factor (default: near the square root)")
     arg(
         "--lora_layers",
         "--lora_blocks",
@@ -539,6 +544,8 @@ def check_args(args):
                 problems.append(f"--{flag} needs --mode edit")
     if args.train_embedder and args.lora_path:
         problems.append("--lora_path cannot start --train_embedder: leave one out")
+    if args.train_embedder and args.lora_type == "lokr":
+        problems.append("--train_embedder is saved as a LoRA, which no file holds beside a LoKr: leave one out")
     if args.mask_only_right and not args.use_split_mask:
         problems.append("--mask_only_right needs --use_split_mask")
 
@@ -666,12 +673,12 @@ def check_model(args):
         return [f"--lora_layers: the transformer has no linear layer {', '.join(unknown)}"]
     lora_size = 0
     for _, layer in target_layers(transformer, targets):
-        lora_size += args.rank * (layer.in_features + layer.out_features) + args.use_dora * layer.out_features
+        lora_size += adapter_size(args, layer)
     if args.lora_path:
         shapes = layer_shapes("transformer", transformer, targets)
         if args.train_text_encoder:
             shapes |= clip_lora_shapes(args, CLIP_TARGET_MODULES)
-        problems = check_lora_file(args.lora_path, shapes, args.rank, use_dora=args.use_dora)
+        problems = check_lora_file(args.lora_path, shapes, args.rank, **adapter_options(args))
         if problems:
             return problems
     bytes_needed = 4 * 5 * lora_size  # float32: a checkpoint holds the LoRA twice and Adam's two moments; the result
@@ -721,9 +728,7 @@ def embedder_lora(transformer: torch.nn.Module) -> dict[str, LoraLayer]:
     layer = LoraLayer(torch.eye(FILL_CHANNELS), up, float(FILL_CHANNELS))
     if adapter_config(transformer).use_dora:  # then readers expect magnitudes of all layers: at these it is the LoRA
         weight = full_tensor(before.weight).float().cpu()
-        layer = replace(
-            layer, magnitude=(weight + up).norm(dim=1), dora_scale=weight.norm(dim=1, keepdim=True)
-        )
+        layer = replace(layer, magnitude=(weight + up).norm(dim=1), dora_scale=weight.norm(dim=1, keepdim=True))
     return {"transformer.x_embedder": layer}
 
 
@@ -1366,7 +1371,7 @@ def save_model_card(args, dtype, prompt, hub_repo=None):
     template = EDIT_MODE_CARD if args.mode == "edit" else MASK_MODE_CARD
     description = template.format(
         name=folder.name,
-        adapter="DoRA" if args.use_dora else "LoRA",
+        adapter=adapter_kind(args),
         rank=args.rank,
         alpha=args.lora_alpha,
         model=args.pretrained_model_name_or_path,
@@ -1557,7 +1562,7 @@ def train(args):
             rank=args.rank,
             alpha=args.lora_alpha,
             dropout=0.0,
-            target_modules=CLIP_TARGET_MODULES,  # a LoRA beside a DoRA too: transformers loads no magnitudes into CLIP
+            target_modules=CLIP_TARGET_MODULES,  # always a LoRA: transformers loads no other kind into CLIP
         )
     prompt_encoder = PromptEncoder(
         accelerator,
@@ -1613,7 +1618,7 @@ def train(args):
         dropout=args.lora_dropout,
         target_modules=lora_targets(args),
         modules_to_save=["x_embedder"] if args.train_embedder else None,
-        use_dora=args.use_dora,
+        **adapter_options(args),
     )
     adapted_models = {"transformer": transformer}
     if args.train_text_encoder:

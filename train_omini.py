@@ -145,6 +145,9 @@ from common.latents import (
     unpack_latents,
 )
 from common.lora import (
+    adapter_kind,
+    adapter_options,
+    adapter_size,
     add_lora,
     average_gradients,
     check_adapter,
@@ -205,6 +208,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.pipelines.flux.pipeline_flux import FluxPipelineOutput
 from diffusers.training_utils import compute_loss_weighting_for_sd3, offload_models
 from diffusers.utils import logging as diffusers_logging
+from peft.tuners.lokr.layer import LoKrLayer
 from PIL import Image, ImageFilter
 from safetensors import safe_open
 from torch.utils.data import DataLoader, Dataset
@@ -425,6 +429,8 @@ def parse_args(argv=None):
     arg("--lora_alpha", type=positive_float, help="LoRA scale is lora_alpha / rank (default: rank)")
     arg("--lora_dropout", type=in_range(float, 0, 0.99), default=0.0, help="dropout probability of the LoRA's inputs")
     arg("--use_dora", action="store_true", help="train a DoRA: also the norm of each row of a weight; slower steps")
+    arg("--lora_type", choices=("lora", "lokr"), default="lora", help="lokr: a Kronecker product (LyCORIS' LoKr)")
+    arg("--lokr_factor", type=positive_int, help="size of a LoKr's first factor (default: near the square root)")
     arg("--target_modules", metavar="REGEX", help="layers with LoRA (default: all that condition tokens pass)")
     arg(
         "--lora_path",
@@ -661,8 +667,8 @@ def check_model(args):
     not_passed = [name for name, _ in layers if re.search(OTHER_LAYERS, name)]
     if not_passed:
         return [f"--target_modules {targets}: condition tokens do not pass {not_passed[0]}; leave it out"]
-    sizes = [args.rank * sum(layer.weight.shape) + args.use_dora * len(layer.weight) for _, layer in layers]
-    needed = 20 * sum(sizes)  # bytes of a checkpoint, which holds it twice, two moments and the result
+    # bytes of a checkpoint, which holds it twice, two moments and the result
+    needed = 20 * sum(adapter_size(args, layer) for _, layer in layers)
     return check_disk(args, needed) or check_lora_path(args, layers)
 
 
@@ -720,7 +726,7 @@ def check_lora_path(args, layers):
     shapes = {f"transformer.{name}": (layer.out_features, layer.in_features) for name, layer in layers}
     problems = []
     for path in paths:
-        problems += check_lora_file(path, shapes, args.rank, use_dora=args.use_dora)
+        problems += check_lora_file(path, shapes, args.rank, **adapter_options(args))
     return problems
 
 
@@ -909,7 +915,11 @@ def lora_linear(layer: Any, hidden_states: torch.Tensor, adapter: str | None) ->
     if not hasattr(layer, "base_layer"):
         return layer(hidden_states)
     result = layer.base_layer(hidden_states)
-    if adapter is not None and adapter in layer.lora_A:
+    if isinstance(layer, LoKrLayer):
+        if adapter in layer.lokr_w1:
+            change = layer.get_delta_weight(adapter)
+            result = result + F.linear(hidden_states.to(change.dtype), change).to(result.dtype)
+    elif adapter is not None and adapter in layer.lora_A:
         inputs = layer.lora_dropout[adapter](hidden_states.to(layer.lora_A[adapter].weight.dtype))
         if adapter in layer.lora_magnitude_vector:
             update = dora_update(layer, inputs, adapter, result)
@@ -920,8 +930,8 @@ def lora_linear(layer: Any, hidden_states: torch.Tensor, adapter: str | None) ->
 
 
 def dora_update(layer: Any, inputs: torch.Tensor, adapter: str, result: torch.Tensor) -> torch.Tensor:
-    """What a DoRA changes of the frozen layer's `result`, as PEFT has it. The dropout of the LoRA's `inputs` is that of
-    the frozen weight's too."""
+    """What a DoRA changes of the frozen layer's `result`, by PEFT. `inputs` are after dropout, which is also that of
+    the frozen weight's."""
     has_dropout = layer.training and not isinstance(layer.lora_dropout[adapter], torch.nn.Identity)
     return layer.lora_magnitude_vector[adapter](
         inputs,
@@ -2229,8 +2239,8 @@ def add_adapters(transformer, specs, args):
             alpha=args.lora_alpha,
             dropout=args.lora_dropout,
             target_modules=lora_targets(args),
-            use_dora=args.use_dora,
             adapter_name=name,
+            **adapter_options(args),
         )
     for name, path in match_lora_paths(args, specs).items():
         start_from_lora(path, {"transformer": transformer}, adapter_name=name)
@@ -2396,7 +2406,7 @@ def save_model_card(args, command):
     height, width = args.target_size
     description = MODEL_CARD.format(
         name=args.output_dir.resolve().name,
-        adapter="DoRA" if args.use_dora else "LoRA",
+        adapter=adapter_kind(args),
         rank=args.rank,
         model=args.pretrained_model_name_or_path,
         conditions=", ".join(args.condition_type),

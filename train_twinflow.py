@@ -136,6 +136,9 @@ from common.latents import (
 )
 from common.lora import (
     FLUX_TARGET_MODULES,
+    adapter_kind,
+    adapter_options,
+    adapter_size,
     add_lora,
     check_adapter,
     check_lora_file,
@@ -480,6 +483,8 @@ def parse_args(argv=None):
     arg("--lora_path", type=Path, metavar="FILE", help="a LoRA file to continue from, at the strength it has")
     arg("--lora_dropout", type=in_range(float, 0, 0.99), default=0.0, help="dropout probability of the LoRA's inputs")
     arg("--use_dora", action="store_true", help="train a DoRA: also the norm of each row of a weight; slower steps")
+    arg("--lora_type", choices=("lora", "lokr"), default="lora", help="lokr: a Kronecker product (LyCORIS' LoKr)")
+    arg("--lokr_factor", type=positive_int, help="size of a LoKr's first factor (default: near the square root)")
     arg(
         "--lora_layers",
         "--lora_blocks",
@@ -646,7 +651,7 @@ def needs(args) -> Needs:
     return {
         "--training lora": (
             args.training == "lora",
-            ("rank", "lora_alpha", *(f"metadata_{entry}" for entry in METADATA)),
+            ("rank", "lora_alpha", "lora_type", *(f"metadata_{entry}" for entry in METADATA)),
         ),
         "images, not --image_free": (not args.image_free, ("caption_column",)),
         "--validation_prompt": (
@@ -844,14 +849,11 @@ def check_model(args) -> list[str]:
         layers = target_layers(transformer, lora_targets(args))
         if args.lora_path:
             shapes = layer_shapes("transformer", transformer, lora_targets(args))
-            problems = check_lora_file(
-                args.lora_path, shapes, args.rank, use_dora=args.use_dora, flux=args.model_type == "flux"
-            )
+            is_flux = args.model_type == "flux"
+            problems = check_lora_file(args.lora_path, shapes, args.rank, flux=is_flux, **adapter_options(args))
             if problems:
                 return problems
-        adapter_parameters = 0
-        for _, layer in layers:
-            adapter_parameters += args.rank * sum(layer.weight.shape) + args.use_dora * len(layer.weight)
+        adapter_parameters = sum(adapter_size(args, layer) for _, layer in layers)
         checkpoint_bytes = 24 * adapter_parameters  # the same, what would be the result, and the result
     return check_disk(args, checkpoint_bytes)
 
@@ -2267,8 +2269,7 @@ def save_model_card(args, command: str) -> None:
     """Writes README.md into the output folder: what was trained, and the command that generates images with it."""
     trained = "All weights"
     if args.training == "lora":
-        adapter = "DoRA" if args.use_dora else "LoRA"
-        trained = f"A {adapter} of rank {args.rank} and alpha {args.lora_alpha:g}"
+        trained = f"A {adapter_kind(args)} of rank {args.rank} and alpha {args.lora_alpha:g}"
     description = MODEL_CARD.format(
         name=args.output_dir.resolve().name,
         trained=trained,
@@ -2444,7 +2445,7 @@ def train(args):
             alpha=args.lora_alpha,
             dropout=args.lora_dropout,
             target_modules=lora_targets(args),
-            use_dora=args.use_dora,
+            **adapter_options(args),
         )
         if args.lora_path:
             start_from_lora(args.lora_path, {"transformer": transformer}, flux=args.model_type == "flux")

@@ -253,6 +253,7 @@ def shared_needs(args: argparse.Namespace) -> Needs:
         ),
         "no --max_train_steps": (args.max_train_steps is None, ("num_train_epochs",)),
         "--report_to": (args.report_to != "none", ("logging_dir",)),
+        "--lora_type lokr": (args.lora_type == "lokr", ("lokr_factor",)),
     }
 
 

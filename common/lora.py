@@ -3,6 +3,7 @@
 import argparse
 import functools
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -16,14 +17,24 @@ from common.checkpoints import (
     register_sharded_checkpointing,
     register_tensor_checkpointing,
 )
-from common.lora_formats import LoraLayer, comfyui_dora_scale, full_name, read_lora, write_lora
+from common.lora_formats import (
+    LOKR_FACTORS,
+    AdapterLayer,
+    LokrLayer,
+    LoraLayer,
+    comfyui_dora_scale,
+    full_name,
+    read_lora,
+    write_lora,
+)
 from common.models import full_tensor, is_sharded
 
 import torch
 from accelerate import Accelerator
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
 from diffusers.training_utils import cast_training_params
-from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoKrConfig, LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lokr.layer import factorization
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.integrations import dequantize_module_weight
@@ -90,6 +101,7 @@ def add_lora(
     target_modules: TargetModules,
     modules_to_save: list[str] | None = None,
     use_dora: bool = False,
+    lokr_factor: int | None = None,
     adapter_name: str = "default",
 ) -> list[torch.nn.Parameter]:
     """Adds a LoRA adapter to a frozen model and returns its parameters, in float32 whatever the model's dtype.
@@ -97,7 +109,9 @@ def add_lora(
     `target_modules` are names of modules or ends of such names, or a regular expression, as in `LoraConfig`; raises
     ValueError for those that no linear layer has. `modules_to_save` are modules trained as a whole, of which the
     adapter holds copies; what they become in its file the caller says, see `save_lora`. `use_dora` adds the trained
-    magnitudes of DoRA (2402.09353), one for each row of a weight. Adapters added before stay trainable.
+    magnitudes of DoRA (2402.09353), one for each row of a weight. With a `lokr_factor` it is a LoKr (2309.14859),
+    without dropout, whose first Kronecker factor has about so many rows and columns, with -1 about the square root of
+    the layer's. Adapters added before stay trainable.
     """
     unknown = unknown_layers(model, target_modules)
     if unknown:
@@ -111,7 +125,15 @@ def add_lora(
         modules_to_save=modules_to_save,
         use_dora=use_dora,
     )
-    earlier = [p for name, p in model.named_parameters() if p.requires_grad and ".lora_" in name]
+    if lokr_factor is not None:
+        config = LoKrConfig(
+            r=rank,
+            alpha=alpha,  # type: ignore[arg-type]
+            decompose_factor=lokr_factor,
+            init_weights="lycoris",  # the second factor is 0, not the first
+            target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
+        )
+    earlier = [p for name, p in model.named_parameters() if p.requires_grad and re.search(r"\.lora_|\.lokr_", name)]
     model.add_adapter(config, adapter_name)  # type: ignore[operator]  # freezes all other adapters
     cast_training_params(model, dtype=torch.float32)  # bfloat16 would lose small updates to rounding
     if use_dora:
@@ -136,16 +158,64 @@ def without_adapters(*models: torch.nn.Module) -> Iterator[None]:
             layer.enable_adapters(True)
 
 
+def adapter_kind(args: argparse.Namespace) -> str:
+    """What a run's flags make: "LoRA", "DoRA" or "LoKr"."""
+    if args.lora_type == "lokr":
+        return "LoKr"
+    return "DoRA" if args.use_dora else "LoRA"
+
+
+def adapter_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The kind of a run's adapter as `add_lora` and `check_lora_file` take it."""
+    lokr_factor = None
+    if args.lora_type == "lokr":
+        lokr_factor = args.lokr_factor or -1
+    return {"use_dora": args.use_dora, "lokr_factor": lokr_factor}
+
+
+def adapter_size(args: argparse.Namespace, layer: torch.nn.Linear) -> int:
+    """How many numbers a run's adapter trains of a layer."""
+    out_features, in_features = layer.out_features, layer.in_features
+    if args.lora_type == "lokr":
+        shapes = lokr_shapes(out_features, in_features, args.rank, args.lokr_factor or -1)
+        return sum(math.prod(shape) for shape in shapes.values())
+    size = args.rank * (out_features + in_features)
+    return size + out_features if args.use_dora else size
+
+
+def lokr_shapes(out_features: int, in_features: int, rank: int, factor: int) -> dict[str, tuple[int, ...]]:
+    """{name: shape} of a layer's LoKr factors, as PEFT makes them: the second is a product where that is smaller."""
+    a, b = factorization(out_features, factor)
+    c, d = factorization(in_features, factor)
+    if rank >= max(b, d) / 2:
+        return {"lokr_w1": (a, c), "lokr_w2": (b, d)}
+    return {"lokr_w1": (a, c), "lokr_w2_a": (b, rank), "lokr_w2_b": (rank, d)}
+
+
 def check_adapter(args: argparse.Namespace) -> list[str]:
     """Problems of the flags that choose the kind of adapter."""
+    if args.lora_type == "lokr":
+        problems = []
+        if args.use_dora:
+            problems.append("--use_dora is of a LoRA: leave out it or --lora_type lokr")
+        if args.lora_dropout:
+            problems.append(f"--lora_dropout {args.lora_dropout:g} has no effect on --lora_type lokr: leave it out")
+        if args.quantize_base != "none":
+            problems.append(
+                f"--quantize_base {args.quantize_base}: PEFT's LoKr takes no quantized layers, leave out it or "
+                "--lora_type lokr"
+            )
+        return problems
     if args.use_dora and args.quantize_base == "int8":
         return ["--use_dora needs the norms of weights, which PEFT does not read from int8: use --quantize_base nf4"]
     return []
 
 
 def dora_norms(layer: Any, adapter_name: str = "default") -> tuple[torch.Tensor, torch.Tensor]:
-    """The norms [out], in float32, of the rows of a layer's frozen weight W and of W + scale * B A of its adapter; of a
-    sharded model only if all processes ask for them."""
+    """The norms [out], in float32, of the rows of a layer's frozen weight W and of W + scale * B A of its adapter.
+
+    Of a sharded model only if all processes ask for them.
+    """
     weight = full_tensor(dequantize_module_weight(layer.get_base_layer())).float()
     down = full_tensor(layer.lora_A[adapter_name].weight).float()
     up = full_tensor(layer.lora_B[adapter_name].weight).float()
@@ -156,8 +226,10 @@ def dora_norms(layer: Any, adapter_name: str = "default") -> tuple[torch.Tensor,
 def set_magnitudes(
     model: torch.nn.Module, adapter_name: str = "default", magnitudes: Mapping[str, torch.Tensor] | None = None
 ) -> None:
-    """Sets a DoRA's magnitudes to `magnitudes` {layer name: [out]} and, of other layers, to the norms of W + scale * B A
-    as they are, so that the adapter is a plain LoRA. Not by PEFT, whose norms of a bfloat16 weight are rounded to it."""
+    """Sets a DoRA's magnitudes to `magnitudes` {layer name: [out]}, of other layers to the norms of W + scale * B A.
+
+    At the latter, the adapter is a plain LoRA. PEFT sets them too, of a bfloat16 weight rounded to it.
+    """
     for name, module in model.named_modules():
         vectors = getattr(module, "lora_magnitude_vector", {})
         if adapter_name in vectors:
@@ -170,6 +242,11 @@ def set_magnitudes(
 def adapter_config(model: torch.nn.Module, adapter_name: str = "default") -> LoraConfig:
     """The settings of an adapter: its rank, alpha and target modules."""
     return model.peft_config[adapter_name]  # type: ignore[index]
+
+
+def adapter_alpha(config: LoraConfig | LoKrConfig) -> float:
+    """The alpha of a LoRA's or a LoKr's settings: its scale is alpha / r."""
+    return float(config.alpha if isinstance(config, LoKrConfig) else config.lora_alpha)
 
 
 def adapter_settings(modules: Mapping[str, torch.nn.Module], adapter_name: str = "default") -> dict[str, Any]:
@@ -199,12 +276,13 @@ def lora_file(output_dir: Path, output_name: str | None, epoch: int | None = Non
     return output_dir.with_name(f"{output_name}{suffix}.safetensors")
 
 
-def lora_layers(modules: Mapping[str, torch.nn.Module], adapter_name: str = "default") -> dict[str, LoraLayer]:
-    """An adapter of {"transformer": model, "text_encoder": model}, on the CPU: {layer name: LoraLayer}."""
-    layers = {}
+def lora_layers(modules: Mapping[str, torch.nn.Module], adapter_name: str = "default") -> dict[str, AdapterLayer]:
+    """An adapter of {"transformer": model, "text_encoder": model}, on the CPU: {layer name: AdapterLayer}."""
+    layers: dict[str, AdapterLayer] = {}
     for component, model in modules.items():
         weights = adapter_weights(model, adapter_name)
-        alpha = float(adapter_config(model, adapter_name).lora_alpha)
+        config = adapter_config(model, adapter_name)
+        alpha = adapter_alpha(config)
         for key, value in weights.items():
             if key.endswith(".lora_A.weight"):
                 name = full_name(f"{component}.{key.removesuffix('.lora_A.weight')}")
@@ -216,6 +294,13 @@ def lora_layers(modules: Mapping[str, torch.nn.Module], adapter_name: str = "def
                     dora_scale = comfyui_dora_scale(magnitude, *dora_norms(module, adapter_name)).cpu()
                     magnitude = magnitude.cpu()
                 layers[name] = LoraLayer(value.cpu(), up.cpu(), alpha, magnitude, dora_scale)
+            elif key.endswith(".lokr_w1"):
+                layer_name = key.removesuffix(".lokr_w1")
+                factors = {}
+                for factor in LOKR_FACTORS:
+                    if f"{layer_name}.{factor}" in weights:
+                        factors[factor] = weights[f"{layer_name}.{factor}"].cpu()
+                layers[f"{component}.{layer_name}"] = LokrLayer(factors, config.r, alpha)
     return layers
 
 
@@ -243,13 +328,14 @@ def save_lora(
     settings = None
     if more_layers:
         config = adapter_config(next(iter(modules.values())), adapter_name)
-        trained = {"ss_network_dim": str(config.r), "ss_network_alpha": f"{config.lora_alpha:g}"}
+        trained = {"ss_network_dim": str(config.r), "ss_network_alpha": f"{adapter_alpha(config):g}"}
         header = trained | dict(header or {})
         layers |= more_layers
     else:
         settings = adapter_settings(modules, adapter_name)
         for component in modules:
-            settings[f"{component}.lora_alpha"] = settings[f"{component}.r"]  # the scale is in the tensors
+            alpha = "alpha" if f"{component}.alpha" in settings else "lora_alpha"  # of a LoKr or a LoRA
+            settings[f"{component}.{alpha}"] = settings[f"{component}.r"]  # the scale is in the tensors
     write_lora(Path(directory) / weight_name, layers, form, header, dtype, settings)
 
 
@@ -294,26 +380,52 @@ def layer_shapes(component: str, model: torch.nn.Module, target_modules: TargetM
 
 
 def check_lora_file(
-    path: Path, shapes: Mapping[str, tuple[int, int]], rank: int, *, use_dora: bool = False, flux: bool = True
+    path: Path,
+    shapes: Mapping[str, tuple[int, int]],
+    rank: int,
+    *,
+    use_dora: bool = False,
+    lokr_factor: int | None = None,
+    flux: bool = True,
 ) -> list[str]:
-    """Problems of a file given as --lora_path to a run with adapters of `rank` on the layers {name: (out, in)}, DoRA or
-    not; `flux` as in `read_lora`."""
+    """Problems of a file given as --lora_path to a run with adapters of `rank` on the layers {name: (out, in)}, of the
+    kind that `use_dora` and `lokr_factor` say, see `add_lora`; `flux` as in `read_lora`."""
     try:
         layers, _ = read_lora(path, flux=flux)
         ranks = sorted({layer.rank for layer in layers.values()})
-        found_shapes = {name: (len(layer.up), layer.down.shape[1]) for name, layer in layers.items()}
+        found_shapes: dict[str, Any] = {}
+        for name, layer in layers.items():
+            if isinstance(layer, LokrLayer):
+                found_shapes[name] = {factor: tuple(value.shape) for factor, value in layer.factors.items()}
+            else:
+                found_shapes[name] = (len(layer.up), layer.down.shape[1])
     except Exception as error:  # a damaged file can raise anything
         return [f"--lora_path {path}: not a readable LoRA file ({error})"]
     if ranks != [rank]:
         found = ", ".join(map(str, ranks))
         remedy = f"give --rank {found}" if len(ranks) == 1 else "one rank for all layers is needed"
         return [f"--lora_path {path} has rank {found}: --rank is {rank}, {remedy}"]
-    if found_shapes != shapes:
-        different = [name for name in {*found_shapes, *shapes} if found_shapes.get(name) != shapes.get(name)]
+    has_lokr = any(isinstance(layer, LokrLayer) for layer in layers.values())
+    found = "LoKr" if has_lokr else "LoRA"
+    if has_lokr != (lokr_factor is not None):
+        return [f"--lora_path {path}: a {found}, which needs --lora_type {found.lower()}"]
+    expected_shapes: dict[str, Any] = dict(shapes)
+    if lokr_factor is not None:
+        for name, (out_features, in_features) in shapes.items():
+            if name.startswith("transformer."):  # CLIP has a LoRA
+                expected_shapes[name] = lokr_shapes(out_features, in_features, rank, lokr_factor)
+        if found_shapes.keys() == expected_shapes.keys() and found_shapes != expected_shapes:
+            return [f"--lora_path {path}: a LoKr of other factors than --lokr_factor {lokr_factor} makes"]
+    if found_shapes != expected_shapes:
+        names = {*found_shapes, *expected_shapes}
+        different = [name for name in names if found_shapes.get(name) != expected_shapes.get(name)]
         return [f"--lora_path {path}: made for other layers than this run trains, such as {min(different)}"]
     if not use_dora and any(layer.magnitude is not None for layer in layers.values()):
         return [f"--lora_path {path}: a DoRA, which needs --use_dora"]
-    dtypes = {tensor.dtype for layer in layers.values() for tensor in (layer.down, layer.up)}
+    dtypes = set()
+    for layer in layers.values():
+        tensors = layer.factors.values() if isinstance(layer, LokrLayer) else (layer.down, layer.up)
+        dtypes |= {tensor.dtype for tensor in tensors}
     unusual = sorted(str(dtype) for dtype in dtypes - {torch.float64, torch.float32, torch.float16, torch.bfloat16})
     if unusual:
         return [f"--lora_path {path}: its numbers are {', '.join(unusual)}, not float32, float16 or bfloat16"]
@@ -330,14 +442,21 @@ def start_from_lora(
         config = adapter_config(model, adapter_name)
         weights = {}
         magnitudes = {}
+        alpha = adapter_alpha(config)
         for key in peft_state_dict(model, adapter_name=adapter_name):
             if key.endswith(".lora_A.weight"):
                 layer = layers[full_name(f"{component}.{key.removesuffix('.lora_A.weight')}")]
                 weights[key] = layer.down.float()
-                up = layer.up.float() * (layer.scale * config.r / config.lora_alpha)
+                up = layer.up.float() * (layer.scale * config.r / alpha)
                 weights[key.replace("lora_A", "lora_B")] = up
                 if layer.magnitude is not None:
                     magnitudes[key.removesuffix(".lora_A.weight")] = layer.magnitude
+            elif key.endswith(".lokr_w1"):
+                layer_name = key.removesuffix(".lokr_w1")
+                layer = layers[f"{component}.{layer_name}"]
+                for factor, value in layer.factors.items():
+                    weights[f"{layer_name}.{factor}"] = value.float()
+                weights[key] *= layer.scale * config.r / alpha
         set_peft_model_state_dict(model, weights, adapter_name=adapter_name)
         set_magnitudes(model, adapter_name, magnitudes)
 
@@ -347,11 +466,11 @@ def check_applied(path: Path, models: Iterable[torch.nn.Module | None], *, adapt
     would be that of another LoRA. `adapter_name` None: they have no other adapter."""
     with safe_open(path, "pt") as file:
         keys = list(file.keys())
-    layers = [key for key in keys if re.search(r"lora_A|lora_down|lora\.down", key)]
+    layers = [key for key in keys if re.search(r"lora_A|lora_down|lora\.down|\.lokr_w1$", key)]
     taken = 0
     for model in models:
         for module in model.modules() if model is not None else ():
-            adapters = getattr(module, "lora_A", {})
+            adapters = getattr(module, "lora_A", None) or getattr(module, "lokr_w1", {})
             taken += adapter_name in adapters if adapter_name else len(adapters) > 0
     if not taken:
         raise ValueError("it holds no layer of this model")

@@ -122,7 +122,7 @@ PREFIXES = re.compile(
 # Tensors and layers that are no pair of matrices for FLUX.1 or CLIP: what their keys contain, and what they are.
 OTHER_TENSORS = {
     r"lora_magnitude_vector|dora_scale": "DoRA magnitudes in a form that is not read here",
-    r"\.lokr_": "LoKr factors",
+    r"\.lokr_": "LoKr factors in a form that is not read here",
     r"\.hada_": "LoHa factors",
     r"\.oft_": "OFT blocks",
     r"^bundle_emb": "an embedding",
@@ -131,6 +131,8 @@ OTHER_TENSORS = {
     r"\.alpha$": "the alpha of no layer",
 }
 
+LOKR_FACTORS = ("lokr_w1", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
+LOKR_MARK = "lora_type.lokr"  # a tensor without meaning: FluxPipeline.load_lora_weights wants "lora" in some name
 DORA_ENDINGS = (".lora_magnitude_vector", ".dora_scale")
 
 # Header entries with hashes of the file they stood in, or that are written anew: a converted file must not keep them.
@@ -159,9 +161,28 @@ class LoraLayer:
         return self.alpha / self.rank
 
 
-def comfyui_dora_scale(
-    magnitude: torch.Tensor, base_norms: torch.Tensor, merged_norms: torch.Tensor
-) -> torch.Tensor:
+@dataclass(frozen=True)
+class LokrLayer:
+    """The LoKr (2309.14859) of one layer, which adds scale * kron(w1, w2) to its weight [a * b, c * d].
+
+    `factors` are lokr_w1 [a, c] and lokr_w2 [b, d], or in its place lokr_w2_a [b, rank] and lokr_w2_b [rank, d], whose
+    product it is.
+    """
+
+    factors: Mapping[str, torch.Tensor]
+    rank: int
+    alpha: float
+    magnitude = None  # it is no DoRA
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+AdapterLayer = LoraLayer | LokrLayer
+
+
+def comfyui_dora_scale(magnitude: torch.Tensor, base_norms: torch.Tensor, merged_norms: torch.Tensor) -> torch.Tensor:
     """A DoRA's magnitudes [out] as ComfyUI reads them [out, 1].
 
     `base_norms` and `merged_norms` [out] are the norms of the rows of W and of W + scale * up @ down. ComfyUI
@@ -172,7 +193,7 @@ def comfyui_dora_scale(
 
 def write_lora(
     path: str | Path,
-    layers: Mapping[str, LoraLayer],
+    layers: Mapping[str, AdapterLayer],
     form: str = "diffusers",
     header: Mapping[str, str] | None = None,
     dtype: torch.dtype | None = None,
@@ -192,8 +213,9 @@ def write_lora(
     of the layers at scale 1, which the header of diffusers' form holds; by default they are what `adapter_metadata`
     takes from the layers.
     """
-    if form == "kohya" and any(layer.magnitude is not None for layer in layers.values()):
-        raise ValueError("kohya's form has no DoRA: choose another")
+    has_lokr = any(isinstance(layer, LokrLayer) for layer in layers.values())
+    if form == "kohya" and (has_lokr or any(layer.magnitude is not None for layer in layers.values())):
+        raise ValueError("kohya's form has neither DoRA nor LoKr: choose another")
     metadata = {"format": "pt"}
     settings = {(layer.rank, layer.alpha) for layer in layers.values()}
     if len(settings) == 1:
@@ -206,6 +228,8 @@ def write_lora(
             metadata[LORA_ADAPTER_METADATA_KEY] = json.dumps(adapter_settings, sort_keys=True)
     metadata |= header or {}
     tensors = file_tensors(layers, form)
+    if has_lokr:
+        tensors[LOKR_MARK] = torch.zeros(1)
     if dtype is not None:
         for key, tensor in tensors.items():
             if not key.endswith((".alpha", *DORA_ENDINGS)):
@@ -217,14 +241,20 @@ def write_lora(
         partial.write_bytes(save(tensors, metadata))
 
 
-def folded(layer: LoraLayer, dtype: torch.dtype | None = None) -> LoraLayer:
-    """The same adapter with its scale inside `up`, multiplied in float32 and then converted to `dtype` (None: as it
-    was), and alpha = rank."""
+def folded(layer: AdapterLayer, dtype: torch.dtype | None = None) -> AdapterLayer:
+    """The same adapter with its scale inside `up`, or a LoKr's inside lokr_w1, and alpha = rank.
+
+    They are multiplied in float32 and then converted to `dtype` (None: as they were).
+    """
+    if isinstance(layer, LokrLayer):
+        w1 = layer.factors["lokr_w1"]
+        scaled = (w1.float() * layer.scale).to(dtype or w1.dtype)
+        return LokrLayer({**layer.factors, "lokr_w1": scaled}, layer.rank, float(layer.rank))
     up = layer.up.float() * layer.scale
     return replace(layer, up=up.to(dtype or layer.up.dtype), alpha=float(layer.rank))
 
 
-def read_lora(path: str | Path, *, flux: bool = True) -> tuple[dict[str, LoraLayer], dict[str, str]]:
+def read_lora(path: str | Path, *, flux: bool = True) -> tuple[dict[str, AdapterLayer], dict[str, str]]:
     """The layers and the header of a FLUX.1 LoRA in any of LORA_FORMS, or in the names of PEFT, OneTrainer or XLabs.
     With `flux` False of another model's, under diffusers' names.
 
@@ -243,12 +273,15 @@ def read_lora(path: str | Path, *, flux: bool = True) -> tuple[dict[str, LoraLay
     header = {key: value for key, value in header.items() if key not in FILE_HEADER}
     try:
         read_layers = layers_of_file if flux else layers_as_named
-        return read_layers(tensors, adapter_settings), header
+        layers: dict[str, AdapterLayer] = {**pop_lokr(tensors, adapter_settings, flux=flux)}
+        if tensors or not layers:
+            layers |= read_layers(tensors, adapter_settings)
+        return layers, header
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def file_tensors(layers: Mapping[str, LoraLayer], form: str) -> dict[str, torch.Tensor]:
+def file_tensors(layers: Mapping[str, AdapterLayer], form: str) -> dict[str, torch.Tensor]:
     """The tensors {key: tensor} of a file in one of LORA_FORMS; for all but kohya's, `layers` have scale 1."""
     down_name, up_name = "lora_A", "lora_B"
     if form == "kohya":
@@ -256,6 +289,10 @@ def file_tensors(layers: Mapping[str, LoraLayer], form: str) -> dict[str, torch.
         down_name, up_name = "lora_down", "lora_up"
     tensors = {}
     for name, layer in layers.items():
+        if isinstance(layer, LokrLayer):
+            for factor, value in layer.factors.items():
+                tensors[f"{name}.{factor}"] = value.contiguous()
+            continue
         tensors[f"{name}.{down_name}.weight"] = layer.down.contiguous()
         tensors[f"{name}.{up_name}.weight"] = layer.up.contiguous()
         if form == "kohya":
@@ -270,6 +307,33 @@ def file_tensors(layers: Mapping[str, LoraLayer], form: str) -> dict[str, torch.
 def swap_comfyui_halves(name: str, dora_scale: torch.Tensor) -> torch.Tensor:
     """A `dora_scale` with the rows in the order of ComfyUI's weight, which is that of FLUX.1's authors, or back."""
     return swap_halves(name.removeprefix("transformer."), dora_scale)
+
+
+def pop_lokr(tensors: dict[str, torch.Tensor], adapter_settings: Mapping, *, flux: bool) -> dict[str, LokrLayer]:
+    """The LoKr layers of a file, taken out of its `tensors`; arguments as of `read_lora`. Others stay: layers that are
+    several of diffusers', or whose first factor is a product too.
+
+    As other readers have it, a tensor named alpha counts only where the second factor is a product.
+    """
+    tensors.pop(LOKR_MARK, None)
+    layers = {}
+    for key in [key for key in tensors if key.endswith(".lokr_w1")]:
+        file_name = key.removesuffix(".lokr_w1")
+        names = layer_names(file_name) if flux else [file_name]
+        found = tuple(factor for factor in LOKR_FACTORS if f"{file_name}.{factor}" in tensors)
+        if len(names) != 1 or found not in (LOKR_FACTORS[:2], (LOKR_FACTORS[0], *LOKR_FACTORS[2:])):
+            continue
+        factors = {factor: tensors.pop(f"{file_name}.{factor}") for factor in found}
+        component = names[0].partition(".")[0]
+        product = factors.get("lokr_w2_b")
+        rank = adapter_settings.get(f"{component}.r", 1) if product is None else len(product)
+        alpha = tensors.pop(f"{file_name}.alpha", None)
+        if alpha is None:
+            alpha = adapter_settings.get(f"{component}.alpha", rank)
+        elif product is None:
+            alpha = rank
+        layers[names[0]] = LokrLayer(factors, rank, float(alpha))
+    return layers
 
 
 def pop_dora(

@@ -380,9 +380,12 @@ def lora_header(
         "ss_sd_model_name": Path(args.pretrained_model_name_or_path).name,
         "ss_steps": str(step),
     }
-    if args.use_dora:  # as LyCORIS calls it: kohya's own module has none
+    if args.use_dora or args.lora_type == "lokr":  # as LyCORIS calls it: kohya's own module has neither
+        network_args = {"algo": "lora", "dora_wd": "True"}
+        if args.lora_type == "lokr":
+            network_args = {"algo": "lokr", "factor": str(args.lokr_factor or -1)}
         header["ss_network_module"] = "lycoris.kohya"
-        header["ss_network_args"] = json.dumps({"algo": "lora", "dora_wd": "True"})
+        header["ss_network_args"] = json.dumps(network_args)
     elif is_flux:
         header["ss_network_module"] = "networks.lora_flux"
     if steps_per_epoch:

@@ -22,7 +22,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from common.arguments import Parser, check_file
-from common.lora_formats import LORA_FORMS, read_lora, write_lora
+from common.lora_formats import LORA_FORMS, LokrLayer, read_lora, write_lora
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -43,6 +43,8 @@ def main(argv=None):
     parser.refuse(problems)
     try:
         layers, header = read_lora(args.input)
+        if any(isinstance(layer, LokrLayer) for layer in layers.values()):
+            raise ValueError("a LoKr, which diffusers and ComfyUI read as it is and which no LoRA equals")
         write_lora(args.output, layers, args.to, header, DTYPES.get(args.dtype))
     except Exception as error:  # a damaged file can raise anything
         reason = str(error) or repr(error)

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 # isort: split
 from common.arguments import Parser, in_range
 from common.latents import encode_images
-from common.lora import FLUX_TARGET_MODULES, add_lora, check_adapter
+from common.lora import FLUX_TARGET_MODULES, adapter_kind, adapter_options, add_lora, check_adapter
 from common.models import QUANTIZATIONS, check_processes, quantize_base, shard
 
 import bitsandbytes
@@ -361,7 +361,7 @@ def training_step(model, args, fake):
             alpha=args.rank,
             dropout=0.0,
             target_modules=model.targets,
-            use_dora=args.use_dora,
+            **adapter_options(args),
         )
 
     with LiveMemory() as memory:
@@ -464,6 +464,8 @@ def parse_args(argv=None):
     arg("--train_batch_size", type=in_range(int, 1, 4096), default=1, help="images per device and forward pass")
     arg("--rank", type=in_range(int, 1, 4096), default=16, help="rank of the LoRA")
     arg("--use_dora", action="store_true", help="train a DoRA")
+    arg("--lora_type", choices=("lora", "lokr"), default="lora", help="lokr: train a LoKr")
+    arg("--lokr_factor", type=in_range(int, 1, 4096), help="size of a LoKr's first factor")
     arg("--mixed_precision", choices=DTYPES, default="bf16")
     arg("--gradient_checkpointing", action="store_true")
     arg("--quantize_base", choices=QUANTIZATIONS, default="none")
@@ -487,9 +489,9 @@ def parse_args(argv=None):
     problems = check_processes(argparse.Namespace(**vars(args), distributed_type=kind, scaler=scaler), args)
     if args.training == "full" and args.quantize_base != "none":
         problems.append(f"--quantize_base {args.quantize_base} is for --training lora")
-    if args.training == "full" and args.use_dora:
-        problems.append("--use_dora is for --training lora")
-    problems += check_adapter(args)
+    if args.training == "full" and adapter_kind(args) != "LoRA":
+        problems.append(f"a {adapter_kind(args)} is for --training lora")
+    problems += check_adapter(argparse.Namespace(**vars(args), lora_dropout=0))
     if args.training == "full" and "Fill" in args.model:
         problems.append(f"--training full: no trainer does this for {args.model}")
     multiple = BACKBONES[MODELS[args.model].backbone].resolution_multiple

@@ -2,17 +2,22 @@
 
 import copy
 import shutil
+from types import SimpleNamespace
 
 from common.lora import (
+    adapter_options,
+    adapter_size,
     add_lora,
     check_lora_file,
     dora_norms,
+    layer_shapes,
     load_lora,
     save_exact_lora,
     save_lora,
     start_from_lora,
+    target_layers,
 )
-from common.lora_formats import read_lora
+from common.lora_formats import LoraLayer, read_lora
 from common.models import compile_blocks, quantize_base
 
 import pytest
@@ -81,6 +86,14 @@ def comfyui_weight(tensors, name, weight, reorder=lambda rows: rows):
         up, down = tensors.pop(f"{name}.lora_B.weight").float(), tensors.pop(f"{name}.lora_A.weight").float()
         difference = up @ down * (1 if alpha is None else alpha / len(down))
         tensors.pop(f"{name}.lora_magnitude_vector", None)  # is not read, and named as not loaded
+    else:
+        w1 = tensors.pop(f"{name}.lokr_w1").float()
+        if f"{name}.lokr_w2" in tensors:  # then alpha counts for nothing
+            w2 = tensors.pop(f"{name}.lokr_w2").float()
+        else:
+            second, third = tensors.pop(f"{name}.lokr_w2_a").float(), tensors.pop(f"{name}.lokr_w2_b").float()
+            w2 = second @ third * (1 if alpha is None else alpha / len(third))
+        difference = torch.kron(w1, w2)
     merged = weight + reorder(difference)
     if dora_scale is not None:
         assert dora_scale.shape == (len(weight), 1)
@@ -102,10 +115,15 @@ def assert_comfyui_agrees(file, base, model, bar):
     assert not [key for key in tensors if key.startswith("transformer.")]
 
 
+KINDS = {"DoRA": {"use_dora": True}, "LoKr": {"lokr_factor": -1}, "LoKr of factor 4": {"lokr_factor": 4}}
+DORA_AND_LOKR = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+
+
+@DORA_AND_LOKR
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_dora_is_itself_in_diffusers_and_comfyui(tiny, tmp_path, dtype):
+def test_an_adapter_is_itself_in_diffusers_and_comfyui(tiny, tmp_path, dtype, kind):
     modules = {
-        "transformer": adapted(tiny.transformer, use_dora=True),
+        "transformer": adapted(tiny.transformer, **kind),
         "text_encoder": adapted(tiny.text_encoder, CLIP, seed=1),  # a plain LoRA, as the trainers have it
     }
     save_lora(tmp_path, modules, dtype)
@@ -120,6 +138,11 @@ def test_a_dora_is_itself_in_diffusers_and_comfyui(tiny, tmp_path, dtype):
     with torch.no_grad():
         ours, theirs = modules["text_encoder"](ids).pooler_output, pipeline.text_encoder(ids).pooler_output
     assert relative_error(theirs, ours) < bar
+    if "use_dora" not in kind:
+        factors = {key.rpartition(".")[2] for key in load_file(file) if ".lokr_" in key}
+        assert factors >= {"lokr_w1", "lokr_w2_a", "lokr_w2_b"}
+        assert ("lokr_w2" in factors) == (kind["lokr_factor"] == -1)
+        return
     magnitudes = [value for key, value in load_file(file).items() if "magnitude" in key or "dora_scale" in key]
     assert {value.dtype for value in magnitudes} == {torch.float32}
 
@@ -163,11 +186,43 @@ def test_a_dora_is_continued_at_its_strength(tiny, tmp_path):
     assert "--use_dora" in problem
 
 
-def test_weights_of_a_dora_resume_exactly(tiny, tmp_path):
-    trained, other = (adapted(tiny.transformer, seed=seed, use_dora=True) for seed in (0, 9))
+@DORA_AND_LOKR
+def test_the_file_to_resume_from_is_exact(tiny, tmp_path, kind):
+    trained, other = (adapted(tiny.transformer, seed=seed, **kind) for seed in (0, 9))
     save_exact_lora(tmp_path / "a", {"transformer": trained})
     load_lora(tmp_path / "a", {"transformer": other})
     assert torch.equal(run(trained), run(other))
+    layers, _ = read_lora(tmp_path / "a")  # as its header says
+    assert {layer.scale for layer in layers.values()} == {1.5}
+
+    later = adapted(tiny.transformer, seed=7, alpha=5, **kind)
+    start_from_lora(tmp_path / "a", {"transformer": later})
+    assert relative_error(run(later), run(trained)) < 1e-4
+
+
+def test_a_lokr_goes_on_as_one_of_the_same_factors(tiny, tmp_path):
+    save_lora(tmp_path, {"transformer": adapted(tiny.transformer, lokr_factor=4)})
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    shapes = layer_shapes("transformer", tiny.transformer, LAYERS)
+    assert check_lora_file(file, shapes, 2, lokr_factor=4) == []
+    (problem,) = check_lora_file(file, shapes, 2, lokr_factor=-1)
+    assert "--lokr_factor" in problem
+    (problem,) = check_lora_file(file, shapes, 2)
+    assert "--lora_type lokr" in problem
+    save_lora(tmp_path, {"transformer": adapted(tiny.transformer)}, weight_name="plain.safetensors")
+    (problem,) = check_lora_file(tmp_path / "plain.safetensors", shapes, 2, lokr_factor=4)
+    assert "--lora_type lora" in problem
+
+
+@pytest.mark.parametrize("lora_type", ["lora", "dora", "lokr", "lokr of factor 4"])
+def test_the_size_of_an_adapter_is_known_before_it_is_there(tiny, lora_type):
+    args = SimpleNamespace(rank=2, use_dora=lora_type == "dora", lora_type=lora_type[:4].replace("dora", "lora"))
+    args.lokr_factor = 4 if "4" in lora_type else None
+    layers = target_layers(tiny.transformer, LAYERS)
+    expected = sum(adapter_size(args, layer) for _, layer in layers)
+    options = adapter_options(args)
+    parameters = add_lora(tiny.transformer, rank=2, alpha=2, dropout=0.0, target_modules=LAYERS, **options)
+    assert sum(parameter.numel() for parameter in parameters) == expected
 
 
 def test_converting_keeps_a_dora_or_says_why_not(tiny, tmp_path, capsys):
@@ -207,13 +262,20 @@ def test_a_trained_embedder_beside_a_dora_is_itself_in_diffusers(tiny_fill, tmp_
     assert relative_error(*queries) < 1e-5
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_omini_tokens_pass_the_dora_that_the_stock_model_has(dropout):
+@pytest.mark.parametrize(
+    ("kind", "dropout"), [({"use_dora": True}, 0.0), ({"use_dora": True}, 0.5), (KINDS["LoKr"], 0.0)]
+)
+def test_omini_tokens_pass_the_adapter_that_the_stock_model_has(kind, dropout):
     stock, transformer = new_transformer(model_class=FluxTransformer2DModel), new_transformer()
     for model in (stock, transformer):
         torch.manual_seed(0)
         add_lora(
-            model, rank=2, alpha=3, dropout=dropout, target_modules=["attn.to_q", "ff.net.2", "proj_out"], use_dora=True
+            model,
+            rank=2,
+            alpha=3,
+            dropout=dropout,
+            target_modules=["attn.to_q", "ff.net.2", "proj_out"],
+            **kind,
         )
         randomized(model.train())
     arguments = inputs()
@@ -226,54 +288,69 @@ def test_omini_tokens_pass_the_dora_that_the_stock_model_has(dropout):
         assert relative_error(found, expected) < 1e-5
     assert relative_error(plain, expected) > 0.01
     found.square().mean().backward()
-    vectors = [parameter for name, parameter in transformer.named_parameters() if "magnitude" in name]
-    assert min(parameter.grad.abs().max() for parameter in vectors) > 0
+    trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+    assert min(parameter.grad.abs().max() for parameter in trained) > 0
 
 
 @pytest.mark.slow
 def test_a_compiled_dora_is_the_same():
-    model = adapted(new_transformer(model_class=FluxTransformer2DModel), use_dora=True)
+    model = new_transformer(model_class=FluxTransformer2DModel, layers=1, single_layers=1)
+    model = adapted(model, ["attn.to_q", "proj_mlp"], use_dora=True)
     before = model(**inputs(), return_dict=False)[0]
     compile_blocks(model)
     assert relative_error(model(**inputs(), return_dict=False)[0], before) < 1e-5
 
 
+LORA_TYPES = {"DoRA": ["--use_dora", "--lora_dropout", 0.1], "LoKr": ["--lora_type", "lokr", "--lokr_factor", 4]}
 RUNS = {
-    "train_dreambooth_flux_advanced": "--train_text_encoder --quantize_base nf4 --cache_latents",
+    "train_dreambooth_flux_advanced": "--train_text_encoder --cache_latents",
     "train_omini": "--condition_type canny coloring --adapter_per_condition --independent_condition",
-    "train_influxedit": "--train_embedder --optimizer prodigy --learning_rate 1",
+    "train_influxedit": "--optimizer prodigy --learning_rate 1",
     "train_twinflow": "--ema_decay_rate 0.5 --gradient_checkpointing",
 }
 SCRIPTS = [pytest.param(script, marks=pytest.mark.slow if "dreambooth" not in script else []) for script in RUNS]
 
 
+@pytest.mark.parametrize("kind", LORA_TYPES)
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_run_resumes_exactly_and_its_file_draws(train, short_runs, tmp_path, script):
+def test_a_run_resumes_exactly(train, short_runs, tmp_path, script, kind):
     folder = tmp_path / "run"
-    words = [*short_runs[script], *RUNS[script].split(), "--seed", 0, "--lora_alpha", 3, "--lora_dropout", 0.1]
-    words += ["--use_dora", "--max_train_steps", 4, "--checkpointing_steps", 2, "--output_dir", folder]
+    words = [*short_runs[script], *RUNS[script].split(), "--seed", 0, "--lora_alpha", 3]
+    words += [*LORA_TYPES[kind], "--max_train_steps", 4, "--checkpointing_steps", 2, "--output_dir", folder]
     train(script, *words)
     files = [*folder.glob("*.safetensors")]
-    results = {file: file.read_bytes() for file in files}
+    results = {file: load_file(file) for file in files}
     assert len(files) == (2 if script == "train_omini" else 1)
     for file in files:
         file.unlink()
     shutil.rmtree(folder / "checkpoint-4")
     train(script, *words, "--resume_from_checkpoint", "latest")
-    assert {file: file.read_bytes() for file in files} == results
+    for file, before in results.items():
+        after = load_file(file)
+        assert after.keys() == before.keys()
+        assert [key for key in before if not torch.equal(after[key], before[key])] == []
 
     layers, header = read_lora(files[0])
-    magnitudes = [layer.magnitude for name, layer in layers.items() if name.startswith("transformer.")]
-    assert None not in magnitudes
-    assert "dora" in header["ss_network_args"]
-    assert "DoRA" in (folder / "README.md").read_text()
+    for name, layer in layers.items():
+        is_plain = isinstance(layer, LoraLayer) and layer.magnitude is None
+        assert is_plain == name.startswith("text_encoder.")
+    assert kind.lower() in header["ss_network_args"]
+    assert kind in (folder / "README.md").read_text()
 
 
-def test_what_a_dora_cannot_do_is_refused(short_runs, tmp_path, capsys):
-    words = [*map(str, short_runs["train_dreambooth_flux_advanced"]), "--output_dir", str(tmp_path / "run"), "--use_dora"]
-    for more in (["--quantize_base", "int8"], ["--save_format", "kohya", "--output_name", "x"]):
-        with pytest.raises(SystemExit):
-            dreambooth.parse_args([*words, *more])
-        said = capsys.readouterr().err
-        assert "DoRA" in said or "--use_dora" in said
-        assert more[0] in said
+@pytest.mark.parametrize(
+    ("kind", "flags", "key_word"),
+    [
+        ("DoRA", "--quantize_base int8", "--quantize_base"),
+        ("DoRA", "--save_format kohya --output_name x", "--save_format"),
+        ("LoKr", "--save_format kohya --output_name x", "--save_format"),
+        ("LoKr", "--quantize_base nf4", "--quantize_base"),
+        ("LoKr", "--lora_dropout 0.1", "--lora_dropout"),
+        ("LoKr", "--use_dora", "--use_dora"),
+    ],
+)
+def test_what_an_adapter_cannot_do_is_refused(short_runs, tmp_path, capsys, kind, flags, key_word):
+    words = [*short_runs["train_dreambooth_flux_advanced"], "--output_dir", tmp_path, *LORA_TYPES[kind]]
+    with pytest.raises(SystemExit):
+        dreambooth.parse_args([*map(str, words), *flags.split()])
+    assert key_word in capsys.readouterr().err

@@ -219,7 +219,7 @@ Q = "transformer.transformer_blocks.0.attn.to_q"
 @pytest.mark.parametrize(
     ("extra", "words"),
     [
-        ({f"{Q}.lora_magnitude_vector": 8}, ("DoRA",)),
+        ({f"{Q.replace('to_q', 'to_k')}.lora_magnitude_vector": 8}, ("DoRA",)),
         ({f"{Q}.dora_scale": 8}, ("DoRA",)),
         (
             {"lora_unet_double_blocks_0_img_mlp_0.lokr_w1": 4, "lora_unet_double_blocks_0_img_mlp_0.alpha": 1},

@@ -30,7 +30,7 @@ from common.checkpoints import TENSORS_FILE, read_run_args
 from common.data import MAX_SIDE, Size, file_example, fit, read_sizes, save_image
 from common.latents import decode_images, encode_images, to_image, to_tensor
 from common.lora import check_applied, find_lora, run_of
-from common.lora_formats import file_tensors, folded, read_lora
+from common.lora_formats import LOKR_MARK, file_tensors, folded, read_lora
 
 import torch
 from diffusers import DiffusionPipeline
@@ -100,10 +100,11 @@ def load_transformer(source, backbone, args, dtype):
         with exit_if_unreadable(file):
             with safe_open(file, "pt") as opened:
                 keys = list(opened.keys())
+            keys = [key for key in keys if key != LOKR_MARK]
             is_plain = all(key.startswith("transformer.") and not key.endswith(".alpha") for key in keys)
             is_flux = args.model_type == "flux"
             is_dora = any(key.endswith(".dora_scale") for key in keys)
-            if (is_flux and not is_plain) or is_dora:  # kohya's names, another program's, its alphas, or ComfyUI's DoRA
+            if (is_flux and not is_plain) or is_dora:  # other names or alphas of another program, or ComfyUI's DoRA
                 layers = read_lora(file, flux=is_flux)[0]
                 layers = {name: replace(folded(layer), dora_scale=None) for name, layer in layers.items()}
                 tensors = file_tensors(layers, "diffusers")
