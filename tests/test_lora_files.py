@@ -437,6 +437,8 @@ def test_hashes_of_the_file_that_was_are_dropped_and_those_of_the_model_kept(tmp
 def test_the_header_and_the_hash_are_what_civitai_and_forge_look_up(adapted, tmp_path):
     layers = lora_layers(adapted(4, 8))
     args = SimpleNamespace(output_name="mine", output_dir=tmp_path, pretrained_model_name_or_path="x/FLUX.1-dev")
+    args.use_dora = False
+    args.lora_type = "lora"
     for entry in METADATA:
         vars(args)[f"metadata_{entry}"] = None
     args.metadata_author = "me"
