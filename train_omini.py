@@ -1664,7 +1664,6 @@ def estimate_depth(accelerator, examples, args):
         device=accelerator.device,
         model_kwargs={"cache_dir": args.cache_dir},
     )
-    (args.output_dir / "depth").mkdir(parents=True, exist_ok=True)
     starts = list(range(0, len(examples), args.depth_batch_size))
     with accelerator.split_between_processes(starts) as own_starts:
         for start in tqdm(own_starts, desc="Estimating depth", unit="batch", disable=not accelerator.is_main_process):

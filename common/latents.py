@@ -186,7 +186,6 @@ class TensorCache:
 
         The processes share the work, and threads read ahead of the encoder.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
         missing = [key for key in keys if not self.has(*key)]
         accelerator.wait_for_everyone()  # every process has listed what is missing
         quiet = not accelerator.is_main_process or not missing

@@ -144,6 +144,13 @@ def test_the_tensor_cache_keeps_what_it_has(tmp_path):
     assert not TensorCache(tmp_path, ["another model"]).path("picture", 3).exists()
 
 
+def test_a_cache_whose_folder_cannot_be_made_is_one_message(tmp_path):
+    (tmp_path / "file").touch()
+    cache = TensorCache(tmp_path / "file" / "cache", ["a model"])
+    with pytest.raises(SystemExit, match=r"cache.*cannot be written \(Not a directory\)"):
+        cache.fill(Accelerator(cpu=True), [("picture",)], str, lambda keys: [{"a": torch.ones(2)}], "Encoding")
+
+
 def test_pixels_to_an_image():
     pixels = torch.tensor([-1.2, -1.0, 0.0, 1.0]).repeat(1, 3, 2, 1)
     assert [to_image(pixels).getpixel((x, 1)) for x in range(4)] == [(v, v, v) for v in (0, 0, 128, 255)]
