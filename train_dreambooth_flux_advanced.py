@@ -215,13 +215,19 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
 )
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from diffusers.optimization import get_scheduler
+from diffusers.pipelines.flux2.pipeline_flux2 import format_input
+from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
 from diffusers.training_utils import compute_loss_weighting_for_sd3, offload_models
 from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError, safe_open
@@ -654,6 +660,7 @@ def needs(args):
             ("text_encoder_lr", "adam_weight_decay_text_encoder"),
         ),
         "--train_text_encoder_ti": (args.train_text_encoder_ti, ("token_abstraction",)),
+        "a model with a guidance embedding": (find_family(args).reads_guidance, ("guidance_scale",)),
         "--train_transformer_frac above 0": (
             args.train_transformer_frac > 0,
             ("rank", "lora_alpha", "lora_dropout", "lora_layers", "use_dora", "lora_type", "adam_weight_decay"),
@@ -819,6 +826,10 @@ def check_model(args):
     if config.get("_class_name") != family.transformer_class.__name__ or config.get("in_channels") != in_channels:
         found = f"{config.get('_class_name')} with {config.get('in_channels')} input channels"
         return [f"{flag}: holds a {found}, not {family.kind}, where its VAE makes {in_channels}"]
+    if not family.has_clip:
+        problems = check_without_clip(args, family)
+        if problems:
+            return problems
     longest = family.longest_prompt(config)
     if args.max_sequence_length is None:
         args.max_sequence_length = longest
@@ -845,11 +856,29 @@ def check_model(args):
         shapes = layer_shapes("transformer", transformer, target_modules)
         if args.train_text_encoder:
             shapes |= clip_shapes(args)
-        problems = check_lora_file(args.lora_path, shapes, args.rank, **adapter_options(args))
+        problems = check_lora_file(args.lora_path, shapes, args.rank, flux=family.has_clip, **adapter_options(args))
         if problems:
             return problems
     bytes_needed = 4 * 5 * lora_size  # float32: a checkpoint holds the LoRA twice and Adam's two moments; the result
     return check_disk(args, bytes_needed)
+
+
+def check_without_clip(args, family):
+    """Problems of flags that only FLUX.1 has a use for."""
+    problems = []
+    if args.train_text_encoder:
+        problems.append(f"--train_text_encoder trains CLIP, which {family.kind} does not have: leave it out")
+    if args.train_text_encoder_ti:
+        problems.append(
+            f"--train_text_encoder_ti trains new tokens of CLIP and T5, which {family.kind} does not have, and "
+            f"{family.pipeline_class.__name__} loads no files of tokens: leave it out"
+        )
+    if args.save_format == "kohya":
+        problems.append(
+            f"--save_format kohya has the names of FLUX.1's layers: leave it out for {family.kind}, whose files "
+            "diffusers and ComfyUI read in the default form"
+        )
+    return problems
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -870,9 +899,18 @@ class Flux:
     vae_class = AutoencoderKL
     text_parts = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     tokenizers = {"clip_l": "tokenizer", "t5": "tokenizer_2"}  # {name: its folder}
-    settings: dict = {}  # of the pipeline, beside its models
-    sampling: dict = {}  # arguments of the pipeline's call that differ from its defaults
+    settings: dict[str, Any] = {}  # of the pipeline, beside its models
+    sampling: dict[str, Any] = {}  # arguments of the pipeline's call that differ from its defaults
+    more_prompts: tuple[str, ...] = ()  # that sampling needs
     has_clip = True  # which can be trained; else a language model alone reads prompts
+    reads_guidance = True  # or may: FLUX.1-schnell does not
+
+    def __init__(self, index: dict):
+        """`index` is the content of the pipeline's model_index.json."""
+
+    def load_text_encoders(self, args: argparse.Namespace, dtype: torch.dtype) -> DiffusionPipeline:
+        """A pipeline with frozen text encoders and tokenizers alone."""
+        return load_text_pipeline(self.pipeline_class, args, dtype)
 
     def longest_prompt(self, config: dict) -> int:
         """The largest --max_sequence_length for a transformer with this config."""
@@ -920,23 +958,114 @@ class Flux:
         return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled_prompt_embeds}
 
 
+class Flux2(Flux):
+    """FLUX.2-dev: one language model reads prompts, position ids have four axes, and running statistics of the VAE
+    normalize each of the 4C numbers of a token."""
+
+    kind = "FLUX.2"
+    pipeline_class = Flux2Pipeline
+    transformer_class = Flux2Transformer2DModel
+    vae_class = AutoencoderKLFlux2
+    text_parts = ("text_encoder", "tokenizer")
+    tokenizers = {"llm": "tokenizer"}
+    has_clip = False
+
+    def load_text_encoders(self, args, dtype):
+        pipeline = load_text_pipeline(self.pipeline_class, args, dtype, tokenizer=None)
+        pipeline.tokenizer = load_tokenizer(args, "tokenizer")
+        return pipeline
+
+    def chat(self, tokenizer: Any, prompt: str) -> str:
+        """The text that the language model reads for a prompt."""
+        (messages,) = format_input([prompt], SYSTEM_MESSAGE)
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
+
+    def longest_prompt(self, config):
+        return 512
+
+    def architecture(self, config):
+        return "Flux.2-dev"
+
+    def target_modules(self, transformer):
+        return block_layers(transformer)  # single blocks have two: queries, keys, values and MLP are one layer
+
+    def sample_latents(self, moments, vae, generator):
+        mean, _ = moments.chunk(2, dim=1)  # not sampled, as in the pipeline
+        patches = Flux2Pipeline._patchify_latents(mean)  # [B, 4C, h/2, w/2]
+        shift = vae.bn.running_mean.view(1, -1, 1, 1).to(patches)
+        std = torch.sqrt(vae.bn.running_var.view(1, -1, 1, 1).to(patches) + vae.config.batch_norm_eps)
+        return Flux2Pipeline._unpatchify_latents((patches - shift) / std)
+
+    def predict(self, transformer, tokens, sigmas, prompt_embeds, pooled_prompt_embeds, *, guidance, height, width):
+        patches = torch.empty(len(tokens), 0, height // 2, width // 2)
+        return transformer(
+            hidden_states=tokens,
+            timestep=sigmas,
+            guidance=guidance,
+            encoder_hidden_states=prompt_embeds,
+            txt_ids=Flux2Pipeline._prepare_text_ids(prompt_embeds).to(tokens.device),
+            img_ids=Flux2Pipeline._prepare_latent_ids(patches).to(tokens.device),
+            return_dict=False,
+        )[0]
+
+    def prompt_arguments(self, prompt_encoder, prompts):
+        prompt_embeds, _ = prompt_encoder.encode_prompts(prompts)
+        return {"prompt_embeds": prompt_embeds}
+
+
+class Flux2Klein(Flux2):
+    """FLUX.2-klein, base or distilled to four steps, of 4 or 9 billion parameters; Qwen3 reads prompts."""
+
+    kind = "FLUX.2-klein"
+    pipeline_class = Flux2KleinPipeline
+    reads_guidance = False
+
+    def __init__(self, index):
+        self.is_distilled = bool(index.get("is_distilled"))
+        self.settings = {"is_distilled": self.is_distilled}
+        if self.is_distilled:
+            self.sampling = {"num_inference_steps": 4, "guidance_scale": 1.0}
+        else:
+            self.more_prompts = ("",)  # the other side of guidance
+
+    def load_text_encoders(self, args, dtype):
+        return load_text_pipeline(self.pipeline_class, args, dtype)
+
+    def chat(self, tokenizer, prompt):
+        messages = [{"role": "user", "content": prompt}]
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
+
+    def architecture(self, config):
+        return "Flux.2-klein-4b" if config["num_attention_heads"] <= 24 else "Flux.2-klein-9b"
+
+    def prompt_arguments(self, prompt_encoder, prompts):
+        arguments = super().prompt_arguments(prompt_encoder, prompts)
+        if not self.is_distilled:
+            arguments["negative_prompt_embeds"], _ = prompt_encoder.encode_prompts([""] * len(prompts))
+        return arguments
+
+
 FAMILIES = {  # by the class that model_index.json names
     "FluxPipeline": Flux,
     "FluxKontextPipeline": Flux,
+    "Flux2Pipeline": Flux2,
+    "Flux2KleinPipeline": Flux2Klein,
 }
 
 
 def find_family(args):
     """The family of --pretrained_model_name_or_path. That of FLUX.1 for any other: `check_model` says what it is."""
     if is_single_file(args):
-        return Flux()
+        return Flux({})
     try:
         index = DiffusionPipeline.load_config(
             args.pretrained_model_name_or_path, revision=args.revision, cache_dir=args.cache_dir
         )
     except (OSError, ValueError):
-        return Flux()
-    return FAMILIES.get(index.get("_class_name"), Flux)()
+        return Flux({})
+    return FAMILIES.get(index.get("_class_name"), Flux)(index)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1138,7 +1267,7 @@ def load_text_encoders(args, dtype):
     """A pipeline with frozen text encoders and tokenizers alone."""
     if is_single_file(args):
         return load_text_encoder_files(args, dtype)
-    return load_text_pipeline(find_family(args).pipeline_class, args, dtype)
+    return find_family(args).load_text_encoders(args, dtype)
 
 
 def load_noise_scheduler(args):
@@ -1167,9 +1296,17 @@ def clip_shapes(args):
 
 def lora_targets(args, family, transformer):
     """The layers that --lora_layers names; "kohya" means every linear layer in the blocks, as in its sd-scripts."""
-    if args.lora_layers != "kohya":
-        return comma_list(args.lora_layers) or family.target_modules(transformer)
-    return block_layers(transformer)
+    if args.lora_layers == "kohya":
+        return block_layers(transformer)
+    names = comma_list(args.lora_layers)
+    if not names:
+        return family.target_modules(transformer)
+    if family.has_clip:
+        return names
+    layers = []  # in full: FLUX.2's attn.to_out is a layer in single blocks and a list in the others
+    for name in names:
+        layers += [layer for layer, _ in target_layers(transformer, [name])] or [name]
+    return layers
 
 
 def block_layers(transformer):
@@ -2721,12 +2858,12 @@ LORA_CARD = """
 
 ```python
 import torch
-from diffusers import FluxPipeline
+from diffusers import {pipeline_class}
 
-pipeline = FluxPipeline.from_pretrained({from_pretrained})
+pipeline = {pipeline_class}.from_pretrained({from_pretrained})
 {load_lora}
 pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
-image = pipeline({prompt!r}, {size}).images[0]
+image = pipeline(prompt={prompt!r}, {size}).images[0]
 image.save("image.png")
 ```
 """
@@ -2755,7 +2892,7 @@ if "t5" in embeddings:
         embeddings["t5"], token=tokens, text_encoder=pipeline.text_encoder_2, tokenizer=pipeline.tokenizer_2
     )
 pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
-image = pipeline({prompt!r}, {size}).images[0]
+image = pipeline(prompt={prompt!r}, {size}).images[0]
 image.save("image.png")
 ```
 """
@@ -2776,16 +2913,19 @@ def save_model_card(args, dtype, embedding_handler, prompt, embeddings_name, hub
     if args.variant:
         from_pretrained.append(f"variant={args.variant!r}")
     adapter = adapter_kind(args)
+    family = find_family(args)
+    call = {"height": args.resolution, "width": args.resolution, "max_sequence_length": args.max_sequence_length}
     values = {
         "name": folder.name,
         "adapter": adapter,
+        "pipeline_class": family.pipeline_class.__name__,
         "rank": args.rank,
         "lora_alpha": args.lora_alpha,
         "trained_model": args.pretrained_model_name_or_path,
         "from_pretrained": ", ".join(from_pretrained),
         "load_lora": f"pipeline.load_lora_weights({hub_repo or str(lora.parent)!r}, weight_name={lora.name!r})",
         "prompt": embedding_handler.replace_abstractions(prompt),
-        "size": f"height={args.resolution}, width={args.resolution}, max_sequence_length={args.max_sequence_length}",
+        "size": ", ".join(f"{name}={value}" for name, value in (call | family.sampling).items()),
     }
     if not embedding_handler.abstractions:
         text = LORA_CARD.format(**values)
@@ -2809,7 +2949,7 @@ def save_model_card(args, dtype, embedding_handler, prompt, embeddings_name, hub
             values["set_eos_token"] = "pipeline.text_encoder.eos_token_id = pipeline.tokenizer.eos_token_id\n"
         text = NEW_TOKENS_CARD.format(**values)
         trigger_words = list(embedding_handler.abstractions)
-    tags = ["text-to-image", "flux", "lora", "dreambooth", "diffusers"]
+    tags = ["text-to-image", "flux" if family.has_clip else "flux2", "lora", "dreambooth", "diffusers"]
     write_model_card(args, text, tags, base_model, trigger_words, instance_prompt=args.instance_prompt)
 
 
@@ -2867,7 +3007,12 @@ def describe_run(args, examples, class_examples, embedding_handler, text_params,
     run_info |= describe_class_images(class_examples)
     tokenizers = load_tokenizers(args)
     captions = {example.name: example.prompt() for example in examples}
-    run_info |= describe_long_prompts(captions, tokenizers["t5"], args.max_sequence_length, tokenizers["clip_l"])
+    if "llm" in tokenizers:
+        family = find_family(args)
+        captions = {name: family.chat(tokenizers["llm"], caption) for name, caption in captions.items()}
+        run_info |= describe_long_prompts(captions, tokenizers["llm"], args.max_sequence_length)
+    else:
+        run_info |= describe_long_prompts(captions, tokenizers["t5"], args.max_sequence_length, tokenizers["clip_l"])
     if embedding_handler.abstractions:
         tokens = [f"{tokens} for {word}" for word, tokens in embedding_handler.abstractions.items()]
         run_info["tokens"] = f"{', '.join(tokens)} in {' and '.join(embedding_handler.embeddings)}"
@@ -2998,6 +3143,8 @@ def train(args):
         final_prompt = args.final_validation_prompt or args.validation_prompt
     prompts = set()
     prompts.update(class_prompts, preserve_prompts)
+    if class_prompts or args.validation_prompt or final_prompt:
+        prompts.update(family.more_prompts)
     prompts.update(example.caption for example in class_examples(args, class_prompts))
     for prompt in (args.validation_prompt, final_prompt):
         if prompt:
@@ -3089,7 +3236,7 @@ def train(args):
             **adapter_options(args),
         )
     if args.lora_path:
-        start_from_lora(args.lora_path, {"transformer": transformer, **adapted_models})
+        start_from_lora(args.lora_path, {"transformer": transformer, **adapted_models}, flux=family.has_clip)
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     if args.compile:

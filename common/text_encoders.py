@@ -1,4 +1,7 @@
-"""Prompts to embeddings with FLUX.1's CLIP and T5: each prompt once, or in every step while an encoder is trained."""
+"""Prompts to embeddings with FLUX.1's CLIP and T5 or FLUX.2's language model.
+
+Each prompt is embedded once, or in every step while an encoder is trained.
+"""
 
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -23,8 +26,10 @@ from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 # Linear layers of CLIP that a LoRA is put beside.
 CLIP_TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "out_proj")
 
-# Names of the encoders, as in files of embeddings, and the attributes of FluxPipeline that hold them.
+# Names of the encoders, as in files of embeddings, and the attributes of FluxPipeline that hold them; and the one of
+# FLUX.2, a language model.
 ENCODER_ATTRIBUTES = {"clip_l": "text_encoder", "t5": "text_encoder_2"}
+FLUX2_ENCODER_ATTRIBUTES = {"llm": "text_encoder"}
 
 # Prompts that are encoded together while they are cached: at 512 tokens each, 1 GiB beside the 9 GiB of T5-XXL
 PROMPTS_PER_BATCH = 4
@@ -49,16 +54,17 @@ def clip_lora_shapes(args: Any, target_modules: Sequence[str]) -> dict[str, tupl
 
 
 class PromptEncoder:
-    """The embeddings of prompts: T5's of every token and CLIP's pooled one.
+    """The embeddings of prompts: T5's of every token and CLIP's pooled one; with FLUX.2 its language model's.
 
     A frozen encoder embeds every prompt once, in `cache_prompts`, and is freed. The `trained` encoders (clip_l, t5)
     run in every step, with gradients, until `freeze`.
 
     Args:
-        pipeline: a FluxPipeline with text encoders and tokenizers, as `load_text_pipeline` returns it. Adapters and
-            new tokens are in it already. The encoders are moved to the accelerator's device.
+        pipeline: a FluxPipeline, Flux2Pipeline or Flux2KleinPipeline with text encoders and tokenizers, as
+            `load_text_pipeline` returns it. Adapters and new tokens are in it already. The encoders are moved to the
+            accelerator's device.
         dtype: of the embeddings.
-        max_sequence_length: tokens of a prompt for T5.
+        max_sequence_length: tokens of a prompt for T5 or the language model.
         trained: names of the encoders in training.
         offload: keep frozen encoders in CPU memory and move their layers to the device one by one.
         keep_encoders: do not free frozen encoders: prompts will come that were not known to `cache_prompts`.
@@ -86,7 +92,8 @@ class PromptEncoder:
         self.keep_encoders = keep_encoders
         self.disk_cache_dir = disk_cache_dir
         self.rewrite_prompt = rewrite_prompt
-        self.encoders = {name: getattr(pipeline, attribute) for name, attribute in ENCODER_ATTRIBUTES.items()}
+        self.attributes = ENCODER_ATTRIBUTES if hasattr(pipeline, "text_encoder_2") else FLUX2_ENCODER_ATTRIBUTES
+        self.encoders = {name: getattr(pipeline, attribute) for name, attribute in self.attributes.items()}
         self.trained = set(trained)
         self.never_trained = self.encoders.keys() - self.trained
         self.cached: dict[str, dict[str, torch.Tensor]] = {name: {} for name in self.encoders}  # {prompt: on the CPU}
@@ -94,22 +101,30 @@ class PromptEncoder:
             pipeline.enable_group_offload(
                 accelerator.device,
                 offload_type="leaf_level",
-                exclude_modules=[ENCODER_ATTRIBUTES[name] for name in self.trained],
+                exclude_modules=[self.attributes[name] for name in self.trained],
             )
         else:
             pipeline.to(accelerator.device)
 
     def encode_prompts(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """(prompt_embeds [B, T, D], pooled_prompt_embeds [B, P]) of prompts, on the accelerator's device."""
+        """(prompt_embeds [B, T, D], pooled_prompt_embeds [B, P]) of prompts, on the accelerator's device.
+
+        P is 0 with FLUX.2, which has no pooled embedding.
+        """
+        if "llm" in self.attributes:
+            prompt_embeds = self._encode_or_recall("llm", prompts)
+            return prompt_embeds, prompt_embeds.new_zeros(len(prompts), 0)
         return self._encode_or_recall("t5", prompts), self._encode_or_recall("clip_l", prompts)
 
     def encode_with(self, encoder_name: str, prompts: list[str]) -> torch.Tensor:
-        """CLIP's pooled embeddings [B, P] or T5's [B, T, D], computed now."""
+        """CLIP's pooled embeddings [B, P], or those of T5 or the language model [B, T, D], computed now."""
         if self.rewrite_prompt:
             prompts = [self.rewrite_prompt(prompt) for prompt in prompts]
         with self.accelerator.autocast():
             if encoder_name == "clip_l":
                 embeds = self.pipeline._get_clip_prompt_embeds(prompts)
+            elif encoder_name == "llm":
+                embeds, _ = self.pipeline.encode_prompt(prompts, max_sequence_length=self.max_sequence_length)
             else:
                 embeds = self.pipeline._get_t5_prompt_embeds(
                     prompts, max_sequence_length=self.max_sequence_length, dtype=self.dtype
@@ -129,7 +144,7 @@ class PromptEncoder:
             self.cached[encoder_name] = dict(gather_objects(list(embeds.items())))
             if not self.keep_encoders:
                 del self.encoders[encoder_name]
-                setattr(self.pipeline, ENCODER_ATTRIBUTES[encoder_name], None)
+                setattr(self.pipeline, self.attributes[encoder_name], None)
         free_memory()
 
     def freeze(self, prompts: list[str]) -> None:

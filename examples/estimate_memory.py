@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 # isort: split
 from common.arguments import Parser, in_range
-from common.latents import encode_images
+from common.latents import encode_images, encode_moments, pack_latents, unpack_latents
 from common.lora import FLUX_TARGET_MODULES, adapter_kind, adapter_options, add_lora, check_adapter
 from common.models import QUANTIZATIONS, check_processes, quantize_base, shard
 
@@ -42,6 +42,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import train_dreambooth_flux_advanced
 from train_twinflow import BACKBONES, add_target_time
 
 
@@ -56,11 +57,36 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+class Flux2:
+    """The call of FLUX.2's transformer, in the form of train_twinflow.py's classes."""
+
+    vae_scale_factor = 8
+    resolution_multiple = 16
+
+    def __init__(self, args):
+        self.guidance = None
+        self.family = train_dreambooth_flux_advanced.Flux2({})
+
+    def predict(self, transformer, x, time, cond):
+        batch_size, _, height, width = x.shape
+        guidance = None
+        if self.guidance is not None:
+            guidance = torch.full((batch_size,), self.guidance)
+        prompt_embeds = cond["encoder_hidden_states"]
+        tokens = self.family.predict(
+            transformer, pack_latents(x), time, prompt_embeds, None, guidance=guidance, height=height, width=width
+        )
+        return unpack_latents(tokens, height, width)
+
+
+CALLS = {**BACKBONES, "flux2": Flux2}  # of the transformer
+
+
 @dataclass
 class Model:
     """The parts of a pipeline; parts are functions that build them."""
 
-    backbone: str  # a key of train_twinflow.BACKBONES, which call the transformer
+    backbone: str  # a key of CALLS
     transformer: type
     config: dict
     conditions: dict  # shapes without the batch dimension
@@ -108,6 +134,37 @@ def qwen25_vl():
     return transformers.Qwen2_5_VLForConditionalGeneration(config)
 
 
+def qwen3(width, mlp_width, ties_embeddings):
+    config = transformers.Qwen3Config(
+        vocab_size=151936,
+        hidden_size=width,
+        intermediate_size=mlp_width,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        tie_word_embeddings=ties_embeddings,
+    )
+    return transformers.Qwen3ForCausalLM(config)
+
+
+def qwen3_4b():
+    return qwen3(2560, 9728, ties_embeddings=True)
+
+
+def qwen3_8b():
+    return qwen3(4096, 12288, ties_embeddings=False)
+
+
+def mistral3_small():
+    text = {"model_type": "mistral", "vocab_size": 131072, "hidden_size": 5120, "intermediate_size": 32768}
+    text |= {"num_hidden_layers": 40, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
+    vision = {"model_type": "pixtral", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24}
+    vision |= {"num_attention_heads": 16, "image_size": 1540, "patch_size": 14}
+    config = transformers.Mistral3Config(text_config=text, vision_config=vision)
+    return transformers.Mistral3ForConditionalGeneration(config)
+
+
 def kl_vae():
     return diffusers.AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -124,6 +181,24 @@ def kl_vae():
 def sana_vae():
     blocks = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
     return diffusers.AutoencoderDC(encoder_block_types=blocks, decoder_block_types=blocks)
+
+
+def flux2(layers, single_layers, heads, text_width, text_encoder, guidance_embeds=False):
+    config = {"num_layers": layers, "num_single_layers": single_layers, "num_attention_heads": heads}
+    config |= {"joint_attention_dim": text_width, "guidance_embeds": guidance_embeds}
+    targets = [name.replace("net.0.proj", "linear_in").replace("net.2", "linear_out") for name in FLUX_TARGET_MODULES]
+    targets.append("attn.to_qkv_mlp_proj")
+    targets += [f"single_transformer_blocks.{i}.attn.to_out" for i in range(single_layers)]
+    return Model(
+        "flux2",
+        diffusers.Flux2Transformer2DModel,
+        config,
+        {"encoder_hidden_states": (512, text_width)},
+        (text_encoder,),
+        diffusers.AutoencoderKLFlux2,
+        channels=32,
+        targets=tuple(targets),
+    )
 
 
 FLUX_CONDITIONS = {"encoder_hidden_states": (512, 4096), "pooled_projections": (768,)}
@@ -145,6 +220,9 @@ MODELS = {
         kl_vae,
         channels=96,
     ),
+    "FLUX.2-klein-4B": flux2(5, 20, 24, 7680, qwen3_4b),
+    "FLUX.2-klein-9B": flux2(8, 24, 32, 12288, qwen3_8b),
+    "FLUX.2-dev": flux2(8, 48, 48, 15360, mistral3_small, guidance_embeds=True),
     "SD3.5-medium": Model(
         "sd3",
         diffusers.SD3Transformer2DModel,
@@ -345,7 +423,7 @@ def optimizer_bytes(args):
 def training_step(model, args, fake):
     """{what: bytes} of forward and backward pass: there before, trained, kept between the two, the most at once."""
     dtype, full, size = DTYPES[args.mixed_precision], args.training == "full", args.train_batch_size
-    backbone = BACKBONES[model.backbone](args)
+    backbone = CALLS[model.backbone](args)
     backbone.guidance = 1.0 if model.config.get("guidance_embeds") else None
 
     def adapt(transformer):
@@ -420,7 +498,8 @@ def estimate(model, args):
             vae = build(model.vae, dtype, fake)
             vae_bytes = memory.peak = memory.live
             with fake, torch.no_grad():
-                encode_images(vae, torch.empty(args.train_batch_size, 3, args.resolution, args.resolution))
+                encode = encode_moments if model.backbone == "flux2" else encode_images
+                encode(vae, torch.empty(args.train_batch_size, 3, args.resolution, args.resolution))
     state, update = (round(share * step["trained"] / 4) for share in optimizer_bytes(args))  # 4 bytes per number
     trained, full = step["trained"], args.training == "full"
     rows = {
@@ -492,13 +571,18 @@ def parse_args(argv=None):
     if args.training == "full" and adapter_kind(args) != "LoRA":
         problems.append(f"a {adapter_kind(args)} is for --training lora")
     problems += check_adapter(argparse.Namespace(**vars(args), lora_dropout=0))
-    if args.training == "full" and "Fill" in args.model:
+    if args.training == "full" and only_lora(args.model):
         problems.append(f"--training full: no trainer does this for {args.model}")
-    multiple = BACKBONES[MODELS[args.model].backbone].resolution_multiple
+    multiple = CALLS[MODELS[args.model].backbone].resolution_multiple
     if args.resolution % multiple:
         problems.append(f"--resolution {args.resolution} must be a multiple of {multiple}")
     parser.refuse(problems)
     return args
+
+
+def only_lora(name):
+    """Whether no trainer trains all weights of a model."""
+    return "Fill" in name or "FLUX.2" in name
 
 
 def print_estimate(model, args):
@@ -545,8 +629,8 @@ def print_table():
     print("| --- " * (3 + len(CARDS)) + "|")
     for training, resolution in (("lora", 512), ("lora", 1024), ("full", 512)):
         for name, model in MODELS.items():
-            if training == "full" and "Fill" in name:
-                continue  # no trainer does
+            if training == "full" and only_lora(name):
+                continue
             cells = name, training, str(resolution), *what_fits(model, training, resolution)
             print(f"| {' | '.join(cells)} |", flush=True)
 

@@ -235,6 +235,10 @@ def stand_ins(pictures, pairs, tiny_model, tiny_fill):
     return {
         FLUX: link(tiny_model),
         "black-forest-labs/FLUX.1-Fill-dev": link(tiny_fill),
+        "black-forest-labs/FLUX.2-klein-base-4B": functools.partial(write_pipeline, tiny_backbones.flux2_klein),
+        "black-forest-labs/FLUX.2-klein-4B": functools.partial(
+            write_pipeline, functools.partial(tiny_backbones.flux2_klein, is_distilled=True)
+        ),
         "stabilityai/stable-diffusion-3.5-medium": functools.partial(write_pipeline, tiny_backbones.sd3),
         "Efficient-Large-Model/Sana_1600M_512px_diffusers": functools.partial(write_pipeline, tiny_backbones.sana),
         "openuni_l_internvl3_2b_sana_1_6b_512_hf_blip3o60k.pth": write_openuni,

@@ -18,7 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from common.lora import add_lora
+from common.lora import add_lora, target_layers
 from common.models import quantize_base
 
 from examples.estimate_memory import DTYPES, MODELS, create_optimizer, estimate, parse_args
@@ -128,7 +128,8 @@ def test_the_estimate_is_within_ten_percent_of_what_a_process_takes(case):
 @pytest.mark.slow
 def test_real_sizes():
     """The published numbers of parameters, in billions, and bytes where they are known by multiplication."""
-    for name, billions in {"FLUX.1-dev": 11.9, "SD3.5-medium": 2.24, "Sana-1.6B": 1.6, "Qwen-Image": 20.4}.items():
+    published = {"FLUX.1-dev": 11.9, "SD3.5-medium": 2.24, "Sana-1.6B": 1.6, "Qwen-Image": 20.4}
+    for name, billions in published.items():
         with torch.device("meta"):
             transformer = MODELS[name].transformer(**MODELS[name].config)
         count = sum(parameter.numel() for parameter in transformer.parameters())
@@ -137,6 +138,33 @@ def test_real_sizes():
     assert rows["weights"] / 2 == pytest.approx(11.9e9, rel=0.01)  # bfloat16
     assert rows["optimizer"] == pytest.approx(2 * rows["LoRA"], rel=0.01)  # AdamW's two moments
     assert peaks["encoding prompts"] / 2 == pytest.approx(4.76e9 + 0.123e9, rel=0.01)  # T5-XXL and CLIP
+
+
+def test_sizes_of_flux2():
+    for name, billions, text_billions in (
+        ("FLUX.2-klein-4B", 3.88, 4.02),
+        ("FLUX.2-klein-9B", 9.06, 8.19),
+        ("FLUX.2-dev", 32.2, 24.0),
+    ):
+        model = MODELS[name]
+        with torch.device("meta"):
+            transformer = model.transformer(**model.config)
+            text_encoder = model.text_encoders[0]()
+        assert sum(p.numel() for p in transformer.parameters()) / 1e9 == pytest.approx(billions, rel=0.01), name
+        assert sum(p.numel() for p in text_encoder.parameters()) / 1e9 == pytest.approx(text_billions, rel=0.01), name
+        linear = [name for name, layer in transformer.named_modules() if isinstance(layer, torch.nn.Linear)]
+        in_blocks = [name for name in linear if "blocks." in name]
+        assert len(target_layers(transformer, model.targets)) == len(in_blocks), name
+
+
+def test_a_step_of_flux2_is_estimated():
+    model = MODELS["FLUX.2-klein-4B"]
+    small = dataclasses.replace(model, config=model.config | {"num_layers": 1, "num_single_layers": 1})
+    flags = ["--model", "FLUX.2-klein-4B", "--gradient_checkpointing"]
+    rows, peaks = estimate(small, parse_args([*flags, "--quantize_base", "nf4"]))
+    assert rows["weights"] < 0.7 * estimate(small, parse_args(flags))[0]["weights"]
+    assert peaks["encoding prompts"] / 2 == pytest.approx(4.02e9, rel=0.01)
+    assert peaks["encoding images"] > rows["VAE"] > 0
 
 
 def of(*flags, model="FLUX.1-dev"):

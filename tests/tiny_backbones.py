@@ -1,4 +1,4 @@
-"""Pipelines of the real classes, tiny and with random weights: SD3, Sana, OpenUni, Qwen-Image and its Edit."""
+"""Pipelines of the real classes, tiny and with random weights: FLUX.2, SD3, Sana, OpenUni, Qwen-Image and its Edit."""
 
 import string
 
@@ -6,9 +6,13 @@ import torch
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
     QwenImageEditPlusPipeline,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
@@ -27,10 +31,14 @@ from transformers import (
     InternVLConfig,
     InternVLForConditionalGeneration,
     InternVLVisionConfig,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Config,
     Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     SiglipVisionConfig,
 )
 from transformers.models.siglip.modeling_siglip import SiglipEncoder
@@ -48,6 +56,98 @@ def qwen_tokenizer():
     vocab = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     special = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
     return Qwen2Tokenizer(vocab=vocab, merges=[], additional_special_tokens=[*special, "<img>"])
+
+
+QWEN3_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+
+
+def flux2_parts(joint_attention_dim, guidance_embeds):
+    """The parts that FLUX.2-klein and dev share; the VAE's statistics are those of no training, but not 0 and 1."""
+    transformer = Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=joint_attention_dim,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=guidance_embeds,
+    )
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(8, 8, 16, 16), layers_per_block=1, latent_channels=4, norm_num_groups=4
+    )
+    vae.bn.running_mean.normal_(std=0.3)
+    vae.bn.running_var.uniform_(0.5, 2.0)
+    return {
+        "transformer": randomised(transformer),
+        "vae": vae,
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+    }
+
+
+def flux2_klein(is_distilled=False):
+    tokenizer = qwen_tokenizer()
+    tokenizer.chat_template = QWEN3_TEMPLATE
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=28,  # the pipeline takes what the layers 9, 18 and 27 return
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+    )
+    return Flux2KleinPipeline(
+        **flux2_parts(joint_attention_dim=3 * 16, guidance_embeds=False),
+        text_encoder=Qwen3ForCausalLM(config),
+        tokenizer=tokenizer,
+        is_distilled=is_distilled,
+    )
+
+
+MISTRAL_TEMPLATE = (
+    "{% for message in messages %}[{{ message.role }}]{% for part in message.content %}{{ part.text }}{% endfor %}"
+    "[/{{ message.role }}]{% endfor %}"
+)
+
+
+def flux2_dev():
+    """FLUX.2-dev with the tokenizer alone: its PixtralProcessor would need torchvision."""
+    tokenizer = qwen_tokenizer()
+    tokenizer.chat_template = MISTRAL_TEMPLATE
+    text_config = {
+        "model_type": "mistral",
+        "vocab_size": len(tokenizer),
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 31,  # the pipeline takes what the layers 10, 20 and 30 return
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+    }
+    vision_config = {
+        "model_type": "pixtral",
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    config = Mistral3Config(
+        text_config=text_config,
+        vision_config=vision_config,
+        image_token_index=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
+    )
+    return Flux2Pipeline(
+        **flux2_parts(joint_attention_dim=3 * 16, guidance_embeds=True),
+        text_encoder=Mistral3ForConditionalGeneration(config),
+        tokenizer=tokenizer,
+    )
 
 
 def sd3():

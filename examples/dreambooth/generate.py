@@ -29,14 +29,19 @@ from common.arguments import (
 from common.checkpoints import read_run_args
 from common.data import save_image
 from common.lora import check_applied, find_lora, run_of
-from common.text_encoders import load_whole_pipeline
 
 import torch
-from diffusers import FluxPipeline, FluxTransformer2DModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from train_dreambooth_flux_advanced import load_text_encoders, load_transformer, load_vae, replace_words
+from train_dreambooth_flux_advanced import (
+    FAMILIES,
+    find_family,
+    load_text_encoders,
+    load_transformer,
+    load_vae,
+    replace_words,
+)
 
 
 # What is read of a run's args.json, and what it is without a run, unless a flag says otherwise.
@@ -90,13 +95,15 @@ def single_files(trained):
     return [trained.get(name) for name in ("pretrained_model_name_or_path", "ae", "clip_l", "t5xxl", "tokenizer_dir")]
 
 
-def load_single_files(trained, dtype):
-    """The FluxPipeline of `single_files`."""
-    files = argparse.Namespace(**trained)
-    files.tokenizer_dir = Path(files.tokenizer_dir)
-    parts = load_text_encoders(files, dtype).components
-    parts |= {"vae": load_vae(files, dtype), "transformer": load_transformer(files, dtype)}
-    return FluxPipeline(**parts)
+def load_base(trained, dtype):
+    """The pipeline that was trained from, from a folder, the Hub or `single_files`."""
+    base = argparse.Namespace(**trained)
+    if single_files(trained):
+        base.tokenizer_dir = Path(base.tokenizer_dir)
+    family = find_family(base)
+    parts = load_text_encoders(base, dtype).components
+    parts |= {"vae": load_vae(base, dtype), "transformer": load_transformer(base, dtype)}
+    return family.pipeline_class(**parts, **family.settings)
 
 
 def load_pipeline(path, model=None):
@@ -110,10 +117,7 @@ def load_pipeline(path, model=None):
     if model is not None:
         base = WITHOUT_RUN | {"pretrained_model_name_or_path": model}
     with exit_if_unreadable(f"--pretrained_model_name_or_path {base['pretrained_model_name_or_path']}"):
-        if single_files(base):
-            pipeline = load_single_files(base, dtype)
-        else:
-            pipeline = load_whole_pipeline(FluxPipeline, FluxTransformer2DModel, argparse.Namespace(**base), dtype)
+        pipeline = load_base(base, dtype)
     if lora:
         with exit_if_unreadable(lora):
             pipeline.load_lora_weights(lora.parent, weight_name=lora.name)
@@ -150,15 +154,19 @@ def parse_args(argv=None):
         "--model",
         type=name_or_path,
         metavar="MODEL",
-        help="folder or Hub id of FLUX.1 (default: what was trained)",
+        help="folder or Hub id of FLUX.1 or FLUX.2 (default: what was trained)",
     )
     parser.add_argument(
         "--size", type=in_range(int, 16, 8192), nargs=2, metavar=("WIDTH", "HEIGHT"), help="(default: as trained)"
     )
-    parser.add_argument("--num_inference_steps", type=positive_int, default=28)
-    parser.add_argument("--guidance_scale", type=non_negative_float, default=3.5)
     parser.add_argument(
-        "--max_sequence_length", type=in_range(int, 1, 512), help="T5 tokens per prompt (default: as trained)"
+        "--num_inference_steps", type=positive_int, help="(default: FLUX.1 28, FLUX.2 50, distilled FLUX.2-klein 4)"
+    )
+    parser.add_argument(
+        "--guidance_scale", type=non_negative_float, help="(default: FLUX.1 3.5, FLUX.2 4, distilled FLUX.2-klein 1)"
+    )
+    parser.add_argument(
+        "--max_sequence_length", type=in_range(int, 1, 512), help="tokens per prompt (default: as trained)"
     )
     parser.add_argument("--seed", type=image_seed, default=0)
     parser.add_argument("--output", type=Path, default=Path(), help="folder for the images")
@@ -191,13 +199,16 @@ def main(argv=None):
     pipeline, abstractions = load_pipeline(args.lora, args.pretrained_model_name_or_path)
     if torch.accelerator.is_available():
         pipeline.to(torch.accelerator.current_accelerator())
+    call = dict(FAMILIES[type(pipeline).__name__](pipeline.config).sampling)
+    for name in ("num_inference_steps", "guidance_scale"):
+        if vars(args)[name] is not None:
+            call[name] = vars(args)[name]
     for i, prompt in enumerate(args.prompt):
         image = pipeline(
-            replace_words(prompt, abstractions),
+            prompt=replace_words(prompt, abstractions),
             width=width,
             height=height,
-            num_inference_steps=args.num_inference_steps,
-            guidance_scale=args.guidance_scale,
+            **call,
             max_sequence_length=args.max_sequence_length or args.trained["max_sequence_length"],
             generator=torch.Generator().manual_seed(args.seed + i),
         ).images[0]
