@@ -1,4 +1,4 @@
-"""Teaches FLUX.1 a subject or a style from a few images: DreamBooth LoRA, pivotal tuning, textual inversion.
+"""Teaches FLUX.1 or FLUX.2 a subject or a style from a few images: DreamBooth LoRA, pivotal tuning, textual inversion.
 
 The transformer predicts the velocity of a noisy latent. It stays frozen; a LoRA in its layers is trained:
 
@@ -260,7 +260,7 @@ def parse_args(argv=None):
         type=name_or_path,
         required=True,
         metavar="MODEL",
-        help="folder or Hub id of a FLUX.1 pipeline, or its transformer as a single .safetensors file",
+        help="folder or Hub id of a FLUX.1 or FLUX.2 pipeline, or FLUX.1's transformer as a single .safetensors file",
     )
     arg("--ae", type=Path, metavar="FILE", help="ae.safetensors, if MODEL is a single file")
     arg("--clip_l", type=Path, metavar="FILE", help="clip_l.safetensors, if MODEL is a single file")

@@ -213,11 +213,21 @@ QUANTIZATIONS = ("none", "nf4", "int8")
 
 
 def repeated_blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """The blocks of a diffusers transformer, such as FLUX.1's double and single ones."""
+    """The blocks of a diffusers transformer, such as FLUX.1's double and single ones.
+
+    They are those of the classes that the model names as `_repeated_blocks`, or what is in lists called `...blocks`.
+    Raises ValueError for a model that has neither: nothing of it would be quantized, compiled or sharded.
+    """
+    classes = getattr(model, "_repeated_blocks", None)
     blocks = []
-    for name, module in model.named_children():
-        if name.endswith("blocks"):
-            blocks += list(module.children())
+    if classes:
+        blocks = [module for module in model.modules() if type(module).__name__ in classes]
+    else:
+        for name, module in model.named_children():
+            if name.endswith("blocks"):
+                blocks += list(module.children())
+    if not blocks:
+        raise ValueError(f"{type(model).__name__} has no repeated blocks")
     return blocks
 
 
@@ -227,10 +237,11 @@ def quantize_base(model: torch.nn.Module, dtype: torch.dtype, quantization: str 
     nf4: 4-bit NormalFloat (arXiv 2305.14314); int8: LLM.int8() (arXiv 2208.07339). The layers compute in `dtype`, as
     plain ones do under autocast. Their weights shrink when the model is moved to its device.
     """
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, torch.nn.Linear) and "blocks." in name:
-            parent, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, quantized_layer(layer, dtype, quantization))
+    for block in repeated_blocks(model):
+        for name, layer in list(block.named_modules()):
+            if isinstance(layer, torch.nn.Linear):
+                parent, _, attribute = name.rpartition(".")
+                setattr(block.get_submodule(parent), attribute, quantized_layer(layer, dtype, quantization))
     return model
 
 

@@ -2,7 +2,10 @@
 
 import argparse
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 from common.latents import encode_moments, pack_latents, to_tensor
 from common.lora import add_lora, target_layers
@@ -12,7 +15,8 @@ import numpy as np
 import pytest
 import tiny_backbones
 import torch
-from diffusers import Flux2KleinPipeline
+from conftest import ROOT
+from diffusers import Flux2KleinPipeline, Flux2Pipeline, FluxKontextPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -190,7 +194,7 @@ def test_caches_validation_and_an_interruption_do_not_change_training(train, fla
     assert_equal(plain, weights(tmp_path / "plain"))
 
 
-@pytest.mark.parametrize("is_distilled", [True, False])
+@pytest.mark.parametrize("is_distilled", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_file_draws_in_diffusers_what_validation_drew(
     train, run_program, flags, klein_folder, distilled_folder, tmp_path, monkeypatch, is_distilled
 ):
@@ -260,3 +264,63 @@ def test_a_run_continues_from_a_file(train, flags, tmp_path):
     first, second = weights(tmp_path / "first"), weights(tmp_path / "second")
     moved = max((first[key] - second[key]).abs().max() for key in first)
     assert 0 < moved < 0.05  # one step of 1e-2 away, not from new random matrices
+
+
+def test_flux2_dev_trains_and_its_pipeline_loads_the_file(train, run_program, flags, tmp_path):
+    torch.manual_seed(0)
+    tiny_backbones.flux2_dev().save_pretrained(tmp_path / "dev")
+    run = tmp_path / "run"
+    extra = ["--pretrained_model_name_or_path", tmp_path / "dev", "--max_sequence_length", 512]
+    train(SCRIPT, *flags, *extra, "--max_train_steps", 2, "--output_dir", run)
+    assert json.loads((run / "args.json").read_text())["args"]["guidance_scale"] == 3.5
+
+    pipeline = Flux2Pipeline.from_pretrained(tmp_path / "dev")
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.load_lora_weights(run)
+    call = {"prompt": PROMPT, "height": 32, "width": 32, "num_inference_steps": 2}
+    image = pipeline(**call, generator=torch.Generator().manual_seed(0)).images[0]
+    run_program(
+        "examples/dreambooth/generate.py", run, "--prompt", PROMPT, "--num_inference_steps", 2, "--output", tmp_path
+    )
+    generated = np.asarray(Image.open(tmp_path / "0.png"), int)
+    assert np.abs(generated - np.asarray(image, int)).max() <= 1
+
+
+def test_kontext_is_trained_as_flux1_from_prompts(train, tiny_pipeline, tiny_model, pictures, tmp_path):
+    parts = {name: part for name, part in tiny_pipeline.components.items() if part is not None}
+    FluxKontextPipeline(**parts).save_pretrained(tmp_path / "kontext")
+    run = ["--instance_data_dir", pictures, "--resolution", 32, "--max_sequence_length", 8, "--rank", 2]
+    run += ["--train_batch_size", 2, "--max_train_steps", 2, "--report_to", "none", "--learning_rate", 1e-2]
+    for name, folder in (("kontext", tmp_path / "kontext"), ("dev", tiny_model)):
+        train(SCRIPT, *run, "--pretrained_model_name_or_path", folder, "--output_dir", tmp_path / f"{name}-lora")
+    assert_equal(weights(tmp_path / "kontext-lora"), weights(tmp_path / "dev-lora"))
+    pipeline = FluxKontextPipeline.from_pretrained(tmp_path / "kontext")
+    pipeline.load_lora_weights(tmp_path / "kontext-lora")
+    wrapped = [name for name, module in pipeline.transformer.named_modules() if getattr(module, "lora_A", {})]
+    assert len(wrapped) == len(weights(tmp_path / "kontext-lora")) // 2
+
+
+def test_a_4_bit_base_keeps_prior_and_outputs(train, flags, tmp_path):
+    """Quantized, checkpointed, with class images and preserved prompts."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a blue square\na star\n")
+    run = tmp_path / "run"
+    extra = ["--quantize_base", "nf4", "--gradient_checkpointing", "--aspect_ratio_buckets", "32,32;32,48;48,32"]
+    extra += ["--with_prior_preservation", "--class_prompt", "a shape", "--class_data_dir", tmp_path / "class"]
+    extra += ["--num_class_images", 2, "--preserve_outputs", 1, "--preserve_prompts", prompts, "--max_train_steps", 2]
+    train(SCRIPT, *flags, *extra, "--output_dir", run)
+    assert len(list((tmp_path / "class").glob("*.png"))) == 2
+    trained = weights(run)
+    assert all(torch.isfinite(value).all() for value in trained.values())
+    assert max(value.abs().max() for key, value in trained.items() if "lora_B" in key) > 0
+
+
+@pytest.mark.slow
+def test_two_processes_train(flags, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [ROOT / f"{SCRIPT}.py", *flags, "--max_train_steps", 2, "--output_dir", tmp_path / "run"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run([str(word) for word in command], env=environment, cwd=ROOT, check=True, capture_output=True)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    assert [row["step"] for row in rows] == [1, 2]
+    assert max(value.abs().max() for key, value in weights(tmp_path / "run").items() if "lora_B" in key) > 0

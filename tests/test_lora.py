@@ -455,3 +455,14 @@ def test_the_flags_of_another_trainers_run_are_not_taken(tmp_path):
     (run / "args.json").write_text("{")
     with pytest.raises(ValueError, match="damaged"):
         read_run_args(run, ["mode"])
+
+
+def test_blocks_are_found_by_the_class_and_a_model_without_any_is_refused():
+    import tiny_backbones
+
+    flux2 = tiny_backbones.flux2_parts(joint_attention_dim=16, guidance_embeds=False)["transformer"]
+    assert repeated_blocks(flux2) == [*flux2.transformer_blocks, *flux2.single_transformer_blocks]
+    sd3 = tiny_backbones.sd3().transformer  # its class names none
+    assert repeated_blocks(sd3) == [*sd3.transformer_blocks]
+    with pytest.raises(ValueError, match="Linear"):
+        quantize_base(torch.nn.Linear(2, 2), torch.float32)
