@@ -865,6 +865,8 @@ def check_model(args):
 
 def check_without_clip(args, family):
     """Problems of flags that only FLUX.1 has a use for."""
+    if args.network_module:  # its defaults are refused below
+        return [f"--network_module {args.network_module} is for FLUX.1: leave it out for {family.kind}"]
     problems = []
     if args.train_text_encoder:
         problems.append(f"--train_text_encoder trains CLIP, which {family.kind} does not have: leave it out")

@@ -238,6 +238,7 @@ def test_the_file_draws_in_diffusers_what_validation_drew(
         (["--train_text_encoder_ti", "--token_abstraction", "a"], "new tokens"),
         (["--output_name", "x", "--save_format", "kohya"], "FLUX.1"),
         (["--lora_layers", "attn.to_x"], "attn.to_x"),
+        (["--network_module", "networks.lora_flux"], "networks.lora_flux is for FLUX.1"),
     ],
 )
 def test_what_only_flux1_has_is_refused(flags, tmp_path, capsys, extra, words):
@@ -245,6 +246,11 @@ def test_what_only_flux1_has_is_refused(flags, tmp_path, capsys, extra, words):
         dreambooth.parse_args([str(flag) for flag in [*flags, *extra, "--output_dir", tmp_path / "run"]])
     assert words in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_guidance_that_klein_does_not_read_is_named(flags, tmp_path, capsys):
+    dreambooth.parse_args([str(flag) for flag in [*flags, "--guidance_scale", 2, "--output_dir", tmp_path / "run"]])
+    assert "--guidance_scale (it needs a model with a guidance embedding)" in capsys.readouterr().err
 
 
 def test_a_transformer_of_another_model_is_refused_by_what_was_found(flags, tiny_model, tmp_path, capsys):
