@@ -1,7 +1,9 @@
 """train_dreambooth_flux_advanced.py: masks of what is learned, in a folder or as the images' alpha channel."""
 
 import json
+import random
 import re
+import shlex
 
 from common.data import alpha_channel
 
@@ -9,11 +11,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import FluxPipeline
 from PIL import Image, ImageDraw
 from test_pivotal import MODES, flags, results  # noqa: F401  # flags is a fixture
-from test_train_dreambooth import SCRIPT, assert_equal
+from test_train_dreambooth import SCRIPT, assert_equal, quickstart_flags
 
 import train_dreambooth_flux_advanced as dreambooth
+from examples.toy import world
+from examples.toy.compare import HERE, sample
 
 
 @pytest.fixture
@@ -58,8 +63,6 @@ def test_a_mask_weights_the_error_of_each_latent(tiny):
             dreambooth.compute_loss(tiny.transformer, latents, noise, **inputs, loss_mask=weights)
             for weights in (None, torch.ones(2, 1, 4, 6), loss_mask)
         )
-    from diffusers import FluxPipeline
-
     error = (FluxPipeline._unpack_latents(model_pred, 4, 6, 1) - (noise - latents)).square()
     torch.testing.assert_close(whole, plain)
     expected = (error.mean(1) * loss_mask[:, 0]).sum(dim=(1, 2)) / loss_mask.sum(dim=(1, 2, 3))
@@ -367,3 +370,56 @@ def test_masks_of_other_data_are_refused_and_a_weight_without_masks_is_named(fla
         assert "--mask_data_dir" in capsys.readouterr().err
     dreambooth.parse_args([str(word) for word in [*flags, "--unmasked_weight", 0.5]])
     assert "--unmasked_weight" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Learning
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def draw_confounded(folder):
+    """Six images of the toy subject, all on green, which no caption says; and their masks."""
+    rng = random.Random(0)
+    for name in ("images", "masks"):
+        (folder / name).mkdir(parents=True)
+    for i in range(6):
+        scene = world.Scene("green", world.random_subject(rng, "glyph")[0].shapes)
+        world.draw(scene).save(folder / "images" / f"{i}.png")
+        (folder / "images" / f"{i}.txt").write_text("sks glyph")
+        Image.fromarray(world.mask_of(scene).astype(np.uint8) * 255).save(folder / "masks" / f"{i}.png")
+
+
+def backgrounds_and_subject(run, count=32):
+    """(share of images, 0 to 100, that have the background of their prompt, which is not green; score of the subject,
+    0 to 100, for its bare prompt)."""
+    pipeline = FluxPipeline.from_pretrained(HERE / "flux")
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.load_lora_weights(run)
+    rng = random.Random(1)
+    drawn = [world.random_subject(rng, "glyph") for _ in range(2 * count)]
+    asked = [(scene.background, prompt) for scene, prompt in drawn if scene.background != "green"][:count]
+    images = sample(pipeline, [prompt for _, prompt in asked], 0)
+    right = [world.background_of(image) == background for image, (background, _) in zip(images, asked, strict=True)]
+    bare = sample(pipeline, ["sks glyph"] * count, 100)
+    return 100 * np.mean(right), 100 * np.mean([world.score_subject(image, "glyph") for image in bare])
+
+
+@pytest.mark.slow
+@pytest.mark.learning
+@pytest.mark.parametrize("seed", range(3))
+def test_what_all_images_share_is_not_learned_with_masks(train, tmp_path, seed):
+    draw_confounded(tmp_path)
+    words = shlex.split(quickstart_flags())
+    place = words.index("--preserve_outputs")
+    words = [*words[:place], "--max_train_steps", 200, "--seed", seed, "--report_to", "none"]
+    words += ["--pretrained_model_name_or_path", HERE / "flux", "--max_sequence_length", 32, "--cache_latents"]
+    words += ["--resolution", 64, "--instance_data_dir", tmp_path / "images", "--output_dir"]
+    train(SCRIPT, *words, tmp_path / "plain")
+    train(SCRIPT, *words, tmp_path / "masked", "--mask_data_dir", tmp_path / "masks")
+    plain, plain_subject = backgrounds_and_subject(tmp_path / "plain")
+    masked, masked_subject = backgrounds_and_subject(tmp_path / "masked")
+    print(
+        f"backgrounds as asked: {plain:.0f} -> {masked:.0f} with masks; subject: {plain_subject:.0f} -> "
+        f"{masked_subject:.0f} (seed {seed})"
+    )
+    assert masked >= plain + 20
