@@ -184,16 +184,26 @@ def caption(scene, rng=None, aspect=1.0):
         text += pick([" on a {} background", " with {} background", ", {} background", " on {}"]).format(
             scene.background
         )
-    text = re.sub(r"\ba (?=orange)", "an ", text)
+    text = with_article(text)
     return (pick(["", "", "", "a photo of ", "an image of ", "a picture of "]) if rng else "") + text
 
 
-def random_subject(rng, name, aspect=1.0):
-    """The subject somewhere on a background that shares no colour with it, and its caption."""
+def with_article(text):
+    """ "an" in place of "a" where the next word is orange."""
+    return re.sub(r"\ba (?=orange)", "an ", text)
+
+
+def subject_backgrounds(name):
+    """The colours that the subject itself does not have."""
     used = {color for color, _ in layers(Shape(name, "white", 0, 0, 1))}
-    background = rng.choice([color for color in COLOR_NAMES if color not in used])
+    return [color for color in COLOR_NAMES if color not in used]
+
+
+def random_subject(rng, name, aspect=1.0, background=None):
+    """The subject somewhere on `background`, by default a random one of its own, and its caption."""
+    background = background or rng.choice(subject_backgrounds(name))
     shape = random_shape(rng, "white", aspect, size="big", kind=name)
-    return Scene(background, (shape,)), f"{SUBJECTS[name]} on a {background} background"
+    return Scene(background, (shape,)), with_article(f"{SUBJECTS[name]} on a {background} background")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -355,12 +365,17 @@ def main(argv=None):
     parser.refuse(problems)
     args.folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(args.seed)
+    backgrounds = []
     for i in range(args.count):
         if args.subject == "scenes":
             scene = random_scene(rng)
             text = caption(scene)
         else:
-            scene, text = random_subject(rng, args.subject)
+            # what all photos share is learned with the subject: each background comes once before one comes again
+            if not backgrounds:
+                backgrounds = subject_backgrounds(args.subject)
+                rng.shuffle(backgrounds)
+            scene, text = random_subject(rng, args.subject, background=backgrounds.pop())
         draw(scene, args.size, args.size).save(args.folder / f"{i}.png")
         (args.folder / f"{i}.txt").write_text(text + "\n")
     print(f"{args.count} images of {SUBJECTS.get(args.subject, args.subject)!r} with captions in {args.folder}")
