@@ -367,6 +367,13 @@ def parse_args(argv=None):
     )
     arg("--num_class_images", type=positive_int, default=100, help="number of class images to use")
     arg("--prior_loss_weight", type=non_negative_float, default=1.0, help="weight of the class images' loss")
+    arg(
+        "--prior_target",
+        choices=("image", "base"),
+        default="image",
+        help="what is to be predicted for a class image: the image, or what the model predicts without the adapter, "
+        "which keeps more",
+    )
     arg("--sample_batch_size", type=positive_int, default=4, help="class images generated at a time")
     arg(
         "--prior_generation_precision",
@@ -649,7 +656,7 @@ def needs(args):
         ),
         "--with_prior_preservation or --dataset_config": (
             args.with_prior_preservation or args.dataset_config,
-            ("prior_loss_weight",),
+            ("prior_loss_weight", "prior_target"),
         ),
         "--caption_dropout or --dataset_config": (
             args.caption_dropout or args.dataset_config,
@@ -1362,12 +1369,14 @@ def compute_loss(
     family: Flux,
     guidance: torch.Tensor | None,
     weighting_scheme: str,
+    target: torch.Tensor | None = None,
     loss_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The flow matching loss [B] of each sample of a batch (arXiv 2403.03206).
 
     latents [B, C, h, w] are normalized; noise and sigmas are those of `sample_noise`; prompt_embeds [B, T, D],
-    pooled_prompt_embeds [B, P]; guidance [B], or None for a model without guidance embedding.
+    pooled_prompt_embeds [B, P]; guidance [B], or None for a model without guidance embedding. target
+    [B, h/2 * w/2, 4C] is the velocity to be predicted, by default that of the images.
 
     loss_mask [B, 1, h, w], not negative, weights the squared error e of each latent, see `loss_mask` of the dataset:
     Σ w e / Σ w. Divided by the sum of the weights and not by the number of latents, an image counts as much where the
@@ -1376,7 +1385,8 @@ def compute_loss(
     model_pred = predict_velocity(
         transformer, latents, noise, sigmas, prompt_embeds, pooled_prompt_embeds, family=family, guidance=guidance
     )
-    target = pack_latents(noise) - pack_latents(latents)
+    if target is None:
+        target = pack_latents(noise) - pack_latents(latents)
     weighting = compute_loss_weighting_for_sd3(weighting_scheme, sigmas=sigmas)
     weights = None
     if loss_mask is not None:
@@ -1498,19 +1508,19 @@ class DreamBoothDataset(Dataset):
         if every_n_epochs and (epoch + 1) % every_n_epochs == 0:
             is_dropped = True
         prompt = example.dropped_prompt(self.args, rng) if is_dropped else example.prompt(rng)
-        loss_weight = self.args.prior_loss_weight if options["is_reg"] else 1.0
-        samples = [self.sample((self.crop_index[index], example.bucket, mirrored), prompt, loss_weight)]
+        key = (self.crop_index[index], example.bucket, mirrored)
+        samples = [self.sample(key, prompt, is_class_image=options["is_reg"])]
         if self.class_examples:
             class_index = int(rng.integers(len(self.class_examples)))
             flip_draw = rng.random()
             mirrored = bool(self.args.random_flip and flip_draw < 0.5)
             key = (len(self.examples) + class_index, example.bucket, mirrored)
             caption = self.class_examples[class_index].caption
-            samples.append(self.sample(key, caption, self.args.prior_loss_weight))
+            samples.append(self.sample(key, caption, is_class_image=True))
         return samples
 
-    def sample(self, key, prompt, loss_weight):
-        sample = {"prompt": prompt, "loss_weight": torch.tensor(loss_weight)}
+    def sample(self, key, prompt, is_class_image):
+        sample = {"prompt": prompt, "is_class_image": torch.tensor(is_class_image)}
         if self.moments:
             sample["moments"] = self.moments[key]
         else:
@@ -3106,6 +3116,12 @@ def train(args):
                 prompts, _ = read_prompts("--preserve_prompts", args.preserve_prompts, [caption])
                 prompts_instead[caption] = prompts or preserve_prompts
     problems += prompt_problems + check_no_new_tokens("--preserve_prompts", preserve_prompts, args)
+    varying_class_prompts = any(example.options["is_reg"] and example.varies() for example in examples)
+    if args.prior_target == "base" and args.train_text_encoder and varying_class_prompts:
+        problems.append(
+            "--prior_target base with --train_text_encoder takes is_reg images whose captions stay the same: leave "
+            "shuffle_caption, enable_wildcard and caption_tag_dropout_rate out"
+        )
     if args.dataset_config:
         adopt_dataset_config(args, examples)
     dataset = DreamBoothDataset(examples, args)
@@ -3188,8 +3204,15 @@ def train(args):
         rewrite_prompt=embedding_handler.replace_abstractions,
     )
     prompt_encoder.cache_prompts(prompts)
+    base_prompts = set(preserve_prompts)  # what the model without adapters is asked for
+    if args.prior_target == "base" and args.train_text_encoder:
+        base_prompts.update(class_prompts)
+        base_prompts.update(example.caption for example in class_examples(args, class_prompts))
+        for example in examples:
+            if example.options["is_reg"]:
+                base_prompts.update([example.prompt(), example.dropped_prompt(args)])
     with torch.no_grad(), without_adapters(*adapted_models.values()):
-        base_pooled = {prompt: prompt_encoder.encode_prompts([prompt])[1] for prompt in preserve_prompts}
+        base_pooled = {prompt: prompt_encoder.encode_prompts([prompt])[1] for prompt in sorted(base_prompts)}
 
     # 4. Models: VAE, class images and cached latents; then the transformer and its LoRA
     noise_scheduler = load_noise_scheduler(args)
@@ -3365,6 +3388,26 @@ def train(args):
             if guidance_embeds:
                 guidance = torch.full((len(latents),), args.guidance_scale, device=device)
             noise, sigmas = sample_noise(latents, args=args, noise_scheduler=noise_scheduler, generator=generator)
+            is_class_image = batch["is_class_image"].to(device)
+            target = None
+            if args.prior_target == "base" and is_class_image.any():
+                rows = is_class_image.nonzero().flatten()
+                base_pooled_prompt_embeds = pooled_prompt_embeds[rows]
+                if args.train_text_encoder:
+                    base_pooled_prompt_embeds = torch.cat([base_pooled[batch["prompt"][row]] for row in rows.tolist()])
+                with torch.no_grad(), accelerator.autocast(), without_adapters(transformer):
+                    base_pred = predict_velocity(
+                        transformer,
+                        latents[rows],
+                        noise[rows],
+                        sigmas[rows],
+                        prompt_embeds[rows],
+                        base_pooled_prompt_embeds,
+                        family=family,
+                        guidance=None if guidance is None else guidance[rows],
+                    )
+                target = pack_latents(noise) - pack_latents(latents)
+                target[rows] = base_pred.to(target.dtype)
             with accelerator.autocast():
                 losses = compute_loss(
                     transformer,
@@ -3376,10 +3419,10 @@ def train(args):
                     family=family,
                     guidance=guidance,
                     weighting_scheme=args.weighting_scheme,
+                    target=target,
                     loss_mask=batch["loss_mask"].to(device) if dataset.has_masks else None,
                 )
-            # --prior_loss_weight is part of the sample, 1 for others: is_reg images of --dataset_config have it too
-            losses = losses * batch["loss_weight"].to(device)
+            losses = torch.where(is_class_image, args.prior_loss_weight * losses, losses)
             if args.with_prior_preservation:
                 instance_losses, prior_losses = losses.chunk(2)  # `collate` puts class images behind the others
                 instance_loss = instance_losses.mean()

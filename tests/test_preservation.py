@@ -277,3 +277,74 @@ def test_a_sample_is_preserved_for_its_own_caption_with_other_words(train, flags
                 assert other in (prompt.replace("background", "wall"), prompt.replace("background", "sky"))
             else:
                 assert "background" not in other
+
+
+def prior_preservation(folder, *words):
+    return ["--with_prior_preservation", "--class_data_dir", folder, "--num_class_images", 4, *words]
+
+
+def test_class_images_held_to_the_base_cost_nothing_until_it_moves(
+    train,
+    flags,  # noqa: F811
+    tiny_model,
+    prompts_file,
+    tmp_path,
+):
+    flags = [*flags, *prior_preservation(tmp_path / "class", "--class_prompt", prompts_file)]
+    flags += ["--learning_rate", 1e-2, "--max_train_steps", 8, "--prior_target"]
+    losses = {}
+    for target, weight in (("image", 30), ("base", 0), ("base", 30)):
+        run = tmp_path / f"{target}{weight}"
+        train(SCRIPT, *flags, target, "--prior_loss_weight", weight, "--output_dir", run)
+        losses[target, weight] = losses_of(run)
+    assert losses["base", 30][0] == pytest.approx(losses["base", 0][0], rel=1e-4)
+    assert losses["image", 30][0] > 2 * losses["base", 0][0]
+    prompts = ["a red shape", "an empty picture"] * 2
+    moved = {run: distance_to_base(tiny_model, tmp_path / run, prompts) for run in ("base0", "base30")}
+    assert 0 < moved["base30"] < moved["base0"] / 2
+
+
+@pytest.mark.parametrize("mode", ["CLIP LoRA", "pivotal CLIP"])
+def test_base_targets_resume_bit_for_bit_and_do_not_depend_on_caches(train, flags, tmp_path, mode):  # noqa: F811
+    flags = [*flags, *prior_preservation(tmp_path / "class", "--class_prompt", "red"), "--prior_target", "base"]
+    flags += [*MODES[mode], "--lora_dropout", 0.1, "--checkpointing_steps", 2, "--max_train_steps", 4]
+    train(SCRIPT, *flags, "--output_dir", tmp_path / "a" / "run")
+    variants = {
+        "resumed": ["--resume_from_checkpoint", tmp_path / "a" / "run" / "checkpoint-2"],
+        "other ways": ["--cache_latents", "False", "--gradient_checkpointing", "--offload"],
+    }
+    for name, extra in variants.items():
+        train(SCRIPT, *flags, *extra, "--output_dir", tmp_path / name / "run")
+        assert_equal(results(tmp_path / "a" / "run"), results(tmp_path / name / "run"))
+    with pytest.raises(SystemExit) as ended:
+        train(SCRIPT, *flags, *variants["resumed"], "--prior_target", "image", "--output_dir", tmp_path / "b" / "run")
+    assert ended.value.code == 2
+
+
+def test_regularization_images_of_a_data_toml_are_held_to_the_base(train, flags, pictures, tmp_path, capsys):  # noqa: F811
+    where = flags.index("--instance_data_dir")
+    flags = [*flags[:where], *flags[where + 2 :], "--prior_target", "base", "--prior_loss_weight"]
+    config = tmp_path / "data.toml"
+    shutil.copytree(pictures, tmp_path / "class")
+    config.write_text(
+        f"""[[datasets]]
+resolution = 32
+batch_size = 2
+caption_extension = ".txt"
+  [[datasets.subsets]]
+  image_dir = "{pictures}"
+  [[datasets.subsets]]
+  image_dir = "{tmp_path / "class"}"
+  is_reg = true
+  shuffle_caption = true
+"""
+    )
+    data = ["--dataset_config", config, "--max_train_steps", 2, "--output_dir"]
+    for weight in (0, 30):
+        train(SCRIPT, *flags, weight, *data, tmp_path / f"{weight}")
+    without, with_weight = (losses_of(tmp_path / run) for run in ("0", "30"))
+    assert with_weight[0] == pytest.approx(without[0], rel=1e-4)
+    with pytest.raises(SystemExit) as ended:
+        train(SCRIPT, *flags, 1, *data, tmp_path / "text", *MODES["CLIP LoRA"])
+    assert ended.value.code == 2
+    assert "--prior_target base" in capsys.readouterr().err
