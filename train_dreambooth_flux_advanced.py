@@ -44,6 +44,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.arguments import (
+    INITIALIZATIONS,
     LR_SCHEDULERS,
     TRACKERS,
     Parser,
@@ -55,6 +56,7 @@ from common.arguments import (
     fraction,
     idle_flags,
     in_range,
+    initialization,
     name_or_path,
     noise_needs,
     non_negative_float,
@@ -150,11 +152,13 @@ from common.latents import (
 )
 from common.lora import (
     FLUX_TARGET_MODULES,
+    RESUME_PREFIX,
     adapter_kind,
     adapter_options,
     adapter_size,
     add_lora,
     average_gradients,
+    averaged_weights,
     check_adapter,
     check_lora_file,
     is_target,
@@ -228,7 +232,7 @@ from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from diffusers.optimization import get_scheduler
 from diffusers.pipelines.flux2.pipeline_flux2 import format_input
 from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
-from diffusers.training_utils import compute_loss_weighting_for_sd3, offload_models
+from diffusers.training_utils import EMAModel, compute_loss_weighting_for_sd3, offload_models
 from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -447,6 +451,14 @@ def parse_args(argv=None):
         help="rank of the LoRA: its capacity and size; 16 to 64 for detail",
     )
     arg("--lora_alpha", "--network_alpha", type=positive_float, help="LoRA scale is lora_alpha / rank (default: rank)")
+    arg("--use_rslora", action="store_true", help="LoRA scale is lora_alpha / sqrt(rank) instead (arXiv 2312.03732)")
+    arg(
+        "--init_lora_weights",
+        type=initialization,
+        choices=INITIALIZATIONS,
+        default="gaussian",
+        help="how the LoRA begins, as PEFT names it; default: uniform numbers of the size of a linear layer's",
+    )
     arg("--lora_path", type=Path, metavar="FILE", help="a LoRA file to continue from, at the strength it has")
     arg("--lora_dropout", type=in_range(float, 0, 0.99), default=0.0, help="dropout probability of the LoRA's inputs")
     arg("--use_dora", action="store_true", help="train a DoRA: also the norm of each row of a weight; slower steps")
@@ -534,6 +546,17 @@ def parse_args(argv=None):
     arg("--prodigy_use_bias_correction", action=Switch, default=True, help="Adam's bias correction in Prodigy")
     arg("--prodigy_safeguard_warmup", action=Switch, default=True, help="keep warmup out of Prodigy's estimate")
     arg("--max_grad_norm", type=in_range(float, 0), default=1.0, help="clip gradients to this norm; 0: do not")
+    arg(
+        "--use_ema",
+        action="store_true",
+        help="save and draw with a moving average of what is trained, not with its last step",
+    )
+    arg(
+        "--ema_decay",
+        type=decay_rate,
+        default=0.9999,
+        help="decay of that average; at step N at most N / (9 + N)",
+    )
     arg(
         "--gradient_accumulation_steps",
         type=positive_int,
@@ -670,11 +693,15 @@ def needs(args):
         "a model with a guidance embedding": (find_family(args).reads_guidance, ("guidance_scale",)),
         "--train_transformer_frac above 0": (
             args.train_transformer_frac > 0,
-            ("rank", "lora_alpha", "lora_dropout", "lora_layers", "use_dora", "lora_type", "adam_weight_decay"),
+            (
+                *("rank", "lora_alpha", "use_rslora", "init_lora_weights", "lora_dropout", "lora_layers"),
+                *("use_dora", "lora_type", "adam_weight_decay"),
+            ),
         ),
         "--validation_prompt": (args.validation_prompt, ("validation_epochs",)),
         "no --validation_steps": (not args.validation_steps, ("validation_epochs",)),
         "--validation_prompt or --final_validation_prompt": (draws, ("num_validation_images", "skip_final_inference")),
+        "--use_ema": (args.use_ema, ("ema_decay",)),
         "--dataset_name": (args.dataset_name, ("image_column",)),
         "--mask_data_dir, --alpha_mask or --dataset_config": (
             args.mask_data_dir or args.alpha_mask or args.dataset_config,
@@ -866,7 +893,8 @@ def check_model(args):
         problems = check_lora_file(args.lora_path, shapes, args.rank, flux=family.has_clip, **adapter_options(args))
         if problems:
             return problems
-    bytes_needed = 4 * 5 * lora_size  # float32: a checkpoint holds the LoRA twice and Adam's two moments; the result
+    # float32: a checkpoint holds the LoRA twice, Adam's two moments and perhaps the moving average; the result
+    bytes_needed = 4 * (6 if args.use_ema else 5) * lora_size
     return check_disk(args, bytes_needed)
 
 
@@ -1202,16 +1230,26 @@ class TokenEmbeddingsHandler:
             save_tensors({"clip_l": rows["clip_l"]}, folder / "forge" / file_name)
             first = after
 
-    def register_checkpointing(self, accelerator: Accelerator) -> None:
-        """Makes `accelerator.save_state` and `load_state` handle the new rows."""
+    def register_checkpointing(
+        self, accelerator: Accelerator, result_weights: Callable[[], contextlib.AbstractContextManager]
+    ) -> None:
+        """Makes `accelerator.save_state` and `load_state` handle the new rows: as they are within `result_weights()`,
+        to be drawn with, and as they are in training, to resume from."""
         name = "learned_emb.safetensors"
+        resume_name = RESUME_PREFIX + "tokens.safetensors"  # not *_emb.safetensors, which is drawn with
 
         def save(models, weights, output_dir):
+            with result_weights():
+                if accelerator.is_main_process:
+                    self.save_embeddings(Path(output_dir) / name)
             if accelerator.is_main_process:
-                self.save_embeddings(Path(output_dir) / name)
+                self.save_embeddings(Path(output_dir) / resume_name)
 
         def load(models, input_dir):
-            self.load_embeddings(Path(input_dir) / name)
+            path = Path(input_dir) / resume_name
+            if not path.exists():
+                path = Path(input_dir) / name  # of an earlier version, which wrote one file
+            self.load_embeddings(path)
 
         accelerator.register_save_state_pre_hook(save)
         accelerator.register_load_state_pre_hook(load)
@@ -2789,10 +2827,13 @@ def pipeline_call(family, prompt_encoder, args, prompts):
     return call | {"height": args.resolution, "width": args.resolution}
 
 
-def log_validation(accelerator, family, transformer, vae, noise_scheduler, prompt_encoder, args, prompt, step):
+def log_validation(
+    accelerator, family, transformer, result_weights, vae, noise_scheduler, prompt_encoder, args, prompt, step
+):
     """Generates images of a prompt and returns them; they go to validation/step-N.png and to the trackers."""
     pipeline = create_pipeline(family, accelerator.unwrap_model(transformer), vae, noise_scheduler)
     with (
+        result_weights(),
         undisturbed(transformer, device=accelerator.device),
         offload_models(vae, device=accelerator.device, offload=args.offload or args.cache_latents),
     ):
@@ -3185,6 +3226,8 @@ def train(args):
             pipeline.text_encoder,
             rank=args.rank,
             alpha=args.lora_alpha,
+            use_rslora=args.use_rslora,
+            init_lora_weights=args.init_lora_weights,
             dropout=0.0,
             target_modules=clip_targets(args),  # always a LoRA: transformers loads no other kind into CLIP
         )
@@ -3256,6 +3299,8 @@ def train(args):
             transformer,
             rank=args.rank,
             alpha=args.lora_alpha,
+            use_rslora=args.use_rslora,
+            init_lora_weights=args.init_lora_weights,
             dropout=args.lora_dropout,
             target_modules=lora_targets(args, family, transformer),
             **adapter_options(args),
@@ -3307,17 +3352,35 @@ def train(args):
         optimizer, lr_scheduler = accelerator.prepare(optimizer, lr_scheduler)
     else:
         transformer, optimizer, lr_scheduler = accelerator.prepare(transformer, optimizer, lr_scheduler)
+    trained_params = [*lora_params, *text_params]
+    result_weights = contextlib.nullcontext  # what is validated and saved
+    averages = {}
+    if args.use_ema:
+        ema = EMAModel(trained_params, decay=args.ema_decay, foreach=True)
+        averages = {str(i): tensor for i, tensor in enumerate(ema.shadow_params)}
+        unwrapped_transformer = accelerator.unwrap_model(transformer)
+        result_weights = functools.partial(averaged_weights, ema, trained_params, unwrapped_transformer)
     save_dtype = torch.float32 if args.upcast_before_saving else weight_dtype
 
     def header():
         return file_header(args, examples, embedding_handler, architecture, global_step, steps_per_epoch)
 
     register_lora_checkpointing(
-        accelerator, adapted_models, optimizer, dtype=save_dtype, header=lambda adapter_name: header()
+        accelerator,
+        adapted_models,
+        optimizer,
+        dtype=save_dtype,
+        header=lambda adapter_name: header(),
+        result_weights=result_weights,
+        teacher=averages,
     )
-    embedding_handler.register_checkpointing(accelerator)
+    embedding_handler.register_checkpointing(accelerator, result_weights)
     global_step = load_checkpoint(accelerator, checkpoint, lr_scheduler)
-    if prompt_encoder.trained and global_step >= text_encoder_stop:  # the run resumes behind the pivot
+    if args.use_ema:
+        ema.optimization_step = global_step
+    # encoders that are trained to the end stay, to draw with their average
+    has_pivot = text_encoder_stop < max_train_steps or not args.use_ema
+    if prompt_encoder.trained and has_pivot and global_step >= text_encoder_stop:  # the run resumes behind the pivot
         prompt_encoder.freeze(prompts)
 
     def save():
@@ -3337,6 +3400,8 @@ def train(args):
     # 7. Train
     run_info = describe_run(args, examples, dataset.class_examples, embedding_handler, text_params, text_encoder_stop)
     run_info |= describe_small_groups(sampler.groups, sampler.batch_size, size_of=lambda group: group[1])
+    if args.use_ema:
+        run_info["average"] = f"decay {args.ema_decay:g}, of what is saved and drawn"
     if preserve_prompts:
         interval = "every step" if args.preserve_every == 1 else f"every {args.preserve_every} steps"
         run_info["preserved"] = f"outputs for {len(preserve_prompts)} prompts, {interval}"
@@ -3354,7 +3419,9 @@ def train(args):
         metrics = Metrics(args.output_dir / "metrics.jsonl", global_step)
     if args.validation_prompt and global_step == 0:
         prompt = args.validation_prompt
-        log_validation(accelerator, family, transformer, vae, noise_scheduler, prompt_encoder, args, prompt, 0)
+        log_validation(
+            accelerator, family, transformer, result_weights, vae, noise_scheduler, prompt_encoder, args, prompt, 0
+        )
     transformer.train()
     progress_bar = tqdm(
         total=max_train_steps,
@@ -3466,7 +3533,7 @@ def train(args):
             if global_step >= transformer_stop:
                 for parameter in lora_params:
                     parameter.grad = None
-            grad_norm = accelerator.clip_grad_norm_([*lora_params, *text_params], args.max_grad_norm or math.inf)
+            grad_norm = accelerator.clip_grad_norm_(trained_params, args.max_grad_norm or math.inf)
             # one message between the processes carries the loss and whether any of them got a signal
             stop_requested = torch.tensor(float(interruption.is_requested()), device=device)
             reduced = accelerator.reduce(torch.stack([loss_sum, stop_requested]), reduction="mean")
@@ -3480,8 +3547,10 @@ def train(args):
             optimizer.zero_grad()
 
         global_step += 1
-        if prompt_encoder.trained and global_step == text_encoder_stop:
+        if prompt_encoder.trained and has_pivot and global_step == text_encoder_stop:
             prompt_encoder.freeze(prompts)
+        if args.use_ema:
+            ema.step(trained_params)  # takes those that are frozen as they are, which the transformer goes on with
         done = global_step == max_train_steps
         taken_steps.append(finite and not accelerator.optimizer_step_was_skipped)
         logs = {"loss": mean_loss, **step_logs(optimizer, grad_norm, num_images, started, device)}
@@ -3491,14 +3560,24 @@ def train(args):
         if args.save_every_n_epochs and adapted_models and not done:
             epoch, step_of_epoch = divmod(global_step, steps_per_epoch)
             if step_of_epoch == 0 and epoch % args.save_every_n_epochs == 0:
-                save_result(args, adapted_models, header(), save_dtype, epoch)
+                with result_weights():
+                    save_result(args, adapted_models, header(), save_dtype, epoch)
         # after the file of the epoch, which a run that is resumed from this checkpoint does not write
         if global_step % args.checkpointing_steps == 0:
             save()
         if args.validation_prompt and global_step % validation_steps == 0 and not (done or stop_requested):
             prompt = args.validation_prompt
             log_validation(
-                accelerator, family, transformer, vae, noise_scheduler, prompt_encoder, args, prompt, global_step
+                accelerator,
+                family,
+                transformer,
+                result_weights,
+                vae,
+                noise_scheduler,
+                prompt_encoder,
+                args,
+                prompt,
+                global_step,
             )
             stop_requested = stop_agreed(accelerator)
         if stop_requested and not done:
@@ -3511,17 +3590,28 @@ def train(args):
     progress_bar.close()
 
     # 8. Save and final validation
-    save_result(args, adapted_models, header(), save_dtype)
     embeddings_name = embeddings_file(args).name
+    with result_weights():
+        save_result(args, adapted_models, header(), save_dtype)
+        if accelerator.is_main_process:
+            embedding_handler.save_embeddings(embeddings_file(args))
+            embedding_handler.export_embeddings(args.output_dir / "embeddings")
     if accelerator.is_main_process:
-        embedding_handler.save_embeddings(embeddings_file(args))
-        embedding_handler.export_embeddings(args.output_dir / "embeddings")
         metrics.close()
         plot_metrics(args.output_dir)
     images = []
     if final_prompt:
         images = log_validation(
-            accelerator, family, transformer, vae, noise_scheduler, prompt_encoder, args, final_prompt, global_step
+            accelerator,
+            family,
+            transformer,
+            result_weights,
+            vae,
+            noise_scheduler,
+            prompt_encoder,
+            args,
+            final_prompt,
+            global_step,
         )
     if stop_agreed(accelerator):
         checkpoint = save()

@@ -41,11 +41,13 @@ import os
 import secrets
 import shlex
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.arguments import (
+    INITIALIZATIONS,
     LR_SCHEDULERS,
     TRACKERS,
     Parser,
@@ -58,6 +60,7 @@ from common.arguments import (
     fraction,
     idle_flags,
     in_range,
+    initialization,
     name_or_path,
     noise_needs,
     non_negative_float,
@@ -134,6 +137,7 @@ from common.lora import (
     adapter_size,
     add_lora,
     average_gradients,
+    averaged_weights,
     check_adapter,
     check_lora_file,
     layer_shapes,
@@ -198,7 +202,7 @@ from diffusers import (
     FluxTransformer2DModel,
 )
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import compute_loss_weighting_for_sd3, offload_models
+from diffusers.training_utils import EMAModel, compute_loss_weighting_for_sd3, offload_models
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
@@ -341,6 +345,14 @@ def parse_args(argv=None):
     arg = parser.add_argument_group("lora", "the adapter").add_argument
     arg("--rank", type=positive_int, default=4, help="rank of the LoRA: its capacity and size; 16 to 64 for detail")
     arg("--lora_alpha", type=positive_float, help="LoRA scale is lora_alpha / rank (default: rank)")
+    arg("--use_rslora", action="store_true", help="LoRA scale is lora_alpha / sqrt(rank) instead (arXiv 2312.03732)")
+    arg(
+        "--init_lora_weights",
+        type=initialization,
+        choices=INITIALIZATIONS,
+        default="gaussian",
+        help="how the LoRA begins, as PEFT names it; default: uniform numbers of the size of a linear layer's",
+    )
     arg("--lora_path", type=Path, metavar="FILE", help="a LoRA file to continue from, at the strength it has")
     arg("--lora_dropout", type=in_range(float, 0, 0.99), default=0.0, help="dropout probability of the LoRA's inputs")
     arg("--use_dora", action="store_true", help="train a DoRA: also the norm of each row of a weight; slower steps")
@@ -400,6 +412,17 @@ def parse_args(argv=None):
     arg("--prodigy_use_bias_correction", action=Switch, default=True, help="Adam's bias correction in Prodigy")
     arg("--prodigy_safeguard_warmup", action=Switch, default=True, help="keep warmup out of Prodigy's estimate")
     arg("--max_grad_norm", type=in_range(float, 0), default=1.0, help="clip gradients to this norm; 0: do not")
+    arg(
+        "--use_ema",
+        action="store_true",
+        help="save and draw with a moving average of what is trained, not with its last step",
+    )
+    arg(
+        "--ema_decay",
+        type=decay_rate,
+        default=0.9999,
+        help="decay of that average; at step N at most N / (9 + N)",
+    )
     arg(
         "--gradient_accumulation_steps",
         type=positive_int,
@@ -483,6 +506,7 @@ def needs(args):
             args.validation_prompt,
             ("num_validation_images", "validation_steps", "validation_width", "validation_height"),
         ),
+        "--use_ema": (args.use_ema, ("ema_decay",)),
         "--dataset_name": (args.dataset_name, ("image_column",)),
     }
 
@@ -681,7 +705,8 @@ def check_model(args):
         problems = check_lora_file(args.lora_path, shapes, args.rank, **adapter_options(args))
         if problems:
             return problems
-    bytes_needed = 4 * 5 * lora_size  # float32: a checkpoint holds the LoRA twice and Adam's two moments; the result
+    # float32: a checkpoint holds the LoRA twice, Adam's two moments and perhaps the moving average; the result
+    bytes_needed = 4 * (6 if args.use_ema else 5) * lora_size
     return check_disk(args, bytes_needed)
 
 
@@ -1254,7 +1279,7 @@ def check_validation_masks(args, examples, size_of):
     return list(dict.fromkeys(problems))
 
 
-def log_validation(accelerator, transformer, vae, noise_scheduler, prompt_encoder, args, cases, step):
+def log_validation(accelerator, transformer, result_weights, vae, noise_scheduler, prompt_encoder, args, cases, step):
     """Generates the cases, sends the images to validation/step-N.png, beside their inputs, and to the trackers, and
     returns them."""
     pipeline = create_pipeline(accelerator.unwrap_model(transformer), vae, noise_scheduler)
@@ -1262,6 +1287,7 @@ def log_validation(accelerator, transformer, vae, noise_scheduler, prompt_encode
     calls = []
     prompts = []
     with (
+        result_weights(),
         undisturbed(transformer, device=accelerator.device),
         offload_models(vae, device=accelerator.device, offload=args.offload or args.cache_latents),
     ):
@@ -1561,6 +1587,8 @@ def train(args):
             text_pipeline.text_encoder,
             rank=args.rank,
             alpha=args.lora_alpha,
+            use_rslora=args.use_rslora,
+            init_lora_weights=args.init_lora_weights,
             dropout=0.0,
             target_modules=CLIP_TARGET_MODULES,  # always a LoRA: transformers loads no other kind into CLIP
         )
@@ -1615,6 +1643,8 @@ def train(args):
         transformer,
         rank=args.rank,
         alpha=args.lora_alpha,
+        use_rslora=args.use_rslora,
+        init_lora_weights=args.init_lora_weights,
         dropout=args.lora_dropout,
         target_modules=lora_targets(args),
         modules_to_save=["x_embedder"] if args.train_embedder else None,
@@ -1663,6 +1693,14 @@ def train(args):
         lr_scheduler = accelerator.prepare(lr_scheduler)
     else:
         transformer, optimizer, lr_scheduler = accelerator.prepare(transformer, optimizer, lr_scheduler)
+    trained_params = [*lora_params, *text_lora_params]
+    result_weights = nullcontext  # what is validated and saved
+    averages = {}
+    if args.use_ema:
+        ema = EMAModel(trained_params, decay=args.ema_decay, foreach=True)
+        averages = {str(i): tensor for i, tensor in enumerate(ema.shadow_params)}
+        unwrapped_transformer = accelerator.unwrap_model(transformer)
+        result_weights = functools.partial(averaged_weights, ema, trained_params, unwrapped_transformer)
     save_dtype = torch.float32 if args.upcast_before_saving else weight_dtype
 
     def header():
@@ -1685,9 +1723,13 @@ def train(args):
         optimizer,
         dtype=save_dtype,
         header=lambda adapter_name: header(),
+        result_weights=result_weights,
+        teacher=averages,
         more_layers=more_layers,
     )
     global_step = load_checkpoint(accelerator, checkpoint, lr_scheduler)
+    if args.use_ema:
+        ema.optimization_step = global_step
 
     def save():
         return save_checkpoint(accelerator, args.output_dir, global_step, run, args.checkpoints_total_limit)
@@ -1704,6 +1746,8 @@ def train(args):
 
     # 7. Train
     run_info = describe_run(args, examples, dataset.class_examples, text_lora_params)
+    if args.use_ema:
+        run_info["average"] = f"decay {args.ema_decay:g}, of what is saved and drawn"
     run_info["sizes"] = count_sizes(sampler.groups)
     run_info |= describe_small_groups(sampler.groups, args.train_batch_size)
     if preserve_prompts:
@@ -1719,7 +1763,9 @@ def train(args):
     if accelerator.is_main_process:
         metrics = Metrics(args.output_dir / "metrics.jsonl", global_step)
     if cases and global_step == 0:
-        log_validation(accelerator, transformer, vae, noise_scheduler, prompt_encoder, args, cases, step=0)
+        log_validation(
+            accelerator, transformer, result_weights, vae, noise_scheduler, prompt_encoder, args, cases, step=0
+        )
     transformer.train()
     progress_bar = tqdm(
         total=max_train_steps,
@@ -1803,7 +1849,7 @@ def train(args):
                 continue
 
             average_gradients(accelerator, text_lora_params)
-            grad_norm = accelerator.clip_grad_norm_([*lora_params, *text_lora_params], args.max_grad_norm or math.inf)
+            grad_norm = accelerator.clip_grad_norm_(trained_params, args.max_grad_norm or math.inf)
             # one message between the processes carries the loss and whether any of them got a signal
             stop_requested = torch.tensor(float(interruption.is_requested()), device=device)
             reduced = accelerator.reduce(torch.stack([loss_sum, stop_requested]), reduction="mean")
@@ -1813,6 +1859,8 @@ def train(args):
             if finite or accelerator.scaler is not None:
                 optimizer.step()
             optimizer.zero_grad()
+            if args.use_ema:
+                ema.step(trained_params)
 
         global_step += 1
         done = global_step == max_train_steps
@@ -1824,7 +1872,17 @@ def train(args):
         if global_step % args.checkpointing_steps == 0:
             save()
         if cases and global_step % args.validation_steps == 0 and not (done or stop_requested):
-            log_validation(accelerator, transformer, vae, noise_scheduler, prompt_encoder, args, cases, global_step)
+            log_validation(
+                accelerator,
+                transformer,
+                result_weights,
+                vae,
+                noise_scheduler,
+                prompt_encoder,
+                args,
+                cases,
+                global_step,
+            )
             stop_requested = stop_agreed(accelerator)
         if stop_requested and not done:
             checkpoint = save()
@@ -1836,16 +1894,17 @@ def train(args):
 
     # 8. Save and final validation
     lora = lora_file(args.output_dir, args.output_name)
-    save_lora(
-        lora.parent, adapted_models, save_dtype, weight_name=lora.name, header=header(), more_layers=more_layers()
-    )
+    with result_weights():
+        save_lora(
+            lora.parent, adapted_models, save_dtype, weight_name=lora.name, header=header(), more_layers=more_layers()
+        )
     if accelerator.is_main_process:
         metrics.close()
         plot_metrics(args.output_dir)
     images = []
     if cases:
         images = log_validation(
-            accelerator, transformer, vae, noise_scheduler, prompt_encoder, args, cases, global_step
+            accelerator, transformer, result_weights, vae, noise_scheduler, prompt_encoder, args, cases, global_step
         )
     if stop_agreed(accelerator):
         checkpoint = save()

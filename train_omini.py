@@ -47,12 +47,14 @@ import re
 import shlex
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product, zip_longest
 from pathlib import Path
 from typing import Any
 
 from common.arguments import (
+    INITIALIZATIONS,
     LR_SCHEDULERS,
     TRACKERS,
     Parser,
@@ -63,6 +65,7 @@ from common.arguments import (
     fraction,
     idle_flags,
     in_range,
+    initialization,
     name_or_path,
     noise_needs,
     non_negative_float,
@@ -150,6 +153,7 @@ from common.lora import (
     adapter_size,
     add_lora,
     average_gradients,
+    averaged_weights,
     check_adapter,
     check_lora_file,
     lora_file,
@@ -206,7 +210,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
 from diffusers.optimization import get_scheduler
 from diffusers.pipelines.flux.pipeline_flux import FluxPipelineOutput
-from diffusers.training_utils import compute_loss_weighting_for_sd3, offload_models
+from diffusers.training_utils import EMAModel, compute_loss_weighting_for_sd3, offload_models
 from diffusers.utils import logging as diffusers_logging
 from peft.tuners.lokr.layer import LoKrLayer
 from PIL import Image, ImageFilter
@@ -427,6 +431,14 @@ def parse_args(argv=None):
     arg = parser.add_argument_group("lora", "the adapter").add_argument
     arg("--rank", type=positive_int, default=4, help="rank of the LoRA: its capacity and size; 16 to 64 for detail")
     arg("--lora_alpha", type=positive_float, help="LoRA scale is lora_alpha / rank (default: rank)")
+    arg("--use_rslora", action="store_true", help="LoRA scale is lora_alpha / sqrt(rank) instead (arXiv 2312.03732)")
+    arg(
+        "--init_lora_weights",
+        type=initialization,
+        choices=INITIALIZATIONS,
+        default="gaussian",
+        help="how the LoRA begins, as PEFT names it; default: uniform numbers of the size of a linear layer's",
+    )
     arg("--lora_dropout", type=in_range(float, 0, 0.99), default=0.0, help="dropout probability of the LoRA's inputs")
     arg("--use_dora", action="store_true", help="train a DoRA: also the norm of each row of a weight; slower steps")
     arg("--lora_type", choices=("lora", "lokr"), default="lora", help="lokr: a Kronecker product (LyCORIS' LoKr)")
@@ -486,6 +498,17 @@ def parse_args(argv=None):
     arg("--prodigy_use_bias_correction", action=Switch, default=True, help="Adam's bias correction in Prodigy")
     arg("--prodigy_safeguard_warmup", action=Switch, default=True, help="keep warmup out of Prodigy's estimate")
     arg("--max_grad_norm", type=in_range(float, 0), default=0.5, help="clip gradients to this norm; 0: do not")
+    arg(
+        "--use_ema",
+        action="store_true",
+        help="save and draw with a moving average of what is trained, not with its last step",
+    )
+    arg(
+        "--ema_decay",
+        type=decay_rate,
+        default=0.9999,
+        help="decay of that average; at step N at most N / (9 + N)",
+    )
     arg(
         "--gradient_accumulation_steps",
         type=positive_int,
@@ -564,6 +587,7 @@ def needs(args):
             args.optimizer != "sgd",
             ("adam_beta1", "adam_beta2", "adam_epsilon"),
         ),
+        "--use_ema": (args.use_ema, ("ema_decay",)),
         "--streaming": (args.streaming, ("shuffle_buffer",)),
         "--dataset_name or --data_files": (args.dataset_name or args.data_files, ("image_column",)),
         "--condition_type subject": (
@@ -667,8 +691,8 @@ def check_model(args):
     not_passed = [name for name, _ in layers if re.search(OTHER_LAYERS, name)]
     if not_passed:
         return [f"--target_modules {targets}: condition tokens do not pass {not_passed[0]}; leave it out"]
-    # bytes of a checkpoint, which holds it twice, two moments and the result
-    needed = 20 * sum(adapter_size(args, layer) for _, layer in layers)
+    # bytes of a checkpoint, which holds it twice, two moments and perhaps the moving average, and of the result
+    needed = 4 * (6 if args.use_ema else 5) * sum(adapter_size(args, layer) for _, layer in layers)
     return check_disk(args, needed) or check_lora_path(args, layers)
 
 
@@ -2236,6 +2260,8 @@ def add_adapters(transformer, specs, args):
             transformer,
             rank=args.rank,
             alpha=args.lora_alpha,
+            use_rslora=args.use_rslora,
+            init_lora_weights=args.init_lora_weights,
             dropout=args.lora_dropout,
             target_modules=lora_targets(args),
             adapter_name=name,
@@ -2344,7 +2370,9 @@ def pipeline_call(prompt_encoder, prompt, args, specs, condition_images, mask):
     }
 
 
-def log_validation(accelerator, transformer, vae, noise_scheduler, prompt_encoder, dataset, args, prompt, step):
+def log_validation(
+    accelerator, transformer, result_weights, vae, noise_scheduler, prompt_encoder, dataset, args, prompt, step
+):
     """Generates images from `prompt` and the conditions of --validation_image, sends them, conditions first, to
     validation/step-N.png and the trackers, and returns them."""
     (example,) = validation_examples(args)
@@ -2361,6 +2389,7 @@ def log_validation(accelerator, transformer, vae, noise_scheduler, prompt_encode
         transformer=transformer,
     )
     with (
+        result_weights(),
         undisturbed(transformer, device=accelerator.device),
         offload_models(vae, device=accelerator.device, offload=args.offload or args.cache_latents),
     ):
@@ -2632,6 +2661,12 @@ def train(args):
     lr_scheduler = accelerator.prepare(lr_scheduler)
     if not args.fsdp:  # the transformer is not wrapped in DistributedDataParallel: `average_gradients` is all it needs
         optimizer = accelerator.prepare(optimizer)
+    result_weights = nullcontext  # what is validated and saved
+    averages = {}
+    if args.use_ema:
+        ema = EMAModel(lora_params, decay=args.ema_decay, foreach=True)
+        averages = {str(i): tensor for i, tensor in enumerate(ema.shadow_params)}
+        result_weights = functools.partial(averaged_weights, ema, lora_params, transformer)
     save_dtype = torch.float32 if args.upcast_before_saving else weight_dtype
     files = adapter_files(args)
 
@@ -2648,9 +2683,18 @@ def train(args):
 
     files_in_checkpoints = {name: f"{name}.safetensors" for name in files}
     register_lora_checkpointing(
-        accelerator, adapted_models, optimizer, files_in_checkpoints, dtype=save_dtype, header=header
+        accelerator,
+        adapted_models,
+        optimizer,
+        files_in_checkpoints,
+        dtype=save_dtype,
+        header=header,
+        result_weights=result_weights,
+        teacher=averages,
     )
     global_step = load_checkpoint(accelerator, checkpoint, lr_scheduler)
+    if args.use_ema:
+        ema.optimization_step = global_step
 
     def save():
         return save_checkpoint(accelerator, args.output_dir, global_step, run, args.checkpoints_total_limit)
@@ -2671,6 +2715,8 @@ def train(args):
 
     # 7. Train
     run_info = describe_run(args, dataset)
+    if args.use_ema:
+        run_info["average"] = f"decay {args.ema_decay:g}, of what is saved and drawn"
     if not args.streaming:
         run_info |= describe_small_groups(sampler.groups, args.train_batch_size)
     print_header(accelerator, args, run_info, lora_params, base_size, max_train_steps, steps_per_epoch)
@@ -2683,7 +2729,16 @@ def train(args):
         metrics = Metrics(args.output_dir / "metrics.jsonl", global_step)
     if args.validation_prompt and global_step == 0:
         log_validation(
-            accelerator, transformer, vae, noise_scheduler, prompt_encoder, dataset, args, args.validation_prompt, 0
+            accelerator,
+            transformer,
+            result_weights,
+            vae,
+            noise_scheduler,
+            prompt_encoder,
+            dataset,
+            args,
+            args.validation_prompt,
+            0,
         )
     transformer.train()
     progress_bar = tqdm(
@@ -2758,6 +2813,8 @@ def train(args):
             if finite or accelerator.scaler is not None:
                 optimizer.step()
             optimizer.zero_grad()
+            if args.use_ema:
+                ema.step(lora_params)
 
         global_step += 1
         done = global_step == max_train_steps
@@ -2772,6 +2829,7 @@ def train(args):
             log_validation(
                 accelerator,
                 transformer,
+                result_weights,
                 vae,
                 noise_scheduler,
                 prompt_encoder,
@@ -2796,17 +2854,27 @@ def train(args):
         accelerator.print("\n".join(f"  {text}" for text in left_out[:10]))
 
     # 8. Save and final validation
-    for name, file in files.items():
-        save_lora(
-            file.parent, adapted_models, save_dtype, adapter_name=name, weight_name=file.name, header=header(name)
-        )
+    with result_weights():
+        for name, file in files.items():
+            save_lora(
+                file.parent, adapted_models, save_dtype, adapter_name=name, weight_name=file.name, header=header(name)
+            )
     if accelerator.is_main_process:
         metrics.close()
         plot_metrics(args.output_dir)
     images = []
     if final_prompt:
         images = log_validation(
-            accelerator, transformer, vae, noise_scheduler, prompt_encoder, dataset, args, final_prompt, global_step
+            accelerator,
+            transformer,
+            result_weights,
+            vae,
+            noise_scheduler,
+            prompt_encoder,
+            dataset,
+            args,
+            final_prompt,
+            global_step,
         )
     if stop_agreed(accelerator):
         checkpoint = save()

@@ -50,6 +50,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from common.arguments import (
+    INITIALIZATIONS,
     LR_SCHEDULERS,
     TRACKERS,
     Needs,
@@ -63,6 +64,7 @@ from common.arguments import (
     fraction,
     idle_flags,
     in_range,
+    initialization,
     name_or_path,
     non_negative_float,
     positive_float,
@@ -329,7 +331,9 @@ def sampler_name(text: str) -> str:
 
 
 def parse_args(argv=None):
-    parser = Parser(description=DESCRIPTION, epilog=EXAMPLE)
+    # the teacher's average, which the other trainers have none of, is what is saved
+    averages = dict.fromkeys(("use_ema", "ema_decay"), (None, "--ema_decay_rate, by whose average the teacher moves"))
+    parser = Parser(description=DESCRIPTION, epilog=EXAMPLE, other_flags=averages)
 
     arg = parser.add_argument_group("model", "which model is trained, in which precision").add_argument
     arg(
@@ -480,6 +484,14 @@ def parse_args(argv=None):
     arg = parser.add_argument_group("lora", "the adapter").add_argument
     arg("--rank", type=positive_int, default=4, help="rank of the LoRA: its capacity and size; 16 to 64 for detail")
     arg("--lora_alpha", type=positive_float, help="LoRA scale is lora_alpha / rank (default: rank)")
+    arg("--use_rslora", action="store_true", help="LoRA scale is lora_alpha / sqrt(rank) instead (arXiv 2312.03732)")
+    arg(
+        "--init_lora_weights",
+        type=initialization,
+        choices=INITIALIZATIONS,
+        default="gaussian",
+        help="how the LoRA begins, as PEFT names it; default: uniform numbers of the size of a linear layer's",
+    )
     arg("--lora_path", type=Path, metavar="FILE", help="a LoRA file to continue from, at the strength it has")
     arg("--lora_dropout", type=in_range(float, 0, 0.99), default=0.0, help="dropout probability of the LoRA's inputs")
     arg("--use_dora", action="store_true", help="train a DoRA: also the norm of each row of a weight; slower steps")
@@ -651,7 +663,10 @@ def needs(args) -> Needs:
     return {
         "--training lora": (
             args.training == "lora",
-            ("rank", "lora_alpha", "lora_type", *(f"metadata_{entry}" for entry in METADATA)),
+            (
+                *("rank", "lora_alpha", "use_rslora", "init_lora_weights", "lora_type"),
+                *(f"metadata_{entry}" for entry in METADATA),
+            ),
         ),
         "images, not --image_free": (not args.image_free, ("caption_column",)),
         "--validation_prompt": (
@@ -2443,6 +2458,8 @@ def train(args):
             transformer,
             rank=args.rank,
             alpha=args.lora_alpha,
+            use_rslora=args.use_rslora,
+            init_lora_weights=args.init_lora_weights,
             dropout=args.lora_dropout,
             target_modules=lora_targets(args),
             **adapter_options(args),

@@ -20,6 +20,9 @@ if TYPE_CHECKING:  # importing it takes seconds, which a tool without models doe
 # Those of diffusers.optimization but piecewise_constant, which takes rules of its own
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 
+# Values of a new LoRA, of which PEFT knows more. "default" is what PEFT calls True
+INITIALIZATIONS = ("gaussian", "default")
+
 TRACKERS = ("tensorboard", "wandb", "all", "none")
 
 METAVARS = {"int": "N", "whole number": "N", "number": "X", "Path": "PATH"}  # by the name of a flag's type
@@ -251,6 +254,7 @@ def shared_needs(args: argparse.Namespace) -> Needs:
             args.optimizer == "prodigy",
             ("prodigy_decouple", "prodigy_use_bias_correction", "prodigy_safeguard_warmup"),
         ),
+        "no --lora_path": (not args.lora_path, ("init_lora_weights",)),
         "no --max_train_steps": (args.max_train_steps is None, ("num_train_epochs",)),
         "--report_to": (args.report_to != "none", ("logging_dir",)),
         "--lora_type lokr": (args.lora_type == "lokr", ("lokr_factor",)),
@@ -291,6 +295,16 @@ def in_range(
 
     parse.__name__ = "whole number" if number_type is int else "number"  # argparse: invalid whole number value
     return parse
+
+
+def initialization(text: str) -> str:
+    """An argparse type: one of INITIALIZATIONS."""
+    if text.startswith(("pissa", "olora", "corda", "loftq")):
+        raise argparse.ArgumentTypeError(
+            f"{text} changes the base model's weights, so that the file would be a LoRA for another model than others "
+            f"have; choose {' or '.join(INITIALIZATIONS)}"
+        )
+    return text
 
 
 def square_side(text: str) -> int:

@@ -27,12 +27,12 @@ from common.lora_formats import (
     read_lora,
     write_lora,
 )
-from common.models import full_tensor, is_sharded
+from common.models import full_tensor, is_sharded, reshard
 
 import torch
 from accelerate import Accelerator
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
-from diffusers.training_utils import cast_training_params
+from diffusers.training_utils import EMAModel, cast_training_params
 from peft import LoKrConfig, LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lokr.layer import factorization
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -99,6 +99,8 @@ def add_lora(
     alpha: float,
     dropout: float,
     target_modules: TargetModules,
+    use_rslora: bool = False,
+    init_lora_weights: str = "gaussian",
     modules_to_save: list[str] | None = None,
     use_dora: bool = False,
     lokr_factor: int | None = None,
@@ -107,7 +109,8 @@ def add_lora(
     """Adds a LoRA adapter to a frozen model and returns its parameters, in float32 whatever the model's dtype.
 
     `target_modules` are names of modules or ends of such names, or a regular expression, as in `LoraConfig`; raises
-    ValueError for those that no linear layer has. `modules_to_save` are modules trained as a whole, of which the
+    ValueError for those that no linear layer has. The scale is alpha / rank, with `use_rslora` alpha / sqrt(rank).
+    `init_lora_weights` is one of INITIALIZATIONS. `modules_to_save` are modules trained as a whole, of which the
     adapter holds copies; what they become in its file the caller says, see `save_lora`. `use_dora` adds the trained
     magnitudes of DoRA (2402.09353), one for each row of a weight. With a `lokr_factor` it is a LoKr (2309.14859),
     without dropout, whose first Kronecker factor has about so many rows and columns, with -1 about the square root of
@@ -120,7 +123,8 @@ def add_lora(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]  # a float works as well
         lora_dropout=dropout,
-        init_lora_weights="gaussian",
+        use_rslora=use_rslora,
+        init_lora_weights=True if init_lora_weights == "default" else init_lora_weights,  # type: ignore[arg-type]
         target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
         modules_to_save=modules_to_save,
         use_dora=use_dora,
@@ -198,6 +202,12 @@ def check_adapter(args: argparse.Namespace) -> list[str]:
         problems = []
         if args.use_dora:
             problems.append("--use_dora is of a LoRA: leave out it or --lora_type lokr")
+        if args.use_rslora:
+            problems.append("--use_rslora has no effect on --lora_type lokr: leave it out")
+        if args.init_lora_weights != "gaussian":
+            problems.append(
+                f"--init_lora_weights {args.init_lora_weights} has no effect on --lora_type lokr: leave it out"
+            )
         if args.lora_dropout:
             problems.append(f"--lora_dropout {args.lora_dropout:g} has no effect on --lora_type lokr: leave it out")
         if args.quantize_base != "none":
@@ -245,8 +255,10 @@ def adapter_config(model: torch.nn.Module, adapter_name: str = "default") -> Lor
 
 
 def adapter_alpha(config: LoraConfig | LoKrConfig) -> float:
-    """The alpha of a LoRA's or a LoKr's settings: its scale is alpha / r."""
-    return float(config.alpha if isinstance(config, LoKrConfig) else config.lora_alpha)
+    """The alpha by which alpha / r is the scale of a LoRA or a LoKr, as files have it."""
+    if isinstance(config, LoKrConfig):
+        return float(config.alpha)
+    return config.lora_alpha * math.sqrt(config.r) if config.use_rslora else float(config.lora_alpha)
 
 
 def adapter_settings(modules: Mapping[str, torch.nn.Module], adapter_name: str = "default") -> dict[str, Any]:
@@ -336,6 +348,8 @@ def save_lora(
         for component in modules:
             alpha = "alpha" if f"{component}.alpha" in settings else "lora_alpha"  # of a LoKr or a LoRA
             settings[f"{component}.{alpha}"] = settings[f"{component}.r"]  # the scale is in the tensors
+            if f"{component}.use_rslora" in settings:
+                settings[f"{component}.use_rslora"] = False
     write_lora(Path(directory) / weight_name, layers, form, header, dtype, settings)
 
 
@@ -603,6 +617,24 @@ def register_lora_checkpointing(
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)
+
+
+@contextmanager
+def averaged_weights(
+    ema: EMAModel, parameters: Sequence[torch.nn.Parameter], transformer: torch.nn.Module
+) -> Iterator[None]:
+    """Within it, the trained `parameters` hold their moving average; afterwards exactly what they held before.
+
+    `ema` was made of the same parameters in the same order; those of a sharded `transformer` may be among them.
+    """
+    ema.store(parameters)
+    ema.copy_to(parameters)
+    reshard(transformer)
+    try:
+        yield
+    finally:
+        ema.restore(parameters)
+        reshard(transformer)
 
 
 def average_gradients(accelerator: Accelerator, parameters: Iterable[torch.nn.Parameter]) -> None:

@@ -6,6 +6,7 @@ import os
 import weakref
 from contextlib import contextmanager, nullcontext
 
+from common.arguments import INITIALIZATIONS
 from common.checkpoints import (
     atomic_write,
     find_checkpoints,
@@ -39,9 +40,9 @@ from examples.estimate_memory import as_on_gpu
 from train_twinflow import save_model
 
 
-def with_random_lora(model, rank=4, alpha=4.0, target_modules=FLUX_TARGET_MODULES, seed=0):
+def with_random_lora(model, rank=4, alpha=4.0, target_modules=FLUX_TARGET_MODULES, seed=0, **kind):
     model = copy.deepcopy(model)
-    parameters = add_lora(model, rank=rank, alpha=alpha, dropout=0.0, target_modules=target_modules)
+    parameters = add_lora(model, rank=rank, alpha=alpha, dropout=0.0, target_modules=target_modules, **kind)
     generator = torch.Generator().manual_seed(seed)
     for parameter in parameters:
         parameter.data.normal_(std=0.3, generator=generator)
@@ -61,6 +62,28 @@ def run(transformer):
             txt_ids=torch.zeros(5, 3),
             return_dict=False,
         )[0]
+
+
+@pytest.mark.parametrize("init", INITIALIZATIONS)
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_new_lora_changes_nothing(tiny, init, quantized):
+    transformer = tiny.transformer
+    if quantized:
+        transformer = quantize_base(transformer.requires_grad_(False), torch.float32, "nf4").to("cpu")
+    before = run(transformer)
+    parameters = add_lora(
+        transformer, rank=4, alpha=4, dropout=0.0, target_modules=FLUX_TARGET_MODULES, init_lora_weights=init
+    )
+    assert {parameter.dtype for parameter in parameters} == {torch.float32}
+    after = run(transformer)
+    assert torch.equal(after, before)
+    layer = transformer.transformer_blocks[0].ff.net[2]  # of 256 inputs
+    down = layer.lora_A["default"].weight
+    if init == "gaussian":
+        assert down.std().item() == pytest.approx(1 / 4, rel=0.1)
+    else:
+        assert down.abs().max().item() == pytest.approx(256**-0.5, rel=0.05)
+    assert all(parameter.requires_grad for parameter in parameters)
 
 
 @pytest.mark.parametrize(("rank", "alpha"), [(4, 4), (4, 8), (8, 2), (3, 1.5)])

@@ -10,11 +10,21 @@ from argparse import ArgumentTypeError
 from types import SimpleNamespace
 
 from common.arguments import file_name
-from common.lora import adapter_weights, add_lora, check_lora_file, lora_file, lora_layers, save_lora, start_from_lora
+from common.lora import (
+    adapter_weights,
+    add_lora,
+    check_lora_file,
+    lora_file,
+    lora_layers,
+    save_exact_lora,
+    save_lora,
+    start_from_lora,
+)
 from common.lora_formats import (
     LORA_FORMS,
     LoraLayer,
     diffusers_state_dict,
+    full_name,
     fused_layers,
     read_lora,
     split_layer,
@@ -146,12 +156,12 @@ def block_layers(transformer):
 def adapted(tiny):
     """adapted(rank, alpha): the tiny transformer and CLIP with random adapters on every layer of their blocks."""
 
-    def make(rank, alpha):
+    def make(rank, alpha, **kind):
         clip = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
-        transformer = with_random_lora(tiny.transformer, rank, alpha, block_layers(tiny.transformer))
+        transformer = with_random_lora(tiny.transformer, rank, alpha, block_layers(tiny.transformer), **kind)
         return {
             "transformer": transformer,
-            "text_encoder": with_random_lora(tiny.text_encoder, rank, alpha, clip, seed=2),
+            "text_encoder": with_random_lora(tiny.text_encoder, rank, alpha, clip, seed=2, **kind),
         }
 
     return make
@@ -171,6 +181,46 @@ def test_comfyui_loads_every_key_at_the_right_strength(adapted, tmp_path, form, 
     error = max((patches[key] - expected[key]).abs().max() / expected[key].abs().max() for key in patches)
     assert error < (0.01 if dtype == torch.bfloat16 else 1e-6)
     assert min(patch.abs().max() for patch in patches.values()) > 0.01
+
+
+@pytest.mark.parametrize("form", LORA_FORMS)
+def test_every_reader_has_the_strength_of_rslora(adapted, tiny, tmp_path, form):
+    modules = adapted(4, 6, use_rslora=True)
+    scale = 6 / 4**0.5
+    file = tmp_path / "x.safetensors"
+    save_lora(tmp_path, modules, weight_name=file.name, form=form)
+    layers = lora_layers(modules)
+    expected = {}  # from the weights in training
+    for component, model in modules.items():
+        weights = adapter_weights(model)
+        for key, down in weights.items():
+            if key.endswith(".lora_A.weight"):
+                up = weights[key.replace("lora_A", "lora_B")]
+                expected[full_name(f"{component}.{key.removesuffix('.lora_A.weight')}")] = LoraLayer(
+                    down, up, scale * 4
+                )
+    assert_same_effect(layers, expected)
+    patches, not_loaded = comfyui_patches(file, model_shapes(layers))
+    assert not not_loaded
+    for weight, patch in expected_patches(expected).items():
+        torch.testing.assert_close(patches[weight], patch, atol=1e-5, rtol=1e-5)
+    header = content(file)[0]
+    assert (header["ss_network_dim"], header["ss_network_alpha"]) == ("4", "12")
+    if form != "kohya":
+        pipeline = FluxPipeline(**tiny.components_but_image())
+        pipeline.load_lora_weights(file)
+        torch.testing.assert_close(run(pipeline.transformer), run(modules["transformer"]), atol=1e-4, rtol=1e-4)
+
+    # what a run resumes from, and a file that another run begins with, of another alpha and rule
+    save_exact_lora(tmp_path / "resume_x.safetensors", modules)
+    assert_same_effect(read_lora(tmp_path / "resume_x.safetensors")[0], expected)
+    for kind in ({"use_rslora": True}, {}):
+        others = {
+            name: with_random_lora(getattr(tiny, name), 4, 5, targets, seed=3, **kind)
+            for name, targets in {"transformer": block_layers(tiny.transformer), "text_encoder": CLIP_LAYERS}.items()
+        }
+        start_from_lora(file, others)
+        torch.testing.assert_close(run(others["transformer"]), run(modules["transformer"]), atol=1e-4, rtol=1e-4)
 
 
 def test_these_rules_see_what_peft_files_get_wrong(adapted, tmp_path):

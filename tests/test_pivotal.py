@@ -212,7 +212,8 @@ def test_only_new_rows_change(train, flags, tmp_path, monkeypatch, tiny_pipeline
         assert torch.equal(rows, results(tmp_path)[f"_emb.safetensors/{kind}"])
 
 
-def test_the_files_alone_draw_the_last_validation_image(train, flags, tmp_path, monkeypatch, tiny_model):
+@pytest.mark.parametrize("average", [[], pytest.param(["--use_ema"], marks=pytest.mark.slow)])
+def test_the_files_alone_draw_the_last_validation_image(train, flags, tmp_path, monkeypatch, tiny_model, average):
     import numpy as np
 
     drawn = []
@@ -221,7 +222,7 @@ def test_the_files_alone_draw_the_last_validation_image(train, flags, tmp_path, 
     for mode in ("pivotal CLIP+T5", "textual inversion", "CLIP LoRA"):
         run = tmp_path / mode.replace(" ", "_")
         shown = ("--validation_prompt", "a circle on the left", "--num_validation_images", 1)
-        train(SCRIPT, *flags, *MODES[mode], *shown, "--output_dir", run)
+        train(SCRIPT, *flags, *MODES[mode], *shown, *average, "--output_dir", run)
         pipe = FluxPipeline.from_pretrained(tiny_model)
         if (run / LORA).exists():
             pipe.load_lora_weights(run, weight_name=LORA)
