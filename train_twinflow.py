@@ -331,8 +331,10 @@ def sampler_name(text: str) -> str:
 
 
 def parse_args(argv=None):
-    # the teacher's average, which the other trainers have none of, is what is saved
-    averages = dict.fromkeys(("use_ema", "ema_decay"), (None, "--ema_decay_rate, by whose average the teacher moves"))
+    # the other trainers have no teacher; here its weights are the average that is saved
+    averages = dict.fromkeys(
+        ("use_ema", "ema_decay"), (None, "--ema_decay_rate, of the teacher, which is what is saved")
+    )
     parser = Parser(description=DESCRIPTION, epilog=EXAMPLE, other_flags=averages)
 
     arg = parser.add_argument_group("model", "which model is trained, in which precision").add_argument

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from contextlib import nullcontext
 
 from common.lora import averaged_weights
 from common.lora_formats import full_name
@@ -10,8 +11,10 @@ import pytest
 import torch
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
-from test_pivotal import MODES, flags, results  # noqa: F401  # flags is a fixture
+from test_pivotal import MODES, flags, new_prompt_encoder, results  # noqa: F401  # flags is a fixture
 from test_train_dreambooth import SCRIPT, assert_equal
+
+import train_dreambooth_flux_advanced as dreambooth
 
 
 EMA = ("--use_ema", "--ema_decay", 0.3)
@@ -136,6 +139,23 @@ def test_weights_come_back_bit_for_bit_also_after_an_error():
         assert all(torch.equal(parameter, value) for parameter, value in zip(parameters, kept, strict=True))
         raise KeyboardInterrupt
     assert all(torch.equal(parameter, value) for parameter, value in zip(parameters, live, strict=True))
+
+
+def test_tokens_of_an_earlier_version_are_resumed(tiny_model, pictures, tmp_path):
+    args = dreambooth.parse_args(
+        [str(word) for word in ("--pretrained_model_name_or_path", tiny_model, "--instance_data_dir", pictures)]
+        + ["--instance_prompt", "TOK", "--train_text_encoder_ti", "--output_dir", str(tmp_path / "run")]
+    )
+    encoder, handler = new_prompt_encoder(args)
+    handler.register_checkpointing(encoder.accelerator, nullcontext)
+    (rows,) = handler.parameters()
+    before = rows.detach().clone()
+    encoder.accelerator.save_state(tmp_path / "checkpoint")
+    for name in ("resume_tokens", "learned_emb"):
+        rows.data.zero_()
+        encoder.accelerator.load_state(tmp_path / "checkpoint")
+        assert torch.equal(rows, before), name
+        (tmp_path / "checkpoint" / f"{name}.safetensors").unlink()
 
 
 def test_twinflow_names_its_own_flag(train, short_runs, tmp_path, capsys):
