@@ -347,6 +347,8 @@ def test_a_run_resumes_exactly(train, short_runs, tmp_path, script, kind):
         ("LoKr", "--quantize_base nf4", "--quantize_base"),
         ("LoKr", "--lora_dropout 0.1", "--lora_dropout"),
         ("LoKr", "--use_dora", "--use_dora"),
+        ("LoKr", "--use_rslora", "--use_rslora"),
+        ("LoKr", "--init_lora_weights default", "--init_lora_weights"),
     ],
 )
 def test_what_an_adapter_cannot_do_is_refused(short_runs, tmp_path, capsys, kind, flags, key_word):
