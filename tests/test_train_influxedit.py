@@ -168,12 +168,13 @@ def test_the_loss_is_that_of_flow_matching_and_counts_tokens_under_the_mask(tiny
 
     def loss(weight):
         args.loss_mask_weight = weight
+        noise, sigmas = influxedit.sample_noise(
+            latents, args=args, noise_scheduler=scheduler, generator=torch.Generator().manual_seed(0)
+        )
         return influxedit.compute_loss(
-            *(transformer, latents, condition, torch.zeros(2, 8, 32), torch.zeros(2, 32)),
+            *(transformer, latents, noise, sigmas, condition, torch.zeros(2, 8, 32), torch.zeros(2, 32)),
             args=args,
-            noise_scheduler=scheduler,
             guidance=None,
-            generator=torch.Generator().manual_seed(0),
         )
 
     plain = loss(1)
