@@ -140,6 +140,20 @@ from common.flow_matching import (
     step_generator,
     weighted_mse,
 )
+from common.held_out import (
+    DEFAULT_STEPS,
+    NOISE_LEVELS,
+    BestStep,
+    check_held_out,
+    check_split,
+    describe_held_out,
+    fixed_generator,
+    fixed_noise,
+    held_out_args,
+    held_out_means,
+    held_out_record,
+    hold_out,
+)
 from common.latents import (
     PATCH,
     cache_moments,
@@ -590,6 +604,33 @@ def parse_args(argv=None):
     arg("--validation_steps", type=positive_int, help="steps between validations; overrides --validation_epochs")
     arg("--final_validation_prompt", help="prompt to generate after training (default: validation_prompt)")
     arg("--skip_final_inference", action="store_true", help="generate no images after training")
+    arg(
+        "--validation_data_dir",
+        type=Path,
+        help="folder of images that are not trained, as --instance_data_dir; their loss is computed at fixed noise",
+    )
+    arg(
+        "--validation_split",
+        type=in_range(float, 0, 0.9, above=True),
+        metavar="SHARE",
+        help="hold out this share of the images instead, the same ones in every run, such as 0.2",
+    )
+    arg(
+        "--validation_loss_steps",
+        type=positive_int,
+        help="steps between computations of the held-out loss (default: --validation_steps, else 100)",
+    )
+    arg(
+        "--load_best_model_at_end",
+        action="store_true",
+        help="the result has the weights of the step with the lowest held-out loss",
+    )
+    arg(
+        "--early_stopping_patience",
+        type=positive_int,
+        metavar="N",
+        help="end the run when the held-out loss has not become lower N times in a row",
+    )
 
     arg = parser.add_argument_group("output and logging", "where results and logs are written").add_argument
     arg("--output_dir", type=Path, default=Path("flux-dreambooth-lora"), help="folder for all results")
@@ -759,7 +800,8 @@ def check_args(args):
         problems.append("--preserve_outputs needs --preserve_prompts")
     if args.preserve_outputs is None:
         for flag in ("preserve_prompts", "preserve_every"):
-            if flag in args.changed:
+            is_measured = flag == "preserve_prompts" and (args.validation_data_dir or args.validation_split)
+            if flag in args.changed and not is_measured:
                 problems.append(f"--{flag} {vars(args)[flag]} needs --preserve_outputs, such as 1")
     if args.preserve_outputs and args.train_transformer_frac == 0:
         problems.append("--preserve_outputs has no effect with --train_transformer_frac 0: no adapter is trained")
@@ -769,6 +811,10 @@ def check_args(args):
         problems.append("--mask_data_dir and --alpha_mask exclude each other: choose one")
     if args.mask_data_dir and args.dataset_config:
         problems.append("--mask_data_dir has no effect with --dataset_config: conditioning_data_dir in it is the same")
+    if args.mask_data_dir and args.validation_data_dir:
+        problems.append(
+            "--validation_data_dir does not go with --mask_data_dir: hold out by --validation_split instead"
+        )
     if args.mask_data_dir and args.dataset_name:
         problems.append("--mask_data_dir goes with --instance_data_dir, not with --dataset_name")
     problems += check_roles({"--instance_data_dir": args.instance_data_dir, "--mask_data_dir": args.mask_data_dir})
@@ -827,6 +873,7 @@ def check_args(args):
         problems.append("--mixed_precision fp16 needs a GPU: use bf16 or no")
 
     # validation and output
+    problems += check_held_out(args)
     if args.validation_steps and not args.validation_prompt:
         problems.append(f"--validation_steps {args.validation_steps} needs --validation_prompt")
     if args.final_validation_prompt and args.skip_final_inference:
@@ -1643,6 +1690,7 @@ class ConfiguredExample(Example):
     dataset: int = 0  # a batch holds images of one dataset
     bucket: Size | None = None
     mask_share: float | None = None  # of its image that its mask shows, 0 to 1
+    is_held_out: bool = False  # by --validation_split
 
     @property
     def resolution(self):
@@ -1799,7 +1847,42 @@ def read_examples(args):
             if isinstance(example.caption, str) and not example.caption.strip():
                 example.caption = None  # an empty caption stands for --instance_prompt
                 example.source = ""
+    if args.validation_split and examples:
+        subjects = [example for example in examples if not example.options["is_reg"]]
+        training, held_out = hold_out(subjects, args.validation_split)
+        problems += check_split(training, args.validation_split)
+        for example in held_out:
+            example.is_held_out = True
+    if args.dataset_config:
+        for number in {example.dataset for example in examples}:
+            balance_regularization([example for example in examples if example.dataset == number])
+        examples = [example for example in examples if example.repeats > 0]
     return examples, problems
+
+
+def find_held_out(args, examples):
+    """(training examples, held-out ones, problems) of the examples that `find_examples` has found.
+
+    Held-out images are cropped at the center and not mirrored.
+    """
+    problems = []
+    held_out = [example for example in examples if example.is_held_out]
+    training = [example for example in examples if not example.is_held_out]
+    if args.validation_data_dir:
+        own_args = held_out_args(
+            args,
+            instance_data_dir=args.validation_data_dir,
+            dataset_name=None,
+            dataset_config=None,
+            class_data_dir=None,
+            train_text_encoder_ti=False,
+        )
+        held_out, problems = find_examples(own_args)
+        problems = [problem.replace("--instance_data_dir", "--validation_data_dir") for problem in problems]
+    for example in held_out:
+        example.repeats = 1
+        example.options = example.options | {"random_crop": False, "flip_aug": False}
+    return training, held_out, problems
 
 
 def configure(example, options):
@@ -2137,8 +2220,8 @@ REFUSED_OPTIONS = {
     "prior_loss_weight": RefusedOption(None, "it is a flag: --prior_loss_weight"),
     "token_warmup_min": RefusedOption(1, "captions do not grow with the steps"),
     "token_warmup_step": RefusedOption(0, "captions do not grow with the steps"),
-    "validation_seed": RefusedOption(None, "no images are held out: judge by --validation_prompt"),
-    "validation_split": RefusedOption(0.0, "no images are held out: judge by --validation_prompt"),
+    "validation_seed": RefusedOption(None, "the noise of the held-out loss is the same in all runs"),
+    "validation_split": RefusedOption(0.0, "it is a flag: --validation_split"),
 }
 
 
@@ -2214,6 +2297,7 @@ KOHYA_FLAGS = dict.fromkeys([*DATASET_OPTIONS, *REFUSED_OPTIONS], IN_DATASET_CON
     "training_comment": RefusedOption(None, "it would not be written: leave it out"),
     "unet_lr": RefusedOption(None, "--learning_rate"),
     "vae": RefusedOption(None, "--ae"),
+    "validate_every_n_steps": RefusedOption(None, "--validation_loss_steps"),
     "vae_batch_size": RefusedOption(None, "images are encoded one at a time: leave it out"),
     "wandb_api_key": RefusedOption(None, "log in: wandb login"),
     "wandb_run_name": RefusedOption(None, "leave it out"),
@@ -2270,11 +2354,9 @@ def read_dataset_config(args):
                 problems += subset_problems
         if dataset_examples and all(example.options["is_reg"] for example in dataset_examples):
             problems.append(f"{where}: is_reg images need a subset of others in the same dataset")
-        balance_regularization(dataset_examples)
         for example in dataset_examples:
             example.dataset = i
-            if example.repeats > 0:
-                examples.append(example)
+        examples += dataset_examples
     if problems:
         return [], problems
     return examples, []
@@ -2438,12 +2520,14 @@ def read_subset_caption(path, options):
 
 
 def balance_regularization(examples):
-    """Sets the repeats of the is_reg images of a dataset so that an epoch has as many of them as of the others.
+    """Sets the repeats of the is_reg images of a dataset so that an epoch has as many of them as of the others that
+    are trained.
 
     They are taken in order, each as often as its num_repeats; if that is not enough, once more each, round by round.
     """
     regularization = [example for example in examples if example.options["is_reg"]]
-    num_missing = sum(example.repeats for example in examples if not example.options["is_reg"])
+    trained = [example for example in examples if not (example.options["is_reg"] or example.is_held_out)]
+    num_missing = sum(example.repeats for example in trained)
     for example in regularization:
         example.repeats = min(example.repeats, num_missing)
         num_missing -= example.repeats
@@ -2828,7 +2912,17 @@ def pipeline_call(family, prompt_encoder, args, prompts):
 
 
 def log_validation(
-    accelerator, family, transformer, result_weights, vae, noise_scheduler, prompt_encoder, args, prompt, step
+    accelerator,
+    family,
+    transformer,
+    result_weights,
+    vae,
+    noise_scheduler,
+    prompt_encoder,
+    args,
+    prompt,
+    step,
+    weights_of=None,
 ):
     """Generates images of a prompt and returns them; they go to validation/step-N.png and to the trackers."""
     pipeline = create_pipeline(family, accelerator.unwrap_model(transformer), vae, noise_scheduler)
@@ -2842,8 +2936,68 @@ def log_validation(
     if not images:  # interrupted
         return []
     captions = [f"seed {args.seed + i}" for i in range(len(images))]
-    save_images(accelerator, args, images, captions, prompt=prompt, step=step)
+    save_images(accelerator, args, images, captions, prompt=prompt, step=step, weights_of=weights_of)
     return images
+
+
+def held_out_losses(
+    accelerator,
+    family,
+    transformer,
+    vae,
+    prompt_encoder,
+    held_out,
+    args,
+    guidance_embeds,
+    prompts_instead,
+    base_pooled,
+):
+    """What the metrics get of the images of a dataset, `held_out`: {"validation_loss": mean, "validation_loss_0.1": at
+    this noise level, ...}.
+
+    That is the loss of training for the center of the image, at the noise and the levels of `fixed_noise`, without
+    --weighting_scheme. With --preserve_prompts it is "distance_from_base" as well: how far the adapter moves what is
+    predicted for these prompts at the same noisy latents. prompts_instead(caption) are those of an image, taken in
+    turn; base_pooled {prompt: [1, P]} are their embeddings by CLIP without adapter.
+    """
+    num_levels = len(NOISE_LEVELS)
+    guidance = None
+    if guidance_embeds:
+        guidance = torch.full((num_levels,), args.guidance_scale, device=accelerator.device)
+
+    def losses_of(index):
+        example = held_out.examples[index]
+        key = (index, example.bucket, False)
+        moments = held_out.moments[key][None].to(accelerator.device)
+        noisy = fixed_noise(family.sample_latents(moments, vae, fixed_generator(index)), index)
+        loss_mask = None
+        if held_out.has_masks:
+            loss_mask = held_out.loss_masks[key].to(accelerator.device).expand(num_levels, -1, -1, -1)
+        loss = compute_loss(
+            transformer,
+            *noisy,
+            *prompt_encoder.encode_prompts([example.prompt()] * num_levels),
+            family=family,
+            guidance=guidance,
+            weighting_scheme="none",
+            loss_mask=loss_mask,
+        )
+        losses = {"validation_loss": loss}
+        choices = prompts_instead(example.prompt())
+        if choices:
+            prompts = [choices[(index + level) % len(choices)] for level in range(num_levels)]
+            losses["distance_from_base"] = compute_preservation_loss(
+                transformer,
+                *noisy,
+                *prompt_encoder.encode_prompts(prompts),
+                torch.cat([base_pooled[prompt] for prompt in prompts]),
+                family=family,
+                guidance=guidance,
+                weighting_scheme="none",
+            )
+        return losses
+
+    return held_out_means(accelerator, transformer, len(held_out.examples), losses_of)
 
 
 def embedding_name(abstraction):
@@ -2951,9 +3105,11 @@ image.save("image.png")
 """
 
 
-def save_model_card(args, dtype, embedding_handler, prompt, embeddings_name, hub_repo=None, trigger_words=()):
+def save_model_card(
+    args, dtype, embedding_handler, prompt, embeddings_name, hub_repo=None, trigger_words=(), held_out=""
+):
     """Writes README.md: what was trained, and code that generates `prompt`, with the files in the output folder or,
-    with `hub_repo`, those on the Hub."""
+    with `hub_repo`, those on the Hub; and what `held_out` tells of the held-out loss."""
     folder = args.output_dir.resolve()
     lora = lora_file(args.output_dir, args.output_name).resolve()
     base_model = args.pretrained_model_name_or_path
@@ -3002,6 +3158,8 @@ def save_model_card(args, dtype, embedding_handler, prompt, embeddings_name, hub
             values["set_eos_token"] = "pipeline.text_encoder.eos_token_id = pipeline.tokenizer.eos_token_id\n"
         text = NEW_TOKENS_CARD.format(**values)
         trigger_words = list(embedding_handler.abstractions)
+    if held_out:
+        text = f"{text.rstrip()}\n\n{held_out}"
     tags = ["text-to-image", "flux" if family.has_clip else "flux2", "lora", "dreambooth", "diffusers"]
     write_model_card(args, text, tags, base_model, trigger_words, instance_prompt=args.instance_prompt)
 
@@ -3050,12 +3208,12 @@ def training_stops(args, max_train_steps, checkpoint):
     return stops
 
 
-def describe_run(args, examples, class_examples, embedding_handler, text_params, text_encoder_stop):
+def describe_run(args, examples, held_out_examples, class_examples, embedding_handler, text_params, text_encoder_stop):
     """{name: text} to be printed before training: data, new tokens, text encoders."""
     run_info = {"data": f"{len(examples)} images: {count_sizes(example.bucket for example in examples)}"}
     folders = {image.files[0].parent for image in all_images(examples) if image.files}
     default = "class_tokens" if args.dataset_config else "--instance_prompt"
-    run_info |= describe_data(examples, sorted(folders), default)
+    run_info |= describe_data([*examples, *held_out_examples], sorted(folders), default)
     run_info |= describe_masks(args, examples)
     run_info |= describe_class_images(class_examples)
     tokenizers = load_tokenizers(args)
@@ -3134,6 +3292,10 @@ def train(args):
     family = find_family(args)
     examples, problems = find_examples(args)
     models = model_identities(args, ["ae", "clip_l", "t5xxl", "tokenizer_dir"])
+    if args.dataset_config:
+        adopt_dataset_config(args, examples)
+    examples, held_out_examples, held_out_problems = find_held_out(args, examples)
+    problems += held_out_problems
     captions = [example.prompt() for example in examples if isinstance(example.caption, str)]
     class_prompts, prompt_problems = read_prompts("--class_prompt", args.class_prompt, captions)
     problems += prompt_problems + check_no_new_tokens("--class_prompt", class_prompts, args)
@@ -3148,7 +3310,7 @@ def train(args):
     preserve_prompts = []
     prompts_instead = {}  # {caption: the same with other words, if --preserve_prompts names words}
     prompt_problems = []
-    if args.preserve_outputs:
+    if args.preserve_outputs or (args.preserve_prompts and held_out_examples):
         dropped_prompts = {example.dropped_prompt(args) for example in examples if example.drops_captions()} - {""}
         all_captions = captions + sorted(dropped_prompts)
         preserve_prompts, prompt_problems = read_prompts("--preserve_prompts", args.preserve_prompts, all_captions)
@@ -3163,8 +3325,6 @@ def train(args):
             "--prior_target base with --train_text_encoder takes is_reg images whose captions stay the same: leave "
             "shuffle_caption, enable_wildcard and caption_tag_dropout_rate out"
         )
-    if args.dataset_config:
-        adopt_dataset_config(args, examples)
     dataset = DreamBoothDataset(examples, args)
     accumulation = args.gradient_accumulation_steps
     sampler = StepSampler(
@@ -3183,7 +3343,9 @@ def train(args):
     # fewer than requested where nothing is left to train: new tokens alone are done after --train_text_encoder_ti_frac
     max_train_steps = max(text_encoder_stop, transformer_stop)
     validation_steps = args.validation_steps or args.validation_epochs * steps_per_epoch
+    validation_loss_steps = args.validation_loss_steps or args.validation_steps or DEFAULT_STEPS
     run = run_settings(args, accelerator.num_processes, data=data_record(examples), models=models)
+    run |= held_out_record(held_out_examples)
     if args.dataset_config and not problems:
         run["the hash of --dataset_config"] = hashlib.sha256(args.dataset_config.read_bytes()).hexdigest()[:16]
     if class_prompts:
@@ -3208,6 +3370,7 @@ def train(args):
     for prompt in (args.validation_prompt, final_prompt):
         if prompt:
             prompts.add(prompt)
+    prompts.update(example.prompt() for example in held_out_examples)
     has_varying_prompts = False
     for example in examples:
         if example.varies():
@@ -3263,6 +3426,7 @@ def train(args):
     vae = load_vae(args, weight_dtype)
     vae.to("cpu" if offload_vae else device)
     transformer = None
+    held_out = DreamBoothDataset(held_out_examples, args)
     with offload_models(vae, device=device, offload=offload_vae):
         if args.with_prior_preservation:
             transformer = load_transformer(args, weight_dtype).to(device)
@@ -3281,8 +3445,11 @@ def train(args):
                 precision=args.prior_generation_precision,
             )
             dataset.class_examples = class_examples(args, class_prompts)
+        folder = args.disk_cache_dir.expanduser() if args.cache_latents_to_disk else None
+        if held_out_examples:
+            held_out.moments = cache_moments(accelerator, vae, held_out.image_keys(), held_out.pixel_values, folder)
+            held_out.cache_loss_masks(accelerator)
         if args.cache_latents:
-            folder = args.disk_cache_dir.expanduser() if args.cache_latents_to_disk else None
             dataset.moments = cache_moments(accelerator, vae, dataset.image_keys(), dataset.pixel_values, folder)
             dataset.cache_loss_masks(accelerator)
     if transformer is None:
@@ -3362,8 +3529,8 @@ def train(args):
         result_weights = functools.partial(averaged_weights, ema, trained_params, unwrapped_transformer)
     save_dtype = torch.float32 if args.upcast_before_saving else weight_dtype
 
-    def header():
-        return file_header(args, examples, embedding_handler, architecture, global_step, steps_per_epoch)
+    def header(step=None):
+        return file_header(args, examples, embedding_handler, architecture, step or global_step, steps_per_epoch)
 
     register_lora_checkpointing(
         accelerator,
@@ -3375,20 +3542,29 @@ def train(args):
         teacher=averages,
     )
     embedding_handler.register_checkpointing(accelerator, result_weights)
+    best = BestStep(
+        accelerator.unwrap_model(transformer),
+        trained_params,
+        keeps_weights=args.load_best_model_at_end,
+        patience=args.early_stopping_patience,
+        result_weights=result_weights,
+    )
+    if held_out_examples:
+        best.register_checkpointing(accelerator)
     global_step = load_checkpoint(accelerator, checkpoint, lr_scheduler)
     if args.use_ema:
         ema.optimization_step = global_step
     # encoders that are trained to the end stay, to draw with their average
     has_pivot = text_encoder_stop < max_train_steps or not args.use_ema
     if prompt_encoder.trained and has_pivot and global_step >= text_encoder_stop:  # the run resumes behind the pivot
-        prompt_encoder.freeze(prompts)
+        prompt_encoder.freeze(prompts, keep=args.load_best_model_at_end)
 
     def save():
         state = run | {"trained_until": stops}
         return save_checkpoint(accelerator, args.output_dir, global_step, state, args.checkpoints_total_limit)
 
     sampler.start = global_step * accumulation
-    sampler.stop = max_train_steps * accumulation
+    sampler.stop = sampler.start if best.is_over else max_train_steps * accumulation
     train_dataloader = DataLoader(
         dataset,
         batch_sampler=sampler,
@@ -3398,11 +3574,20 @@ def train(args):
     )
 
     # 7. Train
-    run_info = describe_run(args, examples, dataset.class_examples, embedding_handler, text_params, text_encoder_stop)
+    run_info = describe_run(
+        args,
+        examples,
+        held_out_examples,
+        dataset.class_examples,
+        embedding_handler,
+        text_params,
+        text_encoder_stop,
+    )
     run_info |= describe_small_groups(sampler.groups, sampler.batch_size, size_of=lambda group: group[1])
     if args.use_ema:
         run_info["average"] = f"decay {args.ema_decay:g}, of what is saved and drawn"
-    if preserve_prompts:
+    run_info |= describe_held_out(held_out_examples, examples, validation_loss_steps)
+    if args.preserve_outputs:
         interval = "every step" if args.preserve_every == 1 else f"every {args.preserve_every} steps"
         run_info["preserved"] = f"outputs for {len(preserve_prompts)} prompts, {interval}"
     batch_sizes = sorted({example.options["batch_size"] for example in examples})
@@ -3417,6 +3602,19 @@ def train(args):
     metrics = None
     if accelerator.is_main_process:
         metrics = Metrics(args.output_dir / "metrics.jsonl", global_step)
+    validate = functools.partial(
+        held_out_losses,
+        accelerator,
+        family,
+        accelerator.unwrap_model(transformer),
+        vae,
+        prompt_encoder,
+        held_out,
+        args,
+        guidance_embeds,
+        lambda caption: prompts_instead.get(caption, preserve_prompts),
+        base_pooled,
+    )
     if args.validation_prompt and global_step == 0:
         prompt = args.validation_prompt
         log_validation(
@@ -3548,12 +3746,17 @@ def train(args):
 
         global_step += 1
         if prompt_encoder.trained and has_pivot and global_step == text_encoder_stop:
-            prompt_encoder.freeze(prompts)
+            prompt_encoder.freeze(prompts, keep=args.load_best_model_at_end)
         if args.use_ema:
             ema.step(trained_params)  # takes those that are frozen as they are, which the transformer goes on with
         done = global_step == max_train_steps
         taken_steps.append(finite and not accelerator.optimizer_step_was_skipped)
         logs = {"loss": mean_loss, **step_logs(optimizer, grad_norm, num_images, started, device)}
+        if held_out_examples and (global_step % validation_loss_steps == 0 or global_step == 1 or done):
+            with result_weights():
+                logs |= validate()
+                best.update(global_step, logs["validation_loss"])
+            done = done or best.is_over
         lr_scheduler.step()  # after the step's rate was logged
         log_step(accelerator, progress_bar, metrics, global_step, logs)
         check_steps(taken_steps, global_step, done=done)
@@ -3587,12 +3790,14 @@ def train(args):
         loss_sum = 0.0
         num_images = 0
         started = time.perf_counter()
+        if best.is_over:
+            break
     progress_bar.close()
 
-    # 8. Save and final validation
+    # 8. Save and final validation, with the weights of the best step if --load_best_model_at_end keeps them
     embeddings_name = embeddings_file(args).name
-    with result_weights():
-        save_result(args, adapted_models, header(), save_dtype)
+    with best.weights():
+        save_result(args, adapted_models, header(best.result_step), save_dtype)
         if accelerator.is_main_process:
             embedding_handler.save_embeddings(embeddings_file(args))
             embedding_handler.export_embeddings(args.output_dir / "embeddings")
@@ -3601,17 +3806,20 @@ def train(args):
         plot_metrics(args.output_dir)
     images = []
     if final_prompt:
+        if best.result_step:
+            prompt_encoder.forget_trained()
         images = log_validation(
             accelerator,
             family,
             transformer,
-            result_weights,
+            best.weights,
             vae,
             noise_scheduler,
             prompt_encoder,
             args,
             final_prompt,
             global_step,
+            weights_of=best.result_step,
         )
     if stop_agreed(accelerator):
         checkpoint = save()
@@ -3630,6 +3838,7 @@ def train(args):
             embeddings_name,
             hub_repo,
             trigger_words=class_tokens(examples),
+            held_out=best.summary(),
         )
     transformer = None  # DistributedDataParallel must be freed before the process group: gloo can hang otherwise
     accelerator.free_memory()
@@ -3646,6 +3855,8 @@ def train(args):
     files_beside = [lora] if args.output_name and lora.exists() else []
     command = generate_command(args, example_prompt)
     check_taken(taken_steps, args.output_dir, has_scaler=accelerator.scaler is not None)
+    if held_out_examples:
+        accelerator.print(best.summary())
     finish(accelerator, args, global_step, results, command, hub_repo, files_beside=files_beside)
 
 

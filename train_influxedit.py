@@ -128,6 +128,20 @@ from common.flow_matching import (
     step_generator,
     weighted_mse,
 )
+from common.held_out import (
+    DEFAULT_STEPS,
+    NOISE_LEVELS,
+    BestStep,
+    check_held_out,
+    check_split,
+    describe_held_out,
+    fixed_generator,
+    fixed_noise,
+    held_out_args,
+    held_out_means,
+    held_out_record,
+    hold_out,
+)
 from common.latents import cache_moments, encode_moments, image_ids, pack_latents, sample_latents, to_tensor
 from common.lora import (
     FLUX_TARGET_MODULES,
@@ -187,7 +201,7 @@ from common.tracking import (
     step_logs,
     write_model_card,
 )
-from common.validation import generate_class_images, generate_images, image_grid, save_images, undisturbed
+from common.validation import generate_class_images, generate_images, image_grid, save_images, step_title, undisturbed
 
 import numpy as np
 import torch
@@ -459,6 +473,34 @@ def parse_args(argv=None):
     arg("--validation_steps", type=positive_int, default=50, help="steps between validations")
     arg("--validation_width", type=image_edge, default=1024, help="width of validation images in pixels")
     arg("--validation_height", type=image_edge, default=1024, help="height of validation images in pixels")
+    arg(
+        "--validation_data_dir",
+        type=Path,
+        help="folder of images that are not trained, with a folder in it for each of the data's folders, of the same "
+        "name; their loss is computed at fixed noise",
+    )
+    arg(
+        "--validation_split",
+        type=in_range(float, 0, 0.9, above=True),
+        metavar="SHARE",
+        help="hold out this share of the images instead, the same ones in every run, such as 0.2",
+    )
+    arg(
+        "--validation_loss_steps",
+        type=positive_int,
+        help="steps between computations of the held-out loss (default: --validation_steps, else 100)",
+    )
+    arg(
+        "--load_best_model_at_end",
+        action="store_true",
+        help="the result has the weights of the step with the lowest held-out loss",
+    )
+    arg(
+        "--early_stopping_patience",
+        type=positive_int,
+        metavar="N",
+        help="end the run when the held-out loss has not become lower N times in a row",
+    )
 
     arg = parser.add_argument_group("output and logging", "where results and logs go").add_argument
     arg(
@@ -504,7 +546,12 @@ def needs(args):
         "--train_text_encoder": (args.train_text_encoder, ("text_encoder_lr", "adam_weight_decay_text_encoder")),
         "--validation_prompt": (
             args.validation_prompt,
-            ("num_validation_images", "validation_steps", "validation_width", "validation_height"),
+            ("num_validation_images", "validation_width", "validation_height"),
+        ),
+        "--validation_prompt, or held-out data without --validation_loss_steps": (
+            args.validation_prompt
+            or ((args.validation_data_dir or args.validation_split) and not args.validation_loss_steps),
+            ("validation_steps",),
         ),
         "--use_ema": (args.use_ema, ("ema_decay",)),
         "--dataset_name": (args.dataset_name, ("image_column",)),
@@ -594,7 +641,8 @@ def check_args(args):
         problems.append("--preserve_outputs needs --preserve_prompts")
     if args.preserve_outputs is None:
         for flag in ("preserve_prompts", "preserve_every"):
-            if flag in args.changed:
+            is_measured = flag == "preserve_prompts" and (args.validation_data_dir or args.validation_split)
+            if flag in args.changed and not is_measured:
                 problems.append(f"--{flag} {vars(args)[flag]} needs --preserve_outputs, such as 1")
 
     # noise, optimizer, precision
@@ -613,6 +661,10 @@ def check_args(args):
         problems.append("--train_text_encoder does not work with --fsdp: leave one out")
     if args.mixed_precision == "fp16" and not torch.accelerator.is_available():
         problems.append("--mixed_precision fp16 needs a GPU: use bf16 or no")
+
+    problems += check_held_out(args)
+    if args.validation_data_dir and not args.instance_data_dir:
+        problems.append("--validation_data_dir goes with --instance_data_dir: hold out by --validation_split instead")
 
     # validation: lists with one entry per case, or a single one for all cases
     for flag in ("validation_width", "validation_height"):
@@ -928,6 +980,24 @@ def find_examples(args):
     return examples, problems
 
 
+def find_held_out(args, examples):
+    """(training examples, held-out ones, problems) of the examples that `find_examples` has found."""
+    training, held_out = hold_out(examples, args.validation_split or 0)
+    problems = check_split(training, args.validation_split or 0) if examples else []
+    if args.validation_data_dir:
+        folders = {}
+        for flag in ("instance_data_dir", "target_data_dir", "mask_data_dir", "caption_data_dir"):
+            folder = vars(args)[flag]
+            if folder:
+                folders[flag] = args.validation_data_dir / folder.resolve().name
+        if len(folders) == 1:
+            folders["instance_data_dir"] = args.validation_data_dir
+        own_args = held_out_args(args, **folders, class_data_dir=None, validation_prompt=None, validation_image=None)
+        held_out, problems = find_examples(own_args)
+        problems = [f"--validation_data_dir {args.validation_data_dir}: {problem}" for problem in problems]
+    return training, held_out, problems
+
+
 def read_examples(args):
     """(examples of --dataset_name or --instance_data_dir, problems), as the files have them."""
     if args.dataset_name:
@@ -1154,6 +1224,12 @@ class EditDataset(Dataset):
             samples.append(self.sample(result_key, input_key, self.class_examples[drawn].caption))
         return samples
 
+    def held_out_keys(self, index):
+        """(key of the result, key of the input image) of a held-out example; split masks take turns."""
+        size = size_at(max(self.args.resolution), self.examples[index].size)
+        result_key = ImageKey(index, size, False, self.result_view)
+        return result_key, result_key._replace(view=self.input_views[index % len(self.input_views)])
+
     def sample(self, result_key, input_key, prompt):
         """One sample: the images of two keys, the mask of the input image, and the prompt."""
         sample = {"mask": self.mask(input_key), "prompt": prompt}
@@ -1279,7 +1355,9 @@ def check_validation_masks(args, examples, size_of):
     return list(dict.fromkeys(problems))
 
 
-def log_validation(accelerator, transformer, result_weights, vae, noise_scheduler, prompt_encoder, args, cases, step):
+def log_validation(
+    accelerator, transformer, result_weights, vae, noise_scheduler, prompt_encoder, args, cases, step, weights_of=None
+):
     """Generates the cases, sends the images to validation/step-N.png, beside their inputs, and to the trackers, and
     returns them."""
     pipeline = create_pipeline(accelerator.unwrap_model(transformer), vae, noise_scheduler)
@@ -1309,9 +1387,53 @@ def log_validation(accelerator, transformer, result_weights, vae, noise_schedule
         cells += images[first:last]
         captions_of_cells += ["input", *captions[first:last]]
     columns = 1 + args.num_validation_images
-    grid = image_grid(cells, captions_of_cells, columns=columns, title=f"step {step}")
-    save_images(accelerator, args, images, captions, step=step, grid=grid)
+    grid = image_grid(cells, captions_of_cells, columns=columns, title=step_title(step, weights_of))
+    save_images(accelerator, args, images, captions, step=step, grid=grid, weights_of=weights_of)
     return images
+
+
+def held_out_losses(
+    accelerator, transformer, vae, prompt_encoder, held_out, args, guidance_embeds, prompts_instead, base_pooled
+):
+    """What the metrics get of the images of a dataset, `held_out`: {"validation_loss": mean, "validation_loss_0.1": at
+    this noise level, ...}.
+
+    That is the loss of training for the center of the image, at the noise and the levels of `fixed_noise` and the
+    largest --resolution, without --weighting_scheme. With --preserve_prompts it is "distance_from_base" as well: how
+    far the adapter moves what is predicted for these prompts at the same noisy latents. prompts_instead(caption) are
+    those of an image, taken in turn; base_pooled {prompt: [1, P]} are their embeddings by CLIP without adapter.
+    """
+    device = accelerator.device
+    num_levels = len(NOISE_LEVELS)
+    guidance = None
+    if guidance_embeds:
+        guidance = torch.full((num_levels,), args.guidance_scale, device=device)
+
+    def losses_of(index):
+        generator = fixed_generator(index)
+        result_key, input_key = held_out.held_out_keys(index)
+        latents = sample_latents(held_out.moments[result_key][None].to(device), vae.config, generator)
+        input_latents = sample_latents(held_out.moments[input_key][None].to(device), vae.config, generator)
+        condition = pack_fill_condition(input_latents, held_out.mask(input_key)[None].to(device))
+        inputs = (*fixed_noise(latents, index), condition.expand(num_levels, -1, -1))
+        caption = held_out.examples[index].caption
+        prompt_embeds = prompt_encoder.encode_prompts([caption] * num_levels)
+        loss = compute_loss(transformer, *inputs, *prompt_embeds, args=held_out.args, guidance=guidance)
+        losses = {"validation_loss": loss}
+        choices = prompts_instead(caption)
+        if choices:
+            prompts = [choices[(index + level) % len(choices)] for level in range(num_levels)]
+            losses["distance_from_base"] = compute_preservation_loss(
+                transformer,
+                *inputs,
+                *prompt_encoder.encode_prompts(prompts),
+                torch.cat([base_pooled[prompt] for prompt in prompts]),
+                guidance=guidance,
+                weighting_scheme="none",
+            )
+        return losses
+
+    return held_out_means(accelerator, transformer, len(held_out.examples), losses_of)
 
 
 MASK_MODE_CARD = """
@@ -1384,9 +1506,9 @@ image.save("image.png")
 """
 
 
-def save_model_card(args, dtype, prompt, hub_repo=None):
+def save_model_card(args, dtype, prompt, hub_repo=None, held_out=""):
     """Writes README.md into the output folder: what was trained, and code that applies it with `prompt`, with the file
-    that was written or, with `hub_repo`, that on the Hub."""
+    that was written or, with `hub_repo`, that on the Hub; and what `held_out` tells of the held-out loss."""
     folder = args.output_dir.resolve()
     lora = lora_file(folder, args.output_name)
     pretrained_arguments = [repr(args.pretrained_model_name_or_path), f"dtype={dtype}"]
@@ -1409,6 +1531,8 @@ def save_model_card(args, dtype, prompt, hub_repo=None):
         guidance_scale=args.guidance_scale,
         max_sequence_length=args.max_sequence_length,
     )
+    if held_out:
+        description = f"{description.rstrip()}\n\n{held_out}"
     write_model_card(
         args,
         description,
@@ -1428,7 +1552,7 @@ def choose_seed(seed, checkpoint):
     return broadcast_object_list([secrets.randbits(31)])[0]
 
 
-def describe_run(args, examples, class_examples, text_lora_params):
+def describe_run(args, examples, held_out_examples, class_examples, text_lora_params):
     """What the header says of this trainer's data and text encoders, {label: text}."""
     if args.mode == "edit":
         partners = "targets"
@@ -1439,7 +1563,7 @@ def describe_run(args, examples, class_examples, text_lora_params):
     edges = ", ".join(map(str, args.resolution))
     run_info = {"data": f"{len(examples)} images with {partners} at {edges} px"}
     folders = [args.instance_data_dir, args.target_data_dir, args.mask_data_dir, args.caption_data_dir]
-    run_info |= describe_data(examples, folders, "--instance_prompt")
+    run_info |= describe_data([*examples, *held_out_examples], folders, "--instance_prompt")
     run_info |= describe_class_images(class_examples)
     black = black_masks(examples)
     if black:
@@ -1528,6 +1652,8 @@ def train(args):
 
     # 2. Data
     examples, problems = find_examples(args)
+    examples, held_out_examples, held_out_problems = find_held_out(args, examples)
+    problems += held_out_problems
     models = model_identities(args)
     captions = [example.caption for example in examples if example.caption is not None]
     class_prompts, prompt_problems = read_prompts("--class_prompt", args.class_prompt, captions)
@@ -1542,7 +1668,7 @@ def train(args):
         )
     preserve_prompts = []
     prompts_instead = {}  # {caption: the same with other words, if --preserve_prompts names words}
-    if args.preserve_outputs:
+    if args.preserve_outputs or (args.preserve_prompts and held_out_examples):
         preserve_prompts, prompt_problems = read_prompts("--preserve_prompts", args.preserve_prompts, captions)
         problems += prompt_problems
         if "=>" in args.preserve_prompts:
@@ -1550,6 +1676,9 @@ def train(args):
                 found, _ = read_prompts("--preserve_prompts", args.preserve_prompts, [caption])
                 prompts_instead[caption] = found or preserve_prompts
     dataset = EditDataset(examples, args)
+    held_out = EditDataset(
+        held_out_examples, held_out_args(args, repeats=1, center_crop=True, weighting_scheme="none")
+    )
     sampler = StepSampler(
         dataset.groups(),
         args.train_batch_size,
@@ -1561,7 +1690,9 @@ def train(args):
     total_batch_size = args.train_batch_size * accumulation * accelerator.num_processes
     steps_per_epoch = math.ceil(sampler.steps_per_epoch / accumulation)
     max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
+    validation_loss_steps = args.validation_loss_steps or args.validation_steps or DEFAULT_STEPS
     run = run_settings(args, accelerator.num_processes, data=data_record(examples), models=models)
+    run |= held_out_record(held_out_examples)
     if class_prompts:
         run["the hash of --class_prompt"] = hashlib.sha256("\n".join(class_prompts).encode()).hexdigest()[:16]
     if preserve_prompts:
@@ -1574,7 +1705,7 @@ def train(args):
 
     # 3. Prompts: embedded once; frozen text encoders are freed before the transformer is loaded
     cases = validation_cases(args, examples)
-    prompts = {example.caption for example in examples}
+    prompts = {example.caption for example in [*examples, *held_out_examples]}
     prompts.update(case.prompt for case in cases)
     if args.caption_dropout:
         prompts.add("")
@@ -1629,6 +1760,9 @@ def train(args):
                 precision=args.prior_generation_precision,
             )
             dataset.class_examples = class_examples(args, class_prompts)
+        if held_out_examples:
+            keys = [key for index in range(len(held_out_examples)) for key in held_out.held_out_keys(index)]
+            held_out.moments = cache_moments(accelerator, vae, keys, held_out.pixel_values)
         if args.cache_latents:
             dataset.moments = cache_moments(accelerator, vae, dataset.image_keys(), dataset.pixel_values)
     if transformer is None:
@@ -1703,13 +1837,13 @@ def train(args):
         result_weights = functools.partial(averaged_weights, ema, trained_params, unwrapped_transformer)
     save_dtype = torch.float32 if args.upcast_before_saving else weight_dtype
 
-    def header():
+    def header(step=None):
         long_edge = max(args.resolution)
         return lora_header(
             args,
             architecture="flux-1-fill-dev",
             resolution=(long_edge, long_edge),
-            step=global_step,
+            step=step or global_step,
             steps_per_epoch=steps_per_epoch,
             trigger_words=[args.instance_prompt] if args.instance_prompt else [],
         )
@@ -1727,6 +1861,15 @@ def train(args):
         teacher=averages,
         more_layers=more_layers,
     )
+    best = BestStep(
+        accelerator.unwrap_model(transformer),
+        trained_params,
+        keeps_weights=args.load_best_model_at_end,
+        patience=args.early_stopping_patience,
+        result_weights=result_weights,
+    )
+    if held_out_examples:
+        best.register_checkpointing(accelerator)
     global_step = load_checkpoint(accelerator, checkpoint, lr_scheduler)
     if args.use_ema:
         ema.optimization_step = global_step
@@ -1735,7 +1878,7 @@ def train(args):
         return save_checkpoint(accelerator, args.output_dir, global_step, run, args.checkpoints_total_limit)
 
     sampler.start = global_step * accumulation
-    sampler.stop = max_train_steps * accumulation
+    sampler.stop = sampler.start if best.is_over else max_train_steps * accumulation
     train_dataloader = DataLoader(
         dataset,
         batch_sampler=sampler,
@@ -1745,14 +1888,15 @@ def train(args):
     )
 
     # 7. Train
-    run_info = describe_run(args, examples, dataset.class_examples, text_lora_params)
+    run_info = describe_run(args, examples, held_out_examples, dataset.class_examples, text_lora_params)
     if args.use_ema:
         run_info["average"] = f"decay {args.ema_decay:g}, of what is saved and drawn"
     run_info["sizes"] = count_sizes(sampler.groups)
     run_info |= describe_small_groups(sampler.groups, args.train_batch_size)
-    if preserve_prompts:
+    if args.preserve_outputs:
         interval = "every step" if args.preserve_every == 1 else f"every {args.preserve_every} steps"
         run_info["preserved"] = f"outputs for {len(preserve_prompts)} prompts, {interval}"
+    run_info |= describe_held_out(held_out_examples, examples, validation_loss_steps)
     print_header(accelerator, args, run_info, lora_params, base_size, max_train_steps, steps_per_epoch)
     result = lora_file(args.output_dir, args.output_name)
     keep_earlier_results(
@@ -1762,6 +1906,18 @@ def train(args):
     metrics = None
     if accelerator.is_main_process:
         metrics = Metrics(args.output_dir / "metrics.jsonl", global_step)
+    validate = functools.partial(
+        held_out_losses,
+        accelerator,
+        accelerator.unwrap_model(transformer),
+        vae,
+        prompt_encoder,
+        held_out,
+        args,
+        guidance_embeds,
+        lambda caption: prompts_instead.get(caption, preserve_prompts),
+        base_pooled,
+    )
     if cases and global_step == 0:
         log_validation(
             accelerator, transformer, result_weights, vae, noise_scheduler, prompt_encoder, args, cases, step=0
@@ -1866,6 +2022,11 @@ def train(args):
         done = global_step == max_train_steps
         taken_steps.append(finite and not accelerator.optimizer_step_was_skipped)
         logs = {"loss": mean_loss, **step_logs(optimizer, grad_norm, total_batch_size, started, device)}
+        if held_out_examples and (global_step % validation_loss_steps == 0 or global_step == 1 or done):
+            with result_weights():
+                logs |= validate()
+                best.update(global_step, logs["validation_loss"])
+            done = done or best.is_over
         lr_scheduler.step()  # after the step's rate was logged
         log_step(accelerator, progress_bar, metrics, global_step, logs)
         check_steps(taken_steps, global_step, done=done)
@@ -1890,13 +2051,20 @@ def train(args):
             stop_interrupted(accelerator, global_step, checkpoint)
         loss_sum = 0.0
         started = time.perf_counter()
+        if best.is_over:
+            break
     progress_bar.close()
 
-    # 8. Save and final validation
+    # 8. Save and final validation, with the weights of the best step if --load_best_model_at_end keeps them
     lora = lora_file(args.output_dir, args.output_name)
-    with result_weights():
+    with best.weights():
         save_lora(
-            lora.parent, adapted_models, save_dtype, weight_name=lora.name, header=header(), more_layers=more_layers()
+            lora.parent,
+            adapted_models,
+            save_dtype,
+            weight_name=lora.name,
+            header=header(best.result_step),
+            more_layers=more_layers(),
         )
     if accelerator.is_main_process:
         metrics.close()
@@ -1904,7 +2072,16 @@ def train(args):
     images = []
     if cases:
         images = log_validation(
-            accelerator, transformer, result_weights, vae, noise_scheduler, prompt_encoder, args, cases, global_step
+            accelerator,
+            transformer,
+            best.weights,
+            vae,
+            noise_scheduler,
+            prompt_encoder,
+            args,
+            cases,
+            global_step,
+            weights_of=best.result_step,
         )
     if stop_agreed(accelerator):
         checkpoint = save()
@@ -1915,7 +2092,7 @@ def train(args):
         add_thumbnail(accelerator, [lora], images[-1])
     example_prompt = cases[0].prompt if cases else examples[0].caption
     if accelerator.is_main_process:
-        save_model_card(args, weight_dtype, example_prompt, hub_repo)
+        save_model_card(args, weight_dtype, example_prompt, hub_repo, held_out=best.summary())
     transformer = None  # DistributedDataParallel must be freed before the process group: gloo can hang otherwise
     accelerator.free_memory()
     accelerator.end_training()
@@ -1928,6 +2105,8 @@ def train(args):
     files_beside = [lora] if args.output_name else []
     command = generate_command(args, example_prompt)
     check_taken(taken_steps, args.output_dir, has_scaler=accelerator.scaler is not None)
+    if held_out_examples:
+        accelerator.print(best.summary())
     finish(accelerator, args, global_step, results, command, hub_repo, files_beside=files_beside)
 
 

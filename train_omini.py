@@ -135,6 +135,21 @@ from common.flow_matching import (
     step_generator,
     weighted_mse,
 )
+from common.held_out import (
+    DEFAULT_STEPS,
+    NOISE_LEVELS,
+    NOISE_SEED,
+    BestStep,
+    check_held_out,
+    check_split,
+    describe_held_out,
+    fixed_generator,
+    fixed_noise,
+    held_out_args,
+    held_out_means,
+    held_out_record,
+    hold_out,
+)
 from common.latents import (
     PATCH,
     cache_moments,
@@ -549,6 +564,33 @@ def parse_args(argv=None):
     arg("--validation_steps", type=positive_int, help="steps between validations; overrides --validation_epochs")
     arg("--final_validation_prompt", help="prompt to generate after training (default: validation_prompt)")
     arg("--skip_final_inference", action="store_true", help="generate no images after training")
+    arg(
+        "--validation_data_dir",
+        type=Path,
+        help="folder of images that are not trained, as --instance_data_dir; their loss is computed at fixed noise",
+    )
+    arg(
+        "--validation_split",
+        type=in_range(float, 0, 0.9, above=True),
+        metavar="SHARE",
+        help="hold out this share of the images instead, the same ones in every run, such as 0.2",
+    )
+    arg(
+        "--validation_loss_steps",
+        type=positive_int,
+        help="steps between computations of the held-out loss (default: --validation_steps, else 100)",
+    )
+    arg(
+        "--load_best_model_at_end",
+        action="store_true",
+        help="the result has the weights of the step with the lowest held-out loss",
+    )
+    arg(
+        "--early_stopping_patience",
+        type=positive_int,
+        metavar="N",
+        help="end the run when the held-out loss has not become lower N times in a row",
+    )
 
     arg = parser.add_argument_group("output and logging", "where everything goes").add_argument
     arg("--output_dir", type=Path, default=Path("flux-omini"), help="folder for all results")
@@ -639,6 +681,13 @@ def check_args(args):
         problems.append("--mixed_precision fp16 needs a GPU: use bf16 or no")
 
     # validation
+    problems += check_held_out(args)
+    if args.validation_split and args.streaming:
+        problems.append("--validation_split needs all images before training: give --validation_data_dir")
+    if args.validation_data_dir and args.dataset_class:
+        problems.append(
+            "--validation_data_dir does not go with --dataset_class: hold out by --validation_split instead"
+        )
     has_prompt = bool(args.validation_prompt or args.final_validation_prompt)
     if has_prompt != bool(args.validation_image):
         problems.append("--validation_prompt and --validation_image need each other")
@@ -1361,30 +1410,16 @@ class OminiPipeline(FluxPipeline):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def compute_loss(
-    transformer: OminiTransformer2DModel,
+def sample_noise(
     latents: torch.Tensor,
-    condition_latents: list[torch.Tensor],
-    latent_masks: list[torch.Tensor | None],
-    prompt_embeds: torch.Tensor,
-    pooled_prompt_embeds: torch.Tensor,
     *,
     args: argparse.Namespace,
-    specs: list[ConditionSpec],
     noise_scheduler: FlowMatchEulerDiscreteScheduler,
-    guidance: torch.Tensor | None,
     generator: torch.Generator,
-) -> torch.Tensor:
-    """The flow matching loss [B] of each sample of a batch (arXiv 2411.15098, section 3.1).
-
-    latents [B, C, h, w] and those of each condition are normalised, prompt_embeds [B, T, D], pooled_prompt_embeds
-    [B, P]; guidance [B], or None for a model without guidance embedding. Noise and noise levels come from `generator`,
-    on the CPU. `latent_masks`, boolean [B, h/2 * w/2] or None for all tokens, are those of the image and of each
-    condition (token_integration): only an image's tokens in its mask are noisy and count.
-    """
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(noise [B, C, h, w], noise levels [B]) for latents [B, C, h, w], from `generator`, which is on the CPU."""
     batch_size, _, height, width = latents.shape
-    device = latents.device
-    noise = torch.randn(latents.shape, generator=generator).to(device)
+    noise = torch.randn(latents.shape, generator=generator)
     t = sample_sigmas(
         batch_size,
         noise_scheduler=noise_scheduler,
@@ -1397,7 +1432,34 @@ def compute_loss(
         mode_scale=args.mode_scale,
         sigmoid_scale=args.sigmoid_scale,
         discrete_flow_shift=args.discrete_flow_shift,
-    ).to(device)
+    )
+    return noise.to(latents.device), t.to(latents.device)
+
+
+def compute_loss(
+    transformer: OminiTransformer2DModel,
+    latents: torch.Tensor,
+    condition_latents: list[torch.Tensor],
+    latent_masks: list[torch.Tensor | None],
+    noise: torch.Tensor,
+    t: torch.Tensor,
+    prompt_embeds: torch.Tensor,
+    pooled_prompt_embeds: torch.Tensor,
+    *,
+    specs: list[ConditionSpec],
+    independent_condition: bool,
+    guidance: torch.Tensor | None,
+    weighting_scheme: str,
+) -> torch.Tensor:
+    """The flow matching loss [B] of each sample of a batch (arXiv 2411.15098, section 3.1).
+
+    latents [B, C, h, w] and those of each condition are normalised; noise and noise levels t are those of
+    `sample_noise`; prompt_embeds [B, T, D], pooled_prompt_embeds [B, P]; guidance [B], or None for a model without
+    guidance embedding. `latent_masks`, boolean [B, h/2 * w/2] or None for all tokens, are those of the image and of
+    each condition (token_integration): only an image's tokens in its mask are noisy and count.
+    """
+    _, _, height, width = latents.shape
+    device = latents.device
     x_0 = pack_latents(latents)  # [B, N, 64]
     x_1 = pack_latents(noise)
     x_t = add_noise(x_0, x_1, t)  # (1 - t) x_0 + t x_1
@@ -1416,7 +1478,7 @@ def compute_loss(
         img_ids=img_ids,
         joint_attention_kwargs={
             "conditions": conditions,
-            "independent_condition": args.independent_condition,
+            "independent_condition": independent_condition,
             "latent_mask": latent_mask,
         },
         return_dict=False,
@@ -1426,7 +1488,7 @@ def compute_loss(
     if latent_mask is not None:
         model_pred, _, token_weights = select_tokens(model_pred, img_ids, latent_mask)
         target, _, _ = select_tokens(target, img_ids, latent_mask)
-    weighting = compute_loss_weighting_for_sd3(args.weighting_scheme, sigmas=t)
+    weighting = compute_loss_weighting_for_sd3(weighting_scheme, sigmas=t)
     return weighted_mse(model_pred, target, weighting, token_weights)
 
 
@@ -1747,6 +1809,29 @@ def find_examples(args):
         if example.caption is None:
             example.caption = args.instance_prompt
     return examples, problems
+
+
+def find_held_out(args, dataset):
+    """(dataset of the held-out examples, problems). What --validation_split holds out is taken from `dataset`.
+
+    Nothing is dropped in it; masks and blurs are the same for every run.
+    """
+    problems = []
+    own_args = held_out_args(args, seed=NOISE_SEED, drop_text_prob=0.0, drop_image_prob=0.0)
+    if args.validation_data_dir:
+        own_args.instance_data_dir = args.validation_data_dir
+        own_args.dataset_name = None
+        own_args.data_files = None
+        own_args.streaming = False
+        own_args.validation_image = None
+        examples, problems = find_examples(own_args)
+        problems = [problem.replace("--instance_data_dir", "--validation_data_dir") for problem in problems]
+    else:
+        found = dataset.examples
+        dataset.examples, examples = hold_out(found, args.validation_split or 0)
+        if found:
+            problems = check_split(dataset.examples, args.validation_split or 0)
+    return OminiDataset(examples, dataset.specs, own_args), problems
 
 
 def is_left_out(example, args):
@@ -2371,7 +2456,17 @@ def pipeline_call(prompt_encoder, prompt, args, specs, condition_images, mask):
 
 
 def log_validation(
-    accelerator, transformer, result_weights, vae, noise_scheduler, prompt_encoder, dataset, args, prompt, step
+    accelerator,
+    transformer,
+    result_weights,
+    vae,
+    noise_scheduler,
+    prompt_encoder,
+    dataset,
+    args,
+    prompt,
+    step,
+    weights_of=None,
 ):
     """Generates images from `prompt` and the conditions of --validation_image, sends them, conditions first, to
     validation/step-N.png and the trackers, and returns them."""
@@ -2405,7 +2500,7 @@ def log_validation(
     captions += [f"seed {args.seed + i}" for i in range(len(images))]
     height, width = args.target_size
     shown = [image.resize((width, height)) for image in condition_images] + images
-    save_images(accelerator, args, shown, captions, prompt=prompt, step=step)
+    save_images(accelerator, args, shown, captions, prompt=prompt, step=step, weights_of=weights_of)
     return images
 
 
@@ -2426,8 +2521,50 @@ python examples/{command}
 """
 
 
-def save_model_card(args, command):
-    """Writes README.md into the output folder: what was trained, and the command that generates with it."""
+def held_out_losses(accelerator, transformer, vae, prompt_encoder, held_out, args, guidance_embeds):
+    """What the metrics get of `held_out`, a dataset: {"validation_loss": mean, "validation_loss_0.1": at this noise
+    level, ...}.
+
+    That is the loss of training at the noise and the levels of `fixed_noise`, without --weighting_scheme.
+    """
+    device = accelerator.device
+    num_levels = len(NOISE_LEVELS)
+    guidance = None
+    if guidance_embeds:
+        guidance = torch.full((num_levels,), args.guidance_scale, device=device)
+
+    def losses_of(index):
+        generator = fixed_generator(index)
+        sample = held_out[0, index]
+        latents, *condition_latents = [
+            sample_latents(sample["moments"][role][None].to(device), vae.config, generator) for role in held_out.roles
+        ]
+        latent_masks = []
+        for role in held_out.roles:
+            mask = sample["latent_masks"].get(role)
+            latent_masks.append(None if mask is None else mask.to(device).expand(num_levels, -1))
+        latents, noise, t = fixed_noise(latents, index)
+        losses = compute_loss(
+            transformer,
+            latents,
+            [each.expand(num_levels, -1, -1, -1) for each in condition_latents],
+            latent_masks,
+            noise,
+            t,
+            *prompt_encoder.encode_prompts([sample["prompt"]] * num_levels),
+            specs=held_out.specs,
+            independent_condition=args.independent_condition,
+            guidance=guidance,
+            weighting_scheme="none",
+        )
+        return {"validation_loss": losses}
+
+    return held_out_means(accelerator, transformer, len(held_out), losses_of)
+
+
+def save_model_card(args, command, held_out=""):
+    """Writes README.md into the output folder: what was trained, the command that generates with it, and what
+    `held_out` tells of the held-out loss."""
     mask_note = ""
     if "$MASK" in command:
         mask_note = ", `MASK` is white where the image is to be generated"
@@ -2443,6 +2580,8 @@ def save_model_card(args, command):
         mask_note=mask_note,
         command=command,
     )
+    if held_out:
+        description = f"{description.rstrip()}\n\n{held_out}"
     tags = ["image-to-image", "flux", "lora", "ominicontrol", "diffusers"]
     write_model_card(args, description, tags, args.pretrained_model_name_or_path)
 
@@ -2476,12 +2615,14 @@ def check_memory(args, prompts):
     ]
 
 
-def describe_run(args, dataset):
+def describe_run(args, dataset, held_out):
     """What the header says of this trainer's data and conditions, {label: text}."""
     amount = "a stream" if args.streaming else f"{len(dataset)} samples"
     run_info = {"data": f"{amount} at {size_text(args.target_size)} px"}
     if not args.streaming:
-        run_info |= describe_data(dataset.examples, [args.instance_data_dir], "--instance_prompt")
+        run_info |= describe_data(
+            [*dataset.examples, *held_out.examples], [args.instance_data_dir], "--instance_prompt"
+        )
         tokenizers = load_tokenizer(args, "tokenizer_2"), load_tokenizer(args, "tokenizer")
         captions = {example.name: example.caption for example in dataset.examples}
         run_info |= describe_long_prompts(captions, tokenizers[0], args.max_sequence_length, tokenizers[1])
@@ -2566,6 +2707,8 @@ def train(args):
         positions = examples[0].columns["positions"]
     specs = condition_specs(args, positions)
     dataset = OminiDataset(examples, specs, args)
+    held_out, held_out_problems = find_held_out(args, dataset)
+    problems += held_out_problems
     examples = dataset.examples
     processes = {"process_index": accelerator.process_index, "num_processes": accelerator.num_processes}
     accumulation = args.gradient_accumulation_steps
@@ -2582,7 +2725,8 @@ def train(args):
     final_prompt = None
     if not args.skip_final_inference:
         final_prompt = args.final_validation_prompt or args.validation_prompt
-    prompts = {example.caption for example in examples if isinstance(example.caption, str)}  # others are problems
+    captions = [example.caption for example in examples + held_out.examples]
+    prompts = {caption for caption in captions if isinstance(caption, str)}  # others are problems
     if args.drop_text_prob:
         prompts.add("")
     for prompt in (args.validation_prompt, final_prompt):
@@ -2590,7 +2734,9 @@ def train(args):
             prompts.add(prompt)
     checkpoint = checkpoint_to_resume(args.output_dir, args.resume_from_checkpoint)
     models = model_identities(args, ["depth_model"] if needs_depth(args) else [])
+    validation_loss_steps = args.validation_loss_steps or args.validation_steps or DEFAULT_STEPS
     run = run_settings(args, accelerator.num_processes, data=data_record(examples), models=models)
+    run |= held_out_record(held_out.examples)
     problems += check_memory(args, prompts) + check_run(accelerator, args, max_train_steps, checkpoint, run)
     if problems:
         fail(accelerator, problems)
@@ -2612,10 +2758,15 @@ def train(args):
     if is_cached:
         prompt_encoder.cache_prompts(sorted(prompts))
     if needs_depth(args):
-        estimate_depth(accelerator, examples + all_images(validation_examples(args)), args)
+        estimate_depth(accelerator, examples + held_out.examples + all_images(validation_examples(args)), args)
     offload_vae = args.offload or args.cache_latents
     vae = load_model(AutoencoderKL, "vae", args, weight_dtype)
     vae.to("cpu" if offload_vae else device)
+    if held_out.examples:
+        with offload_models(vae, device=device, offload=offload_vae):
+            keys = [(index, role) for index in range(len(held_out)) for role in held_out.roles]
+            read = lambda key: held_out[0, key[0]]["pixel_values"][key[1]]  # noqa: E731
+            held_out.moments = cache_moments(accelerator, vae, keys, read)
     if args.cache_latents:
         with offload_models(vae, device=device, offload=offload_vae):
             # an item of the user's class is read once for its image and its conditions, which may be cropped alike
@@ -2670,13 +2821,13 @@ def train(args):
     save_dtype = torch.float32 if args.upcast_before_saving else weight_dtype
     files = adapter_files(args)
 
-    def header(adapter_name):
+    def header(adapter_name, step=None):
         height, width = args.target_size
         described = lora_header(
             args,
             architecture="flux-1-dev" if guidance_embeds else "flux-1-schnell",
             resolution=(width, height),
-            step=global_step,
+            step=step or global_step,
             steps_per_epoch=steps_per_epoch,
         )
         return described | adapter_metadata(args, specs, adapter_name)
@@ -2692,6 +2843,15 @@ def train(args):
         result_weights=result_weights,
         teacher=averages,
     )
+    best = BestStep(
+        transformer,
+        lora_params,
+        keeps_weights=args.load_best_model_at_end,
+        patience=args.early_stopping_patience,
+        result_weights=result_weights,
+    )
+    if held_out.examples:
+        best.register_checkpointing(accelerator)
     global_step = load_checkpoint(accelerator, checkpoint, lr_scheduler)
     if args.use_ema:
         ema.optimization_step = global_step
@@ -2700,7 +2860,7 @@ def train(args):
         return save_checkpoint(accelerator, args.output_dir, global_step, run, args.checkpoints_total_limit)
 
     sampler.start = global_step * accumulation
-    sampler.stop = max_train_steps * accumulation
+    sampler.stop = sampler.start if best.is_over else max_train_steps * accumulation
     if args.streaming:
         if checkpoint:
             sampler.state = checkpoint_state(checkpoint).get("stream")
@@ -2714,11 +2874,12 @@ def train(args):
         )
 
     # 7. Train
-    run_info = describe_run(args, dataset)
+    run_info = describe_run(args, dataset, held_out)
     if args.use_ema:
         run_info["average"] = f"decay {args.ema_decay:g}, of what is saved and drawn"
     if not args.streaming:
         run_info |= describe_small_groups(sampler.groups, args.train_batch_size)
+    run_info |= describe_held_out(held_out.examples, examples, validation_loss_steps)
     print_header(accelerator, args, run_info, lora_params, base_size, max_train_steps, steps_per_epoch)
     keep_earlier_results(
         accelerator, args.output_dir, files.values(), first_step=global_step, max_train_steps=max_train_steps
@@ -2727,6 +2888,9 @@ def train(args):
     metrics = None
     if accelerator.is_main_process:
         metrics = Metrics(args.output_dir / "metrics.jsonl", global_step)
+    validate = functools.partial(
+        held_out_losses, accelerator, transformer, vae, prompt_encoder, held_out, args, guidance_embeds
+    )
     if args.validation_prompt and global_step == 0:
         log_validation(
             accelerator,
@@ -2781,19 +2945,21 @@ def train(args):
             guidance = None
             if guidance_embeds:
                 guidance = torch.full((len(latents),), args.guidance_scale, device=device)
+            noise, t = sample_noise(latents, args=args, noise_scheduler=noise_scheduler, generator=generator)
             with accelerator.autocast():
                 losses = compute_loss(
                     transformer,
                     latents,
                     condition_latents,
                     latent_masks,
+                    noise,
+                    t,
                     prompt_embeds,
                     pooled_prompt_embeds,
-                    args=args,
                     specs=specs,
-                    noise_scheduler=noise_scheduler,
+                    independent_condition=args.independent_condition,
                     guidance=guidance,
-                    generator=generator,
+                    weighting_scheme=args.weighting_scheme,
                 )
                 loss = losses.mean()
             accelerator.backward(loss)
@@ -2820,6 +2986,11 @@ def train(args):
         done = global_step == max_train_steps
         taken_steps.append(finite and not accelerator.optimizer_step_was_skipped)
         logs = {"loss": mean_loss, **step_logs(optimizer, grad_norm, total_batch_size, started, device)}
+        if held_out.examples and (global_step % validation_loss_steps == 0 or global_step == 1 or done):
+            with result_weights():
+                logs |= validate()
+                best.update(global_step, logs["validation_loss"])
+            done = done or best.is_over
         lr_scheduler.step()  # after the step's rate was logged
         log_step(accelerator, progress_bar, metrics, global_step, logs)
         check_steps(taken_steps, global_step, done=done)
@@ -2845,6 +3016,8 @@ def train(args):
             stop_interrupted(accelerator, global_step, checkpoint)
         loss_sum = 0.0
         started = time.perf_counter()
+        if best.is_over:
+            break
     progress_bar.close()
     left_out = gather_objects(left_out)
     if left_out:
@@ -2853,11 +3026,16 @@ def train(args):
         )
         accelerator.print("\n".join(f"  {text}" for text in left_out[:10]))
 
-    # 8. Save and final validation
-    with result_weights():
+    # 8. Save and final validation, with the weights of the best step if --load_best_model_at_end keeps them
+    with best.weights():
         for name, file in files.items():
             save_lora(
-                file.parent, adapted_models, save_dtype, adapter_name=name, weight_name=file.name, header=header(name)
+                file.parent,
+                adapted_models,
+                save_dtype,
+                adapter_name=name,
+                weight_name=file.name,
+                header=header(name, best.result_step),
             )
     if accelerator.is_main_process:
         metrics.close()
@@ -2867,7 +3045,7 @@ def train(args):
         images = log_validation(
             accelerator,
             transformer,
-            result_weights,
+            best.weights,
             vae,
             noise_scheduler,
             prompt_encoder,
@@ -2875,6 +3053,7 @@ def train(args):
             args,
             final_prompt,
             global_step,
+            weights_of=best.result_step,
         )
     if stop_agreed(accelerator):
         checkpoint = save()
@@ -2885,7 +3064,7 @@ def train(args):
         add_thumbnail(accelerator, files.values(), images[-1])
     example_prompt = final_prompt or examples[0].caption
     if accelerator.is_main_process:
-        save_model_card(args, generate_command(args, specs, example_prompt))
+        save_model_card(args, generate_command(args, specs, example_prompt), held_out=best.summary())
     transformer = None  # what FSDP holds must be freed before the process group: gloo can hang otherwise
     accelerator.free_memory()
     accelerator.end_training()
@@ -2895,6 +3074,8 @@ def train(args):
     command = generate_command(args, specs, example_prompt, image=images, mask="MASK")
     files_beside = list(files.values()) if args.output_name else []
     check_taken(taken_steps, args.output_dir, has_scaler=accelerator.scaler is not None)
+    if held_out.examples:
+        accelerator.print(best.summary())
     finish(accelerator, args, global_step, results, command, hub_repo, ["depth/**"], files_beside)
 
 

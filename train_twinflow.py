@@ -45,7 +45,7 @@ import math
 import os
 import shlex
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -126,6 +126,20 @@ from common.data import (
     visible,
 )
 from common.flow_matching import step_generator
+from common.held_out import (
+    DEFAULT_STEPS,
+    NOISE_LEVELS,
+    NOISE_SEED,
+    BestStep,
+    check_held_out,
+    check_split,
+    describe_held_out,
+    fixed_noise,
+    held_out_args,
+    held_out_means,
+    held_out_record,
+    hold_out,
+)
 from common.latents import (
     TensorCache,
     decode_images,
@@ -599,6 +613,33 @@ def parse_args(argv=None):
     arg("--validation_width", type=side, help="width of validation images in pixels (default: as trained)")
     arg("--validation_height", type=side, help="height of validation images in pixels (default: as trained)")
     arg(
+        "--validation_data_dir",
+        type=Path,
+        help="folder of images that are not trained, as --train_data_dir; their loss is computed at fixed noise",
+    )
+    arg(
+        "--validation_split",
+        type=in_range(float, 0, 0.9, above=True),
+        metavar="SHARE",
+        help="hold out this share of the images instead, the same ones in every run, such as 0.2",
+    )
+    arg(
+        "--validation_loss_steps",
+        type=positive_int,
+        help="steps between computations of the held-out loss (default: --validation_steps, else 100)",
+    )
+    arg(
+        "--load_best_model_at_end",
+        action="store_true",
+        help="the result has the weights of the step with the lowest held-out loss",
+    )
+    arg(
+        "--early_stopping_patience",
+        type=positive_int,
+        metavar="N",
+        help="end the run when the held-out loss has not become lower N times in a row",
+    )
+    arg(
         "--validation_epochs",
         type=positive_int,
         default=50,
@@ -687,7 +728,7 @@ def needs(args) -> Needs:
 
 def check_args(args) -> list[str]:
     """Contradictions between flags, and flags without effect."""
-    problems = check_method(args) + check_data_flags(args)
+    problems = check_method(args) + check_data_flags(args) + check_held_out(args)
     backbone = BACKBONES[args.model_type]
     if args.max_sequence_length is not None and args.max_sequence_length > backbone.longest_prompt:
         problems.append(
@@ -761,6 +802,15 @@ def check_data_flags(args) -> list[str]:
         )
     if args.dataset_config_name and not args.dataset_name:
         problems.append(f"--dataset_config_name {args.dataset_config_name} needs --dataset_name")
+    for flag in ("validation_data_dir", "validation_split"):
+        if args.image_free and vars(args)[flag]:
+            problems.append(
+                f"--{flag} has no effect with --image_free: there is no image whose loss could be computed"
+            )
+    if args.validation_data_dir and (args.reference_data_dir or args.reference_column):
+        problems.append(
+            "--validation_data_dir does not go with images to edit: hold out by --validation_split instead"
+        )
 
     needed = []
     if args.model_type == "qwenimage-edit":
@@ -1963,6 +2013,17 @@ def find_examples(args) -> tuple[list[Example], list[str]]:
     return examples, problems
 
 
+def find_held_out(args, examples: list[Example]) -> tuple[list[Example], list[Example], list[str]]:
+    """(training examples, held-out ones, problems) of the examples that `find_examples` has found."""
+    training, held_out = hold_out(examples, args.validation_split or 0)
+    problems = check_split(training, args.validation_split or 0) if examples else []
+    if args.validation_data_dir:
+        own_args = held_out_args(args, train_data_dir=[args.validation_data_dir], dataset_name=None)
+        held_out, problems = find_examples(own_args)
+        problems = [problem.replace("--train_data_dir", "--validation_data_dir") for problem in problems]
+    return training, held_out, problems
+
+
 def find_validation_image(args) -> tuple[Example | None, list[str]]:
     """(the image to edit with the validation prompt, problems)."""
     if args.validation_image is None:
@@ -2043,10 +2104,11 @@ class TwinFlowDataset(Dataset):
     of random draws. Workers, caches and interruptions therefore change no sample.
     """
 
-    def __init__(self, examples: list[Example], cache: TensorCache, args):
+    def __init__(self, examples: list[Example], cache: TensorCache, args, place: tuple = ()):
         self.examples = examples
         self.cache = cache
         self.args = args
+        self.place = place  # in the cache's keys, beside an index: held-out images are not cropped as others are
         sizes = trained_sizes(args)
         self.buckets = [nearest_bucket(example.size, sizes) if example.size else None for example in examples]
         self.order = []
@@ -2078,12 +2140,12 @@ class TwinFlowDataset(Dataset):
     def prompt_key(self, prompt: str, index: int, flipped: bool) -> tuple:
         """The cache's key for a prompt beside the image to edit of an example, if it has one."""
         reference = self.examples[index].images.get("reference")
-        return prompt_key(prompt, reference, self.buckets[index], index, flipped)
+        return prompt_key(prompt, reference, self.buckets[index], index, flipped, *self.place)
 
     def image_key(self, index: int, flipped: bool) -> tuple:
         """The cache's key for the latents of an image, whose random crop depends on its index."""
         example = self.examples[index]
-        return ("image", self.buckets[index], index, flipped, example.stamp or example.name)
+        return ("image", self.buckets[index], index, flipped, example.stamp or example.name, *self.place)
 
     def __getitem__(self, position: tuple[int, int]) -> dict:
         epoch, place = position
@@ -2135,7 +2197,7 @@ def collate(samples: list[dict]) -> dict:
 def encode_prompts(
     accelerator,
     backbone: Backbone,
-    dataset: TwinFlowDataset,
+    datasets: Sequence[TwinFlowDataset],
     cache: TensorCache,
     validation_reference: Example | None,
     args,
@@ -2144,12 +2206,13 @@ def encode_prompts(
     """Fills the cache with the conditions of all prompts. Prompt encoders are loaded only if some are missing, and
     freed afterwards."""
     requests = {}  # {key of the cache: (prompt, function that returns the image to edit)}
-    for index, flipped in dataset.image_keys():
-        example = dataset.examples[index]
-        reference = example.images.get("reference")
-        read_reference = functools.partial(dataset.crop, reference, index, flipped) if reference else None
-        for prompt in [*example.captions, args.uncond_prompt]:
-            requests[dataset.prompt_key(prompt, index, flipped)] = (prompt, read_reference)
+    for dataset in datasets:
+        for index, flipped in dataset.image_keys():
+            example = dataset.examples[index]
+            reference = example.images.get("reference")
+            read_reference = functools.partial(dataset.crop, reference, index, flipped) if reference else None
+            for prompt in [*example.captions, args.uncond_prompt]:
+                requests[dataset.prompt_key(prompt, index, flipped)] = (prompt, read_reference)
     if args.validation_prompt:
         size = validation_size(args, validation_reference)
         key = prompt_key(args.validation_prompt, validation_reference, size)
@@ -2221,18 +2284,57 @@ def prepare_batch(
     return latents, cond, uncond
 
 
+def held_out_losses(
+    accelerator, predict: Predict, transformer, teacher: EMATeacher, backbone: Backbone, vae, held_out, args
+) -> dict[str, float]:
+    """What the metrics get of a dataset, `held_out`: {"validation_loss": mean, "validation_loss_0.1": at this time,
+    ...}.
+
+    That is the distance of F(x_t, t, t) to its target, the velocity with the guidance of --enhanced_ratio, at the
+    noise and, as times, the levels of `fixed_noise`; samples weigh alike. The weights are those that are validated.
+    """
+    low, high = args.enhanced_range
+    guiding_model = teacher if args.ema_decay_rate == 1 else nullcontext  # else it is what is validated
+
+    def losses_of(index):
+        sample = held_out[0, held_out.order.index(index)]
+        batch = collate([sample] * len(NOISE_LEVELS))
+        latents, cond, uncond = prepare_batch(
+            batch, backbone, vae, held_out.args, accelerator.device, offload_vae=False, micro_step=0
+        )
+        latents, noise, t = fixed_noise(latents[:1], index)
+        x_t = expand_as(t, noise) * noise + (1 - expand_as(t, noise)) * latents
+        target = noise - latents
+        guided = (low < t) & (t < high)
+        if args.enhanced_ratio and guided.any():
+            with guiding_model():
+                target[guided] = enhance_target(
+                    predict,
+                    x_t[guided],
+                    t[guided],
+                    target[guided],
+                    select_samples(cond, guided),
+                    select_samples(uncond, guided),
+                    ratio=args.enhanced_ratio,
+                )
+        return {"validation_loss": loss_func(predict(x_t, t, t, cond), target, args.loss_type)}
+
+    return held_out_means(accelerator, transformer, len(held_out.examples), losses_of)
+
+
 def log_validation(
     accelerator,
     predict: Predict,
     transformer,
-    teacher,
     backbone: Backbone,
     vae,
     cache: TensorCache,
     reference: Example | None,
     args,
     *,
+    teacher: Callable,
     step: int,
+    weights_of: int | None = None,
 ) -> list[Image.Image]:
     """Generates the validation prompt, sends the images to validation/step-N.png and the trackers, and returns them.
 
@@ -2266,7 +2368,8 @@ def log_validation(
             )
             images += [to_image(decode_images(vae, part)) for part in latents.split(1)]
             captions += [f"{sampler}, seed {args.seed + i}" for i in range(count)]
-    save_images(accelerator, args, images, captions, prompt=args.validation_prompt, step=step, columns=count)
+    prompt = args.validation_prompt
+    save_images(accelerator, args, images, captions, prompt=prompt, step=step, columns=count, weights_of=weights_of)
     return images
 
 
@@ -2282,8 +2385,9 @@ python examples/{command}
 """
 
 
-def save_model_card(args, command: str) -> None:
-    """Writes README.md into the output folder: what was trained, and the command that generates images with it."""
+def save_model_card(args, command: str, held_out: str = "") -> None:
+    """Writes README.md into the output folder: what was trained, the command that generates images with it, and what
+    `held_out` tells of the held-out loss."""
     trained = "All weights"
     if args.training == "lora":
         trained = f"A {adapter_kind(args)} of rank {args.rank} and alpha {args.lora_alpha:g}"
@@ -2295,6 +2399,8 @@ def save_model_card(args, command: str) -> None:
         recipe=args.recipe,
         command=command,
     )
+    if held_out:
+        description = f"{description.rstrip()}\n\n{held_out}"
     tags = ["text-to-image", "twinflow", args.training, "diffusers"]
     write_model_card(args, description, tags, args.pretrained_model_name_or_path)
 
@@ -2308,7 +2414,7 @@ def generate_command(args, prompt: str) -> str:
     return f"{command} --steps 2"
 
 
-def describe_run(args, dataset: TwinFlowDataset) -> dict[str, str]:
+def describe_run(args, dataset: TwinFlowDataset, held_out: TwinFlowDataset) -> dict[str, str]:
     """What the header says of the method and its data, {label: text}."""
     counts = partition(args.train_batch_size, args.probs)
     if args.ema_decay_rate == 0:
@@ -2340,7 +2446,11 @@ def describe_run(args, dataset: TwinFlowDataset) -> dict[str, str]:
         "batch": ", ".join(f"{count} {sample_type}" for sample_type, count in counts.items()),
         "teacher": teacher,
         "data": data,
-        **describe_data(dataset.examples, [*(args.train_data_dir or []), args.reference_data_dir], "--prompts_file"),
+        **describe_data(
+            [*dataset.examples, *held_out.examples],
+            [*(args.train_data_dir or []), args.reference_data_dir],
+            "--prompts_file",
+        ),
         **long_captions,
         **small_groups,
     }
@@ -2406,11 +2516,15 @@ def train(args):
 
     # 2. Data
     examples, problems = find_examples(args)
+    examples, held_out_examples, held_out_problems = find_held_out(args, examples)
+    problems += held_out_problems
     validation_reference, unreadable = find_validation_image(args)
     problems += unreadable
     models = model_record(args)
     cache = TensorCache(args.output_dir / "encoded", encoder_settings(args, models))
     dataset = TwinFlowDataset(examples, cache, args)
+    own_args = held_out_args(args, seed=NOISE_SEED, center_crop=True, random_flip=False, cache_latents=True)
+    held_out = TwinFlowDataset(held_out_examples, cache, own_args, place=("held out",))
     sampler = StepSampler(
         [dataset.buckets[index] for index in dataset.order],
         args.train_batch_size,
@@ -2423,7 +2537,9 @@ def train(args):
     steps_per_epoch = math.ceil(sampler.steps_per_epoch / accumulation)
     max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
     validation_steps = args.validation_steps or args.validation_epochs * steps_per_epoch
+    validation_loss_steps = args.validation_loss_steps or args.validation_steps or DEFAULT_STEPS
     run = run_settings(args, accelerator.num_processes, data=data_record(examples), models=models)
+    run |= held_out_record(held_out_examples)
     checkpoint = checkpoint_to_resume(args.output_dir, args.resume_from_checkpoint)
     problems += check_run(accelerator, args, max_train_steps, checkpoint, run)
     if problems:
@@ -2432,13 +2548,17 @@ def train(args):
     claim_output_dir(accelerator, args.output_dir, [lora_file(args.output_dir, args.output_name)])
 
     # 3. Prompts and latents: encoded once; prompt encoders are freed before the transformer is loaded
-    encode_prompts(accelerator, backbone, dataset, cache, validation_reference, args, weight_dtype)
+    datasets = [dataset, held_out]
+    encode_prompts(accelerator, backbone, datasets, cache, validation_reference, args, weight_dtype)
     free_memory()
     offload_vae = args.offload or args.cache_latents or args.image_free
     vae = backbone.load_vae(weight_dtype).to("cpu" if offload_vae else device)
     if args.cache_latents and not args.image_free:
         with offload_models(vae, device=device, offload=offload_vae):
             cache_latents(accelerator, vae, dataset, cache)
+    if held_out_examples:
+        with offload_models(vae, device=device, offload=offload_vae):
+            cache_latents(accelerator, vae, held_out, cache)
 
     # 4. Transformer: all weights and a second time embedding, or a LoRA
     train_all = args.training == "full"
@@ -2509,13 +2629,20 @@ def train(args):
         averages = dict(zip(params, teacher.tensors, strict=True))
     result_weights = teacher if teacher.is_moving_average else nullcontext  # what is validated and saved
     save_dtype = torch.float32 if args.upcast_before_saving else weight_dtype
+    best = BestStep(
+        unwrapped_transformer,
+        params.values(),
+        keeps_weights=args.load_best_model_at_end,
+        patience=args.early_stopping_patience,
+        result_weights=result_weights,
+    )
 
-    def header():
+    def header(step=None):
         return lora_header(
             args,
             architecture=backbone.architecture,
             resolution=(args.resolution, args.resolution),
-            step=global_step,
+            step=step or global_step,
             steps_per_epoch=steps_per_epoch,
         )
 
@@ -2534,13 +2661,15 @@ def train(args):
     else:
         register_tensor_checkpointing(accelerator, {"model": params, "teacher": averages})
 
-    def save_full_model(folder):
-        with result_weights():
+    def save_full_model(folder, weights=result_weights):
+        with weights():
             model_class = backbone.transformer_class
             save_model(accelerator, Path(folder) / "transformer", unwrapped_transformer, model_class, save_dtype)
 
     if train_all:  # a checkpoint holds what would be the result, too
         accelerator.register_save_state_pre_hook(lambda models, weights, folder: save_full_model(folder))
+    if held_out_examples:
+        best.register_checkpointing(accelerator)
     global_step = load_checkpoint(accelerator, checkpoint, lr_scheduler)
     teacher.restore_decay(global_step)
 
@@ -2548,7 +2677,7 @@ def train(args):
         return save_checkpoint(accelerator, args.output_dir, global_step, run, args.checkpoints_total_limit)
 
     sampler.start = global_step * accumulation
-    sampler.stop = max_train_steps * accumulation
+    sampler.stop = sampler.start if best.is_over else max_train_steps * accumulation
     train_dataloader = DataLoader(
         dataset,
         batch_sampler=sampler,
@@ -2558,7 +2687,8 @@ def train(args):
     )
 
     # 7. Train
-    run_info = describe_run(args, dataset)
+    run_info = describe_run(args, dataset, held_out)
+    run_info |= describe_held_out(held_out_examples, examples, validation_loss_steps)
     print_header(accelerator, args, run_info, params.values(), base_size, max_train_steps, steps_per_epoch)
     result = args.output_dir / "transformer" if train_all else lora_file(args.output_dir, args.output_name)
     keep_earlier_results(
@@ -2581,11 +2711,22 @@ def train(args):
         accelerator,
         predict,
         unwrapped_transformer,
-        result_weights,
         backbone,
         vae,
         cache,
         validation_reference,
+        args,
+        teacher=result_weights,
+    )
+    compute_held_out = functools.partial(
+        held_out_losses,
+        accelerator,
+        functools.partial(predict, transformer=unwrapped_transformer),
+        unwrapped_transformer,
+        teacher,
+        backbone,
+        vae,
+        held_out,
         args,
     )
     if args.validation_prompt and global_step == 0:
@@ -2646,6 +2787,11 @@ def train(args):
         done = global_step == max_train_steps
         taken_steps.append(finite and not accelerator.optimizer_step_was_skipped)
         logs = {**means, **step_logs(optimizer, grad_norm, total_batch_size, started, device)}
+        if held_out_examples and (global_step % validation_loss_steps == 0 or global_step == 1 or done):
+            with result_weights():
+                logs |= compute_held_out()
+                best.update(global_step, logs["validation_loss"])
+            done = done or best.is_over
         lr_scheduler.step()  # after the step's rate was logged
         log_step(accelerator, progress_bar, metrics, global_step, logs)
         check_steps(taken_steps, global_step, done=done)
@@ -2656,38 +2802,41 @@ def train(args):
             stop_requested = stop_agreed(accelerator)
         if stop_requested and not done:
             checkpoint = save()
-            transformer = predict = validate = None  # see the end of `train`
+            transformer = predict = validate = compute_held_out = None  # see the end of `train`
             stop_interrupted(accelerator, global_step, checkpoint)
         sums = {}
         started = time.perf_counter()
+        if best.is_over:
+            break
     progress_bar.close()
 
-    # 8. Save and final validation
+    # 8. Save and final validation, with the weights of the best step if --load_best_model_at_end keeps them
     lora = lora_file(args.output_dir, args.output_name)
     if train_all:
-        save_full_model(args.output_dir)
+        save_full_model(args.output_dir, best.weights)
     else:
-        with result_weights():
+        with best.weights():
             adapted_models = {"transformer": unwrapped_transformer}
-            save_lora(lora.parent, adapted_models, save_dtype, weight_name=lora.name, header=header())
+            header_of_step = header(best.result_step)
+            save_lora(lora.parent, adapted_models, save_dtype, weight_name=lora.name, header=header_of_step)
     if accelerator.is_main_process:
         metrics.close()
         plot_metrics(args.output_dir)
     images = []
     if args.validation_prompt:
-        images = validate(step=global_step)
+        images = validate(step=global_step, teacher=best.weights, weights_of=best.result_step)
     if stop_agreed(accelerator):
         checkpoint = save()
-        transformer = predict = validate = None
+        transformer = predict = validate = compute_held_out = None
         stop_interrupted(accelerator, global_step, checkpoint)
     interruption.stop_saving()
     if images and not train_all:
         add_thumbnail(accelerator, [lora], images[-1])
     command = generate_command(args, args.validation_prompt or examples[0].captions[0])
     if accelerator.is_main_process:
-        save_model_card(args, command)
+        save_model_card(args, command, held_out=best.summary())
     # DistributedDataParallel must be freed before the process group: gloo can hang otherwise
-    transformer = predict = validate = None
+    transformer = predict = validate = compute_held_out = None
     accelerator.free_memory()
     accelerator.end_training()
     results = {
@@ -2698,6 +2847,8 @@ def train(args):
     }
     files_beside = [lora] if args.output_name else []
     check_taken(taken_steps, args.output_dir, has_scaler=accelerator.scaler is not None)
+    if held_out_examples:
+        accelerator.print(best.summary())
     finish(accelerator, args, global_step, results, command, hub_repo, ["encoded/**"], files_beside)
 
 

@@ -62,6 +62,8 @@ CHANGEABLE = frozenset(
         # How long the run is and when it saves
         "checkpointing_steps",
         "checkpoints_total_limit",
+        "early_stopping_patience",
+        "load_best_model_at_end",
         "max_train_steps",
         "num_train_epochs",
         "resume_from_checkpoint",
@@ -71,6 +73,7 @@ CHANGEABLE = frozenset(
         "num_validation_images",
         "skip_final_inference",
         "validation_epochs",
+        "validation_loss_steps",
         "validation_height",
         "validation_image",
         "validation_mask",
@@ -111,6 +114,7 @@ CHANGEABLE = frozenset(
         "target_data_dir",
         "tokenizer_dir",
         "train_data_dir",
+        "validation_data_dir",
     }
 )
 

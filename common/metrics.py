@@ -2,10 +2,15 @@
 
 import json
 import math
+import re
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+
+# What is computed on held-out examples, its name in metrics and its title in plots
+HELD_OUT = {"validation_loss": "held-out loss", "distance_from_base": "distance from the base model"}
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -41,3 +46,52 @@ def running_mean(values: Iterable[float], window: int) -> list[float]:
             weight = decay * weight + (1 - decay)
         means.append(mean / weight if weight else math.nan)
     return means
+
+
+def kind_of(key: str) -> str | None:
+    """Which of HELD_OUT an entry of a row is, as a mean or at a noise level; None if it is something else."""
+    return next((kind for kind in HELD_OUT if re.fullmatch(rf"{kind}(_[\d.]+)?", key)), None)
+
+
+def is_held_out(key: str) -> bool:
+    """Whether an entry of a row is computed on held-out examples."""
+    return kind_of(key) is not None
+
+
+def held_out_lines(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, dict[int, float]]]:
+    """What the rows have of held-out examples: {a title of HELD_OUT: {"mean": {step: value}, "σ 0.1": ..., ...}}."""
+    found: dict[str, dict[str, dict[int, float]]] = {}
+    for row in rows:
+        for key, value in row.items():
+            kind = kind_of(key)
+            if kind and type(value) in (int, float) and math.isfinite(value):
+                line = "mean" if key == kind else f"σ {key.removeprefix(f'{kind}_')}"
+                found.setdefault(HELD_OUT[kind], {}).setdefault(line, {})[int(row["step"])] = value
+    return found
+
+
+def held_out_losses(rows: Iterable[dict[str, Any]]) -> dict[int, float]:
+    """{step: mean held-out loss} of the rows that have a finite one."""
+    losses = {}
+    for row in rows:
+        loss = row.get("validation_loss")
+        if type(loss) in (int, float) and math.isfinite(loss):
+            losses[int(row["step"])] = loss
+    return losses
+
+
+def held_out_summary(losses: dict[int, float]) -> str:
+    """What the held-out losses {step: loss} of a run tell: whether it overfits, and since when; "" of none."""
+    losses = {step: loss for step, loss in losses.items() if math.isfinite(loss)}
+    if not losses:
+        return ""
+    best = min(losses, key=lambda step: (losses[step], step))
+    last = max(losses)
+    lowest = f"The held-out loss was lowest at step {best}, {losses[best]:.4g}"
+    if best == last:
+        return f"{lowest}, the last at which it was computed: no overfitting so far."
+    increase = losses[last] / losses[best] - 1
+    at_last = f"at step {last} it was {losses[last]:.4g}, {increase:.1%} higher"
+    if increase < 0.01:
+        return f"{lowest}; {at_last}: hardly any overfitting."
+    return f"{lowest}; {at_last}: the run overfits since step {best}."

@@ -147,14 +147,23 @@ class PromptEncoder:
                 setattr(self.pipeline, self.attributes[encoder_name], None)
         free_memory()
 
-    def freeze(self, prompts: list[str]) -> None:
-        """Ends the training of the encoders: they embed `prompts` as they are now and are freed."""
+    def freeze(self, prompts: list[str], *, keep: bool = False) -> None:
+        """Ends the training of the encoders: they embed `prompts` as they are now and are freed.
+
+        With `keep` they stay, for weights of an earlier step that may come back, see `forget_trained`.
+        """
+        self.keep_encoders = self.keep_encoders or keep
         for encoder_name in self.trained:
             for parameter in self.encoders[encoder_name].parameters():
                 parameter.requires_grad_(False)
                 parameter.grad = None
         self.trained.clear()
         self.cache_prompts(prompts)
+
+    def forget_trained(self) -> None:
+        """From here on encoders that were trained, and kept, embed prompts with the weights that they have now."""
+        for encoder_name in self.encoders.keys() - self.never_trained:
+            self.cached[encoder_name].clear()
 
     def _encode_or_recall(self, encoder_name: str, prompts: list[str]) -> torch.Tensor:
         if encoder_name in self.trained:

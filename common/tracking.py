@@ -12,6 +12,7 @@ import secrets
 import shlex
 import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -28,7 +29,15 @@ from common.checkpoints import (
     remove_partial,
     writing,
 )
-from common.metrics import mean_window, read_metrics, running_mean
+from common.metrics import (
+    HELD_OUT,
+    held_out_lines,
+    held_out_losses,
+    held_out_summary,
+    mean_window,
+    read_metrics,
+    running_mean,
+)
 from common.models import gather_objects
 
 import numpy as np
@@ -261,7 +270,8 @@ class Metrics:
 
 
 def plot_metrics(output_dir: Path) -> None:
-    """Plots metrics.jsonl as loss.png: loss and learning rate, the run's checkpoints and the events of args.json."""
+    """Plots metrics.jsonl as loss.png: loss and learning rate, the run's checkpoints and the events of args.json; with
+    held-out data its loss, how far the model moved from its base, and in words whether the run overfits."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -272,11 +282,18 @@ def plot_metrics(output_dir: Path) -> None:
         return
     first_step = rows[0]["step"]
     last_step = rows[-1]["step"]
-    figure, (upper, lower) = plt.subplots(
-        2, 1, figsize=(8, 6), sharex=True, height_ratios=(3, 1), layout="constrained"
+    held_out = held_out_lines(rows)  # a panel for each of its kinds, between loss and learning rate
+    ratios = (3, *[2] * len(held_out), 1)
+    figure, (upper, *middle, lower) = plt.subplots(
+        len(ratios), 1, figsize=(8, 1.5 * sum(ratios)), sharex=True, height_ratios=ratios, layout="constrained"
     )
+    summary = textwrap.fill(held_out_summary(held_out_losses(rows)), 95)
     upper.set_title(output_dir.resolve().name)
+    if summary:
+        figure.suptitle(summary, fontsize="medium")
     plot_loss(upper, rows)
+    for axes, (name, lines) in zip(middle, held_out.items(), strict=True):
+        plot_held_out(axes, name, lines)
     plot_learning_rate(lower, rows)
 
     checkpoints = [int(folder.name.removeprefix("checkpoint-")) for folder in find_checkpoints(output_dir)]
@@ -288,7 +305,8 @@ def plot_metrics(output_dir: Path) -> None:
             color = f"C{3 + i}"
             upper.axvline(step, color=color, linestyle="--", label=f"{label}, step {step}")
             lower.axvline(step, color=color, linestyle="--")
-    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    handles = [*upper.get_legend_handles_labels()[0], *lower.get_legend_handles_labels()[0]]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
     with atomic_write(output_dir / "loss.png") as partial:
         figure.savefig(partial, dpi=100, format="png")
     plt.close(figure)
@@ -308,6 +326,21 @@ def plot_loss(axes: Any, rows: Sequence[Mapping[str, float]]) -> None:
         low, high = np.percentile(finite, (0, 99.5))
         margin = 0.05 * (high - low)
         axes.set_ylim(low - margin, high + margin)
+
+
+def plot_held_out(axes: Any, name: str, lines: Mapping[str, Mapping[int, float]]) -> None:
+    """What is computed on held-out examples, {"mean": {step: value}, "σ 0.1": ...}; of a loss, whose levels differ
+    much, on a logarithmic scale with the lowest mean marked."""
+    for i, (label, values) in enumerate(lines.items()):
+        style = {"color": f"C{i + 4}", "linewidth": 1} if i else {"color": "black", "linewidth": 2}
+        axes.plot(list(values), list(values.values()), marker=".", label=label, **style)
+    if name == HELD_OUT["validation_loss"]:
+        mean = lines["mean"]
+        best = min(mean, key=lambda step: mean[step])
+        axes.plot(best, mean[best], marker="o", markersize=9, fillstyle="none", color="black")
+        axes.set_yscale("log")
+    axes.set_ylabel(name)
+    axes.legend(ncols=len(lines), fontsize="x-small", frameon=False, loc="best")
 
 
 def plot_learning_rate(axes: Any, rows: Sequence[Mapping[str, float]]) -> None:

@@ -131,22 +131,29 @@ def save_images(
     prompt: str = "",
     columns: int = 4,
     grid: Image.Image | None = None,
+    weights_of: int | None = None,
 ) -> None:
     """Writes the images as a grid to validation/step-N.png and sends them to the trackers.
 
-    `prompt` is that of all images, `captions` say what differs; `grid` replaces the usual one.
+    `prompt` is that of all images, `captions` say what differs; `grid` replaces the usual one. `weights_of` is the
+    step whose weights have drawn them, if it is another one.
     """
     if not accelerator.is_main_process:
         return
     if grid is None:
-        grid = image_grid(images, captions, columns, title=f"{prompt}\nstep {step}")
+        grid = image_grid(images, captions, columns, title=f"{prompt}\n{step_title(step, weights_of)}")
     with atomic_write(args.output_dir / "validation" / f"step-{step:06d}.png") as partial:
         grid.save(partial, format="PNG")
     prefix = f"{prompt} | " if prompt else ""
-    captions = [f"{prefix}{caption}, step {step}" for caption in captions]
+    captions = [f"{prefix}{caption}, {step_title(step, weights_of)}" for caption in captions]
     with writing(args.output_dir / args.logging_dir):
         folder = args.output_dir / "validation"
         log_images(accelerator, images, captions, name="validation", step=step, grid=grid, folder=folder)
+
+
+def step_title(step: int, weights_of: int | None) -> str:
+    """The step at which images were drawn, in words, with the one whose weights they show if it is another one."""
+    return f"step {step}, weights of step {weights_of}" if weights_of else f"step {step}"
 
 
 def log_images(

@@ -25,7 +25,15 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from common.arguments import Parser
-from common.metrics import mean_window, read_metrics, running_mean
+from common.metrics import (
+    held_out_lines,
+    held_out_losses,
+    held_out_summary,
+    is_held_out,
+    mean_window,
+    read_metrics,
+    running_mean,
+)
 
 
 MAX_POINTS = 3000  # of a curve in the page; in longer runs a point is the mean of several steps
@@ -66,7 +74,10 @@ def is_before(step, last_step):
 
 
 def charts_of(rows):
-    """What the page plots: {"steps": [...], "last", "charts": [{"name", "lines": {name: [value or None]}, "log"}]}."""
+    """What the page plots: {"steps": [...], "last", "charts": [{"name", "lines": {name: [value or None]}, "log"}]}.
+
+    A chart of what is computed on held-out data has "steps" of its own.
+    """
     steps_per_point = math.ceil(len(rows) / MAX_POINTS)
     window = mean_window(len(rows))
     names = dict.fromkeys(CHART_TITLES)  # in this order, before whatever else was logged
@@ -75,7 +86,7 @@ def charts_of(rows):
     charts = []
     for name in names:
         values = np.array([row.get(name, math.nan) for row in rows], float)
-        if name == "step" or not np.isfinite(values).any():
+        if name == "step" or is_held_out(name) or not np.isfinite(values).any():
             continue
         points = averaged(values, steps_per_point)
         if name in ("lr", "prodigy_d", "peak_memory_gb"):
@@ -86,8 +97,19 @@ def charts_of(rows):
             lines = {each: points, f"mean of {window}": mean}
         log = name in ("lr", "prodigy_d") and 0 < 100 * values.min() < values.max()
         charts.append({"name": CHART_TITLES.get(name, name), "lines": lines, "log": bool(log)})
+    charts[1:1] = held_out_charts(rows)
     steps = [int(row["step"]) for row in rows[::steps_per_point]]
     return {"steps": steps, "last": int(rows[-1]["step"]), "charts": charts}
+
+
+def held_out_charts(rows):
+    """A chart of each kind of values that are computed on held-out data, with the steps that have them."""
+    charts = []
+    for title, values in held_out_lines(rows).items():
+        steps = sorted({step for line in values.values() for step in line})
+        lines = {name: [line.get(step) for step in steps] for name, line in values.items()}
+        charts.append({"name": title, "lines": lines, "log": False, "steps": steps})
+    return charts
 
 
 def averaged(values, count):
@@ -214,6 +236,7 @@ def page(folder):
         name=html.escape(folder.resolve().name),
         model=html.escape(str(values.get("pretrained_model_name_or_path", ""))),
         prompt=html.escape(str(values.get("validation_prompt") or "")),
+        held_out=html.escape(held_out_summary(held_out_losses(rows))),
         facts="".join(f"<div><b>{value}</b>{name}</div>" for name, value in facts.items()),
         settings=settings_html(values, changed if isinstance(changed, list) else []),
         files=files_table(folder),

@@ -396,7 +396,10 @@ BAD = [
     ("[[datasets]]\nbucket_reso_steps = 24\n{s}", "bucket_reso_steps = 24 must be a multiple of 16"),
     ("[[datasets]]\n{s}color_aug = true", "color_aug = True is not supported: colors are kept as they are"),
     ("[[datasets]]\n{s}alpha_mask = true", "--dataset_config data.toml: all masks are white (or opaque) all over"),
-    ("[[datasets]]\nvalidation_split = 0.1\n{s}", "validation_split = 0.1 is not supported: no images are held out"),
+    (
+        "[[datasets]]\nvalidation_split = 0.1\n{s}",
+        "validation_split = 0.1 is not supported: it is a flag: --validation_split",
+    ),
     ("[general]\nprior_loss_weight = 0.5\n[[datasets]]\n{s}", "it is a flag: --prior_loss_weight"),
     ("[[datasets]]\n{s}metadata_file = 'm.json'", "metadata_file = 'm.json' is not supported: give image_dir"),
     ("[[datasets]]\n{s}token_warmup_step = 5", "token_warmup_step = 5 is not supported"),

@@ -861,6 +861,7 @@ PATHS = {
             "instance_data_dir": "images",
             "mask_data_dir": "masks",
             "class_data_dir": "classes",
+            "validation_data_dir": "images",
             "output_dir": "out",
             "logging_dir": "logs",
             "cache_dir": "cache",
@@ -880,7 +881,12 @@ PATHS = {
         {"pretrained_model_name_or_path": "model", "instance_data_dir": "images", "resume_from_checkpoint": "images"},
     ],
     "train_influxedit": [
-        {"pretrained_model_name_or_path": "fill", "instance_data_dir": "images", "lora_path": "lora.safetensors"},
+        {
+            "pretrained_model_name_or_path": "fill",
+            "instance_data_dir": "images",
+            "validation_data_dir": "images",
+            "lora_path": "lora.safetensors",
+        },
         {
             "pretrained_model_name_or_path": "fill",
             "instance_data_dir": "images",
@@ -903,6 +909,7 @@ PATHS = {
             "pretrained_model_name_or_path": "model",
             "instance_data_dir": "images",
             "validation_image": "images/a.png",
+            "validation_data_dir": "images",
             "output_dir": "out",
             "logging_dir": "logs",
             "cache_dir": "cache",
@@ -918,6 +925,7 @@ PATHS = {
         {
             "pretrained_model_name_or_path": "model",
             "train_data_dir": "images",
+            "validation_data_dir": "images",
             "output_dir": "out",
             "logging_dir": "logs",
             "cache_dir": "cache",
