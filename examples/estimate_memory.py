@@ -158,10 +158,16 @@ def qwen3_8b():
 
 def mistral3_small():
     text = {"model_type": "mistral", "vocab_size": 131072, "hidden_size": 5120, "intermediate_size": 32768}
-    text |= {"num_hidden_layers": 40, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
+    text |= {
+        "tie_word_embeddings": False,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+    }
     vision = {"model_type": "pixtral", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24}
     vision |= {"num_attention_heads": 16, "image_size": 1540, "patch_size": 14}
-    config = transformers.Mistral3Config(text_config=text, vision_config=vision)
+    config = transformers.Mistral3Config(text_config=text, vision_config=vision, tie_word_embeddings=False)
     return transformers.Mistral3ForConditionalGeneration(config)
 
 

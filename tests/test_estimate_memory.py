@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from common.lora import add_lora, target_layers
 from common.models import quantize_base
 
-from examples.estimate_memory import DTYPES, MODELS, create_optimizer, estimate, parse_args
+from examples.estimate_memory import DTYPES, MODELS, create_optimizer, estimate, flux2, parse_args, qwen3_4b
 from train_twinflow import BACKBONES, add_target_time
 
 
@@ -158,8 +158,7 @@ def test_sizes_of_flux2():
 
 
 def test_a_step_of_flux2_is_estimated():
-    model = MODELS["FLUX.2-klein-4B"]
-    small = dataclasses.replace(model, config=model.config | {"num_layers": 1, "num_single_layers": 1})
+    small = flux2(1, 1, 24, 7680, qwen3_4b)
     flags = ["--model", "FLUX.2-klein-4B", "--gradient_checkpointing"]
     rows, peaks = estimate(small, parse_args([*flags, "--quantize_base", "nf4"]))
     assert rows["weights"] < 0.7 * estimate(small, parse_args(flags))[0]["weights"]
