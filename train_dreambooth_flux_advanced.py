@@ -30,6 +30,7 @@ import difflib
 import functools
 import glob
 import hashlib
+import inspect
 import itertools
 import json
 import math
@@ -225,7 +226,17 @@ from common.tracking import (
     step_logs,
     write_model_card,
 )
-from common.validation import generate_class_images, generate_images, save_images, undisturbed
+from common.validation import (
+    generate_class_images,
+    generate_images,
+    read_validation_prompts,
+    repeated_prompt,
+    sampling_arguments,
+    save_images,
+    texts_of,
+    undisturbed,
+    with_defaults,
+)
 
 import numpy as np
 import torch
@@ -599,6 +610,13 @@ def parse_args(argv=None):
 
     arg = parser.add_argument_group("validation", "images while training, without effect on it").add_argument
     arg("--validation_prompt", help="prompt to generate before, during and after training")
+    arg(
+        "--validation_prompts",
+        "--sample_prompts",
+        type=Path,
+        metavar="FILE",
+        help="file of such prompts instead, an image each; a line is such as 'a dog --w 512 --d 1 --am 0.8'",
+    )
     arg("--num_validation_images", type=positive_int, default=4, help="images per validation")
     arg("--validation_epochs", type=positive_int, default=50, help="epochs between validations")
     arg("--validation_steps", type=positive_int, help="steps between validations; overrides --validation_epochs")
@@ -630,6 +648,16 @@ def parse_args(argv=None):
         type=positive_int,
         metavar="N",
         help="end the run when the held-out loss has not become lower N times in a row",
+    )
+    arg(
+        "--validation_num_inference_steps",
+        type=in_range(int, 1, 1000),
+        help="steps to generate an image in (default: the pipeline's)",
+    )
+    arg(
+        "--validation_guidance_scale",
+        type=non_negative_float,
+        help="value of the guidance embedding in them (default: the pipeline's)",
     )
 
     arg = parser.add_argument_group("output and logging", "where results and logs are written").add_argument
@@ -712,7 +740,8 @@ def kohya_defaults(args):
 def needs(args):
     """{what: (whether this run has it, the flags that are read with it alone)}, see `idle_flags`."""
     trains_text = args.train_text_encoder or args.train_text_encoder_ti
-    draws = args.validation_prompt or args.final_validation_prompt
+    one_prompt = args.validation_prompt or args.final_validation_prompt
+    draws = one_prompt or args.validation_prompts
     return noise_needs(args) | {
         "--with_prior_preservation": (
             args.with_prior_preservation,
@@ -739,9 +768,16 @@ def needs(args):
                 *("use_dora", "lora_type", "adam_weight_decay"),
             ),
         ),
-        "--validation_prompt": (args.validation_prompt, ("validation_epochs",)),
+        "--validation_prompt or --validation_prompts": (
+            args.validation_prompt or args.validation_prompts,
+            ("validation_epochs",),
+        ),
         "no --validation_steps": (not args.validation_steps, ("validation_epochs",)),
-        "--validation_prompt or --final_validation_prompt": (draws, ("num_validation_images", "skip_final_inference")),
+        "--validation_prompt or --final_validation_prompt": (one_prompt, ("num_validation_images",)),
+        "--validation_prompt, --validation_prompts or --final_validation_prompt": (
+            draws,
+            ("skip_final_inference", "validation_guidance_scale", "validation_num_inference_steps"),
+        ),
         "--use_ema": (args.use_ema, ("ema_decay",)),
         "--dataset_name": (args.dataset_name, ("image_column",)),
         "--mask_data_dir, --alpha_mask or --dataset_config": (
@@ -874,8 +910,11 @@ def check_args(args):
 
     # validation and output
     problems += check_held_out(args)
-    if args.validation_steps and not args.validation_prompt:
-        problems.append(f"--validation_steps {args.validation_steps} needs --validation_prompt")
+    if args.validation_prompt and args.validation_prompts:
+        problems.append("--validation_prompt and --validation_prompts exclude each other: choose one")
+    if args.validation_steps and not (args.validation_prompt or args.validation_prompts):
+        needed = "--validation_prompt or --validation_prompts"
+        problems.append(f"--validation_steps {args.validation_steps} needs {needed}")
     if args.final_validation_prompt and args.skip_final_inference:
         problems.append("--final_validation_prompt has no effect with --skip_final_inference: leave one out")
     if (args.save_every_n_epochs or args.save_format == "kohya") and not args.output_name:
@@ -2277,7 +2316,6 @@ KOHYA_FLAGS = dict.fromkeys([*DATASET_OPTIONS, *REFUSED_OPTIONS], IN_DATASET_CON
     "sample_at_first": RefusedOption("", "--validation_prompt is drawn before training too"),
     "sample_every_n_epochs": RefusedOption(None, "--validation_epochs"),
     "sample_every_n_steps": RefusedOption(None, "--validation_steps"),
-    "sample_prompts": RefusedOption(None, "--validation_prompt, with --validation_epochs or --validation_steps"),
     "sample_sampler": RefusedOption(None, "images are drawn with the model's own scheduler: leave it out"),
     "save_every_n_steps": RefusedOption(None, "--checkpointing_steps; their LoRA is a file in checkpoint-N"),
     "save_last_n_epochs": RefusedOption(None, "--checkpoints_total_limit; files of epochs are kept"),
@@ -2911,6 +2949,28 @@ def pipeline_call(family, prompt_encoder, args, prompts):
     return call | {"height": args.resolution, "width": args.resolution}
 
 
+def validation_prompts(args, family):
+    """(what is generated while training, what after it, problems): lists of `ValidationPrompt`."""
+    options = {"width", "height", "seed"}
+    takes = inspect.signature(family.pipeline_class.__call__).parameters
+    options |= {"num_inference_steps", "guidance_scale"} & set(takes)
+    if "true_cfg_scale" in takes:
+        options |= {"true_cfg_scale", "negative_prompt"}
+    if args.train_transformer_frac > 0 and not args.train_text_encoder:  # prompts are embedded at full scale
+        options.add("lora_scale")
+    prompts, problems = read_validation_prompts("--validation_prompts", args.validation_prompts, options=options)
+    prompts += repeated_prompt(args.validation_prompt, args.num_validation_images, seed=args.seed)
+    final_prompts = []
+    if not args.skip_final_inference:
+        final_prompts = repeated_prompt(args.final_validation_prompt, args.num_validation_images, seed=args.seed)
+        final_prompts = final_prompts or prompts
+    defaults = {
+        "guidance_scale": args.validation_guidance_scale,
+        "num_inference_steps": args.validation_num_inference_steps,
+    }
+    return with_defaults(prompts, **defaults), with_defaults(final_prompts, **defaults), problems
+
+
 def log_validation(
     accelerator,
     family,
@@ -2920,23 +2980,36 @@ def log_validation(
     noise_scheduler,
     prompt_encoder,
     args,
-    prompt,
+    prompts,
     step,
     weights_of=None,
 ):
-    """Generates images of a prompt and returns them; they go to validation/step-N.png and to the trackers."""
+    """Generates images of prompts and returns them; they go to validation/step-N.png and to the trackers."""
     pipeline = create_pipeline(family, accelerator.unwrap_model(transformer), vae, noise_scheduler)
+    seeds = [args.seed if prompt.seed is None else prompt.seed for prompt in prompts]
     with (
         result_weights(),
         undisturbed(transformer, device=accelerator.device),
         offload_models(vae, device=accelerator.device, offload=args.offload or args.cache_latents),
     ):
-        call = pipeline_call(family, prompt_encoder, args, [prompt])
-        images = generate_images(accelerator, pipeline, [call] * args.num_validation_images, seed=args.seed)
+        calls = []
+        for prompt in prompts:
+            call = pipeline_call(family, prompt_encoder, args, [prompt.prompt]) | sampling_arguments(prompt)
+            call |= {"height": prompt.height or args.resolution, "width": prompt.width or args.resolution}
+            if prompt.negative is not None:
+                negative = family.prompt_arguments(prompt_encoder, [prompt.negative])
+                call |= {f"negative_{name}": value for name, value in negative.items()}
+            calls.append(call)
+        lora_scales = [prompt.lora_scale for prompt in prompts]
+        images = generate_images(accelerator, pipeline, calls, seeds=seeds, lora_scales=lora_scales)
     if not images:  # interrupted
         return []
-    captions = [f"seed {args.seed + i}" for i in range(len(images))]
-    save_images(accelerator, args, images, captions, prompt=prompt, step=step, weights_of=weights_of)
+    captions = [prompt.described(seed=args.seed) for prompt in prompts]
+    title = prompts[0].prompt
+    if args.validation_prompts and len({prompt.prompt for prompt in prompts}) > 1:
+        captions = [f"{prompt.prompt} | {caption}" for prompt, caption in zip(prompts, captions, strict=True)]
+        title = ""
+    save_images(accelerator, args, images, captions, prompt=title, step=step, weights_of=weights_of)
     return images
 
 
@@ -3344,6 +3417,8 @@ def train(args):
     max_train_steps = max(text_encoder_stop, transformer_stop)
     validation_steps = args.validation_steps or args.validation_epochs * steps_per_epoch
     validation_loss_steps = args.validation_loss_steps or args.validation_steps or DEFAULT_STEPS
+    val_prompts, final_prompts, prompt_problems = validation_prompts(args, family)
+    problems += prompt_problems
     run = run_settings(args, accelerator.num_processes, data=data_record(examples), models=models)
     run |= held_out_record(held_out_examples)
     if args.dataset_config and not problems:
@@ -3359,17 +3434,12 @@ def train(args):
     claim_output_dir(accelerator, args.output_dir, result_files(args))
 
     # 3. Prompts: embedded once; frozen text encoders are freed before the transformer is loaded
-    final_prompt = None
-    if not args.skip_final_inference:
-        final_prompt = args.final_validation_prompt or args.validation_prompt
     prompts = set()
     prompts.update(class_prompts, preserve_prompts)
-    if class_prompts or args.validation_prompt or final_prompt:
+    if class_prompts or val_prompts or final_prompts:
         prompts.update(family.more_prompts)
     prompts.update(example.caption for example in class_examples(args, class_prompts))
-    for prompt in (args.validation_prompt, final_prompt):
-        if prompt:
-            prompts.add(prompt)
+    prompts.update(texts_of(val_prompts + final_prompts))
     prompts.update(example.prompt() for example in held_out_examples)
     has_varying_prompts = False
     for example in examples:
@@ -3615,10 +3685,18 @@ def train(args):
         lambda caption: prompts_instead.get(caption, preserve_prompts),
         base_pooled,
     )
-    if args.validation_prompt and global_step == 0:
-        prompt = args.validation_prompt
+    if val_prompts and global_step == 0:
         log_validation(
-            accelerator, family, transformer, result_weights, vae, noise_scheduler, prompt_encoder, args, prompt, 0
+            accelerator,
+            family,
+            transformer,
+            result_weights,
+            vae,
+            noise_scheduler,
+            prompt_encoder,
+            args,
+            val_prompts,
+            0,
         )
     transformer.train()
     progress_bar = tqdm(
@@ -3768,8 +3846,7 @@ def train(args):
         # after the file of the epoch, which a run that is resumed from this checkpoint does not write
         if global_step % args.checkpointing_steps == 0:
             save()
-        if args.validation_prompt and global_step % validation_steps == 0 and not (done or stop_requested):
-            prompt = args.validation_prompt
+        if val_prompts and global_step % validation_steps == 0 and not (done or stop_requested):
             log_validation(
                 accelerator,
                 family,
@@ -3779,7 +3856,7 @@ def train(args):
                 noise_scheduler,
                 prompt_encoder,
                 args,
-                prompt,
+                val_prompts,
                 global_step,
             )
             stop_requested = stop_agreed(accelerator)
@@ -3805,7 +3882,7 @@ def train(args):
         metrics.close()
         plot_metrics(args.output_dir)
     images = []
-    if final_prompt:
+    if final_prompts:
         if best.result_step:
             prompt_encoder.forget_trained()
         images = log_validation(
@@ -3817,7 +3894,7 @@ def train(args):
             noise_scheduler,
             prompt_encoder,
             args,
-            final_prompt,
+            final_prompts,
             global_step,
             weights_of=best.result_step,
         )
@@ -3828,7 +3905,8 @@ def train(args):
     interruption.stop_saving()
     if images and adapted_models:
         add_thumbnail(accelerator, [lora_file(args.output_dir, args.output_name)], images[-1])
-    example_prompt = final_prompt or args.instance_prompt or examples[0].prompt()
+    shown_last = final_prompts[0].prompt if final_prompts else None
+    example_prompt = shown_last or args.instance_prompt or examples[0].prompt()
     if accelerator.is_main_process:
         save_model_card(
             args,

@@ -201,7 +201,19 @@ from common.tracking import (
     step_logs,
     write_model_card,
 )
-from common.validation import generate_class_images, generate_images, image_grid, save_images, step_title, undisturbed
+from common.validation import (
+    ValidationPrompt,
+    generate_class_images,
+    generate_images,
+    image_grid,
+    read_validation_prompts,
+    sampling_arguments,
+    save_images,
+    step_title,
+    texts_of,
+    undisturbed,
+    with_defaults,
+)
 
 import numpy as np
 import torch
@@ -467,6 +479,13 @@ def parse_args(argv=None):
         "--validation_prompt",
         help="validation prompts, separated by ; (or by , if that makes one for each of several images)",
     )
+    arg(
+        "--validation_prompts",
+        "--sample_prompts",
+        type=Path,
+        metavar="FILE",
+        help="file of such prompts instead, an image each; a line is such as 'a dog --w 512 --d 1 --cn input.png'",
+    )
     arg("--validation_image", help="input images for them, separated by ; or , (default: the first of the data)")
     arg("--validation_mask", help="masks for them, separated by ; or ,; split masks need none")
     arg("--num_validation_images", type=positive_int, default=1, help="images per prompt")
@@ -500,6 +519,16 @@ def parse_args(argv=None):
         type=positive_int,
         metavar="N",
         help="end the run when the held-out loss has not become lower N times in a row",
+    )
+    arg(
+        "--validation_num_inference_steps",
+        type=in_range(int, 1, 1000),
+        help="steps to generate an image in (default: the pipeline's)",
+    )
+    arg(
+        "--validation_guidance_scale",
+        type=non_negative_float,
+        help="value of the guidance embedding in them (default: guidance_scale)",
     )
 
     arg = parser.add_argument_group("output and logging", "where results and logs go").add_argument
@@ -544,12 +573,19 @@ def needs(args):
             ("num_class_images", "sample_batch_size", "prior_generation_precision", "prior_loss_weight"),
         ),
         "--train_text_encoder": (args.train_text_encoder, ("text_encoder_lr", "adam_weight_decay_text_encoder")),
-        "--validation_prompt": (
-            args.validation_prompt,
-            ("num_validation_images", "validation_width", "validation_height"),
+        "--validation_prompt": (args.validation_prompt, ("num_validation_images",)),
+        "--validation_prompt or --validation_prompts": (
+            args.validation_prompt or args.validation_prompts,
+            (
+                "validation_width",
+                "validation_height",
+                "validation_guidance_scale",
+                "validation_num_inference_steps",
+            ),
         ),
-        "--validation_prompt, or held-out data without --validation_loss_steps": (
+        "--validation_prompt, --validation_prompts, or held-out data without --validation_loss_steps": (
             args.validation_prompt
+            or args.validation_prompts
             or ((args.validation_data_dir or args.validation_split) and not args.validation_loss_steps),
             ("validation_steps",),
         ),
@@ -672,6 +708,11 @@ def check_args(args):
         if size % 16:
             problems.append(f"--{flag} {size} must be a multiple of 16, such as {size // 16 * 16}")
     listed = {flag: entries for flag, entries in validation_lists(args).items() if entries}
+    if listed and args.validation_prompts:
+        problems.append(
+            f"--{next(iter(listed))} and --validation_prompts exclude each other: lines have images (--cn)"
+        )
+        listed = {}
     if args.use_split_mask:
         listed.pop("validation_mask", None)
     if listed and "validation_prompt" not in listed:
@@ -959,6 +1000,11 @@ def find_examples(args):
     images = all_images(examples) + class_examples(args, []) + validation_files(args, "validation_image")
     if not args.use_split_mask:
         images += validation_files(args, "validation_mask")
+    _, prompt_problems = file_prompts(args)
+    problems += prompt_problems
+    if args.validation_prompts and examples and not prompt_problems:
+        for _, image, mask in validation_inputs(args, examples):
+            images += [image] if mask is None else [image, mask]
 
     # 2. Check
     sizes, unreadable = read_sizes(images, decode=False)
@@ -992,7 +1038,14 @@ def find_held_out(args, examples):
                 folders[flag] = args.validation_data_dir / folder.resolve().name
         if len(folders) == 1:
             folders["instance_data_dir"] = args.validation_data_dir
-        own_args = held_out_args(args, **folders, class_data_dir=None, validation_prompt=None, validation_image=None)
+        own_args = held_out_args(
+            args,
+            **folders,
+            class_data_dir=None,
+            validation_prompt=None,
+            validation_prompts=None,
+            validation_image=None,
+        )
         held_out, problems = find_examples(own_args)
         problems = [f"--validation_data_dir {args.validation_data_dir}: {problem}" for problem in problems]
     return training, held_out, problems
@@ -1252,6 +1305,7 @@ class ValidationCase(NamedTuple):
     prompt: str
     image: Image.Image
     mask: Image.Image
+    settings: ValidationPrompt
 
 
 def create_pipeline(transformer, vae, noise_scheduler):
@@ -1297,59 +1351,92 @@ def validation_files(args, flag):
     return [file_example(expanded_path(path), name=f"--{flag} {path}") for path in validation_lists(args)[flag]]
 
 
+def file_prompts(args):
+    """(prompts of --validation_prompts, problems)."""
+    options = {"width", "height", "seed", "num_inference_steps", "guidance_scale", "image"}
+    has_masks = args.mode == "mask" and not args.use_split_mask
+    if has_masks:
+        options.add("mask")
+    if not (args.train_text_encoder or args.train_embedder):  # their part has no scale
+        options.add("lora_scale")
+    prompts, problems = read_validation_prompts("--validation_prompts", args.validation_prompts, options=options)
+    for prompt in prompts:
+        where = f"--validation_prompts {args.validation_prompts}: {prompt.prompt[:80]!r}"
+        if len(prompt.image) > 1:
+            problems.append(f"{where} has {len(prompt.image)} images: give one --cn")
+        if has_masks and prompt.image and not prompt.mask:
+            problems.append(f"{where}: --cn needs --mask, or masks that are split: --use_split_mask")
+    return prompts, problems
+
+
 def validation_cases(args, examples):
     """What is generated at every validation, a list of `ValidationCase`.
 
-    Each of the lists --validation_prompt, --validation_image and --validation_mask has one entry per case, or a single
-    one for all cases. Without --validation_image, the first training example is used. Split masks give one case for
-    each half that training uses. In edit mode the mask is black, see `FillPipeline`.
+    Split masks give one case for each half that training uses. In edit mode the mask is black, see `FillPipeline`.
     """
-    prompts = validation_lists(args)["validation_prompt"]
-    if not prompts:
-        return []
-    images, masks = validation_inputs(args, examples)
-    size = Size(args.validation_height, args.validation_width)
     cases = []
-    for i in range(max(len(prompts), len(images), len(masks))):
-        prompt = prompts[i % len(prompts)]
-        image = fit(images[i % len(images)].image(), size, args.image_interpolation_mode)
+    for prompt, image, mask in validation_inputs(args, examples):
+        size = Size(prompt.height or args.validation_height, prompt.width or args.validation_width)
+        image = fit(image.image(), size, args.image_interpolation_mode)
         if args.mode == "edit":
-            cases.append(ValidationCase(prompt, image, Image.new("L", image.size, "black")))
-        elif args.use_split_mask:
-            if not args.mask_only_right:
-                cases.append(ValidationCase(prompt, image, split_mask(size, "left")))
-            cases.append(ValidationCase(prompt, image, split_mask(size, "right")))
+            masks = [Image.new("L", image.size, "black")]
+        elif not args.use_split_mask:
+            masks = [read_mask(mask, size)]
+        elif args.mask_only_right:
+            masks = [split_mask(size, "right")]
         else:
-            cases.append(ValidationCase(prompt, image, read_mask(masks[i % len(masks)], size)))
+            masks = [split_mask(size, "left"), split_mask(size, "right")]
+        cases += [ValidationCase(prompt.prompt, image, mask, prompt) for mask in masks]
     return cases
 
 
 def validation_inputs(args, examples):
-    """(examples of the images, those of the masks) that are validated; no masks in edit mode and with split masks."""
-    images = validation_files(args, "validation_image") or examples[:1]
-    masks = []
-    if args.mode == "mask" and not args.use_split_mask:
-        masks = validation_files(args, "validation_mask") or [examples[0].images["mask"]]
-    return images, masks
+    """[(prompt, example of its image, example of its mask)]; no mask, None, in edit mode and with split masks.
+
+    They are those of --validation_prompts, or each of the lists --validation_prompt, --validation_image and
+    --validation_mask has one entry for each, or a single one for all. Without an image, the first training example is
+    used.
+    """
+    has_masks = args.mode == "mask" and not args.use_split_mask
+    inputs = []
+    if args.validation_prompts:
+        for prompt in file_prompts(args)[0]:
+            image = file_example(prompt.image[0]) if prompt.image else examples[0]
+            mask = None
+            if has_masks:
+                mask = file_example(prompt.mask) if prompt.mask else examples[0].images["mask"]
+            inputs.append((replace(prompt, seed=args.seed if prompt.seed is None else prompt.seed), image, mask))
+    elif prompts := validation_lists(args)["validation_prompt"]:
+        images = validation_files(args, "validation_image") or examples[:1]
+        masks = [None]
+        if has_masks:
+            masks = validation_files(args, "validation_mask") or [examples[0].images["mask"]]
+        for i in range(max(len(prompts), len(images), len(masks))):
+            prompt = ValidationPrompt(prompts[i % len(prompts)])
+            inputs.append((prompt, images[i % len(images)], masks[i % len(masks)]))
+    prompts = with_defaults(
+        [prompt for prompt, _, _ in inputs],
+        guidance_scale=args.validation_guidance_scale,
+        num_inference_steps=args.validation_num_inference_steps,
+    )
+    return [(prompt, image, mask) for prompt, (_, image, mask) in zip(prompts, inputs, strict=True)]
 
 
 def check_validation_masks(args, examples, size_of):
     """Problems of validation masks that have another shape than their images, or select nothing."""
-    if not validation_lists(args)["validation_prompt"] or not examples or "mask" not in examples[0].images:
+    if not examples or "mask" not in examples[0].images:
         return []
-    images, masks = validation_inputs(args, examples)
     problems = []
-    for i in range(max(len(images), len(masks))):
-        mask = masks[i % len(masks)]
-        mask_size = size_of[mask.name]
-        image_size = size_of[images[i % len(images)].name]
+    for prompt, image, mask in validation_inputs(args, examples):
+        mask_size = size_of.get(mask.name)
+        image_size = size_of.get(image.name)
         if mask_size is None or image_size is None:  # not readable, which is said already
             continue
         misfit = check_shape(mask.name, "a mask", mask_size, image_size)
         problems += misfit
         if not misfit:
             try:
-                read_mask(mask, Size(args.validation_height, args.validation_width))
+                read_mask(mask, Size(prompt.height or args.validation_height, prompt.width or args.validation_width))
             except ValueError as error:
                 problems.append(str(error))
     return list(dict.fromkeys(problems))
@@ -1363,7 +1450,8 @@ def log_validation(
     pipeline = create_pipeline(accelerator.unwrap_model(transformer), vae, noise_scheduler)
     pipeline.edit_mode = args.mode == "edit"
     calls = []
-    prompts = []
+    count = 1 if args.validation_prompts else args.num_validation_images
+    prompts = []  # of each image
     with (
         result_weights(),
         undisturbed(transformer, device=accelerator.device),
@@ -1371,22 +1459,24 @@ def log_validation(
     ):
         for case in cases:
             call = pipeline_call(prompt_encoder, args, [case.prompt], case.image, case.mask)
-            calls += [call] * args.num_validation_images
-            prompts += [case.prompt] * args.num_validation_images
-        images = generate_images(accelerator, pipeline, calls, seed=args.seed)
+            calls += [call | sampling_arguments(case.settings)] * count
+            prompts += [case.settings] * count
+        seeds = [args.seed + i if prompt.seed is None else prompt.seed for i, prompt in enumerate(prompts)]
+        lora_scales = [prompt.lora_scale for prompt in prompts]
+        images = generate_images(accelerator, pipeline, calls, seeds=seeds, lora_scales=lora_scales)
     if not images:  # interrupted
         return []
-    captions = [f"{prompt} | seed {args.seed + i}" for i, prompt in enumerate(prompts)]
+    captions = [f"{prompt.prompt} | {prompt.described(seed=args.seed + i)}" for i, prompt in enumerate(prompts)]
 
     cells = []  # of the grid, a row per case: its input, then the images generated from it
     captions_of_cells = []
     for i, case in enumerate(cases):
-        first = i * args.num_validation_images
-        last = first + args.num_validation_images
+        first = i * count
+        last = first + count
         cells += [Image.composite(Image.new("RGB", case.image.size, "gray"), case.image, case.mask)]
         cells += images[first:last]
         captions_of_cells += ["input", *captions[first:last]]
-    columns = 1 + args.num_validation_images
+    columns = 1 + count
     grid = image_grid(cells, captions_of_cells, columns=columns, title=step_title(step, weights_of))
     save_images(accelerator, args, images, captions, step=step, grid=grid, weights_of=weights_of)
     return images
@@ -1706,7 +1796,7 @@ def train(args):
     # 3. Prompts: embedded once; frozen text encoders are freed before the transformer is loaded
     cases = validation_cases(args, examples)
     prompts = {example.caption for example in [*examples, *held_out_examples]}
-    prompts.update(case.prompt for case in cases)
+    prompts.update(texts_of(case.settings for case in cases))
     if args.caption_dropout:
         prompts.add("")
     prompts.update(class_prompts, preserve_prompts)

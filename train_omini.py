@@ -209,7 +209,16 @@ from common.tracking import (
     step_logs,
     write_model_card,
 )
-from common.validation import generate_images, save_images, undisturbed
+from common.validation import (
+    generate_images,
+    read_validation_prompts,
+    repeated_prompt,
+    sampling_arguments,
+    save_images,
+    texts_of,
+    undisturbed,
+    with_defaults,
+)
 
 import cv2
 import numpy as np
@@ -553,6 +562,13 @@ def parse_args(argv=None):
     arg = parser.add_argument_group("validation", "images while training; they never change it").add_argument
     arg("--validation_prompt", help="prompt to generate before, during and after training")
     arg(
+        "--validation_prompts",
+        "--sample_prompts",
+        type=Path,
+        metavar="FILE",
+        help="file of such prompts instead, an image each; a line is such as 'a dog --d 1 --am 0.8 --cn input.png'",
+    )
+    arg(
         "--validation_image",
         nargs="+",
         type=Path,
@@ -591,6 +607,16 @@ def parse_args(argv=None):
         metavar="N",
         help="end the run when the held-out loss has not become lower N times in a row",
     )
+    arg(
+        "--validation_num_inference_steps",
+        type=in_range(int, 1, 1000),
+        help="steps to generate an image in (default: the pipeline's)",
+    )
+    arg(
+        "--validation_guidance_scale",
+        type=non_negative_float,
+        help="value of the guidance embedding in them (default: the pipeline's)",
+    )
 
     arg = parser.add_argument_group("output and logging", "where everything goes").add_argument
     arg("--output_dir", type=Path, default=Path("flux-omini"), help="folder for all results")
@@ -623,7 +649,8 @@ def parse_args(argv=None):
 
 def needs(args):
     """{what: (whether this run has it, the flags that are read with it alone)}, see `idle_flags`."""
-    draws = args.validation_prompt or args.final_validation_prompt
+    one_prompt = args.validation_prompt or args.final_validation_prompt
+    draws = one_prompt or args.validation_prompts
     return noise_needs(args) | {
         "--optimizer adamw or prodigy": (
             args.optimizer != "sgd",
@@ -637,9 +664,16 @@ def needs(args):
             ("image_size", "padding", "quality_filter"),
         ),
         "--condition_type depth or depth_pred": (needs_depth(args), ("depth_model", "depth_batch_size")),
-        "--validation_prompt": (args.validation_prompt, ("validation_epochs",)),
+        "--validation_prompt or --validation_prompts": (
+            args.validation_prompt or args.validation_prompts,
+            ("validation_epochs",),
+        ),
         "no --validation_steps": (not args.validation_steps, ("validation_epochs",)),
-        "--validation_prompt or --final_validation_prompt": (draws, ("num_validation_images", "skip_final_inference")),
+        "--validation_prompt or --final_validation_prompt": (one_prompt, ("num_validation_images",)),
+        "--validation_prompt, --validation_prompts or --final_validation_prompt": (
+            draws,
+            ("skip_final_inference", "validation_guidance_scale", "validation_num_inference_steps"),
+        ),
     }
 
 
@@ -661,8 +695,8 @@ def check_args(args):
             problems.append("--streaming needs --max_train_steps: the length of a stream is not known")
         if args.cache_latents:
             problems.append("--cache_latents needs all images before training: leave out --streaming")
-        if args.validation_prompt and not args.validation_steps:
-            problems.append("--validation_prompt needs --validation_steps with --streaming")
+        if (args.validation_prompt or args.validation_prompts) and not args.validation_steps:
+            problems.append("--validation_prompt and --validation_prompts need --validation_steps with --streaming")
 
     # noise, optimizer, precision
     if args.weighting_scheme in ("logit_normal", "mode") and args.timestep_sampling != "sigma":
@@ -689,10 +723,13 @@ def check_args(args):
             "--validation_data_dir does not go with --dataset_class: hold out by --validation_split instead"
         )
     has_prompt = bool(args.validation_prompt or args.final_validation_prompt)
-    if has_prompt != bool(args.validation_image):
+    if args.validation_prompt and args.validation_prompts:
+        problems.append("--validation_prompt and --validation_prompts exclude each other: choose one")
+    elif has_prompt != bool(args.validation_image) and not (args.validation_prompts and args.validation_image):
         problems.append("--validation_prompt and --validation_image need each other")
-    if args.validation_steps and not args.validation_prompt:
-        problems.append(f"--validation_steps {args.validation_steps} needs --validation_prompt")
+    if args.validation_steps and not (args.validation_prompt or args.validation_prompts):
+        needed = "--validation_prompt or --validation_prompts"
+        problems.append(f"--validation_steps {args.validation_steps} needs {needed}")
     if args.final_validation_prompt and args.skip_final_inference:
         problems.append("--final_validation_prompt has no effect with --skip_final_inference: leave one out")
 
@@ -1824,6 +1861,7 @@ def find_held_out(args, dataset):
         own_args.data_files = None
         own_args.streaming = False
         own_args.validation_image = None
+        own_args.validation_prompts = None
         examples, problems = find_examples(own_args)
         problems = [problem.replace("--instance_data_dir", "--validation_data_dir") for problem in problems]
     else:
@@ -2176,24 +2214,74 @@ def check_example(example, args, specs=()):
 
 
 def check_validation_shapes(specs, args):
-    """Problems of --validation_image, one for each condition, that have different shapes and lie on one image."""
-    paths = args.validation_image or []
-    if len(paths) != len(specs):
-        return []
-    sizes = [size for size, _ in map_examples(header_size, [file_example(path) for path in paths])]
-    if None in sizes:  # one is not readable, which is said already
-        return []
-    return check_shapes([f"--validation_image {path}" for path in paths], sizes, specs, args.target_size)
+    """Problems of validation images, one for each condition, that have different shapes and lie on one image."""
+    problems = []
+    for paths in dict.fromkeys(prompt.image for prompt in all_validation_prompts(args)):
+        if len(paths) != len(specs):
+            continue
+        sizes = [size for size, _ in map_examples(header_size, [file_example(path) for path in paths])]
+        if None not in sizes:  # one is not readable, which is said already
+            flag = "--validation_image" if list(paths) == args.validation_image else "--cn"
+            problems += check_shapes([f"{flag} {path}" for path in paths], sizes, specs, args.target_size)
+    return problems
+
+
+def validation_prompts(args):
+    """(what is generated while training, what after it, problems): lists of `ValidationPrompt` with their images."""
+    options = {"seed", "num_inference_steps", "guidance_scale", "true_cfg_scale", "negative_prompt", "lora_scale"}
+    options.add("image")
+    if {"fill", "token_integration"} & set(args.condition_type):
+        options.add("mask")
+    prompts, problems = read_validation_prompts("--validation_prompts", args.validation_prompts, options=options)
+    num_conditions = len(args.condition_type)
+    for prompt in prompts:
+        num_images = len(prompt.image or args.validation_image or ())
+        if num_images not in (1, num_conditions):
+            wanted = "one" if num_conditions == 1 else f"one, or {num_conditions}"
+            problems.append(
+                f"--validation_prompts {args.validation_prompts}: {prompt.prompt[:80]!r} has {num_images} images for "
+                f"{num_conditions} conditions: give --cn {wanted}"
+            )
+    prompts += repeated_prompt(args.validation_prompt, args.num_validation_images, seed=args.seed)
+    final_prompts = []
+    if not args.skip_final_inference:
+        final_prompts = repeated_prompt(args.final_validation_prompt, args.num_validation_images, seed=args.seed)
+        final_prompts = final_prompts or prompts
+    default_images = tuple(args.validation_image or ())
+    defaults = {
+        "guidance_scale": args.validation_guidance_scale,
+        "num_inference_steps": args.validation_num_inference_steps,
+    }
+    prompts, final_prompts = (
+        [replace(prompt, image=prompt.image or default_images) for prompt in with_defaults(each, **defaults)]
+        for each in (prompts, final_prompts)
+    )
+    return prompts, final_prompts, problems
+
+
+def all_validation_prompts(args):
+    """All prompts that are generated at a time, but for those whose number of images is a problem."""
+    prompts, final_prompts, _ = validation_prompts(args)
+    counts = (1, len(args.condition_type))
+    return [prompt for prompt in prompts + final_prompts if len(prompt.image) in counts]
 
 
 def validation_examples(args):
-    """--validation_image as one example, in a list; an empty list without. Each condition has an image of its own."""
-    if not args.validation_image:
-        return []
-    example = file_example(args.validation_image[0])
+    """An example for each of the different images of validation prompts. Each condition has an image of its own."""
+    examples = {}
+    for prompt in all_validation_prompts(args):
+        examples.setdefault((prompt.image, prompt.mask), prompt)
+    return [validation_example(prompt, args) for prompt in examples.values()]
+
+
+def validation_example(prompt, args):
+    """The example whose conditions a prompt is generated with."""
+    example = file_example(prompt.image[0])
     for i in range(len(args.condition_type)):
-        example.images[f"condition_{i}"] = file_example(value_for(args.validation_image, i))
-    return [example]
+        example.images[f"condition_{i}"] = file_example(value_for(prompt.image, i))
+    if prompt.mask:
+        example.images["mask"] = file_example(prompt.mask)
+    return example
 
 
 # ---- samples ----
@@ -2464,16 +2552,12 @@ def log_validation(
     prompt_encoder,
     dataset,
     args,
-    prompt,
+    prompts,
     step,
     weights_of=None,
 ):
-    """Generates images from `prompt` and the conditions of --validation_image, sends them, conditions first, to
+    """Generates images of prompts with the conditions of their images, sends them, each behind its conditions, to
     validation/step-N.png and the trackers, and returns them."""
-    (example,) = validation_examples(args)
-    rng = np.random.default_rng(args.seed)
-    mask = dataset.mask(example, rng)
-    condition_images = [dataset.condition_image(example, role, rng, mask) for role in dataset.roles[1:]]
     pipeline = OminiPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler.from_config(noise_scheduler.config),
         vae=vae,
@@ -2483,24 +2567,57 @@ def log_validation(
         tokenizer_2=None,
         transformer=transformer,
     )
+    height, width = args.target_size
+    condition_images = {}  # by what they are made from
+    masks = {}
+    calls = []
     with (
         result_weights(),
         undisturbed(transformer, device=accelerator.device),
         offload_models(vae, device=accelerator.device, offload=args.offload or args.cache_latents),
     ):
-        inputs = list(condition_images)
-        if "token_integration" in dataset.types:
-            integrated = dataset.types.index("token_integration")
-            inputs[integrated] = dataset.source_image(example, f"condition_{integrated}")
-        call = pipeline_call(prompt_encoder, prompt, args, dataset.specs, inputs, mask)
-        images = generate_images(accelerator, pipeline, [call] * args.num_validation_images, seed=args.seed)
+        for prompt in prompts:
+            example = validation_example(prompt, args)
+            key = (prompt.image, prompt.mask)
+            if key not in condition_images:
+                rng = np.random.default_rng(args.seed)
+                masks[key] = dataset.mask(example, rng)
+                condition_images[key] = [
+                    dataset.condition_image(example, role, rng, masks[key]) for role in dataset.roles[1:]
+                ]
+            inputs = list(condition_images[key])
+            if "token_integration" in dataset.types:
+                integrated = dataset.types.index("token_integration")
+                inputs[integrated] = dataset.source_image(example, f"condition_{integrated}")
+            call = pipeline_call(prompt_encoder, prompt.prompt, args, dataset.specs, inputs, masks[key])
+            call |= sampling_arguments(prompt)
+            if prompt.negative is not None:
+                negative_embeds, negative_pooled_embeds = prompt_encoder.encode_prompts([prompt.negative])
+                call["negative_prompt_embeds"] = negative_embeds
+                call["negative_pooled_prompt_embeds"] = negative_pooled_embeds
+            calls.append(call)
+        seeds = [args.seed if prompt.seed is None else prompt.seed for prompt in prompts]
+        lora_scales = [prompt.lora_scale for prompt in prompts]
+        images = generate_images(accelerator, pipeline, calls, seeds=seeds, lora_scales=lora_scales)
     if not images:  # interrupted
         return []
-    captions = [f"condition: {spec.type}" for spec in dataset.specs]
-    captions += [f"seed {args.seed + i}" for i in range(len(images))]
-    height, width = args.target_size
-    shown = [image.resize((width, height)) for image in condition_images] + images
-    save_images(accelerator, args, shown, captions, prompt=prompt, step=step, weights_of=weights_of)
+    condition_captions = [f"condition: {spec.type}" for spec in dataset.specs]
+    captions = [prompt.described(seed=args.seed) for prompt in prompts]
+    title = prompts[0].prompt
+    columns = 4
+    if len({(prompt.prompt, prompt.image, prompt.mask) for prompt in prompts}) == 1:
+        shown = [image.resize((width, height)) for image in condition_images[key]] + images
+        captions = condition_captions + captions
+    else:  # a row for each prompt
+        title = ""
+        columns = 1 + len(condition_captions)
+        shown = []
+        captions_shown = []
+        for prompt, image, caption in zip(prompts, images, captions, strict=True):
+            shown += [each.resize((width, height)) for each in condition_images[prompt.image, prompt.mask]] + [image]
+            captions_shown += [*condition_captions, f"{prompt.prompt} | {caption}"]
+        captions = captions_shown
+    save_images(accelerator, args, shown, captions, prompt=title, step=step, columns=columns, weights_of=weights_of)
     return images
 
 
@@ -2722,16 +2839,13 @@ def train(args):
         steps_per_epoch = math.ceil(sampler.steps_per_epoch / accumulation)
         max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
     validation_steps = args.validation_steps or args.validation_epochs * (steps_per_epoch or 1)
-    final_prompt = None
-    if not args.skip_final_inference:
-        final_prompt = args.final_validation_prompt or args.validation_prompt
+    val_prompts, final_prompts, prompt_problems = validation_prompts(args)
+    problems += prompt_problems
     captions = [example.caption for example in examples + held_out.examples]
     prompts = {caption for caption in captions if isinstance(caption, str)}  # others are problems
     if args.drop_text_prob:
         prompts.add("")
-    for prompt in (args.validation_prompt, final_prompt):
-        if prompt is not None:
-            prompts.add(prompt)
+    prompts.update(texts_of(val_prompts + final_prompts))
     checkpoint = checkpoint_to_resume(args.output_dir, args.resume_from_checkpoint)
     models = model_identities(args, ["depth_model"] if needs_depth(args) else [])
     validation_loss_steps = args.validation_loss_steps or args.validation_steps or DEFAULT_STEPS
@@ -2891,7 +3005,7 @@ def train(args):
     validate = functools.partial(
         held_out_losses, accelerator, transformer, vae, prompt_encoder, held_out, args, guidance_embeds
     )
-    if args.validation_prompt and global_step == 0:
+    if val_prompts and global_step == 0:
         log_validation(
             accelerator,
             transformer,
@@ -2901,7 +3015,7 @@ def train(args):
             prompt_encoder,
             dataset,
             args,
-            args.validation_prompt,
+            val_prompts,
             0,
         )
     transformer.train()
@@ -2996,7 +3110,7 @@ def train(args):
         check_steps(taken_steps, global_step, done=done)
         if global_step % args.checkpointing_steps == 0:
             save()
-        if args.validation_prompt and global_step % validation_steps == 0 and not (done or stop_requested):
+        if val_prompts and global_step % validation_steps == 0 and not (done or stop_requested):
             log_validation(
                 accelerator,
                 transformer,
@@ -3006,7 +3120,7 @@ def train(args):
                 prompt_encoder,
                 dataset,
                 args,
-                args.validation_prompt,
+                val_prompts,
                 global_step,
             )
             stop_requested = stop_agreed(accelerator)
@@ -3041,7 +3155,7 @@ def train(args):
         metrics.close()
         plot_metrics(args.output_dir)
     images = []
-    if final_prompt:
+    if final_prompts:
         images = log_validation(
             accelerator,
             transformer,
@@ -3051,7 +3165,7 @@ def train(args):
             prompt_encoder,
             dataset,
             args,
-            final_prompt,
+            final_prompts,
             global_step,
             weights_of=best.result_step,
         )
@@ -3062,7 +3176,7 @@ def train(args):
     interruption.stop_saving()
     if images:
         add_thumbnail(accelerator, files.values(), images[-1])
-    example_prompt = final_prompt or examples[0].caption
+    example_prompt = final_prompts[0].prompt if final_prompts else examples[0].caption
     if accelerator.is_main_process:
         save_model_card(args, generate_command(args, specs, example_prompt), held_out=best.summary())
     transformer = None  # what FSDP holds must be freed before the process group: gloo can hang otherwise

@@ -47,6 +47,7 @@ import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 from common.arguments import (
@@ -162,6 +163,7 @@ from common.lora import (
     lora_file,
     register_lora_checkpointing,
     save_lora,
+    scaled_adapters,
     start_from_lora,
     target_layers,
     unknown_layers,
@@ -203,7 +205,7 @@ from common.tracking import (
     step_logs,
     write_model_card,
 )
-from common.validation import save_images, undisturbed
+from common.validation import ValidationPrompt, read_validation_prompts, save_images, undisturbed
 
 import numpy as np
 import torch
@@ -599,6 +601,13 @@ def parse_args(argv=None):
         "validation", "images generated while training; they do not change it"
     ).add_argument
     arg("--validation_prompt", help="prompt to generate before, during and after training")
+    arg(
+        "--validation_prompts",
+        "--sample_prompts",
+        type=Path,
+        metavar="FILE",
+        help="file of such prompts instead, an image each per sampler; a line is such as 'a dog --w 512 --d 1'",
+    )
     arg("--validation_image", type=Path, help="qwenimage-edit: image to edit with the prompt")
     arg(
         "--validation_samplers",
@@ -712,9 +721,10 @@ def needs(args) -> Needs:
             ),
         ),
         "images, not --image_free": (not args.image_free, ("caption_column",)),
-        "--validation_prompt": (
-            args.validation_prompt,
-            ("num_validation_images", "validation_epochs", "validation_samplers"),
+        "--validation_prompt": (args.validation_prompt, ("num_validation_images",)),
+        "--validation_prompt or --validation_prompts": (
+            args.validation_prompt or args.validation_prompts,
+            ("validation_epochs", "validation_samplers"),
         ),
         "no --validation_steps": (not args.validation_steps, ("validation_epochs",)),
         "--dataset_name": (args.dataset_name, ("image_column",)),
@@ -779,8 +789,10 @@ def check_args(args) -> list[str]:
         problems.append("--mixed_precision fp16 needs a GPU: use bf16 or no")
     for flag in ("validation_steps", "validation_width", "validation_height"):
         value = getattr(args, flag)
-        if value and not args.validation_prompt:
-            problems.append(f"--{flag} {value} needs --validation_prompt")
+        if value and not (args.validation_prompt or args.validation_prompts):
+            problems.append(f"--{flag} {value} needs --validation_prompt or --validation_prompts")
+    if args.validation_prompt and args.validation_prompts:
+        problems.append("--validation_prompt and --validation_prompts exclude each other: choose one")
     problems += check_weights(args) + check_adapter(args)
     return problems + check_hub(args) + check_trackers(args) + check_launcher()
 
@@ -819,7 +831,7 @@ def check_data_flags(args) -> list[str]:
         if len(folders) > 1:
             problems.append("--train_data_dir: qwenimage-edit takes one folder, whose images have their references")
         needed.append("reference_column" if from_columns else "reference_data_dir")
-        if args.validation_prompt:
+        if args.validation_prompt or args.validation_prompts:
             needed.append("validation_image")
         if args.image_free:
             problems.append("--image_free: qwenimage-edit needs images to edit")
@@ -2051,6 +2063,27 @@ def validation_size(args, reference: Example | None) -> Size:
     return Size(args.validation_height or trained.height, args.validation_width or trained.width)
 
 
+def validation_prompts(args) -> tuple[list[ValidationPrompt], list[str]]:
+    """(what is generated at every validation, problems). --validation_prompt has no seed: it is drawn with several."""
+    options = {"width", "height", "seed"}
+    if args.training == "lora":
+        options.add("lora_scale")
+    multiple = BACKBONES[args.model_type].resolution_multiple
+    prompts, problems = read_validation_prompts(
+        "--validation_prompts", args.validation_prompts, options=options, multiple=multiple
+    )
+    prompts = [replace(prompt, seed=args.seed if prompt.seed is None else prompt.seed) for prompt in prompts]
+    if args.validation_prompt:
+        prompts.append(ValidationPrompt(args.validation_prompt))
+    return prompts, problems
+
+
+def prompt_size(args, reference: Example | None, prompt: ValidationPrompt) -> Size:
+    """The size of the images of a validation prompt."""
+    size = validation_size(args, reference)
+    return Size(prompt.height or size.height, prompt.width or size.width)
+
+
 def latent_shape(backbone: Backbone, size: Size) -> tuple[int, int, int]:
     """(C, h, w) of the latents of an image."""
     factor = backbone.vae_scale_factor
@@ -2194,17 +2227,23 @@ def collate(samples: list[dict]) -> dict:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def read_image(example: Example, size: Size, args) -> Image.Image:
+    """The example's image, fitted to a size."""
+    return fit(example.image(), size, args.image_interpolation_mode)
+
+
 def encode_prompts(
     accelerator,
     backbone: Backbone,
     datasets: Sequence[TwinFlowDataset],
     cache: TensorCache,
+    prompts: Sequence[ValidationPrompt],
     validation_reference: Example | None,
     args,
     dtype: torch.dtype,
 ) -> None:
-    """Fills the cache with the conditions of all prompts. Prompt encoders are loaded only if some are missing, and
-    freed afterwards."""
+    """Fills the cache with the conditions of all prompts, those of validation, `prompts`, included. Prompt encoders
+    are loaded only if some are missing, and freed afterwards."""
     requests = {}  # {key of the cache: (prompt, function that returns the image to edit)}
     for dataset in datasets:
         for index, flipped in dataset.image_keys():
@@ -2213,13 +2252,13 @@ def encode_prompts(
             read_reference = functools.partial(dataset.crop, reference, index, flipped) if reference else None
             for prompt in [*example.captions, args.uncond_prompt]:
                 requests[dataset.prompt_key(prompt, index, flipped)] = (prompt, read_reference)
-    if args.validation_prompt:
-        size = validation_size(args, validation_reference)
-        key = prompt_key(args.validation_prompt, validation_reference, size)
+    for validation_prompt in prompts:
+        size = prompt_size(args, validation_reference, validation_prompt)
         read_reference = None
         if validation_reference is not None:
-            read_reference = lambda: fit(validation_reference.image(), size, args.image_interpolation_mode)  # noqa: E731
-        requests[key] = (args.validation_prompt, read_reference)
+            read_reference = functools.partial(read_image, validation_reference, size, args)
+        key = prompt_key(validation_prompt.prompt, validation_reference, size)
+        requests[key] = (validation_prompt.prompt, read_reference)
 
     @functools.cache
     def load_prompt_encoder():
@@ -2329,6 +2368,7 @@ def log_validation(
     backbone: Backbone,
     vae,
     cache: TensorCache,
+    prompts: Sequence[ValidationPrompt],
     reference: Example | None,
     args,
     *,
@@ -2336,15 +2376,11 @@ def log_validation(
     step: int,
     weights_of: int | None = None,
 ) -> list[Image.Image]:
-    """Generates the validation prompt, sends the images to validation/step-N.png and the trackers, and returns them.
+    """Generates the validation prompts, sends the images to validation/step-N.png and the trackers, and returns them.
 
     `teacher()` is a context in which `predict` computes with the weights that are validated.
     """
     device = accelerator.device
-    count = args.num_validation_images
-    size = validation_size(args, reference)
-    shape = latent_shape(backbone, size)
-    cond = stack_conditions([cache.load(*prompt_key(args.validation_prompt, reference, size))] * count)
     offload_vae = args.offload or args.cache_latents or args.image_free
     images = []
     captions = []
@@ -2353,23 +2389,37 @@ def log_validation(
         teacher(),
         offload_models(vae, device=device, offload=offload_vae),
     ):
-        if reference is not None:
-            reference_values = to_tensor(fit(reference.image(), size, args.image_interpolation_mode))
-            cond["reference"] = encode_images(vae, reference_values[None]).expand(count, -1, -1, -1)
-        cond = {name: value.to(device) for name, value in cond.items()}
-        for sampler in args.validation_samplers:
-            if stop_agreed(accelerator):
-                return []
-            style, steps = sampler.split(":")
-            generators = [torch.Generator().manual_seed(args.seed + i) for i in range(count)]
-            noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-            latents = sampling_loop(
-                predict, noise.to(device), cond, steps=int(steps), style=style, generators=generators
+        for prompt in prompts:
+            seeds = (
+                [prompt.seed]
+                if args.validation_prompts
+                else [args.seed + i for i in range(args.num_validation_images)]
             )
-            images += [to_image(decode_images(vae, part)) for part in latents.split(1)]
-            captions += [f"{sampler}, seed {args.seed + i}" for i in range(count)]
-    prompt = args.validation_prompt
-    save_images(accelerator, args, images, captions, prompt=prompt, step=step, columns=count, weights_of=weights_of)
+            size = prompt_size(args, reference, prompt)
+            shape = latent_shape(backbone, size)
+            cond = stack_conditions([cache.load(*prompt_key(prompt.prompt, reference, size))] * len(seeds))
+            if reference is not None:
+                reference_values = to_tensor(read_image(reference, size, args))
+                cond["reference"] = encode_images(vae, reference_values[None]).expand(len(seeds), -1, -1, -1)
+            cond = {name: value.to(device) for name, value in cond.items()}
+            for sampler in args.validation_samplers:
+                if stop_agreed(accelerator):
+                    return []
+                style, steps = sampler.split(":")
+                generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+                noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+                with scaled_adapters(transformer, prompt.lora_scale):
+                    latents = sampling_loop(
+                        predict, noise.to(device), cond, steps=int(steps), style=style, generators=generators
+                    )
+                images += [to_image(decode_images(vae, part)) for part in latents.split(1)]
+                if args.validation_prompts:
+                    captions.append(f"{prompt.prompt} | {sampler}, {prompt.described(seed=args.seed)}")
+                else:
+                    captions += [f"{sampler}, seed {seed}" for seed in seeds]
+    columns = len(args.validation_samplers) if args.validation_prompts else args.num_validation_images
+    title = "" if args.validation_prompts else args.validation_prompt
+    save_images(accelerator, args, images, captions, prompt=title, step=step, columns=columns, weights_of=weights_of)
     return images
 
 
@@ -2518,6 +2568,8 @@ def train(args):
     examples, problems = find_examples(args)
     examples, held_out_examples, held_out_problems = find_held_out(args, examples)
     problems += held_out_problems
+    val_prompts, prompt_problems = validation_prompts(args)
+    problems += prompt_problems
     validation_reference, unreadable = find_validation_image(args)
     problems += unreadable
     models = model_record(args)
@@ -2549,7 +2601,7 @@ def train(args):
 
     # 3. Prompts and latents: encoded once; prompt encoders are freed before the transformer is loaded
     datasets = [dataset, held_out]
-    encode_prompts(accelerator, backbone, datasets, cache, validation_reference, args, weight_dtype)
+    encode_prompts(accelerator, backbone, datasets, cache, val_prompts, validation_reference, args, weight_dtype)
     free_memory()
     offload_vae = args.offload or args.cache_latents or args.image_free
     vae = backbone.load_vae(weight_dtype).to("cpu" if offload_vae else device)
@@ -2714,6 +2766,7 @@ def train(args):
         backbone,
         vae,
         cache,
+        val_prompts,
         validation_reference,
         args,
         teacher=result_weights,
@@ -2729,7 +2782,7 @@ def train(args):
         held_out,
         args,
     )
-    if args.validation_prompt and global_step == 0:
+    if val_prompts and global_step == 0:
         validate(step=0)
     transformer.train()
     progress_bar = tqdm(
@@ -2797,7 +2850,7 @@ def train(args):
         check_steps(taken_steps, global_step, done=done)
         if global_step % args.checkpointing_steps == 0:
             save()
-        if args.validation_prompt and global_step % validation_steps == 0 and not (done or stop_requested):
+        if val_prompts and global_step % validation_steps == 0 and not (done or stop_requested):
             validate(step=global_step)
             stop_requested = stop_agreed(accelerator)
         if stop_requested and not done:
@@ -2823,7 +2876,7 @@ def train(args):
         metrics.close()
         plot_metrics(args.output_dir)
     images = []
-    if args.validation_prompt:
+    if val_prompts:
         images = validate(step=global_step, teacher=best.weights, weights_of=best.result_step)
     if stop_agreed(accelerator):
         checkpoint = save()
@@ -2832,7 +2885,8 @@ def train(args):
     interruption.stop_saving()
     if images and not train_all:
         add_thumbnail(accelerator, [lora], images[-1])
-    command = generate_command(args, args.validation_prompt or examples[0].captions[0])
+    example_prompt = val_prompts[0].prompt if val_prompts else examples[0].captions[0]
+    command = generate_command(args, example_prompt)
     if accelerator.is_main_process:
         save_model_card(args, command, held_out=best.summary())
     # DistributedDataParallel must be freed before the process group: gloo can hang otherwise

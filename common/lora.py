@@ -249,6 +249,20 @@ def set_magnitudes(
             vectors[adapter_name].weight.data = magnitude.to(vectors[adapter_name].weight.device, torch.float32)
 
 
+@contextmanager
+def scaled_adapters(model: torch.nn.Module, scale: float) -> Iterator[None]:
+    """The model's adapters count `scale` times as much as they are trained to."""
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)] if scale != 1 else []
+    scalings = [dict(layer.scaling) for layer in layers]
+    for layer, scaling in zip(layers, scalings, strict=True):
+        layer.scaling.update({name: scale * value for name, value in scaling.items()})
+    try:
+        yield
+    finally:
+        for layer, scaling in zip(layers, scalings, strict=True):
+            layer.scaling.update(scaling)
+
+
 def adapter_config(model: torch.nn.Module, adapter_name: str = "default") -> LoraConfig:
     """The settings of an adapter: its rank, alpha and target modules."""
     return model.peft_config[adapter_name]  # type: ignore[index]

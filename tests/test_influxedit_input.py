@@ -431,12 +431,12 @@ def test_validation_lists_are_broadcast(tiny_fill, pairs):
 
     mask = ("--mask_data_dir", pairs / "masks")
     drawn = cases(*mask, "--validation_prompt", "a, b; c", "--validation_image", listed, "--validation_mask", masks[0])
-    assert [prompt for prompt, _, _ in drawn] == ["a, b", "c"]
+    assert [prompt for prompt, *_ in drawn] == ["a, b", "c"]
     assert np.array_equal(drawn[0][2], drawn[1][2])
     assert not np.array_equal(drawn[0][1], drawn[1][1])
-    assert {image.size for case in drawn for image in case[1:]} == {(32, 16)}
+    assert {image.size for case in drawn for image in case[1:3]} == {(32, 16)}
     drawn = cases(*mask, "--validation_prompt", "a;b;c")
-    assert [prompt for prompt, _, _ in drawn] == ["a", "b", "c"]
+    assert [prompt for prompt, *_ in drawn] == ["a", "b", "c"]
     assert np.array_equal(drawn[0][1], drawn[2][1])
     many = ("--validation_image", listed.replace(";", ","), "--validation_mask", ",".join(map(str, masks)))
     for prompt, expected in (
@@ -450,11 +450,11 @@ def test_validation_lists_are_broadcast(tiny_fill, pairs):
         drawn = cases(*mask, *files, "--validation_prompt", "a red hat, studio photo")
         assert [case.prompt for case in drawn] == ["a red hat, studio photo"]
     drawn = cases("--use_split_mask", "--validation_prompt", "a", "--validation_image", listed.replace(";", ","))
-    assert [np.asarray(mask)[0, 0] for _, _, mask in drawn] == [255, 0, 255, 0]  # left and right
+    assert [np.asarray(mask)[0, 0] for _, _, mask, _ in drawn] == [255, 0, 255, 0]  # left and right
     drawn = cases("--use_split_mask", "--mask_only_right", "--validation_prompt", "a", "--validation_image", listed)
-    assert [np.asarray(mask)[0, 0] for _, _, mask in drawn] == [0, 0]
+    assert [np.asarray(mask)[0, 0] for _, _, mask, _ in drawn] == [0, 0]
     edit = ("--mode", "edit", "--target_data_dir", pairs / "targets", "--validation_prompt", "a")
-    assert [np.asarray(mask).max() for _, _, mask in cases(*edit)] == [0]  # hides nothing
+    assert [np.asarray(mask).max() for _, _, mask, _ in cases(*edit)] == [0]  # hides nothing
     assert cases(*mask) == []
 
 

@@ -635,7 +635,16 @@ class TwinFlow:
         cache = TensorCache(self.folder / "cache", twinflow.encoder_settings(args, twinflow.model_record(args)))
         dataset = twinflow.TwinFlowDataset([], cache, args)
         accelerator = Accelerator(cpu=True)
-        twinflow.encode_prompts(accelerator, backbone, dataset, cache, reference, args, torch.float32)
+        twinflow.encode_prompts(
+            accelerator,
+            backbone,
+            [dataset],
+            cache,
+            twinflow.validation_prompts(args)[0],
+            reference,
+            args,
+            torch.float32,
+        )
         return seen[0]
 
     def generated(self, path):

@@ -291,7 +291,6 @@ def test_kohyas_other_flags_are_each_named_with_a_remedy(playbook, capsys):
         "--unet_lr": ("1e-4", "--learning_rate"),
         "--fp8_base": ("", "--quantize_base"),
         "--save_precision": ("bf16", "--upcast_before_saving"),
-        "--sample_prompts": ("prompts.txt", "--validation_prompt"),
         "--sample_every_n_epochs": ("2", "--validation_epochs"),
         "--save_every_n_steps": ("100", "--checkpointing_steps"),
         "--network_weights": ("old.safetensors", "--lora_path"),

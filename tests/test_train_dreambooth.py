@@ -242,6 +242,32 @@ def test_it_learns_a_subject(train, glyph_pictures, tmp_path, extra, steps, bar,
     assert ordinary_after >= ordinary_bar
 
 
+@pytest.mark.learning
+@pytest.mark.slow
+def test_a_bare_prompt_is_learned_where_it_stands_in_for_captions(train, glyph_pictures, tmp_path):
+    """The subject's name alone generates it if some captions were dropped to it, and captions still do."""
+    from examples.toy.compare import HERE, evaluate, sample
+    from examples.toy.world import score_subject
+
+    train(
+        SCRIPT,
+        *("--pretrained_model_name_or_path", HERE / "flux", "--max_sequence_length", 32, "--report_to", "none"),
+        *("--instance_data_dir", glyph_pictures, "--resolution", 64, "--cache_latents", "--output_dir", tmp_path),
+        *shlex.split(quickstart_flags()),
+        *("--instance_prompt", "sks glyph", "--caption_dropout", 0.2, "--caption_dropout_to", "instance_prompt"),
+    )
+    pipeline = FluxPipeline.from_pretrained(HERE / "flux")
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.load_lora_weights(tmp_path)
+    captioned, ordinary, _ = evaluate(pipeline, "glyph")
+    images = sample(pipeline, ["sks glyph"] * 32, 0)
+    bare = 100 * sum(score_subject(image, "glyph") for image in images) / 32
+    print(f"bare prompt {bare:.0f} (bar 20), captioned {captioned:.0f} (bar 45)")
+    print(f"ordinary prompts {ordinary:.0f}")
+    assert bare >= 20
+    assert captioned >= 45
+
+
 @pytest.mark.slow
 def test_two_processes_resume_bit_for_bit_and_draw_their_own_noise(flags, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

@@ -435,7 +435,7 @@ def test_the_prompt_encoder_of_an_edit_sees_the_image_as_its_latents_show_it(edi
 
     monkeypatch.setattr(backbone, "encode_prompt", encode)
     monkeypatch.setattr(backbone, "load_prompt_encoder", lambda *args: encoder)
-    twinflow.encode_prompts(Accelerator(cpu=True), backbone, dataset, cache, None, args, torch.float32)
+    twinflow.encode_prompts(Accelerator(cpu=True), backbone, [dataset], cache, [], None, args, torch.float32)
     for index, flipped in dataset.image_keys():
         (caption,) = examples[index].captions
         cond = cache.load(*dataset.prompt_key(caption, index, flipped))

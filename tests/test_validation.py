@@ -46,8 +46,8 @@ def test_images_depend_on_the_seed_alone_and_change_nothing(tiny):
     accelerator = Accelerator()
     before = states()
     with undisturbed(pipeline.transformer, device=accelerator.device):
-        images = generate_images(accelerator, pipeline, [call] * 3, seed=5)
-        second = generate_images(accelerator, pipeline, [call], seed=6)
+        images = generate_images(accelerator, pipeline, [call] * 3, seeds=[5, 6, 7])
+        second = generate_images(accelerator, pipeline, [call], seeds=[6])
     assert states() == before
     assert [image.size for image in images] == [(48, 32)] * 3
     assert np.array_equal(np.array(images[1]), np.array(second[0]))  # image i of seed s is image 0 of seed s + i
