@@ -576,6 +576,8 @@ def parse_args(argv=None):
         problems.append(f"--quantize_base {args.quantize_base} is for --training lora")
     if args.training == "full" and adapter_kind(args) != "LoRA":
         problems.append(f"a {adapter_kind(args)} is for --training lora")
+    if args.use_dora and args.quantize_base == "nf4":
+        problems.append("--use_dora: not estimated with --quantize_base nf4")
     problems += check_adapter(argparse.Namespace(**vars(args), lora_dropout=0))
     if args.training == "full" and only_lora(args.model):
         problems.append(f"--training full: no trainer does this for {args.model}")

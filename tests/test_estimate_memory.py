@@ -190,6 +190,16 @@ def test_flags_have_the_effects_they_are_for():
     assert pictures["encoding images"] > peaks["encoding images"]
 
 
+def test_a_dora_has_numbers_of_its_own_and_a_lokr_holds_whole_changes():
+    sizes = {}
+    for kind in ("", "--use_dora", "--lora_type lokr"):
+        rows, _ = estimate(model_like("FLUX.1-dev", 1), parse_args(["--cache_latents", *kind.split()]))
+        sizes[kind] = rows
+    assert 1 < sizes["--use_dora"]["LoRA"] / sizes[""]["LoRA"] < 1.1
+    assert sizes["--lora_type lokr"]["LoRA"] < sizes[""]["LoRA"]
+    assert sizes["--lora_type lokr"]["activations"] > sizes[""]["activations"]
+
+
 def test_fsdp_splits_what_full_training_holds():
     full = ("--training", "full", "--gradient_checkpointing")
     (one, alone), (two, shared) = of(*full), of(*full, "--fsdp", "--num_processes", "4")
