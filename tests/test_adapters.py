@@ -21,6 +21,7 @@ from common.lora_formats import LoraLayer, read_lora
 from common.models import compile_blocks, quantize_base
 
 import pytest
+import tiny_backbones
 import torch
 from diffusers import FluxFillPipeline, FluxPipeline, FluxTransformer2DModel
 from safetensors.torch import load_file
@@ -145,6 +146,22 @@ def test_an_adapter_is_itself_in_diffusers_and_comfyui(tiny, tmp_path, dtype, ki
         return
     magnitudes = [value for key, value in load_file(file).items() if "magnitude" in key or "dora_scale" in key]
     assert {value.dtype for value in magnitudes} == {torch.float32}
+
+
+@DORA_AND_LOKR
+def test_an_adapter_of_flux2_is_itself_in_its_pipeline(tmp_path, kind):
+    torch.manual_seed(0)
+    pipeline = tiny_backbones.flux2_klein()
+    targets = [name for name, layer in pipeline.transformer.named_modules() if isinstance(layer, torch.nn.Linear)]
+    trained = adapted(pipeline.transformer, [name for name in targets if "_blocks." in name], **kind)
+    save_lora(tmp_path, {"transformer": trained})
+    assert read_lora(tmp_path / "pytorch_lora_weights.safetensors", flux=False)[0].keys() >= {
+        "transformer.single_transformer_blocks.0.attn.to_out"
+    }
+    pipeline.load_lora_weights(tmp_path)
+    expected, found = merged_weights(trained), merged_weights(pipeline.transformer)
+    assert found.keys() == expected.keys()
+    assert max(relative_error(found[name], expected[name]) for name in expected) < 1e-5
 
 
 @pytest.mark.parametrize("base", ["float32", "bfloat16", "nf4"])
