@@ -405,7 +405,8 @@ def save_images(
 
 def step_title(step: int, weights_of: int | None) -> str:
     """The step at which images were drawn, in words, with the one whose weights they show if it is another one."""
-    return f"step {step}, weights of step {weights_of}" if weights_of else f"step {step}"
+    other = weights_of is not None and weights_of != step
+    return f"step {step}, weights of step {weights_of}" if other else f"step {step}"
 
 
 def log_images(
