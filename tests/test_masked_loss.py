@@ -50,7 +50,7 @@ def test_a_mask_weights_the_error_of_each_latent(tiny):
     latents, noise = torch.randn(2, 2, 16, 4, 6, generator=generator)
     loss_mask = torch.rand(2, 1, 4, 6, generator=generator)
     inputs = {
-        "family": dreambooth.Flux(),
+        "family": dreambooth.Flux({}),
         "sigmas": torch.tensor([0.2, 0.9]),
         "prompt_embeds": torch.randn(2, 8, 32, generator=generator),
         "pooled_prompt_embeds": torch.randn(2, 32, generator=generator),

@@ -868,7 +868,6 @@ PATHS = {
         {
             "pretrained_model_name_or_path": "model",
             "instance_data_dir": "images",
-            "mask_data_dir": "masks",
             "class_data_dir": "classes",
             "validation_data_dir": "images",
             "output_dir": "out",
@@ -876,6 +875,7 @@ PATHS = {
             "cache_dir": "cache",
             "disk_cache_dir": "cache",
         },
+        {"pretrained_model_name_or_path": "model", "instance_data_dir": "images", "mask_data_dir": "masks"},
         {"pretrained_model_name_or_path": "model", "dataset_name": "dataset", "output_dir": "out"},
         {"pretrained_model_name_or_path": "model", "dataset_config": "data.toml", "output_dir": "out"},
         {

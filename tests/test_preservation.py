@@ -78,7 +78,7 @@ def test_the_preservation_loss_is_the_distance_to_the_model_without_adapter(tiny
         prompt_embeds,
         pooled,
         base_pooled,
-        family=dreambooth.Flux(),
+        family=dreambooth.Flux({}),
         guidance=torch.ones(2),
         weighting_scheme="none",
     )
@@ -100,7 +100,7 @@ def distance_to_base(tiny_model, run, prompts):
     with torch.no_grad():
         prompt_embeds, pooled, _ = pipeline.encode_prompt(prompts, prompts, max_sequence_length=16)
         rest = (latents, noise, torch.linspace(0.1, 0.9, len(prompts)), prompt_embeds, pooled)
-        given = {"family": dreambooth.Flux(), "guidance": torch.full((len(prompts),), 3.5)}
+        given = {"family": dreambooth.Flux({}), "guidance": torch.full((len(prompts),), 3.5)}
         base = dreambooth.predict_velocity(pipeline.transformer, *rest, **given)
         pipeline.load_lora_weights(run)
         adapted = dreambooth.predict_velocity(pipeline.transformer, *rest, **given)
