@@ -2929,7 +2929,9 @@ def train(args):
     result_weights = nullcontext  # what is validated and saved
     averages = {}
     if args.use_ema:
-        ema = EMAModel(lora_params, decay=args.ema_decay, foreach=True)
+        ema = EMAModel(
+            lora_params, decay=args.ema_decay, foreach=not args.fsdp
+        )  # sharded tensors have no _foreach_copy_
         averages = {str(i): tensor for i, tensor in enumerate(ema.shadow_params)}
         result_weights = functools.partial(averaged_weights, ema, lora_params, transformer)
     save_dtype = torch.float32 if args.upcast_before_saving else weight_dtype
