@@ -221,7 +221,9 @@ def repeated_blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
     classes = getattr(model, "_repeated_blocks", None)
     blocks = []
     if classes:
-        blocks = [module for module in model.modules() if type(module).__name__ in classes]
+        for module in model.modules():
+            if any(kind.__name__ in classes for kind in type(module).__mro__):  # Omini's blocks are FLUX.1's, extended
+                blocks.append(module)
     else:
         for name, module in model.named_children():
             if name.endswith("blocks"):

@@ -243,6 +243,13 @@ def test_hidden_states_between_blocks_are_of_the_dtype_of_autocast(tiny, kind):
     assert len(found) >= 4 and set(found) == {torch.bfloat16}
 
 
+def test_the_blocks_of_an_extended_class_are_found(tiny):
+    from train_omini import OminiTransformer2DModel
+
+    model = OminiTransformer2DModel.from_config(tiny.transformer.config)
+    assert repeated_blocks(model) == [*model.transformer_blocks, *model.single_transformer_blocks]
+
+
 def test_unknown_layers_are_named(tiny):
     with pytest.raises(ValueError, match=r"attn\.to_x, nothing"):
         add_lora(
