@@ -36,6 +36,7 @@ import transformers
 from accelerate import DistributedType
 from bitsandbytes.functional import int8_vectorwise_quant, quantize_4bit, quantize_blockwise
 from bitsandbytes.nn import Int8Params, Params4bit
+from peft.tuners.lokr.layer import LoKrLayer
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -455,6 +456,9 @@ def training_step(model, args, fake):
         if args.fsdp:
             shard(transformer, torch.device("cpu"), dtype)
         transformer.train()
+        for module in transformer.modules():
+            if isinstance(module, LoKrLayer):
+                module.training = False  # else it draws whether it is dropped, which no fake tensor can say
         side = args.resolution // backbone.vae_scale_factor
         with fake:
             x = torch.empty(size, model.channels, side, side, dtype=dtype)
@@ -578,7 +582,8 @@ def parse_args(argv=None):
         problems.append(f"a {adapter_kind(args)} is for --training lora")
     if args.use_dora and args.quantize_base == "nf4":
         problems.append("--use_dora: not estimated with --quantize_base nf4")
-    problems += check_adapter(argparse.Namespace(**vars(args), lora_dropout=0))
+    unchanged = {"lora_dropout": 0, "use_rslora": False, "init_lora_weights": "gaussian"}  # no memory depends on them
+    problems += check_adapter(argparse.Namespace(**vars(args), **unchanged))
     if args.training == "full" and only_lora(args.model):
         problems.append(f"--training full: no trainer does this for {args.model}")
     multiple = CALLS[MODELS[args.model].backbone].resolution_multiple
