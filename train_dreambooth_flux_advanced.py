@@ -1971,13 +1971,6 @@ def check_masks(args, examples, sizes):
         if share == 0:
             problems.append(f"{name}: nothing in this mask is white (or opaque), so nothing would be learned")
         shares[example.name] = share
-    if not problems and all(share == 1 for share in shares.values()):
-        source = f"--mask_data_dir {args.mask_data_dir}"
-        if args.dataset_config:
-            source = f"--dataset_config {args.dataset_config}"
-        elif args.alpha_mask:
-            source = "--alpha_mask"
-        problems.append(f"{source}: all masks are white (or opaque) all over, which has no effect: leave them out")
     return shares, first_ten(problems)
 
 
@@ -2005,6 +1998,29 @@ def class_examples(args, class_prompts):
     options = default_options(args) | {"alpha_mask": False}  # they count whole
     found = read_class_images(args.class_data_dir, class_prompts, args.num_class_images)
     return [configure(example, options) for example in found]
+
+
+def check_effects(examples, args):
+    """Problems of flags that have no effect on these training images."""
+    problems = []
+    shares = [example.mask_share for example in examples if example.mask_share is not None]
+    if shares and min(shares) == 1:
+        source = f"--mask_data_dir {args.mask_data_dir}"
+        if args.dataset_config:
+            source = f"--dataset_config {args.dataset_config}"
+        elif args.alpha_mask:
+            source = "--alpha_mask"
+        problems.append(f"{source}: all masks are white (or opaque) all over, which has no effect: leave them out")
+    subjects = [example for example in examples if not example.options["is_reg"]]
+    if args.caption_dropout_to == "instance_prompt" and not any(
+        example.drops_captions() and example.source for example in subjects
+    ):
+        problems.append(
+            "--caption_dropout_to instance_prompt has no effect: no caption that is dropped is an image's own"
+        )
+    if args.prior_target == "base" and args.dataset_config and len(subjects) == len(examples):
+        problems.append(f"--prior_target base has no effect: {args.dataset_config} has no is_reg images")
+    return problems
 
 
 def check_dropout(examples, args):
@@ -3369,6 +3385,8 @@ def train(args):
         adopt_dataset_config(args, examples)
     examples, held_out_examples, held_out_problems = find_held_out(args, examples)
     problems += held_out_problems
+    if not problems:
+        problems += check_effects(examples, args)
     captions = [example.prompt() for example in examples if isinstance(example.caption, str)]
     class_prompts, prompt_problems = read_prompts("--class_prompt", args.class_prompt, captions)
     problems += prompt_problems + check_no_new_tokens("--class_prompt", class_prompts, args)

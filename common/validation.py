@@ -215,7 +215,7 @@ def parse_validation_prompt(
     if not isinstance(prompt, str) or not prompt.strip():
         problems.append("no prompt")
     for written, value in pairs:
-        shown = f"{written} {value}"[:80]
+        shown = f"{written} {value}".strip()[:80]
         name = PROMPT_OPTION_NAMES.get(written.removeprefix("--").lower())
         if name is None:
             known = [letter for letter, name in PROMPT_OPTION_NAMES.items() if name in options and len(letter) < 5]

@@ -372,6 +372,16 @@ def test_masks_of_other_data_are_refused_and_a_weight_without_masks_is_named(fla
     assert "--unmasked_weight" in capsys.readouterr().err
 
 
+def test_held_out_images_without_transparent_parts_count_whole(flags, cut_out, pictures):  # noqa: F811
+    words = [*flags, "--instance_data_dir", cut_out, "--alpha_mask", "--validation_data_dir", pictures]
+    args = dreambooth.parse_args([str(word) for word in words])
+    examples, problems = dreambooth.find_examples(args)
+    training, held_out, held_out_problems = dreambooth.find_held_out(args, examples)
+    assert problems + held_out_problems + dreambooth.check_effects(training, args) == []
+    dataset = dreambooth.DreamBoothDataset(held_out, args)
+    assert all((dataset.loss_mask(key) == 1).all() for key in dataset.image_keys())
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Learning
 # ---------------------------------------------------------------------------------------------------------------------

@@ -204,6 +204,10 @@ BAD = [
     ("--preserve_outputs 1 --preserve_prompts nowhere.txt", "--preserve_prompts nowhere.txt: no such file"),
     ("--preserve_outputs 1 --preserve_prompts sks=>dog", "no caption has the words 'sks'"),
     (
+        "--instance_prompt x --caption_dropout 0.5 --caption_dropout_to instance_prompt --instance_data_dir {bare}",
+        "--caption_dropout_to instance_prompt has no effect",
+    ),
+    (
         "--preserve_outputs 1 --preserve_prompts red --train_text_encoder_ti --token_abstraction red",
         "--preserve_prompts: 'red' holds red, which stands for new tokens",
     ),
@@ -211,9 +215,11 @@ BAD = [
 
 
 @pytest.mark.parametrize(("wrong", "message"), BAD)
-def test_wrong_use_is_one_line(train, flags, tmp_path, capsys, wrong, message):  # noqa: F811
+def test_wrong_use_is_one_line(train, flags, pictures, tmp_path, capsys, wrong, message):  # noqa: F811
+    bare = tmp_path / "bare"
+    shutil.copytree(pictures, bare, ignore=shutil.ignore_patterns("*.txt"))
     with pytest.raises(SystemExit) as ended:
-        train(SCRIPT, *flags, "--output_dir", tmp_path / "run", *wrong.split())
+        train(SCRIPT, *flags, "--output_dir", tmp_path / "run", *wrong.format(bare=bare).split())
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
@@ -348,3 +354,8 @@ caption_extension = ".txt"
         train(SCRIPT, *flags, 1, *data, tmp_path / "text", *MODES["CLIP LoRA"])
     assert ended.value.code == 2
     assert "--prior_target base" in capsys.readouterr().err
+    config.write_text(config.read_text().replace("is_reg = true", ""))
+    with pytest.raises(SystemExit) as ended:
+        train(SCRIPT, *flags, 1, *data, tmp_path / "none")
+    assert ended.value.code == 2
+    assert "has no is_reg images" in capsys.readouterr().err
