@@ -1024,7 +1024,7 @@ def lora_linear(layer: Any, hidden_states: torch.Tensor, adapter: str | None) ->
     """A linear layer with the LoRA named `adapter` alone; of other LoRAs on the layer, nothing is computed."""
     if not hasattr(layer, "base_layer"):
         return layer(hidden_states)
-    result = layer.base_layer(hidden_states)
+    result = lora_linear(layer.base_layer, hidden_states, adapter)  # PEFT puts a LoKr around a LoRA, or within it
     if isinstance(layer, LoKrLayer):
         if adapter in layer.lokr_w1:
             change = layer.get_delta_weight(adapter)
@@ -1048,7 +1048,7 @@ def dora_update(layer: Any, inputs: torch.Tensor, adapter: str, result: torch.Te
         lora_A=layer.lora_A[adapter],
         lora_B=layer.lora_B[adapter],
         scaling=layer.scaling[adapter],
-        base_layer=layer.base_layer,
+        base_layer=layer.get_base_layer(),
         base_result=None if has_dropout else result,
         adapter_name=adapter,
     )

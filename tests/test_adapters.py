@@ -1,6 +1,8 @@
 """DoRA and LoKr: at the trained strength in every reader, started and resumed exactly, in all trainers."""
 
 import copy
+import itertools
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -16,6 +18,7 @@ from common.lora import (
     save_lora,
     start_from_lora,
     target_layers,
+    without_adapters,
 )
 from common.lora_formats import LoraLayer, read_lora
 from common.models import compile_blocks, quantize_base
@@ -117,6 +120,7 @@ def assert_comfyui_agrees(file, base, model, bar):
 
 
 KINDS = {"DoRA": {"use_dora": True}, "LoKr": {"lokr_factor": -1}, "LoKr of factor 16": {"lokr_factor": 16}}
+ADAPTER_KINDS = {"LoRA": {}, "DoRA": {"use_dora": True}, "LoKr": {"lokr_factor": -1}}
 DORA_AND_LOKR = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 
 
@@ -307,6 +311,38 @@ def test_omini_tokens_pass_the_adapter_that_the_stock_model_has(kind, dropout):
     found.square().mean().backward()
     trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     assert min(parameter.grad.abs().max() for parameter in trained) > 0
+
+
+@pytest.mark.parametrize(("first", "second"), itertools.permutations(ADAPTER_KINDS, 2))
+def test_omini_tokens_pass_one_of_two_adapters_of_different_kinds(first, second):
+    def add(model, name, seed):
+        kind = ADAPTER_KINDS[name]
+        add_lora(model, rank=2, alpha=3, dropout=0.0, target_modules=["attn.to_q"], adapter_name=name, **kind)
+        return randomized(model, seed).requires_grad_(False)
+
+    arguments = inputs()
+    both = new_transformer()
+    for seed, name in enumerate((first, second)):
+        add(both, name, seed)
+    both.set_adapter([first, second])
+    for seed, name in enumerate((first, second)):
+        expected = omini_forward(add(new_transformer(), name, seed), arguments, main_adapter=name)
+        assert torch.equal(omini_forward(both, arguments, main_adapter=name), expected)
+    assert torch.equal(omini_forward(both, arguments), omini_forward(new_transformer(), arguments))
+
+
+@DORA_AND_LOKR
+def test_without_adapters_the_base_predicts_bit_for_bit(kind):
+    base = new_transformer(model_class=FluxTransformer2DModel)
+    model = adapted(base, ["attn.to_q", "norm1.linear", "proj_out"], **kind).train()
+    with torch.no_grad(), without_adapters(model):
+        found = model(**inputs(), return_dict=False)[0]
+    assert torch.equal(found, base(**inputs(), return_dict=False)[0])
+    after = model(**inputs(), return_dict=False)[0]
+    assert relative_error(after, found) > 0.01
+    after.square().mean().backward()
+    trained = [p for name, p in model.named_parameters() if re.search(r"\.lora_|\.lokr_", name)]
+    assert all(parameter.grad is not None for parameter in trained)
 
 
 @pytest.mark.slow

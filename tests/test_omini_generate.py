@@ -279,6 +279,24 @@ def test_a_style_beside_a_control_adapter(tiny_model, adapter, tmp_path):
     assert np.abs(plain - styled).max() > 2
 
 
+@pytest.mark.parametrize("kind", [{}, {"lokr_factor": -1}], ids=["LoRA", "LoKr"])
+def test_a_style_of_what_conditions_share_is_refused(tiny_model, adapter, tmp_path, capsys, kind):
+    from diffusers import FluxTransformer2DModel
+
+    transformer = FluxTransformer2DModel.from_pretrained(tiny_model, subfolder="transformer").requires_grad_(False)
+    layer = "time_text_embed.timestep_embedder.linear_1"
+    add_lora(transformer, rank=2, alpha=2, dropout=0.0, target_modules=[layer], **kind)
+    save_lora(tmp_path / "style", {"transformer": transformer})
+    (path,) = adapter("canny").values()
+    picture().save(tmp_path / "a.png")
+    style = tmp_path / "style" / "pytorch_lora_weights.safetensors"
+    flags = [path, "--prompt", "x", "--image", tmp_path / "a.png", "--style_lora", style, "--num_inference_steps", 1]
+    with pytest.raises(SystemExit) as stop:
+        generate.main([str(flag) for flag in [*flags, "--output", tmp_path / "styled.png"]])
+    assert stop.value.code == 2
+    assert layer in capsys.readouterr().err
+
+
 def test_adapters_of_different_target_sizes_cover_the_same_image(adapter):
     (canny,) = adapter("canny").values()
     (large,) = adapter("subject", folder="large", target_size=(64, 64)).values()

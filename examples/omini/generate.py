@@ -362,7 +362,8 @@ def load_pipeline(args):
     load_adapter(pipeline, path, "style")
     pipeline.transformer.set_adapter([*names, "style"])
     for name, layer in pipeline.transformer.named_modules():
-        if name.startswith("time_text_embed") and "style" in getattr(layer, "lora_A", ()):
+        adapters = getattr(layer, "lora_A", None) or getattr(layer, "lokr_w1", ())
+        if name.startswith("time_text_embed") and "style" in adapters:
             print(
                 f"{Path(sys.argv[0]).name}: error: --style_lora {path}: {name} is shared with the conditions, a style "
                 "cannot change it",
