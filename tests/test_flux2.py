@@ -322,6 +322,37 @@ def test_a_4_bit_base_keeps_prior_and_outputs(train, flags, tmp_path):
 
 
 @pytest.mark.slow
+def test_masks_and_a_file_of_prompts(train, flags, pictures, tmp_path):
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    for path in pictures.glob("*.png"):
+        size = Image.open(path).size
+        mask = Image.new("L", size)
+        mask.paste(255, (0, 0, size[0] // 2, size[1]))
+        mask.save(masks / path.name)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a circle --w 48 --d 5 --am 0.5\nred --s 2\n")
+    runs = {
+        "plain": [],
+        "shown": ["--mask_data_dir", masks, "--validation_prompts", prompts, "--checkpointing_steps", 1],
+        "cached": ["--mask_data_dir", masks, "--cache_latents"],
+    }
+    flags = [*flags, "--max_train_steps", 2, "--output_dir"]
+    for name, extra in runs.items():
+        train(SCRIPT, *flags, tmp_path / name, *extra)
+    assert_equal(weights(tmp_path / "shown"), weights(tmp_path / "cached"))
+    assert (tmp_path / "shown" / "validation" / "step-000002.png").exists()
+    plain, shown = weights(tmp_path / "plain"), weights(tmp_path / "shown")
+    assert any(not torch.equal(plain[key], shown[key]) for key in plain)
+
+    # the prompts are no part of what a run is
+    prompts.write_text("blue --h 48\n")
+    resumed = [*runs["shown"], "--resume_from_checkpoint", tmp_path / "shown" / "checkpoint-1"]
+    train(SCRIPT, *flags, tmp_path / "resumed", *resumed)
+    assert_equal(weights(tmp_path / "shown"), weights(tmp_path / "resumed"))
+
+
+@pytest.mark.slow
 def test_two_processes_train(flags, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += [ROOT / f"{SCRIPT}.py", *flags, "--max_train_steps", 2, "--output_dir", tmp_path / "run"]
