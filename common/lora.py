@@ -420,17 +420,19 @@ def check_lora_file(
     kind that `use_dora` and `lokr_factor` say, see `add_lora`; `flux` as in `read_lora`."""
     try:
         layers, _ = read_lora(path, flux=flux)
-        ranks = sorted({layer.rank for layer in layers.values()})
+        ranks = set()
         found_shapes: dict[str, Any] = {}
         for name, layer in layers.items():
             if isinstance(layer, LokrLayer):
                 found_shapes[name] = {factor: tuple(value.shape) for factor, value in layer.factors.items()}
             else:
                 found_shapes[name] = (len(layer.up), layer.down.shape[1])
+            if not (isinstance(layer, LokrLayer) and "lokr_w2" in layer.factors):  # which has no rank
+                ranks.add(layer.rank)
     except Exception as error:  # a damaged file can raise anything
         return [f"--lora_path {path}: not a readable LoRA file ({error})"]
-    if ranks != [rank]:
-        found = ", ".join(map(str, ranks))
+    if ranks - {rank}:
+        found = ", ".join(map(str, sorted(ranks)))
         remedy = f"give --rank {found}" if len(ranks) == 1 else "one rank for all layers is needed"
         return [f"--lora_path {path} has rank {found}: --rank is {rank}, {remedy}"]
     has_lokr = any(isinstance(layer, LokrLayer) for layer in layers.values())
@@ -443,13 +445,18 @@ def check_lora_file(
             if name.startswith("transformer."):  # CLIP has a LoRA
                 expected_shapes[name] = lokr_shapes(out_features, in_features, rank, lokr_factor)
         if found_shapes.keys() == expected_shapes.keys() and found_shapes != expected_shapes:
-            return [f"--lora_path {path}: a LoKr of other factors than --lokr_factor {lokr_factor} makes"]
+            factor = f"--lokr_factor {lokr_factor}" if lokr_factor > 0 else "no --lokr_factor"
+            return [f"--lora_path {path}: a LoKr of other factors than --rank {rank} and {factor} make"]
     if found_shapes != expected_shapes:
         names = {*found_shapes, *expected_shapes}
         different = [name for name in names if found_shapes.get(name) != expected_shapes.get(name)]
         return [f"--lora_path {path}: made for other layers than this run trains, such as {min(different)}"]
-    if not use_dora and any(layer.magnitude is not None for layer in layers.values()):
+    with_magnitudes = [name for name, layer in layers.items() if layer.magnitude is not None]
+    if with_magnitudes and not use_dora:
         return [f"--lora_path {path}: a DoRA, which needs --use_dora"]
+    of_clip = [name for name in with_magnitudes if name.startswith("text_encoder.")]
+    if of_clip:
+        return [f"--lora_path {path}: a DoRA of CLIP, such as {of_clip[0]}, whose adapter is a LoRA here"]
     dtypes = set()
     for layer in layers.values():
         tensors = layer.factors.values() if isinstance(layer, LokrLayer) else (layer.down, layer.up)

@@ -27,13 +27,14 @@ import pytest
 import tiny_backbones
 import torch
 from diffusers import FluxFillPipeline, FluxPipeline, FluxTransformer2DModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_lora import run, with_random_lora
 from test_omini_forward import inputs, new_transformer, omini_forward
 
 import train_dreambooth_flux_advanced as dreambooth
 import train_influxedit as influxedit
 from examples import convert_lora
+from examples.twinflow import generate as generate_twinflow
 
 
 LAYERS = ("attn.to_q", "attn.add_k_proj", "ff.net.2", "proj_mlp", "norm1.linear", "norm_out.linear", "x_embedder")
@@ -235,6 +236,38 @@ def test_a_lokr_goes_on_as_one_of_the_same_factors(tiny, tmp_path):
     assert "--lora_type lora" in problem
 
 
+def test_a_lokr_of_another_program_whose_factors_are_whole_has_no_rank(tiny, tmp_path):
+    layers = ("attn.to_q", "ff.net.2")
+    kind = {"rank": 64, "lokr_factor": 4}
+    trained = adapted(tiny.transformer, layers, **kind)
+    save_lora(tmp_path, {"transformer": trained})
+    tensors = load_file(tmp_path / "pytorch_lora_weights.safetensors")
+    assert not [key for key in tensors if "lokr_w2_a" in key]
+    file = tmp_path / "other.safetensors"
+    for name in {key.rpartition(".")[0] for key in tensors if ".lokr_" in key}:
+        tensors[f"{name}.alpha"] = torch.tensor(1.0)  # LyCORIS' default, which then counts for nothing
+    save_file(tensors, file)  # no header
+    shapes = layer_shapes("transformer", tiny.transformer, layers)
+    assert check_lora_file(file, shapes, **kind) == []
+    continued = adapted(tiny.transformer, layers, seed=5, **kind)
+    start_from_lora(file, {"transformer": continued})
+    assert relative_error(run(continued), run(trained)) < 1e-4
+    (problem,) = check_lora_file(file, shapes, 2, lokr_factor=4)
+    assert "--rank 2" in problem
+
+    backbone = SimpleNamespace(load_transformer=lambda dtype: copy.deepcopy(tiny.transformer))
+    args = SimpleNamespace(training="lora", model_type="flux")
+    drawing, _ = generate_twinflow.load_transformer(file, backbone, args, torch.float32)
+    assert relative_error(run(drawing), run(trained)) < 1e-4
+
+
+def test_a_dora_of_clip_is_refused(tiny, tmp_path):
+    save_lora(tmp_path, {"text_encoder": adapted(tiny.text_encoder, CLIP, use_dora=True)})
+    shapes = layer_shapes("text_encoder", tiny.text_encoder, CLIP)
+    (problem,) = check_lora_file(tmp_path / "pytorch_lora_weights.safetensors", shapes, 2, use_dora=True)
+    assert "CLIP" in problem
+
+
 @pytest.mark.parametrize("lora_type", ["lora", "dora", "lokr", "lokr of factor 4"])
 def test_the_size_of_an_adapter_is_known_before_it_is_there(tiny, lora_type):
     args = SimpleNamespace(rank=2, use_dora=lora_type == "dora", lora_type=lora_type[:4].replace("dora", "lora"))
@@ -313,7 +346,7 @@ def test_omini_tokens_pass_the_adapter_that_the_stock_model_has(kind, dropout):
     assert min(parameter.grad.abs().max() for parameter in trained) > 0
 
 
-@pytest.mark.parametrize(("first", "second"), itertools.permutations(ADAPTER_KINDS, 2))
+@pytest.mark.parametrize(("first", "second"), list(itertools.permutations(ADAPTER_KINDS, 2)))
 def test_omini_tokens_pass_one_of_two_adapters_of_different_kinds(first, second):
     def add(model, name, seed):
         kind = ADAPTER_KINDS[name]

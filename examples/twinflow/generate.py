@@ -9,7 +9,6 @@ it can be given, or a pipeline with a second time embedding, as the authors publ
 import argparse
 import functools
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 
@@ -106,8 +105,8 @@ def load_transformer(source, backbone, args, dtype):
             is_dora = any(key.endswith(".dora_scale") for key in keys)
             if (is_flux and not is_plain) or is_dora:  # other names or alphas of another program, or ComfyUI's DoRA
                 layers = read_lora(file, flux=is_flux)[0]
-                layers = {name: replace(folded(layer), dora_scale=None) for name, layer in layers.items()}
-                tensors = file_tensors(layers, "diffusers")
+                tensors = file_tensors({name: folded(layer) for name, layer in layers.items()}, "diffusers")
+                tensors = {key: value for key, value in tensors.items() if not key.endswith(".dora_scale")}
                 transformer.load_lora_adapter(tensors, prefix="transformer")
             else:
                 transformer.load_lora_adapter(
