@@ -979,9 +979,9 @@ def check_model(args):
         problems = check_lora_file(args.lora_path, shapes, args.rank, flux=family.has_clip, **adapter_options(args))
         if problems:
             return problems
-    # float32: a checkpoint holds the LoRA twice, Adam's two moments and perhaps the moving average; the result
-    bytes_needed = 4 * (6 if args.use_ema else 5) * lora_size
-    return check_disk(args, bytes_needed)
+    # float32: a checkpoint holds the LoRA twice, Adam's two moments and what these flags keep; the result
+    num_copies = 5 + args.use_ema + args.load_best_model_at_end
+    return check_disk(args, 4 * num_copies * lora_size)
 
 
 def check_without_clip(args, family):

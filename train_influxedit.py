@@ -129,7 +129,6 @@ from common.flow_matching import (
     weighted_mse,
 )
 from common.held_out import (
-    DEFAULT_STEPS,
     NOISE_LEVELS,
     BestStep,
     check_held_out,
@@ -507,7 +506,7 @@ def parse_args(argv=None):
     arg(
         "--validation_loss_steps",
         type=positive_int,
-        help="steps between computations of the held-out loss (default: --validation_steps, else 100)",
+        help="steps between computations of the held-out loss (default: --validation_steps)",
     )
     arg(
         "--load_best_model_at_end",
@@ -798,9 +797,9 @@ def check_model(args):
         problems = check_lora_file(args.lora_path, shapes, args.rank, **adapter_options(args))
         if problems:
             return problems
-    # float32: a checkpoint holds the LoRA twice, Adam's two moments and perhaps the moving average; the result
-    bytes_needed = 4 * (6 if args.use_ema else 5) * lora_size
-    return check_disk(args, bytes_needed)
+    # float32: a checkpoint holds the LoRA twice, Adam's two moments and what these flags keep; the result
+    num_copies = 5 + args.use_ema + args.load_best_model_at_end
+    return check_disk(args, 4 * num_copies * lora_size)
 
 
 def lora_targets(args):
@@ -1780,7 +1779,7 @@ def train(args):
     total_batch_size = args.train_batch_size * accumulation * accelerator.num_processes
     steps_per_epoch = math.ceil(sampler.steps_per_epoch / accumulation)
     max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
-    validation_loss_steps = args.validation_loss_steps or args.validation_steps or DEFAULT_STEPS
+    validation_loss_steps = args.validation_loss_steps or args.validation_steps
     run = run_settings(args, accelerator.num_processes, data=data_record(examples), models=models)
     run |= held_out_record(held_out_examples)
     if class_prompts:

@@ -777,8 +777,9 @@ def check_model(args):
     not_passed = [name for name, _ in layers if re.search(OTHER_LAYERS, name)]
     if not_passed:
         return [f"--target_modules {targets}: condition tokens do not pass {not_passed[0]}; leave it out"]
-    # bytes of a checkpoint, which holds it twice, two moments and perhaps the moving average, and of the result
-    needed = 4 * (6 if args.use_ema else 5) * sum(adapter_size(args, layer) for _, layer in layers)
+    # float32: a checkpoint holds the LoRA twice, Adam's two moments and what these flags keep; the result
+    num_copies = 5 + args.use_ema + args.load_best_model_at_end
+    needed = 4 * num_copies * sum(adapter_size(args, layer) for _, layer in layers)
     return check_disk(args, needed) or check_lora_path(args, layers)
 
 

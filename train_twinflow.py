@@ -920,10 +920,11 @@ def check_model(args) -> list[str]:
     if unknown:
         return [f"--lora_layers: the transformer has no linear layer {', '.join(unknown)}"]
 
-    # bytes of one checkpoint in float32
+    # copies of what is trained, in float32, in one checkpoint: weights, their moving average, two moments, what would be
+    # the result, and the best step's weights
+    num_copies = 5 + args.load_best_model_at_end
     if args.training == "full":
-        # weights, their moving average, two moments, what would be the result
-        checkpoint_bytes = 20 * transformer.num_parameters()
+        trained_parameters = transformer.num_parameters()
     else:
         layers = target_layers(transformer, lora_targets(args))
         if args.lora_path:
@@ -932,9 +933,9 @@ def check_model(args) -> list[str]:
             problems = check_lora_file(args.lora_path, shapes, args.rank, flux=is_flux, **adapter_options(args))
             if problems:
                 return problems
-        adapter_parameters = sum(adapter_size(args, layer) for _, layer in layers)
-        checkpoint_bytes = 24 * adapter_parameters  # the same, what would be the result, and the result
-    return check_disk(args, checkpoint_bytes)
+        trained_parameters = sum(adapter_size(args, layer) for _, layer in layers)
+        num_copies += 1  # and the result
+    return check_disk(args, 4 * num_copies * trained_parameters)
 
 
 def lora_targets(args) -> list[str]:

@@ -146,7 +146,7 @@ def held_out_means(
 
     {name: mean, name_0.1: mean at this level, ...}. `losses_of` is called without gradients and leaves no trace in
     training. The processes share the examples, and all get the same means; a sharded model takes all processes for
-    each example.
+    each example, of which all take the last one's values: they must agree where to stop.
     """
     indices = list(range(num_examples))
     sharing: Any = nullcontext(indices) if is_sharded(model) else accelerator.split_between_processes(indices)
@@ -155,9 +155,7 @@ def held_out_means(
         for index in share:
             losses = losses_of(index)
             found.append((index, {name: values.tolist() for name, values in losses.items()}))
-    if not is_sharded(model):
-        found = gather_objects(found)
-    of_example = dict(found)
+    of_example = dict(gather_objects(found))
     means = {}
     for name in of_example[0]:
         rows = [of_example[index][name] for index in indices]
@@ -278,11 +276,13 @@ class BestStep:
                 save_file(tensors, weights_file(output_dir))
 
         def load(models: list, input_dir: str) -> None:
-            if self.keeps_weights and not weights_file(input_dir).exists():
+            state = read_json(Path(input_dir) / STATE_FILE)
+            has_weights = weights_file(input_dir).exists()
+            if self.keeps_weights and state.get("step") and not has_weights:
                 return  # of a run that did not keep weights: the best step is one of those to come
-            for name, value in read_json(Path(input_dir) / STATE_FILE).items():
+            for name, value in state.items():
                 setattr(self, name, value)
-            if self.keeps_weights:
+            if self.keeps_weights and has_weights:
                 tensors = load_file(weights_file(input_dir))
                 self.kept = [tensors[str(i)] for i in range(len(tensors))]
 

@@ -80,17 +80,22 @@ def held_out_losses(rows: Iterable[dict[str, Any]]) -> dict[int, float]:
     return losses
 
 
-def held_out_summary(losses: dict[int, float]) -> str:
-    """What the held-out losses {step: loss} of a run tell: whether it overfits, and since when; "" of none."""
+def held_out_summary(losses: dict[int, float], first_step: int = 1) -> str:
+    """What the held-out losses {step: loss} of a run tell: whether it overfits, and since when; "" of none.
+
+    Those before `first_step` are not known, where a run was resumed in another folder.
+    """
     losses = {step: loss for step, loss in losses.items() if math.isfinite(loss)}
     if not losses:
         return ""
     best = min(losses, key=lambda step: (losses[step], step))
     last = max(losses)
-    lowest = f"The held-out loss was lowest at step {best}, {losses[best]:.4g}"
+    subject = "The held-out loss" if first_step == 1 else f"From step {first_step} on, the held-out loss"
+    lowest = f"{subject} was lowest at step {best}, {losses[best]:.4g}"
     if best == last:
         return f"{lowest}, the last at which it was computed: no overfitting so far."
-    increase = losses[last] / losses[best] - 1
+    # a mask that shows nothing of an image makes its loss 0
+    increase = losses[last] / losses[best] - 1 if losses[best] else 0.0
     at_last = f"at step {last} it was {losses[last]:.4g}, {increase:.1%} higher"
     if increase < 0.01:
         return f"{lowest}; {at_last}: hardly any overfitting."

@@ -287,7 +287,7 @@ def plot_metrics(output_dir: Path) -> None:
     figure, (upper, *middle, lower) = plt.subplots(
         len(ratios), 1, figsize=(8, 1.5 * sum(ratios)), sharex=True, height_ratios=ratios, layout="constrained"
     )
-    summary = textwrap.fill(held_out_summary(held_out_losses(rows)), 95)
+    summary = textwrap.fill(held_out_summary(held_out_losses(rows), first_step), 95)
     upper.set_title(output_dir.resolve().name)
     if summary:
         figure.suptitle(summary, fontsize="medium")
@@ -332,12 +332,14 @@ def plot_held_out(axes: Any, name: str, lines: Mapping[str, Mapping[int, float]]
     """What is computed on held-out examples, {"mean": {step: value}, "σ 0.1": ...}; of a loss, whose levels differ
     much, on a logarithmic scale with the lowest mean marked."""
     for i, (label, values) in enumerate(lines.items()):
-        style = {"color": f"C{i + 4}", "linewidth": 1} if i else {"color": "black", "linewidth": 2}
+        is_mean = label == "mean"
+        style = {"color": "black", "linewidth": 2} if is_mean else {"color": f"C{i + 4}", "linewidth": 1}
         axes.plot(list(values), list(values.values()), marker=".", label=label, **style)
     if name == HELD_OUT["validation_loss"]:
-        mean = lines["mean"]
-        best = min(mean, key=lambda step: mean[step])
-        axes.plot(best, mean[best], marker="o", markersize=9, fillstyle="none", color="black")
+        mean = lines.get("mean")  # None where a level was never finite
+        if mean:
+            best = min(mean, key=lambda step: mean[step])
+            axes.plot(best, mean[best], marker="o", markersize=9, fillstyle="none", color="black")
         axes.set_yscale("log")
     axes.set_ylabel(name)
     axes.legend(ncols=len(lines), fontsize="x-small", frameon=False, loc="best")

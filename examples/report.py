@@ -236,7 +236,7 @@ def page(folder):
         name=html.escape(folder.resolve().name),
         model=html.escape(str(values.get("pretrained_model_name_or_path", ""))),
         prompt=html.escape(str(values.get("validation_prompt") or values.get("validation_prompts") or "")),
-        held_out=html.escape(held_out_summary(held_out_losses(rows))),
+        held_out=html.escape(held_out_summary(held_out_losses(rows), int(rows[0]["step"]))),
         facts="".join(f"<div><b>{value}</b>{name}</div>" for name, value in facts.items()),
         settings=settings_html(values, changed if isinstance(changed, list) else []),
         files=files_table(folder),

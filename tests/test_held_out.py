@@ -13,6 +13,7 @@ from common.tracking import plot_metrics
 
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import ROOT
 from PIL import Image
 from safetensors.torch import load_file
@@ -128,11 +129,42 @@ def test_the_lowest_loss_its_step_and_its_weights_are_kept():
         ({1: 2.0, 5: 1.0, 9: 1.25}, "25.0% higher: the run overfits since step 5"),
         ({1: 1.0, 5: 1.001}, "hardly any"),
         ({1: 1.0, 5: math.nan}, "no overfitting"),
+        ({1: 0.0, 5: 0.0}, "hardly any"),
     ],
 )
 def test_words_for_overfitting(losses, words):
     assert words in held_out_summary(losses)
     assert bool(held_out_summary(losses)) == bool(losses)
+
+
+def test_a_run_without_a_finite_loss_so_far_resumes_with_its_count(tmp_path):
+    layer = torch.nn.Linear(2, 1)
+    found = []
+    for _ in range(2):
+        accelerator = Accelerator(cpu=True)
+        best = BestStep(layer, layer.parameters(), keeps_weights=True, patience=2)
+        best.register_checkpointing(accelerator)
+        found.append((accelerator, best))
+    found[0][1].update(1, math.nan)
+    found[0][0].save_state(tmp_path)
+    found[1][0].load_state(tmp_path)
+    assert found[1][1].num_worse == 1
+    found[1][1].update(2, math.nan)
+    assert found[1][1].is_over
+
+
+@pytest.mark.parametrize(
+    "script", ["train_dreambooth_flux_advanced", "train_omini", "train_influxedit", "train_twinflow"]
+)
+def test_the_disk_needs_room_for_the_best_step(train, short_runs, tmp_path, capsys, script):
+    flags = [*short_runs[script], "--rank", 10**9, "--output_dir", tmp_path / "run", "--validation_split", 0.4]
+    needed = []
+    for more in ([], ["--load_best_model_at_end"]):
+        with pytest.raises(SystemExit):
+            train(script, *flags, *more)
+        (found,) = re.findall(r"(\d+) MiB free", capsys.readouterr().err)
+        needed.append(int(found))
+    assert needed[1] > 1.1 * needed[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -420,6 +452,18 @@ def test_the_plot_has_a_panel_of_each_kind(tmp_path):
     plot_metrics(tmp_path)
     with Image.open(tmp_path / "loss.png") as image:
         assert image.size == (800, 1200)
+
+
+def test_the_plot_shows_levels_whose_mean_is_not_finite(tmp_path):
+    row = {"step": 1, "loss": 1.0, "lr": 1e-3, "validation_loss": math.nan, "validation_loss_0.1": 0.3}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    plot_metrics(tmp_path)
+    assert (tmp_path / "loss.png").exists()
+
+
+def test_words_on_a_run_resumed_elsewhere_are_of_its_own_steps():
+    assert "From step 5 on" in held_out_summary({6: 1.0, 8: 1.5}, first_step=5)
+    assert "overfits since step 6" in held_out_summary({6: 1.0, 8: 1.5}, first_step=5)
 
 
 def test_the_report_has_a_chart_of_each_kind(tmp_path):
