@@ -920,8 +920,8 @@ def check_model(args) -> list[str]:
     if unknown:
         return [f"--lora_layers: the transformer has no linear layer {', '.join(unknown)}"]
 
-    # copies of what is trained, in float32, in one checkpoint: weights, their moving average, two moments, what would be
-    # the result, and the best step's weights
+    # copies of what is trained, in float32, in one checkpoint: weights, their moving average, two moments, what would
+    # be the result, and the best step's weights
     num_copies = 5 + args.load_best_model_at_end
     if args.training == "full":
         trained_parameters = transformer.num_parameters()

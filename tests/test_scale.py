@@ -128,6 +128,27 @@ def test_a_sharded_run_resumes_bit_for_bit_on_as_many_processes(runs, flags_of, 
     assert all(torch.equal(loadable[key], whole[key]) for key in whole)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_sharded_run_keeps_its_best_step_also_when_resumed(runs, flags_of, tmp_path, script):
+    flags = [*flags_of[script], "--fsdp", "--checkpointing_steps", 1, "--learning_rate", 0.05, "--max_train_steps", 4]
+    flags += ["--validation_split", 0.3, "--validation_loss_steps", 1, "--load_best_model_at_end"]
+    flags += ["--use_ema", "--ema_decay", 0.3] if script != "train_twinflow" else []
+    assert runs.run(script, [*flags, "--output_dir", tmp_path / "whole"], processes=2) == 0, runs.output()[-3000:]
+    rows = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").open()]
+    held_out = {row["step"]: row["validation_loss"] for row in rows}
+    best = min(held_out, key=lambda step: held_out[step])
+    whole = result(tmp_path / "whole")
+    kept = result(tmp_path / "whole" / f"checkpoint-{best}")
+    assert whole.keys() <= kept.keys()
+    assert all(torch.equal(kept[key], whole[key]) for key in whole)
+    words = ["--resume_from_checkpoint", tmp_path / "whole" / "checkpoint-3", "--output_dir", tmp_path / "parts"]
+    assert runs.run(script, [*flags, *words], processes=2) == 0, runs.output()[-3000:]
+    parts = result(tmp_path / "parts")
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+
+
 def reshard(trainer, folder, processes, steps):
     """Trains a small sharded model for `steps`, or loads the checkpoint in `folder`, and then takes one more step.
 
