@@ -76,11 +76,14 @@ def drawn(script, folder):
     return [*flags, *own.get(script, [])]
 
 
-WAYS = [pytest.param("DDP", marks=pytest.mark.slow), "FSDP2", pytest.param("FSDP2, all", marks=pytest.mark.slow)]
+WAYS = ["FSDP2", *(pytest.param(way, marks=pytest.mark.slow) for way in ("DDP", "FSDP2, all", "DoRA", "LoKr"))]
+KINDS = {"DoRA": ["--use_dora"], "LoKr": ["--lora_type", "lokr"]}
 EXTRA = {
     "DDP": [],
     "FSDP2": ["--fsdp"],
     "FSDP2, all": ["--fsdp", "--gradient_checkpointing", "--compile"],
+    "DoRA": ["--fsdp"],
+    "LoKr": ["--fsdp"],
 }
 
 
@@ -92,7 +95,7 @@ def test_two_processes_compute_what_one_does(train, runs, flags_of, tmp_path, mo
     module = importlib.import_module(script)
     monkeypatch.setattr(module, "step_generator", one_stream(module))
     average = ["--use_ema"] if way != "FSDP2" and script != "train_twinflow" else []
-    flags = [*flags_of[script], *average, "--max_train_steps", 3, "--output_dir"]
+    flags = [*flags_of[script], *average, *KINDS.get(way, []), "--max_train_steps", 3, "--output_dir"]
     train(script, *flags, tmp_path / "one", "--gradient_accumulation_steps", 2)
     flags += [tmp_path / "two", *EXTRA[way], *drawn(script, tmp_path)]
     assert runs.run(script, flags, draw_as_one, processes=2) == 0, runs.output()[-3000:]
