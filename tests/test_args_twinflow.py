@@ -92,7 +92,10 @@ BAD = [
         "--reference_column image is --image_column, too",
     ),
     ("--resolution 40", "--resolution 40 must be a multiple of 16, such as 32"),
-    ("--lora_layers attn.to_q", "--lora_layers and --lora_dropout have no effect on --training full"),
+    (
+        "--lora_layers attn.to_q",
+        "--lora_layers, --lora_dropout and --use_dora have no effect on --training full",
+    ),
     ("--training lora --lora_layers attn.to_z", "--lora_layers: the transformer has no linear layer attn.to_z"),
     ("--training lora --target_time_init copy", "--target_time_init copy has no effect on --training lora"),
     ("--fsdp --optimizer prodigy --learning_rate 1", "--optimizer prodigy does not work with --fsdp"),

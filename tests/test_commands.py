@@ -224,6 +224,14 @@ def mask(path):
     image.save(path)
 
 
+def write_masks(pictures, path):
+    path.mkdir()
+    for file in pictures.glob("*.png"):
+        image = Image.new("L", Image.open(file).size)
+        image.paste(255, (0, 0, image.width // 2, image.height))
+        image.save(path / file.name)
+
+
 def stand_ins(pictures, pairs, tiny_model, tiny_fill):
     """{name in a page: what makes it at a path}"""
     link = lambda target: lambda path: path.symlink_to(target)  # noqa: E731
@@ -247,6 +255,7 @@ def stand_ins(pictures, pairs, tiny_model, tiny_fill):
         "LiheYoung/depth-anything-small-hf": write_depth_model,
         "photos": link(pictures),
         "dog": lambda path: shutil.copytree(pictures, path, ignore=shutil.ignore_patterns("*.txt")),
+        "dog-masks": functools.partial(write_masks, pictures),
         "before": link(pictures),
         "after": lambda path: shutil.copytree(pictures, path),
         "3d_icon": lambda path: write_rows(pictures, path, "prompt"),
