@@ -274,8 +274,8 @@ from transformers.utils import logging as transformers_logging
 
 def parse_args(argv=None):
     parser = Parser(
-        description="Teaches FLUX.1 a subject or a style from a few images: DreamBooth LoRA, pivotal tuning, textual "
-        "inversion.",
+        description="Teaches FLUX.1 or FLUX.2 a subject or a style from a few images: DreamBooth LoRA, pivotal "
+        "tuning, textual inversion.",
         epilog="""example:
   accelerate launch train_dreambooth_flux_advanced.py @examples/dreambooth/low_memory.args \\
     --pretrained_model_name_or_path=black-forest-labs/FLUX.1-dev --instance_data_dir=photos \\
@@ -308,7 +308,7 @@ def parse_args(argv=None):
         "--max_sequence_length",
         "--t5xxl_max_token_length",
         type=in_range(int, 1, 512),
-        help="tokens per prompt; longer prompts are cut (default: what the model takes, FLUX.1-dev 512, schnell 256)",
+        help="tokens per prompt; longer prompts are cut (default: what the model takes, 512, FLUX.1-schnell 256)",
     )
     arg("--mixed_precision", choices=("no", "fp16", "bf16"), help="precision of frozen models; bf16 halves memory")
     arg("--allow_tf32", action="store_true", help="faster, less exact float32 products on Ampere and later GPUs")
@@ -493,7 +493,7 @@ def parse_args(argv=None):
         "--lora_layers",
         "--lora_blocks",
         help="layers with a LoRA, such as attn.to_k,ff.net.2, or kohya for all linear layers in the blocks (default: "
-        "attention and feed-forward layers)",
+        "attention and feed-forward layers; FLUX.2: as kohya)",
     )
 
     arg(
@@ -509,7 +509,7 @@ def parse_args(argv=None):
         "--guidance_scale",
         type=non_negative_float,
         default=3.5,
-        help="value passed to the guidance embedding (FLUX.1-dev)",
+        help="value passed to the guidance embedding (FLUX.1-dev, FLUX.2-dev)",
     )
     arg(
         "--timestep_sampling",
@@ -657,7 +657,7 @@ def parse_args(argv=None):
     arg(
         "--validation_guidance_scale",
         type=non_negative_float,
-        help="value of the guidance embedding in them (default: the pipeline's)",
+        help="guidance_scale of the pipeline in them (default: the pipeline's)",
     )
 
     arg = parser.add_argument_group("output and logging", "where results and logs are written").add_argument
@@ -742,6 +742,7 @@ def needs(args):
     trains_text = args.train_text_encoder or args.train_text_encoder_ti
     one_prompt = args.validation_prompt or args.final_validation_prompt
     draws = one_prompt or args.validation_prompts
+    family = find_family(args)
     return noise_needs(args) | {
         "--with_prior_preservation": (
             args.with_prior_preservation,
@@ -760,7 +761,8 @@ def needs(args):
             ("text_encoder_lr", "adam_weight_decay_text_encoder"),
         ),
         "--train_text_encoder_ti": (args.train_text_encoder_ti, ("token_abstraction",)),
-        "a model with a guidance embedding": (find_family(args).reads_guidance, ("guidance_scale",)),
+        "a model with a guidance embedding": (family.reads_guidance, ("guidance_scale",)),
+        "a model that draws with guidance": (family.draws_with_guidance, ("validation_guidance_scale",)),
         "--train_transformer_frac above 0": (
             args.train_transformer_frac > 0,
             (
@@ -829,6 +831,10 @@ def check_args(args):
         problems.append(
             f"--prior_generation_precision {args.prior_generation_precision}: the model is loaded in "
             f"{args.mixed_precision}"
+        )
+    if args.prior_target == "base" and args.dataset_config and args.fsdp:
+        problems.append(  # is_reg images are not in the batches of all processes, which a forward pass needs
+            "--prior_target base does not work with --fsdp and --dataset_config: leave one out"
         )
 
     # output preservation
@@ -1027,6 +1033,7 @@ class Flux:
     more_prompts: tuple[str, ...] = ()  # that sampling needs
     has_clip = True  # which can be trained; else a language model alone reads prompts
     reads_guidance = True  # or may: FLUX.1-schnell does not
+    draws_with_guidance = True  # likewise
 
     def __init__(self, index: dict):
         """`index` is the content of the pipeline's model_index.json."""
@@ -1094,6 +1101,7 @@ class Flux2(Flux):
     has_clip = False
 
     def load_text_encoders(self, args, dtype):
+        # the tokenizer alone: a PixtralProcessor would need torchvision
         pipeline = load_text_pipeline(self.pipeline_class, args, dtype, tokenizer=None)
         pipeline.tokenizer = load_tokenizer(args, "tokenizer")
         return pipeline
@@ -1146,6 +1154,7 @@ class Flux2Klein(Flux2):
     def __init__(self, index):
         self.is_distilled = bool(index.get("is_distilled"))
         self.settings = {"is_distilled": self.is_distilled}
+        self.draws_with_guidance = not self.is_distilled
         if self.is_distilled:
             self.sampling = {"num_inference_steps": 4, "guidance_scale": 1.0}
         else:
@@ -2970,6 +2979,8 @@ def validation_prompts(args, family):
     options = {"width", "height", "seed"}
     takes = inspect.signature(family.pipeline_class.__call__).parameters
     options |= {"num_inference_steps", "guidance_scale"} & set(takes)
+    if not family.draws_with_guidance:
+        options.remove("guidance_scale")
     if "true_cfg_scale" in takes:
         options |= {"true_cfg_scale", "negative_prompt"}
     if args.train_transformer_frac > 0 and not args.train_text_encoder:  # prompts are embedded at full scale

@@ -253,6 +253,26 @@ def test_guidance_that_klein_does_not_read_is_named(flags, tmp_path, capsys):
     assert "--guidance_scale (it needs a model with a guidance embedding)" in capsys.readouterr().err
 
 
+def test_guidance_that_a_distilled_klein_does_not_draw_with_is_named(flags, klein_folder, tmp_path, capsys):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text(f"{PROMPT} --g 3\n")
+    flags = [*flags, "--validation_guidance_scale", 3, "--output_dir", tmp_path / "run"]
+    drawn = ["--validation_prompt", PROMPT]
+    dreambooth.parse_args([str(flag) for flag in [*flags, *drawn]])
+    said = "--validation_guidance_scale (it needs a model that draws with guidance)"
+    assert said in capsys.readouterr().err
+    args = dreambooth.parse_args([str(flag) for flag in [*flags, "--validation_prompts", prompts]])
+    *_, problems = dreambooth.validation_prompts(args, klein_family(is_distilled=True))
+    assert "--g 3" in problems[0]
+    capsys.readouterr()
+
+    base = ["--pretrained_model_name_or_path", klein_folder]
+    dreambooth.parse_args([str(flag) for flag in [*flags, *base, *drawn]])
+    assert said not in capsys.readouterr().err
+    *_, problems = dreambooth.validation_prompts(args, klein_family())
+    assert not problems
+
+
 def test_a_transformer_of_another_model_is_refused_by_what_was_found(flags, tiny_model, tmp_path, capsys):
     folder = tmp_path / "mixed"
     shutil.copytree(flags[1], folder)
