@@ -25,7 +25,9 @@ export TRANSFORMERS_VERBOSITY=error
     --rank 8 --lora_alpha 8 --lora_layers to_q,to_k,to_v,net.0.proj,net.2,proj_mlp,proj_out \
     --train_batch_size 6 --repeats 4 --guidance_scale 1 \
     --learning_rate 3e-3 --lr_scheduler cosine --lr_warmup_steps 10 --max_train_steps 600 \
-    --preserve_outputs 1 --preserve_prompts "sks glyph=>a circle,a square,a triangle,a cross,a diamond" \
+    --timestep_sampling shift --discrete_flow_shift 3 \
+    --with_prior_preservation --class_data_dir "$out/class_images" --class_prompt examples/toy/prompts.txt \
+    --num_class_images 240 --prior_target base \
     --validation_prompt "sks glyph on a blue background" --validation_steps 200 \
     --output_dir "$out/lora"
 .venv/bin/python examples/toy/compare.py "$out/lora" --subject glyph --output "$out/before_after.png"

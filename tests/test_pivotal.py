@@ -655,9 +655,8 @@ def run_on_toy(pictures, output_dir, flags, processes):
     shared = [
         *("--pretrained_model_name_or_path", HERE / "flux", "--max_sequence_length", 32, "--report_to", "none"),
         *("--instance_data_dir", pictures, "--resolution", 64, "--cache_latents", "--output_dir", output_dir),
-        *shlex.split(quickstart_flags()),
+        *quickstart_flags(),
         *("--train_batch_size", 6 // processes, "--max_train_steps", 1000, "--token_abstraction", "sks glyph"),
-        *("--preserve_outputs", 0),
     ]
     command = [sys.executable, *launcher, ROOT / f"{SCRIPT}.py", *shared, *flags]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

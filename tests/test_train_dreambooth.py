@@ -202,44 +202,65 @@ def run_snippet(snippet, folder):
     return Image.open(folder / "image.png")
 
 
-def quickstart_flags():
-    """The flags of examples/quickstart.sh that decide what is learned."""
+def quickstart_flags(folder=None):
+    """The flags of examples/quickstart.sh that decide what is learned; those that keep the rest too, if a folder for
+    class images is given."""
     script = (ROOT / "examples" / "quickstart.sh").read_text()
-    return script.split("--cache_latents")[1].split("--validation_prompt")[0].replace("\\\n", " ")
+    script = script.replace("\\\n", " ").replace("examples/toy", str(ROOT / "examples" / "toy"))
+    learned, kept = (
+        script.split("--cache_latents")[1].split("--validation_prompt")[0].split("--with_prior_preservation")
+    )
+    flags = shlex.split(learned)
+    if folder:
+        flags += ["--with_prior_preservation", *shlex.split(kept.replace("$out", str(folder)))]
+    return flags
 
 
-@pytest.mark.learning
-@pytest.mark.parametrize(
-    ("extra", "steps", "bar", "ordinary_bar"),
-    [
-        pytest.param((), 600, 50, 65, id="the quickstart", marks=pytest.mark.slow),
-        pytest.param(("--preserve_outputs", 0), 200, 25, 0, id="nothing preserved"),
-    ],
-)
-def test_it_learns_a_subject(train, glyph_pictures, tmp_path, extra, steps, bar, ordinary_bar):
-    """With the quickstart's flags ordinary prompts are kept; with nothing preserved, fewer steps teach the subject."""
-    from examples.toy.compare import HERE, evaluate
+def train_on_the_toy(train, pictures, folder, *flags):
+    """Trains on the toy FLUX: (score of the subject, ordinary prompts, the same in other words, processor seconds)."""
+    from examples.toy.compare import HERE, evaluate, evaluate_other_words
 
-    pipeline = FluxPipeline.from_pretrained(HERE / "flux")
-    pipeline.set_progress_bar_config(disable=True)
-    before, ordinary_before, _ = evaluate(pipeline, "glyph")
-    started = time.perf_counter()
+    started = time.process_time()
     train(
         SCRIPT,
         *("--pretrained_model_name_or_path", HERE / "flux", "--max_sequence_length", 32, "--report_to", "none"),
-        *("--instance_data_dir", glyph_pictures, "--resolution", 64, "--cache_latents", "--output_dir", tmp_path),
-        *shlex.split(quickstart_flags()),
-        *("--max_train_steps", steps, *extra),
+        *("--instance_data_dir", pictures, "--resolution", 64, "--cache_latents", "--output_dir", folder),
+        *flags,
     )
-    seconds = time.perf_counter() - started
-    pipeline.load_lora_weights(tmp_path)
-    after, ordinary_after, _ = evaluate(pipeline, "glyph")
-    print(f"subject {before:.0f} -> {after:.0f} (bar {bar})")
-    print(f"ordinary prompts {ordinary_before:.0f} -> {ordinary_after:.0f} (bar {ordinary_bar})")
-    print(f"trained in {seconds:.0f} s")
-    assert before < 20
-    assert after >= bar
-    assert ordinary_after >= ordinary_bar
+    seconds = time.process_time() - started
+    pipeline = FluxPipeline.from_pretrained(HERE / "flux")
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.load_lora_weights(folder)
+    subject, ordinary, _ = evaluate(pipeline, "glyph", count=64)
+    return subject, ordinary, evaluate_other_words(pipeline, count=64), seconds
+
+
+@pytest.mark.learning
+def test_it_learns_a_subject_in_fewer_steps(train, glyph_pictures, tmp_path):
+    subject, *_ = train_on_the_toy(train, glyph_pictures, tmp_path, *quickstart_flags(), "--max_train_steps", 200)
+    print(f"subject: {subject:.0f} of 100 (bar 40)")
+    assert subject >= 40
+
+
+@pytest.mark.slow
+@pytest.mark.learning
+def test_the_quickstart_teaches_a_subject_and_keeps_the_rest(train, glyph_pictures, tmp_path):
+    """Means over three seeds, scored on 64 images each; before training, 97 of 100 ordinary prompts and 88 of 100 in
+    other words are right."""
+    rows = []
+    for seed in range(3):
+        folder = tmp_path / str(seed)
+        flags = [*quickstart_flags(tmp_path), "--seed", seed]
+        rows.append(train_on_the_toy(train, glyph_pictures, folder, *flags))
+        print(
+            f"seed {seed}: subject {rows[-1][0]:.0f}, ordinary prompts {rows[-1][1]:.0f}, in other words "
+            f"{rows[-1][2]:.0f}, {rows[-1][3]:.0f} s of processor"
+        )
+    subject, ordinary, reworded, _ = np.mean(rows, axis=0)
+    print(f"mean: subject {subject:.0f}, ordinary prompts {ordinary:.0f}, in other words {reworded:.0f}")
+    assert subject >= 70
+    assert ordinary >= 85
+    assert reworded >= 85
 
 
 @pytest.mark.learning
