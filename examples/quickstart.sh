@@ -22,7 +22,8 @@ export TRANSFORMERS_VERBOSITY=error
 .venv/bin/python train_dreambooth_flux_advanced.py \
     --pretrained_model_name_or_path examples/toy/flux --max_sequence_length 32 \
     --instance_data_dir "$out/images" --resolution 64 --cache_latents \
-    --rank 8 --lora_alpha 8 --lora_layers to_q,to_k,to_v,net.0.proj,net.2,proj_mlp,proj_out \
+    --instance_prompt "sks glyph" --caption_dropout 0.2 --caption_dropout_to instance_prompt \
+    --rank 4 --lora_alpha 4 --lora_layers to_q,to_k,to_v,net.0.proj,net.2,proj_mlp,proj_out \
     --train_batch_size 6 --repeats 4 --guidance_scale 1 \
     --learning_rate 3e-3 --lr_scheduler cosine --lr_warmup_steps 10 --max_train_steps 600 \
     --timestep_sampling shift --discrete_flow_shift 3 \
