@@ -28,7 +28,7 @@ export TRANSFORMERS_VERBOSITY=error
     --learning_rate 3e-3 --lr_scheduler cosine --lr_warmup_steps 10 --max_train_steps 600 \
     --timestep_sampling shift --discrete_flow_shift 3 \
     --with_prior_preservation --class_data_dir "$out/class_images" --class_prompt examples/toy/prompts.txt \
-    --num_class_images 240 --prior_target base \
+    --num_class_images 240 --sample_batch_size 40 --prior_target base \
     --validation_prompt "sks glyph on a blue background" --validation_steps 200 \
     --output_dir "$out/lora"
 .venv/bin/python examples/toy/compare.py "$out/lora" --subject glyph --output "$out/before_after.png"
