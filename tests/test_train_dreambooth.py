@@ -217,8 +217,10 @@ def quickstart_flags(folder=None):
 
 
 def train_on_the_toy(train, pictures, folder, *flags):
-    """Trains on the toy FLUX: (score of the subject, ordinary prompts, the same in other words, processor seconds)."""
-    from examples.toy.compare import HERE, evaluate, evaluate_other_words
+    """Trains on the toy FLUX: scores 0 to 100 of the subject, of its bare name, of ordinary prompts and of these in
+    other words, on 64 images each; and the processor seconds of the training."""
+    from examples.toy.compare import HERE, evaluate, evaluate_other_words, sample
+    from examples.toy.world import score_subject
 
     started = time.process_time()
     train(
@@ -232,7 +234,8 @@ def train_on_the_toy(train, pictures, folder, *flags):
     pipeline.set_progress_bar_config(disable=True)
     pipeline.load_lora_weights(folder)
     subject, ordinary, _ = evaluate(pipeline, "glyph", count=64)
-    return subject, ordinary, evaluate_other_words(pipeline, count=64), seconds
+    bare = 100 * np.mean([score_subject(image, "glyph") for image in sample(pipeline, ["sks glyph"] * 64, 0)])
+    return subject, bare, ordinary, evaluate_other_words(pipeline, count=64), seconds
 
 
 @pytest.mark.learning
@@ -245,48 +248,23 @@ def test_it_learns_a_subject_in_fewer_steps(train, glyph_pictures, tmp_path):
 @pytest.mark.slow
 @pytest.mark.learning
 def test_the_quickstart_teaches_a_subject_and_keeps_the_rest(train, glyph_pictures, tmp_path):
-    """Means over three seeds, scored on 64 images each; before training, 97 of 100 ordinary prompts and 88 of 100 in
-    other words are right."""
+    """Means over three seeds. Before training, 97 of 100 ordinary prompts are right, and 88 in other words."""
     rows = []
     for seed in range(3):
-        folder = tmp_path / str(seed)
-        flags = [*quickstart_flags(tmp_path), "--seed", seed]
-        rows.append(train_on_the_toy(train, glyph_pictures, folder, *flags))
-        print(
-            f"seed {seed}: subject {rows[-1][0]:.0f}, ordinary prompts {rows[-1][1]:.0f}, in other words "
-            f"{rows[-1][2]:.0f}, {rows[-1][3]:.0f} s of processor"
+        rows.append(
+            train_on_the_toy(train, glyph_pictures, tmp_path / f"{seed}", *quickstart_flags(tmp_path), "--seed", seed)
         )
-    subject, ordinary, reworded, _ = np.mean(rows, axis=0)
-    print(f"mean: subject {subject:.0f}, ordinary prompts {ordinary:.0f}, in other words {reworded:.0f}")
+        print(
+            "seed {}: subject {:.0f}, bare {:.0f}, ordinary {:.0f}, in other words {:.0f}, {:.0f} s".format(
+                seed, *rows[-1]
+            )
+        )
+    subject, bare, ordinary, reworded, _ = np.mean(rows, axis=0)
+    print(f"mean: subject {subject:.0f}, bare {bare:.0f}, ordinary {ordinary:.0f}, in other words {reworded:.0f}")
     assert subject >= 70
-    assert ordinary >= 85
-    assert reworded >= 85
-
-
-@pytest.mark.learning
-@pytest.mark.slow
-def test_a_bare_prompt_is_learned_where_it_stands_in_for_captions(train, glyph_pictures, tmp_path):
-    """The subject's name alone generates it if some captions were dropped to it, and captions still do."""
-    from examples.toy.compare import HERE, evaluate, sample
-    from examples.toy.world import score_subject
-
-    train(
-        SCRIPT,
-        *("--pretrained_model_name_or_path", HERE / "flux", "--max_sequence_length", 32, "--report_to", "none"),
-        *("--instance_data_dir", glyph_pictures, "--resolution", 64, "--cache_latents", "--output_dir", tmp_path),
-        *shlex.split(quickstart_flags()),
-        *("--instance_prompt", "sks glyph", "--caption_dropout", 0.2, "--caption_dropout_to", "instance_prompt"),
-    )
-    pipeline = FluxPipeline.from_pretrained(HERE / "flux")
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.load_lora_weights(tmp_path)
-    captioned, ordinary, _ = evaluate(pipeline, "glyph")
-    images = sample(pipeline, ["sks glyph"] * 32, 0)
-    bare = 100 * sum(score_subject(image, "glyph") for image in images) / 32
-    print(f"bare prompt {bare:.0f} (bar 20), captioned {captioned:.0f} (bar 45)")
-    print(f"ordinary prompts {ordinary:.0f}")
-    assert bare >= 20
-    assert captioned >= 45
+    assert bare >= 30
+    assert ordinary >= 87
+    assert reworded >= 86
 
 
 @pytest.mark.slow
