@@ -35,7 +35,7 @@ def sample(pipeline, prompts, seed):
     ).images
 
 
-def evaluate(pipeline, subject, *, count=32, seed=0, replace=lambda prompt: prompt):
+def evaluate(pipeline, subject, *, count=64, seed=0, replace=lambda prompt: prompt):
     """Subject score, the share of known scenes that are right (both 0 to 100), and some (image, prompt) pairs of each.
 
     `replace` puts trained tokens in the place of the subject's name.
@@ -60,7 +60,7 @@ def in_other_words(scene, rng):
     return f"{beginning} one {size}{shape.color} {shape.kind}{ending}"
 
 
-def evaluate_other_words(pipeline, *, count=32, seed=0):
+def evaluate_other_words(pipeline, *, count=64, seed=0):
     """The share of known scenes, 0 to 100, that are right where their prompts are `in_other_words`."""
     rng = random.Random(seed)
     scenes = [random_scene(rng, pair=0, outline=0) for _ in range(count)]
