@@ -784,16 +784,15 @@ def read_run(script, model, *flags, cache):
     if problems:
         return examples, problems, {}
     if script == "train_twinflow":
-        dataset = twinflow.TwinFlowDataset(
-            examples, TensorCache(cache, twinflow.encoder_settings(args, twinflow.model_record(args))), args
-        )
-        return examples, [], trainer.describe_run(args, dataset)
+        cache = TensorCache(cache, twinflow.encoder_settings(args, twinflow.model_record(args)))
+        dataset, held_out = (twinflow.TwinFlowDataset(which, cache, args) for which in (examples, []))
+        return examples, [], trainer.describe_run(args, dataset, held_out)
     if script == "train_omini":
-        dataset = omini.OminiDataset(examples, omini.condition_specs(args), args)
-        return examples, [], trainer.describe_run(args, dataset)
+        dataset, held_out = (omini.OminiDataset(which, omini.condition_specs(args), args) for which in (examples, []))
+        return examples, [], trainer.describe_run(args, dataset, held_out)
     if script == "train_influxedit":
-        return examples, [], trainer.describe_run(args, examples, [], [])
-    return examples, [], trainer.describe_run(args, examples, [], SimpleNamespace(abstractions={}), [], 0)
+        return examples, [], trainer.describe_run(args, examples, [], [], [])
+    return examples, [], trainer.describe_run(args, examples, [], [], SimpleNamespace(abstractions={}), [], 0)
 
 
 @pytest.mark.parametrize("script", DATA_FLAGS)
@@ -870,6 +869,7 @@ PATHS = {
             "instance_data_dir": "images",
             "class_data_dir": "classes",
             "validation_data_dir": "images",
+            "validation_prompts": "prompts.txt",
             "output_dir": "out",
             "logging_dir": "logs",
             "cache_dir": "cache",
@@ -904,6 +904,7 @@ PATHS = {
             "class_data_dir": "classes",
             "validation_image": "images/a.png",
             "validation_mask": "masks/a.png",
+            "validation_prompts": "prompts.txt",
             "output_dir": "out",
             "logging_dir": "logs",
             "cache_dir": "cache",
@@ -919,6 +920,7 @@ PATHS = {
             "instance_data_dir": "images",
             "validation_image": "images/a.png",
             "validation_data_dir": "images",
+            "validation_prompts": "prompts.txt",
             "output_dir": "out",
             "logging_dir": "logs",
             "cache_dir": "cache",
@@ -935,6 +937,7 @@ PATHS = {
             "pretrained_model_name_or_path": "model",
             "train_data_dir": "images",
             "validation_data_dir": "images",
+            "validation_prompts": "prompts.txt",
             "output_dir": "out",
             "logging_dir": "logs",
             "cache_dir": "cache",
@@ -1241,7 +1244,7 @@ def unload(transformer):
 def read_by_dreambooth(file, request, monkeypatch):
     pipeline = request.getfixturevalue("flux_pipeline")
     pipeline.unload_lora_weights()
-    monkeypatch.setattr(dreambooth_generate, "load_whole_pipeline", lambda *_: pipeline)
+    monkeypatch.setattr(dreambooth_generate, "load_base", lambda *_: pipeline)
     return dreambooth_generate.load_pipeline(file, "model")[0].transformer
 
 

@@ -199,10 +199,10 @@ def test_only_new_rows_change(train, flags, tmp_path, monkeypatch, tiny_pipeline
     encoders = []
     honest = dreambooth.PromptEncoder.freeze
 
-    def freeze(self, prompts):
+    def freeze(self, prompts, **keep):
         extended = {name: encoder.get_input_embeddings() for name, encoder in self.encoders.items()}
         encoders.append({k: (e.embedding.weight.clone(), e.new_rows.clone()) for k, e in extended.items()})
-        honest(self, prompts)
+        honest(self, prompts, **keep)
 
     monkeypatch.setattr(dreambooth.PromptEncoder, "freeze", freeze)
     train(SCRIPT, *flags, *MODES["pivotal CLIP+T5"], "--output_dir", tmp_path)
@@ -304,7 +304,7 @@ def test_a_word_within_others_or_in_another_case_is_no_abstraction(tiny_model, t
     examples, problems = dreambooth.find_examples(args)
     assert not problems
     _, embedding_handler = new_prompt_encoder(args)
-    told = dreambooth.describe_run(args, examples, [], embedding_handler, [], 1)
+    told = dreambooth.describe_run(args, examples, [], [], embedding_handler, [], 1)
     assert "tok" in told["no tokens"]
     assert "4 times" in told["no tokens"]
 

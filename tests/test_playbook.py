@@ -191,7 +191,7 @@ def test_kohya_layers_are_those_of_its_sd_scripts(tiny_model, pictures):
     args = dreambooth.parse_args([*flags, "--lora_layers", "kohya"])
     with torch.device("meta"):
         transformer = FluxTransformer2DModel(guidance_embeds=True)  # as large as FLUX.1-dev
-    names = dreambooth.lora_targets(args, transformer)
+    names = dreambooth.lora_targets(args, dreambooth.Flux({}), transformer)
     homes = {part: home for home, parts in FLUX_LAYERS.items() for part in parts}
     fused = {homes[re.sub(r"\.\d+\.", ".#.", name, count=1)] + name.split(".")[1] for name in names}
     assert len(fused) == 304

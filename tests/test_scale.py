@@ -160,6 +160,7 @@ def reshard(trainer, folder, processes, steps):
     torch.manual_seed(0)
     folder = Path(folder)
     model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Linear(7, 3))
+    model._repeated_blocks = ["Linear"]
     model[0].bias.requires_grad_(False)
     unused = "1.bias"  # it never has a gradient, nor the optimizer a state for it
     accelerator = Accelerator(cpu=True)

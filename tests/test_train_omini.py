@@ -279,7 +279,8 @@ def test_saved_adapters_find_their_conditions(flags, tmp_path):
         args = parse("--condition_type", "canny", "coloring", "--adapter_per_condition", "--lora_path", *paths)
         specs = omini.condition_specs(args)
         assert omini.match_lora_paths(args, specs) == dict(zip(("canny", "coloring"), expected, strict=True))
-        run_info = omini.describe_run(args, omini.OminiDataset([], specs, args))
+        nothing = omini.OminiDataset([], specs, args)
+        run_info = omini.describe_run(args, nothing, nothing)
         assert run_info["canny from"] == str(canny)
         assert run_info["coloring from"] == (f"{depth}, trained with {said}" if said else str(coloring))
 
@@ -537,10 +538,11 @@ def test_pairs_of_lower_quality_are_left_out(flags, tmp_path, monkeypatch):
 
     args, dataset = dataset_of()
     assert [example.caption for example in dataset.examples] == ["1, left", "1, right"]
-    assert omini.describe_run(args, dataset)["left out"].startswith("6 samples")
+    nothing = omini.OminiDataset([], dataset.specs, args)
+    assert omini.describe_run(args, dataset, nothing)["left out"].startswith("6 samples")
     args, everything = dataset_of("--no-quality_filter")
     assert len(everything) == 8
-    assert "left out" not in omini.describe_run(args, everything)
+    assert "left out" not in omini.describe_run(args, everything, nothing)
     args, first = dataset_of("--streaming")
     assert first.examples[0].caption == "1, left"
     batches = omini.streamed_batches(first, args, process_index=0, num_processes=1)
