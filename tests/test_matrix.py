@@ -904,13 +904,18 @@ PATHS = {
             "class_data_dir": "classes",
             "validation_image": "images/a.png",
             "validation_mask": "masks/a.png",
-            "validation_prompts": "prompts.txt",
             "output_dir": "out",
             "logging_dir": "logs",
             "cache_dir": "cache",
         },
         {"pretrained_model_name_or_path": "fill", "instance_data_dir": "images", "target_data_dir": "targets"},
         {"pretrained_model_name_or_path": "fill", "dataset_name": "dataset"},
+        {
+            "pretrained_model_name_or_path": "fill",
+            "instance_data_dir": "images",
+            "mask_data_dir": "masks",
+            "validation_prompts": "fills.txt",
+        },
         {"pretrained_model_name_or_path": "fill", "instance_data_dir": "images", "resume_from_checkpoint": "images"},
     ],
     "train_omini": [
@@ -920,7 +925,6 @@ PATHS = {
             "instance_data_dir": "images",
             "validation_image": "images/a.png",
             "validation_data_dir": "images",
-            "validation_prompts": "prompts.txt",
             "output_dir": "out",
             "logging_dir": "logs",
             "cache_dir": "cache",
@@ -928,6 +932,7 @@ PATHS = {
         },
         {"pretrained_model_name_or_path": "model", "dataset_name": "dataset"},
         {"pretrained_model_name_or_path": "model", "data_files": "images.tar"},
+        {"pretrained_model_name_or_path": "model", "instance_data_dir": "images", "validation_prompts": "lines.txt"},
         {"pretrained_model_name_or_path": "model", "dataset_class": "dataset.py:Pictures"},
         {"pretrained_model_name_or_path": "model", "instance_data_dir": "images", "resume_from_checkpoint": "images"},
     ],
@@ -986,6 +991,9 @@ def place(tiny_model, tiny_fill, tiny_edit, tmp_path_factory):
     for name in ("images", "captions"):
         (root / name / "a.txt").write_text("a caption")
     (root / "prompts.txt").write_text("a caption")
+    line = f"a caption --cn {root / 'images' / 'a.png'}"
+    (root / "lines.txt").write_text(line)
+    (root / "fills.txt").write_text(f"{line} --mask {root / 'masks' / 'a.png'}")
     encoded = (root / "images" / "a.png").read_bytes()
     rows = {"image": [{"bytes": encoded, "path": None}], "text": ["a caption"]}
     features = datasets.Features({"image": datasets.Image(decode=False), "text": datasets.Value("string")})
