@@ -252,7 +252,9 @@ def set_magnitudes(
 @contextmanager
 def scaled_adapters(model: torch.nn.Module, scale: float) -> Iterator[None]:
     """The model's adapters count `scale` times as much as they are trained to."""
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)] if scale != 1 else []
+    layers: list[Any] = []
+    if scale != 1:
+        layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     scalings = [dict(layer.scaling) for layer in layers]
     for layer, scaling in zip(layers, scalings, strict=True):
         layer.scaling.update({name: scale * value for name, value in scaling.items()})
@@ -472,7 +474,7 @@ def start_from_lora(
 ) -> None:
     """Loads a LoRA file into an adapter of {"transformer": model, ...}, in any form that `read_lora` understands and
     at the file's strength: its scale is divided by the adapter's own."""
-    layers, _ = read_lora(path, flux=flux)
+    layers: dict[str, Any] = read_lora(path, flux=flux)[0]
     for component, model in modules.items():
         config = adapter_config(model, adapter_name)
         weights = {}

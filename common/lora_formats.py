@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 from common.checkpoints import atomic_write
 
@@ -285,7 +286,7 @@ def file_tensors(layers: Mapping[str, AdapterLayer], form: str) -> dict[str, tor
     """The tensors {key: tensor} of a file in one of LORA_FORMS; for all but kohya's, `layers` have scale 1."""
     down_name, up_name = "lora_A", "lora_B"
     if form == "kohya":
-        layers = fused_layers(layers)
+        layers = fused_layers(cast(Mapping[str, LoraLayer], layers))
         down_name, up_name = "lora_down", "lora_up"
     tensors = {}
     for name, layer in layers.items():
@@ -598,9 +599,9 @@ def diffusers_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict[str, to
     return converted
 
 
-def adapter_metadata(layers: Mapping[str, LoraLayer]) -> dict[str, object]:
+def adapter_metadata(layers: Mapping[str, AdapterLayer]) -> dict[str, object]:
     """PEFT's settings for `layers` of scale 1, as diffusers keeps them in a header: {"transformer.r": 4, ...}."""
-    by_component: dict[str, dict[str, LoraLayer]] = {}
+    by_component: dict[str, dict[str, AdapterLayer]] = {}
     for name, layer in layers.items():
         component, _, rest = name.partition(".")
         by_component.setdefault(component, {})[rest] = layer

@@ -75,7 +75,7 @@ def held_out_losses(rows: Iterable[dict[str, Any]]) -> dict[int, float]:
     losses = {}
     for row in rows:
         loss = row.get("validation_loss")
-        if type(loss) in (int, float) and math.isfinite(loss):
+        if isinstance(loss, (int, float)) and math.isfinite(loss):
             losses[int(row["step"])] = loss
     return losses
 

@@ -260,9 +260,7 @@ def test_the_quickstart_teaches_a_subject_and_keeps_the_rest(train, glyph_pictur
         bare = 100 * np.mean([score_subject(image, "glyph") for image in sample(pipeline, ["sks glyph"] * 64, 0)])
         reworded = evaluate_other_words(pipeline)
         rows.append((subject, bare, ordinary, reworded))
-        print(
-            f"seed {seed}: subject {subject:.0f}, bare {bare:.0f}, ordinary {ordinary:.0f}, in other words {reworded:.0f}"
-        )
+        print(f"seed {seed}: subject {subject:.0f}, bare {bare:.0f}, ordinary {ordinary:.0f}, reworded {reworded:.0f}")
         print(f"seed {seed}: trained in {seconds:.0f} s of a processor")
     subject, bare, ordinary, reworded = np.mean(rows, axis=0)
     print(f"mean: subject {subject:.0f}, bare {bare:.0f}, ordinary {ordinary:.0f}, in other words {reworded:.0f}")
