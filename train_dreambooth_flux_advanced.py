@@ -1553,6 +1553,13 @@ def predict_velocity(
     )
 
 
+@torch.no_grad()
+def predict_base_velocity(transformer: torch.nn.Module, *inputs: torch.Tensor, **settings: Any) -> torch.Tensor:
+    """`predict_velocity` of the model without its adapter."""
+    with without_adapters(transformer):
+        return predict_velocity(transformer, *inputs, **settings)
+
+
 def compute_preservation_loss(
     transformer: torch.nn.Module,
     latents: torch.Tensor,
@@ -1571,17 +1578,16 @@ def compute_preservation_loss(
     || transformer(x_σ, σ, prompt) - transformer without adapter(x_σ, σ, prompt) ||², arguments as of `compute_loss`.
     base_pooled_prompt_embeds [B, P] are those of CLIP without adapter.
     """
-    with torch.no_grad(), without_adapters(transformer):
-        target = predict_velocity(
-            transformer,
-            latents,
-            noise,
-            sigmas,
-            prompt_embeds,
-            base_pooled_prompt_embeds,
-            family=family,
-            guidance=guidance,
-        )
+    target = predict_base_velocity(
+        transformer,
+        latents,
+        noise,
+        sigmas,
+        prompt_embeds,
+        base_pooled_prompt_embeds,
+        family=family,
+        guidance=guidance,
+    )
     model_pred = predict_velocity(
         transformer, latents, noise, sigmas, prompt_embeds, pooled_prompt_embeds, family=family, guidance=guidance
     )
@@ -3762,26 +3768,27 @@ def train(args):
             if guidance_embeds:
                 guidance = torch.full((len(latents),), args.guidance_scale, device=device)
             noise, sigmas = sample_noise(latents, args=args, noise_scheduler=noise_scheduler, generator=generator)
-            is_class_image = batch["is_class_image"].to(device)
+            is_class_image = batch["is_class_image"]
             target = None
-            if args.prior_target == "base" and is_class_image.any():
-                rows = is_class_image.nonzero().flatten()
-                base_pooled_prompt_embeds = pooled_prompt_embeds[rows]
+            class_rows = is_class_image.nonzero().flatten()  # on the CPU, where nothing waits for it
+            if args.prior_target == "base" and len(class_rows):
+                base_pooled_prompt_embeds = pooled_prompt_embeds[class_rows]
                 if args.train_text_encoder:
-                    base_pooled_prompt_embeds = torch.cat([base_pooled[batch["prompt"][row]] for row in rows.tolist()])
-                with torch.no_grad(), accelerator.autocast(), without_adapters(transformer):
-                    base_pred = predict_velocity(
+                    class_prompts_of_batch = [batch["prompt"][row] for row in class_rows.tolist()]
+                    base_pooled_prompt_embeds = torch.cat([base_pooled[prompt] for prompt in class_prompts_of_batch])
+                with accelerator.autocast():
+                    base_pred = predict_base_velocity(
                         transformer,
-                        latents[rows],
-                        noise[rows],
-                        sigmas[rows],
-                        prompt_embeds[rows],
+                        latents[class_rows],
+                        noise[class_rows],
+                        sigmas[class_rows],
+                        prompt_embeds[class_rows],
                         base_pooled_prompt_embeds,
                         family=family,
-                        guidance=None if guidance is None else guidance[rows],
+                        guidance=None if guidance is None else guidance[class_rows],
                     )
                 target = pack_latents(noise) - pack_latents(latents)
-                target[rows] = base_pred.to(target.dtype)
+                target[class_rows] = base_pred.to(target.dtype)
             with accelerator.autocast():
                 losses = compute_loss(
                     transformer,
@@ -3796,7 +3803,7 @@ def train(args):
                     target=target,
                     loss_mask=batch["loss_mask"].to(device) if dataset.has_masks else None,
                 )
-            losses = torch.where(is_class_image, args.prior_loss_weight * losses, losses)
+            losses = torch.where(is_class_image.to(device), args.prior_loss_weight * losses, losses)
             if args.with_prior_preservation:
                 instance_losses, prior_losses = losses.chunk(2)  # `collate` puts class images behind the others
                 instance_loss = instance_losses.mean()
