@@ -40,15 +40,25 @@ class Observed(Arguments):
             reads.add(name)
         return object.__getattribute__(self, name)
 
+    def __copy__(self):
+        return observed(object.__getattribute__(self, "__dict__"), self.reads)
+
+
+def observed(flags, reads):
+    """Flags, given as vars() of them, whose names are added to `reads` where they are read."""
+    args = Observed.__new__(Observed)
+    args.reads = reads
+    object.__getattribute__(args, "__dict__").update(flags)
+    return args
+
 
 def observe(module, args):
     """The names of the flags that a run of these reads after they are parsed."""
-    observed = Observed.__new__(Observed)
-    observed.reads = set()
-    object.__getattribute__(observed, "__dict__").update(vars(args))
-    observed.changed = args.changed
-    module.main(observed)
-    return observed.reads
+    reads = set()
+    args_of_run = observed(vars(args), reads)
+    args_of_run.changed = args.changed
+    module.main(args_of_run)
+    return reads
 
 
 def other_words(action, files):
