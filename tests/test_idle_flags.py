@@ -41,23 +41,22 @@ class Observed(Arguments):
         return object.__getattribute__(self, name)
 
     def __copy__(self):
-        return observed(object.__getattribute__(self, "__dict__"), self.reads)
+        return observed(self, self.reads)
 
 
-def observed(flags, reads):
-    """Flags, given as vars() of them, whose names are added to `reads` where they are read."""
-    args = Observed.__new__(Observed)
-    args.reads = reads
-    object.__getattribute__(args, "__dict__").update(flags)
-    return args
+def observed(args, reads):
+    """The same flags, whose names are added to `reads` where they are read."""
+    copied = Observed.__new__(Observed)
+    copied.reads = reads
+    object.__getattribute__(copied, "__dict__").update(vars(args))
+    copied.changed = args.changed
+    return copied
 
 
 def observe(module, args):
     """The names of the flags that a run of these reads after they are parsed."""
     reads = set()
-    args_of_run = observed(vars(args), reads)
-    args_of_run.changed = args.changed
-    module.main(args_of_run)
+    module.main(observed(args, reads))
     return reads
 
 
