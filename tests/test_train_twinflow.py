@@ -270,6 +270,47 @@ def test_the_second_time_embedding_changes_nothing_at_first_nor_at_the_time_itse
                 torch.testing.assert_close(jump, at_t + 0.8 * t[:, None] * at_target, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("two_times", [False, True], ids=["one time", "two times"])
+@pytest.mark.parametrize("model_type", ["flux", *PIPELINES])
+def test_times_are_embedded_exactly_in_bf16(backbone_flags, model_type, two_times):
+    flags = [*backbone_flags[model_type], "--train_data_dir", "x"]
+    flags += ["--reference_data_dir", "y"] if model_type == "qwenimage-edit" else []
+    args = twinflow.parse_args([str(flag) for flag in flags])
+    backbone = twinflow.BACKBONES[model_type](args)
+    side = args.resolution // backbone.vae_scale_factor
+    torch.manual_seed(0)
+    x = torch.randn(2, backbone.latent_channels, side, side)
+    t, target_time = torch.tensor([0.7123, -0.4567]), torch.tensor([0.7023, 0.0])
+    cond = {"encoder_hidden_states": torch.randn(2, 5, 32)}
+    if model_type in ("flux", "sd3"):
+        cond["pooled_projections"] = torch.randn(2, 32)
+    if "qwen" in model_type:
+        cond["encoder_hidden_states_mask"] = torch.ones(2, 5, dtype=torch.long)
+
+    def embedded(times, dtype):
+        """What the sinusoidal embedding, of which the rest of the transformer is told, made of the times."""
+        transformer = backbone.load_transformer(dtype)
+        if two_times:
+            twinflow.add_target_time(transformer, backbone.time_module, "copy")
+        seen = []
+        for module in transformer.modules():
+            if isinstance(module, twinflow.Timesteps):
+                module.register_forward_hook(lambda module, inputs, output: seen.append(output))
+        twinflow.predict_velocity(
+            x, *times, cond, transformer=transformer, backbone=backbone, dtype=dtype, two_times=two_times
+        )
+        return seen
+
+    times = (t, target_time)
+    exact = embedded(times, torch.float32)
+    rounded = embedded([time.bfloat16().float() for time in times], torch.float32)
+    found = embedded(times, torch.bfloat16)
+    second = len(found) // 2  # that of t' after that of t; FLUX embeds its guidance after each
+    for i in [0, second] if two_times else [0]:
+        assert torch.equal(found[i], exact[i])
+    assert not torch.allclose(found[0], rounded[0], atol=1e-2)
+
+
 def test_lora_has_no_second_network_and_full_training_no_second_module(backbone_flags):
     for training in ("full", "lora"):
         flags = [*backbone_flags["flux"], "--train_data_dir", "x", "--training", training]
@@ -938,9 +979,14 @@ def learn(train, scenes, folder, *method, sampling_steps=tuple(compare.STYLES)):
 
 @pytest.mark.learning
 @pytest.mark.parametrize(
-    ("training_steps", "bars"), [(40, (40, 60)), pytest.param(120, (30, 50), marks=pytest.mark.slow)]
+    ("training_steps", "bars", "precision"),
+    [
+        (40, (40, 60), "no"),
+        pytest.param(120, (30, 50), "no", marks=pytest.mark.slow),
+        pytest.param(40, (40, 60), "bf16", marks=pytest.mark.slow),
+    ],
 )
-def test_it_learns_to_generate_in_one_step(train, scenes, tmp_path, training_steps, bars):
+def test_it_learns_to_generate_in_one_step(train, scenes, tmp_path, training_steps, bars, precision):
     flags = [
         "--learning_rate",
         1e-3,
@@ -950,6 +996,8 @@ def test_it_learns_to_generate_in_one_step(train, scenes, tmp_path, training_ste
         1,
         "--enhanced_ratio",
         4,
+        "--mixed_precision",
+        precision,
     ]
     before, after = learn(train, scenes, tmp_path, *flags, sampling_steps=(1, 2))
     print(f"bars: 1 step {bars[0]} (the model itself under 20), 2 steps {bars[1]} (under 45)")
