@@ -198,6 +198,7 @@ from common.models import (
     load_scheduler,
     model_identities,
     quantize_base,
+    resolve_precision,
     shard,
     why_no_pipeline,
 )
@@ -310,7 +311,12 @@ def parse_args(argv=None):
         type=in_range(int, 1, 512),
         help="tokens per prompt; longer prompts are cut (default: what the model takes, 512, FLUX.1-schnell 256)",
     )
-    arg("--mixed_precision", choices=("no", "fp16", "bf16"), help="precision of frozen models; bf16 halves memory")
+    arg(
+        "--mixed_precision",
+        choices=("no", "fp16", "bf16"),
+        help="precision of frozen models; bf16 halves memory (default: accelerate's, else bf16 "
+        "on a GPU that computes in it, else no)",
+    )
     arg("--allow_tf32", action="store_true", help="faster, less exact float32 products on Ampere and later GPUs")
     arg(
         "--gradient_checkpointing",
@@ -698,6 +704,7 @@ def parse_args(argv=None):
         args = parser.parse_args(argv)
     if is_single_file(args) and args.tokenizer_dir is None:
         args.tokenizer_dir = Path(args.pretrained_model_name_or_path).parent.parent / "tokenizers"
+    args.mixed_precision = resolve_precision(args.mixed_precision)
     args.lora_alpha = args.lora_alpha or args.rank
     if args.cache_latents_to_disk:
         args.cache_latents = True
@@ -706,7 +713,7 @@ def parse_args(argv=None):
     args.pool_at_eos = args.train_text_encoder_ti  # no flag, but recorded as one, see `pools_at_eos`
     problems = check_args(args) + check_hub(args) + check_trackers(args) + check_weights(args) + check_model(args)
     problems += check_adapter(args)
-    problems += check_launcher() + check_output_dir(args)
+    problems += check_launcher(args) + check_output_dir(args)
     parser.refuse(problems + check_results(args, result_files(args), [args.lora_path] if args.lora_path else []))
     parser.remark(idle_flags(args, shared_needs(args), needs(args)))
     return args

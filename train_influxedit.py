@@ -173,6 +173,7 @@ from common.models import (
     load_scheduler,
     model_identities,
     quantize_base,
+    resolve_precision,
     shard,
     why_no_pipeline,
 )
@@ -274,7 +275,12 @@ def parse_args(argv=None):
         default=512,
         help="tokens per prompt; longer prompts are cut",
     )
-    arg("--mixed_precision", choices=("no", "fp16", "bf16"), help="precision of frozen models; bf16 halves memory")
+    arg(
+        "--mixed_precision",
+        choices=("no", "fp16", "bf16"),
+        help="precision of frozen models; bf16 halves memory (default: accelerate's, else bf16 "
+        "on a GPU that computes in it, else no)",
+    )
     arg("--allow_tf32", action="store_true", help="faster, less exact float32 products on Ampere and later GPUs")
     arg(
         "--gradient_checkpointing",
@@ -554,6 +560,7 @@ def parse_args(argv=None):
     arg("--hub_model_id", help="Hub repository (default: the name of output_dir)")
 
     args = parser.parse_args(argv)
+    args.mixed_precision = resolve_precision(args.mixed_precision)
     args.lora_alpha = args.lora_alpha or args.rank
     if args.output_name:
         args.output_dir /= args.output_name
@@ -723,7 +730,7 @@ def check_args(args):
     if mask_needed and "validation_image" in listed and "validation_mask" not in listed:
         problems.append("--validation_image needs --validation_mask, or masks that are split: --use_split_mask")
 
-    return problems + check_adapter(args) + check_hub(args) + check_trackers(args) + check_launcher()
+    return problems + check_adapter(args) + check_hub(args) + check_trackers(args) + check_launcher(args)
 
 
 def validation_lists(args):

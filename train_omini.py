@@ -189,6 +189,7 @@ from common.models import (
     load_scheduler,
     model_identities,
     quantize_base,
+    resolve_precision,
     shard,
     why_no_pipeline,
 )
@@ -349,7 +350,8 @@ def parse_args(argv=None):
     arg(
         "--mixed_precision",
         choices=("no", "fp16", "bf16"),
-        help="precision of frozen models; bf16 halves memory",
+        help="precision of frozen models; bf16 halves memory (default: accelerate's, else bf16 "
+        "on a GPU that computes in it, else no)",
     )
     arg("--allow_tf32", action="store_true", help="faster, less exact float32 products on Ampere and later GPUs")
     arg(
@@ -637,6 +639,7 @@ def parse_args(argv=None):
     arg("--hub_model_id", help="Hub repository (default: the name of output_dir)")
 
     args = parser.parse_args(argv)
+    args.mixed_precision = resolve_precision(args.mixed_precision)
     args.lora_alpha = args.lora_alpha or args.rank
     if args.output_name:
         args.output_dir /= args.output_name
@@ -733,7 +736,7 @@ def check_args(args):
     if args.final_validation_prompt and args.skip_final_inference:
         problems.append("--final_validation_prompt has no effect with --skip_final_inference: leave one out")
 
-    return problems + check_adapter(args) + check_hub(args) + check_trackers(args) + check_launcher()
+    return problems + check_adapter(args) + check_hub(args) + check_trackers(args) + check_launcher(args)
 
 
 def check_model(args):

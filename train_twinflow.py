@@ -179,6 +179,7 @@ from common.models import (
     model_identities,
     quantize_base,
     reshard,
+    resolve_precision,
     shard,
     why_no_pipeline,
 )
@@ -383,7 +384,12 @@ def parse_args(argv=None):
         type=in_range(int, 1, 1024),
         help="tokens per prompt; longer prompts are cut (default: what the model takes, FLUX.1-dev 512, schnell 256)",
     )
-    arg("--mixed_precision", choices=("no", "fp16", "bf16"), help="precision of forward passes and frozen weights")
+    arg(
+        "--mixed_precision",
+        choices=("no", "fp16", "bf16"),
+        help="precision of forward passes and frozen weights (default: accelerate's, else bf16 "
+        "on a GPU that computes in it, else no)",
+    )
     arg("--allow_tf32", action="store_true", help="faster, less exact float32 products on Ampere and later GPUs")
     arg(
         "--gradient_checkpointing",
@@ -676,6 +682,7 @@ def parse_args(argv=None):
 
     parser.set_defaults(**chosen_defaults(argv))
     args = parser.parse_args(argv)
+    args.mixed_precision = resolve_precision(args.mixed_precision)
     args.lora_alpha = args.lora_alpha or args.rank
     if args.output_name:
         args.output_dir /= args.output_name
@@ -794,7 +801,7 @@ def check_args(args) -> list[str]:
     if args.validation_prompt and args.validation_prompts:
         problems.append("--validation_prompt and --validation_prompts exclude each other: choose one")
     problems += check_weights(args) + check_adapter(args)
-    return problems + check_hub(args) + check_trackers(args) + check_launcher()
+    return problems + check_hub(args) + check_trackers(args) + check_launcher(args)
 
 
 def check_data_flags(args) -> list[str]:

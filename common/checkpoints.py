@@ -24,7 +24,7 @@ from typing import IO, Any
 
 from common.arguments import check_folder, exit_if_unreadable, fail, nearest_folder
 from common.metrics import read_metrics
-from common.models import check_processes
+from common.models import check_processes, choose_precision
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -324,6 +324,9 @@ def checkpoint_conflicts(checkpoint: Path | None, run: Mapping[str, Any]) -> lis
     for name, value in run.items():
         if name not in saved or saved[name] == value:
             continue
+        launched_with = choose_precision(None, os.environ.get("ACCELERATE_MIXED_PRECISION"), has_bf16=False)
+        if name == "mixed_precision" and (saved[name], value) == ("None", launched_with):
+            continue  # older runs recorded the flag, not what it meant
         if name == "data":
             changes += data_changes(saved[name], value)
         elif name == "models":

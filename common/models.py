@@ -206,6 +206,37 @@ def weight_problems(folder: Path) -> list[str]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Precision
+# ---------------------------------------------------------------------------------------------------------------------
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by --mixed_precision
+
+
+def choose_precision(requested: str | None, launched_with: str | None, *, has_bf16: bool) -> str:
+    """The mixed precision of a run: what --mixed_precision requests, else what accelerate's launcher was told, else
+    bf16 where the device computes in it, and "no", which is float32, elsewhere."""
+    if requested or launched_with:
+        return requested or launched_with or ""
+    return "bf16" if has_bf16 else "no"
+
+
+def resolve_precision(requested: str | None) -> str:
+    """`choose_precision` for the launcher and the device of this process."""
+    return choose_precision(requested, os.environ.get("ACCELERATE_MIXED_PRECISION"), has_bf16=has_bf16_gpu())
+
+
+def has_bf16_gpu() -> bool:
+    """Whether there is a GPU that computes in bfloat16 by itself. NVIDIA's do since Ampere; older ones emulate it."""
+    if not torch.accelerator.is_available():
+        return False
+    device_type = torch.accelerator.current_accelerator().type  # type: ignore[union-attr]
+    if device_type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    is_supported = getattr(torch.get_device_module(device_type), "is_bf16_supported", None)
+    return is_supported is not None and is_supported()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Quantization and compilation
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -348,11 +379,16 @@ NOT_SUPPORTED = (
 )
 
 
-def check_launcher() -> list[str]:
-    """A problem of accelerate's configuration of which its Accelerator would say nothing but that a package lacks."""
+def check_launcher(args: argparse.Namespace) -> list[str]:
+    """Problems of accelerate's configuration of which its Accelerator would say nothing but that a package lacks."""
+    problems = []
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("true", "1"):
-        return [f"DEEPSPEED: {NOT_SUPPORTED}"]
-    return []
+        problems.append(f"DEEPSPEED: {NOT_SUPPORTED}")
+    if args.mixed_precision not in DTYPES:
+        problems.append(
+            f"mixed precision {args.mixed_precision} of accelerate's config is not supported: --mixed_precision bf16"
+        )
+    return problems
 
 
 def check_processes(accelerator: Accelerator, args: argparse.Namespace) -> list[str]:

@@ -100,7 +100,7 @@ def print_header(
         "trained": f"{num_trained:,} parameters, {share:.2%} of all",
         **run_info,
         "steps": f"{max_train_steps}, {steps_per_epoch or 'unknown'} per epoch; a step is {step}",
-        "precision": f"mixed precision {accelerator.mixed_precision}, seed {args.seed}",
+        "precision": f"mixed precision {precision_text(args, accelerator.device.type)}, seed {args.seed}",
         "output": args.output_dir,
     }
     if args.resume_from_checkpoint == "latest" and not find_checkpoints(args.output_dir):
@@ -108,6 +108,15 @@ def print_header(
     for label, text in lines.items():
         if text:
             accelerator.print(f"  {label:15}{text}")
+
+
+def precision_text(args: Any, device_type: str) -> str:
+    """The mixed precision of a run, on a GPU with what it means where no flag has chosen it."""
+    if device_type == "cpu" or "mixed_precision" in args.changed:
+        return args.mixed_precision
+    if args.mixed_precision == "no":
+        return "no (float32: bf16 needs half of the memory, where the GPU computes in it)"
+    return f"{args.mixed_precision} (as no flag says otherwise)"
 
 
 def start_logging(

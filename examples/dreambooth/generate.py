@@ -29,6 +29,7 @@ from common.arguments import (
 from common.checkpoints import read_run_args
 from common.data import save_image
 from common.lora import check_applied, find_lora, run_of
+from common.models import DTYPES
 
 import torch
 from safetensors import safe_open
@@ -110,7 +111,7 @@ def load_pipeline(path, model=None):
     """(pipeline, {abstraction: its tokens}) of what `find_files` takes; `model` replaces the trained one."""
     lora, embeddings_file, trained = find_files(Path(path))
     without_run = trained["token_abstraction"] is None
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(trained["mixed_precision"], torch.float32)
+    dtype = DTYPES.get(trained["mixed_precision"], torch.float32)
     if without_run and torch.accelerator.is_available():
         dtype = torch.bfloat16
     base = trained

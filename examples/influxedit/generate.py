@@ -33,6 +33,7 @@ from common.arguments import (
 from common.checkpoints import read_run_args
 from common.data import Size, check_shape, file_example, fit, read_sizes, resampling, save_image
 from common.lora import check_applied, find_lora
+from common.models import DTYPES
 from common.text_encoders import load_whole_pipeline
 
 import torch
@@ -171,8 +172,9 @@ def load_pipeline(path, model=None, edit_mode=None):
     lora, run = find_lora(path)
     trained = read_run_args(run, WITHOUT_RUN) if run else dict(WITHOUT_RUN)
     model = model or trained["pretrained_model_name_or_path"]
-    is_bf16 = trained["mixed_precision"] == "bf16" or (run is None and torch.accelerator.is_available())
-    dtype = torch.bfloat16 if is_bf16 else torch.float32
+    dtype = DTYPES.get(trained["mixed_precision"], torch.float32)
+    if run is None and torch.accelerator.is_available():
+        dtype = torch.bfloat16
     base = trained
     if model != trained["pretrained_model_name_or_path"]:
         base = WITHOUT_RUN | {"pretrained_model_name_or_path": model}

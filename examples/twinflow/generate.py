@@ -30,6 +30,7 @@ from common.data import MAX_SIDE, Size, file_example, fit, read_sizes, save_imag
 from common.latents import decode_images, encode_images, to_image, to_tensor
 from common.lora import check_applied, find_lora, run_of
 from common.lora_formats import LOKR_MARK, file_tensors, folded, read_lora
+from common.models import DTYPES
 
 import torch
 from diffusers import DiffusionPipeline
@@ -148,7 +149,7 @@ def generate(folder, prompts, *, seed=0, image=None, batch_size=1, size=None, **
     if image:
         image = fit(image, size, args.image_interpolation_mode)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    dtype = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
+    dtype = DTYPES.get(args.mixed_precision, torch.float32)
     backbone = BACKBONES[args.model_type](args)
     prompt_encoder = backbone.load_prompt_encoder(dtype, device)
     conditions = [backbone.encode_prompt(prompt_encoder, prompt, image) for prompt in prompts]
