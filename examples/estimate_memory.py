@@ -1,15 +1,17 @@
-"""How much memory a training run will need on each GPU, found without a GPU and without the model's weights.
+"""How much memory a training run will need on each GPU, in RAM and on disk, found without a GPU and without weights.
 
     python examples/estimate_memory.py --model FLUX.1-dev --resolution 1024 --gradient_checkpointing --cache_latents
 
 Flags are those of the trainers. --table prints what fits in 12 to 80 GB.
 
-The model is the real class in its real size; its tensors have shapes but no memory (FakeTensorMode). It makes a step
-as the trainers do, with adapters, autocast, checkpointing and quantized layers, while the bytes of all tensors alive
-are counted, so that activations are what autograd does keep. The optimizer is measured on a few real parameters.
+The models are the real classes in their real size; their tensors have shapes but no memory (FakeTensorMode). They
+encode prompts and images, make a step as the trainers do, with adapters, autocast, checkpointing and quantized layers,
+and draw, while the bytes of all tensors alive are counted, so that activations are what autograd does keep. The
+optimizer is measured on a few real parameters.
 """
 
 import argparse
+import functools
 import math
 import sys
 import warnings
@@ -27,7 +29,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from common.arguments import Parser, in_range
 from common.latents import encode_images, encode_moments, pack_latents, unpack_latents
 from common.lora import FLUX_TARGET_MODULES, adapter_kind, adapter_options, add_lora, check_adapter
-from common.models import QUANTIZATIONS, check_processes, quantize_base, shard
+from common.models import QUANTIZATIONS, check_processes, quantize_base, repeated_blocks, shard
+from common.text_encoders import PROMPTS_PER_BATCH
 
 import bitsandbytes
 import diffusers
@@ -48,8 +51,13 @@ from train_twinflow import BACKBONES, add_target_time
 
 
 GIB = 2**30
-CARDS = (12, 16, 24, 40, 80)  # GB
-RESERVE = 1.0  # GiB of a card for the driver, cuBLAS and the gaps between tensors
+CARDS = (12, 16, 24, 40, 80)  # GiB, as they are sold
+# Of a card beside the tensors: the driver's context and the libraries' workspaces, and the gaps between tensors that
+# PyTorch's allocator leaves.
+CONTEXT = 1.0  # GiB
+GAPS = 0.12  # of the tensors
+# RAM of a process of its own with a GPU: Python, the libraries' code and tables, the driver's copy of the context
+PROCESS_RAM = 3.0  # GiB
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -331,6 +339,11 @@ class FusedRMSNorm(torch.autograd.Function):
         return torch.empty_like(gradient), None if weight is None else torch.empty_like(weight)
 
 
+def as_on(device):
+    """A context in which the CPU keeps what `device` would."""
+    return as_on_gpu() if device == "cuda" else nullcontext()
+
+
 @contextmanager
 def as_on_gpu():
     """A context in which a step keeps what it does on a GPU: there autocast computes norms in float32, RMSNorm is one
@@ -428,7 +441,8 @@ def optimizer_bytes(args):
 
 
 def training_step(model, args, fake):
-    """{what: bytes} of forward and backward pass: there before, trained, kept between the two, the most at once."""
+    """{what: bytes} of forward and backward pass: there before, trained, kept between the two, the most at once; what
+    an image in drawing needs besides the weights; of the frozen weights, each block's."""
     dtype, full, size = DTYPES[args.mixed_precision], args.training == "full", args.train_batch_size
     backbone = CALLS[model.backbone](args)
     backbone.guidance = 1.0 if model.config.get("guidance_embeds") else None
@@ -472,12 +486,33 @@ def training_step(model, args, fake):
                 activations = memory.live - before
                 loss.backward()
                 transformer.zero_grad()
+            peak = memory.peak
+            del loss
+            alive = memory.peak = memory.live
+            images = args.sample_batch_size if args.with_prior_preservation else 1
+            with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                time = torch.rand(images, 2) if full else torch.rand(images)
+                drawn = {name: each[:1].expand(images, *each.shape[1:]) for name, each in conditions.items()}
+                backbone.predict(transformer, x[:1].expand(images, *x.shape[1:]), time, drawn)
+            drawing = memory.peak - alive
     trained = 0
     for parameter in transformer.parameters():
         if parameter.requires_grad:
             part = parameter.to_local() if isinstance(parameter, DTensor) else parameter
             trained += part.nbytes
-    return {"before": before, "trained": trained, "activations": activations, "peak": memory.peak}
+    return {
+        "before": before,
+        "trained": trained,
+        "activations": activations,
+        "peak": peak,
+        "drawing": drawing,
+        "blocks": [frozen_bytes(block) for block in repeated_blocks(transformer)],
+    }
+
+
+def frozen_bytes(module):
+    """Bytes of the parameters that are not trained."""
+    return sum(parameter.nbytes for parameter in module.parameters() if not parameter.requires_grad)
 
 
 @contextmanager
@@ -490,48 +525,144 @@ def processes(count):
         torch.distributed.destroy_process_group()
 
 
+@dataclass
+class Estimate:
+    """Bytes of a run: `rows` are what each device holds while it trains, `peaks` the most at once of each phase; `ram`
+    is what each process has of its own, `files` what all map together from disk, `disk` what lies there."""
+
+    rows: dict[str, int]
+    peaks: dict[str, int]
+    ram: dict[str, int]
+    files: int
+    disk: dict[str, int]
+
+
 def estimate(model, args):
-    """Of a run of `model` with these flags on each device: ({what is held: bytes}, {phase: the most at once})."""
-    fake, dtype = FakeTensorMode(allow_non_fake_inputs=True), DTYPES[args.mixed_precision]
+    """The Estimate of a run of `model` with these flags."""
+    dtype = DTYPES[args.mixed_precision]
     quantize_blockwise(torch.zeros(256))  # makes a table that nf4 needs, from numbers that fake tensors do not have
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # returns a view, which nothing writes to
-    encoders = [on_meta(create) for create in model.text_encoders]
-    if args.offload:  # a layer at a time is on the device
-        layers = [layer for encoder in encoders for layer in encoder.modules()]
-        text = max(sum(map(torch.numel, layer.parameters(recurse=False))) for layer in layers)
-    else:
-        text = sum(map(torch.numel, (parameter for encoder in encoders for parameter in encoder.parameters())))
-    with as_on_gpu() if args.device == "cuda" else nullcontext():
-        with processes(args.num_processes) if args.fsdp else nullcontext():
-            step = training_step(model, args, fake)
-        with LiveMemory() as memory:
-            vae = build(model.vae, dtype, fake)
-            vae_bytes = memory.peak = memory.live
-            with fake, torch.no_grad():
-                encode = encode_moments if model.backbone == "flux2" else encode_images
-                encode(vae, torch.empty(args.train_batch_size, 3, args.resolution, args.resolution))
+    with as_on(args.device), processes(args.num_processes) if args.fsdp else nullcontext():
+        step = training_step(model, args, FakeTensorMode(allow_non_fake_inputs=True))
+    length = model.conditions["encoder_hidden_states"][0]
+    encoders = [encoding_prompts(create, length, dtype, args.device) for create in model.text_encoders]
+    vae = coding_images(
+        model.vae,
+        dtype,
+        args.device,
+        resolution=args.resolution,
+        images=args.train_batch_size,
+        drawn=args.sample_batch_size if args.with_prior_preservation else 1,
+    )
     state, update = (round(share * step["trained"] / 4) for share in optimizer_bytes(args))  # 4 bytes per number
     trained, full = step["trained"], args.training == "full"
+    swapped = swapped_bytes(step["blocks"], args.blocks_to_swap)
+    before = step["before"] - swapped
+    stays = not (args.cache_latents or args.offload)
     rows = {
-        "weights": step["before"] - (0 if full else trained),
+        "weights": before - (0 if full else trained),
         "LoRA": 0 if full else trained,
         "teacher": trained if full and args.ema_decay_rate else 0,
+        "average": trained if args.use_ema else 0,
         "gradients": trained,
         "reducer": trained if args.num_processes > 1 and not args.fsdp else 0,
         "optimizer": state,
-        "VAE": 0 if args.cache_latents or args.offload else vae_bytes,
+        "VAE": vae["weights"] if stays else 0,
         "activations": step["activations"],
     }
-    always = sum(rows[name] for name in ("teacher", "reducer", "optimizer", "VAE"))
+    held = sum(rows[name] for name in ("teacher", "average", "reducer", "optimizer"))
+    drawing = max(step["drawing"] + rows["VAE"], vae["decoding"])
+    if args.offload:  # a layer at a time is on the device
+        text = max(encoder["layer"] + encoder["activations"] for encoder in encoders)
+    else:
+        text = sum(encoder["weights"] for encoder in encoders)
+        text += max(encoder["activations"] for encoder in encoders)
     peaks = {
-        "encoding prompts": text * dtype.itemsize,
-        "encoding images": memory.peak,
-        "forward and backward pass": step["peak"] + always,
-        "optimizer step": step["before"] + always + trained + update,
+        "encoding prompts": text,
+        "encoding images": vae["encoding"] + (0 if args.cache_latents else before + held),
+        "drawing class images": rows["weights"] + drawing if args.with_prior_preservation else 0,
+        "forward and backward pass": step["peak"] - swapped + held + rows["VAE"],
+        "optimizer step": before + held + rows["VAE"] + trained + update,
+        "drawing for validation": before + held + drawing,
     }
-    if not args.cache_latents:
-        peaks["encoding images"] += step["before"] + always - rows["VAE"]
-    return rows, peaks
+
+    transformer = on_meta(lambda: model.transformer(**model.config))
+    block = max(size_of(block, torch.float32) for block in repeated_blocks(transformer))
+    text_files = sum(encoder["weights"] for encoder in encoders)
+    ram = {
+        "Python, libraries, driver": round(PROCESS_RAM * GIB),
+        "VAE": 0 if stays else vae["weights"],
+        "blocks to swap": sum(sorted(step["blocks"])[-args.blocks_to_swap :]) if args.blocks_to_swap else 0,
+        "a block in float32": block if full else 0,
+    }
+    shards = args.num_processes if args.fsdp else 1
+    saved = sum(rows[name] for name in ("LoRA", "teacher", "average", "optimizer")) * shards
+    if full:
+        saved += size_of(transformer, torch.float32)
+    disk = {
+        "model": size_of(transformer, torch.bfloat16) + text_files + vae["weights"],
+        "each checkpoint": saved,
+        "1000 cached images": 1000 * vae["cached"],
+        "1000 cached prompts": 1000 * dtype.itemsize * sum(map(math.prod, model.conditions.values())),
+    }
+    return Estimate(rows, peaks, ram, max(size_of(transformer, dtype), text_files), disk)
+
+
+@functools.cache
+def encoding_prompts(create, length, dtype, device):
+    """{what: bytes} of a text encoder: all its weights, its largest layer, and what a batch of prompts of `length`
+    tokens needs besides."""
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with as_on(device), LiveMemory() as memory:
+        encoder = build(create, dtype, fake)
+        weights = memory.peak = memory.live
+        if create in (clip_l, clip_g):
+            length = encoder.config.max_position_embeddings
+        with fake, torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            encoder(input_ids=torch.ones(PROMPTS_PER_BATCH, length, dtype=torch.long), output_hidden_states=True)
+        activations = memory.peak - weights
+    layer = max(sum(each.nbytes for each in part.parameters(recurse=False)) for part in encoder.modules())
+    return {"weights": weights, "layer": layer, "activations": activations}
+
+
+@functools.cache
+def coding_images(create, dtype, device, *, resolution, images, drawn):
+    """{what: bytes} of a VAE: its weights, the most at once with them while it encodes so many images and while it
+    decodes those drawn together, and what of an image is cached."""
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with as_on(device), LiveMemory() as memory:
+        vae = build(create, dtype, fake)
+        weights = memory.peak = memory.live
+        with fake, torch.no_grad():
+            moments = create is diffusers.AutoencoderKLFlux2
+            encode = encode_moments if moments else encode_images
+            latents = encode(vae, torch.empty(images, 3, resolution, resolution))[:1]
+            encoding = memory.peak
+            cached = latents.numel() * latents.itemsize
+            if moments:
+                latents, _ = latents.chunk(2, dim=1)
+            elif create is kl_vae:
+                cached *= 2  # mean and variance
+            memory.peak = memory.live
+            decode(vae, latents.expand(drawn, -1, -1, -1))
+    return {"weights": weights, "encoding": encoding, "decoding": memory.peak, "cached": cached}
+
+
+def decode(vae, latents):
+    """The images of latents; what normalizes them takes no memory."""
+    if isinstance(vae, diffusers.AutoencoderKLQwenImage):
+        latents = latents.unsqueeze(2)
+    return vae.decode(latents.to(vae.dtype)).sample
+
+
+def swapped_bytes(blocks, count):
+    """What --blocks_to_swap takes from the device: those blocks, without two places that they go through."""
+    return max(0, sum(sorted(blocks)[-count:]) - 2 * max(blocks)) if count else 0
+
+
+def size_of(module, dtype):
+    """Bytes of a module's parameters in `dtype`."""
+    return sum(map(torch.numel, module.parameters())) * dtype.itemsize
 
 
 def on_meta(create):
@@ -566,8 +697,12 @@ def parse_args(argv=None):
         default=0.99,
         help="of full training; 0: no second set of weights",
     )
+    arg("--use_ema", action="store_true", help="keep a moving average of the adapter")
     arg("--cache_latents", action="store_true")
     arg("--offload", action="store_true")
+    arg("--blocks_to_swap", type=in_range(int, 0, 1024), default=0, help="blocks whose frozen weights stay in RAM")
+    arg("--with_prior_preservation", action="store_true", help="class images are drawn")
+    arg("--sample_batch_size", type=in_range(int, 1, 4096), default=4, help="class images drawn at once")
     arg("--num_processes", type=in_range(int, 1, 1024), default=1, help="of accelerate launch")
     arg("--fsdp", action="store_true")
     arg("--device", choices=("cuda", "cpu"), default="cuda", help="whose way to compute is assumed")
@@ -598,16 +733,30 @@ def only_lora(name):
     return "Fill" in name or "FLUX.2" in name
 
 
+def needed(peak):
+    """GiB of a card for tensors of so many bytes."""
+    return CONTEXT + (1 + GAPS) * peak / GIB
+
+
 def print_estimate(model, args):
-    rows, peaks = estimate(model, args)
-    for name, size in rows.items():
+    found = estimate(model, args)
+    print_sizes(f"each of {args.num_processes} GPUs" if args.num_processes > 1 else "GPU, in training", found.rows)
+    print_sizes("GPU, at most while", found.peaks)
+    print_sizes("RAM, each process", found.ram)
+    print_sizes("RAM, files mapped by all processes", {"": found.files})
+    print_sizes("disk", found.disk)
+    peak = max(found.peaks.values())
+    print(
+        f"peak {peak / GIB:.2f} GiB; with {CONTEXT:g} GiB for the driver and {GAPS:.0%} for gaps, "
+        f"a card of {math.ceil(needed(peak))} GB"
+    )
+
+
+def print_sizes(title, sizes):
+    print(title)
+    for name, size in sizes.items():
         if size:
-            print(f"{name:28}{size / GIB:7.2f} GiB")
-    print("\nat most while")
-    for name, size in peaks.items():
-        print(f"  {name:26}{size / GIB:7.2f} GiB")
-    need = max(peaks.values()) / GIB
-    print(f"\npeak {need:.2f} GiB; with {RESERVE:g} GiB for driver and gaps, a card of {math.ceil(need + RESERVE)} GB")
+            print(f"  {name:28}{size / GIB:7.2f} GiB")
 
 
 WAYS = {  # of training, each needs less memory than the one before
@@ -629,8 +778,7 @@ def what_fits(model, training, resolution):
     fitting = dict.fromkeys(CARDS, "-")
     for way, flags in WAYS[training].items():
         flags += f" --cache_latents --training {training} --resolution {resolution}"
-        _, peaks = estimate(model, parse_args(flags.split()))
-        need = max(peaks.values()) / GIB + RESERVE
+        need = needed(max(estimate(model, parse_args(flags.split())).peaks.values()))
         fitting |= {card: way for card, known in fitting.items() if known == "-" and need <= card}
         if "-" not in fitting.values():
             break

@@ -125,7 +125,7 @@ def main():
         for way in WAYS:
             compiled = "--compile" in way
             args = parse_args([*shared, *way.replace("--compile", "").split()])
-            _, phases = estimate(model, args)
+            phases = estimate(model, args).peaks
             estimated = max(phases["forward and backward pass"], phases["optimizer step"])
             try:
                 seconds, peak = run(model, args, device, compiled)
