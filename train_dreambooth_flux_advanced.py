@@ -117,7 +117,6 @@ from common.data import (
     first_ten,
     fit,
     image_files,
-    map_ahead,
     map_examples,
     match_any,
     nearest_bucket,
@@ -157,11 +156,13 @@ from common.held_out import (
 )
 from common.latents import (
     PATCH,
+    TensorCache,
     cache_moments,
     encode_moments,
+    encoded_folder,
     image_ids,
-    num_reading_threads,
     pack_latents,
+    remove_encoded,
     sample_latents,
     to_tensor,
 )
@@ -204,12 +205,14 @@ from common.models import (
 )
 from common.text_encoders import (
     CLIP_TARGET_MODULES,
+    TEXT_QUANTIZATIONS,
     PromptEncoder,
     clip_lora_shapes,
     describe_long_prompts,
     freeze_models,
     load_text_pipeline,
     load_tokenizer,
+    quantize_text_encoders,
 )
 from common.tracking import (
     METADATA,
@@ -324,6 +327,12 @@ def parse_args(argv=None):
         help="recompute activations: about half the memory, a third more time",
     )
     arg("--quantize_base", choices=QUANTIZATIONS, default="none", help="store frozen blocks in 4 or 8 bits")
+    arg(
+        "--quantize_text_encoders",
+        choices=TEXT_QUANTIZATIONS,
+        default="none",
+        help="store T5, or the language model that reads prompts, in 4 or 8 bits; not CLIP",
+    )
     arg(
         "--compile",
         "--torch_compile",
@@ -873,6 +882,11 @@ def check_args(args):
     # pivotal tuning
     if args.train_text_encoder and args.train_text_encoder_ti:
         problems.append("--train_text_encoder and --train_text_encoder_ti exclude each other: choose one")
+    if args.enable_t5_ti and args.quantize_text_encoders != "none":
+        problems.append(
+            f"--quantize_text_encoders {args.quantize_text_encoders} is for a frozen T5, --enable_t5_ti trains it: "
+            "leave one out"
+        )
     if not args.train_text_encoder_ti:
         for flag in ("enable_t5_ti", "initializer_concept", "num_new_tokens_per_abstraction"):
             if vars(args)[flag]:
@@ -1619,7 +1633,7 @@ class DreamBoothDataset(Dataset):
     def __init__(self, examples, args):
         self.args = args
         self.class_examples = []
-        self.moments = {}  # {key of `image_keys`: [2C, h, w]} once latents are cached
+        self.moments = {}  # {key of `image_keys`: [2C, h, w]} once latents are cached, mapped from the disk
         self.has_masks = any("mask" in example.images for example in examples)
         self.loss_masks = {}  # {key of `image_keys`: [1, h, w]}, cached with the latents
         self.examples = []
@@ -1732,14 +1746,14 @@ class DreamBoothDataset(Dataset):
             return mask
         return mask + self.args.unmasked_weight * (1 - mask)
 
-    def cache_loss_masks(self, accelerator):
-        """Makes the masks of all images once, if there are any."""
+    def cache_loss_masks(self, accelerator, folder):
+        """Makes the masks of all images once, if there are any, in files of a folder."""
         if self.has_masks:
+            cache = TensorCache(folder, b"loss masks")
             keys = self.image_keys()
-            masks = map_ahead(self.loss_mask, keys, num_reading_threads())
-            quiet = not accelerator.is_main_process
-            masks = tqdm(masks, desc="Caching masks", total=len(keys), unit="mask", disable=quiet)
-            self.loss_masks = dict(zip(keys, masks, strict=True))
+            self.loss_masks = cache.fill_by_content(
+                accelerator, keys, read=self.loss_mask, encode=list, desc="Caching masks"
+            )
 
 
 @dataclass
@@ -3494,6 +3508,7 @@ def train(args):
     prompts = sorted(prompts)
 
     pipeline = load_text_encoders(args, weight_dtype)
+    quantize_text_encoders(pipeline, weight_dtype, args.quantize_text_encoders)
     adapted_models = {}  # those with a LoRA, under diffusers' names
     text_lora_params = []
     if args.train_text_encoder:
@@ -3515,6 +3530,7 @@ def train(args):
         pipeline,
         weight_dtype,
         max_sequence_length=args.max_sequence_length,
+        folder=encoded_folder(args.output_dir),
         trained=trained_encoders,
         offload=args.offload,
         keep_encoders=has_varying_prompts,
@@ -3557,13 +3573,14 @@ def train(args):
                 precision=args.prior_generation_precision,
             )
             dataset.class_examples = class_examples(args, class_prompts)
-        folder = args.disk_cache_dir.expanduser() if args.cache_latents_to_disk else None
+        folder = args.disk_cache_dir.expanduser() if args.cache_latents_to_disk else encoded_folder(args.output_dir)
         if held_out_examples:
             held_out.moments = cache_moments(accelerator, vae, held_out.image_keys(), held_out.pixel_values, folder)
-            held_out.cache_loss_masks(accelerator)
+            held_out.cache_loss_masks(accelerator, folder)
         if args.cache_latents:
-            dataset.moments = cache_moments(accelerator, vae, dataset.image_keys(), dataset.pixel_values, folder)
-            dataset.cache_loss_masks(accelerator)
+            keys = sorted(dataset.image_keys(), key=lambda key: key[1])  # images of one size are encoded together
+            dataset.moments = cache_moments(accelerator, vae, keys, dataset.pixel_values, folder)
+            dataset.cache_loss_masks(accelerator, folder)
     if transformer is None:
         transformer = load_transformer(args, weight_dtype)
     base_size = transformer.num_parameters()
@@ -3963,6 +3980,7 @@ def train(args):
             trigger_words=class_tokens(examples),
             held_out=best.summary(),
         )
+    remove_encoded(accelerator, args.output_dir)
     transformer = None  # DistributedDataParallel must be freed before the process group: gloo can hang otherwise
     accelerator.free_memory()
     accelerator.end_training()

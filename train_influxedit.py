@@ -141,7 +141,16 @@ from common.held_out import (
     held_out_record,
     hold_out,
 )
-from common.latents import cache_moments, encode_moments, image_ids, pack_latents, sample_latents, to_tensor
+from common.latents import (
+    cache_moments,
+    encode_moments,
+    encoded_folder,
+    image_ids,
+    pack_latents,
+    remove_encoded,
+    sample_latents,
+    to_tensor,
+)
 from common.lora import (
     FLUX_TARGET_MODULES,
     adapter_config,
@@ -179,11 +188,13 @@ from common.models import (
 )
 from common.text_encoders import (
     CLIP_TARGET_MODULES,
+    TEXT_QUANTIZATIONS,
     PromptEncoder,
     clip_lora_shapes,
     describe_long_prompts,
     load_text_pipeline,
     load_tokenizer,
+    quantize_text_encoders,
 )
 from common.tracking import (
     METADATA,
@@ -288,6 +299,12 @@ def parse_args(argv=None):
         help="recompute activations: about half the memory, a third more time",
     )
     arg("--quantize_base", choices=QUANTIZATIONS, default="none", help="store frozen blocks in 4 or 8 bits")
+    arg(
+        "--quantize_text_encoders",
+        choices=TEXT_QUANTIZATIONS,
+        default="none",
+        help="store T5, or the language model that reads prompts, in 4 or 8 bits; not CLIP",
+    )
     arg("--compile", action="store_true", help="compile the transformer's blocks: minutes once, then faster steps")
     arg("--offload", action="store_true", help="keep frozen models in CPU memory until they are used")
     arg("--fsdp", action="store_true", help="shard weights and optimizer state over the processes (FSDP2)")
@@ -1175,7 +1192,7 @@ class EditDataset(Dataset):
         self.examples = examples * args.repeats
         self.class_examples = []  # they are generated after this dataset is made
         self.args = args
-        self.moments = {}  # {ImageKey: posterior [2C, h, w]}, empty without --cache_latents
+        self.moments = {}  # {ImageKey: posterior [2C, h, w]} on the disk, empty without --cache_latents
         # with --center_crop, the repeats of an image are all cropped alike and need one key
         self.num_crops = len(examples) if args.center_crop else len(self.examples)
         if args.mode == "edit":
@@ -1807,7 +1824,9 @@ def train(args):
         prompts.add("")
     prompts.update(class_prompts, preserve_prompts)
     prompts.update(example.caption for example in class_examples(args, class_prompts))
+    folder = encoded_folder(args.output_dir)
     text_pipeline = load_text_pipeline(FluxPipeline, args, weight_dtype)
+    quantize_text_encoders(text_pipeline, weight_dtype, args.quantize_text_encoders)
     text_lora_params = []
     if args.train_text_encoder:
         text_lora_params = add_lora(
@@ -1824,6 +1843,7 @@ def train(args):
         text_pipeline,
         weight_dtype,
         max_sequence_length=args.max_sequence_length,
+        folder=folder,
         trained={"clip_l"} if args.train_text_encoder else set(),
         offload=args.offload,
     )
@@ -1858,9 +1878,10 @@ def train(args):
             dataset.class_examples = class_examples(args, class_prompts)
         if held_out_examples:
             keys = [key for index in range(len(held_out_examples)) for key in held_out.held_out_keys(index)]
-            held_out.moments = cache_moments(accelerator, vae, keys, held_out.pixel_values)
+            held_out.moments = cache_moments(accelerator, vae, keys, held_out.pixel_values, folder)
         if args.cache_latents:
-            dataset.moments = cache_moments(accelerator, vae, dataset.image_keys(), dataset.pixel_values)
+            keys = sorted(dataset.image_keys(), key=lambda key: key.size)  # images of one size are encoded together
+            dataset.moments = cache_moments(accelerator, vae, keys, dataset.pixel_values, folder)
     if transformer is None:
         transformer = load_model(FluxTransformer2DModel, "transformer", args, weight_dtype)
     base_size = transformer.num_parameters()
@@ -2191,6 +2212,7 @@ def train(args):
     example_prompt = cases[0].prompt if cases else examples[0].caption
     if accelerator.is_main_process:
         save_model_card(args, weight_dtype, example_prompt, hub_repo, held_out=best.summary())
+    remove_encoded(accelerator, args.output_dir)
     transformer = None  # DistributedDataParallel must be freed before the process group: gloo can hang otherwise
     accelerator.free_memory()
     accelerator.end_training()

@@ -155,9 +155,11 @@ from common.latents import (
     cache_moments,
     decode_latents,
     encode_moments,
+    encoded_folder,
     image_ids,
     mean_latents,
     pack_latents,
+    remove_encoded,
     sample_latents,
     to_tensor,
     unpack_latents,
@@ -193,7 +195,14 @@ from common.models import (
     shard,
     why_no_pipeline,
 )
-from common.text_encoders import PromptEncoder, describe_long_prompts, load_text_pipeline, load_tokenizer
+from common.text_encoders import (
+    TEXT_QUANTIZATIONS,
+    PromptEncoder,
+    describe_long_prompts,
+    load_text_pipeline,
+    load_tokenizer,
+    quantize_text_encoders,
+)
 from common.tracking import (
     METADATA,
     Metrics,
@@ -360,6 +369,12 @@ def parse_args(argv=None):
         help="recompute activations: about half the memory, a third more time",
     )
     arg("--quantize_base", choices=QUANTIZATIONS, default="none", help="store frozen blocks in 4 or 8 bits")
+    arg(
+        "--quantize_text_encoders",
+        choices=TEXT_QUANTIZATIONS,
+        default="none",
+        help="store T5, or the language model that reads prompts, in 4 or 8 bits; not CLIP",
+    )
     arg("--compile", action="store_true", help="compile the transformer's blocks: minutes once, then faster steps")
     arg("--offload", action="store_true", help="keep frozen models in CPU memory until they are used")
     arg("--fsdp", action="store_true", help="shard weights and optimizer state over the processes (FSDP2)")
@@ -2306,7 +2321,7 @@ class OminiDataset(Dataset):
         self.args = args
         self.types = [spec.type for spec in specs]
         self.roles = ["image", *(f"condition_{i}" for i in range(len(specs)))]
-        self.moments = {}  # {(index or "black", role): [2C, h, w]}, with --cache_latents
+        self.moments = {}  # {(index or "black", role): [2C, h, w]} on the disk, with --cache_latents
 
     def __len__(self):
         return len(self.examples)
@@ -2865,11 +2880,15 @@ def train(args):
 
     # 3. Prompts, depth maps, VAE and latents: what makes them is freed before the transformer is loaded
     is_cached = args.cache_prompts and not args.streaming
+    folder = encoded_folder(args.output_dir)
+    text_pipeline = load_text_pipeline(FluxPipeline, args, weight_dtype)
+    quantize_text_encoders(text_pipeline, weight_dtype, args.quantize_text_encoders)
     prompt_encoder = PromptEncoder(
         accelerator,
-        load_text_pipeline(FluxPipeline, args, weight_dtype),
+        text_pipeline,
         weight_dtype,
         max_sequence_length=args.max_sequence_length,
+        folder=folder,
         offload=args.offload,
         keep_encoders=not is_cached,
     )
@@ -2884,13 +2903,13 @@ def train(args):
         with offload_models(vae, device=device, offload=offload_vae):
             keys = [(index, role) for index in range(len(held_out)) for role in held_out.roles]
             read = lambda key: held_out[0, key[0]]["pixel_values"][key[1]]  # noqa: E731
-            held_out.moments = cache_moments(accelerator, vae, keys, read)
+            held_out.moments = cache_moments(accelerator, vae, keys, read, folder)
     if args.cache_latents:
         with offload_models(vae, device=device, offload=offload_vae):
             # an item of the user's class is read once for its image and its conditions, which may be cropped alike
             num_threads = 1 if args.dataset_class else None
             dataset.moments = cache_moments(
-                accelerator, vae, dataset.image_keys(), dataset.pixel_values, num_threads=num_threads
+                accelerator, vae, dataset.image_keys(), dataset.pixel_values, folder, num_threads=num_threads
             )
 
     # 4. Transformer and LoRA
@@ -3185,6 +3204,7 @@ def train(args):
     example_prompt = final_prompts[0].prompt if final_prompts else examples[0].caption
     if accelerator.is_main_process:
         save_model_card(args, generate_command(args, specs, example_prompt), held_out=best.summary())
+    remove_encoded(accelerator, args.output_dir)
     transformer = None  # what FSDP holds must be freed before the process group: gloo can hang otherwise
     accelerator.free_memory()
     accelerator.end_training()

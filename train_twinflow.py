@@ -144,8 +144,11 @@ from common.held_out import (
 from common.latents import (
     TensorCache,
     decode_images,
+    encode_by_size,
     encode_images,
+    encoded_folder,
     image_ids,
+    images_per_batch,
     pack_latents,
     to_image,
     to_tensor,
@@ -184,11 +187,15 @@ from common.models import (
     why_no_pipeline,
 )
 from common.text_encoders import (
-    PROMPTS_PER_BATCH,
+    TEXT_QUANTIZATIONS,
     describe_long_prompts,
     fill_up,
     load_text_pipeline,
     load_tokenizer,
+    place_encoders,
+    prompts_per_batch,
+    quantize_language_model,
+    quantize_text_encoders,
 )
 from common.tracking import (
     METADATA,
@@ -401,6 +408,12 @@ def parse_args(argv=None):
         choices=QUANTIZATIONS,
         default="none",
         help="lora: store frozen blocks in 4 or 8 bits",
+    )
+    arg(
+        "--quantize_text_encoders",
+        choices=TEXT_QUANTIZATIONS,
+        default="none",
+        help="store T5, or the language model that reads prompts, in 4 or 8 bits; not CLIP",
     )
     arg("--compile", action="store_true", help="compile the transformer's blocks: minutes once, then faster steps")
     arg("--offload", action="store_true", help="keep frozen models in CPU memory until they are used")
@@ -989,10 +1002,9 @@ class Backbone:
     def load_prompt_encoder(self, dtype: torch.dtype, device: torch.device, **components):
         """The pipeline without transformer and VAE, frozen; `encode_prompt` takes it."""
         pipeline = load_text_pipeline(self.pipeline_class, self.args, dtype, **components)
-        if self.args.offload:
-            pipeline.enable_group_offload(device, offload_type="leaf_level")
-            return pipeline
-        return pipeline.to(device)
+        quantize_text_encoders(pipeline, dtype, self.args.quantize_text_encoders)
+        place_encoders(pipeline, device, offload=self.args.offload)
+        return pipeline
 
     def load_vae(self, dtype: torch.dtype) -> torch.nn.Module:
         return load_model(self.vae_class, "vae", self.args, dtype)
@@ -1014,6 +1026,14 @@ class Backbone:
         lengths differ; a family that pads all to one length encodes them together."""
         inputs = zip(prompts, references, strict=True)
         return [self.encode_prompt(prompt_encoder, prompt, reference) for prompt, reference in inputs]
+
+    def prompts_per_batch(self, device: torch.device) -> int:
+        """Prompts that `encode_prompts` gets at a time."""
+        return prompts_per_batch(device, self.args.offload and self.args.quantize_text_encoders == "none")
+
+    def fill_up(self, prompt_encoder, prompts: list[str]) -> list[str]:
+        """As many prompts as are encoded together."""
+        return fill_up(prompts, self.prompts_per_batch(prompt_encoder._execution_device))
 
     def predict(self, transformer, x: torch.Tensor, time: torch.Tensor, cond: Conditions) -> torch.Tensor:
         """Velocities [B, C, h, w] of noisy latents; `time` is [B, 2], (t, t'), or [B], one time for both."""
@@ -1042,7 +1062,7 @@ class Flux(Backbone):
 
     def encode_prompts(self, prompt_encoder, prompts, references):
         prompt_embeds, pooled_prompt_embeds, _ = prompt_encoder.encode_prompt(
-            fill_up(prompts), prompt_2=None, max_sequence_length=self.args.max_sequence_length
+            self.fill_up(prompt_encoder, prompts), prompt_2=None, max_sequence_length=self.args.max_sequence_length
         )
         return [
             {"encoder_hidden_states": prompt_embeds[i], "pooled_projections": pooled_prompt_embeds[i]}
@@ -1083,7 +1103,7 @@ class StableDiffusion3(Backbone):
 
     def encode_prompts(self, prompt_encoder, prompts, references):
         prompt_embeds, _, pooled_prompt_embeds, _ = prompt_encoder.encode_prompt(
-            fill_up(prompts),
+            self.fill_up(prompt_encoder, prompts),
             prompt_2=None,
             prompt_3=None,
             do_classifier_free_guidance=False,
@@ -1194,6 +1214,7 @@ class OpenUni(Sana):
             source, cache_dir=self.args.cache_dir, trust_remote_code=False
         )
         prompt_encoder.language_model = internvl.model.language_model
+        quantize_language_model(prompt_encoder.language_model, dtype, self.args.quantize_text_encoders)
         prompt_encoder.register_buffer("meta_queries", self.load_part("meta_queries")[""])
 
         weights = self.load_part("connector.")  # layers.i.*
@@ -2137,6 +2158,7 @@ def encoder_settings(args, models: dict[str, str]) -> list[str]:
             args.model_type,
             args.variant,
             args.mixed_precision,
+            args.quantize_text_encoders,
             args.max_sequence_length,
             args.seed,  # of random crops
             args.resolution,
@@ -2303,13 +2325,14 @@ def encode_prompts(
         prompts, images = zip(*inputs, strict=True)
         return backbone.encode_prompts(load_prompt_encoder(), list(prompts), list(images))
 
-    cache.fill(accelerator, list(requests), read, encode, "Encoding prompts", batch_size=PROMPTS_PER_BATCH)
+    batch_size = backbone.prompts_per_batch(accelerator.device)
+    cache.fill(accelerator, requests, read, encode, "Encoding prompts", batch_size=batch_size)
 
 
 def cache_latents(accelerator, vae, dataset: TwinFlowDataset, cache: TensorCache) -> None:
     """Fills the cache with the latents of all images that training can ask for."""
-    requests = {}  # {key of the cache: (index, flipped)}
-    for index, flipped in dataset.image_keys():
+    requests = {}  # {key of the cache: (index, flipped)}; images of one size are encoded together
+    for index, flipped in sorted(dataset.image_keys(), key=lambda key: dataset.buckets[key[0]]):
         requests[dataset.image_key(index, flipped)] = (index, flipped)
 
     def read(key):
@@ -2320,12 +2343,16 @@ def cache_latents(accelerator, vae, dataset: TwinFlowDataset, cache: TensorCache
             pixel_values["reference"] = dataset.pixel_values(example.images["reference"], index, flipped)
         return pixel_values
 
-    @torch.no_grad()
     def encode(inputs):
-        (pixel_values,) = inputs  # batched convolutions round differently
-        return [{name: encode_images(vae, image[None])[0] for name, image in pixel_values.items()}]
+        entries = [{} for _ in inputs]
+        for name in inputs[0]:
+            images = [pixel_values[name] for pixel_values in inputs]
+            latents = encode_by_size(functools.partial(encode_images, vae), images, vae.device)
+            for entry, value in zip(entries, latents, strict=True):
+                entry[name] = value
+        return entries
 
-    cache.fill(accelerator, list(requests), read, encode, "Caching latents")
+    cache.fill(accelerator, requests, read, encode, "Caching latents", batch_size=images_per_batch(vae.device))
 
 
 def prepare_batch(
@@ -2603,7 +2630,7 @@ def train(args):
     validation_reference, unreadable = find_validation_image(args)
     problems += unreadable
     models = model_record(args)
-    cache = TensorCache(args.output_dir / "encoded", encoder_settings(args, models))
+    cache = TensorCache(encoded_folder(args.output_dir), encoder_settings(args, models))
     dataset = TwinFlowDataset(examples, cache, args)
     own_args = held_out_args(args, seed=NOISE_SEED, center_crop=True, random_flip=False, cache_latents=True)
     held_out = TwinFlowDataset(held_out_examples, cache, own_args, place=("held out",))

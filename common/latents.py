@@ -5,12 +5,14 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from common.arguments import nearest_folder
 from common.checkpoints import atomic_write
-from common.data import map_ahead
+from common.data import Size, map_ahead
 from common.models import gather_objects
 
 import torch
@@ -31,13 +33,13 @@ Vae = Any  # an AutoencoderKL unless a function says which others; diffusers' ow
 
 
 @torch.no_grad()
-def encode_moments(vae: Vae, pixel_values: Tensor) -> Tensor:
+def encode_moments(vae: Vae, pixel_values: Tensor, batch_size: int = 1) -> Tensor:
     """The VAE posterior of images [B, 3, H, W] in [-1, 1]: mean and log-variance [B, 2C, H/f, W/f], float32.
 
-    Images go through the VAE one at a time: batched convolutions round differently, and a latent must not depend
-    on whether it was cached or on what else was in its batch.
+    Images go through the VAE `batch_size` at a time: batched convolutions round differently, and a latent must not
+    depend on what else was in its batch, nor on a CPU on whether it was cached.
     """
-    images = pixel_values.to(vae.device, vae.dtype).split(1)
+    images = pixel_values.to(vae.device, vae.dtype).split(batch_size)
     return torch.cat([vae.encode(image).latent_dist.parameters for image in images]).float()
 
 
@@ -70,14 +72,14 @@ def latent_statistics(vae: Vae) -> tuple[float | Tensor, float | Tensor]:
 
 
 @torch.no_grad()
-def encode_images(vae: Vae, pixel_values: Tensor) -> Tensor:
+def encode_images(vae: Vae, pixel_values: Tensor, batch_size: int = 1) -> Tensor:
     """Normalised latents [B, C, h, w], float32, of images [B, 3, H, W] in [-1, 1]: the mean of the posterior.
 
-    For AutoencoderKL (FLUX.1, SD3), AutoencoderDC (Sana) and AutoencoderKLQwenImage; one image at a time, as above.
+    For AutoencoderKL (FLUX.1, SD3), AutoencoderDC (Sana) and AutoencoderKLQwenImage; `batch_size` as above.
     """
     encode: Any = vae.encode
     latents = []
-    for image in pixel_values.to(vae.device, vae.dtype).split(1):
+    for image in pixel_values.to(vae.device, vae.dtype).split(batch_size):
         if isinstance(vae, AutoencoderKLQwenImage):  # its images are videos [B, 3, 1, H, W] of one frame
             latents.append(encode(image.unsqueeze(2)).latent_dist.mode().squeeze(2))
         elif isinstance(vae, AutoencoderDC):  # deterministic
@@ -136,42 +138,43 @@ class TensorCache:
 
     An entry is {name: tensor}. Its file is named by a hash of `identity` and the entry's key, so what the tensors
     depend on belongs in one of them: the encoder and its settings in `identity`, what was encoded in the key. Both are
-    bytes, or both are values that JSON can hold. Files are written whole or not at all; one that is damaged is
-    encoded and written again.
+    bytes, or both are values that JSON can hold. Files are written whole or not at all, by the process that encoded;
+    all processes map them. One that is damaged is encoded and written again.
     """
 
     def __init__(self, folder: Path | str, identity: Any):
         self.folder = Path(folder)
         self.identity = identity
 
-    def path(self, *key: Any) -> Path:
+    def digest(self, *key: Any) -> bytes:
+        """32 bytes that name the entry of a key."""
         if isinstance(self.identity, bytes):
             content = self.identity + b"".join(key)
         else:
             content = json.dumps([self.identity, key]).encode()
-        return self.folder / f"{hashlib.sha256(content).hexdigest()}.safetensors"
+        return hashlib.sha256(content).digest()
+
+    def path(self, *key: Any) -> Path:
+        return self.path_of(self.digest(*key))
+
+    def path_of(self, digest: bytes) -> Path:
+        return self.folder / f"{digest.hex()}.safetensors"
 
     def load(self, *key: Any) -> dict[str, Tensor]:
+        """The tensors of an entry, mapped from its file."""
         return load_file(self.path(*key))
 
     def has(self, *key: Any) -> bool:
         """Whether the entry is there and whole: its file is as long as its header says."""
-        try:
-            with safe_open(self.path(*key), "pt"):
-                return True
-        except (OSError, SafetensorError):
-            return False
+        return is_whole(self.path(*key))
 
     def save(self, tensors: Mapping[str, Tensor], *key: Any) -> None:
-        tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
-        with atomic_write(self.path(*key), durable=False) as partial:
-            save_file(tensors, partial)
+        self.write(tensors, self.path(*key))
 
-    def load_or_encode(self, *key: Any, encode: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """The entry; if it is absent, `encode()` makes it first."""
-        if not self.has(*key):
-            self.save(encode(), *key)
-        return self.load(*key)
+    def write(self, tensors: Mapping[str, Tensor], path: Path) -> None:
+        tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
+        with atomic_write(path, durable=False) as partial:
+            save_file(tensors, partial)
 
     def fill(
         self,
@@ -186,7 +189,7 @@ class TensorCache:
 
         The processes share the work, and threads read ahead of the encoder.
         """
-        missing = [key for key in keys if not self.has(*key)]
+        missing = [key for key in dict.fromkeys(keys) if not self.has(*key)]
         accelerator.wait_for_everyone()  # every process has listed what is missing
         quiet = not accelerator.is_main_process or not missing
         with (
@@ -202,6 +205,80 @@ class TensorCache:
                 progress_bar.update(len(batch))
         accelerator.wait_for_everyone()
 
+    def fill_by_content(
+        self,
+        accelerator: Accelerator,
+        keys: Iterable[Hashable],
+        read: Callable[[Any], Tensor],
+        encode: Callable[[list[Tensor]], Sequence[Tensor]],
+        desc: str,
+        batch_size: int = 1,
+        num_threads: int | None = None,
+    ) -> "CachedTensors":
+        """{key: encode([read(key)])[0], float32} of each key, in entries named by the content of what `read` returns.
+
+        encode([tensor, ...]) returns those of up to `batch_size`, and is asked for the ones that are absent. Equal
+        contents share an entry. The processes share the work. `num_threads` read ahead; 1 reads in the order of
+        `keys`.
+        """
+
+        def read_missing(key: Any) -> tuple[bytes, Tensor | None]:
+            tensor = read(key)
+            digest = self.digest(str(tuple(tensor.shape)).encode(), tensor.contiguous().numpy().tobytes())
+            return digest, None if is_whole(self.path_of(digest)) else tensor
+
+        keys = list(keys)
+        digests = []
+        with (
+            accelerator.split_between_processes(keys) as share,
+            tqdm(desc=desc, total=len(share), disable=not accelerator.is_main_process) as progress_bar,
+        ):
+            inputs = map_ahead(read_missing, share, num_threads or num_reading_threads())
+            while batch := list(itertools.islice(inputs, batch_size)):
+                missing = {digest: tensor for digest, tensor in batch if tensor is not None}
+                for digest, value in zip(missing, encode(list(missing.values())) if missing else [], strict=True):
+                    self.write({"value": value}, self.path_of(digest))
+                digests += [digest for digest, _ in batch]
+                progress_bar.update(len(batch))
+        digests = gather_objects(digests)  # all files are there once all processes have come here
+        return CachedTensors(self, dict(zip(keys, digests, strict=True)), torch.float32)
+
+
+class CachedTensors(Mapping):
+    """The tensors of a cache under other keys than its own; each is mapped from its file whenever it is asked for.
+
+    cache    its entries are {"value": tensor}
+    digests  {key: `TensorCache.digest` of its entry}
+    dtype    of the tensors; without it that of their files
+    """
+
+    def __init__(self, cache: TensorCache, digests: Mapping[Any, bytes], dtype: torch.dtype | None = None):
+        self.cache = cache
+        self.digests = digests
+        self.dtype = dtype
+
+    def __getitem__(self, key: Any) -> Tensor:
+        value = load_file(self.cache.path_of(self.digests[key]))["value"]
+        return value if self.dtype is None else value.to(self.dtype)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.digests
+
+    def __iter__(self) -> Iterator:
+        return iter(self.digests)
+
+    def __len__(self) -> int:
+        return len(self.digests)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file of tensors is there and as long as its header says."""
+    try:
+        with safe_open(path, "pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
+
 
 def num_reading_threads() -> int:
     """Threads that read ahead in this process: its share of the machine's cores, and no more than their images fit
@@ -210,37 +287,91 @@ def num_reading_threads() -> int:
     return min(8, max(1, (os.cpu_count() or 1) // processes))
 
 
+LARGEST_BATCH = 8  # images that the VAE encodes together while they are cached
+
+
+def images_per_batch(device: torch.device, size: Size | None = None) -> int:
+    """Images of a size that the VAE encodes together while they are cached, on an accelerator as many as have the
+    pixels of one of 1024 px; without a size, the most of any.
+
+    One on a CPU, where a latent has the same bits, whether it was cached or not.
+    """
+    if device.type == "cpu":
+        return 1
+    if size is None:
+        return LARGEST_BATCH
+    return min(LARGEST_BATCH, max(1, 1024**2 // (size.height * size.width)))
+
+
+def encode_by_size(
+    encode: Callable[[Tensor, int], Tensor], images: Sequence[Tensor], device: torch.device
+) -> list[Tensor]:
+    """What encode(images [B, 3, H, W], B) makes of each of some images [3, H, W]; those of a size go together.
+
+    A batch is filled up by its first image: kernels are chosen by the shape of a batch and may round differently, so
+    what is encoded does not depend on how many images there are.
+    """
+    places: dict[torch.Size, list[int]] = {}
+    for place, image in enumerate(images):
+        places.setdefault(image.shape, []).append(place)
+    encoded: dict[int, Tensor] = {}
+    for shape, same in places.items():
+        count = images_per_batch(device, Size(*shape[-2:]))
+        for start in range(0, len(same), count):
+            batch = same[start : start + count]
+            filled = batch + batch[:1] * (count - len(batch))
+            values = encode(torch.stack([images[place] for place in filled]), count)
+            encoded |= dict(zip(batch, values, strict=False))
+    return [encoded[place] for place in range(len(images))]
+
+
 def cache_moments(
     accelerator: Accelerator,
     vae: Vae,
     keys: Iterable[Hashable],
     load_pixels: Callable[[Any], Tensor],
-    folder: Path | str | None = None,
+    folder: Path | str,
     num_threads: int | None = None,
-) -> dict[Any, Tensor]:
-    """The VAE posterior of every image of a run: {key: `encode_moments` of load_pixels(key)}, on the CPU.
+) -> CachedTensors:
+    """The VAE posterior [2C, h, w] of every image of a run, {key: `encode_moments` of load_pixels(key)}, on the disk.
 
-    `load_pixels` returns an image [3, H, W] in [-1, 1]. The processes share the work; each returns all. With `folder`,
-    posteriors are kept there for later runs, by the image's pixels and the VAE's weights. `num_threads` read images
-    ahead; 1 reads them in the order of `keys`.
+    `load_pixels` returns an image [3, H, W] in [-1, 1]; see `fill_by_content` for `num_threads`. Files are named by
+    the image's pixels and the VAE's weights. They have the VAE's dtype, in which it computed: nothing is rounded.
     """
 
-    def encode(pixels: Tensor) -> dict[str, Tensor]:
-        return {"value": encode_moments(vae, pixels[None])[0].cpu()}
+    def encode(images: list[Tensor]) -> list[Tensor]:
+        moments = encode_by_size(functools.partial(encode_moments, vae), images, vae.device)
+        return [each.to(vae.dtype) for each in moments]
 
-    cache = TensorCache(folder, fingerprint(vae)) if folder else None
-    found = []
-    with accelerator.split_between_processes(list(keys)) as share:
-        images = map_ahead(load_pixels, share, num_threads or num_reading_threads())
-        quiet = not accelerator.is_main_process
-        for key, pixels in zip(tqdm(share, desc="Caching latents", unit="image", disable=quiet), images, strict=True):
-            if cache:
-                content = str(tuple(pixels.shape)).encode() + pixels.numpy().tobytes()
-                entry = cache.load_or_encode(content, encode=lambda: encode(pixels))  # noqa: B023
-            else:
-                entry = encode(pixels)
-            found.append((key, entry["value"]))
-    return dict(gather_objects(found))
+    cache = TensorCache(folder, fingerprint(vae))
+    batch_size = images_per_batch(vae.device)
+    return cache.fill_by_content(
+        accelerator, keys, load_pixels, encode, "Caching latents", batch_size=batch_size, num_threads=num_threads
+    )
+
+
+def encoded_folder(output_dir: Path) -> Path:
+    """Where a run keeps what it has encoded."""
+    return output_dir / "encoded"
+
+
+def remove_encoded(accelerator: Accelerator, output_dir: Path) -> None:
+    """Deletes what a run has encoded for itself alone: it is done. One that was interrupted finds it again."""
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        shutil.rmtree(encoded_folder(output_dir), ignore_errors=True)
+
+
+def check_room(flag: str, folder: Path, needed: int) -> list[str]:
+    """A problem if the disk of a cache's folder has no room for the `needed` bytes; what it holds already counts."""
+    present = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    free = shutil.disk_usage(nearest_folder(folder)).free
+    if free + present >= needed:
+        return []
+    return [
+        f"{flag} {folder}: what is encoded takes {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free: choose "
+        "another disk"
+    ]
 
 
 def fingerprint(model: torch.nn.Module) -> bytes:

@@ -278,17 +278,28 @@ def quantize_base(model: torch.nn.Module, dtype: torch.dtype, quantization: str 
     return model
 
 
-def quantized_layer(layer: torch.nn.Linear, dtype: torch.dtype, quantization: str) -> torch.nn.Module:
-    """bitsandbytes' layer with the weight and bias of a linear one."""
+def quantized_layer(
+    layer: torch.nn.Linear, dtype: torch.dtype, quantization: str, storage: torch.dtype = torch.uint8
+) -> torch.nn.Module:
+    """bitsandbytes' layer with the weight and bias of a linear one.
+
+    `storage` is the dtype that 4-bit weights pretend to have: T5 casts what enters a layer to that of its weight.
+    """
     from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 
     has_bias = layer.bias is not None
     weight: Any = layer.weight.data
     if quantization == "nf4":
         new: Any = Linear4bit(
-            layer.in_features, layer.out_features, has_bias, compute_dtype=dtype, quant_type="nf4", device="meta"
+            layer.in_features,
+            layer.out_features,
+            has_bias,
+            compute_dtype=dtype,
+            quant_type="nf4",
+            quant_storage=storage,
+            device="meta",
         )
-        new.weight = Params4bit(weight, requires_grad=False, quant_type="nf4")  # pyright: ignore[reportCallIssue]
+        new.weight = Params4bit(weight, requires_grad=False, quant_type="nf4", quant_storage=storage)
         new.support_avx512bf16_for_cpu = False  # validation would leave weights in a form that gives no gradients
     else:
         new = Linear8bitLt(layer.in_features, layer.out_features, has_bias, has_fp16_weights=False, device="meta")
@@ -361,16 +372,26 @@ def cpu_group() -> Any:
     return dist.new_group(backend="gloo")
 
 
+OBJECTS_PER_MESSAGE = 1000
+
+
 def gather_objects(objects: list) -> list:
     """The objects of all processes in one list, in the order of the processes; to be called by all of them.
 
-    They are pickled and travel through CPU memory, where accelerate's gather_object takes that of the GPU.
+    They are pickled and travel through CPU memory, where accelerate's gather_object takes that of the GPU. For what
+    is small, as names, sizes and problems are: a message has OBJECTS_PER_MESSAGE of a process.
     """
     if not dist.is_initialized():
         return objects
-    parts: list[list] = [[]] * dist.get_world_size()
-    dist.all_gather_object(parts, objects, group=cpu_group())
-    return [each for part in parts for each in part]
+    lengths = [0] * dist.get_world_size()
+    dist.all_gather_object(lengths, len(objects), group=cpu_group())
+    gathered: list[list] = [[] for _ in lengths]
+    for start in range(0, max(lengths), OBJECTS_PER_MESSAGE):
+        parts: list[list] = [[]] * len(lengths)
+        dist.all_gather_object(parts, objects[start : start + OBJECTS_PER_MESSAGE], group=cpu_group())
+        for own, part in zip(gathered, parts, strict=True):
+            own += part
+    return [each for own in gathered for each in own]
 
 
 NOT_SUPPORTED = (

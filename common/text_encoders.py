@@ -4,23 +4,24 @@ Each prompt is embedded once, or in every step while an encoder is trained.
 """
 
 import functools
+import secrets
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from common.arguments import exit_if_unreadable
-from common.latents import TensorCache, fingerprint
+from common.latents import CachedTensors, TensorCache, fingerprint
 from common.lora import layer_shapes
-from common.models import check_names, gather_objects, load_model
+from common.models import check_names, gather_objects, load_model, quantized_layer
 
+import psutil
 import torch
 import transformers
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.training_utils import free_memory
-from tqdm.auto import tqdm
-from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
+from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 
 # Linear layers of CLIP that a LoRA is put beside.
@@ -31,17 +32,87 @@ CLIP_TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "out_proj")
 ENCODER_ATTRIBUTES = {"clip_l": "text_encoder", "t5": "text_encoder_2"}
 FLUX2_ENCODER_ATTRIBUTES = {"llm": "text_encoder"}
 
+TEXT_QUANTIZATIONS = ("none", "nf4", "int8")
+
 # Prompts that are encoded together while they are cached: at 512 tokens each, 1 GiB beside the 9 GiB of T5-XXL
 PROMPTS_PER_BATCH = 4
 
+# The same while the layers of T5-XXL come to the device one by one: 4 GiB, which take as long as the copies of 9 GiB
+PROMPTS_PER_PASS = 16
 
-def fill_up(prompts: Sequence[str]) -> list[str]:
-    """At most PROMPTS_PER_BATCH prompts, and the first of them again until there are so many.
+
+def prompts_per_batch(device: torch.device, offload: bool) -> int:
+    """Prompts that are encoded together while they are cached, with `offload` in each pass over an encoder's layers,
+    which are copied to the device for it."""
+    return PROMPTS_PER_PASS if offload and device.type != "cpu" else PROMPTS_PER_BATCH
+
+
+def fill_up(prompts: Sequence[str], count: int = PROMPTS_PER_BATCH) -> list[str]:
+    """At most `count` prompts, and the first of them again until there are so many.
 
     Kernels are chosen by the shape of a batch and may round differently: with one shape for all, an embedding does
     not depend on how many other prompts there are.
     """
-    return [*prompts, *list(prompts[:1]) * (PROMPTS_PER_BATCH - len(prompts))]
+    return [*prompts, *list(prompts[:1]) * (count - len(prompts))]
+
+
+def offload_options(device: torch.device, size: int, available: int) -> dict[str, bool]:
+    """Options of diffusers' enable_group_offload for encoders of `size` bytes, with `available` bytes of CPU memory.
+
+    A stream copies the next layer while one computes, and none back. It takes a second, pinned copy of the encoders;
+    where memory lacks for that, layers are pinned one by one.
+    """
+    if device.type == "cpu":
+        return {}
+    return {"use_stream": True, "record_stream": True, "low_cpu_mem_usage": 2 * size > available}
+
+
+def place_encoders(pipeline: Any, device: torch.device, *, offload: bool, stay: Collection[str] = ()) -> None:
+    """Moves a pipeline's encoders to a device; with `offload` only their layers, one by one, while they compute.
+
+    Quantized ones, and those whose attributes of the pipeline are in `stay`, are on the device as a whole.
+    """
+    if not offload:
+        pipeline.to(device)
+        return
+    stay = list(stay)
+    size = 0
+    for name, model in pipeline.components.items():
+        if not isinstance(model, torch.nn.Module):
+            continue
+        if is_quantized(model):
+            stay.append(name)
+        elif name not in stay:
+            size += sum(tensor.nbytes for tensor in model.state_dict().values())
+    options = offload_options(device, size, psutil.virtual_memory().available)
+    pipeline.enable_group_offload(device, offload_type="leaf_level", exclude_modules=stay, **options)
+
+
+def quantize_text_encoders(pipeline: Any, dtype: torch.dtype, quantization: str) -> None:
+    """Quantizes T5 or the language model of a pipeline, see `quantize_language_model`; CLIP's 0.2 GiB stay."""
+    for model in pipeline.components.values():
+        if isinstance(model, torch.nn.Module) and not isinstance(model, CLIPTextModel | CLIPTextModelWithProjection):
+            quantize_language_model(model, dtype, quantization)
+
+
+def quantize_language_model(model: torch.nn.Module, dtype: torch.dtype, quantization: str) -> None:
+    """Quantizes the linear layers in a model's blocks by bitsandbytes, in place, see `quantize_base` of models.py.
+
+    With "none" it does nothing.
+    """
+    if quantization == "none":
+        return
+    for name, layer in list(model.named_modules()):
+        parent, _, attribute = name.rpartition(".")
+        is_in_block = any(part.isdigit() for part in parent.split("."))
+        if isinstance(layer, torch.nn.Linear) and is_in_block:
+            quantized = quantized_layer(layer, dtype, quantization, storage=dtype)
+            setattr(model.get_submodule(parent), attribute, quantized)
+
+
+def is_quantized(model: torch.nn.Module) -> bool:
+    """Whether a model has layers of `quantize_language_model`."""
+    return any(type(layer).__module__.startswith("bitsandbytes") for layer in model.modules())
 
 
 def clip_lora_shapes(args: Any, target_modules: Sequence[str]) -> dict[str, tuple[int, int]]:
@@ -56,8 +127,8 @@ def clip_lora_shapes(args: Any, target_modules: Sequence[str]) -> dict[str, tupl
 class PromptEncoder:
     """The embeddings of prompts: T5's of every token and CLIP's pooled one; with FLUX.2 its language model's.
 
-    A frozen encoder embeds every prompt once, in `cache_prompts`, and is freed. The `trained` encoders (clip_l, t5)
-    run in every step, with gradients, until `freeze`.
+    A frozen encoder embeds every prompt once, in `cache_prompts`, and is freed; the embeddings lie on the disk. The
+    `trained` encoders (clip_l, t5) run in every step, with gradients, until `freeze`.
 
     Args:
         pipeline: a FluxPipeline, Flux2Pipeline or Flux2KleinPipeline with text encoders and tokenizers, as
@@ -65,10 +136,11 @@ class PromptEncoder:
             accelerator's device.
         dtype: of the embeddings.
         max_sequence_length: tokens of a prompt for T5 or the language model.
+        folder: where the embeddings of this run lie, see `encoded_folder`.
         trained: names of the encoders in training.
         offload: keep frozen encoders in CPU memory and move their layers to the device one by one.
         keep_encoders: do not free frozen encoders: prompts will come that were not known to `cache_prompts`.
-        disk_cache_dir: folder where the embeddings of encoders that are not trained are kept for later runs.
+        disk_cache_dir: folder where the embeddings of encoders that are not trained are kept for later runs instead.
         rewrite_prompt: what is done to a prompt before it is tokenized.
     """
 
@@ -79,6 +151,7 @@ class PromptEncoder:
         dtype: torch.dtype,
         *,
         max_sequence_length: int,
+        folder: Path,
         trained: Collection[str] = (),
         offload: bool = False,
         keep_encoders: bool = False,
@@ -89,6 +162,7 @@ class PromptEncoder:
         self.pipeline = pipeline
         self.dtype = dtype
         self.max_sequence_length = max_sequence_length
+        self.folder = folder
         self.keep_encoders = keep_encoders
         self.disk_cache_dir = disk_cache_dir
         self.rewrite_prompt = rewrite_prompt
@@ -96,15 +170,14 @@ class PromptEncoder:
         self.encoders = {name: getattr(pipeline, attribute) for name, attribute in self.attributes.items()}
         self.trained = set(trained)
         self.never_trained = self.encoders.keys() - self.trained
-        self.cached: dict[str, dict[str, torch.Tensor]] = {name: {} for name in self.encoders}  # {prompt: on the CPU}
-        if offload:
-            pipeline.enable_group_offload(
-                accelerator.device,
-                offload_type="leaf_level",
-                exclude_modules=[self.attributes[name] for name in self.trained],
-            )
-        else:
-            pipeline.to(accelerator.device)
+        self.cached: dict[str, Mapping[str, torch.Tensor]] = {name: {} for name in self.encoders}  # {prompt: [1, ...]}
+        self.offloaded = {name for name, encoder in self.encoders.items() if offload and not is_quantized(encoder)}
+        place_encoders(
+            pipeline,
+            accelerator.device,
+            offload=offload,
+            stay=[self.attributes[name] for name in self.trained],
+        )
 
     def encode_prompts(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """(prompt_embeds [B, T, D], pooled_prompt_embeds [B, P]) of prompts, on the accelerator's device.
@@ -135,13 +208,10 @@ class PromptEncoder:
     def cache_prompts(self, prompts: list[str]) -> None:
         """Embeds prompts with the encoders that are not in training and frees these encoders.
 
-        The processes share the work; afterwards each of them has all embeddings.
+        The processes share the work; afterwards each of them maps all embeddings from the disk.
         """
         for encoder_name in sorted(self.encoders.keys() - self.trained):  # all processes need the same order
-            sharing: Any = self.accelerator.split_between_processes(prompts)
-            with sharing as own_prompts:
-                embeds = self._encode_through_disk(encoder_name, own_prompts)
-            self.cached[encoder_name] = dict(gather_objects(list(embeds.items())))
+            self.cached[encoder_name] = self._cache_with(encoder_name, prompts)
             if not self.keep_encoders:
                 del self.encoders[encoder_name]
                 setattr(self.pipeline, self.attributes[encoder_name], None)
@@ -163,7 +233,7 @@ class PromptEncoder:
     def forget_trained(self) -> None:
         """From here on encoders that were trained, and kept, embed prompts with the weights that they have now."""
         for encoder_name in self.encoders.keys() - self.never_trained:
-            self.cached[encoder_name].clear()
+            self.cached[encoder_name] = {}
 
     def _encode_or_recall(self, encoder_name: str, prompts: list[str]) -> torch.Tensor:
         if encoder_name in self.trained:
@@ -173,49 +243,41 @@ class PromptEncoder:
     @torch.no_grad()
     def _recall(self, encoder_name: str, prompts: list[str]) -> torch.Tensor:
         """Embeddings from the cache. Prompts that are not in it are encoded one at a time: an embedding must not
-        depend on how many others are in its batch, see `fill_up`."""
-        embeds = []
-        for prompt in prompts:
-            embed = self.cached[encoder_name].get(prompt)
-            if embed is None:
-                embed = self.encode_with(encoder_name, [prompt])
-            embeds.append(embed.to(self.accelerator.device))
-        return torch.cat(embeds)
+        depend on how many others are in its batch, see `fill_up`. Offloaded layers come once for all of them."""
+        device = self.accelerator.device
+        cached = self.cached[encoder_name]
+        missing = list(dict.fromkeys(prompt for prompt in prompts if prompt not in cached))
+        count = PROMPTS_PER_BATCH if encoder_name in self.offloaded and device.type != "cpu" else 1
+        computed = {}
+        for start in range(0, len(missing), count):
+            batch = missing[start : start + count]
+            embeds = self.encode_with(encoder_name, fill_up(batch, count))
+            computed |= dict(zip(batch, embeds.split(1), strict=False))
+        return torch.cat([computed[p] if p in computed else cached[p].to(device) for p in prompts])
 
-    def _encode_through_disk(self, encoder_name: str, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
-        """{prompt: embedding [1, ...] on the CPU}, from the disk if an earlier run left it there."""
-        cache = self._disk_cache(encoder_name)
-        embeds = {}
-        missing = []
-        for prompt in prompts:
-            if cache and cache.has(self._disk_key(prompt)):
-                embeds[prompt] = cache.load(self._disk_key(prompt))["value"]
-            else:
-                missing.append(prompt)
-        progress_bar: Any = tqdm(
-            desc=f"Encoding prompts, {encoder_name}",
-            total=len(prompts),
-            initial=len(embeds),
-            unit="prompt",
-            disable=not self.accelerator.is_main_process,
-        )
-        with progress_bar:
-            for start in range(0, len(missing), PROMPTS_PER_BATCH):
-                batch = missing[start : start + PROMPTS_PER_BATCH]
-                encoded = self.encode_with(encoder_name, fill_up(batch)).cpu()
-                for i, prompt in enumerate(batch):
-                    embeds[prompt] = encoded[i : i + 1].clone()  # a part would keep the whole in memory
-                    if cache:
-                        cache.save({"value": embeds[prompt]}, self._disk_key(prompt))
-                progress_bar.update(len(batch))
-        return embeds
+    def _cache_with(self, encoder_name: str, prompts: Sequence[str]) -> Mapping[str, torch.Tensor]:
+        """{prompt: embedding [1, ...]}; those that an earlier run left on the disk are not encoded again."""
+        cache = self._cache(encoder_name)
+        keys = {prompt: (self._cache_key(prompt),) for prompt in prompts}
+        prompt_of = {key: prompt for prompt, key in keys.items()}
+        batch_size = prompts_per_batch(self.accelerator.device, encoder_name in self.offloaded)
 
-    def _disk_cache(self, encoder_name: str) -> TensorCache | None:
-        if self.disk_cache_dir is None or encoder_name not in self.never_trained:
-            return None
-        return TensorCache(self.disk_cache_dir, fingerprint(self.encoders[encoder_name]))
+        def encode(batch: list[str]) -> list[dict[str, torch.Tensor]]:
+            embeds = self.encode_with(encoder_name, fill_up(batch, batch_size)).cpu()
+            return [{"value": embeds[i : i + 1]} for i in range(len(batch))]
 
-    def _disk_key(self, prompt: str) -> bytes:
+        desc = f"Encoding prompts, {encoder_name}"
+        cache.fill(self.accelerator, prompt_of, prompt_of.__getitem__, encode, desc, batch_size)
+        return CachedTensors(cache, {prompt: cache.digest(*key) for prompt, key in keys.items()})
+
+    def _cache(self, encoder_name: str) -> TensorCache:
+        if encoder_name in self.never_trained:
+            return TensorCache(self.disk_cache_dir or self.folder, fingerprint(self.encoders[encoder_name]))
+        # a fingerprint looks at a part of the weights and may miss what training changed
+        (name,) = gather_objects([secrets.token_bytes(32)])[:1]
+        return TensorCache(self.folder, name)
+
+    def _cache_key(self, prompt: str) -> bytes:
         text = self.rewrite_prompt(prompt) if self.rewrite_prompt else prompt
         return f"{self.max_sequence_length} {self.dtype} {self.accelerator.mixed_precision} {text}".encode()
 

@@ -71,6 +71,7 @@ def new_prompt_encoder(args):
         pipeline,
         torch.float32,
         max_sequence_length=args.max_sequence_length,
+        folder=args.output_dir / "encoded",
         trained=set(embedding_handler.embeddings),
         rewrite_prompt=embedding_handler.replace_abstractions,
     )

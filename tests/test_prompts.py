@@ -26,6 +26,7 @@ def new_encoder(tiny_pipeline, tmp_path):
             copy.deepcopy(tiny_pipeline),
             torch.float32,
             max_sequence_length=16,
+            folder=tmp_path / "encoded",
             keep_encoders=True,
             disk_cache_dir=tmp_path / "cache",
         )
@@ -73,7 +74,9 @@ def test_interrupted_caching_goes_on_where_it_was(new_encoder, monkeypatch):
 @pytest.mark.parametrize("family", ["flux", "sd3"])
 def test_twinflow_batches_prompts_of_one_length(family, tiny_pipeline):
     pipeline = tiny_pipeline if family == "flux" else tiny_backbones.sd3()
-    backbone = twinflow.BACKBONES[family](SimpleNamespace(max_sequence_length=16))
+    backbone = twinflow.BACKBONES[family](
+        SimpleNamespace(max_sequence_length=16, offload=False, quantize_text_encoders="none")
+    )
     prompts = PROMPTS[:3]
     together = backbone.encode_prompts(pipeline, prompts, [None] * len(prompts))
     assert len(together) == len(prompts)
