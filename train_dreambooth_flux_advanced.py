@@ -158,9 +158,11 @@ from common.latents import (
     PATCH,
     TensorCache,
     cache_moments,
+    check_room,
     encode_moments,
     encoded_folder,
     image_ids,
+    moments_size,
     pack_latents,
     remove_encoded,
     sample_latents,
@@ -212,6 +214,7 @@ from common.text_encoders import (
     freeze_models,
     load_text_pipeline,
     load_tokenizer,
+    prompts_size,
     quantize_text_encoders,
 )
 from common.tracking import (
@@ -1754,6 +1757,20 @@ class DreamBoothDataset(Dataset):
             self.loss_masks = cache.fill_by_content(
                 accelerator, keys, read=self.loss_mask, encode=list, desc="Caching masks"
             )
+
+
+def check_caches(args, dataset, dtype):
+    """Problems of the disks on which encoded images and prompts lie, before class images are drawn."""
+    own, kept = encoded_folder(args.output_dir), args.disk_cache_dir.expanduser()
+    needed = {own: 0, kept: 0}
+    captions = {example.prompt() for example in dataset.examples}
+    prompts_folder = kept if args.cache_text_encoder_outputs_to_disk else own
+    needed[prompts_folder] += prompts_size(args, len(captions), dtype)
+    if args.cache_latents:
+        latents_folder = kept if args.cache_latents_to_disk else own
+        needed[latents_folder] += moments_size(args, [bucket for _, bucket, _ in dataset.image_keys()], dtype)
+    problems = check_room("--output_dir", args.output_dir, needed[own])
+    return problems + check_room("--disk_cache_dir", kept, needed[kept])
 
 
 @dataclass
@@ -3484,6 +3501,8 @@ def train(args):
     if preserve_prompts:
         run["the hash of --preserve_prompts"] = hashlib.sha256("\n".join(preserve_prompts).encode()).hexdigest()[:16]
     problems += check_run(accelerator, args, max_train_steps, checkpoint, run)
+    if not problems:
+        problems += check_caches(args, dataset, weight_dtype)
     if problems:
         fail(accelerator, problems)
     hub_repo = create_hub_repo(accelerator, args)

@@ -143,9 +143,11 @@ from common.held_out import (
 )
 from common.latents import (
     cache_moments,
+    check_room,
     encode_moments,
     encoded_folder,
     image_ids,
+    moments_size,
     pack_latents,
     remove_encoded,
     sample_latents,
@@ -194,6 +196,7 @@ from common.text_encoders import (
     describe_long_prompts,
     load_text_pipeline,
     load_tokenizer,
+    prompts_size,
     quantize_text_encoders,
 )
 from common.tracking import (
@@ -1811,6 +1814,11 @@ def train(args):
     if preserve_prompts:
         run["the hash of --preserve_prompts"] = hashlib.sha256("\n".join(preserve_prompts).encode()).hexdigest()[:16]
     problems += check_run(accelerator, args, max_train_steps, checkpoint, run)
+    if not problems:
+        needed = prompts_size(args, len({example.caption for example in examples}), weight_dtype)
+        if args.cache_latents:
+            needed += moments_size(args, [key.size for key in dataset.image_keys()], weight_dtype)
+        problems += check_room("--output_dir", encoded_folder(args.output_dir), needed)
     if problems:
         fail(accelerator, problems)
     hub_repo = create_hub_repo(accelerator, args)

@@ -153,11 +153,13 @@ from common.held_out import (
 from common.latents import (
     PATCH,
     cache_moments,
+    check_room,
     decode_latents,
     encode_moments,
     encoded_folder,
     image_ids,
     mean_latents,
+    moments_size,
     pack_latents,
     remove_encoded,
     sample_latents,
@@ -201,6 +203,7 @@ from common.text_encoders import (
     describe_long_prompts,
     load_text_pipeline,
     load_tokenizer,
+    prompts_size,
     quantize_text_encoders,
 )
 from common.tracking import (
@@ -232,7 +235,6 @@ from common.validation import (
 
 import cv2
 import numpy as np
-import psutil
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -251,7 +253,7 @@ from PIL import Image, ImageFilter
 from safetensors import safe_open
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
-from transformers import MODEL_FOR_DEPTH_ESTIMATION_MAPPING, AutoConfig, T5Config
+from transformers import MODEL_FOR_DEPTH_ESTIMATION_MAPPING, AutoConfig
 from transformers.utils import logging as transformers_logging
 
 
@@ -2731,24 +2733,16 @@ def generate_command(args, specs, prompt, image='"$IMAGE"', mask='"$MASK"'):
     return f"{command} --output image.png"
 
 
-def check_memory(args, prompts):
-    """Problems of keeping the embeddings of all prompts in CPU memory."""
-    if args.streaming or not args.cache_prompts:
-        return []
-    config = T5Config.from_pretrained(
-        args.pretrained_model_name_or_path,
-        subfolder="text_encoder_2",
-        revision=args.revision,
-        cache_dir=args.cache_dir,
-    )
-    bytes_per_number = 4 if args.mixed_precision in (None, "no") else 2
-    needed = len(prompts) * args.max_sequence_length * config.d_model * bytes_per_number
-    if needed <= psutil.virtual_memory().available:
-        return []
-    return [
-        f"--cache_prompts: {len(prompts)} prompts take {needed / 2**30:.0f} GiB of CPU memory, more than is free: use "
-        "--no-cache_prompts, or a smaller --max_sequence_length"
-    ]
+def check_caches(args, dataset, num_prompts, dtype):
+    """Problems of the disk on which encoded images and prompts lie."""
+    needed = 0
+    if args.cache_prompts and not args.streaming:
+        needed += prompts_size(args, num_prompts, dtype)
+    if args.cache_latents:
+        sizes = [args.target_size if role == "image" else dataset.spec(role).size for _, role in dataset.image_keys()]
+        needed += moments_size(args, sizes, dtype)
+    problems = check_room("--output_dir", encoded_folder(args.output_dir), needed)
+    return [f"{problem}, or give --no-cache_prompts or a smaller --max_sequence_length" for problem in problems]
 
 
 def describe_run(args, dataset, held_out):
@@ -2870,7 +2864,9 @@ def train(args):
     validation_loss_steps = args.validation_loss_steps or args.validation_steps or DEFAULT_STEPS
     run = run_settings(args, accelerator.num_processes, data=data_record(examples), models=models)
     run |= held_out_record(held_out.examples)
-    problems += check_memory(args, prompts) + check_run(accelerator, args, max_train_steps, checkpoint, run)
+    problems += check_run(accelerator, args, max_train_steps, checkpoint, run)
+    if not problems:
+        problems += check_caches(args, dataset, len(prompts), weight_dtype)
     if problems:
         fail(accelerator, problems)
     if args.streaming:

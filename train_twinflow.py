@@ -143,6 +143,7 @@ from common.held_out import (
 )
 from common.latents import (
     TensorCache,
+    check_room,
     decode_images,
     encode_by_size,
     encode_images,
@@ -194,6 +195,7 @@ from common.text_encoders import (
     load_tokenizer,
     place_encoders,
     prompts_per_batch,
+    prompts_size,
     quantize_language_model,
     quantize_text_encoders,
 )
@@ -2355,6 +2357,18 @@ def cache_latents(accelerator, vae, dataset: TwinFlowDataset, cache: TensorCache
     cache.fill(accelerator, requests, read, encode, "Caching latents", batch_size=images_per_batch(vae.device))
 
 
+def encoded_size(dataset: TwinFlowDataset, backbone: Backbone, args, dtype: torch.dtype) -> int:
+    """Bytes that the conditions of all captions take on the disk, and the latents with --cache_latents, in float32."""
+    prompts = set()
+    num_latents = 0
+    for index, flipped in dataset.image_keys():
+        example = dataset.examples[index]
+        prompts.update(dataset.prompt_key(caption, index, flipped) for caption in example.captions)
+        if args.cache_latents and not args.image_free:
+            num_latents += math.prod(latent_shape(backbone, dataset.buckets[index])) * (1 + len(example.images))
+    return prompts_size(args, len(prompts), dtype) + 4 * num_latents
+
+
 def prepare_batch(
     batch: dict, backbone: Backbone, vae, args, device: torch.device, offload_vae: bool, *, micro_step: int
 ) -> tuple[torch.Tensor, Conditions, Conditions]:
@@ -2651,6 +2665,8 @@ def train(args):
     run |= held_out_record(held_out_examples)
     checkpoint = checkpoint_to_resume(args.output_dir, args.resume_from_checkpoint)
     problems += check_run(accelerator, args, max_train_steps, checkpoint, run)
+    if not problems:
+        problems += check_room("--output_dir", cache.folder, encoded_size(dataset, backbone, args, weight_dtype))
     if problems:
         fail(accelerator, problems)
     hub_repo = create_hub_repo(accelerator, args)

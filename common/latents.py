@@ -1,5 +1,6 @@
 """Pixels to VAE latents to packed tokens and back, position ids, and the cache of what encoders made."""
 
+import argparse
 import functools
 import hashlib
 import itertools
@@ -13,7 +14,7 @@ from typing import Any
 from common.arguments import nearest_folder
 from common.checkpoints import atomic_write
 from common.data import Size, map_ahead
-from common.models import gather_objects
+from common.models import gather_objects, latent_channels
 
 import torch
 from accelerate import Accelerator
@@ -362,6 +363,12 @@ def remove_encoded(accelerator: Accelerator, output_dir: Path) -> None:
         shutil.rmtree(encoded_folder(output_dir), ignore_errors=True)
 
 
+def moments_size(args: argparse.Namespace, sizes: Iterable[Size], dtype: torch.dtype) -> int:
+    """Bytes of the posteriors of images of these sizes: of each 8 x 8 pixels a mean and a log-variance a channel."""
+    num_pixels = sum(height * width for height, width in sizes)
+    return 2 * latent_channels(args) * num_pixels // 64 * dtype.itemsize
+
+
 def check_room(flag: str, folder: Path, needed: int) -> list[str]:
     """A problem if the disk of a cache's folder has no room for the `needed` bytes; what it holds already counts."""
     present = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
@@ -369,8 +376,8 @@ def check_room(flag: str, folder: Path, needed: int) -> list[str]:
     if free + present >= needed:
         return []
     return [
-        f"{flag} {folder}: what is encoded takes {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free: choose "
-        "another disk"
+        f"{flag} {folder}: encoded images and prompts take {needed / 2**30:.1f} GiB there, {free / 2**30:.1f} GiB are "
+        "free: choose another disk"
     ]
 
 

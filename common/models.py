@@ -127,6 +127,23 @@ def latent_channels(args: argparse.Namespace) -> int:
         return 16
 
 
+def prompt_width(args: argparse.Namespace) -> int:
+    """The numbers per token of a prompt that the transformer of --pretrained_model_name_or_path takes, by its config.
+
+    4096, those of T5-XXL, where that cannot be read, such as that of a single file.
+    """
+    try:
+        config: dict[str, Any] = AutoencoderKL.load_config(  # type: ignore[assignment]
+            args.pretrained_model_name_or_path,
+            subfolder="transformer",
+            revision=args.revision,
+            cache_dir=args.cache_dir,
+        )
+    except (OSError, ValueError):
+        return 4096
+    return config.get("joint_attention_dim") or config.get("caption_channels") or 4096
+
+
 # Beginnings of the names of a pipeline's folders: text_encoder_2
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler", "processor")
 

@@ -12,7 +12,7 @@ from typing import Any
 from common.arguments import exit_if_unreadable
 from common.latents import CachedTensors, TensorCache, fingerprint
 from common.lora import layer_shapes
-from common.models import check_names, gather_objects, load_model, quantized_layer
+from common.models import check_names, gather_objects, load_model, prompt_width, quantized_layer
 
 import psutil
 import torch
@@ -280,6 +280,11 @@ class PromptEncoder:
     def _cache_key(self, prompt: str) -> bytes:
         text = self.rewrite_prompt(prompt) if self.rewrite_prompt else prompt
         return f"{self.max_sequence_length} {self.dtype} {self.accelerator.mixed_precision} {text}".encode()
+
+
+def prompts_size(args: Any, num_prompts: int, dtype: torch.dtype) -> int:
+    """Bytes of the embeddings of so many prompts, of --max_sequence_length tokens each."""
+    return num_prompts * args.max_sequence_length * prompt_width(args) * dtype.itemsize
 
 
 def load_tokenizer(args: Any, subfolder: str) -> Any:

@@ -55,7 +55,8 @@ def trained_args(source):
     source = Path(source)
     run = run_of(source if source.is_file() else source / TENSORS_FILE)
     if run is not None:
-        args = {"aspect_ratio_buckets": None, "openuni_checkpoint": None, **read_run_args(run, ["model_type"])}
+        defaults = {"aspect_ratio_buckets": None, "openuni_checkpoint": None, "quantize_text_encoders": "none"}
+        args = defaults | read_run_args(run, ["model_type"])  # those of a run that did not have these flags
         args["openuni_checkpoint"] = args["openuni_checkpoint"] and Path(args["openuni_checkpoint"])
         return argparse.Namespace(**args)
     if not (source / "model_index.json").is_file():
@@ -81,6 +82,7 @@ def trained_args(source):
         aspect_ratio_buckets=None,
         image_interpolation_mode="lanczos",
         offload=False,
+        quantize_text_encoders="none",
     )
 
 
