@@ -1,7 +1,9 @@
 """train_omini.py: bad input is one clear message, exit code 2, before any model is loaded, and nothing written."""
 
 import json
+from types import SimpleNamespace
 
+import common.latents
 from common.checkpoints import CHECKSUMS, checksums
 
 import numpy as np
@@ -280,17 +282,14 @@ def test_a_doubled_backslash_is_explained(world, no_models, train, capsys):
     assert "write a single one" in capsys.readouterr().err
 
 
-def test_prompts_that_do_not_fit_in_memory_are_refused(world, no_models, train, capsys, monkeypatch):
-    class Memory:
-        available = 100
-
-    monkeypatch.setattr(omini.psutil, "virtual_memory", Memory)
+def test_prompts_that_do_not_fit_on_the_disk_are_refused(world, no_models, train, capsys, monkeypatch):
+    monkeypatch.setattr(common.latents, "shutil", SimpleNamespace(disk_usage=lambda folder: SimpleNamespace(free=100)))
     flags = (
         "--pretrained_model_name_or_path {model} --instance_data_dir {pictures} --output_dir {out} --target_size 32"
     )
     with pytest.raises(SystemExit):
         train("train_omini", *f"{flags} --condition_type canny --report_to none".format(**world).split())
-    assert "more than is free: use --no-cache_prompts" in capsys.readouterr().err
+    assert "or give --no-cache_prompts" in capsys.readouterr().err
 
 
 def test_the_reference_regex_and_adapters_of_another_rank(world, tmp_path):
