@@ -3213,7 +3213,9 @@ from diffusers import {pipeline_class}
 
 pipeline = {pipeline_class}.from_pretrained({from_pretrained})
 {load_lora}
-pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+# Each layer is copied to the GPU when it computes; where the whole pipeline fits, pipeline.to("cuda") is faster
+if torch.cuda.is_available():
+    pipeline.enable_group_offload(torch.device("cuda"), offload_type="leaf_level", use_stream=True)
 image = pipeline(prompt={prompt!r}, {size}).images[0]
 image.save("image.png")
 ```
@@ -3242,7 +3244,9 @@ if "t5" in embeddings:
     pipeline.load_textual_inversion(
         embeddings["t5"], token=tokens, text_encoder=pipeline.text_encoder_2, tokenizer=pipeline.tokenizer_2
     )
-pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+# Each layer is copied to the GPU when it computes; where the whole pipeline fits, pipeline.to("cuda") is faster
+if torch.cuda.is_available():
+    pipeline.enable_group_offload(torch.device("cuda"), offload_type="leaf_level", use_stream=True)
 image = pipeline(prompt={prompt!r}, {size}).images[0]
 image.save("image.png")
 ```

@@ -1564,7 +1564,9 @@ from diffusers.utils import load_image
 
 pipeline = FluxFillPipeline.from_pretrained({pretrained_arguments})
 pipeline.load_lora_weights({lora_folder!r}, weight_name={lora_name!r})
-pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+# Each layer is copied to the GPU when it computes; where the whole pipeline fits, pipeline.to("cuda") is faster
+if torch.cuda.is_available():
+    pipeline.enable_group_offload(torch.device("cuda"), offload_type="leaf_level", use_stream=True)
 
 input_image = load_image("input.png")
 scale = {long_edge} / max(input_image.size)  # to the long edge that was trained, in the image's shape
@@ -1603,7 +1605,9 @@ class EditPipeline(FluxFillPipeline):
 
 pipeline = EditPipeline.from_pretrained({pretrained_arguments})
 pipeline.load_lora_weights({lora_folder!r}, weight_name={lora_name!r})
-pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+# Each layer is copied to the GPU when it computes; where the whole pipeline fits, pipeline.to("cuda") is faster
+if torch.cuda.is_available():
+    pipeline.enable_group_offload(torch.device("cuda"), offload_type="leaf_level", use_stream=True)
 
 input_image = load_image("input.png")
 scale = {long_edge} / max(input_image.size)  # to the long edge that was trained, in the image's shape

@@ -1391,7 +1391,7 @@ class OminiPipeline(FluxPipeline):
         Further arguments are FluxPipeline's own. `output_type` "latent" returns normalised latents
         [B, C, height / 8, width / 8].
         """
-        device = self.transformer.device
+        device = self._execution_device  # an offloaded transformer lies on the CPU
         if prompt_embeds is None:
             prompt_embeds, pooled_prompt_embeds, _ = self.encode_prompt(
                 prompt, None, device=device, max_sequence_length=max_sequence_length

@@ -285,11 +285,12 @@ def quantize_base(model: torch.nn.Module, dtype: torch.dtype, quantization: str 
     """Quantizes the linear layers in a frozen model's blocks by bitsandbytes, in place.
 
     nf4: 4-bit NormalFloat (arXiv 2305.14314); int8: LLM.int8() (arXiv 2208.07339). The layers compute in `dtype`, as
-    plain ones do under autocast. Their weights shrink when the model is moved to its device.
+    plain ones do under autocast. Their weights shrink when the model is moved to its device. A LoRA that is in the
+    model already stays as it is.
     """
     for block in repeated_blocks(model):
         for name, layer in list(block.named_modules()):
-            if isinstance(layer, torch.nn.Linear):
+            if isinstance(layer, torch.nn.Linear) and "lora_" not in name:
                 parent, _, attribute = name.rpartition(".")
                 setattr(block.get_submodule(parent), attribute, quantized_layer(layer, dtype, quantization))
     return model

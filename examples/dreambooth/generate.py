@@ -30,6 +30,7 @@ from common.checkpoints import read_run_args
 from common.data import save_image
 from common.lora import check_applied, find_lora, run_of
 from common.models import DTYPES
+from common.placement import PLACEMENT_HELP, PLACEMENTS, check_placement, find_device, place
 
 import torch
 from safetensors import safe_open
@@ -170,13 +171,14 @@ def parse_args(argv=None):
         "--max_sequence_length", type=in_range(int, 1, 512), help="tokens per prompt (default: as trained)"
     )
     parser.add_argument("--seed", type=image_seed, default=0)
+    parser.add_argument("--placement", choices=PLACEMENTS, help=PLACEMENT_HELP)
     parser.add_argument("--output", type=Path, default=Path(), help="folder for the images")
     args = parser.parse_args(argv)
     try:
         lora, _, args.trained = find_files(args.lora)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    problems = []
+    problems = check_placement(args.placement)
     model = args.pretrained_model_name_or_path
     if not model and args.trained["pretrained_model_name_or_path"] is None:
         problems.append(f"--pretrained_model_name_or_path is needed: no args.json near {lora} says what was trained")
@@ -198,8 +200,7 @@ def main(argv=None):
     args = parse_args(argv)
     width, height = args.size or [args.trained["resolution"]] * 2
     pipeline, abstractions = load_pipeline(args.lora, args.pretrained_model_name_or_path)
-    if torch.accelerator.is_available():
-        pipeline.to(torch.accelerator.current_accelerator())
+    place(pipeline.components, find_device(), pixels=width * height, placement=args.placement)
     call = dict(FAMILIES[type(pipeline).__name__](pipeline.config).sampling)
     for name in ("num_inference_steps", "guidance_scale"):
         if vars(args)[name] is not None:

@@ -34,6 +34,7 @@ from common.checkpoints import read_run_args
 from common.data import Size, check_shape, file_example, fit, read_sizes, resampling, save_image
 from common.lora import check_applied, find_lora
 from common.models import DTYPES
+from common.placement import PLACEMENT_HELP, PLACEMENTS, check_placement, find_device, place
 from common.text_encoders import load_whole_pipeline
 
 import torch
@@ -92,6 +93,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--seed", type=image_seed, default=0, help="seed of the first image; each next one has the next seed"
     )
+    parser.add_argument("--placement", choices=PLACEMENTS, help=PLACEMENT_HELP)
     parser.add_argument("--output", type=Path, default=Path(), help="folder for the results")
     args = parser.parse_args(argv)
     try:
@@ -111,7 +113,7 @@ def check_args(args):
     for name in ("pretrained_model_name_or_path", "mode"):
         if vars(args)[name] is None:
             return [f"--{name} is needed: no args.json near {args.lora} says how it was trained"]
-    problems = []
+    problems = check_placement(args.placement)
     if args.trained["mode"] not in (None, args.mode):
         problems.append(f"--mode {args.mode}: {args.lora} was trained in {args.trained['mode']} mode")
     if args.mask and args.mode == "edit":
@@ -218,9 +220,9 @@ def keep_unmasked(result, image, mask):
 def main(argv=None):
     args = parse_args(argv)
     pipeline, trained = load_pipeline(args.lora, args.pretrained_model_name_or_path, args.mode == "edit")
-    if torch.accelerator.is_available():
-        pipeline.to(torch.accelerator.current_accelerator())
     side_by_side = args.mode == "mask" and not args.mask
+    pixels = max(size.height * size.width for size in args.sizes) * (2 if side_by_side else 1)
+    place(pipeline.components, find_device(), pixels=pixels, placement=args.placement)
     for i, (path, size) in enumerate(zip(args.image, args.sizes, strict=True)):
         original = file_example(path).image()
         interpolation = trained["image_interpolation_mode"]

@@ -45,6 +45,7 @@ from common.data import (
 )
 from common.latents import PATCH
 from common.lora import check_applied, find_lora
+from common.placement import PLACEMENT_HELP, PLACEMENTS, check_placement, find_device, place
 from common.text_encoders import load_whole_pipeline
 
 from train_omini import (
@@ -132,6 +133,7 @@ def parse_args(argv=None):
         "--max_sequence_length", type=in_range(int, 1, 512), help="T5 tokens per prompt (default: as trained)"
     )
     parser.add_argument("--seed", type=image_seed, default=0, help="random seed of the first image; the next adds 1")
+    parser.add_argument("--placement", choices=PLACEMENTS, help=PLACEMENT_HELP)
     parser.add_argument("--output", type=Path, default=Path("image.png"), help="several prompts: image-0.png, ...")
     args = parser.parse_args(argv)
     try:
@@ -143,7 +145,7 @@ def parse_args(argv=None):
         args.pixel_mask = read_mask(args) if args.mask else None
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    parser.refuse(check_image_file("--output", args.output))
+    parser.refuse(check_placement(args.placement) + check_image_file("--output", args.output))
     return args
 
 
@@ -343,11 +345,8 @@ def load_adapter(pipeline, path, name):
 
 
 def load_pipeline(args):
-    """(the base model with all adapters, the name of the one that text and image pass)."""
-    device = torch.device("cpu")
-    if torch.accelerator.is_available():
-        device = torch.accelerator.current_accelerator()
-    dtype = getattr(torch, args.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
+    """(the base model with all adapters, on the CPU, the name of the one that text and image pass)."""
+    dtype = getattr(torch, args.dtype or ("bfloat16" if torch.accelerator.is_available() else "float32"))
     model = args.pretrained_model_name_or_path or args.run_info["base_model"]
     base = Namespace(pretrained_model_name_or_path=model, revision=None, variant=None, cache_dir=None)
     with exit_if_unreadable(f"--pretrained_model_name_or_path {model}"):
@@ -356,7 +355,7 @@ def load_pipeline(args):
     for path, name in zip(args.adapters, names, strict=True):
         load_adapter(pipeline, path, name)
     if args.style_lora is None:
-        return pipeline.to(device), None
+        return pipeline, None
 
     path = args.style_lora
     load_adapter(pipeline, path, "style")
@@ -370,7 +369,7 @@ def load_pipeline(args):
                 file=sys.stderr,
             )
             raise SystemExit(2)
-    return pipeline.to(device), "style"
+    return pipeline, "style"
 
 
 def main(argv=None):
@@ -380,6 +379,7 @@ def main(argv=None):
     condition_images = read_condition_images(args, specs)
     is_integrated = "token_integration" in [spec.type for spec in specs]
     pipeline, main_adapter = load_pipeline(args)
+    place(pipeline.components, find_device(), pixels=args.width * args.height, placement=args.placement)
     for i, prompt in enumerate(args.prompt):
         image = pipeline(
             [prompt],

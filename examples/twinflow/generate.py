@@ -31,6 +31,7 @@ from common.latents import decode_images, encode_images, to_image, to_tensor
 from common.lora import check_applied, find_lora, run_of
 from common.lora_formats import LOKR_MARK, file_tensors, folded, read_lora
 from common.models import DTYPES
+from common.placement import PLACEMENT_HELP, PLACEMENTS, check_placement, find_device, place
 
 import torch
 from diffusers import DiffusionPipeline
@@ -58,6 +59,7 @@ def trained_args(source):
         defaults = {"aspect_ratio_buckets": None, "openuni_checkpoint": None, "quantize_text_encoders": "none"}
         args = defaults | read_run_args(run, ["model_type"])  # those of a run that did not have these flags
         args["openuni_checkpoint"] = args["openuni_checkpoint"] and Path(args["openuni_checkpoint"])
+        args["offload"] = False  # `place` chooses
         return argparse.Namespace(**args)
     if not (source / "model_index.json").is_file():
         raise ValueError(f"{source}: neither a result of train_twinflow.py (no args.json) nor a folder of a pipeline")
@@ -125,10 +127,12 @@ def load_transformer(source, backbone, args, dtype):
     return transformer, backbone
 
 
-def load_velocity(source, backbone, args, dtype, device):
-    """predict(x, t, t', cond) of what `source` is, see `load_transformer` and `sampling_loop`."""
+def load_velocity(source, backbone, args, dtype, device, **placing):
+    """predict(x, t, t', cond) of what `source` is, see `load_transformer` and `sampling_loop`; `placing` are `place`'s
+    options."""
     transformer, backbone = load_transformer(Path(source), backbone, args, dtype)
-    transformer.to(device, dtype).eval()
+    transformer.to(dtype).eval()
+    place({"transformer": transformer}, torch.device(device), **placing)
     return functools.partial(
         predict_velocity,
         transformer=transformer,
@@ -139,27 +143,34 @@ def load_velocity(source, backbone, args, dtype, device):
 
 
 @torch.no_grad()
-def generate(folder, prompts, *, seed=0, image=None, batch_size=1, size=None, **sampling):
+def generate(folder, prompts, *, seed=0, image=None, batch_size=1, size=None, placement=None, **sampling):
     """One PIL image per prompt, image i from a generator seeded with `seed` + i; `sampling` is for `sampling_loop`.
 
     `folder` is a run's folder, its checkpoint or LoRA file, or a pipeline with a second time embedding.
-    size: (height, width), default as trained. `image` is the one to edit, cropped to the same size.
+    size: (height, width), default as trained. `image` is the one to edit, cropped to the same size. `placement`: see
+    `place`.
     """
     args = trained_args(folder)
     check_source(Path(folder), args)
     size = Size(*size) if size else drawn_size(args, Size.of(image) if image else None)
     if image:
         image = fit(image, size, args.image_interpolation_mode)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    device = find_device()
+    placing = {"pixels": size.height * size.width, "placement": placement}
     dtype = DTYPES.get(args.mixed_precision, torch.float32)
     backbone = BACKBONES[args.model_type](args)
-    prompt_encoder = backbone.load_prompt_encoder(dtype, device)
+    prompt_encoder = backbone.load_prompt_encoder(dtype, torch.device("cpu"))
+    if isinstance(prompt_encoder, DiffusionPipeline):
+        place(prompt_encoder.components, device, **placing)
+    else:
+        prompt_encoder.to(device)
     conditions = [backbone.encode_prompt(prompt_encoder, prompt, image) for prompt in prompts]
     uncond = backbone.encode_prompt(prompt_encoder, args.uncond_prompt, image)
     del prompt_encoder
     free_memory()
     vae = backbone.load_vae(dtype).to(device)
-    predict = load_velocity(folder, backbone, args, dtype, device)
+    predict = load_velocity(folder, backbone, args, dtype, device, **placing)
+    place({"vae": vae}, device, pixels=placing["pixels"])
 
     shape = latent_shape(backbone, size)
     images = []
@@ -269,12 +280,14 @@ def main(argv=None):
     parser.add_argument(
         "--seed", type=image_seed, default=0, help="random seed of the first image; image i has seed + i"
     )
+    parser.add_argument("--placement", choices=PLACEMENTS, help=PLACEMENT_HELP)
     parser.add_argument("--output", type=Path, default=Path(), help="folder of the images")
     args = parser.parse_args(argv)
     args.style = args.style or default_style(args.steps)
     try:
         trained = trained_args(args.folder)
-        parser.refuse(check_flags(args, trained.model_type) + check_folder("--output", args.output))
+        problems = check_flags(args, trained.model_type) + check_placement(args.placement)
+        parser.refuse(problems + check_folder("--output", args.output))
         check_source(args.folder, trained)
     except (OSError, ValueError) as error:
         parser.error(str(error))
@@ -284,6 +297,7 @@ def main(argv=None):
             args.prompt,
             seed=args.seed,
             image=file_example(args.image).image() if args.image else None,
+            placement=args.placement,
             size=args.size[::-1] if args.size else None,
             steps=args.steps,
             style=args.style,
