@@ -205,12 +205,14 @@ from common.models import (
     shard,
     why_no_pipeline,
 )
+from common.placement import place
 from common.text_encoders import (
     CLIP_TARGET_MODULES,
     TEXT_QUANTIZATIONS,
     PromptEncoder,
     clip_lora_shapes,
     describe_long_prompts,
+    encoder_dtype,
     freeze_models,
     load_text_pipeline,
     load_tokenizer,
@@ -264,7 +266,7 @@ from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from diffusers.optimization import get_scheduler
 from diffusers.pipelines.flux2.pipeline_flux2 import format_input
 from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
-from diffusers.training_utils import EMAModel, compute_loss_weighting_for_sd3, offload_models
+from diffusers.training_utils import EMAModel, compute_loss_weighting_for_sd3, free_memory, offload_models
 from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -3530,8 +3532,8 @@ def train(args):
             prompts.add(example.dropped_prompt(args))
     prompts = sorted(prompts)
 
-    pipeline = load_text_encoders(args, weight_dtype)
-    quantize_text_encoders(pipeline, weight_dtype, args.quantize_text_encoders)
+    pipeline = load_text_encoders(args, encoder_dtype(weight_dtype))
+    quantize_text_encoders(pipeline, encoder_dtype(weight_dtype), args.quantize_text_encoders)
     adapted_models = {}  # those with a LoRA, under diffusers' names
     text_lora_params = []
     if args.train_text_encoder:
@@ -3576,11 +3578,15 @@ def train(args):
     offload_vae = args.offload or args.cache_latents
     vae = load_vae(args, weight_dtype)
     vae.to("cpu" if offload_vae else device)
-    transformer = None
     held_out = DreamBoothDataset(held_out_examples, args)
     with offload_models(vae, device=device, offload=offload_vae):
-        if args.with_prior_preservation:
-            transformer = load_transformer(args, weight_dtype).to(device)
+        num_present = len(class_examples(args, class_prompts))
+        if args.with_prior_preservation and num_present < args.num_class_images:
+            transformer = load_transformer(args, weight_dtype)
+            if args.quantize_base != "none":
+                quantize_base(transformer, weight_dtype, args.quantize_base).to(device)
+            else:
+                place({"transformer": transformer}, device, pixels=args.sample_batch_size * args.resolution**2)
             pipeline = create_pipeline(family, transformer, vae, noise_scheduler)
             generate_class_images(
                 accelerator,
@@ -3590,11 +3596,14 @@ def train(args):
                 model=models["transformer"],
                 folder=args.class_data_dir,
                 num_images=args.num_class_images,
-                num_present=len(class_examples(args, class_prompts)),
+                num_present=num_present,
                 batch_size=args.sample_batch_size,
                 seed=args.seed,
                 precision=args.prior_generation_precision,
             )
+            del transformer, pipeline  # the one in training is loaded anew, without the hooks of `place`
+            free_memory()
+        if args.with_prior_preservation:
             dataset.class_examples = class_examples(args, class_prompts)
         folder = args.disk_cache_dir.expanduser() if args.cache_latents_to_disk else encoded_folder(args.output_dir)
         if held_out_examples:
@@ -3604,8 +3613,7 @@ def train(args):
             keys = sorted(dataset.image_keys(), key=lambda key: key[1])  # images of one size are encoded together
             dataset.moments = cache_moments(accelerator, vae, keys, dataset.pixel_values, folder)
             dataset.cache_loss_masks(accelerator, folder)
-    if transformer is None:
-        transformer = load_transformer(args, weight_dtype)
+    transformer = load_transformer(args, weight_dtype)
     base_size = transformer.num_parameters()
     guidance_embeds = transformer.config.guidance_embeds  # FLUX.1-dev was distilled with guidance, -schnell was not
     architecture = family.architecture(transformer.config)

@@ -188,12 +188,14 @@ from common.models import (
     shard,
     why_no_pipeline,
 )
+from common.placement import place
 from common.text_encoders import (
     CLIP_TARGET_MODULES,
     TEXT_QUANTIZATIONS,
     PromptEncoder,
     clip_lora_shapes,
     describe_long_prompts,
+    encoder_dtype,
     load_text_pipeline,
     load_tokenizer,
     prompts_size,
@@ -242,7 +244,7 @@ from diffusers import (
     FluxTransformer2DModel,
 )
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel, compute_loss_weighting_for_sd3, offload_models
+from diffusers.training_utils import EMAModel, compute_loss_weighting_for_sd3, free_memory, offload_models
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
@@ -1837,8 +1839,8 @@ def train(args):
     prompts.update(class_prompts, preserve_prompts)
     prompts.update(example.caption for example in class_examples(args, class_prompts))
     folder = encoded_folder(args.output_dir)
-    text_pipeline = load_text_pipeline(FluxPipeline, args, weight_dtype)
-    quantize_text_encoders(text_pipeline, weight_dtype, args.quantize_text_encoders)
+    text_pipeline = load_text_pipeline(FluxPipeline, args, encoder_dtype(weight_dtype))
+    quantize_text_encoders(text_pipeline, encoder_dtype(weight_dtype), args.quantize_text_encoders)
     text_lora_params = []
     if args.train_text_encoder:
         text_lora_params = add_lora(
@@ -1869,10 +1871,16 @@ def train(args):
     offload_vae = args.offload or args.cache_latents
     vae = load_model(AutoencoderKL, "vae", args, weight_dtype)
     vae.to("cpu" if offload_vae else device)
-    transformer = None
     with offload_models(vae, device=device, offload=offload_vae):
-        if args.with_prior_preservation:
-            transformer = load_model(FluxTransformer2DModel, "transformer", args, weight_dtype).to(device)
+        num_present = len(class_examples(args, class_prompts))
+        if args.with_prior_preservation and num_present < args.num_class_images:
+            transformer = load_model(FluxTransformer2DModel, "transformer", args, weight_dtype)
+            if args.quantize_base != "none":
+                quantize_base(transformer, weight_dtype, args.quantize_base).to(device)
+            else:
+                size = class_image_size(args)
+                pixels = args.sample_batch_size * size.height * size.width
+                place({"transformer": transformer}, device, pixels=pixels)
             pipeline = create_pipeline(transformer, vae, noise_scheduler)
             generate_class_images(
                 accelerator,
@@ -1882,11 +1890,14 @@ def train(args):
                 model=models["transformer"],
                 folder=args.class_data_dir,
                 num_images=args.num_class_images,
-                num_present=len(class_examples(args, class_prompts)),
+                num_present=num_present,
                 batch_size=args.sample_batch_size,
                 seed=args.seed,
                 precision=args.prior_generation_precision,
             )
+            del transformer, pipeline  # the one in training is loaded anew, without the hooks of `place`
+            free_memory()
+        if args.with_prior_preservation:
             dataset.class_examples = class_examples(args, class_prompts)
         if held_out_examples:
             keys = [key for index in range(len(held_out_examples)) for key in held_out.held_out_keys(index)]
@@ -1894,8 +1905,7 @@ def train(args):
         if args.cache_latents:
             keys = sorted(dataset.image_keys(), key=lambda key: key.size)  # images of one size are encoded together
             dataset.moments = cache_moments(accelerator, vae, keys, dataset.pixel_values, folder)
-    if transformer is None:
-        transformer = load_model(FluxTransformer2DModel, "transformer", args, weight_dtype)
+    transformer = load_model(FluxTransformer2DModel, "transformer", args, weight_dtype)
     base_size = transformer.num_parameters()
     guidance_embeds = transformer.config.guidance_embeds  # FLUX.1-Fill-dev was distilled with guidance
     if args.quantize_base != "none":

@@ -201,6 +201,7 @@ from common.text_encoders import (
     TEXT_QUANTIZATIONS,
     PromptEncoder,
     describe_long_prompts,
+    encoder_dtype,
     load_text_pipeline,
     load_tokenizer,
     prompts_size,
@@ -2877,8 +2878,8 @@ def train(args):
     # 3. Prompts, depth maps, VAE and latents: what makes them is freed before the transformer is loaded
     is_cached = args.cache_prompts and not args.streaming
     folder = encoded_folder(args.output_dir)
-    text_pipeline = load_text_pipeline(FluxPipeline, args, weight_dtype)
-    quantize_text_encoders(text_pipeline, weight_dtype, args.quantize_text_encoders)
+    text_pipeline = load_text_pipeline(FluxPipeline, args, encoder_dtype(weight_dtype))
+    quantize_text_encoders(text_pipeline, encoder_dtype(weight_dtype), args.quantize_text_encoders)
     prompt_encoder = PromptEncoder(
         accelerator,
         text_pipeline,

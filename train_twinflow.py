@@ -190,6 +190,7 @@ from common.models import (
 from common.text_encoders import (
     TEXT_QUANTIZATIONS,
     describe_long_prompts,
+    encoder_dtype,
     fill_up,
     load_text_pipeline,
     load_tokenizer,
@@ -215,7 +216,7 @@ from common.tracking import (
     step_logs,
     write_model_card,
 )
-from common.validation import ValidationPrompt, read_validation_prompts, save_images, undisturbed
+from common.validation import ValidationPrompt, frugal_decoding, read_validation_prompts, save_images, undisturbed
 
 import numpy as np
 import torch
@@ -2316,7 +2317,7 @@ def encode_prompts(
 
     @functools.cache
     def load_prompt_encoder():
-        return backbone.load_prompt_encoder(dtype, accelerator.device)
+        return backbone.load_prompt_encoder(encoder_dtype(dtype), accelerator.device)
 
     def read(key):
         prompt, read_reference = requests[key]
@@ -2483,7 +2484,8 @@ def log_validation(
                     latents = sampling_loop(
                         predict, noise.to(device), cond, steps=int(steps), style=style, generators=generators
                     )
-                images += [to_image(decode_images(vae, part)) for part in latents.split(1)]
+                with frugal_decoding(vae, size.height * size.width, device):
+                    images += [to_image(decode_images(vae, part)) for part in latents.split(1)]
                 if args.validation_prompts:
                     captions.append(f"{prompt.prompt} | {sampler}, {prompt.described(seed=args.seed)}")
                 else:

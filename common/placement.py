@@ -1,5 +1,7 @@
 """Where models lie while images are generated with them: as the free memory of the device allows."""
 
+import os
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -100,6 +102,9 @@ def place(
             offload_groups(module, device)
             if last_hook is not None:
                 module.register_forward_pre_hook(lambda *inputs, hook=last_hook: hook.offload())
+    if set(placements.values()) != {"whole"} and os.environ.get("RANK", "0") == "0":
+        where = ", ".join(f"{name} {how}" for name, how in placements.items() if how != "whole")
+        print(f"for the memory of the {device.type}: {where}", file=sys.stderr)
     if "vae" in modules and decodes_in_tiles(modules["vae"], pixels, device):
         modules["vae"].enable_slicing()
         modules["vae"].enable_tiling()

@@ -41,6 +41,12 @@ PROMPTS_PER_BATCH = 4
 PROMPTS_PER_PASS = 16
 
 
+def encoder_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of text encoders beside frozen models of `dtype`: bfloat16 for float16, which activations of T5 and of
+    language models exceed. transformers keeps T5's `wo` in float32 for that, but autocast computes it in float16."""
+    return torch.bfloat16 if dtype == torch.float16 else dtype
+
+
 def prompts_per_batch(device: torch.device, offload: bool) -> int:
     """Prompts that are encoded together while they are cached, with `offload` in each pass over an encoder's layers,
     which are copied to the device for it."""
@@ -193,7 +199,10 @@ class PromptEncoder:
         """CLIP's pooled embeddings [B, P], or those of T5 or the language model [B, T, D], computed now."""
         if self.rewrite_prompt:
             prompts = [self.rewrite_prompt(prompt) for prompt in prompts]
-        with self.accelerator.autocast():
+        autocast = self.accelerator.autocast()
+        if self.accelerator.mixed_precision == "fp16":  # see `encoder_dtype`
+            autocast = torch.autocast(self.accelerator.device.type, torch.bfloat16)
+        with autocast:
             if encoder_name == "clip_l":
                 embeds = self.pipeline._get_clip_prompt_embeds(prompts)
             elif encoder_name == "llm":

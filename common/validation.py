@@ -20,6 +20,7 @@ from common.data import first_ten, read_lines, read_text, visible
 from common.flow_matching import step_generator
 from common.lora import scaled_adapters
 from common.models import gather_objects, is_sharded
+from common.placement import decodes_in_tiles
 
 import numpy as np
 import torch
@@ -285,6 +286,30 @@ def sampling_arguments(prompt: ValidationPrompt) -> dict[str, Any]:
     return arguments
 
 
+@contextmanager
+def frugal_decoding(vae: Any, num_pixels: int, device: torch.device) -> Iterator[None]:
+    """Within it the VAE decodes in its own precision, not under autocast, which computes its group norms in float32
+    for half as much memory again; and in tiles, where a GPU lacks the memory for `num_pixels` at once."""
+    decode = vae.decode
+
+    def decode_without_autocast(latents, *args, **kwargs):
+        with torch.autocast(device.type, enabled=False):
+            return decode(latents.to(vae.dtype), *args, **kwargs)
+
+    in_tiles = decodes_in_tiles(vae, num_pixels, device)
+    if in_tiles:
+        vae.enable_slicing()
+        vae.enable_tiling()
+    vae.decode = decode_without_autocast
+    try:
+        yield
+    finally:
+        del vae.decode  # the class has the one that was there
+        if in_tiles:
+            vae.disable_slicing()
+            vae.disable_tiling()
+
+
 def generate_images(
     accelerator: Accelerator,
     pipeline: Any,
@@ -310,7 +335,11 @@ def generate_images(
             if stop_agreed(accelerator) if sharded else interruption.is_requested():
                 break
             generator = torch.Generator().manual_seed(seeds[i])  # on the CPU: the same noise on every device
-            with scaled_adapters(pipeline.transformer, lora_scales[i] if lora_scales else 1.0):
+            num_pixels = arguments["height"] * arguments["width"]
+            with (
+                scaled_adapters(pipeline.transformer, lora_scales[i] if lora_scales else 1.0),
+                frugal_decoding(pipeline.vae, num_pixels, accelerator.device),
+            ):
                 images += pipeline(**arguments, generator=generator).images
     images = images if sharded else gather_objects(images)
     return images if len(images) == len(calls) else []
@@ -362,7 +391,10 @@ def generate_class_images(
         for batch in tqdm(share, desc="Generating class images", unit="batch", disable=quiet):
             generators = [step_generator(seed, i) for i in batch]
             batch_prompts = [prompts[i % len(prompts)] for i in batch]
-            images = pipeline(**pipeline_call(batch_prompts), generator=generators).images
+            call = pipeline_call(batch_prompts)
+            num_pixels = len(batch) * call["height"] * call["width"]
+            with frugal_decoding(pipeline.vae, num_pixels, device):
+                images = pipeline(**call, generator=generators).images
             for i, prompt, image in zip(batch, batch_prompts, images, strict=True):
                 if paths[i] in missing:
                     texts = PngInfo()

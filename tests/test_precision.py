@@ -1,13 +1,18 @@
 """The precision of a run: what resolves it, and what is recorded, for the generators, of it."""
 
 import json
+from types import SimpleNamespace
 
+from common import placement
 from common.checkpoints import CHECKSUMS, STATE_FILE, checkpoint_conflicts, checksums
 from common.models import DTYPES, choose_precision
+from common.text_encoders import PromptEncoder, encoder_dtype
+from common.validation import frugal_decoding
 
 import pytest
 import torch
 from conftest import imported
+from diffusers import FluxPipeline
 
 from examples.dreambooth.generate import load_pipeline
 
@@ -66,3 +71,46 @@ def test_checkpoints_that_recorded_no_precision_are_continued_in_the_same_one_al
     assert "mixed_precision" in checkpoint_conflicts(tmp_path, {"mixed_precision": "bf16"})[0]
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     assert checkpoint_conflicts(tmp_path, {"mixed_precision": "bf16"}) == []
+
+
+def test_text_encoders_of_fp16_runs_do_not_overflow(tiny):
+    parts = {name: part for name, part in tiny.components_but_image().items() if "text" in name or "token" in name}
+    pipeline = FluxPipeline(scheduler=None, vae=None, transformer=None, **parts)
+    pipeline.text_encoder_2.encoder.block[0].layer[1].DenseReluDense.wo.weight.data *= 1e6  # far above float16's 65504
+    accelerator = SimpleNamespace(
+        device=torch.device("cpu"), mixed_precision="fp16", autocast=lambda: torch.autocast("cpu", torch.float16)
+    )
+    prompts = ["a red shape"]
+    expected = pipeline._get_t5_prompt_embeds(prompts, max_sequence_length=8)
+    pipeline.to(encoder_dtype(torch.float16))
+    encoder = PromptEncoder(accelerator, pipeline, torch.float16, max_sequence_length=8)
+    embeds = encoder.encode_with("t5", prompts)
+    assert embeds.dtype == torch.float16
+    torch.testing.assert_close(embeds.float(), expected, rtol=0.05, atol=0.05)
+
+    accelerator.mixed_precision = None  # what autocast makes of the same weights
+    assert not encoder.encode_with("t5", prompts).isfinite().all()
+
+
+def test_images_are_decoded_without_autocast(tiny):
+    vae = tiny.vae.to(torch.bfloat16)
+    seen = []
+    vae.decoder.register_forward_hook(lambda module, inputs, output: seen.append(torch.is_autocast_enabled("cpu")))
+    latents = torch.randn(1, 16, 4, 4, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        vae.decode(latents)
+        with frugal_decoding(vae, 32 * 32, torch.device("cpu")):
+            image = vae.decode(latents.float()).sample  # a pipeline's latents may be float32
+        vae.decode(latents)
+    assert seen == [True, False, True]
+    assert image.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("side", "in_tiles"), [(512, False), (1024, True)])
+def test_a_gpu_without_memory_for_the_whole_image_decodes_tiles_of_it(tiny, monkeypatch, side, in_tiles):
+    monkeypatch.setattr(placement, "free_memory", lambda device: 2**30)
+    vae = tiny.vae.to(torch.bfloat16)
+    with frugal_decoding(vae, side * side, torch.device("cuda")):
+        assert (vae.use_tiling, vae.use_slicing) == (in_tiles, in_tiles)
+    assert not vae.use_tiling  # images in training are encoded as before
+    assert not vae.use_slicing

@@ -9,7 +9,9 @@ from common.lora import add_lora
 
 import pytest
 import torch
+from conftest import imported
 from PIL import Image
+from safetensors.torch import load_file
 from test_pivotal import MODES, flags, results  # noqa: F401  # flags is a fixture
 from test_train_dreambooth import SCRIPT, assert_equal
 
@@ -364,3 +366,26 @@ caption_extension = ".txt"
         train(SCRIPT, *flags, 1, *data, tmp_path / "none")
     assert ended.value.code == 2
     assert "has no is_reg images" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", ["train_dreambooth_flux_advanced", "train_influxedit"])
+def test_class_images_are_drawn_by_the_quantized_model_and_load_none_once_they_are_there(
+    train, short_runs, tmp_path, monkeypatch, script
+):
+    module = imported(script)
+    generate_class_images = module.generate_class_images
+    quantized = []
+
+    def watched(accelerator, pipeline, *args, **kwargs):
+        quantized.append(any(type(part).__name__ == "Linear4bit" for part in pipeline.transformer.modules()))
+        generate_class_images(accelerator, pipeline, *args, **kwargs)
+
+    monkeypatch.setattr(module, "generate_class_images", watched)
+    prior = ("--with_prior_preservation", "--class_data_dir", tmp_path / "class", "--class_prompt", "a shape")
+    prior += ("--num_class_images", 1, "--quantize_base", "nf4", "--max_train_steps", 1)
+    for name in ("draws", "finds"):
+        train(script, *short_runs[script], *prior, "--output_dir", tmp_path / name)
+    assert quantized == [True]
+    weights = [load_file(tmp_path / name / "pytorch_lora_weights.safetensors") for name in ("draws", "finds")]
+    for name, value in weights[0].items():
+        assert torch.equal(value, weights[1][name])

@@ -32,6 +32,7 @@ from common.lora import check_applied, find_lora, run_of
 from common.lora_formats import LOKR_MARK, file_tensors, folded, read_lora
 from common.models import DTYPES
 from common.placement import PLACEMENT_HELP, PLACEMENTS, check_placement, find_device, place
+from common.text_encoders import encoder_dtype
 
 import torch
 from diffusers import DiffusionPipeline
@@ -159,7 +160,7 @@ def generate(folder, prompts, *, seed=0, image=None, batch_size=1, size=None, pl
     placing = {"pixels": size.height * size.width, "placement": placement}
     dtype = DTYPES.get(args.mixed_precision, torch.float32)
     backbone = BACKBONES[args.model_type](args)
-    prompt_encoder = backbone.load_prompt_encoder(dtype, torch.device("cpu"))
+    prompt_encoder = backbone.load_prompt_encoder(encoder_dtype(dtype), torch.device("cpu"))
     if isinstance(prompt_encoder, DiffusionPipeline):
         place(prompt_encoder.components, device, **placing)
     else:
