@@ -34,24 +34,23 @@ def choose_placements(
 
     whole          it is on the device all the time
     model_offload  it is moved to the device when it is used, and back when the next one is
-    group_offload  each of its blocks is copied to the device while the one before it computes; it takes its size in
-                   pinned CPU memory, of which `free_ram` bytes are free
+    group_offload  each of its blocks is copied to the device while the one before it computes
     nf4            it is quantized to 4 bits, a transformer alone
 
-    The first that fits is taken: all but the last compute the same numbers.
+    The first that fits is taken: all but the last compute the same numbers. Offloaded models take their size of CPU
+    memory, of which `free_ram` bytes are free.
     """
     working = WORKING_BYTES_PER_PIXEL * max(pixels, 1024 * 1024)
     if sum(sizes.values()) + working <= free:
         return dict.fromkeys(sizes, "whole")
     placements = {name: "whole" for name, size in sizes.items() if is_resident(name, size)}
     resident = sum(sizes[name] for name in placements)
-    for name in sizes.keys() - placements.keys():
-        if resident + sizes[name] + working <= free:
-            placements[name] = "model_offload"
-        elif sizes[name] <= free_ram or name != "transformer":
-            placements[name] = "group_offload"
-        else:
-            placements[name] = "nf4"
+    offloaded = [name for name in sizes if name not in placements]
+    for name in offloaded:
+        fits_alone = resident + sizes[name] + working <= free
+        placements[name] = "model_offload" if fits_alone else "group_offload"
+    if "transformer" in offloaded and sum(sizes[name] for name in offloaded) > free_ram:
+        placements["transformer"] = "nf4"
     return placements
 
 
@@ -90,18 +89,21 @@ def place(
             if placements["transformer"] != "whole":  # hooks of group offloading would not move its quantization
                 placements["transformer"] = "model_offload"
 
-    last_hook = None
+    hooks = []
     for name in sorted(modules):  # text_encoder, text_encoder_2, transformer, vae: the order in which they are used
         module = modules[name]
         if placements[name] == "whole" or is_resident(name, sizes[name]):
             placements[name] = "whole"
             module.to(device)
         elif placements[name] == "model_offload":
-            _, last_hook = cpu_offload_with_hook(module, device, last_hook)
+            _, hook = cpu_offload_with_hook(module, device, hooks[-1] if hooks else None)
+            hooks.append(hook)
         else:
             offload_groups(module, device)
-            if last_hook is not None:
-                module.register_forward_pre_hook(lambda *inputs, hook=last_hook: hook.offload())
+            if hooks:
+                module.register_forward_pre_hook(lambda *inputs, hook=hooks[-1]: hook.offload())
+    if len(hooks) > 1:
+        hooks[0].hook.prev_module_hook = hooks[-1]  # the next image begins with the first
     if set(placements.values()) != {"whole"} and os.environ.get("RANK", "0") == "0":
         where = ", ".join(f"{name} {how}" for name, how in placements.items() if how != "whole")
         print(f"for the memory of the {device.type}: {where}", file=sys.stderr)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 from test_omini_generate import adapter, load, picture  # noqa: F401  # adapter is a fixture
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from examples.twinflow.generate import generate
 
@@ -27,6 +28,7 @@ CPU = torch.device("cpu")
         (23, 60, "group_offload", "model_offload"),
         (11.5, 60, "group_offload", "model_offload"),
         (7.5, 60, "group_offload", "group_offload"),
+        (23, 30, "nf4", "model_offload"),
         (11.5, 16, "nf4", "model_offload"),
     ],
 )
@@ -71,6 +73,20 @@ def drawn(pipeline, **options):
     } | options
     images = [pipeline(["a red shape"], generator=torch.Generator().manual_seed(i), **call).images for i in range(2)]
     return np.concatenate(images)
+
+
+def test_models_that_are_moved_lie_on_the_device_one_at_a_time(monkeypatch, all_large):
+    monkeypatch.setattr(placement, "free_memory", lambda device: 0)
+    gpu = torch.device("cuda", 0)
+    names = ("text_encoder", "text_encoder_2", "transformer")
+    present = []
+    with FakeTensorMode(), torch.no_grad():
+        models = {name: torch.nn.Linear(8, 8) for name in names}
+        place(models, gpu, placement="model_offload")
+        for name in (*names, *names):
+            assert models[name](torch.zeros(1, 8, device=gpu)).device == gpu
+            present.append([name for name in names if models[name].weight.device == gpu])
+    assert present == [[name] for name in (*names, *names)]
 
 
 @pytest.mark.parametrize("how", ["model_offload", "group_offload"])
