@@ -1743,7 +1743,7 @@ def main(args):
 
 def train(args):
     # 1. Accelerator, logging, seed
-    if args.local_rank != -1 and "MASTER_ADDR" in os.environ:  # without a launcher there is one process
+    if args.local_rank != -1 and "RANK" in os.environ:  # without a launcher there is one process
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     if args.verbose:

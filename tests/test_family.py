@@ -232,6 +232,7 @@ def test_local_rank_without_a_launcher_is_a_run_of_one_process(train, short_runs
     """A launcher that passes it also says in the environment how many processes there are."""
     for name in ("LOCAL_RANK", "WORLD_SIZE", "RANK"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")  # left over in a shell
     script = "train_dreambooth_flux_advanced"
     train(script, *short_runs[script], "--max_train_steps", 1, "--local_rank=0", "--output_dir", tmp_path)
     assert (tmp_path / "pytorch_lora_weights.safetensors").exists()
