@@ -7,6 +7,7 @@ from common import placement
 from common.checkpoints import CHECKSUMS, STATE_FILE, checkpoint_conflicts, checksums
 from common.models import DTYPES, choose_precision
 from common.text_encoders import PromptEncoder, encoder_dtype
+from common.tracking import precision_text
 from common.validation import frugal_decoding
 
 import pytest
@@ -32,6 +33,17 @@ def test_a_flag_comes_before_the_launcher_and_both_before_what_the_device_comput
     requested, launched_with, has_bf16, expected
 ):
     assert choose_precision(requested, launched_with, has_bf16=has_bf16) == expected
+
+
+def test_the_header_says_what_no_flag_chose_on_a_gpu():
+    for changed, precision, device_type, words in (
+        ([], "no", "cpu", "no"),
+        (["mixed_precision"], "bf16", "cuda", "bf16"),
+        ([], "bf16", "cuda", "no flag"),
+        ([], "no", "cuda", "float32: bf16 needs half of the memory"),
+    ):
+        args = SimpleNamespace(mixed_precision=precision, changed=changed)
+        assert words in precision_text(args, device_type)
 
 
 def test_the_precision_of_the_launcher_is_recorded_and_the_result_is_drawn_in_it(
