@@ -85,7 +85,7 @@ def test_checkpoints_that_recorded_no_precision_are_continued_in_the_same_one_al
     assert checkpoint_conflicts(tmp_path, {"mixed_precision": "bf16"}) == []
 
 
-def test_text_encoders_of_fp16_runs_do_not_overflow(tiny):
+def test_text_encoders_of_fp16_runs_do_not_overflow(tiny, tmp_path):
     parts = {name: part for name, part in tiny.components_but_image().items() if "text" in name or "token" in name}
     pipeline = FluxPipeline(scheduler=None, vae=None, transformer=None, **parts)
     pipeline.text_encoder_2.encoder.block[0].layer[1].DenseReluDense.wo.weight.data *= 1e6  # far above float16's 65504
@@ -95,7 +95,7 @@ def test_text_encoders_of_fp16_runs_do_not_overflow(tiny):
     prompts = ["a red shape"]
     expected = pipeline._get_t5_prompt_embeds(prompts, max_sequence_length=8)
     pipeline.to(encoder_dtype(torch.float16))
-    encoder = PromptEncoder(accelerator, pipeline, torch.float16, max_sequence_length=8)
+    encoder = PromptEncoder(accelerator, pipeline, torch.float16, max_sequence_length=8, folder=tmp_path)
     embeds = encoder.encode_with("t5", prompts)
     assert embeds.dtype == torch.float16
     torch.testing.assert_close(embeds.float(), expected, rtol=0.05, atol=0.05)

@@ -160,11 +160,11 @@ def generate(folder, prompts, *, seed=0, image=None, batch_size=1, size=None, pl
     placing = {"pixels": size.height * size.width, "placement": placement}
     dtype = DTYPES.get(args.mixed_precision, torch.float32)
     backbone = BACKBONES[args.model_type](args)
-    prompt_encoder = backbone.load_prompt_encoder(encoder_dtype(dtype), torch.device("cpu"))
-    if isinstance(prompt_encoder, DiffusionPipeline):
+    # a quantized one fits as it did in training; OpenUni's is no pipeline
+    is_whole = args.quantize_text_encoders != "none" or args.model_type == "openuni"
+    prompt_encoder = backbone.load_prompt_encoder(encoder_dtype(dtype), device if is_whole else torch.device("cpu"))
+    if not is_whole:
         place(prompt_encoder.components, device, **placing)
-    else:
-        prompt_encoder.to(device)
     conditions = [backbone.encode_prompt(prompt_encoder, prompt, image) for prompt in prompts]
     uncond = backbone.encode_prompt(prompt_encoder, args.uncond_prompt, image)
     del prompt_encoder
