@@ -810,6 +810,10 @@ def check_args(args) -> list[str]:
         problems.append(f"--prodigy_beta3 has no effect on --optimizer {args.optimizer}: leave it out")
     if args.mixed_precision == "fp16" and not torch.accelerator.is_available():
         problems.append("--mixed_precision fp16 needs a GPU: use bf16 or no")
+    if args.mixed_precision == "fp16" and args.model_type.startswith("qwenimage"):
+        problems.append(
+            f"--mixed_precision fp16 does not work with {args.model_type}, whose activations exceed it: use bf16"
+        )
     for flag in ("validation_steps", "validation_width", "validation_height"):
         value = getattr(args, flag)
         if value and not (args.validation_prompt or args.validation_prompts):

@@ -108,6 +108,7 @@ BAD = [
     ("--lr_scheduler cosine --max_train_steps 300", "--lr_warmup_steps 500 must be less than the 300 steps"),
     ("--optimizer prodigy", "--learning_rate 0.0001: Prodigy finds the rate itself"),
     ("--mixed_precision fp16", "--mixed_precision fp16 needs a GPU"),
+    ("--mixed_precision fp16 --model_type qwenimage", "fp16 does not work with qwenimage"),
     ("--rank 1000000000 --training lora", "less than "),
     ("--output_dir {file}", "a file of this name is in the way"),
     ("--output_dir {earlier}", "holds checkpoint-5 of an earlier run: continue it with"),
