@@ -74,12 +74,14 @@ def place(
     modules = {name: model for name, model in models.items() if isinstance(model, torch.nn.Module)}
     sizes = {name: num_bytes(module) for name, module in modules.items()}
     placements = dict.fromkeys(sizes, "whole")
+    is_quantized = False
     if device.type != "cpu" or placement:
         memory = {"free": free_memory(device), "free_ram": psutil.virtual_memory().available, "pixels": pixels}
         placements = choose_placements(sizes, **memory)
         if placement and placement != "nf4":
             placements = dict.fromkeys(sizes, placement)
         if "transformer" in modules and (placement == "nf4" or placements["transformer"] == "nf4"):
+            is_quantized = True
             transformer = modules["transformer"]
             quantize_base(transformer, next(transformer.parameters()).dtype)
             transformer.to(device)  # which shrinks the weights
@@ -104,9 +106,11 @@ def place(
                 module.register_forward_pre_hook(lambda *inputs, hook=hooks[-1]: hook.offload())
     if len(hooks) > 1:
         hooks[0].hook.prev_module_hook = hooks[-1]  # the next image begins with the first
-    if set(placements.values()) != {"whole"} and os.environ.get("RANK", "0") == "0":
-        where = ", ".join(f"{name} {how}" for name, how in placements.items() if how != "whole")
-        print(f"for the memory of the {device.type}: {where}", file=sys.stderr)
+    unusual = [f"{name} {how}" for name, how in placements.items() if how != "whole"]
+    if is_quantized:
+        unusual.append("transformer nf4")
+    if unusual and os.environ.get("RANK", "0") == "0":
+        print(f"As the memory is not enough for all models at once: {', '.join(unusual)}", file=sys.stderr)
     if "vae" in modules and decodes_in_tiles(modules["vae"], pixels, device):
         modules["vae"].enable_slicing()
         modules["vae"].enable_tiling()
