@@ -78,13 +78,13 @@ from common.checkpoints import (
     check_run,
     check_steps,
     check_taken,
-    checkpoint_damage,
     checkpoint_state,
     checkpoint_to_resume,
     claim_output_dir,
     interruption,
     keep_earlier_results,
     load_checkpoint,
+    match_processes,
     outlive_signals,
     run_settings,
     save_checkpoint,
@@ -121,6 +121,7 @@ from common.data import (
     match_any,
     nearest_bucket,
     parse_buckets,
+    place_in_run,
     quoted,
     read_batches,
     read_class_images,
@@ -191,6 +192,7 @@ from common.lora import (
 )
 from common.lora_formats import FLUX_LAYERS, LORA_FORMS, diffusers_state_dict, full_name
 from common.models import (
+    PROCESS_TIMEOUT,
     QUANTIZATIONS,
     check_launcher,
     check_weights,
@@ -250,7 +252,7 @@ from common.validation import (
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, set_seed
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
@@ -3348,7 +3350,7 @@ def training_stops(args, max_train_steps, checkpoint):
         text_encoder_frac = args.train_text_encoder_ti_frac
     fractions = (text_encoder_frac, args.train_transformer_frac)
     stops = [math.ceil(round(frac * max_train_steps, 6)) for frac in fractions]  # 0.07 * 100 is 7.000000000000001
-    if checkpoint is None or checkpoint_damage(checkpoint):
+    if checkpoint is None:
         return stops
     saved = checkpoint_state(checkpoint)
     saved_stops = saved.get("trained_until", stops)
@@ -3429,6 +3431,7 @@ def train(args):
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(args.output_dir, logging_dir=args.output_dir / args.logging_dir),
         step_scheduler_with_optimizer=False,  # the schedule counts updates, whatever the number of processes
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)],
     )
     device = accelerator.device
     weight_dtype = torch.float32  # of frozen models; what is trained stays in float32
@@ -3506,6 +3509,8 @@ def train(args):
         run["the hash of --class_prompt"] = hashlib.sha256("\n".join(class_prompts).encode()).hexdigest()[:16]
     if preserve_prompts:
         run["the hash of --preserve_prompts"] = hashlib.sha256("\n".join(preserve_prompts).encode()).hexdigest()[:16]
+    begun_with = match_processes(checkpoint, run)
+    sampler.begun_with = begun_with
     problems += check_run(accelerator, args, max_train_steps, checkpoint, run)
     if not problems:
         problems += check_caches(args, dataset, weight_dtype)
@@ -3809,7 +3814,9 @@ def train(args):
     for micro_step, batch in enumerate(read_batches(train_dataloader, accelerator, save), start=sampler.start):
         with accelerator.accumulate(transformer):
             step, accumulated = divmod(micro_step, accumulation)
-            generator = step_generator(args.seed, step, accumulated, accelerator.process_index)
+            # a run that goes on with more or fewer processes draws what those it began with would
+            drawn_as = place_in_run(accumulated, accelerator.process_index, accelerator.num_processes, begun_with)
+            generator = step_generator(args.seed, step, *drawn_as)
             torch.manual_seed(generator.initial_seed())  # dropout uses the global generator
 
             if args.cache_latents:

@@ -78,13 +78,13 @@ from common.checkpoints import (
     check_run,
     check_steps,
     check_taken,
-    checkpoint_damage,
     checkpoint_state,
     checkpoint_to_resume,
     claim_output_dir,
     interruption,
     keep_earlier_results,
     load_checkpoint,
+    match_processes,
     outlive_signals,
     run_settings,
     save_checkpoint,
@@ -112,6 +112,7 @@ from common.data import (
     fit,
     fit_mask,
     map_examples,
+    place_in_run,
     read_batches,
     read_class_images,
     read_dataset,
@@ -175,6 +176,7 @@ from common.lora import (
 )
 from common.lora_formats import LoraLayer
 from common.models import (
+    PROCESS_TIMEOUT,
     QUANTIZATIONS,
     check_launcher,
     check_weights,
@@ -235,7 +237,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list, set_seed
 from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
@@ -1669,7 +1671,7 @@ def choose_seed(seed, checkpoint):
     """--seed; without it the seed of the run to resume, else a random one, the same on all processes."""
     if seed is not None:
         return seed
-    if checkpoint and not checkpoint_damage(checkpoint):  # a damaged one is reported by `check_run`
+    if checkpoint and checkpoint_state(checkpoint):  # a damaged one is reported by `check_run`
         return int(checkpoint_state(checkpoint)["seed"])
     return broadcast_object_list([secrets.randbits(31)])[0]
 
@@ -1760,6 +1762,7 @@ def train(args):
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(args.output_dir, logging_dir=args.output_dir / args.logging_dir),
         step_scheduler_with_optimizer=False,  # the schedule counts updates, whatever the number of processes
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)],
     )
     device = accelerator.device
     weight_dtype = torch.float32  # of frozen models; what is trained stays in float32
@@ -1819,6 +1822,8 @@ def train(args):
         run["the hash of --class_prompt"] = hashlib.sha256("\n".join(class_prompts).encode()).hexdigest()[:16]
     if preserve_prompts:
         run["the hash of --preserve_prompts"] = hashlib.sha256("\n".join(preserve_prompts).encode()).hexdigest()[:16]
+    begun_with = match_processes(checkpoint, run)
+    sampler.begun_with = begun_with
     problems += check_run(accelerator, args, max_train_steps, checkpoint, run)
     if not problems:
         needed = prompts_size(args, len({example.caption for example in examples}), weight_dtype)
@@ -2081,7 +2086,9 @@ def train(args):
     for micro_step, batch in enumerate(read_batches(train_dataloader, accelerator, save), start=sampler.start):
         with accelerator.accumulate(transformer):
             step, accumulated = divmod(micro_step, accumulation)
-            generator = step_generator(args.seed, step, accumulated, accelerator.process_index)
+            # a run that goes on with more or fewer processes draws what those it began with would
+            drawn_as = place_in_run(accumulated, accelerator.process_index, accelerator.num_processes, begun_with)
+            generator = step_generator(args.seed, step, *drawn_as)
             torch.manual_seed(generator.initial_seed())  # dropout uses the global generator
 
             if args.cache_latents:

@@ -90,6 +90,7 @@ from common.checkpoints import (
     interruption,
     keep_earlier_results,
     load_checkpoint,
+    match_processes,
     outlive_signals,
     run_settings,
     save_checkpoint,
@@ -120,6 +121,7 @@ from common.data import (
     map_examples,
     open_image,
     open_stream,
+    place_in_run,
     read_batches,
     read_dataset,
     read_folder,
@@ -183,6 +185,7 @@ from common.lora import (
     unknown_layers,
 )
 from common.models import (
+    PROCESS_TIMEOUT,
     QUANTIZATIONS,
     check_launcher,
     check_weights,
@@ -239,7 +242,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, set_seed
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.embeddings import apply_rotary_emb
@@ -2822,6 +2825,7 @@ def train(args):
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(args.output_dir, logging_dir=args.output_dir / args.logging_dir),
         step_scheduler_with_optimizer=False,  # the schedule counts updates, whatever the number of processes
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)],
     )
     device = accelerator.device
     weight_dtype = torch.float32  # of frozen models; what is trained stays in float32
@@ -2865,6 +2869,7 @@ def train(args):
     validation_loss_steps = args.validation_loss_steps or args.validation_steps or DEFAULT_STEPS
     run = run_settings(args, accelerator.num_processes, data=data_record(examples), models=models)
     run |= held_out_record(held_out.examples)
+    begun_with = match_processes(checkpoint, run)
     problems += check_run(accelerator, args, max_train_steps, checkpoint, run)
     if not problems:
         problems += check_caches(args, dataset, len(prompts), weight_dtype)
@@ -2872,6 +2877,8 @@ def train(args):
         fail(accelerator, problems)
     if args.streaming:
         sampler = streamed_batches(dataset, args, **processes)
+    else:
+        sampler.begun_with = begun_with
     hub_repo = create_hub_repo(accelerator, args)
     claim_output_dir(accelerator, args.output_dir, adapter_files(args).values())
 
@@ -3059,7 +3066,9 @@ def train(args):
     for micro_step, batch in enumerate(read_batches(train_dataloader, accelerator, save), start=sampler.start):
         with accelerator.accumulate(transformer):
             step, accumulated = divmod(micro_step, accumulation)
-            generator = step_generator(args.seed, step, accumulated, accelerator.process_index)
+            # a run that goes on with more or fewer processes draws what those it began with would
+            drawn_as = place_in_run(accumulated, accelerator.process_index, accelerator.num_processes, begun_with)
+            generator = step_generator(args.seed, step, *drawn_as)
             torch.manual_seed(generator.initial_seed())  # dropout uses the global generator
             if args.streaming:
                 run["stream"] = batch["stream"]  # for a checkpoint: where to read on

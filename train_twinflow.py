@@ -41,6 +41,7 @@ import copy
 import functools
 import inspect
 import itertools
+import json
 import math
 import os
 import shlex
@@ -89,6 +90,7 @@ from common.checkpoints import (
     interruption,
     keep_earlier_results,
     load_checkpoint,
+    match_processes,
     outlive_signals,
     register_sharded_checkpointing,
     register_tensor_checkpointing,
@@ -119,6 +121,7 @@ from common.data import (
     fit,
     nearest_bucket,
     parse_buckets,
+    place_in_run,
     read_batches,
     read_dataset,
     read_folder,
@@ -173,6 +176,7 @@ from common.lora import (
     unknown_layers,
 )
 from common.models import (
+    PROCESS_TIMEOUT,
     QUANTIZATIONS,
     check_launcher,
     check_names,
@@ -182,6 +186,7 @@ from common.models import (
     load_model,
     model_identities,
     quantize_base,
+    repeated_blocks,
     reshard,
     resolve_precision,
     shard,
@@ -221,7 +226,7 @@ from common.validation import ValidationPrompt, frugal_decoding, read_validation
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, set_seed
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
@@ -242,9 +247,10 @@ from diffusers.models.embeddings import Timesteps
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import free_memory, offload_models
 from diffusers.utils import logging as diffusers_logging
-from huggingface_hub import hf_hub_download, save_torch_state_dict
+from huggingface_hub import hf_hub_download, split_torch_state_dict_into_shards
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
@@ -943,6 +949,11 @@ def check_model(args) -> list[str]:
         return [f"--max_sequence_length {args.max_sequence_length}: FLUX.1-schnell takes at most 256"]
     with torch.device("meta"):
         transformer = backbone.transformer_class.from_config(config)
+    if args.quantize_base != "none" or args.compile or args.fsdp:
+        try:
+            repeated_blocks(transformer)
+        except ValueError as error:
+            return [f"{flag}: {error}, so --quantize_base, --compile and --fsdp do not work with it: leave them out"]
     unknown = unknown_layers(transformer, lora_targets(args))
     if unknown:
         return [f"--lora_layers: the transformer has no linear layer {', '.join(unknown)}"]
@@ -1016,12 +1027,20 @@ class Backbone:
     def load_vae(self, dtype: torch.dtype) -> torch.nn.Module:
         return load_model(self.vae_class, "vae", self.args, dtype)
 
-    def load_transformer(self, dtype: torch.dtype) -> torch.nn.Module:
-        """The frozen transformer, with the second time embedding if its file holds one."""
+    def load_transformer(self, dtype: torch.dtype | None) -> torch.nn.Module:
+        """The frozen transformer, with the second time embedding if its file holds one.
+
+        `dtype` None: in that of its files, which are mapped, so that all processes share the memory.
+        """
         second = f"{self.time_module}_2."
-        transformer = load_model(self.transformer_class, "transformer", self.args, dtype, beside=second)
+        load = functools.partial(load_model, self.transformer_class, "transformer", self.args, beside=second)
+        folder = model_folder(self.args) / "transformer"
+        expected = dtype or stored_dtype(folder)
+        transformer = load(expected)
+        if dtype is None and stored_dtype(folder) != expected:  # which shows once the files are downloaded
+            transformer = load(stored_dtype(folder))
         with exit_if_unreadable(f"{self.args.pretrained_model_name_or_path}: its {second}*"):
-            load_target_time(transformer, self.time_module, model_folder(self.args) / "transformer")
+            load_target_time(transformer, self.time_module, folder)
         return transformer.requires_grad_(False)
 
     def encode_prompt(self, prompt_encoder, prompt: str, reference: Image.Image | None = None) -> Conditions:
@@ -1195,9 +1214,9 @@ class OpenUni(Sana):
         return {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
 
     def load_transformer(self, dtype):
-        transformer = super().load_transformer(dtype)
         if self.args.openuni_checkpoint is None:  # the transformer of a trained one is in the pipeline's folder
-            return transformer
+            return super().load_transformer(dtype)
+        transformer = super().load_transformer(dtype or torch.float32)  # its weights are copied
         weights = self.load_part("transformer.")
         has_target_time = any(name.startswith(f"{self.time_module}_2.") for name in weights)
         if has_target_time and not embeds_target_time(transformer, self.time_module):
@@ -1487,23 +1506,57 @@ def model_folder(args) -> Path:
     return Path(config).parent.parent
 
 
-def save_model(accelerator, folder: Path, model: torch.nn.Module, model_class: type, dtype: torch.dtype) -> None:
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The dtype of all weights in a folder if it is bfloat16 or float16; else float32, which holds each of them.
+
+    bfloat16, which most models have, if there are no files yet.
+    """
+    found = set()
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            found.update(file.get_slice(name).get_dtype() for name in file.keys())  # noqa: SIM118 (not iterable)
+    if found <= {"BF16"}:
+        return torch.bfloat16
+    return torch.float16 if found == {"F16"} else torch.float32
+
+
+def save_model(
+    accelerator,
+    folder: Path,
+    model: torch.nn.Module,
+    model_class: type,
+    dtype: torch.dtype,
+    max_file_size: int | str = "5GB",
+) -> None:
     """Writes all weights of a model, sharded or not, so that `model_class.from_pretrained` loads them.
 
-    All processes call it, one writes.
+    All processes call it, one writes: it holds the weights of a file at a time.
     """
-    state_dict = {}
-    for name, value in model.state_dict(keep_vars=True).items():
-        value = full_tensor(value)  # gathers a sharded weight, on all processes
+    weights = model.state_dict(keep_vars=True)
+    files = split_torch_state_dict_into_shards(
+        {name: torch.empty(value.shape, dtype=dtype, device="meta") for name, value in weights.items()},
+        filename_pattern="diffusion_pytorch_model{suffix}.safetensors",
+        max_shard_size=max_file_size,
+    )
+    with writing(folder):
         if accelerator.is_main_process:
-            state_dict[name] = value.to("cpu", dtype, copy=True)
-    if accelerator.is_main_process:
-        with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
+            for earlier in folder.glob("diffusion_pytorch_model*"):  # of a run with other files
+                earlier.unlink()
             with torch.device("meta"):  # FSDP2 renames the class of a model, and config.json would hold that name
                 model_class.from_config(model.config).save_config(folder)
-            pattern = "diffusion_pytorch_model{suffix}.safetensors"
-            save_torch_state_dict(state_dict, folder, filename_pattern=pattern, max_shard_size="10GB")
+        for file_name, names in files.filename_to_tensors.items():
+            state_dict = {}
+            for name in names:
+                value = full_tensor(weights[name])  # gathers a sharded weight, on all processes
+                if accelerator.is_main_process:
+                    state_dict[name] = value.to("cpu", dtype, copy=True)
+            if accelerator.is_main_process:
+                save_file(state_dict, folder / file_name, metadata={"format": "pt"})
+        if accelerator.is_main_process:
+            if files.is_sharded:
+                index = {"metadata": files.metadata, "weight_map": files.tensor_to_filename}
+                (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index, indent=2))
             follow_umask(folder)
 
 
@@ -2631,7 +2684,10 @@ def train(args):
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(args.output_dir, logging_dir=args.output_dir / args.logging_dir),
         step_scheduler_with_optimizer=False,  # the schedule counts updates, whatever the number of processes
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=backbone.has_unused_parameters)],
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT),
+            DistributedDataParallelKwargs(find_unused_parameters=backbone.has_unused_parameters),
+        ],
     )
     device = accelerator.device
     weight_dtype = torch.float32  # of frozen models; what is trained stays in float32
@@ -2670,6 +2726,8 @@ def train(args):
     run = run_settings(args, accelerator.num_processes, data=data_record(examples), models=models)
     run |= held_out_record(held_out_examples)
     checkpoint = checkpoint_to_resume(args.output_dir, args.resume_from_checkpoint)
+    begun_with = match_processes(checkpoint, run)
+    sampler.begun_with = begun_with
     problems += check_run(accelerator, args, max_train_steps, checkpoint, run)
     if not problems:
         problems += check_room("--output_dir", cache.folder, encoded_size(dataset, backbone, args, weight_dtype))
@@ -2694,13 +2752,16 @@ def train(args):
     # 4. Transformer: all weights and a second time embedding, or a LoRA
     train_all = args.training == "full"
     dtype = torch.float32 if train_all else weight_dtype  # of the transformer's own weights
-    transformer = backbone.load_transformer(dtype)
+    transformer = backbone.load_transformer(None if train_all else weight_dtype)
     base_size = transformer.num_parameters()
     if args.quantize_base != "none":
         quantize_base(transformer, dtype, args.quantize_base)
     transformer.to("cpu" if args.fsdp else device)  # `shard` moves it block by block: it may not fit as a whole
     set_seed(args.seed)  # the same initial weights, whether prompts and latents were encoded or found in the cache
     if train_all:
+        # `shard` does it to a sharded model block by block; the second time embedding is drawn in float32
+        in_float32 = transformer.get_submodule(backbone.time_module) if args.fsdp else transformer
+        in_float32.float()
         if embeds_target_time(transformer, backbone.time_module):
             accelerator.print("  --target_time_init has no effect: the model has its second time embedding already")
         else:
@@ -2724,7 +2785,7 @@ def train(args):
     if args.compile:
         compile_blocks(transformer)
     if args.fsdp:
-        shard(transformer, device, weight_dtype)
+        shard(transformer, device, weight_dtype, kept_in=torch.float32 if train_all else None)
     params = {name: parameter for name, parameter in transformer.named_parameters() if parameter.requires_grad}
 
     # 5. Optimizer and schedule
@@ -2881,11 +2942,19 @@ def train(args):
     for micro_step, batch in enumerate(read_batches(train_dataloader, accelerator, save), start=sampler.start):
         with accelerator.accumulate(transformer):
             step, accumulated = divmod(micro_step, accumulation)
-            generator = step_generator(args.seed, step, accumulated, accelerator.process_index)
+            # a run that goes on with more or fewer processes draws what those it began with would
+            processes = accelerator.process_index, accelerator.num_processes, begun_with
+            generator = step_generator(args.seed, step, *place_in_run(accumulated, *processes))
             torch.manual_seed(generator.initial_seed())  # dropout uses the global generator
             dropout_seed = generator.initial_seed() if args.lora_dropout else None  # one mask for all forward passes
             latents, cond, uncond = prepare_batch(
-                batch, backbone, vae, args, device, offload_vae, micro_step=micro_step
+                batch,
+                backbone,
+                vae,
+                args,
+                device,
+                offload_vae,
+                micro_step=place_in_run(micro_step, *processes)[0],
             )
             loss, logged_losses = compute_loss(
                 functools.partial(predict, seed=dropout_seed),

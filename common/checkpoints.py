@@ -24,9 +24,10 @@ from typing import IO, Any
 
 from common.arguments import check_folder, exit_if_unreadable, fail, nearest_folder
 from common.metrics import read_metrics
-from common.models import check_processes, choose_precision
+from common.models import check_processes, choose_precision, gather_objects
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
 from accelerate.scheduler import AcceleratedScheduler
@@ -34,6 +35,7 @@ from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+from torch.distributed.tensor import DTensor
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -152,6 +154,27 @@ def run_settings(
     settings["data"] = data
     settings["models"] = models
     return settings
+
+
+def match_processes(checkpoint: Path | None, run: dict[str, Any]) -> int:
+    """The number of processes that a run, whose `run_settings` these are, began with: the order of samples is theirs.
+
+    On another number it can be resumed if --gradient_accumulation_steps makes a step of as many batches: then `run`
+    gets the two numbers that it began with, to be saved again. What does not fit stays, for `check_run` to refuse.
+    """
+    saved = checkpoint_state(checkpoint) if checkpoint else {}
+    names = ("the number of processes", "gradient_accumulation_steps")
+    began = {name: saved.get(name) for name in names}
+    if batches_of_step(began) == batches_of_step(run):
+        run.update(began)
+    return run["the number of processes"]
+
+
+def batches_of_step(settings: Mapping[str, Any]) -> int:
+    """How many batches a step takes from all processes together; 0 if the settings do not tell."""
+    with suppress(KeyError, TypeError, ValueError):
+        return int(settings["gradient_accumulation_steps"]) * int(settings["the number of processes"])
+    return 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -335,6 +358,11 @@ def checkpoint_conflicts(checkpoint: Path | None, run: Mapping[str, Any]) -> lis
             problems.append(
                 f"--resume_from_checkpoint {checkpoint}: {name} was {saved[name]} there and is {value} now"
             )
+            if name == "the number of processes":
+                problems[-1] += (
+                    "; with another number give the --gradient_accumulation_steps by which it makes "
+                    f"{batches_of_step(saved)} batches per step, as there"
+                )
     if changes:
         problems.append(
             f"--resume_from_checkpoint {checkpoint} is of a run with others of these: {'; '.join(changes)}. Put back "
@@ -490,19 +518,30 @@ def read_json(path: Path) -> dict[str, Any]:
 def checkpoint_state(checkpoint: Path) -> dict[str, Any]:
     """The run's settings as `save_checkpoint` got them, with global_step; {} if the file is damaged."""
     state = read_json(checkpoint / STATE_FILE)
-    return state if type(state.get("global_step")) is int else {}
+    if type(state.get("global_step")) is not int:
+        return {}
+    digest = read_json(checkpoint / CHECKSUMS).get(STATE_FILE)
+    if digest is not None and checksums(checkpoint, [STATE_FILE]) != {STATE_FILE: digest}:
+        return {}
+    return state
 
 
 def checkpoint_damage(checkpoint: Path) -> list[str]:
-    """The files of a checkpoint that are not as `save_checkpoint` left them, in one sentence; [] if all are."""
+    """The files of a checkpoint that are not as `save_checkpoint` left them, in one sentence; [] if all are.
+
+    Each process reads its share of the files, and all get the same answer: to be called by all of them.
+    """
     saved = read_json(checkpoint / CHECKSUMS)
+    damaged = []
     if STATE_FILE not in saved:  # the list itself is damaged: nothing else can be said
         damaged = [CHECKSUMS]
     else:
-        found = checksums(checkpoint)
-        damaged = [name for name, digest in saved.items() if found.get(name) != digest]
+        names = own_share(list(saved))
+        found = checksums(checkpoint, set(names).intersection(file_names(checkpoint)))
+        damaged = [name for name in names if found.get(name) != saved[name]]
     if not checkpoint_state(checkpoint) and STATE_FILE not in damaged:
         damaged.append(STATE_FILE)
+    damaged = sorted(set(gather_objects(damaged)))
     if not damaged:
         return []
     others = [folder.name for folder in find_checkpoints(checkpoint.parent) if folder.name != checkpoint.name]
@@ -513,12 +552,26 @@ def checkpoint_damage(checkpoint: Path) -> list[str]:
     ]
 
 
-def checksums(folder: Path) -> dict[str, str]:
-    """{name: SHA-256} of the files in a folder and below."""
+def file_names(folder: Path) -> list[str]:
+    """The names of the files in a folder and below, the largest first."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    paths.sort(key=lambda path: path.stat().st_size, reverse=True)
+    return [path.relative_to(folder).as_posix() for path in paths]
+
+
+def own_share(names: Sequence[str]) -> Sequence[str]:
+    """Those of the files, the largest first, that this process reads where all processes share them."""
+    if not dist.is_initialized():
+        return names
+    return names[dist.get_rank() :: dist.get_world_size()]
+
+
+def checksums(folder: Path, names: Iterable[str] | None = None) -> dict[str, str]:
+    """{name: SHA-256} of these files in a folder and below, without `names` of all."""
     digests = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        with path.open("rb") as file:
-            digests[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    for name in file_names(folder) if names is None else names:
+        with (folder / name).open("rb") as file:
+            digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
     return digests
 
 
@@ -541,7 +594,8 @@ def save_checkpoint(
 
     Guaranteed whenever the process or the machine stops: a folder named checkpoint-N is complete, because it is
     written under another name, flushed to the disk and renamed; and no checkpoint is deleted before a newer one is
-    complete. One of this step that is there is that of this run, and is kept. To be called by all processes.
+    complete. One of this step that is there is that of this run, and is kept. To be called by all processes, each of
+    which writes its part and hashes its share of the files.
     """
     output_dir = Path(output_dir)
     checkpoint = output_dir / f"checkpoint-{step}"
@@ -558,10 +612,18 @@ def save_checkpoint(
             accelerator.wait_for_everyone()
             accelerator.save_state(str(partial))
             accelerator.wait_for_everyone()  # all have written their part
+            (names,) = broadcast_object_list([file_names(partial) if accelerator.is_main_process else None])
+            share = own_share(names)
+            found = checksums(partial, share)
+            for name in share:
+                flush_to_disk(partial / name)
+            digests = dict(gather_objects(list(found.items())))
             if accelerator.is_main_process:
-                (partial / CHECKSUMS).write_text(json.dumps(checksums(partial), indent=2))
+                ordered = {name: digests[name] for name in names}
+                (partial / CHECKSUMS).write_text(json.dumps(ordered, indent=2))
                 follow_umask(partial)
-                for path in [*partial.rglob("*"), partial]:
+                flush_to_disk(partial / CHECKSUMS)
+                for path in [*(path for path in partial.rglob("*") if path.is_dir()), partial]:
                     flush_to_disk(path)
                 partial.rename(checkpoint)
                 flush_to_disk(output_dir)
@@ -602,15 +664,24 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path | None, lr_schedu
     scheduler._last_lr = rates
     for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate  # no tensor of the optimizer's state, so not restored with a sharded one
-    return checkpoint_state(checkpoint)["global_step"]
+    state = checkpoint_state(checkpoint)
+    begun_with = state.get("the number of processes", accelerator.num_processes)
+    if begun_with != accelerator.num_processes:
+        accelerator.print(
+            f"The run began with {begun_with} processes and goes on with {accelerator.num_processes}: its steps see "
+            "and draw the same, up to rounding"
+        )
+    step = state["global_step"]
+    accelerator.step = step * accelerator.gradient_accumulation_steps  # saved per process, of which there may be more
+    return step
 
 
 def register_tensor_checkpointing(accelerator: Accelerator, tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
     """Makes checkpoints hold these tensors, {prefix: {name: tensor}}, instead of the models that were prepared.
 
-    They go to TENSORS_FILE and come back in place. Every process has all of them, so the main process writes
-    them; a file that reshards, as that of `register_sharded_checkpointing`, would be a folder of parts with one part.
-    The optimizer's state is saved by accelerate.
+    They go to TENSORS_FILE, from FILE_BYTES on to several files, and come back in place. Every process has all of
+    them, so the main process writes them; a file that reshards, as that of `register_sharded_checkpointing`, would be
+    a folder of parts with one part. The optimizer's state is saved by accelerate.
     """
 
     def live_tensors() -> dict[str, torch.Tensor]:
@@ -622,16 +693,20 @@ def register_tensor_checkpointing(accelerator: Accelerator, tensors: Mapping[str
 
     def save(models: list, weights: list, output_dir: str) -> None:
         found = live_tensors()
-        if found and accelerator.is_main_process:
-            save_file(
-                {name: value.cpu().contiguous() for name, value in found.items()}, Path(output_dir) / TENSORS_FILE
-            )
+        numbers = file_numbers(found)
+        if accelerator.is_main_process:
+            for number in set(numbers.values()):
+                file_name = TENSORS_FILE if number == 1 else f"state-{number:05d}.safetensors"
+                part = {name: value.cpu().contiguous() for name, value in found.items() if numbers[name] == number}
+                save_file(part, Path(output_dir) / file_name)
         weights.clear()  # accelerate would save them too
 
     @torch.no_grad()
     def load(models: list, input_dir: str) -> None:
         found = live_tensors()
-        saved = load_file(Path(input_dir) / TENSORS_FILE) if found else {}
+        saved = {}
+        for path in Path(input_dir).glob("state*.safetensors"):
+            saved |= load_file(path)
         for name, value in found.items():
             value.copy_(saved[name])
         models.clear()
@@ -652,7 +727,6 @@ def register_sharded_checkpointing(
     the folder sharded/, by torch.distributed.checkpoint, whose parts any number of processes can read. All tensors
     come back in place.
     """
-    folder_name = "sharded"
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
     def model_tensors() -> dict[str, torch.Tensor]:
@@ -670,22 +744,18 @@ def register_sharded_checkpointing(
         found = model_tensors()
         if optimizer.state:  # it is empty before the first step, and asking for it would take one
             found |= optimizer_tensors()
-        with own_errors():
-            writer = dcp.HuggingFaceStorageWriter(str(Path(output_dir) / folder_name), save_distributed=True)
-            dcp.save(found, storage_writer=writer)
+        save_sharded(found, Path(output_dir) / "sharded")
         weights.clear()
 
     def load(models: list, input_dir: str) -> None:
-        folder = Path(input_dir) / folder_name
+        folder = Path(input_dir) / "sharded"
         if not folder.is_dir():
-            raise ValueError(f"no folder {folder_name} in it: it was saved without --fsdp, or by an earlier version")
-        reader = dcp.HuggingFaceStorageReader(str(folder))
-        saved = reader.read_metadata().state_dict_metadata
+            raise ValueError(f"no folder {folder.name} in it: it was saved without --fsdp, or by an earlier version")
+        saved = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
         found = model_tensors()
         if any(name.startswith("optimizer.") for name in saved):
             found |= {name: tensor for name, tensor in optimizer_tensors().items() if name in saved}
-        with own_errors():
-            dcp.load(found, storage_reader=reader)
+        load_sharded(found, folder)
         for name, parameter in trained.items():  # asking for the state made one for those that never had a gradient
             if not any(key.startswith(f"optimizer.state.{name}.") for key in saved):
                 optimizer.state.pop(parameter, None)
@@ -693,6 +763,37 @@ def register_sharded_checkpointing(
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)
+
+
+FILE_BYTES = 2**30  # of a process' part in one file: as much is in memory twice while it is written
+
+
+def file_numbers(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """{name: number, from 1, of the file that a tensor goes to}: about FILE_BYTES of this process in each."""
+    numbers = {}
+    num_bytes = 0
+    for name, tensor in tensors.items():
+        numbers[name] = 1 + num_bytes // FILE_BYTES
+        num_bytes += (tensor.to_local() if isinstance(tensor, DTensor) else tensor).nbytes
+    return numbers
+
+
+def save_sharded(tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """Writes tensors that are split over the processes to safetensors files in `folder`, each process its parts.
+
+    All processes call it. A process holds copies of about FILE_BYTES at a time.
+    """
+    with own_errors():
+        writer = dcp.HuggingFaceStorageWriter(
+            str(folder), fqn_to_index_mapping=file_numbers(tensors), save_distributed=True
+        )
+        dcp.save(dict(tensors), storage_writer=writer)
+
+
+def load_sharded(tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """Reads what `save_sharded` wrote on any number of processes into tensors of the same names, in place."""
+    with own_errors():
+        dcp.load(dict(tensors), storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
 
 
 @contextmanager

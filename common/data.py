@@ -1451,12 +1451,21 @@ def read_batches(dataloader: Iterable, accelerator: Accelerator, save: Callable[
         ) from None
 
 
+def place_in_run(micro_step: int, process_index: int, num_processes: int, begun_with: int) -> tuple[int, int]:
+    """(micro-step, process) of a run on `begun_with` processes that trains on what this process does at `micro_step`.
+
+    Batches go round the processes, so another number of them takes the same batches in other micro-steps.
+    """
+    return divmod(micro_step * num_processes + process_index, begun_with)
+
+
 class StepSampler(Sampler):
     """Batches of (epoch, index) for the micro-steps `start` to `stop` of one process.
 
     Every epoch is a new random order of all samples, from (seed, epoch), cut into batches, each of one of the
     `groups` (the bucket of each sample), that go round the processes; what a micro-step trains on is the same however
-    often training was interrupted before it. `batch_size` is a number, or {group: number}.
+    often training was interrupted before it. `batch_size` is a number, or {group: number}. A run that began with
+    another number of processes, `begun_with`, keeps their order, see `place_in_run`.
     """
 
     def __init__(
@@ -1477,6 +1486,7 @@ class StepSampler(Sampler):
         self.stop = stop
         self.process_index = process_index
         self.num_processes = num_processes
+        self.begun_with = num_processes
         self.steps_per_epoch = math.ceil(len(self.batches(0)) / num_processes)
 
     def batches(self, epoch: int) -> list[list[int]]:
@@ -1491,12 +1501,16 @@ class StepSampler(Sampler):
         return [batches[i] for i in rng.permutation(len(batches))]
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        batches = []
-        for step in range(self.start, self.stop):
-            epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
-            if step == self.start or step_of_epoch == 0:
+        batches = self.batches(0)
+        last_epoch = 0
+        steps_per_epoch = math.ceil(len(batches) / self.begun_with)
+        for micro_step in range(self.start, self.stop):
+            step, process = place_in_run(micro_step, self.process_index, self.num_processes, self.begun_with)
+            epoch, step_of_epoch = divmod(step, steps_per_epoch)
+            if epoch != last_epoch:
                 batches = self.batches(epoch)
-            batch = step_of_epoch * self.num_processes + self.process_index
+                last_epoch = epoch
+            batch = step_of_epoch * self.begun_with + process
             yield [(epoch, index) for index in batches[batch % len(batches)]]
 
     def __len__(self) -> int:

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
-from common.checkpoints import read_json
+from common.checkpoints import load_sharded, read_json, save_sharded
 from common.data import Example, data_record
 from common.flow_matching import step_generator
 from common.metrics import held_out_summary
@@ -263,15 +263,22 @@ class BestStep:
         """Makes `accelerator.save_state` and `load_state` handle all this."""
 
         def weights_file(folder: str) -> Path:
-            part = f"-{accelerator.process_index}" if is_sharded(self.model) else ""
-            return Path(folder) / f"resume_best{part}.safetensors"  # no file to draw with, see `find_lora`
+            """The weights' file, which is none to draw with, see `find_lora`; for a sharded model a folder."""
+            return Path(folder) / ("resume_best" if is_sharded(self.model) else "resume_best.safetensors")
+
+        def split_tensors() -> dict[str, torch.Tensor]:
+            return {str(i): parameter.detach() for i, parameter in enumerate(self.parameters)}
 
         def save(models: list, weights: list, output_dir: str) -> None:
             if accelerator.is_main_process:
                 names = ("step", "loss", "last_step", "last_loss", "num_worse")
                 state = {name: getattr(self, name) for name in names}
                 (Path(output_dir) / STATE_FILE).write_text(json.dumps(state))
-            if self.kept and (accelerator.is_main_process or is_sharded(self.model)):
+            if self.kept and is_sharded(self.model):
+                self.swap()
+                save_sharded(split_tensors(), weights_file(output_dir))
+                self.swap()
+            elif self.kept and accelerator.is_main_process:
                 tensors = {str(i): values.contiguous() for i, values in enumerate(self.kept)}
                 save_file(tensors, weights_file(output_dir))
 
@@ -282,7 +289,11 @@ class BestStep:
                 return  # of a run that did not keep weights: the best step is one of those to come
             for name, value in state.items():
                 setattr(self, name, value)
-            if self.keeps_weights and has_weights:
+            if self.keeps_weights and has_weights and is_sharded(self.model):
+                self.kept = [values.cpu().clone() for values in self.live_values()]
+                load_sharded(split_tensors(), weights_file(input_dir))
+                self.swap()
+            elif self.keeps_weights and has_weights:
                 tensors = load_file(weights_file(input_dir))
                 self.kept = [tensors[str(i)] for i in range(len(tensors))]
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, cast
 
 from common.checkpoints import (
-    TENSORS_FILE,
     find_checkpoints,
     read_json,
     register_sharded_checkpointing,
@@ -555,7 +554,7 @@ def lora_of_folder(folder: Path) -> Path:
         if file.is_file():
             return file
     others = sorted(folder.glob("*.safetensors"))
-    others = [file for file in others if file.name != TENSORS_FILE and not file.stem.endswith("_emb")]
+    others = [file for file in others if not re.fullmatch(r"state(-\d{5})?|.*_emb", file.stem)]
     others = [file for file in others if not file.name.startswith(RESUME_PREFIX)]
     if len(others) == 1 and not name:
         return others[0]

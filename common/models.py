@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterable
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -350,11 +351,14 @@ def compile_blocks(model: torch.nn.Module) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def shard(transformer: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+def shard(
+    transformer: torch.nn.Module, device: torch.device, dtype: torch.dtype, *, kept_in: torch.dtype | None = None
+) -> None:
     """Splits the weights of each block over the processes (FSDP2), in place.
 
     A block is gathered while it computes, in `dtype`, on `device`. The parameters are new objects (DTensor)
-    afterwards, so an optimizer is made after this.
+    afterwards, so an optimizer is made after this. With `kept_in` they have this dtype then: a block gets it just
+    before it is split, so that no process ever holds the whole model in it.
     """
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     policy = MixedPrecisionPolicy(
@@ -363,6 +367,9 @@ def shard(transformer: torch.nn.Module, device: torch.device, dtype: torch.dtype
         cast_forward_inputs=False,  # times and positions stay in float32
     )
     for module in [*repeated_blocks(transformer), transformer]:
+        for parameter in module.parameters():
+            if kept_in is not None and parameter.dtype != kept_in:
+                parameter.data = parameter.data.to(device).to(kept_in)
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
 
 
@@ -384,10 +391,15 @@ def full_tensor(value: torch.Tensor) -> torch.Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
+# How long processes wait for one that encodes, draws class images, writes or hashes longer than they do; the default,
+# 10 minutes with GPUs, would end the run. The launcher notices one that has died at once.
+PROCESS_TIMEOUT = timedelta(hours=6)
+
+
 @functools.cache
 def cpu_group() -> Any:
     """The group of all processes for what travels through CPU memory."""
-    return dist.new_group(backend="gloo")
+    return dist.new_group(backend="gloo", timeout=PROCESS_TIMEOUT)
 
 
 OBJECTS_PER_MESSAGE = 1000
@@ -438,7 +450,7 @@ def check_processes(accelerator: Accelerator, args: argparse.Namespace) -> list[
         problems.append(f"{launched_as.value}: {NOT_SUPPORTED}")
     if not args.fsdp:
         return problems
-    if accelerator.num_processes == 1:
+    if launched_as == DistributedType.NO:  # torchrun's may be one, to continue what several have saved
         problems.append("--fsdp needs more than one process: accelerate launch --num_processes N")
     if accelerator.scaler is not None:
         problems.append("--mixed_precision fp16 does not work with --fsdp: use bf16")

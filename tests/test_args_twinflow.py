@@ -14,7 +14,7 @@ from train_twinflow import Backbone
 @pytest.fixture
 def world(tiny_model, pictures, tmp_path):
     """Names that stand for paths in the table below."""
-    names = ("empty", "bare", "blank", "badtext", "broken", "phone", "parquet", "remote")
+    names = ("empty", "bare", "blank", "badtext", "broken", "phone", "parquet", "remote", "blockless")
     folders = {name: tmp_path / name for name in names}
     for name, folder in folders.items():
         folder.mkdir()
@@ -27,6 +27,14 @@ def world(tiny_model, pictures, tmp_path):
     (folders["phone"] / "b.heic").write_bytes(b"")
     (folders["remote"] / "config.json").write_text('{"model_type": "internvl_chat"}')  # InternVL3-2B's own form
     (folders["parquet"] / "a.parquet").write_bytes(b"PAR1 not really")
+    config = {
+        "_class_name": "FluxTransformer2DModel",
+        "num_layers": 0,
+        "num_single_layers": 0,
+        "guidance_embeds": True,
+    }
+    (folders["blockless"] / "transformer").mkdir()
+    (folders["blockless"] / "transformer" / "config.json").write_text(json.dumps(config))
     (tmp_path / "prompts").write_text("a red circle\n")
     (tmp_path / "noprompts").write_text("\n")
     (tmp_path / "file").write_text("")
@@ -102,6 +110,7 @@ BAD = [
     ("--fsdp --use_8bit_adam", "--use_8bit_adam does not work with --fsdp"),
     ("--training lora --fsdp --quantize_base nf4", "--quantize_base nf4 does not work with --fsdp"),
     ("--quantize_base int8", "--quantize_base int8 is for --training lora"),
+    ("--compile --pretrained_model_name_or_path {blockless}", "{blockless}: FluxTransformer2DModel has no repeated"),
     ("--fsdp", "--fsdp needs more than one process: accelerate launch --num_processes N"),
     ("--validation_samplers few", "--validation_samplers: few: expected style:steps with a style of few, any, mul"),
     ("--validation_steps 5", "--validation_steps 5 needs --validation_prompt"),

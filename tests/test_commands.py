@@ -58,6 +58,7 @@ NOT_RUN = {
     "hf": "needs the network",
     "pip": "installs; what it would install runs this test",
     "pytest": "these tests themselves",
+    "torchrun": "several processes; tests/test_scale.py runs them",
     "source": "a virtual environment, which these tests run in",
     "tests/run.sh": "these tests themselves",
     "examples/quickstart.sh": "installs; the commands in it are run as a page of their own",

@@ -1,6 +1,7 @@
 """common/lora.py: strength in a stock pipeline, exact round trips, whole checkpoints."""
 
 import copy
+import inspect
 import json
 import os
 import weakref
@@ -29,6 +30,7 @@ from common.lora import (
 from common.lora_formats import read_lora
 from common.models import quantize_base, repeated_blocks
 
+import diffusers
 import pytest
 import torch
 from accelerate import Accelerator
@@ -37,7 +39,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from examples.estimate_memory import as_on_gpu
-from train_twinflow import save_model
+from train_twinflow import BACKBONES, save_model
 
 
 def with_random_lora(model, rank=4, alpha=4.0, target_modules=FLUX_TARGET_MODULES, seed=0, **kind):
@@ -402,15 +404,40 @@ def test_all_weights_are_saved_as_from_pretrained_loads_them(tiny, tmp_path):
     assert torch.equal(run(loaded), run(tiny.transformer))
 
 
-def test_tensors_of_a_run_go_into_checkpoints_and_come_back_in_place(tiny, tmp_path):
+def test_all_weights_are_gathered_a_file_at_a_time(tiny, tmp_path, monkeypatch):
+    folder = tmp_path / "transformer"
+    size = sum(parameter.nbytes for parameter in tiny.transformer.parameters())
+    largest = max(parameter.nbytes for parameter in tiny.transformer.parameters())
+    held = []
+
+    def count_and_save(tensors, *args, **kwargs):
+        held.append(sum(tensor.nbytes for tensor in tensors.values()))
+        save_file(tensors, *args, **kwargs)
+
+    monkeypatch.setattr("train_twinflow.save_file", count_and_save)
+    for max_file_size in (largest, "5GB"):
+        save_model(
+            Accelerator(cpu=True), folder, tiny.transformer, FluxTransformer2DModel, torch.float32, max_file_size
+        )
+        assert torch.equal(run(FluxTransformer2DModel.from_pretrained(folder)), run(tiny.transformer))
+    assert len(held) > 3 and max(held[:-1]) <= largest and sum(held[:-1]) == held[-1] == size
+    assert {path.name for path in folder.iterdir()} == {"config.json", "diffusion_pytorch_model.safetensors"}
+
+
+@pytest.mark.parametrize("file_bytes", [2**30, 2**18])
+def test_tensors_of_a_run_go_into_checkpoints_and_come_back_in_place(tiny, tmp_path, monkeypatch, file_bytes):
     accelerator = Accelerator(cpu=True)
     parameters = dict(tiny.transformer.named_parameters())
     average = [torch.randn_like(parameter) for parameter in parameters.values()]
     named = dict(zip(parameters, average, strict=True))
     register_tensor_checkpointing(accelerator, {"model": parameters, "teacher": named})
     before, kept = run(tiny.transformer), [tensor.clone() for tensor in average]
+    monkeypatch.setattr("common.checkpoints.FILE_BYTES", file_bytes)
     checkpoint = save_checkpoint(accelerator, tmp_path, 1, {})
-    assert sorted(path.name for path in checkpoint.glob("*.safetensors")) == ["state.safetensors"]
+    files = sorted(path.name for path in checkpoint.glob("*.safetensors"))
+    assert files == ["state.safetensors"] if file_bytes == 2**30 else len(files) > 2
+    with pytest.raises(FileNotFoundError, match="no LoRA"):
+        find_lora(checkpoint)
     for tensor in (*average, *(p.data for p in parameters.values())):
         tensor.zero_()
     accelerator.load_state(checkpoint)
@@ -496,3 +523,18 @@ def test_blocks_are_found_by_the_class_and_a_model_without_any_is_refused():
     assert repeated_blocks(sd3) == [*sd3.transformer_blocks]
     with pytest.raises(ValueError, match="Linear"):
         quantize_base(torch.nn.Linear(2, 2), torch.float32)
+
+
+@pytest.mark.parametrize("name", [*BACKBONES, "z-image"])
+def test_what_is_quantized_compiled_and_sharded_is_every_layer_of_a_list(name):
+    """Also where the lists are not called blocks: Z-Image's are layers, noise_refiner and context_refiner."""
+    model_class = diffusers.ZImageTransformer2DModel if name == "z-image" else BACKBONES[name].transformer_class
+    counts = dict.fromkeys(("n_layers", "n_refiner_layers", "num_layers", "num_single_layers"), 2)
+    known = inspect.signature(model_class).parameters
+    with torch.device("meta"):
+        model = model_class(**{key: value for key, value in counts.items() if key in known})
+    lists = [module for module in model.children() if isinstance(module, torch.nn.ModuleList) and len(module) == 2]
+    assert lists
+    blocks = repeated_blocks(model)
+    assert {id(block) for block in blocks} == {id(block) for modules in lists for block in modules}
+    assert len(blocks) == 2 * len(lists)

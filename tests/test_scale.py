@@ -1,15 +1,35 @@
 """Several processes compute what one does: DDP and FSDP2, in every trainer."""
 
+import ctypes
+import gc
+import hashlib
 import importlib
 import json
+import os
 import random
 import re
 import shlex
 import shutil
+import signal
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
-from common.checkpoints import register_sharded_checkpointing, save_checkpoint
+from common.checkpoints import (
+    CHECKSUMS,
+    checkpoint_conflicts,
+    checkpoint_damage,
+    checksums,
+    find_checkpoints,
+    match_processes,
+    register_sharded_checkpointing,
+    save_checkpoint,
+)
+from common.data import StepSampler, place_in_run
+from common.flow_matching import step_generator
 from common.models import full_tensor, shard
 
 import numpy as np
@@ -20,8 +40,10 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedType
 from conftest import ROOT
+from diffusers import SD3Transformer2DModel
 from safetensors.torch import load_file, save_file
 
+import train_twinflow
 from examples.toy.world import caption, draw, random_scene
 
 
@@ -131,6 +153,122 @@ def test_a_sharded_run_resumes_bit_for_bit_on_as_many_processes(runs, flags_of, 
     assert all(torch.equal(loadable[key], whole[key]) for key in whole)
 
 
+def begun(number_of_batches, processes, accumulation, begun_with, steps):
+    """What each step of a run on `processes` trains on, [(batch, seed of its draws)]."""
+    found = [[] for _ in range(steps)]
+    for rank in range(processes):
+        sampler = StepSampler(
+            [0] * number_of_batches, 1, seed=3, process_index=rank, num_processes=processes, stop=steps * accumulation
+        )
+        sampler.begun_with = begun_with
+        for micro_step, batch in enumerate(sampler):
+            step, accumulated = divmod(micro_step, accumulation)
+            draws = step_generator(3, step, *place_in_run(accumulated, rank, processes, begun_with)).initial_seed()
+            found[step].append((batch, draws))
+    return [sorted(samples) for samples in found]
+
+
+@pytest.mark.parametrize("number_of_batches", [8, 7, 1])
+def test_another_number_of_processes_sees_and_draws_the_same_in_each_step(number_of_batches):
+    """Also where an epoch ends within a step, and those it began with repeat batches to be all busy."""
+    whole = begun(number_of_batches, 2, 2, 2, steps=6)
+    assert whole == begun(number_of_batches, 1, 4, 2, steps=6)
+    assert whole == begun(number_of_batches, 4, 1, 2, steps=6)
+
+
+def test_processes_and_accumulation_change_together_or_are_refused(tmp_path):
+    def problems(processes, accumulation):
+        run = {"the number of processes": processes, "gradient_accumulation_steps": str(accumulation)}
+        first = match_processes(tmp_path, run)
+        return first, run, checkpoint_conflicts(tmp_path, run)
+
+    saved = {"global_step": 5, "the number of processes": 2, "gradient_accumulation_steps": "2"}
+    (tmp_path / "trainer_state.json").write_text(json.dumps(saved))
+    (tmp_path / CHECKSUMS).write_text(json.dumps(checksums(tmp_path)))
+    began = {name: value for name, value in saved.items() if name != "global_step"}
+    for processes, accumulation in [(2, 2), (1, 4), (4, 1)]:
+        assert problems(processes, accumulation) == (2, began, [])
+    first, _, refusals = problems(8, 1)
+    assert first == 8
+    assert "number of processes was 2 there and is 8 now" in "".join(refusals)
+    assert "4 batches" in "".join(refusals)
+    first, _, refusals = problems(2, 1)
+    assert "gradient_accumulation_steps was 2 there and is 1 now" in "".join(refusals)
+    (tmp_path / "trainer_state.json").write_text("{")
+    first, _, refusals = problems(1, 4)
+    assert first == 1
+    assert "trainer_state.json" in "".join(refusals)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["DDP", "FSDP2"])
+@pytest.mark.parametrize("script", [*SCRIPTS, "train_twinflow, all weights"])
+def test_a_run_goes_on_with_another_number_of_processes(runs, flags_of, tmp_path, script, way):
+    script, all_weights, _ = script.partition(",")
+    flags = [*flags_of[script], *EXTRA[way], *(["--training", "full", "--recipe", "twinflow"] if all_weights else [])]
+    flags += ["--checkpointing_steps", 1, "--lr_scheduler", "cosine", "--lr_warmup_steps", 1, "--max_train_steps", 4]
+    flags += ["--use_ema"] if script != "train_twinflow" else []
+    flags += ["--validation_split", 0.2, "--validation_loss_steps", 1, "--load_best_model_at_end"]
+
+    def run(folder, processes, accumulation, *more):
+        words = [*flags, "--output_dir", folder, "--gradient_accumulation_steps", accumulation, *more]
+        return runs.run(script, words, processes=processes)
+
+    assert run(tmp_path / "whole", 2, 2) == 0, runs.output()[-3000:]
+    folders = ("", "checkpoint-4")  # the weights of the best step, and those of the last
+    whole = [result(tmp_path / "whole" / folder) for folder in folders]
+    largest = 0.0
+    for processes, accumulation in [(1, 4), (4, 1)]:
+        folder = tmp_path / str(processes)
+        shutil.copytree(tmp_path / "whole", folder, ignore=shutil.ignore_patterns("checkpoint-[34]"))
+        resume = ["--resume_from_checkpoint", "latest"]
+        assert run(folder, processes, 2, *resume) != 0
+        assert "the number of processes was 2 there" in runs.output()
+        assert run(folder, processes, accumulation, *resume, "--max_train_steps", 3) == 0, runs.output()[-3000:]
+        assert f"The run began with 2 processes and goes on with {processes}" in runs.output()
+        assert (folder / "checkpoint-3").is_dir()
+        assert run(folder, 2, 2, *resume) == 0, runs.output()[-3000:]
+        np.testing.assert_allclose(losses(folder), losses(tmp_path / "whole"), rtol=1e-5)
+        for expected, name in zip(whole, folders, strict=True):
+            found = result(folder / name)
+            assert found.keys() == expected.keys()
+            for key, value in expected.items():
+                torch.testing.assert_close(found[key], value, atol=1e-4, rtol=1e-3)
+                largest = max(largest, (found[key] - value).abs().max().item())
+    print(f"{script}, {way}: largest difference of a weight to the run on two processes {largest:.1e}")
+
+
+def die_while_hashing(trainer, rank):
+    checkpoints = importlib.import_module("common.checkpoints")
+    honest = checkpoints.checksums
+
+    def checksums(*arguments):
+        if os.environ["RANK"] == str(rank):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return honest(*arguments)
+
+    checkpoints.checksums = checksums
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_no_checkpoint_is_left_by_a_killed_process_and_all_refuse_a_damaged_one(runs, flags_of, tmp_path, rank):
+    script = "train_omini"
+    flags = [*flags_of[script], "--fsdp", "--checkpointing_steps", 1, "--output_dir", tmp_path / "run"]
+    assert runs.run(script, flags, die_while_hashing, rank, processes=2) != 0
+    assert find_checkpoints(tmp_path / "run") == []
+    assert runs.run(script, flags, processes=2) == 0, runs.output()[-3000:]
+    damaged = sorted((tmp_path / "run" / "checkpoint-2" / "sharded").iterdir())[rank]
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    again = [*flags, "--resume_from_checkpoint", "latest", "--max_train_steps", 3]
+    assert runs.run(script, again, processes=2) != 0
+    assert runs.output().count(f"{damaged.name} missing or damaged") == 1
+    assert "continue from checkpoint-1" in runs.output()
+    assert runs.seconds < 100
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_sharded_run_keeps_its_best_step_also_when_resumed(runs, flags_of, tmp_path, script):
@@ -207,6 +345,197 @@ def test_a_sharded_checkpoint_loads_bit_for_bit_on_any_number_of_processes(runs,
         assert loading == 0, runs.output()[-3000:]
         loaded = load_file(tmp_path / f"{processes}-None.safetensors")
         assert all(torch.equal(loaded[name], value) for name, value in saved.items())
+
+
+def say_timeout(trainer):
+    """Ends a run where its processes have met, and says how long they will wait for one another."""
+
+    def say(*args, **kwargs):
+        group = torch.distributed.distributed_c10d._get_default_group()
+        print(f"waits for {group._get_backend(torch.device('cpu')).options._timeout}")
+        torch.distributed.destroy_process_group()
+        raise SystemExit(0)
+
+    trainer.set_seed = say
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_processes_wait_for_one_that_caches_or_writes_for_hours(runs, short_runs, tmp_path, script):
+    flags = [*short_runs[script], "--output_dir", tmp_path, *(["--seed", 0] if "influxedit" not in script else [])]
+    assert runs.run(script, flags, say_timeout, processes=1) == 0, runs.output()[-3000:]
+    hours = int(re.search(r"waits for (\d+):", runs.output())[1])
+    assert hours >= 6
+
+
+def count_reads(trainer, folder):
+    """Saves a sharded model and resumes it; says what this process holds, hashes and reads."""
+    folder = Path(folder)
+    accelerator = Accelerator(cpu=True)
+    rank = accelerator.process_index
+    with torch.device("meta"):
+        model = torch.nn.Sequential(*(torch.nn.Linear(1024, 1024, bias=False) for _ in range(8)))
+    model._repeated_blocks = ["Linear"]
+    model.to_empty(device="cpu")
+    torch.nn.init.normal_(model[0].weight)
+    shard(model, accelerator.device, torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    register_sharded_checkpointing(accelerator, model, optimizer)
+    honest = hashlib.file_digest
+    read = []
+
+    def file_digest(file, kind):
+        read.append(Path(file.name))
+        return honest(file, kind)
+
+    hashlib.file_digest = file_digest
+    with anonymous_memory(folder / f"memory-{rank}.txt"):
+        checkpoint = save_checkpoint(accelerator, folder, 3, {})
+    written = [path.name for path in read]
+    read.clear()
+    whole = checkpoint_damage(checkpoint)
+    verified = [path.name for path in read]
+    accelerator.wait_for_everyone()
+    shards = sorted((checkpoint / "sharded").iterdir())
+    if accelerator.is_main_process:
+        shards[-1].write_bytes(shards[-1].read_bytes()[:-4] + b"1234")
+    accelerator.wait_for_everyone()
+    state = {"written": written, "verified": verified, "whole": whole, "damage": checkpoint_damage(checkpoint)}
+    (folder / f"state-{rank}.json").write_text(json.dumps(state))
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+def small_files(trainer, *arguments):
+    checkpoints = importlib.import_module("common.checkpoints")
+    checkpoints.FILE_BYTES = 2**22
+    count_reads(trainer, *arguments)
+
+
+def test_each_process_writes_hashes_and_verifies_its_share_of_a_checkpoint(runs, tmp_path):
+    """And holds no second copy of it; all end with the same message where one has found damage."""
+    peaks = {}
+    for name, function in (("one file", count_reads), ("small files", small_files)):
+        folder = tmp_path / name
+        folder.mkdir()
+        assert runs.run(None, [], function, str(folder), processes=2) == 0, runs.output()[-3000:]
+        peaks[name] = max(float((folder / f"memory-{rank}.txt").read_text()) for rank in range(2))
+        states = [json.loads((folder / f"state-{rank}.json").read_text()) for rank in range(2)]
+        files = {path.name for path in (folder / "checkpoint-3").rglob("*") if path.is_file()} - {CHECKSUMS}
+        shards = {path.name for path in (folder / "checkpoint-3" / "sharded").iterdir()}
+        for step in ("written", "verified"):
+            shares = [set(state[step]) for state in states]
+            assert set.union(*shares) == files
+            assert set.intersection(*shares) <= {"trainer_state.json"}
+            assert all(len(share & shards) == len(shards) / 2 for share in shares)
+        assert states[0]["whole"] == states[1]["whole"] == []
+        assert states[0]["damage"] == states[1]["damage"]
+        assert sorted(shards)[-1] in states[0]["damage"][0]
+    part = 3 * 32 / 2  # MiB of weights and two moments, on each of two processes
+    print(f"\n{part:.0f} MiB on each process; most of its memory while it saves: {peaks} MiB")
+    assert peaks["one file"] > 0.9 * part
+    assert peaks["small files"] < 0.5 * part
+
+
+def test_all_weights_are_loaded_in_the_precision_that_their_files_have(tmp_path):
+    assert train_twinflow.stored_dtype(tmp_path) == torch.bfloat16
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        save_file({"a": torch.ones(2, dtype=dtype), "b": torch.ones(2, dtype=dtype)}, tmp_path / "1.safetensors")
+        assert train_twinflow.stored_dtype(tmp_path) == dtype
+        save_file({"c": torch.ones(2, dtype=torch.float16)}, tmp_path / "2.safetensors")
+        assert train_twinflow.stored_dtype(tmp_path) == (dtype if dtype == torch.float16 else torch.float32)
+        (tmp_path / "2.safetensors").unlink()
+
+
+@contextmanager
+def anonymous_memory(file):
+    """Writes the most memory of its own, without mapped files, that this process takes within it, in MiB."""
+
+    def now():
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(r"RssAnon:\s+(\d+) kB", status)[1]) / 1024
+
+    def watch():
+        while not done.wait(0.001):
+            taken.append(now())
+
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    before = now()
+    taken, done = [before], threading.Event()
+    thread = threading.Thread(target=watch)
+    thread.start()
+    yield
+    done.set()
+    thread.join()
+    file.write_text(f"{max(taken) - before:.1f}")
+
+
+def load_and_shard(trainer, folder, way):
+    """Loads the transformer in `folder` for full training and splits it over two processes."""
+    accelerator = Accelerator(cpu=True)
+    folder = Path(folder)
+    args = SimpleNamespace(
+        pretrained_model_name_or_path=str(folder), revision=None, variant=None, cache_dir=None, openuni_checkpoint=None
+    )
+    backbone = train_twinflow.StableDiffusion3(args)
+    with anonymous_memory(folder / f"{accelerator.process_index}.txt"):
+        transformer = backbone.load_transformer(torch.float32 if way == "whole" else None)
+        shard(transformer, accelerator.device, torch.bfloat16, kept_in=torch.float32)
+        accelerator.wait_for_everyone()
+    tensors = {name: full_tensor(parameter) for name, parameter in transformer.named_parameters()}
+    if accelerator.is_main_process:
+        save_file(tensors, folder / f"{way}.safetensors")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+def test_no_process_holds_a_whole_float32_model_that_is_split(runs, tmp_path):
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = SD3Transformer2DModel(
+            num_layers=8, num_attention_heads=6, attention_head_dim=64, caption_projection_dim=384
+        )
+    model = model.to_empty(device="cpu").to(torch.bfloat16)
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor.data.normal_(std=0.02)
+    model.save_pretrained(tmp_path / "transformer")
+    size = sum(parameter.numel() for parameter in model.parameters()) * 4 / 2**20
+    block = sum(parameter.numel() for parameter in model.transformer_blocks[0].parameters()) * 4 / 2**20
+    peaks = {}
+    for way in ("whole", "by block"):
+        assert runs.run(None, [], load_and_shard, str(tmp_path), way, processes=2) == 0, runs.output()[-3000:]
+        peaks[way] = max(float((tmp_path / f"{rank}.txt").read_text()) for rank in range(2))
+    whole, by_block = (load_file(tmp_path / f"{way}.safetensors") for way in peaks)
+    assert whole.keys() == by_block.keys() and all(torch.equal(by_block[name], whole[name]) for name in whole)
+    assert {value.dtype for value in by_block.values()} == {torch.float32}
+    print(f"\nfloat32 {size:.0f} MiB, a block {block:.0f}; most of a process: {peaks} MiB")
+    assert peaks["whole"] > size
+    assert peaks["by block"] < size / 2 + 4 * block
+
+
+@pytest.mark.slow
+def test_torchrun_of_the_readme_starts_as_many_processes_and_goes_on_with_fewer(tmp_path):
+    page = (ACCELERATE / "README.md").read_text()
+    blocks = [block for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL) if "torchrun" in block]
+    for name in (*(f"{script}.py" for script in SCRIPTS), "common", "examples"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    output = ""
+    for block in blocks:
+        done = subprocess.run(
+            ["/bin/bash", "-euc", block], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        output += done.stdout + done.stderr
+    assert "2 cpu" in output and "1 cpu" in output
+    assert len(losses(tmp_path / "two")) == 9
+    assert "Resuming from two/checkpoint-6" in output
+    assert len(list((tmp_path / "two" / "checkpoint-6" / "sharded").iterdir())) == 2
+    assert len(list((tmp_path / "two" / "checkpoint-9" / "sharded").iterdir())) == 1
 
 
 @pytest.mark.parametrize("name", ["8_gpus", "8_gpus_fsdp2"])
