@@ -440,9 +440,8 @@ def optimizer_bytes(args):
     return (after - before) / count, (memory.peak - after) / count
 
 
-def training_step(model, args, fake):
-    """{what: bytes} of forward and backward pass: there before, trained, kept between the two, the most at once; what
-    an image in drawing needs besides the weights; of the frozen weights, each block's."""
+def model_to_train(model, args, fake):
+    """(the transformer of `model` with what is trained of it, a function that is its forward pass for so many images)"""
     dtype, full, size = DTYPES[args.mixed_precision], args.training == "full", args.train_batch_size
     backbone = CALLS[model.backbone](args)
     backbone.guidance = 1.0 if model.config.get("guidance_embeds") else None
@@ -463,37 +462,49 @@ def training_step(model, args, fake):
             **adapter_options(args),
         )
 
+    transformer = build(lambda: model.transformer(**model.config), torch.float32 if full else dtype, fake, adapt)
+    if args.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    if args.fsdp:
+        shard(transformer, torch.device("cpu"), dtype)
+    transformer.train()
+    for module in transformer.modules():
+        if isinstance(module, LoKrLayer):
+            module.training = False  # else it draws whether it is dropped, which no fake tensor can say
+    side = args.resolution // backbone.vae_scale_factor
+    with fake:
+        x = torch.empty(size, model.channels, side, side, dtype=dtype)
+        conditions = {name: torch.empty(size, *shape, dtype=dtype) for name, shape in model.conditions.items()}
+
+    def forward(images=size):
+        inputs = x[:1].expand(images, *x.shape[1:])
+        prompts = {name: each[:1].expand(images, *each.shape[1:]) for name, each in conditions.items()}
+        time = torch.rand(images, 2) if full else torch.rand(images)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            return backbone.predict(transformer, inputs, time, prompts)
+
+    return transformer, forward
+
+
+def training_step(model, args):
+    """{what: bytes} of forward and backward pass: there before, trained, kept between the two, the most at once; what
+    an image in drawing needs besides the weights; of the frozen weights, each block's."""
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
     with LiveMemory() as memory:
-        transformer = build(lambda: model.transformer(**model.config), torch.float32 if full else dtype, fake, adapt)
-        if args.gradient_checkpointing:
-            transformer.enable_gradient_checkpointing()
-        if args.fsdp:
-            shard(transformer, torch.device("cpu"), dtype)
-        transformer.train()
-        for module in transformer.modules():
-            if isinstance(module, LoKrLayer):
-                module.training = False  # else it draws whether it is dropped, which no fake tensor can say
-        side = args.resolution // backbone.vae_scale_factor
+        transformer, forward = model_to_train(model, args, fake)
         with fake:
-            x = torch.empty(size, model.channels, side, side, dtype=dtype)
-            conditions = {name: torch.empty(size, *shape, dtype=dtype) for name, shape in model.conditions.items()}
             before = memory.live
             for _ in range(2):  # the second step is like all others: the loss before still holds on to its layers
                 memory.peak = memory.live
-                with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-                    time = torch.rand(size, 2) if full else torch.rand(size)
-                    loss = backbone.predict(transformer, x, time, conditions).float().square().mean()
+                loss = forward().float().square().mean()
                 activations = memory.live - before
                 loss.backward()
                 transformer.zero_grad()
             peak = memory.peak
             del loss
             alive = memory.peak = memory.live
-            images = args.sample_batch_size if args.with_prior_preservation else 1
-            with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-                time = torch.rand(images, 2) if full else torch.rand(images)
-                drawn = {name: each[:1].expand(images, *each.shape[1:]) for name, each in conditions.items()}
-                backbone.predict(transformer, x[:1].expand(images, *x.shape[1:]), time, drawn)
+            with torch.no_grad():
+                forward(images=args.sample_batch_size if args.with_prior_preservation else 1)
             drawing = memory.peak - alive
     trained = 0
     for parameter in transformer.parameters():
@@ -543,7 +554,7 @@ def estimate(model, args):
     quantize_blockwise(torch.zeros(256))  # makes a table that nf4 needs, from numbers that fake tensors do not have
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # returns a view, which nothing writes to
     with as_on(args.device), processes(args.num_processes) if args.fsdp else nullcontext():
-        step = training_step(model, args, FakeTensorMode(allow_non_fake_inputs=True))
+        step = training_step(model, args)
     length = model.conditions["encoder_hidden_states"][0]
     encoders = [encoding_prompts(create, length, dtype, args.device) for create in model.text_encoders]
     vae = coding_images(
