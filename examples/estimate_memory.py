@@ -30,7 +30,7 @@ from common.arguments import Parser, in_range
 from common.latents import encode_images, encode_moments, pack_latents, unpack_latents
 from common.lora import FLUX_TARGET_MODULES, adapter_kind, adapter_options, add_lora, check_adapter
 from common.models import QUANTIZATIONS, check_processes, quantize_base, repeated_blocks, shard
-from common.text_encoders import PROMPTS_PER_BATCH
+from common.text_encoders import PROMPTS_PER_BATCH, PROMPTS_PER_PASS, TEXT_QUANTIZATIONS, quantize_language_model
 
 import bitsandbytes
 import diffusers
@@ -369,10 +369,15 @@ def as_on_gpu():
 
 
 def convert(module, change):
-    """Replaces parameters and buffers by change(tensor)."""
+    """Replaces parameters and buffers by change(tensor); what several modules share is still one tensor."""
+    changed = {}  # {id: (tensor, the new one)}
     for part in module.modules():
         for tensors in (part._parameters, part._buffers):
-            tensors |= {name: change(tensor) for name, tensor in tensors.items() if tensor is not None}
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    if id(tensor) not in changed:
+                        changed[id(tensor)] = tensor, change(tensor)
+                    tensors[name] = changed[id(tensor)][1]
 
 
 def allocate(tensor):
@@ -383,6 +388,7 @@ def allocate(tensor):
     parameter = torch.nn.Parameter(fake, tensor.requires_grad)
     if isinstance(tensor, Params4bit):
         options = {"quant_type": tensor.quant_type, "compress_statistics": tensor.compress_statistics}
+        options["quant_storage"] = tensor.quant_storage
         packed, state = quantize_4bit(fake, **options)
         parameter = torch.nn.Parameter(packed, requires_grad=False)
         parameter.quant_state = state
@@ -441,7 +447,7 @@ def optimizer_bytes(args):
 
 
 def model_to_train(model, args, fake):
-    """(the transformer of `model` with what is trained of it, a function that is its forward pass for so many images)"""
+    """(the transformer of `model` with what is trained of it, its forward pass as a function of a number of images)"""
     dtype, full, size = DTYPES[args.mixed_precision], args.training == "full", args.train_batch_size
     backbone = CALLS[model.backbone](args)
     backbone.guidance = 1.0 if model.config.get("guidance_embeds") else None
@@ -556,7 +562,11 @@ def estimate(model, args):
     with as_on(args.device), processes(args.num_processes) if args.fsdp else nullcontext():
         step = training_step(model, args)
     length = model.conditions["encoder_hidden_states"][0]
-    encoders = [encoding_prompts(create, length, dtype, args.device) for create in model.text_encoders]
+    encoders = []
+    for create in model.text_encoders:
+        quantization = "none" if create in (clip_l, clip_g) else args.quantize_text_encoders
+        count = PROMPTS_PER_PASS if args.offload and quantization == "none" else PROMPTS_PER_BATCH
+        encoders.append(encoding_prompts(create, length, dtype, args.device, quantization=quantization, count=count))
     vae = coding_images(
         model.vae,
         dtype,
@@ -581,18 +591,25 @@ def estimate(model, args):
         "VAE": vae["weights"] if stays else 0,
         "activations": step["activations"],
     }
-    held = sum(rows[name] for name in ("teacher", "average", "reducer", "optimizer"))
+    trained_encoders = [
+        training_tokens(create, length, dtype, args.device, count=args.train_batch_size)
+        for create in model.text_encoders
+        if args.train_text_encoder_ti and (create is clip_l or args.enable_t5_ti)
+    ]
+    rows["text encoders"] = sum(encoder["weights"] for encoder in trained_encoders)
+    rows["activations of text"] = sum(encoder["kept"] for encoder in trained_encoders)
+    held = sum(rows[name] for name in ("teacher", "average", "reducer", "optimizer", "text encoders"))
     drawing = max(step["drawing"] + rows["VAE"], vae["decoding"])
-    if args.offload:  # a layer at a time is on the device
-        text = max(encoder["layer"] + encoder["activations"] for encoder in encoders)
+    text = sum(encoder["weights"] for encoder in encoders if not args.offload or encoder["quantized"])
+    if args.offload:  # a layer and the next are on the device
+        text += max(2 * encoder["layer"] + encoder["activations"] for encoder in encoders)
     else:
-        text = sum(encoder["weights"] for encoder in encoders)
         text += max(encoder["activations"] for encoder in encoders)
     peaks = {
         "encoding prompts": text,
         "encoding images": vae["encoding"] + (0 if args.cache_latents else before + held),
         "drawing class images": rows["weights"] + drawing if args.with_prior_preservation else 0,
-        "forward and backward pass": step["peak"] - swapped + held + rows["VAE"],
+        "forward and backward pass": step["peak"] - swapped + held + rows["VAE"] + rows["activations of text"],
         "optimizer step": before + held + rows["VAE"] + trained + update,
         "drawing for validation": before + held + drawing,
     }
@@ -603,6 +620,7 @@ def estimate(model, args):
     ram = {
         "Python, libraries, driver": round(PROCESS_RAM * GIB),
         "VAE": 0 if stays else vae["weights"],
+        "text encoders, pinned": sum(encoder["weights"] for encoder in encoders if args.offload),
         "blocks to swap": sum(sorted(step["blocks"])[-args.blocks_to_swap :]) if args.blocks_to_swap else 0,
         "a block in float32": block if full else 0,
     }
@@ -620,20 +638,46 @@ def estimate(model, args):
 
 
 @functools.cache
-def encoding_prompts(create, length, dtype, device):
-    """{what: bytes} of a text encoder: all its weights, its largest layer, and what a batch of prompts of `length`
-    tokens needs besides."""
+def encoding_prompts(create, length, dtype, device, *, quantization, count):
+    """{what: bytes} of a text encoder: all its weights, its largest layer, and what `count` prompts of `length` tokens
+    need besides; whether it is quantized."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def adapt(encoder):
+        quantize_language_model(encoder, dtype, quantization)
+
     with as_on(device), LiveMemory() as memory:
-        encoder = build(create, dtype, fake)
+        encoder = build(create, dtype, fake, adapt)
         weights = memory.peak = memory.live
         if create in (clip_l, clip_g):
             length = encoder.config.max_position_embeddings
         with fake, torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            encoder(input_ids=torch.ones(PROMPTS_PER_BATCH, length, dtype=torch.long), output_hidden_states=True)
+            encoder(input_ids=torch.ones(count, length, dtype=torch.long), output_hidden_states=True)
         activations = memory.peak - weights
     layer = max(sum(each.nbytes for each in part.parameters(recurse=False)) for part in encoder.modules())
-    return {"weights": weights, "layer": layer, "activations": activations}
+    is_quantized = quantization != "none"
+    return {"weights": weights, "layer": layer, "activations": activations, "quantized": is_quantized}
+
+
+@functools.cache
+def training_tokens(create, length, dtype, device, *, count):
+    """{what: bytes} of a text encoder whose token embeddings are trained: its weights, what the forward pass keeps for
+    the backward pass and the most at once besides the weights, with `count` prompts."""
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def adapt(encoder):
+        encoder.get_input_embeddings().weight.requires_grad_(True)
+
+    with as_on(device), LiveMemory() as memory:
+        encoder = build(create, dtype, fake, adapt)
+        weights = memory.peak = memory.live
+        if create in (clip_l, clip_g):
+            length = encoder.config.max_position_embeddings
+        with fake, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            output = encoder(input_ids=torch.ones(count, length, dtype=torch.long))[0]
+            kept = memory.live - weights
+            output.float().square().mean().backward()
+    return {"weights": weights, "kept": kept, "peak": memory.peak - weights}
 
 
 @functools.cache
@@ -700,6 +744,9 @@ def parse_args(argv=None):
     arg("--mixed_precision", choices=DTYPES, default="bf16")
     arg("--gradient_checkpointing", action="store_true")
     arg("--quantize_base", choices=QUANTIZATIONS, default="none")
+    arg("--quantize_text_encoders", choices=TEXT_QUANTIZATIONS, default="none")
+    arg("--train_text_encoder_ti", action="store_true", help="new tokens are trained in CLIP")
+    arg("--enable_t5_ti", action="store_true", help="new tokens are trained in T5 too")
     arg("--optimizer", choices=("adamw", "prodigy", "sgd"), default="adamw")
     arg("--use_8bit_adam", action="store_true")
     arg(

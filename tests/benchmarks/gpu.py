@@ -51,9 +51,11 @@ def step(trainer, px, way):
     return "step", f"{trainer}, {px} px, {way}", {"trainer": TRAINERS[trainer], "px": px, "flags": WAYS[way]}
 
 
-def small_card(trainer, gigabytes, preset="low_memory"):
-    options = {"trainer": TRAINERS[trainer], "gigabytes": gigabytes, "preset": f"{trainer}/{preset}"}
-    return "small_card", f"{gigabytes} GB, {trainer}, {preset}.args", options
+def small_card(trainer, gigabytes, preset="low_memory", more=""):
+    """A run with examples/TRAINER/PRESET.args and more flags, whose photos' captions have the word TOK."""
+    flags = f"@{{root}}/examples/{trainer}/{preset}.args {more}"
+    options = {"trainer": TRAINERS[trainer], "gigabytes": gigabytes, "flags": flags}
+    return "small_card", f"{gigabytes} GB, {trainer}, {preset}.args {more}".strip(), options
 
 
 def prompts(name, flags):
@@ -84,7 +86,7 @@ ROWS = [  # (topic, name, options), the most important first
     small_card("omini", 16),
     small_card("influxedit", 12),
     small_card("twinflow", 16),
-    small_card("dreambooth", 24, "best_quality"),
+    small_card("dreambooth", 24, "best_quality", "--quantize_base nf4"),
     step("omini", 512, "nf4"),
     step("influxedit", 512, "nf4"),
     step("twinflow", 512, "nf4"),

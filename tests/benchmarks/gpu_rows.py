@@ -48,7 +48,7 @@ TEXT_TOKENS = 512 if REAL_SIZE else 64
 NUM_BLOCKS = 20 if REAL_SIZE else 1  # that a row swaps
 WARM_UP, STEPS, WATCHED_STEPS = (3, 6, 2) if ON_GPU else (1, 2, 1)
 NUM_PROMPTS = 64 if REAL_SIZE else 8
-CAPTION = "a photo of a red circle on a blue background"
+CAPTION = "a photo of TOK on a blue background"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -106,10 +106,10 @@ def operations(place, *, px):
     return {"operations": counter.get_total_flops()}
 
 
-def small_card(place, *, trainer, gigabytes, preset):
+def small_card(place, *, trainer, gigabytes, flags):
     """Training with validation, resuming and drawing with a preset while no more memory is there than on a smaller
     card: that they end at all, and seconds."""
-    flags = f"@{ROOT}/examples/{preset}.args --gradient_accumulation_steps 1 --checkpointing_steps 2"
+    flags += " --gradient_accumulation_steps 1 --checkpointing_steps 2"
     flags += " --validation_prompt photo --num_validation_images 1 --validation_steps 2 "
     flags += VALIDATION[trainer].format(place=place, side=PIXELS[512])
     found = {}
@@ -250,7 +250,7 @@ def run_trainer(place, trainer, px, flags, *, steps, pictures="pictures", cache_
         "train_twinflow": {"model_type": "flux", "training": "lora"},
     }
     words = [f"--{name}={value}" for name, value in (shared | own.get(trainer, {})).items()]
-    words += flags.format(blocks=NUM_BLOCKS).split()
+    words += flags.format(root=ROOT, blocks=NUM_BLOCKS).split()
     words += [f"--pretrained_model_name_or_path={place / family}", f"--max_train_steps={steps}"]  # not a preset's
     if not REAL_SIZE:
         words += [f"--{size}={PIXELS[px]}", f"--max_sequence_length={TEXT_TOKENS}"]
