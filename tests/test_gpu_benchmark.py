@@ -25,6 +25,8 @@ HERE = {"card": "NVIDIA H100 80GB HBM3", "torch": "2.11", "commit": "1"}
 class Answers:
     """A worker whose answers are given: {row's name: reply}."""
 
+    ended = False
+
     def __init__(self, replies):
         self.replies = replies
         self.asked = []

@@ -2,7 +2,6 @@
 
     python tests/benchmarks/gpu.py                                    # under ten minutes on an H100
     python tests/benchmarks/gpu.py --results card.json --topic step   # one topic's rows
-    python tests/benchmarks/gpu.py --show                             # the tables of what was measured
 
 Weights are random, of FLUX.1-dev's and FLUX.1-Fill-dev's real shapes, rank is 16, batch 1 (TwinFlow 4), precision
 bf16, the optimizer AdamW; the trainers and generators run as they are. Rows come in the order of their importance.
@@ -21,7 +20,6 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 
@@ -122,6 +120,7 @@ class Worker:
         self.log = log
         self.env = env
         self.process = None
+        self.ended = False
 
     def ask(self, topic, options, limit):
         """The reply to a request, {"values" or "error": ...}, in `limit` seconds at most."""
@@ -151,6 +150,12 @@ class Worker:
             self.process.kill()
             self.process.communicate()
             self.process = None
+
+    def end(self):
+        """Answers nothing any more."""
+        self.ended = True
+        if self.process:
+            self.process.kill()
 
 
 class Results:
@@ -197,7 +202,7 @@ def measure(rows, results, worker, args, until):
             return
         started = time.perf_counter()
         reply = worker.ask(topic, options, min(left, args.row_limit))
-        if "error" in reply and left < args.row_limit and reply["error"].startswith("not done"):
+        if worker.ended or ("error" in reply and time.monotonic() > until):
             return  # the time of all is over, not this row's
         results.add(topic, name, reply, time.perf_counter() - started)
         print(f"{topic}: {name}: {brief(reply)}", flush=True)
@@ -321,7 +326,6 @@ def parse_args(argv=None):
     parser.add_argument("--topic", choices=sorted({topic for topic, _, _ in ROWS}), help="measure its rows alone")
     parser.add_argument("--time_limit", type=float, default=600.0, help="seconds; then the tables of what there is")
     parser.add_argument("--row_limit", type=float, default=120.0, help="seconds of a row at most")
-    parser.add_argument("--show", action="store_true", help="print the tables of what was measured, and no more")
     return parser.parse_args(argv)
 
 
@@ -334,26 +338,20 @@ def main(argv=None):
     if "error" in environment:
         sys.exit(f"gpu.py: error: {environment['error']}")
     results = Results(args.results, environment["values"])
-    if args.show:
-        print_tables(results)
-        return
-    # estimates need a processor alone: beside a GPU they are made meanwhile
-    estimator = worker
-    if not environment["values"]["card"].startswith("no GPU"):
-        estimator = Worker(log, os.environ | {"CUDA_VISIBLE_DEVICES": "", "REAL_SIZE": "1"})
     rows = [row for row in ROWS if args.topic in (None, row[0])]
+    estimator = worker
     try:
-        with ThreadPoolExecutor(1) as beside:
-            if estimator is not worker:
-                estimating = beside.submit(measure, estimates(), results, estimator, args, until)
+        if environment["values"]["card"].startswith("no GPU"):
+            measure(rows + estimates(), results, worker, args, until)
+        else:  # estimates need a processor alone: they are made meanwhile
+            estimator = Worker(log, os.environ | {"CUDA_VISIBLE_DEVICES": "", "REAL_SIZE": "1"})
+            beside = threading.Thread(target=measure, args=(estimates(), results, estimator, args, until), daemon=True)
+            beside.start()
             measure(rows, results, worker, args, until)
-            if estimator is worker:
-                measure(estimates(), results, worker, args, until)
-            else:
-                estimating.result()
+            beside.join(max(0.0, until - time.monotonic()))
     finally:
-        worker.close()
-        estimator.close()
+        worker.end()
+        estimator.end()
         print_tables(results)
 
 
