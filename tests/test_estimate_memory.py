@@ -296,15 +296,14 @@ def test_norms_are_computed_as_autocast_does_on_a_gpu():
 
 
 def test_text_encoders_are_offloaded_quantized_or_trained():
-    def encoding(quantization, count):
-        return encoding_prompts(t5_xxl, 512, torch.bfloat16, "cuda", quantization=quantization, count=count)
+    def encoding(quantization):
+        return encoding_prompts(t5_xxl, 512, torch.bfloat16, "cuda", quantization=quantization, count=4)
 
     whole = 4.76e9 * 2
-    with_all = encoding("none", 4)
+    with_all = encoding("none")
     assert with_all["weights"] == pytest.approx(whole, rel=0.01)
-    in_four_bits = encoding("nf4", 4)
+    in_four_bits = encoding("nf4")
     assert 0.25 < in_four_bits["weights"] / whole < 0.32  # the embeddings stay as they are
-    assert encoding("none", 16)["activations"] == pytest.approx(4 * with_all["activations"], rel=0.1)
     trained = training_tokens(t5_xxl, 512, torch.bfloat16, "cuda", count=1)
     scores = 24 * 64 * 512 * 512 * 2  # of the attention in each layer, at least
     assert trained["weights"] == with_all["weights"] and scores < trained["kept"] < trained["peak"]
