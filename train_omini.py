@@ -49,7 +49,7 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from itertools import product, zip_longest
+from itertools import islice, product, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +118,7 @@ from common.data import (
     fit,
     fit_mask,
     header_size,
+    map_ahead,
     map_examples,
     open_image,
     open_stream,
@@ -162,6 +163,7 @@ from common.latents import (
     image_ids,
     mean_latents,
     moments_size,
+    num_reading_threads,
     pack_latents,
     remove_encoded,
     sample_latents,
@@ -1812,12 +1814,16 @@ def estimate_depth(accelerator, examples, args):
         device=accelerator.device,
         model_kwargs={"cache_dir": args.cache_dir},
     )
+    # an item of the user's class is read by one thread, as everywhere
+    num_threads = 1 if args.dataset_class else num_reading_threads()
+    read = lambda example: fit(example.image(), args.target_size, args.image_interpolation_mode)  # noqa: E731
     starts = list(range(0, len(examples), args.depth_batch_size))
     with accelerator.split_between_processes(starts) as own_starts:
-        for start in tqdm(own_starts, desc="Estimating depth", unit="batch", disable=not accelerator.is_main_process):
-            batch = examples[start : start + args.depth_batch_size]
-            images = [fit(each.image(), args.target_size, args.image_interpolation_mode) for each in batch]
-            images = [image for image in images if not depth_path(image, args).exists()]
+        own = [example for start in own_starts for example in examples[start : start + args.depth_batch_size]]
+        inputs = map_ahead(read, own, num_threads)
+        for _ in tqdm(own_starts, desc="Estimating depth", unit="batch", disable=not accelerator.is_main_process):
+            batch = list(islice(inputs, args.depth_batch_size))
+            images = [image for image in batch if not depth_path(image, args).exists()]
             if not images:
                 continue
             results = estimator(images, batch_size=args.depth_batch_size)

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -205,6 +206,7 @@ class TensorCache:
                     self.save(entry, *key)
                 progress_bar.update(len(batch))
         accelerator.wait_for_everyone()
+        self.check_shared(accelerator, [self.digest(*key) for key in missing])
 
     def fill_by_content(
         self,
@@ -242,7 +244,16 @@ class TensorCache:
                 digests += [digest for digest, _ in batch]
                 progress_bar.update(len(batch))
         digests = gather_objects(digests)  # all files are there once all processes have come here
+        self.check_shared(accelerator, digests)
         return CachedTensors(self, dict(zip(keys, digests, strict=True)), torch.float32)
+
+    def check_shared(self, accelerator: Accelerator, digests: Iterable[bytes]) -> None:
+        """Ends the run if what the other processes have encoded is not to be seen here."""
+        if accelerator.num_processes > 1 and not all(is_whole(self.path_of(digest)) for digest in digests):
+            raise SystemExit(
+                f"\n{Path(sys.argv[0]).name}: error: {self.folder} lacks what other processes have encoded: it must "
+                "lie on a disk that all machines share"
+            )
 
 
 class CachedTensors(Mapping):

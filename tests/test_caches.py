@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import common.latents
 from common.data import Size
-from common.latents import encode_by_size, encode_moments, images_per_batch
+from common.latents import TensorCache, encode_by_size, encode_moments, images_per_batch
 from common.models import OBJECTS_PER_MESSAGE, gather_objects
 from common.text_encoders import (
     PROMPTS_PER_BATCH,
@@ -184,6 +184,15 @@ def gather_many(trainer, folder):
     gathered = gather_objects([(rank, i) for i in range((2500, 40)[rank])])
     Path(folder, f"{rank}.json").write_text(json.dumps([gathered, max(counts)]))
     distributed.destroy_process_group()
+
+
+def test_a_folder_that_machines_do_not_share_is_one_message(tmp_path):
+    cache = TensorCache(tmp_path, b"a model")
+    cache.save({"value": torch.ones(2)}, b"here")
+    two = SimpleNamespace(num_processes=2)
+    cache.check_shared(two, [cache.digest(b"here")])
+    with pytest.raises(SystemExit, match="a disk that all machines share"):
+        cache.check_shared(two, [cache.digest(b"here"), cache.digest(b"of another machine")])
 
 
 # ---- what stays on the disk, and how long ----
