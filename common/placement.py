@@ -24,6 +24,9 @@ PLACEMENT_HELP = (
 # Needed beside the weights: to decode a pixel in bf16 takes 1.7 KiB, a forward pass of FLUX.1 less
 WORKING_BYTES_PER_PIXEL = 2048
 
+# torch rounds pinned allocations up to powers of two: FLUX.1's transformer takes about this times its size
+PINNED = 1.5
+
 SMALL = 2**30  # bytes: a smaller model is on the device all the time
 
 
@@ -37,19 +40,23 @@ def choose_placements(
     group_offload  each of its blocks is copied to the device while the one before it computes
     nf4            it is quantized to 4 bits, a transformer alone
 
-    The first that fits is taken: all but the last compute the same numbers. Offloaded models take their size of CPU
-    memory, of which `free_ram` bytes are free.
+    The first that fits is taken: all but the last compute the same numbers. Offloaded models take CPU memory, of which
+    `free_ram` bytes are free: their size, or with group_offload, which pins it, PINNED times that.
     """
     working = WORKING_BYTES_PER_PIXEL * max(pixels, 1024 * 1024)
     if sum(sizes.values()) + working <= free:
         return dict.fromkeys(sizes, "whole")
     placements = {name: "whole" for name, size in sizes.items() if is_resident(name, size)}
     resident = sum(sizes[name] for name in placements)
-    offloaded = [name for name in sizes if name not in placements]
-    for name in offloaded:
-        fits_alone = resident + sizes[name] + working <= free
-        placements[name] = "model_offload" if fits_alone else "group_offload"
-    if "transformer" in offloaded and sum(sizes[name] for name in offloaded) > free_ram:
+    offloaded_ram = 0
+    for name in [name for name in sizes if name not in placements]:
+        if resident + sizes[name] + working <= free:
+            placements[name] = "model_offload"
+            offloaded_ram += sizes[name]
+        else:
+            placements[name] = "group_offload"
+            offloaded_ram += PINNED * sizes[name]
+    if placements.get("transformer", "whole") != "whole" and offloaded_ram > free_ram:
         placements["transformer"] = "nf4"
     return placements
 

@@ -27,7 +27,8 @@ CPU = torch.device("cpu")
         (23, 60, "group_offload", "model_offload"),
         (11.5, 60, "group_offload", "model_offload"),
         (7.5, 60, "group_offload", "group_offload"),
-        (23, 30, "nf4", "model_offload"),
+        (23, 45, "group_offload", "model_offload"),
+        (23, 40, "nf4", "model_offload"),
         (11.5, 16, "nf4", "model_offload"),
     ],
 )
