@@ -206,7 +206,8 @@ def test_processes_and_accumulation_change_together_or_are_refused(tmp_path):
 def test_a_run_goes_on_with_another_number_of_processes(runs, flags_of, tmp_path, script, way):
     script, all_weights, _ = script.partition(",")
     flags = [*flags_of[script], *EXTRA[way], *(["--training", "full", "--recipe", "twinflow"] if all_weights else [])]
-    flags += ["--checkpointing_steps", 1, "--lr_scheduler", "cosine", "--lr_warmup_steps", 1, "--max_train_steps", 4]
+    flags += ["--checkpointing_steps", 1, "--lr_scheduler", "constant_with_warmup", "--lr_warmup_steps", 2]
+    flags += ["--max_train_steps", 4]
     flags += ["--use_ema"] if script != "train_twinflow" else []
     flags += ["--validation_split", 0.2, "--validation_loss_steps", 1, "--load_best_model_at_end"]
 
