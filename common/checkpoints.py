@@ -612,7 +612,7 @@ def save_checkpoint(
             accelerator.wait_for_everyone()
             accelerator.save_state(str(partial))
             accelerator.wait_for_everyone()  # all have written their part
-            (names,) = broadcast_object_list([file_names(partial) if accelerator.is_main_process else None])
+            (names,) = broadcast_object_list([file_names(partial)])  # as the main process sees the folder
             share = own_share(names)
             found = checksums(partial, share)
             for name in share:
