@@ -90,6 +90,7 @@ from common.checkpoints import (
     save_checkpoint,
     stop_agreed,
     stop_interrupted,
+    stops_alone,
 )
 from common.data import (
     IMAGE_SUFFIXES,
@@ -131,6 +132,7 @@ from common.data import (
     read_sizes,
     read_text,
     replace_words,
+    resolve_num_workers,
     visible,
 )
 from common.flow_matching import (
@@ -192,11 +194,14 @@ from common.lora import (
 )
 from common.lora_formats import FLUX_LAYERS, LORA_FORMS, diffusers_state_dict, full_name
 from common.models import (
+    ATTENTION_BACKENDS,
     PROCESS_TIMEOUT,
     QUANTIZATIONS,
+    check_attention,
     check_launcher,
     check_weights,
     compile_blocks,
+    full_tensor,
     is_lora,
     latent_channels,
     load_model,
@@ -205,8 +210,11 @@ from common.models import (
     quantize_base,
     resolve_precision,
     shard,
+    to_device,
+    use_attention,
     why_no_pipeline,
 )
+from common.optimizers import Prodigy, fused_adamw, step_if_finite
 from common.placement import place
 from common.text_encoders import (
     CLIP_TARGET_MODULES,
@@ -224,6 +232,7 @@ from common.text_encoders import (
 from common.tracking import (
     METADATA,
     Metrics,
+    StepReads,
     add_thumbnail,
     check_hub,
     check_trackers,
@@ -346,6 +355,11 @@ def parse_args(argv=None):
         action="store_true",
         help="compile the transformer's blocks: minutes once, then faster steps",
     )
+    arg(
+        "--attention_backend",
+        choices=ATTENTION_BACKENDS,
+        help="diffusers' name of the kernels that compute attention (default: PyTorch chooses)",
+    )
     arg("--offload", action="store_true", help="keep frozen models in CPU memory until they are used")
     arg("--fsdp", action="store_true", help="shard weights and optimizer state over the processes (FSDP2)")
 
@@ -392,8 +406,8 @@ def parse_args(argv=None):
         "--dataloader_num_workers",
         "--max_data_loader_n_workers",
         type=worker_count,
-        default=0,
-        help="processes that read images; 0: the main process",
+        help="processes that read images; 0: the main process "
+        "(default: 4 with a GPU, one per core of a process if those are fewer, else 0)",
     )
     arg("--cache_latents", action="store_true", help="encode images once, before training: saves time and memory")
     arg("--cache_latents_to_disk", action="store_true", help="keep latents for later runs, found by image content")
@@ -721,6 +735,7 @@ def parse_args(argv=None):
     if is_single_file(args) and args.tokenizer_dir is None:
         args.tokenizer_dir = Path(args.pretrained_model_name_or_path).parent.parent / "tokenizers"
     args.mixed_precision = resolve_precision(args.mixed_precision)
+    args.dataloader_num_workers = resolve_num_workers(args.dataloader_num_workers)
     args.lora_alpha = args.lora_alpha or args.rank
     if args.cache_latents_to_disk:
         args.cache_latents = True
@@ -728,7 +743,7 @@ def parse_args(argv=None):
         args.output_dir /= args.output_name
     args.pool_at_eos = args.train_text_encoder_ti  # no flag, but recorded as one, see `pools_at_eos`
     problems = check_args(args) + check_hub(args) + check_trackers(args) + check_weights(args) + check_model(args)
-    problems += check_adapter(args)
+    problems += check_adapter(args) + check_attention(args)
     problems += check_launcher(args) + check_output_dir(args)
     parser.refuse(problems + check_results(args, result_files(args), [args.lora_path] if args.lora_path else []))
     parser.remark(idle_flags(args, shared_needs(args), needs(args)))
@@ -1151,8 +1166,9 @@ class Flux2(Flux):
     def sample_latents(self, moments, vae, generator):
         mean, _ = moments.chunk(2, dim=1)  # not sampled, as in the pipeline
         patches = Flux2Pipeline._patchify_latents(mean)  # [B, 4C, h/2, w/2]
-        shift = vae.bn.running_mean.view(1, -1, 1, 1).to(patches)
-        std = torch.sqrt(vae.bn.running_var.view(1, -1, 1, 1).to(patches) + vae.config.batch_norm_eps)
+        shift = to_device(vae.bn.running_mean, patches.device).view(1, -1, 1, 1).to(patches)
+        var = to_device(vae.bn.running_var, patches.device).view(1, -1, 1, 1).to(patches)
+        std = torch.sqrt(var + vae.config.batch_norm_eps)
         return Flux2Pipeline._unpatchify_latents((patches - shift) / std)
 
     def predict(self, transformer, tokens, sigmas, prompt_embeds, pooled_prompt_embeds, *, guidance, height, width):
@@ -1162,8 +1178,8 @@ class Flux2(Flux):
             timestep=sigmas,
             guidance=guidance,
             encoder_hidden_states=prompt_embeds,
-            txt_ids=Flux2Pipeline._prepare_text_ids(prompt_embeds).to(tokens.device),
-            img_ids=Flux2Pipeline._prepare_latent_ids(patches).to(tokens.device),
+            txt_ids=to_device(Flux2Pipeline._prepare_text_ids(prompt_embeds), tokens.device),
+            img_ids=to_device(Flux2Pipeline._prepare_latent_ids(patches), tokens.device),
             return_dict=False,
         )[0]
 
@@ -1241,7 +1257,7 @@ class ExtendedEmbedding(torch.nn.Module):
         self.embedding = embedding
         self.first_new_id = first_new_id
         self.new_rows = torch.nn.Parameter(new_rows.float())
-        self.std = embedding.weight.float().std()
+        self.register_buffer("std", embedding.weight.float().std(), persistent=False)  # moves with the table
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         embedded = self.embedding(input_ids.clamp(max=self.first_new_id - 1))
@@ -1316,11 +1332,14 @@ class TokenEmbeddingsHandler:
         return [embedding.new_rows for embedding in self.embeddings.values()]
 
     @torch.no_grad()
-    def retract_embeddings(self) -> None:
-        """Moves the spread of the new rows towards that of the table, as the pivotal tuning of cog-sdxl does."""
+    def retract_embeddings(self, step_taken: torch.Tensor) -> None:
+        """Moves the spread of the new rows towards that of the table, as the pivotal tuning of cog-sdxl does.
+
+        Not after a step that was skipped: `step_taken` is a bool [].
+        """
         for embedding in self.embeddings.values():
             rows = embedding.new_rows
-            rows *= (embedding.std.to(rows.device) / rows.std()) ** 0.1
+            rows *= torch.where(step_taken, (embedding.std / rows.std()) ** 0.1, 1.0)
 
     def save_embeddings(self, path: Path) -> None:
         """Writes the new rows, {"clip_l": [n, 768], "t5": [n, 4096]}, for `load_textual_inversion`.
@@ -1516,7 +1535,7 @@ def sample_noise(
         sigmoid_scale=args.sigmoid_scale,
         discrete_flow_shift=args.discrete_flow_shift,
     )
-    return noise.to(latents.device), sigmas.to(latents.device)
+    return to_device(noise, latents.device), to_device(sigmas, latents.device)
 
 
 def compute_loss(
@@ -3316,12 +3335,10 @@ def save_model_card(
     write_model_card(args, text, tags, base_model, trigger_words, instance_prompt=args.instance_prompt)
 
 
-def create_optimizer(args, params_to_optimize):
+def create_optimizer(args, params_to_optimize, fused=None):
     """The optimizer that --optimizer names; each group of parameters has its own learning rate and weight decay."""
     betas = (args.adam_beta1, args.adam_beta2)
     if args.optimizer == "prodigy":
-        from prodigyopt import Prodigy
-
         return Prodigy(
             params_to_optimize,
             betas=betas,
@@ -3335,7 +3352,7 @@ def create_optimizer(args, params_to_optimize):
         from bitsandbytes.optim import AdamW8bit
 
         return AdamW8bit(params_to_optimize, betas=betas, eps=args.adam_epsilon)
-    return torch.optim.AdamW(params_to_optimize, betas=betas, eps=args.adam_epsilon)
+    return torch.optim.AdamW(params_to_optimize, betas=betas, eps=args.adam_epsilon, fused=fused)
 
 
 def training_stops(args, max_train_steps, checkpoint):
@@ -3408,7 +3425,7 @@ def generate_command(args, prompt):
 
 def main(args):
     """Trains. Ctrl-C and other signals save and end it with exit code 128 + their number."""
-    with catch_signals(args.output_dir):
+    with catch_signals(args.output_dir), use_attention(args.attention_backend):
         train(args)
 
 
@@ -3667,7 +3684,8 @@ def train(args):
                 "weight_decay": args.adam_weight_decay_text_encoder,
             }
         )
-    optimizer = create_optimizer(args, params_to_optimize)
+    fused = fused_adamw(device, has_scaler=accelerator.scaler is not None)
+    optimizer = create_optimizer(args, params_to_optimize, fused)
     lr_scheduler = get_scheduler(
         args.lr_scheduler,
         optimizer,
@@ -3737,6 +3755,7 @@ def train(args):
         batch_sampler=sampler,
         collate_fn=collate,
         num_workers=args.dataloader_num_workers,
+        pin_memory=device.type == "cuda",
         worker_init_fn=outlive_signals,
     )
 
@@ -3806,6 +3825,7 @@ def train(args):
     interruption.start_saving()
     loss_sum = 0.0  # of the micro-steps since the last update
     num_images = 0  # in them, on all processes, without class images
+    step_reads = StepReads(device)
     taken_steps = []  # of each step: whether loss and gradient were finite, so that it changed weights
     started = time.perf_counter()
     # No loop over epochs: a run can resume at any micro-step. All that a micro-step draws at random (batch, crops,
@@ -3820,7 +3840,7 @@ def train(args):
             torch.manual_seed(generator.initial_seed())  # dropout uses the global generator
 
             if args.cache_latents:
-                moments = batch["moments"].to(device)
+                moments = to_device(batch["moments"], device)
             else:
                 with offload_models(vae, device=device, offload=offload_vae):
                     moments = encode_moments(vae, batch["pixel_values"])
@@ -3834,9 +3854,10 @@ def train(args):
             target = None
             class_rows = is_class_image.nonzero().flatten()  # on the CPU, where nothing waits for it
             if args.prior_target == "base" and len(class_rows):
+                class_prompts_of_batch = [batch["prompt"][row] for row in class_rows.tolist()]
+                class_rows = to_device(class_rows, device)
                 base_pooled_prompt_embeds = pooled_prompt_embeds[class_rows]
                 if args.train_text_encoder:
-                    class_prompts_of_batch = [batch["prompt"][row] for row in class_rows.tolist()]
                     base_pooled_prompt_embeds = torch.cat([base_pooled[prompt] for prompt in class_prompts_of_batch])
                 with accelerator.autocast():
                     base_pred = predict_base_velocity(
@@ -3863,9 +3884,9 @@ def train(args):
                     guidance=guidance,
                     weighting_scheme=args.weighting_scheme,
                     target=target,
-                    loss_mask=batch["loss_mask"].to(device) if dataset.has_masks else None,
+                    loss_mask=to_device(batch["loss_mask"], device) if dataset.has_masks else None,
                 )
-            losses = torch.where(is_class_image.to(device), args.prior_loss_weight * losses, losses)
+            losses = torch.where(to_device(is_class_image, device), args.prior_loss_weight * losses, losses)
             if args.with_prior_preservation:
                 instance_losses, prior_losses = losses.chunk(2)  # `collate` puts class images behind the others
                 instance_loss = instance_losses.mean()
@@ -3910,16 +3931,17 @@ def train(args):
                 for parameter in lora_params:
                     parameter.grad = None
             grad_norm = accelerator.clip_grad_norm_(trained_params, args.max_grad_norm or math.inf)
+            grad_norm = to_device(full_tensor(grad_norm), device)  # without a gradient it is a 0 on the CPU
             # one message between the processes carries the loss and whether any of them got a signal
-            stop_requested = torch.tensor(float(interruption.is_requested()), device=device)
+            stop_requested = torch.full((), float(interruption.is_requested()), device=device)
             reduced = accelerator.reduce(torch.stack([loss_sum, stop_requested]), reduction="mean")
-            mean_loss, stop_requested = reduced.tolist()
-            # a gradient scaler (fp16) skips infinite gradients itself
-            finite = math.isfinite(mean_loss) and (accelerator.scaler is not None or math.isfinite(grad_norm))
-            if finite or accelerator.scaler is not None:
-                optimizer.step()
-                if prompt_encoder.trained:
-                    embedding_handler.retract_embeddings()
+            mean_loss, stop_requested = reduced
+            is_finite = mean_loss.isfinite()
+            if accelerator.scaler is None:  # a gradient scaler (fp16) skips infinite gradients itself
+                is_finite = is_finite & grad_norm.isfinite()
+            step_if_finite(accelerator, optimizer, is_finite)
+            if prompt_encoder.trained:
+                embedding_handler.retract_embeddings(is_finite | (accelerator.scaler is not None))
             optimizer.zero_grad()
 
         global_step += 1
@@ -3928,25 +3950,39 @@ def train(args):
         if args.use_ema:
             ema.step(trained_params)  # takes those that are frozen as they are, which the transformer goes on with
         done = global_step == max_train_steps
-        taken_steps.append(finite and not accelerator.optimizer_step_was_skipped)
-        logs = {"loss": mean_loss, **step_logs(optimizer, grad_norm, num_images, started, device)}
-        if held_out_examples and (global_step % validation_loss_steps == 0 or global_step == 1 or done):
-            with result_weights():
-                logs |= validate()
-                best.update(global_step, logs["validation_loss"])
-            done = done or best.is_over
+        numbers = {
+            "loss": mean_loss,
+            "grad_norm": grad_norm,
+            "stop_requested": stop_requested,
+            "taken": is_finite & (not accelerator.optimizer_step_was_skipped),
+        }
+        step_reads.put(global_step, numbers, step_logs(optimizer, num_images, started, device))
         lr_scheduler.step()  # after the step's rate was logged
-        log_step(accelerator, progress_bar, metrics, global_step, logs)
-        check_steps(taken_steps, global_step, done=done)
+        validates = held_out_examples and (global_step % validation_loss_steps == 0 or global_step == 1 or done)
+        saves = global_step % args.checkpointing_steps == 0
+        draws = val_prompts and global_step % validation_steps == 0
+        stop_requested = False
+        for logged_step, logs in step_reads.read(wait=done or validates or saves or draws or stops_alone(accelerator)):
+            taken_steps.append(bool(logs.pop("taken")))
+            if logs.pop("stop_requested"):
+                stop_requested = True
+                step_reads.num_waiting = 0  # all is logged before it is saved
+            if validates and logged_step == global_step:
+                with result_weights():
+                    logs |= validate()
+                    best.update(global_step, logs["validation_loss"])
+                done = done or best.is_over
+            log_step(accelerator, progress_bar, metrics, logged_step, logs)
+            check_steps(taken_steps, logged_step, done=done and logged_step == global_step)
         if args.save_every_n_epochs and adapted_models and not done:
             epoch, step_of_epoch = divmod(global_step, steps_per_epoch)
             if step_of_epoch == 0 and epoch % args.save_every_n_epochs == 0:
                 with result_weights():
                     save_result(args, adapted_models, header(), save_dtype, epoch)
         # after the file of the epoch, which a run that is resumed from this checkpoint does not write
-        if global_step % args.checkpointing_steps == 0:
+        if saves:
             save()
-        if val_prompts and global_step % validation_steps == 0 and not (done or stop_requested):
+        if draws and not (done or stop_requested):
             log_validation(
                 accelerator,
                 family,

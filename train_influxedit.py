@@ -90,6 +90,7 @@ from common.checkpoints import (
     save_checkpoint,
     stop_agreed,
     stop_interrupted,
+    stops_alone,
 )
 from common.data import (
     INTERPOLATION,
@@ -119,6 +120,7 @@ from common.data import (
     read_folder,
     read_prompts,
     read_sizes,
+    resolve_num_workers,
     shortened,
 )
 from common.flow_matching import (
@@ -176,8 +178,10 @@ from common.lora import (
 )
 from common.lora_formats import LoraLayer
 from common.models import (
+    ATTENTION_BACKENDS,
     PROCESS_TIMEOUT,
     QUANTIZATIONS,
+    check_attention,
     check_launcher,
     check_weights,
     compile_blocks,
@@ -188,8 +192,11 @@ from common.models import (
     quantize_base,
     resolve_precision,
     shard,
+    to_device,
+    use_attention,
     why_no_pipeline,
 )
+from common.optimizers import Prodigy, fused_adamw, step_if_finite
 from common.placement import place
 from common.text_encoders import (
     CLIP_TARGET_MODULES,
@@ -206,6 +213,7 @@ from common.text_encoders import (
 from common.tracking import (
     METADATA,
     Metrics,
+    StepReads,
     add_thumbnail,
     check_hub,
     check_trackers,
@@ -313,6 +321,11 @@ def parse_args(argv=None):
         help="store T5, or the language model that reads prompts, in 4 or 8 bits; not CLIP",
     )
     arg("--compile", action="store_true", help="compile the transformer's blocks: minutes once, then faster steps")
+    arg(
+        "--attention_backend",
+        choices=ATTENTION_BACKENDS,
+        help="diffusers' name of the kernels that compute attention (default: PyTorch chooses)",
+    )
     arg("--offload", action="store_true", help="keep frozen models in CPU memory until they are used")
     arg("--fsdp", action="store_true", help="shard weights and optimizer state over the processes (FSDP2)")
 
@@ -350,8 +363,8 @@ def parse_args(argv=None):
     arg(
         "--dataloader_num_workers",
         type=worker_count,
-        default=0,
-        help="processes that read images; 0: the main process",
+        help="processes that read images; 0: the main process "
+        "(default: 4 with a GPU, one per core of a process if those are fewer, else 0)",
     )
     arg("--cache_latents", action="store_true", help="encode images once, before training: saves time and memory")
 
@@ -585,10 +598,12 @@ def parse_args(argv=None):
 
     args = parser.parse_args(argv)
     args.mixed_precision = resolve_precision(args.mixed_precision)
+    args.dataloader_num_workers = resolve_num_workers(args.dataloader_num_workers)
     args.lora_alpha = args.lora_alpha or args.rank
     if args.output_name:
         args.output_dir /= args.output_name
-    problems = check_args(args) + check_weights(args) + check_model(args) + check_output_dir(args)
+    problems = check_args(args) + check_attention(args) + check_weights(args) + check_model(args)
+    problems += check_output_dir(args)
     lora = lora_file(args.output_dir, args.output_name)
     parser.refuse(problems + check_results(args, [lora], [args.lora_path] if args.lora_path else []))
     parser.remark(idle_flags(args, shared_needs(args), needs(args)))
@@ -931,7 +946,7 @@ def sample_noise(
         sigmoid_scale=args.sigmoid_scale,
         discrete_flow_shift=args.discrete_flow_shift,
     )
-    return noise.to(latents.device), sigmas.to(latents.device)
+    return to_device(noise, latents.device), to_device(sigmas, latents.device)
 
 
 def compute_loss(
@@ -1703,12 +1718,10 @@ def describe_run(args, examples, held_out_examples, class_examples, text_lora_pa
     return run_info
 
 
-def create_optimizer(args, params_to_optimize):
+def create_optimizer(args, params_to_optimize, fused=None):
     """The optimizer of --optimizer; `params_to_optimize` are groups, each with its learning rate and weight decay."""
     betas = (args.adam_beta1, args.adam_beta2)
     if args.optimizer == "prodigy":
-        from prodigyopt import Prodigy
-
         return Prodigy(
             params_to_optimize,
             betas=betas,
@@ -1722,7 +1735,7 @@ def create_optimizer(args, params_to_optimize):
         from bitsandbytes.optim import AdamW8bit
 
         return AdamW8bit(params_to_optimize, betas=betas, eps=args.adam_epsilon)
-    return torch.optim.AdamW(params_to_optimize, betas=betas, eps=args.adam_epsilon)
+    return torch.optim.AdamW(params_to_optimize, betas=betas, eps=args.adam_epsilon, fused=fused)
 
 
 def generate_command(args, prompt):
@@ -1739,7 +1752,7 @@ def generate_command(args, prompt):
 
 def main(args):
     """Trains. Ctrl-C and other signals save and end it with exit code 128 + their number."""
-    with catch_signals(args.output_dir):
+    with catch_signals(args.output_dir), use_attention(args.attention_backend):
         train(args)
 
 
@@ -1956,7 +1969,8 @@ def train(args):
                 "weight_decay": args.adam_weight_decay_text_encoder,
             }
         )
-    optimizer = create_optimizer(args, params_to_optimize)
+    fused = fused_adamw(device, has_scaler=accelerator.scaler is not None)
+    optimizer = create_optimizer(args, params_to_optimize, fused)
     lr_scheduler = get_scheduler(
         args.lr_scheduler,
         optimizer,
@@ -2030,6 +2044,7 @@ def train(args):
         batch_sampler=sampler,
         collate_fn=collate,
         num_workers=args.dataloader_num_workers,
+        pin_memory=device.type == "cuda",
         worker_init_fn=outlive_signals,
     )
 
@@ -2078,6 +2093,7 @@ def train(args):
     )
     interruption.start_saving()
     loss_sum = 0.0  # of the micro-steps since the last update
+    step_reads = StepReads(device)
     taken_steps = []  # of each step: whether loss and gradient were finite, so that it changed weights
     started = time.perf_counter()
     # No loop over epochs: a run can resume at any micro-step. All that a micro-step draws at random (batch, crops,
@@ -2092,13 +2108,13 @@ def train(args):
             torch.manual_seed(generator.initial_seed())  # dropout uses the global generator
 
             if args.cache_latents:
-                moments = batch["moments"].to(device)
+                moments = to_device(batch["moments"], device)
             else:
                 with offload_models(vae, device=device, offload=offload_vae):
                     moments = encode_moments(vae, batch["pixel_values"].flatten(0, 1)).unflatten(0, (-1, 2))
             latents = sample_latents(moments[:, 0], vae.config, generator)
             input_latents = sample_latents(moments[:, 1], vae.config, generator)
-            condition = pack_fill_condition(input_latents, batch["mask"].to(device))
+            condition = pack_fill_condition(input_latents, to_device(batch["mask"], device))
             prompt_embeds, pooled_prompt_embeds = prompt_encoder.encode_prompts(batch["prompt"])
             guidance = None
             if guidance_embeds:
@@ -2154,33 +2170,48 @@ def train(args):
 
             average_gradients(accelerator, text_lora_params)
             grad_norm = accelerator.clip_grad_norm_(trained_params, args.max_grad_norm or math.inf)
+            grad_norm = to_device(full_tensor(grad_norm), device)  # without a gradient it is a 0 on the CPU
             # one message between the processes carries the loss and whether any of them got a signal
-            stop_requested = torch.tensor(float(interruption.is_requested()), device=device)
+            stop_requested = torch.full((), float(interruption.is_requested()), device=device)
             reduced = accelerator.reduce(torch.stack([loss_sum, stop_requested]), reduction="mean")
-            mean_loss, stop_requested = reduced.tolist()
-            # a gradient scaler (fp16) skips infinite gradients itself
-            finite = math.isfinite(mean_loss) and (accelerator.scaler is not None or math.isfinite(grad_norm))
-            if finite or accelerator.scaler is not None:
-                optimizer.step()
+            mean_loss, stop_requested = reduced
+            is_finite = mean_loss.isfinite()
+            if accelerator.scaler is None:  # a gradient scaler (fp16) skips infinite gradients itself
+                is_finite = is_finite & grad_norm.isfinite()
+            step_if_finite(accelerator, optimizer, is_finite)
             optimizer.zero_grad()
             if args.use_ema:
                 ema.step(trained_params)
 
         global_step += 1
         done = global_step == max_train_steps
-        taken_steps.append(finite and not accelerator.optimizer_step_was_skipped)
-        logs = {"loss": mean_loss, **step_logs(optimizer, grad_norm, total_batch_size, started, device)}
-        if held_out_examples and (global_step % validation_loss_steps == 0 or global_step == 1 or done):
-            with result_weights():
-                logs |= validate()
-                best.update(global_step, logs["validation_loss"])
-            done = done or best.is_over
+        numbers = {
+            "loss": mean_loss,
+            "grad_norm": grad_norm,
+            "stop_requested": stop_requested,
+            "taken": is_finite & (not accelerator.optimizer_step_was_skipped),
+        }
+        step_reads.put(global_step, numbers, step_logs(optimizer, total_batch_size, started, device))
         lr_scheduler.step()  # after the step's rate was logged
-        log_step(accelerator, progress_bar, metrics, global_step, logs)
-        check_steps(taken_steps, global_step, done=done)
-        if global_step % args.checkpointing_steps == 0:
+        validates = held_out_examples and (global_step % validation_loss_steps == 0 or global_step == 1 or done)
+        saves = global_step % args.checkpointing_steps == 0
+        draws = cases and global_step % args.validation_steps == 0
+        stop_requested = False
+        for logged_step, logs in step_reads.read(wait=done or validates or saves or draws or stops_alone(accelerator)):
+            taken_steps.append(bool(logs.pop("taken")))
+            if logs.pop("stop_requested"):
+                stop_requested = True
+                step_reads.num_waiting = 0  # all is logged before it is saved
+            if validates and logged_step == global_step:
+                with result_weights():
+                    logs |= validate()
+                    best.update(global_step, logs["validation_loss"])
+                done = done or best.is_over
+            log_step(accelerator, progress_bar, metrics, logged_step, logs)
+            check_steps(taken_steps, logged_step, done=done and logged_step == global_step)
+        if saves:
             save()
-        if cases and global_step % args.validation_steps == 0 and not (done or stop_requested):
+        if draws and not (done or stop_requested):
             log_validation(
                 accelerator,
                 transformer,

@@ -96,6 +96,7 @@ from common.checkpoints import (
     save_checkpoint,
     stop_agreed,
     stop_interrupted,
+    stops_alone,
 )
 from common.data import (
     INTERPOLATION,
@@ -126,6 +127,7 @@ from common.data import (
     read_batches,
     read_dataset,
     read_folder,
+    resolve_num_workers,
     same_shape,
     upright_size,
     visible,
@@ -187,11 +189,15 @@ from common.lora import (
     unknown_layers,
 )
 from common.models import (
+    ATTENTION_BACKENDS,
     PROCESS_TIMEOUT,
     QUANTIZATIONS,
+    WITHOUT_MASK,
+    check_attention,
     check_launcher,
     check_weights,
     compile_blocks,
+    full_tensor,
     gather_objects,
     latent_channels,
     load_model,
@@ -200,8 +206,11 @@ from common.models import (
     quantize_base,
     resolve_precision,
     shard,
+    to_device,
+    use_attention,
     why_no_pipeline,
 )
+from common.optimizers import Prodigy, fused_adamw, step_if_finite
 from common.text_encoders import (
     TEXT_QUANTIZATIONS,
     PromptEncoder,
@@ -215,6 +224,7 @@ from common.text_encoders import (
 from common.tracking import (
     METADATA,
     Metrics,
+    StepReads,
     add_thumbnail,
     check_hub,
     check_trackers,
@@ -247,6 +257,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, set_seed
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
@@ -384,6 +395,11 @@ def parse_args(argv=None):
         help="store T5, or the language model that reads prompts, in 4 or 8 bits; not CLIP",
     )
     arg("--compile", action="store_true", help="compile the transformer's blocks: minutes once, then faster steps")
+    arg(
+        "--attention_backend",
+        choices=ATTENTION_BACKENDS,
+        help="diffusers' name of the kernels that compute attention (default: PyTorch chooses)",
+    )
     arg("--offload", action="store_true", help="keep frozen models in CPU memory until they are used")
     arg("--fsdp", action="store_true", help="shard weights and optimizer state over the processes (FSDP2)")
 
@@ -421,8 +437,8 @@ def parse_args(argv=None):
     arg(
         "--dataloader_num_workers",
         type=worker_count,
-        default=0,
-        help="processes that read images; 0: the main process",
+        help="processes that read images; 0: the main process "
+        "(default: 4 with a GPU, one per core of a process if those are fewer, else 0)",
     )
     arg("--cache_latents", action="store_true", help="encode images once, before training: saves time and memory")
     arg("--cache_prompts", action=Switch, default=True, help="embed every prompt once, before training")
@@ -663,10 +679,12 @@ def parse_args(argv=None):
 
     args = parser.parse_args(argv)
     args.mixed_precision = resolve_precision(args.mixed_precision)
+    args.dataloader_num_workers = resolve_num_workers(args.dataloader_num_workers)
     args.lora_alpha = args.lora_alpha or args.rank
     if args.output_name:
         args.output_dir /= args.output_name
-    problems = check_args(args) + check_conditions(args) + check_weights(args) + check_model(args)
+    problems = check_args(args) + check_attention(args) + check_conditions(args) + check_weights(args)
+    problems += check_model(args)
     problems += check_output_dir(args) + check_results(args, adapter_files(args).values(), args.lora_path or [])
     parser.refuse(problems)
     parser.remark(idle_flags(args, shared_needs(args), needs(args)))
@@ -914,10 +932,9 @@ def condition_ids(
     direction and stands at their center; `position_delta` (down, right) is in image tokens of 16 pixels
     (arXiv 2503.08280, section 3.2). Training, validation and generation all take positions from here.
     """
-    ids = image_ids(height, width, device)
-    delta = torch.tensor(position_delta, device=device)
-    ids[:, 1:] = position_scale * ids[:, 1:] + (position_scale - 1) / 2 + delta
-    return ids
+    ids = image_ids(height, width)
+    ids[:, 1:] = position_scale * ids[:, 1:] + (position_scale - 1) / 2 + torch.tensor(position_delta)
+    return ids if device is None else to_device(ids, device)
 
 
 def pack_conditions(
@@ -951,12 +968,18 @@ def select_tokens(
     M is the largest count in the batch. Samples with fewer are padded: `attention_mask` [B, M], the third result, is
     False there. It is None if nothing is padded.
     """
+    order, attention_mask = token_order(keep, tokens.device)
+    return tokens.gather(1, order[..., None].expand(-1, -1, tokens.shape[-1])), ids[order], attention_mask
+
+
+def token_order(keep: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The numbers [B, M] of the tokens where keep [B, N] is true, and the `attention_mask` of `select_tokens`, on a
+    device. It does not wait for a `keep` on the CPU."""
     counts = keep.sum(dim=1)
     length = int(counts.max())
     order = torch.argsort(~keep, dim=1, stable=True)[:, :length]
-    selected = tokens.gather(1, order[..., None].expand(-1, -1, tokens.shape[-1]))
     attention_mask = torch.arange(length, device=keep.device) < counts[:, None]
-    return selected, ids[order], None if attention_mask.all() else attention_mask
+    return to_device(order, device), None if attention_mask.all() else to_device(attention_mask, device)
 
 
 # ---- attention: who attends to whom ----
@@ -1014,7 +1037,7 @@ def attn_forward(projections: list[Projections], branches: list[Branch]) -> list
     """Attention [B, N, heads * d] of each branch to those of its group mask; None for a branch without query.
 
     `projections` are those of `branches` and, after them, those of conditions from the cache. Branches with the same
-    row of the group mask go into one call of scaled_dot_product_attention, with exactly the keys they attend to: there
+    row of the group mask go into one call of diffusers' attention, with exactly the keys they attend to: there
     is no dense mask, and no product that a mask would throw away.
     """
     groups: dict[tuple[bool, ...], list[int]] = {}
@@ -1025,11 +1048,11 @@ def attn_forward(projections: list[Projections], branches: list[Branch]) -> list
     for row, members in groups.items():
         attended = [each for each, allowed in zip(projections, row, strict=True) if allowed]
         queries: Any = [projections[i].query for i in members]
-        query = torch.cat(queries, dim=1).transpose(1, 2)  # [B, heads, N, d]
-        key = torch.cat([each.key for each in attended], dim=1).transpose(1, 2)
-        value = torch.cat([each.value for each in attended], dim=1).transpose(1, 2)
-        attn_output = F.scaled_dot_product_attention(query, key, value, attn_mask=padding_mask(attended))
-        attn_output = attn_output.transpose(1, 2).flatten(2)  # [B, N, heads * d], the members one after another
+        query = torch.cat(queries, dim=1)  # [B, N, heads, d]
+        key = torch.cat([each.key for each in attended], dim=1)
+        value = torch.cat([each.value for each in attended], dim=1)
+        attn_output = dispatch_attention_fn(query, key, value, attn_mask=padding_mask(attended))
+        attn_output = attn_output.flatten(2)  # [B, N, heads * d], the members one after another
         num_tokens = [each.shape[1] for each in queries]
         for i, part in zip(members, attn_output.split(num_tokens, dim=1), strict=True):
             attn_outputs[i] = part
@@ -1317,9 +1340,11 @@ class OminiTransformer2DModel(FluxTransformer2DModel):
         normed = self.norm_out.norm(image) * (1 + scale) + shift
         velocity = lora_linear(self.proj_out, normed, main_adapter)
         if latent_mask is not None:
-            selected = velocity.flatten(0, 1) if attention_mask is None else velocity[attention_mask]
-            velocity = velocity.new_zeros(batch_size, num_tokens, velocity.shape[-1])
-            velocity[latent_mask] = selected
+            order, _ = token_order(latent_mask, velocity.device)
+            if attention_mask is not None:
+                velocity = torch.where(attention_mask[..., None], velocity, 0)
+            everywhere = velocity.new_zeros(batch_size, num_tokens, velocity.shape[-1])
+            velocity = everywhere.scatter(1, order[..., None].expand_as(velocity), velocity)
         return velocity
 
     def run_block(self, block, index: int, states, branches: list[Branch], cache: KVCache | None, *options):
@@ -1497,7 +1522,7 @@ def sample_noise(
         sigmoid_scale=args.sigmoid_scale,
         discrete_flow_shift=args.discrete_flow_shift,
     )
-    return noise.to(latents.device), t.to(latents.device)
+    return to_device(noise, latents.device), to_device(t, latents.device)
 
 
 def compute_loss(
@@ -1618,6 +1643,10 @@ def check_conditions(args):
     """Problems of the flags that say what the conditions are, and of the files among them."""
     types = args.condition_type
     problems = []
+    if args.attention_backend in WITHOUT_MASK and "token_integration" in types:
+        problems.append(
+            f"--attention_backend {args.attention_backend} takes no mask, which token_integration needs: leave it out"
+        )
     for name in ("condition_size", "position_delta", "position_scale"):
         given = vars(args)[name]
         if given and len(given) not in (1, len(types)):
@@ -2179,6 +2208,10 @@ def check_latent_masks(examples, args):
         latent_masks = example.columns["latent_masks"]
         if latent_masks.keys() != examples[0].columns["latent_masks"].keys():
             problems.append(f"{example.name}: has latent masks where {examples[0].name} has none, or the reverse")
+        if latent_masks and args.attention_backend in WITHOUT_MASK:
+            problems.append(
+                f"{example.name}: has latent masks, which --attention_backend {args.attention_backend} does not take"
+            )
         for role, read_mask in latent_masks.items():
             latent_mask = read_mask()
             height, width = sizes[role]
@@ -2782,12 +2815,10 @@ def describe_run(args, dataset, held_out):
     return run_info
 
 
-def create_optimizer(args, params_to_optimize):
+def create_optimizer(args, params_to_optimize, fused=None):
     """The optimizer of --optimizer; `params_to_optimize` are groups, each with its learning rate and weight decay."""
     betas = (args.adam_beta1, args.adam_beta2)
     if args.optimizer == "prodigy":
-        from prodigyopt import Prodigy
-
         return Prodigy(
             params_to_optimize,
             betas=betas,
@@ -2803,12 +2834,12 @@ def create_optimizer(args, params_to_optimize):
         from bitsandbytes.optim import AdamW8bit
 
         return AdamW8bit(params_to_optimize, betas=betas, eps=args.adam_epsilon)
-    return torch.optim.AdamW(params_to_optimize, betas=betas, eps=args.adam_epsilon)
+    return torch.optim.AdamW(params_to_optimize, betas=betas, eps=args.adam_epsilon, fused=fused)
 
 
 def main(args):
     """Trains. Ctrl-C and other signals save and end it with exit code 128 + their number."""
-    with catch_signals(args.output_dir):
+    with catch_signals(args.output_dir), use_attention(args.attention_backend):
         train(args)
 
 
@@ -2945,7 +2976,8 @@ def train(args):
     params_to_optimize = [
         {"params": lora_params, "lr": args.learning_rate * lr_scale, "weight_decay": args.adam_weight_decay}
     ]
-    optimizer = create_optimizer(args, params_to_optimize)
+    fused = fused_adamw(device, has_scaler=accelerator.scaler is not None)
+    optimizer = create_optimizer(args, params_to_optimize, fused)
     lr_scheduler = get_scheduler(
         args.lr_scheduler,
         optimizer,
@@ -3015,11 +3047,19 @@ def train(args):
             sampler.state = checkpoint_state(checkpoint).get("stream")
         # one process reads the stream, whose threads decode: each row is read once, in the same order
         train_dataloader = DataLoader(
-            sampler, batch_size=None, num_workers=min(1, args.dataloader_num_workers), worker_init_fn=outlive_signals
+            sampler,
+            batch_size=None,
+            num_workers=min(1, args.dataloader_num_workers),
+            pin_memory=device.type == "cuda",
+            worker_init_fn=outlive_signals,
         )
     else:
         train_dataloader = DataLoader(
-            dataset, batch_sampler=sampler, num_workers=args.dataloader_num_workers, worker_init_fn=outlive_signals
+            dataset,
+            batch_sampler=sampler,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=device.type == "cuda",
+            worker_init_fn=outlive_signals,
         )
 
     # 7. Train
@@ -3063,6 +3103,7 @@ def train(args):
     )
     interruption.start_saving()
     loss_sum = 0.0  # of the micro-steps since the last update
+    step_reads = StepReads(device)
     taken_steps = []  # of each step: whether loss and gradient were finite, so that it changed weights
     left_out = []  # samples of a stream that cannot be used
     started = time.perf_counter()
@@ -3082,7 +3123,7 @@ def train(args):
                 for text in batch["left_out"]:
                     progress_bar.write(f"  left out: {text}")
 
-            moments = {role: values.to(device) for role, values in batch["moments"].items()}
+            moments = to_device(batch["moments"], device)
             if batch["pixel_values"]:
                 with offload_models(vae, device=device, offload=offload_vae):
                     for role, pixel_values in batch["pixel_values"].items():
@@ -3090,8 +3131,7 @@ def train(args):
             latents, *condition_latents = [
                 sample_latents(moments[role], vae.config, generator) for role in dataset.roles
             ]
-            masks = {role: latent_mask.to(device) for role, latent_mask in batch["latent_masks"].items()}
-            latent_masks = [masks.get(role) for role in dataset.roles]
+            latent_masks = [batch["latent_masks"].get(role) for role in dataset.roles]  # on the CPU: they give lengths
             prompt_embeds, pooled_prompt_embeds = prompt_encoder.encode_prompts(batch["prompt"])
             guidance = None
             if guidance_embeds:
@@ -3121,33 +3161,48 @@ def train(args):
             if not args.fsdp:
                 average_gradients(accelerator, lora_params)
             grad_norm = accelerator.clip_grad_norm_(lora_params, args.max_grad_norm or math.inf)
+            grad_norm = to_device(full_tensor(grad_norm), device)  # without a gradient it is a 0 on the CPU
             # one message between the processes carries the loss and whether any of them got a signal
-            stop_requested = torch.tensor(float(interruption.is_requested()), device=device)
+            stop_requested = torch.full((), float(interruption.is_requested()), device=device)
             reduced = accelerator.reduce(torch.stack([loss_sum, stop_requested]), reduction="mean")
-            mean_loss, stop_requested = reduced.tolist()
-            # a gradient scaler (fp16) skips infinite gradients itself
-            finite = math.isfinite(mean_loss) and (accelerator.scaler is not None or math.isfinite(grad_norm))
-            if finite or accelerator.scaler is not None:
-                optimizer.step()
+            mean_loss, stop_requested = reduced
+            is_finite = mean_loss.isfinite()
+            if accelerator.scaler is None:  # a gradient scaler (fp16) skips infinite gradients itself
+                is_finite = is_finite & grad_norm.isfinite()
+            step_if_finite(accelerator, optimizer, is_finite)
             optimizer.zero_grad()
             if args.use_ema:
                 ema.step(lora_params)
 
         global_step += 1
         done = global_step == max_train_steps
-        taken_steps.append(finite and not accelerator.optimizer_step_was_skipped)
-        logs = {"loss": mean_loss, **step_logs(optimizer, grad_norm, total_batch_size, started, device)}
-        if held_out.examples and (global_step % validation_loss_steps == 0 or global_step == 1 or done):
-            with result_weights():
-                logs |= validate()
-                best.update(global_step, logs["validation_loss"])
-            done = done or best.is_over
+        numbers = {
+            "loss": mean_loss,
+            "grad_norm": grad_norm,
+            "stop_requested": stop_requested,
+            "taken": is_finite & (not accelerator.optimizer_step_was_skipped),
+        }
+        step_reads.put(global_step, numbers, step_logs(optimizer, total_batch_size, started, device))
         lr_scheduler.step()  # after the step's rate was logged
-        log_step(accelerator, progress_bar, metrics, global_step, logs)
-        check_steps(taken_steps, global_step, done=done)
-        if global_step % args.checkpointing_steps == 0:
+        validates = held_out.examples and (global_step % validation_loss_steps == 0 or global_step == 1 or done)
+        saves = global_step % args.checkpointing_steps == 0
+        draws = val_prompts and global_step % validation_steps == 0
+        stop_requested = False
+        for logged_step, logs in step_reads.read(wait=done or validates or saves or draws or stops_alone(accelerator)):
+            taken_steps.append(bool(logs.pop("taken")))
+            if logs.pop("stop_requested"):
+                stop_requested = True
+                step_reads.num_waiting = 0  # all is logged before it is saved
+            if validates and logged_step == global_step:
+                with result_weights():
+                    logs |= validate()
+                    best.update(global_step, logs["validation_loss"])
+                done = done or best.is_over
+            log_step(accelerator, progress_bar, metrics, logged_step, logs)
+            check_steps(taken_steps, logged_step, done=done and logged_step == global_step)
+        if saves:
             save()
-        if val_prompts and global_step % validation_steps == 0 and not (done or stop_requested):
+        if draws and not (done or stop_requested):
             log_validation(
                 accelerator,
                 transformer,

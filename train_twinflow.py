@@ -98,6 +98,7 @@ from common.checkpoints import (
     save_checkpoint,
     stop_agreed,
     stop_interrupted,
+    stops_alone,
     writing,
 )
 from common.data import (
@@ -127,6 +128,7 @@ from common.data import (
     read_folder,
     read_lines,
     read_sizes,
+    resolve_num_workers,
     visible,
 )
 from common.flow_matching import step_generator
@@ -176,8 +178,11 @@ from common.lora import (
     unknown_layers,
 )
 from common.models import (
+    ATTENTION_BACKENDS,
     PROCESS_TIMEOUT,
     QUANTIZATIONS,
+    WITHOUT_MASK,
+    check_attention,
     check_launcher,
     check_names,
     check_weights,
@@ -185,13 +190,17 @@ from common.models import (
     full_tensor,
     load_model,
     model_identities,
+    own_part,
     quantize_base,
     repeated_blocks,
     reshard,
     resolve_precision,
     shard,
+    to_device,
+    use_attention,
     why_no_pipeline,
 )
+from common.optimizers import Prodigy, fused_adamw, step_if_finite
 from common.text_encoders import (
     TEXT_QUANTIZATIONS,
     describe_long_prompts,
@@ -208,6 +217,7 @@ from common.text_encoders import (
 from common.tracking import (
     METADATA,
     Metrics,
+    StepReads,
     add_thumbnail,
     check_hub,
     check_trackers,
@@ -425,6 +435,11 @@ def parse_args(argv=None):
         help="store T5, or the language model that reads prompts, in 4 or 8 bits; not CLIP",
     )
     arg("--compile", action="store_true", help="compile the transformer's blocks: minutes once, then faster steps")
+    arg(
+        "--attention_backend",
+        choices=ATTENTION_BACKENDS,
+        help="diffusers' name of the kernels that compute attention (default: PyTorch chooses)",
+    )
     arg("--offload", action="store_true", help="keep frozen models in CPU memory until they are used")
     arg("--fsdp", action="store_true", help="shard weights and optimizer state over the processes (FSDP2)")
 
@@ -465,8 +480,8 @@ def parse_args(argv=None):
     arg(
         "--dataloader_num_workers",
         type=worker_count,
-        default=0,
-        help="processes that read images; 0: the main process",
+        help="processes that read images; 0: the main process "
+        "(default: 4 with a GPU, one per core of a process if those are fewer, else 0)",
     )
     arg("--cache_latents", action="store_true", help="encode images once, before training: saves time and memory")
 
@@ -705,10 +720,11 @@ def parse_args(argv=None):
     parser.set_defaults(**chosen_defaults(argv))
     args = parser.parse_args(argv)
     args.mixed_precision = resolve_precision(args.mixed_precision)
+    args.dataloader_num_workers = resolve_num_workers(args.dataloader_num_workers)
     args.lora_alpha = args.lora_alpha or args.rank
     if args.output_name:
         args.output_dir /= args.output_name
-    problems = check_args(args) + check_model(args) + check_output_dir(args)
+    problems = check_args(args) + check_attention(args) + check_model(args) + check_output_dir(args)
     result = args.output_dir / "transformer"
     if args.training == "lora":
         result = lora_file(args.output_dir, args.output_name)
@@ -773,6 +789,14 @@ def check_args(args) -> list[str]:
         problems.append(
             f"--max_sequence_length {args.max_sequence_length}: {args.model_type} takes at most "
             f"{backbone.longest_prompt}"
+        )
+    if args.attention_backend and args.model_type in ("sd3", "sana", "openuni"):
+        problems.append(
+            f"--attention_backend {args.attention_backend} has no effect on {args.model_type}: leave it out"
+        )
+    if args.attention_backend in WITHOUT_MASK and args.model_type in ("qwenimage", "qwenimage-edit"):
+        problems.append(
+            f"--attention_backend {args.attention_backend} takes no mask, which {args.model_type} needs: leave it out"
         )
     multiple = backbone.resolution_multiple
     for flag in ("resolution", "validation_width", "validation_height"):
@@ -1607,13 +1631,18 @@ class EMATeacher:
             self.swap_weights()
 
     @torch.no_grad()
-    def update_ema(self, step_taken: bool = True) -> None:
-        """Moves the average after an optimizer step; if that was skipped, only the decay moves on."""
+    def update_ema(self, step_taken: torch.Tensor) -> None:
+        """Moves the average after an optimizer step; if that was skipped, only the decay moves on.
+
+        `step_taken` is a bool [] on the device of the weights.
+        """
         if not self.is_moving_average:
             return
         self.decay = ramp_decay(self.decay, self.decay_rate)
-        if step_taken:
-            torch._foreach_lerp_(self.tensors, self.trained_tensors(), 1 - self.decay)
+        weight = (1 - self.decay) * step_taken
+        averages = [own_part(tensor) for tensor in self.tensors]
+        trained = [own_part(tensor) for tensor in self.trained_tensors()]
+        torch._foreach_lerp_(averages, trained, [weight] * len(averages))
 
     def restore_decay(self, global_step: int) -> None:
         """The decay as it is after `global_step` updates."""
@@ -1706,9 +1735,14 @@ def expand_as(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return t.view(-1, *[1] * (x.ndim - 1)).to(x)
 
 
-def select_samples(cond: Conditions, mask: torch.Tensor) -> Conditions:
-    """Conditions {name: [n, ...]} of the n samples in a mask [B]."""
-    return {name: value[mask] for name, value in cond.items()}
+def rows_of(mask: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The numbers [n] of the samples in a mask [B], on a device, which an index by the mask would have to wait for."""
+    return to_device(mask.nonzero().flatten(), device)
+
+
+def select_samples(cond: Conditions, rows: torch.Tensor) -> Conditions:
+    """Conditions {name: [n, ...]} of n samples by their numbers [n], or by a mask [B]."""
+    return {name: value[rows] for name, value in cond.items()}
 
 
 def concatenate(first: Conditions, second: Conditions) -> Conditions:
@@ -1735,29 +1769,29 @@ def prepare_inputs(
     low, high = args.enhanced_range
     masks["guided"] = ~masks["adv"] & (low < t) & (t < high)
     masks["generated"] = torch.ones_like(masks["adv"]) if args.image_free else masks["adv"]
-    t = t.to(device)
-    target_time = target_time.to(device)
 
     # data of generated samples: x̂ = z - F(z, 1, 0)
     generated = masks["generated"]
     if generated.any():
         num_generated = int(generated.sum())
-        noise = torch.randn((num_generated, *latents.shape[1:]), generator=generator).to(latents)
+        noise = to_device(torch.randn((num_generated, *latents.shape[1:]), generator=generator), device).to(latents)
         ones = torch.ones(num_generated, device=device)
+        rows = rows_of(generated, device)
         with torch.no_grad():
-            velocity = predict(noise, ones, torch.zeros_like(ones), select_samples(cond, generated))
+            velocity = predict(noise, ones, torch.zeros_like(ones), select_samples(cond, rows))
         latents = latents.clone()
-        latents[generated] = noise - velocity
+        latents[rows] = noise - velocity
 
     # noisy samples: x_t = t z + (1 - t) x
-    noise = torch.randn(latents.shape, generator=generator).to(latents)
-    x_t = expand_as(t, noise) * noise + (1 - expand_as(t, noise)) * latents
+    noise = to_device(torch.randn(latents.shape, generator=generator), device).to(latents)
+    share = expand_as(to_device(t, device), noise)
+    x_t = share * noise + (1 - share) * latents
     target = noise - latents
 
     # own samples have times of their own, the negative ones
     t[masks["adv"]] = -t[masks["adv"]]
     target_time[masks["adv"]] = t[masks["adv"]]
-    return masks, x_t, t, target_time, target
+    return masks, x_t, to_device(t, device), to_device(target_time, device), target
 
 
 def enhance_target(
@@ -1851,8 +1885,8 @@ def dist_match(
     at x_s, the one-step sample x̂ = z - F with noise of a random time s. Both F in one forward pass.
     """
     x_hat = (x_t - prediction).detach()
-    s = torch.rand(len(x_hat), generator=generator).to(x_hat.device)
-    noise = torch.randn(x_hat.shape, generator=generator).to(x_hat)
+    s = to_device(torch.rand(len(x_hat), generator=generator), x_hat.device)
+    noise = to_device(torch.randn(x_hat.shape, generator=generator), x_hat.device).to(x_hat)
     x_s = expand_as(s, x_hat) * noise + (1 - expand_as(s, x_hat)) * x_hat
     times = torch.cat([-s, s])
     with torch.no_grad():
@@ -1879,17 +1913,18 @@ def compute_loss(
     one each for generated samples, guidance, rectification, and each of --estimate_order steps.
     """
     masks, x_t, t, target_time, target = prepare_inputs(predict, latents, cond, args=args, generator=generator)
-    real = ~masks["adv"]
+    device = x_t.device
+    rows = {sample_type: rows_of(mask, device) for sample_type, mask in masks.items()}
+    real = rows_of(~masks["adv"], device)
     frozen_teacher = args.ema_decay_rate == 1
 
     # Guidance: v + ω (F(x_t, t, t, cond) - F(x_t, t, t, uncond)), by the teacher, at times in --enhanced_range.
-    guided = masks["guided"]
+    guided = rows["guided"]
     evaluated = guided
-    if not guided.any():
+    if not len(guided):
         # Sharded processes must make equally many forward passes: evaluate one real sample and do not use the result.
-        evaluated = torch.zeros_like(real)
-        evaluated[real.nonzero()[:1, 0]] = True
-    if args.enhanced_ratio and evaluated.any():
+        evaluated = real[:1]
+    if args.enhanced_ratio and len(evaluated):
         with torch.no_grad(), teacher():
             enhanced = enhance_target(
                 predict,
@@ -1901,7 +1936,7 @@ def compute_loss(
                 ratio=args.enhanced_ratio,
                 data_free=frozen_teacher and args.image_free,
             )
-        if guided.any():
+        if len(guided):
             target[guided] = enhanced
 
     # S, the displacement of the RCGM target, by the teacher. Its weights are swapped in place, which must not happen
@@ -1930,22 +1965,21 @@ def compute_loss(
     # w d(F(x_t, t, t'), target) with w = tan((1 - (|t| - |t'|)) π / 2.5) + 1; w = 1 for adv.
     gap = t.abs() - target_time.abs()
     weight = torch.tan((1 - gap) * math.pi / 2.5) + 1
-    weight[masks["adv"]] = 1.0
+    weight[rows["adv"]] = 1.0
     losses = weight * loss_func(prediction, target, args.loss_type)
     if args.estimate_order:
-        trained = torch.ones_like(real)
+        trained = torch.ones_like(masks["adv"])
     else:  # flow matching: the samples whose target is the velocity itself
         trained = masks["mul"] | masks["adv"]
-    loss = losses[trained].mean()
+    loss = losses[rows_of(trained, device)].mean()
     logs = {}
     for sample_type in SAMPLE_TYPES:
-        mask = masks[sample_type]
-        if mask.any():
-            logs[f"loss_{sample_type}"] = losses[mask].detach().mean()
+        if len(rows[sample_type]):
+            logs[f"loss_{sample_type}"] = losses[rows[sample_type]].detach().mean()
 
     # Rectification: d(F(z, 1, 0), sg(F(z, 1, 0) - Δ)).
-    e2e = masks["e2e"]
-    if e2e.any() and args.consistc_ratio == 1 and args.dist_match_cof:
+    e2e = rows["e2e"]
+    if len(e2e) and args.consistc_ratio == 1 and args.dist_match_cof:
         rectification_losses = dist_match(
             predict, prediction[e2e], x_t[e2e], select_samples(cond, e2e), args=args, generator=generator
         )
@@ -2437,17 +2471,17 @@ def prepare_batch(
         size = sizes[np.random.default_rng((args.seed, micro_step)).integers(len(sizes))]
         latents = torch.zeros(args.train_batch_size, *latent_shape(backbone, size), device=device)
     elif args.cache_latents:
-        latents = batch["latents"].to(device)
+        latents = to_device(batch["latents"], device)
         reference = batch.get("reference")
     else:
         with torch.no_grad(), offload_models(vae, device=device, offload=offload_vae):
             latents = encode_images(vae, batch["pixel_values"])
             if "reference_values" in batch:
                 reference = encode_images(vae, batch["reference_values"])
-    cond = {name: value.to(device) for name, value in batch["cond"].items()}
-    uncond = {name: value.to(device) for name, value in batch["uncond"].items()}
+    cond = to_device(batch["cond"], device)
+    uncond = to_device(batch["uncond"], device)
     if reference is not None:
-        cond["reference"] = reference.to(device)
+        cond["reference"] = to_device(reference, device)
         uncond["reference"] = cond["reference"]
     return latents, cond, uncond
 
@@ -2636,12 +2670,10 @@ def describe_run(args, dataset: TwinFlowDataset, held_out: TwinFlowDataset) -> d
     }
 
 
-def create_optimizer(args, params_to_optimize):
+def create_optimizer(args, params_to_optimize, fused=None):
     """The optimizer of --optimizer; `params_to_optimize` are groups, each with its learning rate and weight decay."""
     betas = (args.adam_beta1, args.adam_beta2)
     if args.optimizer == "prodigy":
-        from prodigyopt import Prodigy
-
         return Prodigy(
             params_to_optimize,
             betas=betas,
@@ -2655,12 +2687,12 @@ def create_optimizer(args, params_to_optimize):
         from bitsandbytes.optim import AdamW8bit
 
         return AdamW8bit(params_to_optimize, betas=betas, eps=args.adam_epsilon)
-    return torch.optim.AdamW(params_to_optimize, betas=betas, eps=args.adam_epsilon)
+    return torch.optim.AdamW(params_to_optimize, betas=betas, eps=args.adam_epsilon, fused=fused)
 
 
 def main(args):
     """Trains. Ctrl-C and other signals save and end it with exit code 128 + their number."""
-    with catch_signals(args.output_dir):
+    with catch_signals(args.output_dir), use_attention(args.attention_backend):
         train(args)
 
 
@@ -2797,7 +2829,8 @@ def train(args):
             "weight_decay": args.adam_weight_decay,
         }
     ]
-    optimizer = create_optimizer(args, params_to_optimize)
+    fused = fused_adamw(device, has_scaler=accelerator.scaler is not None)
+    optimizer = create_optimizer(args, params_to_optimize, fused)
     lr_scheduler = get_scheduler(
         args.lr_scheduler,
         optimizer,
@@ -2875,6 +2908,7 @@ def train(args):
         batch_sampler=sampler,
         collate_fn=collate,
         num_workers=args.dataloader_num_workers,
+        pin_memory=device.type == "cuda",
         worker_init_fn=outlive_signals,
     )
 
@@ -2934,6 +2968,7 @@ def train(args):
     )
     interruption.start_saving()
     sums = {}  # of the loss and its parts, since the last update
+    step_reads = StepReads(device)
     taken_steps = []  # of each step: whether loss and gradient were finite, so that it changed weights
     started = time.perf_counter()
     # No loop over epochs: a run can resume at any micro-step. All that a micro-step draws at random (batch, crops,
@@ -2972,33 +3007,48 @@ def train(args):
                 continue
 
             grad_norm = accelerator.clip_grad_norm_(params.values(), args.max_grad_norm or math.inf)
+            grad_norm = to_device(full_tensor(grad_norm), device)  # without a gradient it is a 0 on the CPU
             # one message between the processes carries the losses and whether any of them got a signal
-            stop_requested = torch.tensor(float(interruption.is_requested()), device=device)
+            stop_requested = torch.full((), float(interruption.is_requested()), device=device)
             reduced = accelerator.reduce(torch.stack([*sums.values(), stop_requested]), reduction="mean")
-            *mean_losses, stop_requested = reduced.tolist()
+            *mean_losses, stop_requested = reduced
             means = dict(zip(sums, mean_losses, strict=True))
-            # a gradient scaler (fp16) skips infinite gradients itself
-            finite = math.isfinite(means["loss"]) and (accelerator.scaler is not None or math.isfinite(grad_norm))
-            if finite or accelerator.scaler is not None:
-                optimizer.step()
-            teacher.update_ema(step_taken=finite)
+            is_finite = means["loss"].isfinite()
+            if accelerator.scaler is None:  # a gradient scaler (fp16) skips infinite gradients itself
+                is_finite = is_finite & grad_norm.isfinite()
+            step_if_finite(accelerator, optimizer, is_finite)
+            teacher.update_ema(is_finite)
             optimizer.zero_grad()
 
         global_step += 1
         done = global_step == max_train_steps
-        taken_steps.append(finite and not accelerator.optimizer_step_was_skipped)
-        logs = {**means, **step_logs(optimizer, grad_norm, total_batch_size, started, device)}
-        if held_out_examples and (global_step % validation_loss_steps == 0 or global_step == 1 or done):
-            with result_weights():
-                logs |= compute_held_out()
-                best.update(global_step, logs["validation_loss"])
-            done = done or best.is_over
+        numbers = {
+            **means,
+            "grad_norm": grad_norm,
+            "stop_requested": stop_requested,
+            "taken": is_finite & (not accelerator.optimizer_step_was_skipped),
+        }
+        step_reads.put(global_step, numbers, step_logs(optimizer, total_batch_size, started, device))
         lr_scheduler.step()  # after the step's rate was logged
-        log_step(accelerator, progress_bar, metrics, global_step, logs)
-        check_steps(taken_steps, global_step, done=done)
-        if global_step % args.checkpointing_steps == 0:
+        validates = held_out_examples and (global_step % validation_loss_steps == 0 or global_step == 1 or done)
+        saves = global_step % args.checkpointing_steps == 0
+        draws = val_prompts and global_step % validation_steps == 0
+        stop_requested = False
+        for logged_step, logs in step_reads.read(wait=done or validates or saves or draws or stops_alone(accelerator)):
+            taken_steps.append(bool(logs.pop("taken")))
+            if logs.pop("stop_requested"):
+                stop_requested = True
+                step_reads.num_waiting = 0  # all is logged before it is saved
+            if validates and logged_step == global_step:
+                with result_weights():
+                    logs |= compute_held_out()
+                    best.update(global_step, logs["validation_loss"])
+                done = done or best.is_over
+            log_step(accelerator, progress_bar, metrics, logged_step, logs)
+            check_steps(taken_steps, logged_step, done=done and logged_step == global_step)
+        if saves:
             save()
-        if val_prompts and global_step % validation_steps == 0 and not (done or stop_requested):
+        if draws and not (done or stop_requested):
             validate(step=global_step)
             stop_requested = stop_agreed(accelerator)
         if stop_requested and not done:

@@ -48,6 +48,7 @@ CHANGEABLE = frozenset(
     {
         # Where and how fast the same numbers are computed
         "allow_tf32",
+        "attention_backend",
         "cache_dir",
         "cache_latents",
         "cache_latents_to_disk",
@@ -987,6 +988,11 @@ def stop_agreed(accelerator: Accelerator) -> bool:
     """Whether a signal has come to any of the processes, all of which call this."""
     requested = torch.tensor(float(interruption.is_requested()), device=accelerator.device)
     return bool(accelerator.reduce(requested, reduction="sum"))
+
+
+def stops_alone(accelerator: Accelerator) -> bool:
+    """Whether a signal has come to this process and no other one has to agree."""
+    return accelerator.num_processes == 1 and interruption.is_requested()
 
 
 def outlive_signals(worker: int) -> None:

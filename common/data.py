@@ -30,6 +30,7 @@ import itertools
 import json
 import logging
 import math
+import os
 import re
 import sys
 from collections import Counter, deque
@@ -1430,6 +1431,24 @@ def collate(examples: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
         values = [sample[name] for sample in samples]
         batch[name] = values if name == "prompt" else torch.stack(values)
     return batch
+
+
+def choose_num_workers(requested: int | None, *, has_gpu: bool, num_cores: int, num_processes: int) -> int:
+    """--dataloader_num_workers of a run: as requested, else 4 for a GPU that would wait for images, or fewer where the
+    `num_processes` of this machine have fewer cores each. 0, the process that trains, on a CPU."""
+    if requested is not None:
+        return requested
+    return max(1, min(4, num_cores // num_processes)) if has_gpu else 0
+
+
+def resolve_num_workers(requested: int | None) -> int:
+    """`choose_num_workers` for this machine."""
+    return choose_num_workers(
+        requested,
+        has_gpu=torch.accelerator.is_available(),
+        num_cores=os.cpu_count() or 1,
+        num_processes=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+    )
 
 
 def read_batches(dataloader: Iterable, accelerator: Accelerator, save: Callable[[], Any]) -> Iterator:

@@ -15,13 +15,14 @@ from typing import Any
 from common.arguments import nearest_folder
 from common.checkpoints import atomic_write
 from common.data import Size, map_ahead
-from common.models import gather_objects, latent_channels
+from common.models import gather_objects, latent_channels, to_device
 
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderDC, AutoencoderKLQwenImage, FluxPipeline
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -31,6 +32,7 @@ from tqdm.auto import tqdm
 
 PATCH = 16  # pixels per token of FLUX.1
 
+Generators = torch.Generator | list[torch.Generator] | None  # one for all, or one for each sample
 Vae = Any  # an AutoencoderKL unless a function says which others; diffusers' own hints miss what these return
 
 
@@ -41,13 +43,17 @@ def encode_moments(vae: Vae, pixel_values: Tensor, batch_size: int = 1) -> Tenso
     Images go through the VAE `batch_size` at a time: batched convolutions round differently, and a latent must not
     depend on what else was in its batch, nor on a CPU on whether it was cached.
     """
-    images = pixel_values.to(vae.device, vae.dtype).split(batch_size)
+    images = to_device(pixel_values, vae.device).to(vae.dtype).split(batch_size)
     return torch.cat([vae.encode(image).latent_dist.parameters for image in images]).float()
 
 
-def sample_latents(moments: Tensor, vae_config: Any, generator: torch.Generator | None = None) -> Tensor:
+def sample_latents(moments: Tensor, vae_config: Any, generator: Generators = None) -> Tensor:
     """Latents [B, C, h, w] sampled from posteriors [B, 2C, h, w], normalised as the transformer expects them."""
-    latents = DiagonalGaussianDistribution(moments).sample(generator)
+    posterior = DiagonalGaussianDistribution(moments)
+    first = generator[0] if isinstance(generator, list) else generator
+    where = moments.device if first is None else first.device
+    noise = randn_tensor(posterior.mean.shape, generator=generator, device=where, dtype=moments.dtype)
+    latents = posterior.mean + posterior.std * to_device(noise, moments.device)
     return (latents - vae_config.shift_factor) * vae_config.scaling_factor
 
 
@@ -81,7 +87,7 @@ def encode_images(vae: Vae, pixel_values: Tensor, batch_size: int = 1) -> Tensor
     """
     encode: Any = vae.encode
     latents = []
-    for image in pixel_values.to(vae.device, vae.dtype).split(batch_size):
+    for image in to_device(pixel_values, vae.device).to(vae.dtype).split(batch_size):
         if isinstance(vae, AutoencoderKLQwenImage):  # its images are videos [B, 3, 1, H, W] of one frame
             latents.append(encode(image.unsqueeze(2)).latent_dist.mode().squeeze(2))
         elif isinstance(vae, AutoencoderDC):  # deterministic
@@ -115,7 +121,8 @@ def unpack_latents(packed: Tensor, height: int, width: int) -> Tensor:
 
 def image_ids(height: int, width: int, device: torch.device | None = None) -> Tensor:
     """Position ids [h/2 * w/2, 3], float32, of packed latents [B, C, h, w]: (0, row, column)."""
-    return FluxPipeline._prepare_latent_image_ids(None, height // 2, width // 2, device, torch.float32)
+    ids = FluxPipeline._prepare_latent_image_ids(None, height // 2, width // 2, None, torch.float32)
+    return ids if device is None else to_device(ids, device)
 
 
 @functools.cache

@@ -4,10 +4,12 @@ import argparse
 import functools
 import hashlib
 import json
+import logging
 import os
 import re
+import sys
 from collections.abc import Iterable
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from diffusers.models.attention_dispatch import attention_backend
 from safetensors import safe_open
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -255,6 +258,21 @@ def has_bf16_gpu() -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Moving
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def to_device(value: Any, device: torch.device | str) -> Any:
+    """A tensor, or those in a dict, on a device; the program does not wait for a copy to a GPU, from pinned memory."""
+    device = torch.device(device)
+    if isinstance(value, dict):
+        return {name: to_device(each, device) for name, each in value.items()}
+    if device.type == "cuda" and value.device.type == "cpu":
+        value = value.pin_memory()
+    return value.to(device, non_blocking=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Quantization and compilation
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -340,10 +358,68 @@ def forget_input(layer: torch.nn.Module, args: tuple, output: torch.Tensor) -> N
         node.tensors = (None, None, None)  # on a GPU
 
 
-def compile_blocks(model: torch.nn.Module) -> None:
-    """torch.compile of a transformer's blocks, in place: blocks of one class share one compilation."""
+# diffusers' names of those that have a backward pass; its others are for inference, or fetch code from the Hub
+ATTENTION_BACKENDS = (
+    *("native", "_native_flash", "_native_efficient", "_native_cudnn", "_native_math"),
+    *("flash", "xformers"),
+)
+WITHOUT_MASK = ("_native_flash", "flash")
+IN_16_BITS = ("_native_flash", "_native_cudnn", "flash")
+
+
+def check_attention(args: argparse.Namespace) -> list[str]:
+    """Problems of --attention_backend: a package that is not installed, a GPU or precision that it needs."""
+    backend = args.attention_backend
+    if backend is None:
+        return []
+    try:
+        with use_attention(backend):
+            pass
+    except RuntimeError as error:  # diffusers names the package
+        return [f"--attention_backend {backend}: {error}"]
+    problems = []
+    if backend not in ("native", "_native_math") and not torch.cuda.is_available():
+        problems.append(f"--attention_backend {backend} needs a CUDA GPU: leave it out")
+    if backend in IN_16_BITS and args.mixed_precision == "no":
+        problems.append(f"--attention_backend {backend} computes in 16 bits: give --mixed_precision bf16")
+    return problems
+
+
+def use_attention(backend: str | None) -> AbstractContextManager:
+    """Within it, diffusers' models compute attention by one of ATTENTION_BACKENDS; None: as without it."""
+    return nullcontext() if backend is None else attention_backend(backend)
+
+
+# Compilations of a class of blocks, after which new sizes run uncompiled. torch stops at 8, which a few bucket sizes,
+# batch sizes and steps without adapter or gradients reach.
+RECOMPILE_LIMIT = 64
+
+
+def compile_blocks(model: torch.nn.Module, backend: str = "inductor") -> None:
+    """torch.compile of a transformer's blocks, in place: blocks of one class share one compilation.
+
+    The first is for one size, the fastest; where a second size comes, tokens or samples become dynamic and the next
+    sizes need none. `backend` is one of torch.compile's.
+    """
+    dynamo: Any = torch._dynamo
+    dynamo.config.recompile_limit = max(RECOMPILE_LIMIT, dynamo.config.recompile_limit)
+    logging.getLogger("torch._dynamo.convert_frame").addFilter(say_not_compiled)
     for block in repeated_blocks(model):
-        block.compile()
+        block.compile(backend=backend)
+
+
+def say_not_compiled(record: logging.LogRecord) -> bool:
+    """Puts one line in place of what torch logs of a block that is compiled no more; a filter of its logger."""
+    if "recompile" not in record.getMessage() or not record.args:
+        return True
+    if os.environ.get("RANK", "0") == "0":
+        _, limit, function = record.args[:3]  # type: ignore[index]
+        print(
+            f"\n--compile: {function} was compiled {limit} times and runs uncompiled, slower, where sizes are new",
+            file=sys.stderr,
+            flush=True,
+        )
+    return False
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -389,6 +465,11 @@ def full_tensor(value: torch.Tensor) -> torch.Tensor:
     """A sharded parameter gathered from all processes, which all must call; any other one as it is."""
     value = value.detach()
     return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def own_part(value: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a sharded tensor; any other one as it is."""
+    return value.to_local() if isinstance(value, DTensor) else value
 
 
 # How long processes wait for one that encodes, draws class images, writes or hashes longer than they do; the default,

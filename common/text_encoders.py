@@ -12,7 +12,7 @@ from typing import Any
 from common.arguments import exit_if_unreadable
 from common.latents import CachedTensors, TensorCache, fingerprint
 from common.lora import layer_shapes
-from common.models import check_names, gather_objects, load_model, prompt_width, quantized_layer
+from common.models import check_names, gather_objects, load_model, prompt_width, quantized_layer, to_device
 
 import psutil
 import torch
@@ -262,7 +262,7 @@ class PromptEncoder:
             batch = missing[start : start + count]
             embeds = self.encode_with(encoder_name, fill_up(batch, count))
             computed |= dict(zip(batch, embeds.split(1), strict=False))
-        return torch.cat([computed[p] if p in computed else cached[p].to(device) for p in prompts])
+        return torch.cat([computed[p] if p in computed else to_device(cached[p], device) for p in prompts])
 
     def _cache_with(self, encoder_name: str, prompts: Sequence[str]) -> Mapping[str, torch.Tensor]:
         """{prompt: embedding [1, ...]}; those that an earlier run left on the disk are not encoded again."""

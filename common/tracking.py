@@ -1,6 +1,7 @@
 """What a run reports: header, metrics, trackers, loss.png, model card, hub."""
 
 import base64
+import collections
 import errno
 import importlib.metadata
 import io
@@ -14,7 +15,7 @@ import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,8 @@ def print_header(
         "precision": f"mixed precision {precision_text(args, accelerator.device.type)}, seed {args.seed}",
         "output": args.output_dir,
     }
+    if accelerator.device.type != "cpu":
+        lines["reading"] = f"{args.dataloader_num_workers} processes read images ahead of the steps"
     if args.resume_from_checkpoint == "latest" and not find_checkpoints(args.output_dir):
         lines["resume"] = f"no checkpoint in {args.output_dir}: this run starts at step 0"
     for label, text in lines.items():
@@ -171,10 +174,39 @@ def tracker_config(flags: Mapping[str, Any]) -> dict[str, bool | int | float | s
     return config
 
 
+class StepReads:
+    """The numbers of steps, copied from the device while it goes on: they are read when the next step was started.
+
+    On a CPU, which nothing waits for, they are read at once.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.num_waiting = 0 if device.type == "cpu" else 1
+        self.waiting: collections.deque = collections.deque()
+
+    def put(self, step: int, numbers: Mapping[str, torch.Tensor], logs: Mapping[str, float]) -> None:
+        """Starts to copy the `numbers` [] of a step; `logs` are those that the CPU knows."""
+        values = torch.stack([number.float() for number in numbers.values()])
+        on_cpu = values.to("cpu", non_blocking=True)  # in pinned memory
+        copied = None
+        if values.device.type != "cpu":
+            copied = torch.Event(values.device)
+            copied.record()
+        self.waiting.append((step, list(numbers), on_cpu, copied, logs))
+
+    def read(self, *, wait: bool) -> Iterator[tuple[int, dict[str, float]]]:
+        """(step, {name: number}) of the steps that are to be read now: all with `wait`, else the last one may wait."""
+        while len(self.waiting) > (0 if wait else self.num_waiting):
+            step, names, on_cpu, copied, logs = self.waiting.popleft()
+            if copied is not None:
+                copied.synchronize()
+            yield step, {**dict(zip(names, on_cpu.tolist(), strict=True)), **logs}
+
+
 def step_logs(
-    optimizer: torch.optim.Optimizer, grad_norm: float, num_images: int, started: float, device: torch.device
+    optimizer: torch.optim.Optimizer, num_images: int, started: float, device: torch.device
 ) -> dict[str, float]:
-    """What is logged of a step besides its loss.
+    """What is logged of a step besides the numbers that are on the device.
 
     `num_images` is the nominal number of images of a step, over all processes, and `started` the time.perf_counter()
     at its begin.
@@ -184,7 +216,6 @@ def step_logs(
     logs = {"lr": group["lr"]}
     if "d" in group:
         logs = {"lr": group["lr"] * group["d"], "prodigy_d": group["d"]}
-    logs["grad_norm"] = float(grad_norm)
     logs["images_per_second"] = num_images / (time.perf_counter() - started)
     logs["peak_memory_gb"] = peak_memory(device)
     return logs

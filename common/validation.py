@@ -32,13 +32,18 @@ from tqdm.auto import tqdm
 
 @contextmanager
 def undisturbed(*models: torch.nn.Module, device: torch.device) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards all random states and each module's mode are as before."""
+    """Evaluation mode without gradients; afterwards all random states and each module's mode are as before.
+
+    What is compiled runs uncompiled: each size of an image that is drawn would be compiled for.
+    """
     modes = [(module, module.training) for model in models for module in model.modules()]
+    is_compiled = any(module._compiled_call_impl is not None for module, _ in modes)
+    uncompiled: Any = torch.compiler.set_stance("force_eager") if is_compiled else nullcontext()
     python_state = random.getstate()
     numpy_state = np.random.get_state()
     accelerators = [] if device.type == "cpu" else [device]
     try:
-        with torch.no_grad(), torch.random.fork_rng(accelerators, device_type=device.type):
+        with torch.no_grad(), uncompiled, torch.random.fork_rng(accelerators, device_type=device.type):
             for model in models:
                 model.eval()
             yield

@@ -24,6 +24,7 @@ from common.data import (
     check_images,
     check_roles,
     check_shape,
+    choose_num_workers,
     collate,
     count_sizes,
     describe_class_images,
@@ -1073,3 +1074,12 @@ def test_class_samples_come_after_the_others():
     batch = collate([[sample(0), sample(10)], [sample(1), sample(11)]])
     assert batch["prompt"] == ["0", "1", "10", "11"]
     assert batch["x"].tolist() == [[0], [1], [10], [11]]
+
+
+def test_images_are_read_ahead_where_a_gpu_would_wait_for_them():
+    choose = functools.partial(choose_num_workers, num_cores=16, num_processes=1)
+    assert choose(None, has_gpu=True) == 4
+    assert choose(None, has_gpu=False) == 0
+    assert [choose(requested, has_gpu=True) for requested in (0, 1, 7)] == [0, 1, 7]
+    assert choose(None, has_gpu=True, num_cores=16, num_processes=8) == 2
+    assert choose(None, has_gpu=True, num_cores=2, num_processes=8) == 1

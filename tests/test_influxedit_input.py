@@ -53,7 +53,6 @@ PUBLISHED = {
     "checkpointing_steps": 500,
     "logging_dir": Path("logs"),
     "report_to": "tensorboard",
-    "dataloader_num_workers": 0,
     "weighting_scheme": "none",
     "logit_mean": 0.0,
     "logit_std": 1.0,
@@ -70,7 +69,7 @@ PUBLISHED_WITHOUT_DEFAULT = {
     *("instance_data_dir", "mask_data_dir", "target_data_dir", "caption_data_dir", "caption_column", "mask_column"),
     *("target_column", "instance_prompt", "validation_prompt", "validation_image", "validation_mask", "seed"),
     *("max_train_steps", "prodigy_beta3", "lora_layers", "checkpoints_total_limit", "resume_from_checkpoint"),
-    *("hub_token", "hub_model_id", "mixed_precision"),
+    *("hub_token", "hub_model_id", "mixed_precision", "dataloader_num_workers"),
 }
 
 

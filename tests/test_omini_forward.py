@@ -277,9 +277,9 @@ def test_one_attention_call_per_group_and_only_the_keys_it_sees(monkeypatch):
     calls = []
     honest = F.scaled_dot_product_attention
 
-    def record(query, key, value, attn_mask=None):
+    def record(query, key, value, attn_mask=None, **settings):
         calls.append((query.shape[2], key.shape[2], attn_mask))
-        return honest(query, key, value, attn_mask=attn_mask)
+        return honest(query, key, value, attn_mask=attn_mask, **settings)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", record)
     transformer = add_adapters(new_transformer(layers=1, single_layers=2), "a")

@@ -153,7 +153,7 @@ def test_the_pivot_comes_within_one_epoch_and_ends_all_training_of_the_rows(trai
     monkeypatch.setattr(
         handler,
         "retract_embeddings",
-        lambda self: retract(self) or rows.append(self.parameters()[0].detach().clone()),
+        lambda self, taken: retract(self, taken) or rows.append(self.parameters()[0].detach().clone()),
     )
     monkeypatch.setattr(
         Accelerator,
