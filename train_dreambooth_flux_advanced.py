@@ -50,6 +50,7 @@ from common.arguments import (
     TRACKERS,
     Parser,
     Switch,
+    block_count,
     comma_list,
     decay_rate,
     fail,
@@ -68,6 +69,7 @@ from common.arguments import (
     square_side,
     worker_count,
 )
+from common.block_swap import BlockSwap, check_block_count
 from common.checkpoints import (
     atomic_write,
     catch_signals,
@@ -342,7 +344,12 @@ def parse_args(argv=None):
         action="store_true",
         help="recompute activations: about half the memory, a third more time",
     )
-    arg("--quantize_base", choices=QUANTIZATIONS, default="none", help="store frozen blocks in 4 or 8 bits")
+    arg(
+        "--quantize_base",
+        choices=QUANTIZATIONS,
+        default="none",
+        help="store frozen blocks in 4 or 8 bits; int8, fp8: also multiply in 8 bits where the GPU does",
+    )
     arg(
         "--quantize_text_encoders",
         choices=TEXT_QUANTIZATIONS,
@@ -361,6 +368,12 @@ def parse_args(argv=None):
         help="diffusers' name of the kernels that compute attention (default: PyTorch chooses)",
     )
     arg("--offload", action="store_true", help="keep frozen models in CPU memory until they are used")
+    arg(
+        "--blocks_to_swap",
+        type=block_count,
+        metavar="N",
+        help="frozen blocks that wait in RAM and are copied to the GPU ahead of use; auto: as many as do not fit",
+    )
     arg("--fsdp", action="store_true", help="shard weights and optimizer state over the processes (FSDP2)")
 
     arg = parser.add_argument_group("data", "a folder of images, a dataset, or a data.toml").add_argument
@@ -1006,6 +1019,9 @@ def check_model(args):
         return [f"--max_sequence_length {args.max_sequence_length}: FLUX.1-schnell takes at most 256"]
     with torch.device("meta"):
         transformer = family.transformer_class.from_config(config)
+    problems = check_block_count(args.blocks_to_swap, transformer)
+    if problems:
+        return problems
     target_modules = lora_targets(args, family, transformer)
     unknown = unknown_layers(transformer, target_modules)
     if unknown:
@@ -2362,15 +2378,14 @@ IN_DATASET_CONFIG = RefusedOption(None, "write it into the file that --dataset_c
 KOHYA_FLAGS = dict.fromkeys([*DATASET_OPTIONS, *REFUSED_OPTIONS], IN_DATASET_CONFIG) | {
     "apply_t5_attn_mask": RefusedOption(None, "T5's padding is read, as ComfyUI and diffusers do: leave it out"),
     "base_weights": RefusedOption(None, "merge the LoRA into the model beforehand"),
-    "blocks_to_swap": RefusedOption(None, "to save memory: --quantize_base nf4, --gradient_checkpointing, --offload"),
     "cache_text_encoder_outputs": RefusedOption("", "prompts are always embedded once"),
     "clip_skip": RefusedOption(None, "FLUX.1 reads CLIP's last layer: leave it out"),
     "config_file": RefusedOption(None, "write flags as on the command line into a file and give it as @file"),
-    "cpu_offload_checkpointing": RefusedOption(None, "to save memory: --quantize_base nf4 or --offload"),
+    "cpu_offload_checkpointing": RefusedOption(None, "to save memory: --blocks_to_swap auto or --quantize_base nf4"),
     "dim_from_weights": RefusedOption(None, "--rank says it"),
     "dynamo_backend": RefusedOption("inductor", "--compile has one backend: leave it out"),
-    "fp8_base": RefusedOption(None, "--quantize_base int8 or nf4"),
-    "fp8_base_unet": RefusedOption(None, "--quantize_base int8 or nf4"),
+    "fp8_base": RefusedOption(None, "--quantize_base fp8"),
+    "fp8_base_unet": RefusedOption(None, "--quantize_base fp8"),
     "full_bf16": RefusedOption(None, "the LoRA is trained in float32, frozen models in --mixed_precision bf16"),
     "full_fp16": RefusedOption(None, "the LoRA is trained in float32, frozen models in --mixed_precision fp16"),
     "highvram": RefusedOption("", "it is so without --offload"),
@@ -2384,7 +2399,7 @@ KOHYA_FLAGS = dict.fromkeys([*DATASET_OPTIONS, *REFUSED_OPTIONS], IN_DATASET_CON
     "log_prefix": RefusedOption(None, "runs are told apart by --output_dir and --output_name"),
     "log_tracker_name": RefusedOption(None, "leave it out"),
     "loss_type": RefusedOption("l2", "the loss is the squared error, l2"),
-    "lowram": RefusedOption(None, "to save memory: --offload or --quantize_base nf4"),
+    "lowram": RefusedOption(None, "to save memory: --offload or --blocks_to_swap auto"),
     "lr_scheduler_args": RefusedOption(None, "--lr_warmup_steps, --lr_num_cycles and --lr_power"),
     "lr_scheduler_type": RefusedOption(None, "--lr_scheduler chooses among the schedules of diffusers"),
     "masked_loss": RefusedOption("", "masks count where there are any: --mask_data_dir or --alpha_mask"),
@@ -2421,7 +2436,7 @@ KOHYA_FLAGS = dict.fromkeys([*DATASET_OPTIONS, *REFUSED_OPTIONS], IN_DATASET_CON
     "scale_weight_norms": RefusedOption(None, "weights are not rescaled: see --adam_weight_decay, --max_grad_norm"),
     "sdpa": RefusedOption("", "attention is PyTorch's scaled_dot_product_attention"),
     "skip_cache_check": RefusedOption("", "caches are found by what they were made of"),
-    "split_mode": RefusedOption(None, "to save memory: --quantize_base nf4, --gradient_checkpointing, --offload"),
+    "split_mode": RefusedOption(None, "to save memory: --blocks_to_swap auto, --quantize_base nf4 or fp8"),
     "tokenizer_cache_dir": RefusedOption(None, "--tokenizer_dir"),
     "train_data_dir": RefusedOption(None, "--instance_data_dir for images in one folder, or --dataset_config"),
     "training_comment": RefusedOption(None, "it would not be written: leave it out"),
@@ -3606,7 +3621,11 @@ def train(args):
         if args.with_prior_preservation and num_present < args.num_class_images:
             transformer = load_transformer(args, weight_dtype)
             if args.quantize_base != "none":
-                quantize_base(transformer, weight_dtype, args.quantize_base).to(device)
+                quantize_base(transformer, weight_dtype, args.quantize_base)
+            if args.blocks_to_swap:
+                BlockSwap(transformer, args.blocks_to_swap, device)
+            elif args.quantize_base != "none":
+                transformer.to(device)
             else:
                 place({"transformer": transformer}, device, pixels=args.sample_batch_size * args.resolution**2)
             pipeline = create_pipeline(family, transformer, vae, noise_scheduler)
@@ -3641,7 +3660,8 @@ def train(args):
     architecture = family.architecture(transformer.config)
     if args.quantize_base != "none":
         quantize_base(transformer, weight_dtype, args.quantize_base)
-    transformer.to("cpu" if args.fsdp else device)  # `shard` moves it block by block: it may not fit as a whole
+    block_by_block = args.fsdp or args.blocks_to_swap  # it may not fit as a whole: `shard` or BlockSwap moves it
+    transformer.to("cpu" if block_by_block else device)
 
     if args.train_transformer_frac > 0:
         add_lora(
@@ -3660,6 +3680,8 @@ def train(args):
         transformer.enable_gradient_checkpointing()
     if args.compile:
         compile_blocks(transformer)
+    if args.blocks_to_swap:
+        block_swap = BlockSwap(transformer, args.blocks_to_swap, device)
     if args.fsdp:
         shard(transformer, device, weight_dtype)
     lora_params = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
@@ -3686,6 +3708,8 @@ def train(args):
         )
     fused = fused_adamw(device, has_scaler=accelerator.scaler is not None)
     optimizer = create_optimizer(args, params_to_optimize, fused)
+    if args.blocks_to_swap == "auto":  # what fits is known at the peak of memory of the first step
+        optimizer.register_step_post_hook(block_swap.keep_what_fits)
     lr_scheduler = get_scheduler(
         args.lr_scheduler,
         optimizer,

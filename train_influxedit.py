@@ -52,6 +52,7 @@ from common.arguments import (
     TRACKERS,
     Parser,
     Switch,
+    block_count,
     comma_list,
     decay_rate,
     expanded_path,
@@ -70,6 +71,7 @@ from common.arguments import (
     shared_needs,
     worker_count,
 )
+from common.block_swap import BlockSwap, check_block_count
 from common.checkpoints import (
     catch_signals,
     check_disk,
@@ -313,7 +315,12 @@ def parse_args(argv=None):
         action="store_true",
         help="recompute activations: about half the memory, a third more time",
     )
-    arg("--quantize_base", choices=QUANTIZATIONS, default="none", help="store frozen blocks in 4 or 8 bits")
+    arg(
+        "--quantize_base",
+        choices=QUANTIZATIONS,
+        default="none",
+        help="store frozen blocks in 4 or 8 bits; int8, fp8: also multiply in 8 bits where the GPU does",
+    )
     arg(
         "--quantize_text_encoders",
         choices=TEXT_QUANTIZATIONS,
@@ -327,6 +334,12 @@ def parse_args(argv=None):
         help="diffusers' name of the kernels that compute attention (default: PyTorch chooses)",
     )
     arg("--offload", action="store_true", help="keep frozen models in CPU memory until they are used")
+    arg(
+        "--blocks_to_swap",
+        type=block_count,
+        metavar="N",
+        help="frozen blocks that wait in RAM and are copied to the GPU ahead of use; auto: as many as do not fit",
+    )
     arg("--fsdp", action="store_true", help="shard weights and optimizer state over the processes (FSDP2)")
 
     arg = parser.add_argument_group("data", "folders with files of equal names, or a dataset").add_argument
@@ -829,6 +842,9 @@ def check_model(args):
         return [f"{flag}: holds a {found}, not FLUX.1-Fill, which has {FILL_CHANNELS}"]
     with torch.device("meta"):
         transformer = FluxTransformer2DModel.from_config(config)
+    problems = check_block_count(args.blocks_to_swap, transformer)
+    if problems:
+        return problems
     targets = lora_targets(args)
     unknown = unknown_layers(transformer, targets)
     if unknown:
@@ -1894,7 +1910,11 @@ def train(args):
         if args.with_prior_preservation and num_present < args.num_class_images:
             transformer = load_model(FluxTransformer2DModel, "transformer", args, weight_dtype)
             if args.quantize_base != "none":
-                quantize_base(transformer, weight_dtype, args.quantize_base).to(device)
+                quantize_base(transformer, weight_dtype, args.quantize_base)
+            if args.blocks_to_swap:
+                BlockSwap(transformer, args.blocks_to_swap, device)
+            elif args.quantize_base != "none":
+                transformer.to(device)
             else:
                 size = class_image_size(args)
                 pixels = args.sample_batch_size * size.height * size.width
@@ -1928,7 +1948,8 @@ def train(args):
     guidance_embeds = transformer.config.guidance_embeds  # FLUX.1-Fill-dev was distilled with guidance
     if args.quantize_base != "none":
         quantize_base(transformer, weight_dtype, args.quantize_base)
-    transformer.to("cpu" if args.fsdp else device)  # `shard` moves it block by block: it may not fit as a whole
+    block_by_block = args.fsdp or args.blocks_to_swap  # it may not fit as a whole: `shard` or BlockSwap moves it
+    transformer.to("cpu" if block_by_block else device)
 
     add_lora(
         transformer,
@@ -1950,6 +1971,8 @@ def train(args):
         transformer.enable_gradient_checkpointing()
     if args.compile:
         compile_blocks(transformer)
+    if args.blocks_to_swap:
+        block_swap = BlockSwap(transformer, args.blocks_to_swap, device)
     if args.fsdp:
         shard(transformer, device, weight_dtype)
     lora_params = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
@@ -1971,6 +1994,8 @@ def train(args):
         )
     fused = fused_adamw(device, has_scaler=accelerator.scaler is not None)
     optimizer = create_optimizer(args, params_to_optimize, fused)
+    if args.blocks_to_swap == "auto":  # what fits is known at the peak of memory of the first step
+        optimizer.register_step_post_hook(block_swap.keep_what_fits)
     lr_scheduler = get_scheduler(
         args.lr_scheduler,
         optimizer,

@@ -58,6 +58,7 @@ from common.arguments import (
     Needs,
     Parser,
     Switch,
+    block_count,
     comma_list,
     decay_rate,
     exit_if_unreadable,
@@ -76,6 +77,7 @@ from common.arguments import (
     square_side,
     worker_count,
 )
+from common.block_swap import BlockSwap, check_block_count
 from common.checkpoints import (
     catch_signals,
     check_disk,
@@ -426,7 +428,7 @@ def parse_args(argv=None):
         "--quantize_base",
         choices=QUANTIZATIONS,
         default="none",
-        help="lora: store frozen blocks in 4 or 8 bits",
+        help="lora: store frozen blocks in 4 or 8 bits; int8, fp8: also multiply in 8 bits where the GPU does",
     )
     arg(
         "--quantize_text_encoders",
@@ -441,6 +443,12 @@ def parse_args(argv=None):
         help="diffusers' name of the kernels that compute attention (default: PyTorch chooses)",
     )
     arg("--offload", action="store_true", help="keep frozen models in CPU memory until they are used")
+    arg(
+        "--blocks_to_swap",
+        type=block_count,
+        metavar="N",
+        help="frozen blocks that wait in RAM and are copied to the GPU ahead of use; auto: as many as do not fit",
+    )
     arg("--fsdp", action="store_true", help="shard weights and optimizer state over the processes (FSDP2)")
 
     arg = parser.add_argument_group("data", "images with captions, or prompts alone").add_argument
@@ -828,6 +836,11 @@ def check_args(args) -> list[str]:
             problems.append(f"--{flag} names the file of a LoRA: it needs --training lora")
     if args.training == "full" and args.quantize_base != "none":
         problems.append(f"--quantize_base {args.quantize_base} is for --training lora: trained weights stay float32")
+    if args.training == "full" and args.blocks_to_swap:
+        problems.append(
+            f"--blocks_to_swap {args.blocks_to_swap} is for --training lora: it copies frozen weights to the GPU, and "
+            "trained ones would have to come back; use --fsdp on several GPUs"
+        )
     if args.training == "lora" and "target_time_init" in args.changed:
         problems.append(f"--target_time_init {args.target_time_init} has no effect on --training lora: leave it out")
     if args.optimizer == "prodigy" and args.use_8bit_adam:
@@ -973,11 +986,15 @@ def check_model(args) -> list[str]:
         return [f"--max_sequence_length {args.max_sequence_length}: FLUX.1-schnell takes at most 256"]
     with torch.device("meta"):
         transformer = backbone.transformer_class.from_config(config)
-    if args.quantize_base != "none" or args.compile or args.fsdp:
+    if args.quantize_base != "none" or args.compile or args.fsdp or args.blocks_to_swap:
         try:
             repeated_blocks(transformer)
         except ValueError as error:
-            return [f"{flag}: {error}, so --quantize_base, --compile and --fsdp do not work with it: leave them out"]
+            flags = "--quantize_base, --compile, --blocks_to_swap and --fsdp"
+            return [f"{flag}: {error}, so {flags} do not work with it: leave them out"]
+    problems = check_block_count(args.blocks_to_swap, transformer)
+    if problems:
+        return problems
     unknown = unknown_layers(transformer, lora_targets(args))
     if unknown:
         return [f"--lora_layers: the transformer has no linear layer {', '.join(unknown)}"]
@@ -2788,7 +2805,8 @@ def train(args):
     base_size = transformer.num_parameters()
     if args.quantize_base != "none":
         quantize_base(transformer, dtype, args.quantize_base)
-    transformer.to("cpu" if args.fsdp else device)  # `shard` moves it block by block: it may not fit as a whole
+    block_by_block = args.fsdp or args.blocks_to_swap  # it may not fit as a whole: `shard` or BlockSwap moves it
+    transformer.to("cpu" if block_by_block else device)
     set_seed(args.seed)  # the same initial weights, whether prompts and latents were encoded or found in the cache
     if train_all:
         # `shard` does it to a sharded model block by block; the second time embedding is drawn in float32
@@ -2816,6 +2834,8 @@ def train(args):
         transformer.enable_gradient_checkpointing()
     if args.compile:
         compile_blocks(transformer)
+    if args.blocks_to_swap:
+        block_swap = BlockSwap(transformer, args.blocks_to_swap, device)
     if args.fsdp:
         shard(transformer, device, weight_dtype, kept_in=torch.float32 if train_all else None)
     params = {name: parameter for name, parameter in transformer.named_parameters() if parameter.requires_grad}
@@ -2831,6 +2851,8 @@ def train(args):
     ]
     fused = fused_adamw(device, has_scaler=accelerator.scaler is not None)
     optimizer = create_optimizer(args, params_to_optimize, fused)
+    if args.blocks_to_swap == "auto":  # what fits is known at the peak of memory of the first step
+        optimizer.register_step_post_hook(block_swap.keep_what_fits)
     lr_scheduler = get_scheduler(
         args.lr_scheduler,
         optimizer,

@@ -319,6 +319,15 @@ def square_side(text: str) -> int:
 square_side.__name__ = "whole number"
 
 
+def block_count(text: str) -> int | str:
+    """An argparse type: a number of blocks, 1 or more, or auto."""
+    if text == "auto":
+        return text
+    if not text.strip().isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text}: expected auto or a number of blocks, 1 or more")
+    return int(text)
+
+
 def expanded_path(text: str) -> Path:
     """An argparse type: a path, ~ in it the home folder, which no shell puts for `--output_dir=~/x`.
 

@@ -60,6 +60,7 @@ CHANGEABLE = frozenset(
         "gradient_checkpointing",
         "local_rank",
         "offload",
+        "blocks_to_swap",
         "prior_generation_precision",
         "sample_batch_size",
         # How long the run is and when it saves

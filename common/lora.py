@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
+from common.block_swap import readable
 from common.checkpoints import (
     find_checkpoints,
     read_json,
@@ -215,8 +216,11 @@ def check_adapter(args: argparse.Namespace) -> list[str]:
                 "--lora_type lokr"
             )
         return problems
-    if args.use_dora and args.quantize_base == "int8":
-        return ["--use_dora needs the norms of weights, which PEFT does not read from int8: use --quantize_base nf4"]
+    if args.use_dora and args.quantize_base in ("int8", "fp8"):
+        return [
+            f"--use_dora needs the norms of weights, which PEFT does not read from {args.quantize_base}: use "
+            "--quantize_base nf4"
+        ]
     return []
 
 
@@ -225,7 +229,9 @@ def dora_norms(layer: Any, adapter_name: str = "default") -> tuple[torch.Tensor,
 
     Of a sharded model only if all processes ask for them.
     """
-    weight = full_tensor(dequantize_module_weight(layer.get_base_layer())).float()
+    base_layer = layer.get_base_layer()
+    with readable(base_layer.weight):
+        weight = full_tensor(dequantize_module_weight(base_layer)).float()
     down = full_tensor(layer.lora_A[adapter_name].weight).float()
     up = full_tensor(layer.lora_B[adapter_name].weight).float()
     merged = weight + layer.scaling[adapter_name] * (up @ down)

@@ -276,7 +276,7 @@ def to_device(value: Any, device: torch.device | str) -> Any:
 # Quantization and compilation
 # ---------------------------------------------------------------------------------------------------------------------
 
-QUANTIZATIONS = ("none", "nf4", "int8")
+QUANTIZATIONS = ("none", "nf4", "int8", "fp8")
 
 
 def repeated_blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
@@ -301,11 +301,11 @@ def repeated_blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
 
 
 def quantize_base(model: torch.nn.Module, dtype: torch.dtype, quantization: str = "nf4") -> torch.nn.Module:
-    """Quantizes the linear layers in a frozen model's blocks by bitsandbytes, in place.
+    """Quantizes the linear layers in a frozen model's blocks, in place.
 
-    nf4: 4-bit NormalFloat (arXiv 2305.14314); int8: LLM.int8() (arXiv 2208.07339). The layers compute in `dtype`, as
-    plain ones do under autocast. Their weights shrink when the model is moved to its device. A LoRA that is in the
-    model already stays as it is.
+    nf4: 4-bit NormalFloat by bitsandbytes (arXiv 2305.14314); without a GPU weights shrink when the model is moved to
+    its device. int8, fp8: see `EightBitLinear`. The layers compute in `dtype`, as plain ones do under autocast. A LoRA
+    that is in the model already stays as it is.
     """
     for block in repeated_blocks(model):
         for name, layer in list(block.named_modules()):
@@ -315,47 +315,134 @@ def quantize_base(model: torch.nn.Module, dtype: torch.dtype, quantization: str 
     return model
 
 
+def to_gpu(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor on this process's GPU, where there is one: it quantizes a large model in seconds."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return tensor if accelerator is None or tensor.is_meta else tensor.to(accelerator)
+
+
 def quantized_layer(
     layer: torch.nn.Linear, dtype: torch.dtype, quantization: str, storage: torch.dtype = torch.uint8
 ) -> torch.nn.Module:
-    """bitsandbytes' layer with the weight and bias of a linear one.
+    """A layer with the weight of a linear one in 4 or 8 bits, and its bias, where the linear one is.
 
     `storage` is the dtype that 4-bit weights pretend to have: T5 casts what enters a layer to that of its weight.
     """
-    from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
+    if quantization != "nf4":
+        return EightBitLinear(layer, dtype, quantization, multiplies_8_bits(quantization, dtype, nvidia_capability()))
+    from bitsandbytes.nn import Linear4bit, Params4bit
 
+    form: Any = {"quant_type": "nf4", "quant_storage": storage}
     has_bias = layer.bias is not None
-    weight: Any = layer.weight.data
-    if quantization == "nf4":
-        new: Any = Linear4bit(
-            layer.in_features,
-            layer.out_features,
-            has_bias,
-            compute_dtype=dtype,
-            quant_type="nf4",
-            quant_storage=storage,
-            device="meta",
-        )
-        new.weight = Params4bit(weight, requires_grad=False, quant_type="nf4", quant_storage=storage)
-        new.support_avx512bf16_for_cpu = False  # validation would leave weights in a form that gives no gradients
-    else:
-        new = Linear8bitLt(layer.in_features, layer.out_features, has_bias, has_fp16_weights=False, device="meta")
-        new.weight = Int8Params(weight, requires_grad=False, has_fp16_weights=False)  # pyright: ignore[reportCallIssue]
-        new.register_forward_hook(forget_input)
+    new: Any = Linear4bit(layer.in_features, layer.out_features, has_bias, compute_dtype=dtype, device="meta", **form)
+    weight: Any = Params4bit(layer.weight.data, requires_grad=False, **form)
+    packed: Any = to_gpu(weight)
+    new.weight = packed.to(layer.weight.device) if packed is not weight else weight
+    new.support_avx512bf16_for_cpu = False  # validation would leave weights in a form that gives no gradients
     new.register_forward_pre_hook(lambda layer, args: args[0].to(dtype))  # the output has the dtype of the input
     new.bias = layer.bias
     return new
 
 
-def forget_input(layer: torch.nn.Module, args: tuple, output: torch.Tensor) -> None:
-    """Frees the input that bitsandbytes keeps for the backward pass of an int8 layer; a forward hook.
+class EightBitLinear(torch.nn.Linear):
+    """A frozen linear layer with a weight in 8 bits and a scale for each of its rows.
 
-    Only the weight's gradient would need it, and the weight is frozen. Compiled code keeps what it needs by itself.
+    int8: whole numbers, as LLM.int8() rounds them (arXiv 2208.07339); fp8: float8 e4m3 (arXiv 2209.05433).
+    `multiplies`: its input is rounded too, row by row, and the GPU multiplies numbers of 8 bits; else the weight is
+    turned into `dtype` for each product. The backward pass always does the latter: gradients rounded to 8 bits would
+    add noise in every block on the way back, and their product would need a transposed copy of the weight.
     """
-    if not torch.compiler.is_compiling() and output.grad_fn is not None:
-        node: Any = output.grad_fn
-        node.A = None  # on a CPU
-        node.tensors = (None, None, None)  # on a GPU
+
+    def __init__(self, layer: torch.nn.Linear, dtype: torch.dtype, quantization: str, multiplies: bool):
+        super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
+        weight = layer.weight.data
+        rounded, scale = round_rows(to_gpu(weight), quantization)
+        # PEFT gives adapters the dtype of a weight if it is one of floating point
+        self.weight = torch.nn.Parameter(rounded.view(torch.int8).to(weight.device), requires_grad=False)
+        self.scale = torch.nn.Parameter(scale.to(weight.device), requires_grad=False)  # [out, 1]
+        self.bias = layer.bias
+        self.compute_dtype = dtype
+        self.weight_dtype = rounded.dtype
+        self.multiplies = multiplies
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """[..., in] -> [..., out], in the layer's `dtype`."""
+        bias = None if self.bias is None else self.bias.to(self.compute_dtype)
+        weight = self.weight.view(self.weight_dtype)
+        # modulations have a row for each image: so few that nothing is gained, and less than the GPU takes
+        multiplies = self.multiplies and input.numel() > 16 * self.in_features
+        return EightBitProduct.apply(input.to(self.compute_dtype), weight, self.scale, bias, multiplies)
+
+
+class EightBitProduct(torch.autograd.Function):
+    """The product of an input [..., in] and a weight [out, in] in 8 bits, all that is kept for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, input, weight, scale, bias, multiplies):
+        ctx.save_for_backward(weight, scale)
+        if multiplies:
+            output = multiply_8_bits(input.reshape(-1, input.shape[-1]), weight, scale, bias)
+            return output.reshape(*input.shape[:-1], -1)
+        return torch.nn.functional.linear(input, weight.to(input.dtype).mul_(scale), bias)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        weight, scale = ctx.saved_tensors
+        return gradient @ weight.to(gradient.dtype).mul_(scale), None, None, None, None
+
+
+def round_rows(rows: torch.Tensor, quantization: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """([N, D] in 8 bits, float32 scales [N, 1]), whose product is close to `rows` [N, D]."""
+    if quantization == "int8":
+        from bitsandbytes.functional import int8_vectorwise_quant
+
+        rounded, largest, _ = int8_vectorwise_quant(rows.to(torch.float16))
+        return rounded, largest[:, None] * (1.0 / 127.0)
+    scale = row_scale(rows, torch.float8_e4m3fn)
+    return (rows / scale).to(torch.float8_e4m3fn), scale
+
+
+def row_scale(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Scales [N, 1] by which rows [N, D] are divided so that the largest number of a row is that of a dtype."""
+    largest = torch.iinfo(dtype).max if dtype == torch.int8 else torch.finfo(dtype).max
+    return rows.abs().amax(dim=1, keepdim=True).float().clamp(min=1e-12) / largest
+
+
+def multiply_8_bits(
+    rows: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """Rows [N, in] times a weight [out, in] in 8 bits, to whose dtype they are rounded; in the dtype of the rows."""
+    scale_of_rows = row_scale(rows, weight.dtype)
+    divided = rows / scale_of_rows
+    if weight.dtype == torch.int8:
+        sums = torch._int_mm(divided.round().to(torch.int8), weight.t())  # int32
+        output = (sums * scale_of_rows).mul_(scale.t()).to(rows.dtype)
+    else:
+        output = torch._scaled_mm(
+            divided.to(weight.dtype),
+            weight.t(),
+            scale_a=scale_of_rows,
+            scale_b=scale.t(),
+            out_dtype=rows.dtype,
+            use_fast_accum=True,
+        )
+    return output if bias is None else output + bias
+
+
+def nvidia_capability() -> tuple[int, int] | None:
+    """The compute capability of this process's GPU, such as (8, 9); None without one of NVIDIA."""
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_capability()
+
+
+def multiplies_8_bits(quantization: str, dtype: torch.dtype, capability: tuple[int, int] | None) -> bool:
+    """Whether a GPU multiplies numbers of 8 bits: int8 from Turing on; fp8, with results in bf16, from Ada on."""
+    if capability is None:
+        return False
+    if quantization == "int8":
+        return capability >= (7, 5)
+    return capability >= (8, 9) and dtype == torch.bfloat16
 
 
 # diffusers' names of those that have a backward pass; its others are for inference, or fetch code from the Hub
@@ -537,6 +624,11 @@ def check_processes(accelerator: Accelerator, args: argparse.Namespace) -> list[
         problems.append("--mixed_precision fp16 does not work with --fsdp: use bf16")
     if args.optimizer == "prodigy":
         problems.append("--optimizer prodigy does not work with --fsdp: use adamw")
+    if args.blocks_to_swap:
+        problems.append(
+            f"--blocks_to_swap {args.blocks_to_swap} does not work with --fsdp, which shares the weights among the "
+            "processes: leave one out"
+        )
     if args.use_8bit_adam:
         problems.append("--use_8bit_adam does not work with --fsdp: leave one out")
     if args.quantize_base != "none":

@@ -12,7 +12,15 @@ from typing import Any
 from common.arguments import exit_if_unreadable
 from common.latents import CachedTensors, TensorCache, fingerprint
 from common.lora import layer_shapes
-from common.models import check_names, gather_objects, load_model, prompt_width, quantized_layer, to_device
+from common.models import (
+    EightBitLinear,
+    check_names,
+    gather_objects,
+    load_model,
+    prompt_width,
+    quantized_layer,
+    to_device,
+)
 
 import psutil
 import torch
@@ -102,7 +110,7 @@ def quantize_text_encoders(pipeline: Any, dtype: torch.dtype, quantization: str)
 
 
 def quantize_language_model(model: torch.nn.Module, dtype: torch.dtype, quantization: str) -> None:
-    """Quantizes the linear layers in a model's blocks by bitsandbytes, in place, see `quantize_base` of models.py.
+    """Quantizes the linear layers in a model's blocks, in place, see `quantize_base` of models.py.
 
     With "none" it does nothing.
     """
@@ -118,7 +126,10 @@ def quantize_language_model(model: torch.nn.Module, dtype: torch.dtype, quantiza
 
 def is_quantized(model: torch.nn.Module) -> bool:
     """Whether a model has layers of `quantize_language_model`."""
-    return any(type(layer).__module__.startswith("bitsandbytes") for layer in model.modules())
+    for layer in model.modules():
+        if isinstance(layer, EightBitLinear) or type(layer).__module__.startswith("bitsandbytes"):
+            return True
+    return False
 
 
 def clip_lora_shapes(args: Any, target_modules: Sequence[str]) -> dict[str, tuple[int, int]]:

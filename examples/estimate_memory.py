@@ -37,8 +37,8 @@ import diffusers
 import torch
 import transformers
 from accelerate import DistributedType
-from bitsandbytes.functional import int8_vectorwise_quant, quantize_4bit, quantize_blockwise
-from bitsandbytes.nn import Int8Params, Params4bit
+from bitsandbytes.functional import quantize_4bit, quantize_blockwise
+from bitsandbytes.nn import Params4bit
 from peft.tuners.lokr.layer import LoKrLayer
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
@@ -347,7 +347,7 @@ def as_on(device):
 @contextmanager
 def as_on_gpu():
     """A context in which a step keeps what it does on a GPU: there autocast computes norms in float32, RMSNorm is one
-    kernel, and int8 layers multiply in int8."""
+    kernel, and layers in 8 bits multiply in 8 bits."""
 
     def upcast(tensor):
         return tensor.float() if isinstance(tensor, torch.Tensor) and torch.is_autocast_enabled("cpu") else tensor
@@ -358,12 +358,11 @@ def as_on_gpu():
     def rms_norm(x, shape, weight=None, eps=None):
         return FusedRMSNorm.apply(upcast(x), upcast(weight))
 
-    bitsandbytes.autograd._functions.logger.setLevel("ERROR")  # it would tell of each rounding to float16
     functions = {"rms_norm": rms_norm}
     functions |= {name: in_float32(getattr(torch.nn.functional, name)) for name in ("layer_norm", "group_norm")}
     with (
         patch.multiple(torch.nn.functional, **functions),
-        patch("bitsandbytes.autograd._functions.MatMul8bitFp", bitsandbytes.autograd._functions.MatMul8bitLt),
+        patch("common.models.nvidia_capability", lambda: (9, 0)),
     ):
         yield
 
@@ -392,10 +391,6 @@ def allocate(tensor):
         packed, state = quantize_4bit(fake, **options)
         parameter = torch.nn.Parameter(packed, requires_grad=False)
         parameter.quant_state = state
-    elif isinstance(tensor, Int8Params):
-        packed, scales, _ = int8_vectorwise_quant(fake.half())
-        parameter = torch.nn.Parameter(packed, requires_grad=False)
-        parameter.CB, parameter.SCB = packed, scales
     return parameter
 
 

@@ -428,6 +428,7 @@ def test_a_run_resumes_exactly(train, short_runs, tmp_path, script, kind):
     ("kind", "flags", "key_word"),
     [
         ("DoRA", "--quantize_base int8", "--quantize_base"),
+        ("DoRA", "--quantize_base fp8", "--quantize_base"),
         ("DoRA", "--save_format kohya --output_name x", "--save_format"),
         ("LoKr", "--save_format kohya --output_name x", "--save_format"),
         ("LoKr", "--quantize_base nf4", "--quantize_base"),

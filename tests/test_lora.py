@@ -28,7 +28,7 @@ from common.lora import (
     unknown_layers,
 )
 from common.lora_formats import read_lora
-from common.models import quantize_base, repeated_blocks
+from common.models import EightBitLinear, multiplies_8_bits, quantize_base, repeated_blocks
 
 import diffusers
 import pytest
@@ -198,12 +198,12 @@ def test_two_adapters_by_regex_train_together_and_have_a_file_each(tiny, tmp_pat
     torch.testing.assert_close(run(pipeline.transformer), run(model), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("kind", "bar"), [("nf4", 0.15), ("int8", 0.02)])
+@pytest.mark.parametrize(("kind", "bar"), [("nf4", 0.15), ("int8", 0.02), ("fp8", 0.04)])
 def test_a_quantized_base_is_small_and_near(tiny, kind, bar):
     quantized = quantize_base(copy.deepcopy(tiny.transformer).requires_grad_(False), torch.float32, kind).to("cpu")
     layer, own = (model.transformer_blocks[0].ff.net[0].proj for model in (quantized, tiny.transformer))
-    assert layer.weight.dtype == {"nf4": torch.uint8, "int8": torch.int8}[kind]
-    assert layer.weight.numel() * {"nf4": 2, "int8": 1}[kind] == own.weight.numel()
+    assert layer.weight.dtype == {"nf4": torch.uint8, "int8": torch.int8, "fp8": torch.int8}[kind]
+    assert layer.weight.numel() * {"nf4": 2, "int8": 1, "fp8": 1}[kind] == own.weight.numel()
     assert quantized.x_embedder.weight.dtype == torch.float32
     inputs = torch.randn(64, own.in_features)
     error = (layer(inputs) - own(inputs)).std() / own(inputs).std()
@@ -212,7 +212,7 @@ def test_a_quantized_base_is_small_and_near(tiny, kind, bar):
     assert torch.isfinite(run(quantized)).all()
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("kind", ["nf4", "int8", "fp8"])
 @pytest.mark.parametrize("way", ["CPU", "GPU"])  # that have int8 products of their own
 def test_a_quantized_layer_keeps_no_input_and_computes_what_bitsandbytes_does(tiny, kind, way):
     quantized = quantize_base(copy.deepcopy(tiny.transformer).requires_grad_(False), torch.float32, kind).to("cpu")
@@ -231,7 +231,42 @@ def test_a_quantized_layer_keeps_no_input_and_computes_what_bitsandbytes_does(ti
         assert gradient.abs().max() > 0
 
 
-@pytest.mark.parametrize("kind", ["none", "nf4", "int8"])
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_products_of_8_bits_are_near_those_of_the_same_weight(kind):
+    torch.manual_seed(0)
+    own = torch.nn.Linear(256, 64).requires_grad_(False)
+    own.weight[3] = 0.0  # a row that no scale makes larger
+    inputs = torch.randn(2, 40, 256).mul(torch.logspace(-3, 3, 40)[:, None]).requires_grad_()  # a scale a row
+    direction = torch.randn(2, 40, 64)
+    found = {}
+    for multiplies in (False, True):
+        layer = EightBitLinear(own, torch.float32, kind, multiplies)
+        output = layer(inputs)
+        gradient = torch.autograd.grad(output, inputs, direction)[0]
+        found[multiplies] = output.detach(), gradient, layer(inputs[:1, :8]).detach()
+    exact = own(inputs).detach()
+    norms = [(found[each][0] - exact).norm(dim=-1) / exact.norm(dim=-1) for each in (False, True)]
+    print(f"relative error: weight {norms[0].mean():.4f}, weight and input {norms[1].mean():.4f}")
+    bar = {"int8": 0.02, "fp8": 0.05}[kind]
+    assert norms[0].max() < norms[1].max() < bar  # of the smallest row as of the largest
+    assert torch.equal(found[True][1], found[False][1])  # gradients are not rounded
+    assert torch.equal(found[True][2], found[False][2])  # a few rows are multiplied without rounding them
+    assert torch.isfinite(EightBitLinear(own, torch.float32, kind, True)(torch.zeros(20, 256))).all()
+
+
+def test_the_gpu_decides_whether_8_bits_are_multiplied():
+    ampere, ada, blackwell = (8, 6), (8, 9), (12, 0)
+    bf16 = torch.bfloat16
+    assert not multiplies_8_bits("fp8", bf16, ampere)
+    assert multiplies_8_bits("fp8", bf16, ada)
+    assert multiplies_8_bits("fp8", bf16, blackwell)
+    assert not multiplies_8_bits("fp8", torch.float32, ada)
+    assert multiplies_8_bits("int8", torch.float32, ampere)
+    assert not multiplies_8_bits("int8", bf16, (7, 0))
+    assert not any(multiplies_8_bits(kind, bf16, None) for kind in ("int8", "fp8"))
+
+
+@pytest.mark.parametrize("kind", ["none", "nf4", "int8", "fp8"])
 def test_hidden_states_between_blocks_are_of_the_dtype_of_autocast(tiny, kind):
     model = copy.deepcopy(tiny.transformer).requires_grad_(False).to(torch.bfloat16)
     if kind != "none":

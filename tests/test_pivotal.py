@@ -635,6 +635,7 @@ ATTENTION = "attn.to_q,attn.to_k,attn.to_v,attn.add_q_proj,attn.add_k_proj,attn.
 LEARNING = {
     "plain": ([], 50, 0),
     "4-bit base": (["--quantize_base", "nf4"], 50, 0),
+    "8-bit base": (["--quantize_base", "fp8"], 50, 0),
     "CLIP LoRA": (["--train_text_encoder", "--text_encoder_lr", "1e-3"], 50, 0),
     "pivotal CLIP": (["--train_text_encoder_ti", "--text_encoder_lr", "3e-3"], 60, 0),
     "pivotal CLIP+T5": (["--train_text_encoder_ti", "--enable_t5_ti", "--text_encoder_lr", "3e-3"], 60, 0),

@@ -36,7 +36,7 @@ def test_checkpointing_offload_and_8_bit_states_compute_nearly_the_same(train, s
 
 @pytest.mark.parametrize("script", ONE_QUICK)
 def test_a_quantized_base_trains_near_the_plain_one(train, short_runs, script, tmp_path):
-    for kind, bar in (("none", 0), ("int8", 0.01), ("nf4", 0.1)):
+    for kind, bar in (("none", 0), ("int8", 0.01), ("fp8", 0.03), ("nf4", 0.1)):
         train(script, *short_runs[script], "--quantize_base", kind, "--output_dir", tmp_path / kind)
         found = difference(tmp_path / kind, tmp_path / "none")
         print(f"{kind}: losses differ by {found:.1e} (bar {bar:g})")
@@ -54,9 +54,10 @@ def test_compiled_blocks_compute_the_same(train, short_runs, script, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_compiled_checkpointed_int8_base_computes_the_same(train, short_runs, script, tmp_path):
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_a_compiled_checkpointed_8_bit_base_computes_the_same(train, short_runs, script, kind, tmp_path):
     for name, extra in (("plain", ()), ("all", ("--compile", "--gradient_checkpointing", "--offload"))):
-        train(script, *short_runs[script], "--quantize_base", "int8", *extra, "--output_dir", tmp_path / name)
+        train(script, *short_runs[script], "--quantize_base", kind, *extra, "--output_dir", tmp_path / name)
     np.testing.assert_allclose(losses(tmp_path / "all"), losses(tmp_path / "plain"), atol=1e-4)
 
 
