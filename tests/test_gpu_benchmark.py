@@ -14,6 +14,7 @@ from transformers import T5EncoderModel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parent / "benchmarks" / "on_gpu"))
 
 import gpu
 from random_models import random_weights, save_pipelines

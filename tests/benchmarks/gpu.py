@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 
 
-WORKER = Path(__file__).with_name("gpu_rows.py")
+WORKER = Path(__file__).with_name("on_gpu") / "rows.py"
 DREAMBOOTH = "train_dreambooth_flux_advanced"
 TRAINERS = {"dreambooth": DREAMBOOTH, "omini": "train_omini", "influxedit": "train_influxedit"}
 TRAINERS["twinflow"] = "train_twinflow"

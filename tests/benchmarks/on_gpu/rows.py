@@ -1,7 +1,7 @@
-"""What gpu.py measures, a function per topic: each makes one row's numbers, {name: value}, of keyword arguments.
+"""What ../gpu.py measures, a function per topic: each makes one row's numbers, {name: value}, of keyword arguments.
 
-As a program it is the worker of gpu.py: it reads requests from standard input, a JSON object a line, and answers each
-with one line. What the trainers print goes to the file that its first argument names.
+As a program it is the worker of ../gpu.py: it reads requests from standard input, a JSON object a line, and answers
+each with one line. What the trainers print goes to the file that its first argument names.
 """
 
 import gc
@@ -22,7 +22,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 # isort: split
