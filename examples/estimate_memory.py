@@ -812,10 +812,12 @@ def print_sizes(title, sizes):
             print(f"  {name:28}{size / GIB:7.2f} GiB")
 
 
-WAYS = {  # of training, each needs less memory than the one before
+WAYS = {  # of training, each slower than the one before, or further from the base model
     "lora": {
         "plain": "",
         "checkpointing": "--gradient_checkpointing",
+        "checkpointing, offload": "--gradient_checkpointing --offload",
+        "checkpointing, int8": "--gradient_checkpointing --quantize_base int8",
         "checkpointing, nf4": "--gradient_checkpointing --quantize_base nf4",
         "checkpointing, nf4, offload": "--gradient_checkpointing --quantize_base nf4 --offload",
     },
