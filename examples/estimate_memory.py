@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 # isort: split
 from common.arguments import Parser, in_range
+from common.block_swap import spread
 from common.latents import encode_images, encode_moments, pack_latents, unpack_latents
 from common.lora import FLUX_TARGET_MODULES, adapter_kind, adapter_options, add_lora, check_adapter
 from common.models import QUANTIZATIONS, check_processes, quantize_base, repeated_blocks, shard
@@ -572,7 +573,7 @@ def estimate(model, args):
     )
     state, update = (round(share * step["trained"] / 4) for share in optimizer_bytes(args))  # 4 bytes per number
     trained, full = step["trained"], args.training == "full"
-    swapped = swapped_bytes(step["blocks"], args.blocks_to_swap)
+    in_ram, swapped = swapped_bytes(step["blocks"], args.blocks_to_swap)
     before = step["before"] - swapped
     stays = not (args.cache_latents or args.offload)
     rows = {
@@ -616,7 +617,7 @@ def estimate(model, args):
         "Python, libraries, driver": round(PROCESS_RAM * GIB),
         "VAE": 0 if stays else vae["weights"],
         "text encoders, pinned": sum(encoder["weights"] for encoder in encoders if args.offload),
-        "blocks to swap": sum(sorted(step["blocks"])[-args.blocks_to_swap :]) if args.blocks_to_swap else 0,
+        "blocks to swap": in_ram,
         "a block in float32": block if full else 0,
     }
     shards = args.num_processes if args.fsdp else 1
@@ -706,8 +707,10 @@ def decode(vae, latents):
 
 
 def swapped_bytes(blocks, count):
-    """What --blocks_to_swap takes from the device: those blocks, without two places that they go through."""
-    return max(0, sum(sorted(blocks)[-count:]) - 2 * max(blocks)) if count else 0
+    """(bytes of the blocks that --blocks_to_swap keeps in RAM, what that leaves free on the device, where two of them
+    are at a time)"""
+    swapped = [blocks[i] for i in spread(count, len(blocks))]
+    return sum(swapped), sum(sorted(swapped)[:-2])
 
 
 def size_of(module, dtype):

@@ -84,6 +84,7 @@ ROWS = [  # (topic, name, options), the most important first
     small_card("omini", 12),
     small_card("influxedit", 12),
     small_card("twinflow", 16),
+    small_card("dreambooth", 12, "low_memory", "--quantize_base none --blocks_to_swap auto"),
     small_card("dreambooth", 16, "low_memory", "--quantize_base int8"),
     small_card("dreambooth", 24, "low_memory", "--quantize_base int8 --resolution 1024"),
     small_card("dreambooth", 32, "best_quality", "--quantize_base nf4"),
