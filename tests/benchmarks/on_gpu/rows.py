@@ -268,7 +268,7 @@ def traced_only():
     compile_module = torch.nn.Module.compile
 
     def compile_traced(module, **options):
-        compile_module(module, **options, backend="aot_eager")
+        compile_module(module, **(options | {"backend": "aot_eager"}))
 
     with patch.object(torch.nn.Module, "compile", compile_traced):
         yield
