@@ -2014,9 +2014,8 @@ def train(args):
     result_weights = nullcontext  # what is validated and saved
     averages = {}
     if args.use_ema:
-        ema = EMAModel(
-            trained_params, decay=args.ema_decay, foreach=not args.fsdp
-        )  # sharded tensors have no _foreach_copy_
+        # sharded tensors have no _foreach_copy_
+        ema = EMAModel(trained_params, decay=args.ema_decay, foreach=not args.fsdp)
         averages = {str(i): tensor for i, tensor in enumerate(ema.shadow_params)}
         unwrapped_transformer = accelerator.unwrap_model(transformer)
         result_weights = functools.partial(averaged_weights, ema, trained_params, unwrapped_transformer)

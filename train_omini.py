@@ -3015,9 +3015,8 @@ def train(args):
     result_weights = nullcontext  # what is validated and saved
     averages = {}
     if args.use_ema:
-        ema = EMAModel(
-            lora_params, decay=args.ema_decay, foreach=not args.fsdp
-        )  # sharded tensors have no _foreach_copy_
+        # sharded tensors have no _foreach_copy_
+        ema = EMAModel(lora_params, decay=args.ema_decay, foreach=not args.fsdp)
         averages = {str(i): tensor for i, tensor in enumerate(ema.shadow_params)}
         result_weights = functools.partial(averaged_weights, ema, lora_params, transformer)
     save_dtype = torch.float32 if args.upcast_before_saving else weight_dtype
