@@ -2,16 +2,17 @@
 
 import functools
 import mmap
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from common.models import repeated_blocks
 
 import torch
-from torch.cuda._pin_memory_utils import pin_memory, unpin_memory
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
@@ -69,6 +70,8 @@ class BlockSwap:
             blocks[i]._apply = functools.partial(stay, blocks[i])
         # they are the same in all processes, and cannot be read now
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, self.swapped_names)
+        if number == "auto" and device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)  # text encoders took more before they were freed
 
     def around(self, block: SwappedBlock, forward: Callable, *args, **kwargs):
         """What a block's forward returns, with its weights on the device, now and in the backward pass."""
@@ -145,7 +148,9 @@ class BlockSwap:
         self.current = None
 
     def keep_what_fits(self, *step: Any) -> None:
-        """From here on swaps only as many blocks as do not fit at the peak of memory until now; without a GPU all fit.
+        """From here on swaps only as many blocks as do not fit at the peak of memory since they are swapped.
+
+        Without a GPU all fit.
 
         A hook for an optimizer, whose first step decides.
         """
@@ -218,15 +223,21 @@ def swap_out(parameters: Sequence[torch.nn.Parameter], device: torch.device) -> 
         parameter.waiting.copy_(parameter.data)  # type: ignore[attr-defined]
         parameter.data = view(block.device, start, parameter)
     if device.type == "cuda":
-        try:  # Tensor.pin_memory would take the next power of two of bytes
-            pin_memory(host.data_ptr(), length)
-        except RuntimeError as error:
-            raise RuntimeError(
-                "--blocks_to_swap: no more RAM can be pinned; swap fewer blocks, or quantize"
-            ) from error
-        weakref.finalize(host, unpin_memory, host.data_ptr()).atexit = False
+        pin(host)
     block.device.untyped_storage().resize_(0)
     return block
+
+
+def pin(host: torch.Tensor) -> None:
+    """Pins the memory of a tensor while it lives. Tensor.pin_memory would take the next power of two of bytes."""
+    cudart: Any = torch.cuda.cudart()
+    error = int(cudart.cudaHostRegister(host.data_ptr(), host.nbytes, 0))
+    if error:
+        raise SystemExit(
+            f"\n{Path(sys.argv[0]).name}: error: --blocks_to_swap: no more RAM can be pinned (CUDA error {error}): "
+            "swap fewer blocks, or give --quantize_base"
+        )
+    weakref.finalize(host, cudart.cudaHostUnregister, host.data_ptr()).atexit = False
 
 
 def stay(module: torch.nn.Module, change: Callable, recurse: bool = True) -> torch.nn.Module:

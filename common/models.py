@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import sys
@@ -263,13 +264,17 @@ def has_bf16_gpu() -> bool:
 
 
 def to_device(value: Any, device: torch.device | str) -> Any:
-    """A tensor, or those in a dict, on a device; the program does not wait for a copy to a GPU, from pinned memory."""
+    """A tensor, or those in a dict, on a device; the program does not wait for a copy to a GPU, from pinned memory.
+
+    It waits for a copy to the CPU, whose numbers could be read before they are there.
+    """
     device = torch.device(device)
     if isinstance(value, dict):
         return {name: to_device(each, device) for name, each in value.items()}
     if device.type == "cuda" and value.device.type == "cpu":
         value = value.pin_memory()
-    return value.to(device, non_blocking=True)
+    leaves = device.type == "cpu" and value.device.type != "cpu"
+    return value.to(device, non_blocking=not leaves)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -329,7 +334,8 @@ def quantized_layer(
     `storage` is the dtype that 4-bit weights pretend to have: T5 casts what enters a layer to that of its weight.
     """
     if quantization != "nf4":
-        return EightBitLinear(layer, dtype, quantization, multiplies_8_bits(quantization, dtype, nvidia_capability()))
+        multiplies = multiplies_8_bits(quantization, dtype, nvidia_capability())
+        return EightBitLinear(layer, dtype, quantization, multiplies and has_8_bit_kernel(quantization, dtype))
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     form: Any = {"quant_type": "nf4", "quant_storage": storage}
@@ -363,7 +369,9 @@ class EightBitLinear(torch.nn.Linear):
         self.bias = layer.bias
         self.compute_dtype = dtype
         self.weight_dtype = rounded.dtype
-        self.multiplies = multiplies
+        self.multiplies = (
+            multiplies and layer.in_features % 16 == 0 and layer.out_features % 16 == 0
+        )  # as kernels need
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[..., in] -> [..., out], in the layer's `dtype`."""
@@ -443,6 +451,23 @@ def multiplies_8_bits(quantization: str, dtype: torch.dtype, capability: tuple[i
     if quantization == "int8":
         return capability >= (7, 5)
     return capability >= (8, 9) and dtype == torch.bfloat16
+
+
+@functools.cache
+def has_8_bit_kernel(quantization: str, dtype: torch.dtype, device: str = "cuda") -> bool:
+    """Whether torch multiplies numbers of 8 bits on a GPU that can: its kernels are not built for every one."""
+    rows = torch.ones(32, 32, dtype=dtype, device=device)
+    weight, scale = round_rows(rows, quantization)
+    try:
+        error = (multiply_8_bits(rows, weight, scale, None) - 32).abs().max().item()
+    except RuntimeError:
+        error = math.inf
+    if error < 1:
+        return True
+    if os.environ.get("RANK", "0") == "0":
+        text = f"--quantize_base {quantization}: this torch cannot multiply 8 bits on this GPU, steps are slower"
+        print(text, file=sys.stderr)
+    return False
 
 
 # diffusers' names of those that have a backward pass; its others are for inference, or fetch code from the Hub

@@ -83,7 +83,7 @@ def place(
     placements = dict.fromkeys(sizes, "whole")
     is_quantized = False
     if device.type != "cpu" or placement:
-        memory = {"free": free_memory(device), "free_ram": psutil.virtual_memory().available, "pixels": pixels}
+        memory = {"free": available_memory(device), "free_ram": psutil.virtual_memory().available, "pixels": pixels}
         placements = choose_placements(sizes, **memory)
         if placement and placement != "nf4":
             placements = dict.fromkeys(sizes, placement)
@@ -93,7 +93,7 @@ def place(
             quantize_base(transformer, next(transformer.parameters()).dtype)
             transformer.to(device)  # which shrinks the weights
             sizes["transformer"] = num_bytes(transformer)
-            memory["free"] = free_memory(device) + sizes["transformer"]
+            memory["free"] = available_memory(device) + sizes["transformer"]
             placements = choose_placements(sizes, **memory)
             if placements["transformer"] != "whole":  # hooks of group offloading would not move its quantization
                 placements["transformer"] = "model_offload"
@@ -143,7 +143,7 @@ def num_bytes(module: torch.nn.Module) -> int:
     return sum(tensor.nbytes for tensor in [*module.parameters(), *module.buffers()])
 
 
-def free_memory(device: torch.device) -> int:
+def available_memory(device: torch.device) -> int:
     """The bytes that this process can allocate on a device; of one that shares the CPU's memory, those free there."""
     module = torch.get_device_module(device)
     is_shared = device.type == "cuda" and torch.cuda.get_device_properties(device).is_integrated
@@ -174,4 +174,4 @@ def decodes_in_tiles(vae: AutoencoderKL, num_pixels: int, device: torch.device) 
     if device.type == "cpu":
         return False
     bytes_per_pixel = WORKING_BYTES_PER_PIXEL / 2 * vae.dtype.itemsize
-    return num_pixels * bytes_per_pixel > free_memory(device)
+    return num_pixels * bytes_per_pixel > available_memory(device)

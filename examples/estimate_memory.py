@@ -364,6 +364,7 @@ def as_on_gpu():
     with (
         patch.multiple(torch.nn.functional, **functions),
         patch("common.models.nvidia_capability", lambda: (9, 0)),
+        patch("common.models.has_8_bit_kernel", lambda *kind: True),
     ):
         yield
 

@@ -1,8 +1,10 @@
 """Block swap: the numbers are those without it, and two swapped blocks at most are on the device."""
 
 import copy
+import gc
+from types import SimpleNamespace
 
-from common.block_swap import BlockSwap, blocks_to_swap, check_block_count, spread
+from common.block_swap import BlockSwap, blocks_to_swap, check_block_count, pin, spread
 from common.lora import add_lora, save_lora
 from common.models import compile_blocks, quantize_base
 
@@ -160,6 +162,29 @@ def test_each_weight_is_copied_once_a_pass_and_those_of_the_turn_not_again(tiny)
     train_and_draw(model, lambda: (counts.append(len(copies)), copies.clear()))
     drawing, training = 2 * count, 4 * count  # forward passes, and the backward passes of training
     assert counts[1] <= drawing + training
+
+
+def test_pinned_memory_is_given_back_with_its_tensor(monkeypatch):
+    registered = {}
+    errors = iter([0, 2])
+
+    def register(pointer, size, flags):
+        registered[pointer] = size
+        return next(errors)
+
+    runtime = SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=registered.pop)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    host = torch.zeros(4096, dtype=torch.uint8)
+    pin(host)
+    assert registered == {host.data_ptr(): 4096}
+    view = host[:16]
+    del host
+    assert registered  # its memory is still in use
+    del view
+    gc.collect()
+    assert not registered
+    with pytest.raises(SystemExit, match="--blocks_to_swap"):
+        pin(torch.zeros(4096, dtype=torch.uint8))
 
 
 def test_the_number_of_blocks_follows_from_free_memory():

@@ -28,7 +28,7 @@ from common.lora import (
     unknown_layers,
 )
 from common.lora_formats import read_lora
-from common.models import EightBitLinear, multiplies_8_bits, quantize_base, repeated_blocks
+from common.models import EightBitLinear, has_8_bit_kernel, multiplies_8_bits, quantize_base, repeated_blocks
 
 import diffusers
 import pytest
@@ -264,6 +264,27 @@ def test_the_gpu_decides_whether_8_bits_are_multiplied():
     assert multiplies_8_bits("int8", torch.float32, ampere)
     assert not multiplies_8_bits("int8", bf16, (7, 0))
     assert not any(multiplies_8_bits(kind, bf16, None) for kind in ("int8", "fp8"))
+
+
+def test_layers_for_which_there_is_no_kernel_do_not_multiply_8_bits(monkeypatch, capsys):
+    inputs = torch.randn(20, 32)
+    for sizes in [(32, 24), (24, 32)]:  # kernels take multiples of 16
+        layers = [EightBitLinear(torch.nn.Linear(*sizes), torch.float32, "int8", each) for each in (True, False)]
+        layers[1].load_state_dict(layers[0].state_dict())
+        assert torch.equal(*(layer(inputs[:, : sizes[0]]) for layer in layers))
+
+    has_8_bit_kernel.cache_clear()
+    assert has_8_bit_kernel("int8", torch.bfloat16, "cpu")
+    assert not capsys.readouterr().err
+
+    def not_built(*tensors):
+        raise RuntimeError("no kernel image is available for execution on the device")
+
+    has_8_bit_kernel.cache_clear()
+    monkeypatch.setattr(torch, "_int_mm", not_built)
+    assert not has_8_bit_kernel("int8", torch.bfloat16, "cpu")
+    assert "--quantize_base int8" in capsys.readouterr().err
+    has_8_bit_kernel.cache_clear()
 
 
 @pytest.mark.parametrize("kind", ["none", "nf4", "int8", "fp8"])

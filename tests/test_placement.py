@@ -83,7 +83,7 @@ class Movable(torch.nn.Linear):
 
 
 def test_models_that_are_moved_lie_on_the_device_one_at_a_time(monkeypatch, all_large):
-    monkeypatch.setattr(placement, "free_memory", lambda device: 0)
+    monkeypatch.setattr(placement, "available_memory", lambda device: 0)
     gpu = torch.device("meta")
     names = ("text_encoder", "text_encoder_2", "transformer")
     models = {name: Movable(8, 8) for name in names}

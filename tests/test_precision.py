@@ -120,7 +120,7 @@ def test_images_are_decoded_without_autocast(tiny):
 
 @pytest.mark.parametrize(("side", "in_tiles"), [(512, False), (1024, True)])
 def test_a_gpu_without_memory_for_the_whole_image_decodes_tiles_of_it(tiny, monkeypatch, side, in_tiles):
-    monkeypatch.setattr(placement, "free_memory", lambda device: 2**30)
+    monkeypatch.setattr(placement, "available_memory", lambda device: 2**30)
     vae = tiny.vae.to(torch.bfloat16)
     with frugal_decoding(vae, side * side, torch.device("cuda")):
         assert (vae.use_tiling, vae.use_slicing) == (in_tiles, in_tiles)
