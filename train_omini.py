@@ -994,7 +994,7 @@ def token_order(keep: torch.Tensor, device: torch.device) -> tuple[torch.Tensor,
     counts = keep.sum(dim=1)
     length = int(counts.max())
     order = torch.argsort(~keep, dim=1, stable=True)[:, :length]
-    attention_mask = torch.arange(length, device=keep.device) < counts[:, None]
+    attention_mask = keep.sort(dim=1, descending=True).values[:, :length]
     return to_device(order, device), None if attention_mask.all() else to_device(attention_mask, device)
 
 
