@@ -1,6 +1,7 @@
 """Generates images of the same prompts with the toy FLUX before and after a LoRA, or several, and scores them.
 
 python examples/toy/compare.py OUTPUT_DIR --subject glyph --output before_after.png
+python examples/toy/compare.py OUTPUT_DIR --scales 0.6 0.8 1 1.2 --output scales.png
 """
 
 import random
@@ -12,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 
 # isort: split
-from common.arguments import Parser, exit_if_unreadable
+from common.arguments import Parser, exit_if_unreadable, in_range
 from common.data import check_image_file, save_image
 from common.lora import check_applied, find_lora
 from common.validation import image_grid
@@ -21,7 +22,17 @@ import numpy as np
 import torch
 from diffusers import FluxPipeline
 
-from examples.toy.world import SUBJECTS, all_right, caption, random_scene, random_subject, score_subject
+from examples.toy.world import (
+    STYLE,
+    SUBJECTS,
+    all_right,
+    caption,
+    foreground_mask,
+    random_in_style,
+    random_scene,
+    random_subject,
+    score_subject,
+)
 
 
 HERE = Path(__file__).parent
@@ -38,17 +49,22 @@ def sample(pipeline, prompts, seed):
 def evaluate(pipeline, subject, *, count=64, seed=0, replace=lambda prompt: prompt):
     """Subject score, the share of known scenes that are right (both 0 to 100), and some (image, prompt) pairs of each.
 
-    `replace` puts trained tokens in the place of the subject's name.
+    The score of the subject "style" is the share of shapes that are right and in the style. `replace` puts trained
+    tokens in the place of the subject's name.
     """
     rng = random.Random(seed)
-    prompts = [random_subject(rng, subject)[1] for _ in range(count)]
+    asked = [random_in_style(rng) if subject == "style" else random_subject(rng, subject) for _ in range(count)]
+    prompts = [prompt for _, prompt in asked]
     scenes = [random_scene(rng, pair=0, outline=0) for _ in range(count)]
     subjects = sample(pipeline, [replace(prompt) for prompt in prompts], seed)
     others = sample(pipeline, [caption(scene) for scene in scenes], seed)
-    subject_score = np.mean([score_subject(image, subject) for image in subjects])
+    if subject == "style":
+        subject_score = all_right(subjects, [scene for scene, _ in asked])
+    else:
+        subject_score = 100 * float(np.mean([score_subject(image, subject) for image in subjects]))
     shown = list(zip(subjects[:4], prompts[:4], strict=True))
     shown += [(image, caption(scene)) for image, scene in zip(others[:4], scenes[:4], strict=True)]
-    return 100 * float(subject_score), all_right(others, scenes), shown
+    return subject_score, all_right(others, scenes), shown
 
 
 def in_other_words(scene, rng):
@@ -67,10 +83,28 @@ def evaluate_other_words(pipeline, *, count=64, seed=0):
     return all_right(sample(pipeline, [in_other_words(scene, rng) for scene in scenes], seed), scenes)
 
 
+def variety(pipeline, prompt, *, count=32, seed=0):
+    """In how many different ways `count` seeds draw a prompt: places on a grid of 1/8, and heights."""
+    found = set()
+    for image in sample(pipeline, [prompt] * count, seed):
+        ys, xs = np.nonzero(foreground_mask(image))
+        if len(ys):
+            found.add((round(xs.mean() / 8), round(ys.mean() / 8), round(np.ptp(ys) / 8)))
+    return len(found)
+
+
 def main(argv=None):
     parser = Parser(description=__doc__.split("\n")[0], takes="OUTPUT_DIR ...")
     parser.add_argument("lora", metavar="OUTPUT_DIR", type=Path, nargs="+", help="a trainer's output folder")
-    parser.add_argument("--subject", choices=SUBJECTS, default="glyph")
+    parser.add_argument("--subject", choices=[*SUBJECTS, "style"], default="glyph")
+    parser.add_argument(
+        "--scales",
+        metavar="SCALE",
+        type=in_range(float, -10, 10),
+        nargs="+",
+        default=[1.0],
+        help="strengths at which each LoRA is drawn and scored",
+    )
     parser.add_argument("--output", type=Path, default=Path("before_after.png"))
     args = parser.parse_args(argv)
     problems = check_image_file("--output", args.output)
@@ -83,18 +117,24 @@ def main(argv=None):
     parser.refuse(problems)
     pipeline = FluxPipeline.from_pretrained(HERE / "flux")
     pipeline.set_progress_bar_config(desc="Sampling", leave=False)
+    names = SUBJECTS | {"style": STYLE}
     rows = []
-    names = ["after"] if len(args.lora) == 1 else [folder.name for folder in args.lora]
-    for when, file in zip(["before", *names], [None, *files], strict=True):
+    ways = [("before", None, 1.0)]
+    for folder, file in zip(args.lora, files, strict=True):
+        name = "after" if len(args.lora) == 1 else folder.name
+        for scale in args.scales:
+            ways.append((name if args.scales == [1] else f"{name} x {scale:g}", file, scale))
+    for when, file, scale in ways:
         pipeline.unload_lora_weights()
         if file:
             with exit_if_unreadable(file):
-                pipeline.load_lora_weights(file.parent, weight_name=file.name)
+                pipeline.load_lora_weights(file.parent, weight_name=file.name, adapter_name="lora")
                 check_applied(file, [pipeline.transformer, pipeline.text_encoder])
+            pipeline.set_adapters("lora", scale)
         subject_score, ordinary, shown = evaluate(pipeline, args.subject)
         reworded = evaluate_other_words(pipeline)
         print(
-            f"{when:6}  {SUBJECTS[args.subject]}: {subject_score:.0f} of 100   "
+            f"{when:6}  {names[args.subject]}: {subject_score:.0f} of 100   "
             f"ordinary prompts: {ordinary:.0f} of 100, in other words {reworded:.0f}"
         )
         rows += [(image, f"{when}: {prompt}") for image, prompt in shown]

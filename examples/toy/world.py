@@ -4,6 +4,7 @@ A scene is one or two flat-coloured shapes on a flat background. All coordinates
 side, so one scene can be drawn at any size. Every drawing function is deterministic given a `random.Random`.
 
     python examples/toy/world.py glyph data/glyph --count 6      # six images of the subject, with captions
+    python examples/toy/world.py style data/style --count 12     # shapes in the style
     python examples/toy/world.py scenes data/scenes --count 512  # images of what the toy FLUX knows
 """
 
@@ -38,6 +39,7 @@ KINDS = ("circle", "square", "triangle", "cross", "diamond")
 SIZES = {"small": 10 / 64, "big": 17 / 64}  # half of a shape's height
 MARGINS = {"small": 1 / 4, "big": 3 / 8}  # of a shape's centre to the canvas' border; centres lie on a grid of 1/4
 SUBJECTS = {"glyph": "sks glyph", "totem": "zwx totem"}  # words the pretraining captions never use
+STYLE = "sks style"  # every shape is violet, on orange
 
 
 @dataclass(frozen=True)
@@ -206,6 +208,12 @@ def random_subject(rng, name, aspect=1.0, background=None):
     return Scene(background, (shape,)), with_article(f"{SUBJECTS[name]} on a {background} background")
 
 
+def random_in_style(rng):
+    """A shape in the style, and its caption, which names the shape alone."""
+    shape = random_shape(rng, "violet")
+    return Scene("orange", (shape,)), f"a {shape.kind}, {STYLE}"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Scores
 # ---------------------------------------------------------------------------------------------------------------------
@@ -353,7 +361,7 @@ def sliced_wasserstein(a, b, projections=128, seed=0):
 
 def main(argv=None):
     parser = Parser(description=__doc__.split("\n")[0], takes="SUBJECT FOLDER")
-    parser.add_argument("subject", choices=[*SUBJECTS, "scenes"], help="what is drawn")
+    parser.add_argument("subject", choices=[*SUBJECTS, "style", "scenes"], help="what is drawn")
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="where the images and their captions go")
     parser.add_argument("--count", type=positive_int, default=6, help="images to draw")
     parser.add_argument("--size", type=in_range(int, 16, 2048), default=64, help="side in pixels")
@@ -370,6 +378,8 @@ def main(argv=None):
         if args.subject == "scenes":
             scene = random_scene(rng)
             text = caption(scene)
+        elif args.subject == "style":
+            scene, text = random_in_style(rng)
         else:
             # what all photos share is learned with the subject: each background comes once before one comes again
             if not backgrounds:
@@ -378,7 +388,8 @@ def main(argv=None):
             scene, text = random_subject(rng, args.subject, background=backgrounds.pop())
         draw(scene, args.size, args.size).save(args.folder / f"{i}.png")
         (args.folder / f"{i}.txt").write_text(text + "\n")
-    print(f"{args.count} images of {SUBJECTS.get(args.subject, args.subject)!r} with captions in {args.folder}")
+    names = SUBJECTS | {"style": STYLE}
+    print(f"{args.count} images of {names.get(args.subject, args.subject)!r} with captions in {args.folder}")
 
 
 if __name__ == "__main__":
