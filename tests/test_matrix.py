@@ -655,7 +655,7 @@ class TwinFlow:
             raise InterruptedError
 
         with self.monkeypatch.context() as patch:
-            patch.setattr(twinflow.QwenImageEdit, "load_prompt_encoder", lambda *_: None)
+            patch.setattr(twinflow.QwenImageEdit, "load_prompt_encoder", lambda *_: SimpleNamespace(components={}))
             patch.setattr(twinflow.QwenImageEdit, "encode_prompt", see)
             patch.setattr(sys, "argv", strings("x", self.folder / "run", "--prompt", "x", "--image", path))
             with pytest.raises((InterruptedError, SystemExit)):

@@ -100,8 +100,8 @@ def test_the_playbooks_folder_and_command_give_its_file(train, flux_data, tmp_pa
 def test_prodigy_is_set_as_sd_scripts_sets_it(train, flux_data, tiny_model, monkeypatch):
     optimizers, honest = [], dreambooth.create_optimizer
 
-    def create_optimizer(args, params_to_optimize):
-        optimizers.append(honest(args, params_to_optimize))
+    def create_optimizer(*arguments):
+        optimizers.append(honest(*arguments))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(dreambooth, "create_optimizer", create_optimizer)
