@@ -126,8 +126,9 @@ def place(
 
 def offload_groups(module: torch.nn.Module, device: torch.device) -> None:
     """Keeps a model in pinned CPU memory; its blocks, or its layers where diffusers knows no blocks, are copied to the
-    device when they compute, the next one meanwhile."""
+    device when they compute, the next one meanwhile. Where memory lacks to pin all, one at a time is pinned."""
     has_streams = device.type != "cpu"
+    available = psutil.virtual_memory().available
     apply_group_offloading(
         module,
         device,
@@ -135,6 +136,7 @@ def offload_groups(module: torch.nn.Module, device: torch.device) -> None:
         num_blocks_per_group=1,
         use_stream=has_streams,
         record_stream=has_streams,
+        low_cpu_mem_usage=PINNED * num_bytes(module) > available,
     )
 
 

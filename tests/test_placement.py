@@ -1,5 +1,7 @@
 """Where models lie while images are generated: the choice by given memory; offloaded models compute the same."""
 
+from types import SimpleNamespace
+
 from common import placement
 from common.lora import add_lora
 from common.placement import choose_placements, num_bytes, place
@@ -93,6 +95,20 @@ def test_models_that_are_moved_lie_on_the_device_one_at_a_time(monkeypatch, all_
         assert models[name](torch.zeros(1, 8)).device == gpu
         present.append([name for name in names if models[name].weight.device == gpu])
     assert present == [[name] for name in (*names, *names)]
+
+
+def test_a_model_larger_than_the_memory_that_can_be_pinned_is_not_pinned_as_a_whole(monkeypatch):
+    found = []
+
+    def offload(model, device, **options):
+        found.append(options["low_cpu_mem_usage"])
+
+    monkeypatch.setattr(placement, "apply_group_offloading", offload)
+    model = torch.nn.Linear(100, 100, bias=False)  # 40,000 bytes
+    for available in (50_000, 70_000):
+        monkeypatch.setattr(placement.psutil, "virtual_memory", lambda: SimpleNamespace(available=available))  # noqa: B023
+        placement.offload_groups(model, torch.device("meta"))
+    assert found == [True, False]
 
 
 @pytest.mark.parametrize("how", ["model_offload", "group_offload"])
