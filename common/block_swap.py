@@ -67,7 +67,7 @@ class BlockSwap:
         # what is swapped has this device already; "cpu:0", which accelerate gives, is another one
         model.to("cpu" if device.type == "cpu" else device)
         for i in places:
-            blocks[i]._apply = functools.partial(stay, blocks[i])
+            blocks[i]._apply = functools.partial(stay, blocks[i])  # type: ignore[method-assign]
         # they are the same in all processes, and cannot be read now
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, self.swapped_names)
         if number == "auto" and device.type == "cuda":

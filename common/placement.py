@@ -118,9 +118,10 @@ def place(
         unusual.append("transformer nf4")
     if unusual and os.environ.get("RANK", "0") == "0":
         print(f"As the memory is not enough for all models at once: {', '.join(unusual)}", file=sys.stderr)
-    if "vae" in modules and decodes_in_tiles(modules["vae"], pixels, device):
-        modules["vae"].enable_slicing()
-        modules["vae"].enable_tiling()
+    vae: Any = modules.get("vae")
+    if vae is not None and decodes_in_tiles(vae, pixels, device):
+        vae.enable_slicing()
+        vae.enable_tiling()
     return placements
 
 
