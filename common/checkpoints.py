@@ -902,9 +902,14 @@ class Interruption:
 interruption = Interruption()  # a process has one handler of each signal
 
 
+class LostFileError(OSError):
+    """A file that a run has written, and needs, can no longer be read."""
+
+
 @contextmanager
 def catch_signals(output_dir: Path) -> Iterator[None]:
-    """Within it SIGNALS end the run as `interruption` says, with one line and exit code 128 + their number.
+    """Within it SIGNALS end the run as `interruption` says, with one line and exit code 128 + their number, and a
+    `LostFileError` ends it with one message.
 
     Afterwards they mean what they meant before, and the folder is free for other processes, whatever ended the run: a
     notebook goes on.
@@ -913,6 +918,8 @@ def catch_signals(output_dir: Path) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # which gets no signal, and may handle none
         try:
             yield
+        except LostFileError as error:
+            raise lost_file(error) from None
         finally:
             interruption.reset(None)
             release_lock()
@@ -929,6 +936,8 @@ def catch_signals(output_dir: Path) -> Iterator[None]:
     except KeyboardInterrupt:
         print_once(f"Interrupted at once; {what_is_saved()}")
         raise SystemExit(128 + (interruption.number or signal.SIGINT)) from None
+    except LostFileError as error:
+        raise lost_file(error) from None
     finally:
         release_frames(sys.exc_info()[1])
         for number, handler in handlers.items():
@@ -961,6 +970,11 @@ def what_is_saved() -> str:
     if not checkpoints:
         return "no checkpoint was saved"
     return f"the last checkpoint is {checkpoints[-1]}: continue with --resume_from_checkpoint latest"
+
+
+def lost_file(error: LostFileError) -> SystemExit:
+    """The end of a run that needs the file."""
+    return SystemExit(f"\n{Path(sys.argv[0]).name}: error: {error}{remedy()}")
 
 
 def print_once(text: str) -> None:

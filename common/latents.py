@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from common.arguments import nearest_folder
-from common.checkpoints import atomic_write
+from common.checkpoints import LostFileError, atomic_write
 from common.data import Size, map_ahead
 from common.models import gather_objects, latent_channels, to_device
 
@@ -142,6 +142,9 @@ def to_image(pixels: Tensor) -> Image.Image:
     return images[0]
 
 
+KEPT_ENTRIES = 64  # that a cache has mapped, because opening one takes 0.1 ms
+
+
 class TensorCache:
     """What encoders made of prompts and images, in files of a folder where later runs find them.
 
@@ -154,6 +157,7 @@ class TensorCache:
     def __init__(self, folder: Path | str, identity: Any):
         self.folder = Path(folder)
         self.identity = identity
+        self.load_digest = functools.lru_cache(KEPT_ENTRIES)(self.load_digest)
 
     def digest(self, *key: Any) -> bytes:
         """32 bytes that name the entry of a key."""
@@ -171,7 +175,21 @@ class TensorCache:
 
     def load(self, *key: Any) -> dict[str, Tensor]:
         """The tensors of an entry, mapped from its file."""
-        return load_file(self.path(*key))
+        return dict(self.load_digest(self.digest(*key)))
+
+    def load_digest(self, digest: bytes) -> dict[str, Tensor]:
+        """`load` of an entry that a digest names; nobody may change the tensors.
+
+        Raises LostFileError if its file is gone or damaged.
+        """
+        path = self.path_of(digest)
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError):
+            state = "is damaged" if path.exists() else "was deleted or moved"
+            raise LostFileError(
+                f"{path}, which this run has encoded, {state}; the same command encodes it again"
+            ) from None
 
     def has(self, *key: Any) -> bool:
         """Whether the entry is there and whole: its file is as long as its header says."""
@@ -277,7 +295,7 @@ class CachedTensors(Mapping):
         self.dtype = dtype
 
     def __getitem__(self, key: Any) -> Tensor:
-        value = load_file(self.cache.path_of(self.digests[key]))["value"]
+        value = self.cache.load_digest(self.digests[key])["value"]
         return value if self.dtype is None else value.to(self.dtype)
 
     def __contains__(self, key: object) -> bool:

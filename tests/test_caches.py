@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import common.latents
+from common.checkpoints import LostFileError
 from common.data import Size
 from common.latents import TensorCache, encode_by_size, encode_moments, images_per_batch
 from common.models import OBJECTS_PER_MESSAGE, gather_objects
@@ -238,6 +239,20 @@ def test_a_disk_without_room_for_what_is_encoded_is_refused(train, short_runs, t
     assert "--output_dir" in message
     assert "GiB are free: choose another disk" in message
     assert not (tmp_path / "run").exists()
+
+
+def test_a_file_that_is_gone_or_damaged_is_named_and_what_is_in_use_stays_mapped(tmp_path):
+    cache = TensorCache(tmp_path, b"a model")
+    for key in (b"used", b"gone", b"damaged"):
+        cache.save({"value": torch.ones(2)}, key)
+    assert torch.equal(cache.load(b"used")["value"], torch.ones(2))
+    cache.path(b"used").unlink()
+    cache.path(b"gone").unlink()
+    cache.path(b"damaged").write_bytes(b"no tensors")
+    assert torch.equal(cache.load(b"used")["value"], torch.ones(2))
+    for key, state in ((b"gone", "was deleted or moved"), (b"damaged", "is damaged")):
+        with pytest.raises(LostFileError, match=f"{cache.path(key)}.*{state}"):
+            cache.load(key)
 
 
 def test_embeddings_of_a_trained_encoder_are_of_its_weights_at_that_time(tiny_pipeline, tmp_path):
