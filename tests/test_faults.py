@@ -576,10 +576,9 @@ def removed_while_none_is_mapped(trainer, path):
     removed(trainer, "log_step", 3, path)
 
 
-@pytest.mark.parametrize(("script", "cached"), [(script, cached) for script in SCRIPTS for cached in (False, True)])
-def test_lost_encoded_prompts_and_images_are_one_message_and_the_run_goes_on(
-    runs, short_runs, tmp_path, script, cached
-):
+@pytest.mark.parametrize("cached", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("script", ONE_QUICK)
+def test_lost_embeddings_and_latents_are_one_message_and_the_run_goes_on(runs, short_runs, tmp_path, script, cached):
     flags = [*short_runs[script], "--max_train_steps", 4, "--checkpointing_steps", 1]
     flags += ["--cache_latents"] if cached else []
     folder = tmp_path / "run"
