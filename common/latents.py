@@ -142,8 +142,26 @@ def to_image(pixels: Tensor) -> Image.Image:
     return images[0]
 
 
-# opening a file takes 0.1 ms, and one that is mapped outlives its deletion
-map_file = functools.lru_cache(maxsize=64)(load_file)
+NUM_MAPPED = 64
+mapped_files: dict[Path, tuple[Any, dict[str, Tensor]]] = {}  # the last NUM_MAPPED, with what they were like
+
+
+def map_file(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file, mapped. Opening it takes 0.1 ms, so the last ones stay mapped; they outlive its deletion.
+
+    A file that was changed is mapped anew: reading beyond the end of one that was cut would end the process.
+    """
+    try:
+        status = path.stat()
+        version = (status.st_ino, status.st_mtime_ns, status.st_size)
+    except OSError:
+        version = None
+    if path not in mapped_files or version not in (None, mapped_files[path][0]):
+        mapped_files[path] = (version, load_file(path))
+    tensors = mapped_files[path][1]
+    while len(mapped_files) > NUM_MAPPED:
+        mapped_files.pop(next(iter(mapped_files)), None)
+    return tensors
 
 
 class TensorCache:

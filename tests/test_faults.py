@@ -572,7 +572,7 @@ def removed_while_none_is_mapped(trainer, path):
     """A data set of more prompts and images than a process has mapped loses what was encoded at the third step."""
     from common import latents
 
-    latents.map_file = latents.load_file
+    latents.NUM_MAPPED = 0
     removed(trainer, "log_step", 3, path)
 
 
