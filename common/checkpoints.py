@@ -24,7 +24,7 @@ from typing import IO, Any
 
 from common.arguments import check_folder, exit_if_unreadable, fail, nearest_folder
 from common.metrics import read_metrics
-from common.models import check_processes, choose_precision, gather_objects
+from common.models import check_processes, choose_precision, gather_objects, own_part
 
 import torch
 import torch.distributed as dist
@@ -35,7 +35,6 @@ from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
-from torch.distributed.tensor import DTensor
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -488,7 +487,9 @@ def in_use(output_dir: Path) -> str:
 
 STATE_FILE = "trainer_state.json"  # the step and the settings of the run
 CHECKSUMS = "checksums.json"  # {file: SHA-256} of all other files
-TENSORS_FILE = "state.safetensors"  # see `register_tensor_checkpointing`
+# Files of `register_tensor_checkpointing`, which has more than one where there is much
+TENSORS_FILE = "state.safetensors"
+TENSORS_FILES = re.compile(r"state(-\d{5})?\.safetensors")
 
 
 def find_checkpoints(output_dir: Path | str) -> list[Path]:
@@ -707,8 +708,9 @@ def register_tensor_checkpointing(accelerator: Accelerator, tensors: Mapping[str
     def load(models: list, input_dir: str) -> None:
         found = live_tensors()
         saved = {}
-        for path in Path(input_dir).glob("state*.safetensors"):
-            saved |= load_file(path)
+        for path in Path(input_dir).iterdir():
+            if TENSORS_FILES.fullmatch(path.name):
+                saved |= load_file(path)
         for name, value in found.items():
             value.copy_(saved[name])
         models.clear()
@@ -776,7 +778,7 @@ def file_numbers(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
     num_bytes = 0
     for name, tensor in tensors.items():
         numbers[name] = 1 + num_bytes // FILE_BYTES
-        num_bytes += (tensor.to_local() if isinstance(tensor, DTensor) else tensor).nbytes
+        num_bytes += own_part(tensor).nbytes
     return numbers
 
 

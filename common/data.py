@@ -1506,7 +1506,8 @@ class StepSampler(Sampler):
         self.process_index = process_index
         self.num_processes = num_processes
         self.begun_with = num_processes
-        self.steps_per_epoch = math.ceil(len(self.batches(0)) / num_processes)
+        self.num_batches = len(self.batches(0))  # of every epoch
+        self.steps_per_epoch = math.ceil(self.num_batches / num_processes)
 
     def batches(self, epoch: int) -> list[list[int]]:
         """The batches of an epoch, for all processes together."""
@@ -1520,9 +1521,9 @@ class StepSampler(Sampler):
         return [batches[i] for i in rng.permutation(len(batches))]
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        batches = self.batches(0)
-        last_epoch = 0
-        steps_per_epoch = math.ceil(len(batches) / self.begun_with)
+        batches = []
+        last_epoch = None
+        steps_per_epoch = math.ceil(self.num_batches / self.begun_with)
         for micro_step in range(self.start, self.stop):
             step, process = place_in_run(micro_step, self.process_index, self.num_processes, self.begun_with)
             epoch, step_of_epoch = divmod(step, steps_per_epoch)

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from common.block_swap import readable
 from common.checkpoints import (
+    TENSORS_FILES,
     find_checkpoints,
     read_json,
     register_sharded_checkpointing,
@@ -560,7 +561,7 @@ def lora_of_folder(folder: Path) -> Path:
         if file.is_file():
             return file
     others = sorted(folder.glob("*.safetensors"))
-    others = [file for file in others if not re.fullmatch(r"state(-\d{5})?|.*_emb", file.stem)]
+    others = [file for file in others if not TENSORS_FILES.fullmatch(file.name) and not file.stem.endswith("_emb")]
     others = [file for file in others if not file.name.startswith(RESUME_PREFIX)]
     if len(others) == 1 and not name:
         return others[0]

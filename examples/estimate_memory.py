@@ -30,7 +30,7 @@ from common.arguments import Parser, in_range
 from common.block_swap import spread
 from common.latents import encode_images, encode_moments, pack_latents, unpack_latents
 from common.lora import FLUX_TARGET_MODULES, adapter_kind, adapter_options, add_lora, check_adapter
-from common.models import QUANTIZATIONS, check_processes, quantize_base, repeated_blocks, shard
+from common.models import DTYPES, QUANTIZATIONS, check_processes, quantize_base, repeated_blocks, shard
 from common.text_encoders import PROMPTS_PER_BATCH, PROMPTS_PER_PASS, TEXT_QUANTIZATIONS, quantize_language_model
 
 import bitsandbytes
@@ -59,7 +59,6 @@ CONTEXT = 1.0  # GiB
 GAPS = 0.12  # of the tensors
 # RAM of a process of its own with a GPU: Python, the libraries' code and tables, the driver's copy of the context
 PROCESS_RAM = 3.0  # GiB
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

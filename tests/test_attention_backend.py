@@ -34,9 +34,14 @@ def calls(monkeypatch):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_training_and_validation_compute_attention_by_the_backend(train, short_runs, tmp_path, calls, script):
-    flags = [*short_runs[script], "--output_dir", tmp_path / "out", "--max_train_steps", 1]
-    train(script, *flags, "--attention_backend", "_native_math", "--validation_split", 0.4)
+    flags = [*short_runs[script], "--max_train_steps", 1, "--validation_split", 0.4]
+    train(script, *flags, "--output_dir", tmp_path / "plain")
+    assert calls.keys() == {"native"}
+    calls.clear()
+    train(script, *flags, "--attention_backend", "_native_math", "--output_dir", tmp_path / "out")
     assert calls.keys() == {"_native_math"}
+    losses = [json.loads((tmp_path / run / "metrics.jsonl").read_text())["loss"] for run in ("out", "plain")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert json.loads((tmp_path / "out" / "args.json").read_text())["args"]["attention_backend"] == "_native_math"
     assert _AttentionBackendRegistry.get_active_backend()[0] == "native"  # for what the process does next
 
@@ -59,6 +64,7 @@ def test_a_backend_that_cannot_work_is_refused_with_the_reason(short_runs, tmp_p
     module = importlib.import_module(script)
     assert "--attention_backend _native_cudnn needs a CUDA GPU" in error_of("--attention_backend", "_native_cudnn")
     error = error_of("--attention_backend", "_native_flash", "--mixed_precision", "no")
+    assert "--attention_backend _native_flash needs a CUDA GPU" in error
     assert "--mixed_precision bf16" in error
     assert "flash-attn" in error_of("--attention_backend", "flash")  # the package that is not installed
     assert "invalid choice: 'sage'" in error_of("--attention_backend", "sage")  # has no backward pass
@@ -68,3 +74,4 @@ def test_a_backend_that_cannot_work_is_refused_with_the_reason(short_runs, tmp_p
     if script == "train_twinflow":
         assert "no effect on sana" in error_of("--attention_backend", "_native_math", "--model_type", "sana")
         assert "takes no mask" in error_of("--attention_backend", "_native_flash", "--model_type", "qwenimage")
+    assert not (tmp_path / "out").exists()
