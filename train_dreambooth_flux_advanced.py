@@ -166,6 +166,7 @@ from common.latents import (
     check_room,
     encode_moments,
     encoded_folder,
+    flux2_latents,
     image_ids,
     moments_size,
     pack_latents,
@@ -225,7 +226,10 @@ from common.text_encoders import (
     clip_lora_shapes,
     describe_long_prompts,
     encoder_dtype,
+    flux2_chat,
+    flux2_klein_chat,
     freeze_models,
+    load_flux2_text_pipeline,
     load_text_pipeline,
     load_tokenizer,
     prompts_size,
@@ -277,8 +281,6 @@ from diffusers import (
 )
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from diffusers.optimization import get_scheduler
-from diffusers.pipelines.flux2.pipeline_flux2 import format_input
-from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
 from diffusers.training_utils import EMAModel, compute_loss_weighting_for_sd3, free_memory, offload_models
 from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError, safe_open
@@ -1160,15 +1162,11 @@ class Flux2(Flux):
     has_clip = False
 
     def load_text_encoders(self, args, dtype):
-        # the tokenizer alone: a PixtralProcessor would need torchvision
-        pipeline = load_text_pipeline(self.pipeline_class, args, dtype, tokenizer=None)
-        pipeline.tokenizer = load_tokenizer(args, "tokenizer")
-        return pipeline
+        return load_flux2_text_pipeline(args, dtype)
 
     def chat(self, tokenizer: Any, prompt: str) -> str:
         """The text that the language model reads for a prompt."""
-        (messages,) = format_input([prompt], SYSTEM_MESSAGE)
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
+        return flux2_chat(tokenizer, prompt)
 
     def longest_prompt(self, config):
         return 512
@@ -1180,12 +1178,7 @@ class Flux2(Flux):
         return block_layers(transformer)  # single blocks have two: queries, keys, values and MLP are one layer
 
     def sample_latents(self, moments, vae, generator):
-        mean, _ = moments.chunk(2, dim=1)  # not sampled, as in the pipeline
-        patches = Flux2Pipeline._patchify_latents(mean)  # [B, 4C, h/2, w/2]
-        shift = to_device(vae.bn.running_mean, patches.device).view(1, -1, 1, 1).to(patches)
-        var = to_device(vae.bn.running_var, patches.device).view(1, -1, 1, 1).to(patches)
-        std = torch.sqrt(var + vae.config.batch_norm_eps)
-        return Flux2Pipeline._unpatchify_latents((patches - shift) / std)
+        return flux2_latents(moments, vae)
 
     def predict(self, transformer, tokens, sigmas, prompt_embeds, pooled_prompt_embeds, *, guidance, height, width):
         patches = torch.empty(len(tokens), 0, height // 2, width // 2)
@@ -1224,10 +1217,7 @@ class Flux2Klein(Flux2):
         return load_text_pipeline(self.pipeline_class, args, dtype)
 
     def chat(self, tokenizer, prompt):
-        messages = [{"role": "user", "content": prompt}]
-        return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
-        )
+        return flux2_klein_chat(tokenizer, prompt)
 
     def architecture(self, config):
         return "Flux.2-klein-4b" if config["num_attention_heads"] <= 24 else "Flux.2-klein-9b"

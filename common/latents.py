@@ -19,7 +19,7 @@ from common.models import gather_objects, latent_channels, to_device
 
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderDC, AutoencoderKLQwenImage, FluxPipeline
+from diffusers import AutoencoderDC, AutoencoderKLQwenImage, Flux2Pipeline, FluxPipeline
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.utils.torch_utils import randn_tensor
@@ -61,6 +61,19 @@ def mean_latents(moments: Tensor, vae_config: Any) -> Tensor:
     """The means [B, C, h, w] of posteriors [B, 2C, h, w], normalised as by `sample_latents`."""
     mean, _ = moments.chunk(2, dim=1)
     return (mean - vae_config.shift_factor) * vae_config.scaling_factor
+
+
+def flux2_latents(moments: Tensor, vae: Vae) -> Tensor:
+    """Latents [B, C, h, w] of posteriors [B, 2C, h, w] of an AutoencoderKLFlux2, normalised as FLUX.2 expects them.
+
+    Not sampled: the mean, whose 2 x 2 patches have 4C numbers that the VAE's running statistics normalise each.
+    """
+    mean, _ = moments.chunk(2, dim=1)
+    patches = Flux2Pipeline._patchify_latents(mean)  # [B, 4C, h/2, w/2]
+    shift = to_device(vae.bn.running_mean, patches.device).view(1, -1, 1, 1).to(patches)
+    var = to_device(vae.bn.running_var, patches.device).view(1, -1, 1, 1).to(patches)
+    std = torch.sqrt(var + vae.config.batch_norm_eps)
+    return Flux2Pipeline._unpatchify_latents((patches - shift) / std)
 
 
 def decode_latents(vae: Vae, latents: Tensor) -> Tensor:

@@ -26,7 +26,9 @@ import psutil
 import torch
 import transformers
 from accelerate import Accelerator
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, Flux2Pipeline
+from diffusers.pipelines.flux2.pipeline_flux2 import format_input
+from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.training_utils import free_memory
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -378,6 +380,25 @@ def load_text_pipeline(
                 components[name] = encoder
         pipeline = pipeline_class.from_pretrained(source, transformer=None, vae=None, **where, **how, **components)
     return freeze_models(pipeline)
+
+
+def load_flux2_text_pipeline(args: Any, dtype: torch.dtype) -> DiffusionPipeline:
+    """`load_text_pipeline` of FLUX.2-dev, with the tokenizer alone: its PixtralProcessor would need torchvision."""
+    pipeline: Any = load_text_pipeline(Flux2Pipeline, args, dtype, tokenizer=None)
+    pipeline.tokenizer = load_tokenizer(args, "tokenizer")
+    return pipeline
+
+
+def flux2_chat(tokenizer: Any, prompt: str) -> str:
+    """The text that the language model of FLUX.2-dev reads for a prompt."""
+    (messages,) = format_input([prompt], SYSTEM_MESSAGE)
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
+
+
+def flux2_klein_chat(tokenizer: Any, prompt: str) -> str:
+    """The text that the language model of FLUX.2-klein reads for a prompt."""
+    messages = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
 
 
 def load_whole_pipeline(
