@@ -36,6 +36,8 @@ TRAINERS["twinflow"] = "train_twinflow"
 WAYS = {
     "plain": "",
     "compile": "--compile",
+    "compile, cuDNN's attention": "--compile --attention_backend {cudnn}",
+    "compile, flash attention": "--compile --attention_backend {flash}",
     "checkpointing": "--gradient_checkpointing",
     "nf4": "--gradient_checkpointing --quantize_base nf4",
     "int8": "--gradient_checkpointing --quantize_base int8",
@@ -96,6 +98,8 @@ ROWS = [  # (topic, name, options), the most important first
     step("dreambooth", 1024, "nf4"),
     step("dreambooth", 1024, "fp8, compile"),
     step("dreambooth", 1024, "20 blocks swapped"),
+    step("dreambooth", 1024, "compile, cuDNN's attention"),
+    step("dreambooth", 1024, "compile, flash attention"),
     step("omini", 512, "compile"),
     step("influxedit", 512, "compile"),
     step("twinflow", 512, "compile"),

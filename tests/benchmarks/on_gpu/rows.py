@@ -46,6 +46,7 @@ REAL_SIZE = ON_GPU or "REAL_SIZE" in os.environ  # else all is tiny; the variabl
 PIXELS = {512: 512, 1024: 1024} if REAL_SIZE else {512: 64, 1024: 128}
 TEXT_TOKENS = 512 if REAL_SIZE else 64
 NUM_BLOCKS = 20 if REAL_SIZE else 1  # that a row swaps
+KERNELS = {"cudnn": "_native_cudnn", "flash": "_native_flash"} if ON_GPU else {"cudnn": "native", "flash": "native"}
 WARM_UP, STEPS, WATCHED_STEPS = (3, 6, 2) if ON_GPU else (1, 2, 1)
 NUM_PROMPTS = 64 if REAL_SIZE else 8
 CAPTION = "a photo of TOK on a blue background"
@@ -250,7 +251,7 @@ def run_trainer(place, trainer, px, flags, *, steps, pictures="pictures", cache_
         "train_twinflow": {"model_type": "flux", "training": "lora"},
     }
     words = [f"--{name}={value}" for name, value in (shared | own.get(trainer, {})).items()]
-    words += flags.format(root=ROOT, blocks=NUM_BLOCKS).split()
+    words += flags.format(root=ROOT, blocks=NUM_BLOCKS, **KERNELS).split()
     words += [f"--pretrained_model_name_or_path={place / family}", f"--max_train_steps={steps}"]  # not a preset's
     if not REAL_SIZE:
         words += [f"--{size}={PIXELS[px]}", f"--max_sequence_length={TEXT_TOKENS}"]
