@@ -13,6 +13,7 @@ from typing import Any
 from common.models import repeated_blocks
 
 import torch
+from accelerate import PartialState
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
@@ -162,6 +163,9 @@ class BlockSwap:
             free, total = torch.cuda.mem_get_info(self.torch_device)
             unused = torch.cuda.memory_reserved(self.torch_device) - torch.cuda.max_memory_allocated(self.torch_device)
             number = blocks_to_swap([len(block.host) for block in self.blocks], free + unused, total)
+        if PartialState().is_main_process:
+            found = f"{number} of {len(self.blocks)} blocks do not fit and are swapped"
+            print(f"\n--blocks_to_swap auto: {found}", file=sys.stderr, flush=True)
         self.keep(number)
 
 

@@ -102,6 +102,7 @@ def print_header(
         **run_info,
         "steps": f"{max_train_steps}, {steps_per_epoch or 'unknown'} per epoch; a step is {step}",
         "precision": f"mixed precision {precision_text(args, accelerator.device.type)}, seed {args.seed}",
+        "memory": memory_text(args),
         "output": args.output_dir,
     }
     if accelerator.device.type != "cpu":
@@ -120,6 +121,24 @@ def precision_text(args: Any, device_type: str) -> str:
     if args.mixed_precision == "no":
         return "no (float32: bf16 needs half of the memory, where the GPU computes in it)"
     return f"{args.mixed_precision} (as no flag says otherwise)"
+
+
+def memory_text(args: Any) -> str:
+    """What a run does to need less memory, "" if nothing."""
+    parts = []
+    if args.quantize_base != "none":
+        parts.append(f"base in {args.quantize_base}")
+    if args.quantize_text_encoders != "none":
+        parts.append(f"text encoders in {args.quantize_text_encoders}")
+    if args.blocks_to_swap == "auto":
+        parts.append("blocks swapped that do not fit")
+    elif args.blocks_to_swap:
+        parts.append(f"{args.blocks_to_swap} blocks swapped")
+    if args.gradient_checkpointing:
+        parts.append("checkpointing")
+    if args.offload:
+        parts.append("offload")
+    return ", ".join(parts)
 
 
 def start_logging(

@@ -117,7 +117,7 @@ def test_swapped_weights_stay_where_they_are(tiny):
     assert_same(train_and_draw(model.to("cpu:0")), expected)
 
 
-def test_what_fits_stays_on_the_device_from_the_first_step_on(tiny):
+def test_what_fits_stays_on_the_device_from_the_first_step_on(tiny, capsys):
     expected = train_and_draw(adapted(tiny))
     for number in (0, 1, 2):
         model = adapted(tiny)
@@ -130,6 +130,7 @@ def test_what_fits_stays_on_the_device_from_the_first_step_on(tiny):
     optimizer.register_step_post_hook(swap.keep_what_fits)
     optimizer.step()
     assert not swap.blocks  # there is no GPU whose memory they would fill
+    assert "0 of 2 blocks" in capsys.readouterr().err
     with torch.no_grad():
         frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
         assert all(torch.isfinite(parameter).all() for parameter in frozen)

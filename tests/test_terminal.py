@@ -6,6 +6,9 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+
+from common.tracking import memory_text
 
 import pytest
 from conftest import ROOT
@@ -94,3 +97,14 @@ def test_verbose_lets_the_libraries_speak(short_runs, tmp_path):
     done = run(["train_dreambooth_flux_advanced.py", *flags])
     assert done.returncode == 0, done.stderr
     assert "[transformers]" in done.stderr or "transformers" in done.stderr
+
+
+def test_the_header_says_what_saves_memory():
+    plain = {"quantize_base": "none", "quantize_text_encoders": "none", "blocks_to_swap": None}
+    plain |= {"gradient_checkpointing": False, "offload": False}
+    assert memory_text(SimpleNamespace(**plain)) == ""
+    assert "20" in memory_text(SimpleNamespace(**plain | {"blocks_to_swap": 20}))
+    all_of_it = {"quantize_base": "nf4", "quantize_text_encoders": "int8", "blocks_to_swap": "auto"}
+    text = memory_text(SimpleNamespace(**all_of_it, gradient_checkpointing=True, offload=True))
+    assert "nf4" in text and "int8" in text and "checkpointing" in text and "offload" in text
+    assert len(text) <= 80 - 17  # a line of the header

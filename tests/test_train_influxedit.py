@@ -459,7 +459,7 @@ def toy_commands():
     return {"edit" if "--mode=edit" in block else "mask": block for block in blocks}
 
 
-def figures(folder, *, base=False, count=64):
+def figures(folder, *, base=False, count=64, steps=20):
     """Scores of edited outlines that were not trained on."""
     pipeline, args = load_pipeline(folder)
     if base:
@@ -470,7 +470,7 @@ def figures(folder, *, base=False, count=64):
     call = edit if args["mode"] == "edit" else paint_beside
     images = call(
         *(pipeline, [prompt_of(scene) for scene in scenes], [draw(outline) for outline in outlines]),
-        num_inference_steps=20,
+        num_inference_steps=steps,
         guidance_scale=args["guidance_scale"],
         max_sequence_length=32,
         generator=torch.Generator().manual_seed(0),
@@ -478,11 +478,11 @@ def figures(folder, *, base=False, count=64):
     return score(images, scenes)
 
 
-def learn(train, circles, run, mode, *extra):
+def learn(train, circles, run, mode, *extra, sampling_steps=20):
     """(figures of the base model, figures with the LoRA) of the example's command for a mode."""
     flags = [flag.replace("data/toy_circles", str(circles)) for flag in toy_commands()[mode]]
     train(SCRIPT, *flags, *extra, "--output_dir", run)
-    results = figures(run, base=True), figures(run)
+    results = figures(run, base=True, steps=sampling_steps), figures(run, steps=sampling_steps)
     for name in results[0]:
         print(f"{mode} mode, {name}: {results[0][name]:.0f} -> {results[1][name]:.0f}")
     return results
@@ -495,7 +495,7 @@ def learn(train, circles, run, mode, *extra):
 )
 def test_it_learns_an_edit(train, circles, tmp_path, steps, batch, color_bar, outline_bar):
     short = ("--max_train_steps", steps, "--train_batch_size", batch, "--learning_rate", 3e-3, "--lr_warmup_steps", 10)
-    before, after = learn(train, circles, tmp_path, "edit", *short)
+    before, after = learn(train, circles, tmp_path, "edit", *short, sampling_steps=8)
     print(f"bars: {color_bar}, {color_bar}, {outline_bar}")
     assert before["outline"] < 45
     assert min(after["circle"], after["background"]) >= color_bar
