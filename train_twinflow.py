@@ -254,8 +254,9 @@ from diffusers import (
     SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
-from diffusers.models.embeddings import Timesteps
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import free_memory, offload_models
 from diffusers.utils import logging as diffusers_logging
@@ -798,11 +799,11 @@ def check_args(args) -> list[str]:
             f"--max_sequence_length {args.max_sequence_length}: {args.model_type} takes at most "
             f"{backbone.longest_prompt}"
         )
-    if args.attention_backend and args.model_type in ("sd3", "sana", "openuni"):
+    if args.attention_backend and not backbone.reads_attention_backend:
         problems.append(
             f"--attention_backend {args.attention_backend} has no effect on {args.model_type}: leave it out"
         )
-    if args.attention_backend in WITHOUT_MASK and args.model_type in ("qwenimage", "qwenimage-edit"):
+    if args.attention_backend in WITHOUT_MASK and backbone.masks_prompts:
         problems.append(
             f"--attention_backend {args.attention_backend} takes no mask, which {args.model_type} needs: leave it out"
         )
@@ -975,8 +976,12 @@ def check_model(args) -> list[str]:
     except (OSError, ValueError) as error:
         reason = why_no_pipeline(args.pretrained_model_name_or_path, "a pipeline", backbone.example, error)
         return [f"{flag}: {reason}"]
-    if config.get("_class_name") not in (expected, f"{expected}Wrapper"):  # the latter by the authors' code
+    if config.get("_class_name") not in backbone.transformer_names():
         return [f"{flag}: holds a {config.get('_class_name')}, --model_type {args.model_type} a {expected}"]
+    pipeline = pipeline_name(args)
+    if pipeline not in (None, backbone.pipeline_class.__name__, *backbone.other_pipelines):
+        expected = backbone.pipeline_class.__name__
+        return [f"{flag}: its model_index.json names a {pipeline}, --model_type {args.model_type} is a {expected}"]
     longest = backbone.longest_prompt
     if args.model_type == "flux" and not config["guidance_embeds"]:
         longest = 256
@@ -1017,6 +1022,17 @@ def check_model(args) -> list[str]:
     return check_disk(args, 4 * num_copies * trained_parameters)
 
 
+def pipeline_name(args) -> str | None:
+    """The class that the model_index.json of --pretrained_model_name_or_path names; None where there is none."""
+    try:
+        index = DiffusionPipeline.load_config(
+            args.pretrained_model_name_or_path, revision=args.revision, cache_dir=args.cache_dir
+        )
+    except (OSError, ValueError):  # loading the text encoders says what is wrong
+        return None
+    return index.get("_class_name")
+
+
 def lora_targets(args) -> list[str]:
     """The linear layers that get an adapter."""
     return comma_list(args.lora_layers) or list(BACKBONES[args.model_type].targets)
@@ -1040,15 +1056,19 @@ class Backbone:
     pipeline_class: type[DiffusionPipeline]
     transformer_class: type[ModelMixin]
     vae_class: type[ModelMixin]
+    other_pipelines: tuple[str, ...] = ()  # whose models are of this family, too
     example: str  # a model of this family on the Hub
     architecture: str  # its name in the header of a LoRA file
     targets: tuple[str, ...]  # the linear layers that get an adapter
     time_module = "time_text_embed"  # the part of the transformer that embeds t
+    time_units = 1000.0  # what that part is given for each unit of t
     vae_scale_factor = 8  # pixels per latent
     latent_channels = 16
     resolution_multiple = 16
     longest_prompt = 512  # the largest --max_sequence_length
     has_unused_parameters = False  # whether some get no gradient in a training step
+    reads_attention_backend = True  # whether its attention is diffusers' `dispatch_attention_fn`
+    masks_prompts = False  # whether that gets a mask, of prompts of several lengths
     tokenizer_folders: tuple[str, ...] = ("tokenizer",)  # that of --max_sequence_length, then CLIP's
     # defaults of flags
     uncond_prompt = ""
@@ -1057,6 +1077,11 @@ class Backbone:
 
     def __init__(self, args):
         self.args = args
+
+    @classmethod
+    def transformer_names(cls) -> tuple[str, ...]:
+        """The names of the transformer's class in its config.json: diffusers' and that of the authors' code."""
+        return cls.transformer_class.__name__, f"{cls.transformer_class.__name__}Wrapper"
 
     def load_prompt_encoder(self, dtype: torch.dtype, device: torch.device, **components):
         """The pipeline without transformer and VAE, frozen; `encode_prompt` takes it."""
@@ -1081,7 +1106,7 @@ class Backbone:
         if dtype is None and stored_dtype(folder) != expected:  # which shows once the files are downloaded
             transformer = load(stored_dtype(folder))
         with exit_if_unreadable(f"{self.args.pretrained_model_name_or_path}: its {second}*"):
-            load_target_time(transformer, self.time_module, folder)
+            self.load_target_time(transformer, folder)
         return transformer.requires_grad_(False)
 
     def encode_prompt(self, prompt_encoder, prompt: str, reference: Image.Image | None = None) -> Conditions:
@@ -1103,12 +1128,89 @@ class Backbone:
         return fill_up(prompts, self.prompts_per_batch(prompt_encoder._execution_device))
 
     def predict(self, transformer, x: torch.Tensor, time: torch.Tensor, cond: Conditions) -> torch.Tensor:
-        """Velocities [B, C, h, w] of noisy latents; `time` is [B, 2], (t, t'), or [B], one time for both."""
+        """Velocities [B, C, h, w] of noisy latents; `time` is [B, 2], (t, t'), or [B], one time for both.
+
+        To be called within `exact_times`, which tells the transformer both.
+        """
         return transformer(hidden_states=x, timestep=1000 * time, **cond, return_dict=False)[0]
+
+    def embedded_times(self, time: torch.Tensor) -> torch.Tensor:
+        """What the time embedding is given for times of any shape."""
+        return self.time_units * time
+
+    @contextmanager
+    def exact_times(self, transformer: torch.nn.Module, time: torch.Tensor) -> Iterator[None]:
+        """Within it the transformer embeds `time`, [B, 2] or [B], as it is.
+
+        FLUX's and Qwen-Image's forward first rounds times to the dtype of the hidden states: in bf16 by up to 0.004,
+        where the method compares times that are 0.01 apart. Some add rows, of tokens that are not noisy: their time 0
+        is t and t'.
+        """
+        times = self.embedded_times(time)
+
+        def give_times(_, inputs):
+            added = inputs[0][len(times) :].to(times)
+            if not len(added):
+                return times, *inputs[1:]
+            if added.ndim < times.ndim:
+                added = added[:, None].expand(-1, 2)
+            return torch.cat([times, added]), *inputs[1:]
+
+        transformer = getattr(transformer, "module", transformer)  # DistributedDataParallel's
+        hook = transformer.get_submodule(self.time_module).register_forward_pre_hook(give_times)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def embeds_target_time(self, transformer: torch.nn.Module) -> bool:
+        """Whether the transformer has a second time embedding."""
+        return hasattr(transformer, f"{self.time_module}_2")
+
+    def add_target_time(self, transformer: torch.nn.Module, init: str) -> None:
+        """Gives the transformer the second time embedding emb2, a module like the first and beside it, named `..._2`.
+
+        `init`: copy of the first one; zero, the same with an output of zero; normal, weights from N(0, 0.02), biases
+        0.
+        """
+        module = transformer.get_submodule(self.time_module)
+        second = copy.deepcopy(module)
+        for name, layer in second.named_modules():
+            if not isinstance(layer, torch.nn.Linear):
+                continue
+            is_output = name.endswith(("linear_2", "mlp.2"))
+            # Sana's, of the output: without bias it is zero, and its weight can learn
+            is_modulation = name == "linear"
+            if init == "normal":
+                torch.nn.init.normal_(layer.weight, std=0.02)
+            elif init == "zero" and is_output:
+                torch.nn.init.zeros_(layer.weight)
+            if layer.bias is not None and (init == "normal" or (init == "zero" and (is_output or is_modulation))):
+                torch.nn.init.zeros_(layer.bias)
+        transformer.add_module(f"{self.time_module}_2", second)
+        module.second = (second,)
+        module.time_units = self.time_units
+        stock_class = type(module)
+        module.__class__ = type(f"TargetTime{stock_class.__name__}", (TargetTimeEmbedding, stock_class), {})
+
+    def load_target_time(self, transformer: torch.nn.Module, folder: Path) -> None:
+        """Adds emb2 if the weights in `folder` have one, which from_pretrained leaves out."""
+        prefix = f"{self.time_module}_2."
+        weights = {}
+        for path in folder.glob("*.safetensors"):
+            with safe_open(path, "pt") as file:
+                for name in file.keys():  # noqa: SIM118 (not iterable)
+                    if name.startswith(prefix):
+                        weights[name.removeprefix(prefix)] = file.get_tensor(name)
+        if weights:
+            self.add_target_time(transformer, "copy")
+            second = transformer.get_submodule(f"{self.time_module}_2")
+            check_names(second, *second.load_state_dict(weights, strict=False))
 
 
 class Flux(Backbone):
     pipeline_class = FluxPipeline
+    other_pipelines = ("FluxKontextPipeline",)
     transformer_class = FluxTransformer2DModel
     vae_class = AutoencoderKL
     example = "black-forest-labs/FLUX.1-dev"
@@ -1157,6 +1259,7 @@ class StableDiffusion3(Backbone):
     pipeline_class = StableDiffusion3Pipeline
     transformer_class = SD3Transformer2DModel
     vae_class = AutoencoderKL
+    reads_attention_backend = False
     example = "stabilityai/stable-diffusion-3.5-medium"
     architecture = "stable-diffusion-3-5"
     tokenizer_folders = ("tokenizer_3", "tokenizer")
@@ -1186,6 +1289,7 @@ class Sana(Backbone):
     pipeline_class = SanaPipeline
     transformer_class = SanaTransformer2DModel
     vae_class = AutoencoderDC
+    reads_attention_backend = False
     example = "Efficient-Large-Model/Sana_1600M_512px_diffusers"
     architecture = "sana"
     targets = ("to_q", "to_k", "to_v", "to_out.0", "time_embed.linear", *TIME_EMBEDDING_LAYERS)
@@ -1260,8 +1364,8 @@ class OpenUni(Sana):
         transformer = super().load_transformer(dtype or torch.float32)  # its weights are copied
         weights = self.load_part("transformer.")
         has_target_time = any(name.startswith(f"{self.time_module}_2.") for name in weights)
-        if has_target_time and not embeds_target_time(transformer, self.time_module):
-            add_target_time(transformer, self.time_module, "copy")
+        if has_target_time and not self.embeds_target_time(transformer):
+            self.add_target_time(transformer, "copy")
         with exit_if_unreadable(f"--openuni_checkpoint {self.args.openuni_checkpoint}: its transformer"):
             check_names(transformer, *transformer.load_state_dict(weights, strict=False))
         return transformer.requires_grad_(False)
@@ -1338,7 +1442,9 @@ class QwenImage(Backbone):
     max_sequence_length = 1024
     longest_prompt = 1024
     full_learning_rate = 1e-5
+    time_units = 1.0
     has_unused_parameters = True  # the last block's prompt tokens are not used
+    masks_prompts = True
 
     def encode_prompt(self, prompt_encoder, prompt, reference=None):
         prompt_embeds, _ = prompt_encoder.encode_prompt(prompt, max_sequence_length=self.args.max_sequence_length)
@@ -1410,6 +1516,56 @@ class QwenImageEdit(QwenImage):
         return {"encoder_hidden_states": prompt_embeds, "encoder_hidden_states_mask": attention_mask}
 
 
+class ZImage(Backbone):
+    """Z-Image, whose time goes from noise to data, and whose output is the velocity in this direction."""
+
+    pipeline_class = ZImagePipeline
+    transformer_class = ZImageTransformer2DModel
+    vae_class = AutoencoderKL
+    example = "Tongyi-MAI/Z-Image"
+    architecture = "Z-Image"
+    targets = (
+        *("to_q", "to_k", "to_v", "to_out.0"),
+        *("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
+        *("t_embedder.mlp.0", "t_embedder.mlp.2"),
+    )
+    time_module = "t_embedder"
+    time_units = -1000.0
+    masks_prompts = True
+    full_learning_rate = 1e-5
+
+    def encode_prompt(self, prompt_encoder, prompt, reference=None):
+        return self.encode_prompts(prompt_encoder, [prompt], [reference])[0]
+
+    def encode_prompts(self, prompt_encoder, prompts, references):
+        prompt_embeds, _ = prompt_encoder.encode_prompt(
+            self.fill_up(prompt_encoder, prompts),
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.args.max_sequence_length,
+        )
+        return [
+            {"cap_feats": embeds, "cap_mask": torch.ones(len(embeds), dtype=torch.long)}
+            for embeds in prompt_embeds[: len(prompts)]
+        ]
+
+    @classmethod
+    def transformer_names(cls):
+        return (cls.transformer_class.__name__,)  # the authors' embeds t' - t, not t'
+
+    def embedded_times(self, time):
+        # the signed times of own samples are mirrored as those of data are: -t at -(1 - t)
+        return 1000 * (1 - time.abs()).copysign(time)
+
+    def predict(self, transformer, x, time, cond):
+        cap_feats = list(cond["cap_feats"])
+        if "cap_mask" in cond:  # without it prompts have one length
+            lengths = cond["cap_mask"].sum(dim=1).tolist()
+            cap_feats = [embeds[:length] for embeds, length in zip(cap_feats, lengths, strict=True)]
+        one_frame = list(x.unsqueeze(2))  # B tensors [C, 1, h, w]
+        velocities = transformer(one_frame, self.embedded_times(time) / 1000, cap_feats, return_dict=False)[0]
+        return -torch.stack(velocities).squeeze(2)
+
+
 BACKBONES = {
     "flux": Flux,
     "sd3": StableDiffusion3,
@@ -1417,6 +1573,7 @@ BACKBONES = {
     "openuni": OpenUni,
     "qwenimage": QwenImage,
     "qwenimage-edit": QwenImageEdit,
+    "z-image": ZImage,
 }
 
 
@@ -1442,31 +1599,8 @@ def predict_velocity(
         torch.manual_seed(seed)
     time = torch.stack([t, target_time], dim=-1) if two_times else t - target_time / 2
     cond = {name: value.to(dtype) if value.is_floating_point() else value for name, value in cond.items()}
-    with autocast(), exact_times(transformer, backbone.time_module, time):
+    with autocast(), backbone.exact_times(transformer, time):
         return backbone.predict(transformer, x.to(dtype), time, cond).float()
-
-
-@contextmanager
-def exact_times(transformer: torch.nn.Module, time_module: str, time: torch.Tensor) -> Iterator[None]:
-    """Within it the transformer embeds `time`, [B, 2] or [B], as it is.
-
-    FLUX's and Qwen-Image's forward first rounds times to the dtype of the hidden states: in bf16 by up to 0.004, where
-    the method compares times that are 0.01 apart.
-    """
-    transformer = getattr(transformer, "module", transformer)  # DistributedDataParallel's
-    embedding = transformer.get_submodule(time_module)
-    units = units_per_time(embedding)
-    hook = embedding.register_forward_pre_hook(lambda _, inputs: (units * time, *inputs[1:]))
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
-def units_per_time(embedding: torch.nn.Module) -> float:
-    """What a family's time embedding is given for each unit of t: some get 1000 t."""
-    (time_proj,) = (part for part in embedding.modules() if isinstance(part, Timesteps))
-    return 1000 / time_proj.scale
 
 
 class TargetTimeEmbedding:
@@ -1477,7 +1611,7 @@ class TargetTimeEmbedding:
     """
 
     second: tuple[torch.nn.Module]  # emb2, which belongs to the transformer: not a module of this one
-    units_per_time: float
+    time_units: float
 
     def forward(self, timestep, *args, **kwargs):
         if timestep.ndim == 1:
@@ -1485,55 +1619,10 @@ class TargetTimeEmbedding:
         t, target_time = timestep.unbind(-1)
         embedding = super().forward(t, *args, **kwargs)
         second = self.second[0](target_time, *args, **kwargs)
-        gap = ((t - target_time) / self.units_per_time)[:, None]
+        gap = ((t - target_time) / self.time_units)[:, None]
         if torch.is_tensor(embedding):
             return embedding + gap.to(embedding.dtype) * second
         return tuple(one + gap.to(one.dtype) * other for one, other in zip(embedding, second, strict=True))  # Sana
-
-
-def add_target_time(transformer: torch.nn.Module, time_module: str, init: str) -> None:
-    """Gives the transformer the second time embedding emb2, a module like the first and beside it, named `..._2`.
-
-    `init`: copy of the first one; zero, the same with an output of zero; normal, weights from N(0, 0.02), biases 0.
-    """
-    module = transformer.get_submodule(time_module)
-    second = copy.deepcopy(module)
-    for name, layer in second.named_modules():
-        if not isinstance(layer, torch.nn.Linear):
-            continue
-        is_output = name.endswith("linear_2")
-        is_modulation = name == "linear"  # Sana's, of the output: without bias it is zero, and its weight can learn
-        if init == "normal":
-            torch.nn.init.normal_(layer.weight, std=0.02)
-        elif init == "zero" and is_output:
-            torch.nn.init.zeros_(layer.weight)
-        if init == "normal" or (init == "zero" and (is_output or is_modulation)):
-            torch.nn.init.zeros_(layer.bias)
-    transformer.add_module(f"{time_module}_2", second)
-    module.second = (second,)
-    module.units_per_time = units_per_time(module)
-    stock_class = type(module)
-    module.__class__ = type(f"TargetTime{stock_class.__name__}", (TargetTimeEmbedding, stock_class), {})
-
-
-def embeds_target_time(transformer: torch.nn.Module, time_module: str) -> bool:
-    """Whether the transformer has a second time embedding."""
-    return hasattr(transformer, f"{time_module}_2")
-
-
-def load_target_time(transformer: torch.nn.Module, time_module: str, folder: Path) -> None:
-    """Adds emb2 if the weights in `folder` have one, which from_pretrained leaves out."""
-    prefix = f"{time_module}_2."
-    weights = {}
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118 (not iterable)
-                if name.startswith(prefix):
-                    weights[name.removeprefix(prefix)] = file.get_tensor(name)
-    if weights:
-        add_target_time(transformer, time_module, "copy")
-        second = transformer.get_submodule(f"{time_module}_2")
-        check_names(second, *second.load_state_dict(weights, strict=False))
 
 
 def model_folder(args) -> Path:
@@ -2812,10 +2901,10 @@ def train(args):
         # `shard` does it to a sharded model block by block; the second time embedding is drawn in float32
         in_float32 = transformer.get_submodule(backbone.time_module) if args.fsdp else transformer
         in_float32.float()
-        if embeds_target_time(transformer, backbone.time_module):
+        if backbone.embeds_target_time(transformer):
             accelerator.print("  --target_time_init has no effect: the model has its second time embedding already")
         else:
-            add_target_time(transformer, backbone.time_module, args.target_time_init)
+            backbone.add_target_time(transformer, args.target_time_init)
         transformer.requires_grad_(True)
     else:
         add_lora(
@@ -2951,7 +3040,7 @@ def train(args):
         transformer=transformer,
         backbone=backbone,
         dtype=dtype,
-        two_times=embeds_target_time(unwrapped_transformer, backbone.time_module),
+        two_times=backbone.embeds_target_time(unwrapped_transformer),
         autocast=accelerator.autocast,
     )
     validate = functools.partial(

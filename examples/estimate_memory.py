@@ -48,7 +48,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import train_dreambooth_flux_advanced
-from train_twinflow import BACKBONES, add_target_time
+from train_twinflow import BACKBONES
 
 
 GIB = 2**30
@@ -264,6 +264,15 @@ MODELS = {
         channels=32,
         targets=BACKBONES["sana"].targets,
     ),
+    "Z-Image": Model(
+        "z-image",
+        diffusers.ZImageTransformer2DModel,
+        {},
+        {"cap_feats": (512, 2560)},
+        (qwen3_4b,),
+        kl_vae,
+        targets=BACKBONES["z-image"].targets,
+    ),
     "Qwen-Image": Model(
         "qwenimage",
         diffusers.QwenImageTransformer2DModel,
@@ -450,7 +459,7 @@ def model_to_train(model, args, fake):
 
     def adapt(transformer):
         if full:
-            add_target_time(transformer, backbone.time_module, "copy")
+            backbone.add_target_time(transformer, "copy")
             transformer.requires_grad_(True)
             return
         if args.quantize_base != "none":
@@ -482,7 +491,8 @@ def model_to_train(model, args, fake):
         inputs = x[:1].expand(images, *x.shape[1:])
         prompts = {name: each[:1].expand(images, *each.shape[1:]) for name, each in conditions.items()}
         time = torch.rand(images, 2) if full else torch.rand(images)
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        exact_times = backbone.exact_times(transformer, time) if full else nullcontext()
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32), exact_times:
             return backbone.predict(transformer, inputs, time, prompts)
 
     return transformer, forward
@@ -557,7 +567,7 @@ def estimate(model, args):
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # returns a view, which nothing writes to
     with as_on(args.device), processes(args.num_processes) if args.fsdp else nullcontext():
         step = training_step(model, args)
-    length = model.conditions["encoder_hidden_states"][0]
+    length = next(iter(model.conditions.values()))[0]
     encoders = []
     for create in model.text_encoders:
         quantization = "none" if create in (clip_l, clip_g) else args.quantize_text_encoders

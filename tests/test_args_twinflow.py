@@ -1,6 +1,7 @@
 """Bad input to train_twinflow.py: one clear message, exit code 2, before any model is loaded, and nothing written."""
 
 import json
+import shutil
 
 from common.checkpoints import CHECKSUMS, checksums
 
@@ -14,7 +15,19 @@ from train_twinflow import Backbone
 @pytest.fixture
 def world(tiny_model, pictures, tmp_path):
     """Names that stand for paths in the table below."""
-    names = ("empty", "bare", "blank", "badtext", "broken", "phone", "parquet", "remote", "blockless")
+    names = (
+        "empty",
+        "bare",
+        "blank",
+        "badtext",
+        "broken",
+        "phone",
+        "parquet",
+        "remote",
+        "blockless",
+        "fill",
+        "authors",
+    )
     folders = {name: tmp_path / name for name in names}
     for name, folder in folders.items():
         folder.mkdir()
@@ -35,6 +48,11 @@ def world(tiny_model, pictures, tmp_path):
     }
     (folders["blockless"] / "transformer").mkdir()
     (folders["blockless"] / "transformer" / "config.json").write_text(json.dumps(config))
+    shutil.copytree(folders["blockless"] / "transformer", folders["fill"] / "transformer")
+    (folders["fill"] / "model_index.json").write_text('{"_class_name": "FluxFillPipeline"}')
+    (folders["authors"] / "transformer").mkdir()
+    config = '{"_class_name": "ZImageTransformer2DModelWrapper"}'
+    (folders["authors"] / "transformer" / "config.json").write_text(config)
     (tmp_path / "prompts").write_text("a red circle\n")
     (tmp_path / "noprompts").write_text("\n")
     (tmp_path / "file").write_text("")
@@ -75,6 +93,14 @@ BAD = [
     ("--dataset_config_name x", "--dataset_config_name x needs --dataset_name"),
     ("--model_type dalle", "--model_type: invalid choice: 'dalle'"),
     ("--model_type sd3", "holds a FluxTransformer2DModel, --model_type sd3 a SD3Transformer2DModel"),
+    (
+        "--pretrained_model_name_or_path {fill}",
+        "{fill}: its model_index.json names a FluxFillPipeline, --model_type flux is a FluxPipeline",
+    ),
+    (
+        "--pretrained_model_name_or_path {authors} --model_type z-image",
+        "holds a ZImageTransformer2DModelWrapper, --model_type z-image a ZImageTransformer2DModel",
+    ),
     ("--model_type openuni", "--openuni_checkpoint is needed for --model_type openuni"),
     ("--openuni_llm x", "--openuni_llm is only for --model_type openuni"),
     ("--model_type openuni --openuni_llm x --openuni_checkpoint {nowhere}", "{nowhere}: no such file"),

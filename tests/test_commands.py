@@ -253,6 +253,7 @@ def stand_ins(pictures, pairs, tiny_model, tiny_fill):
         "openuni_l_internvl3_2b_sana_1_6b_512_hf_blip3o60k.pth": write_openuni,
         "Qwen/Qwen-Image": functools.partial(write_pipeline, tiny_backbones.qwenimage),
         "Qwen/Qwen-Image-Edit-2509": write_edit_pipeline,
+        "Tongyi-MAI/Z-Image": functools.partial(write_pipeline, tiny_backbones.z_image),
         "LiheYoung/depth-anything-small-hf": write_depth_model,
         "photos": link(pictures),
         "dog": lambda path: shutil.copytree(pictures, path, ignore=shutil.ignore_patterns("*.txt")),

@@ -6,6 +6,7 @@ set grew at most. The allocator returns what is freed at once (MALLOC_* below), 
 
 import dataclasses
 import gc
+import inspect
 import json
 import os
 import subprocess
@@ -33,9 +34,10 @@ from examples.estimate_memory import (
     parse_args,
     qwen3_4b,
     t5_xxl,
+    training_step,
     training_tokens,
 )
-from train_twinflow import BACKBONES, add_target_time
+from train_twinflow import BACKBONES
 
 
 def model_like(name, layers):
@@ -64,7 +66,7 @@ def train(model, args, steps=2):
     transformer = model.transformer(**model.config).requires_grad_(False)
     torch.set_default_dtype(torch.float32)
     if full:
-        add_target_time(transformer, backbone.time_module, "copy")
+        backbone.add_target_time(transformer, "copy")
         transformer.requires_grad_(True)
     else:
         if args.quantize_base != "none":
@@ -141,7 +143,7 @@ def test_the_estimate_is_within_ten_percent_of_what_a_process_takes(case):
 @pytest.mark.slow
 def test_real_sizes():
     """The published numbers of parameters, in billions, and bytes where they are known by multiplication."""
-    published = {"FLUX.1-dev": 11.9, "SD3.5-medium": 2.24, "Sana-1.6B": 1.6, "Qwen-Image": 20.4}
+    published = {"FLUX.1-dev": 11.9, "SD3.5-medium": 2.24, "Sana-1.6B": 1.6, "Qwen-Image": 20.4, "Z-Image": 6.15}
     for name, billions in published.items():
         with torch.device("meta"):
             transformer = MODELS[name].transformer(**MODELS[name].config)
@@ -185,6 +187,17 @@ def test_a_step_of_flux2_is_estimated():
     assert found.peaks["encoding prompts"] > 4.02e9 * 2 + logits
     assert found.peaks["encoding images"] > found.rows["VAE"] > 0
     assert found.disk["1000 cached prompts"] == 1000 * 2 * 512 * 7680
+
+
+@pytest.mark.parametrize("name", ["Z-Image"])
+def test_a_step_of_a_backbone_is_estimated(name):
+    """Of the real width, with two blocks."""
+    model = MODELS[name]
+    counts = {key: 2 for key in ("n_layers", "num_layers") if key in inspect.signature(model.transformer).parameters}
+    small = dataclasses.replace(model, config=model.config | counts)
+    step = training_step(small, parse_args(["--training", "full", "--gradient_checkpointing"]))
+    assert step["peak"] > step["before"] >= step["trained"] > 0
+    assert len(step["blocks"]) >= 2
 
 
 def of(*flags, model="FLUX.1-dev"):

@@ -30,7 +30,6 @@ from common.lora import (
 from common.lora_formats import read_lora
 from common.models import EightBitLinear, has_8_bit_kernel, multiplies_8_bits, quantize_base, repeated_blocks
 
-import diffusers
 import pytest
 import torch
 from accelerate import Accelerator
@@ -581,10 +580,10 @@ def test_blocks_are_found_by_the_class_and_a_model_without_any_is_refused():
         quantize_base(torch.nn.Linear(2, 2), torch.float32)
 
 
-@pytest.mark.parametrize("name", [*BACKBONES, "z-image"])
+@pytest.mark.parametrize("name", BACKBONES)
 def test_what_is_quantized_compiled_and_sharded_is_every_layer_of_a_list(name):
     """Also where the lists are not called blocks: Z-Image's are layers, noise_refiner and context_refiner."""
-    model_class = diffusers.ZImageTransformer2DModel if name == "z-image" else BACKBONES[name].transformer_class
+    model_class = BACKBONES[name].transformer_class
     counts = dict.fromkeys(("n_layers", "n_refiner_layers", "num_layers", "num_single_layers"), 2)
     known = inspect.signature(model_class).parameters
     with torch.device("meta"):

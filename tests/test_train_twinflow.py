@@ -1,4 +1,4 @@
-"""train_twinflow.py: six kinds of pipelines, exact resume, sharded training, files, what it learns."""
+"""train_twinflow.py: all kinds of pipelines, exact resume, sharded training, files, what it learns."""
 
 import functools
 import json
@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-from common.latents import TensorCache
+from common.latents import TensorCache, decode_images, unpack_latents
 
 import diffusers
 import numpy as np
@@ -37,6 +37,7 @@ SCRIPT = "train_twinflow"
 LORA = "pytorch_lora_weights.safetensors"
 PIPELINES = {"sd3": tiny_backbones.sd3, "sana": tiny_backbones.sana, "qwenimage": tiny_backbones.qwenimage}
 PIPELINES |= {"qwenimage-edit": functools.partial(tiny_backbones.qwenimage, edit=True), "openuni": tiny_backbones.sana}
+PIPELINES |= {"z-image": tiny_backbones.z_image}
 
 
 @pytest.fixture(scope="session")
@@ -49,7 +50,7 @@ def backbone_flags(tiny_model, tmp_path_factory):
         build().save_pretrained(folder)
         if name == "qwenimage-edit":
             Qwen2VLImageProcessor().save_pretrained(folder / "processor")
-        side = 32 if name.startswith("qwen") else 64
+        side = 64 if name in ("sd3", "sana", "openuni") else 32
         flags[name] = ["--pretrained_model_name_or_path", folder, "--model_type", name, "--resolution", side]
     checkpoint, llm = tiny_backbones.openuni(tmp_path_factory.mktemp("openuni-parts"))
     flags["openuni"] += ["--openuni_checkpoint", checkpoint, "--openuni_llm", llm]
@@ -82,7 +83,7 @@ def losses(folder):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Six kinds of pipelines
+# Kinds of pipelines
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -110,6 +111,7 @@ def references(pictures, tmp_path_factory):
 def test_every_backbone_trains_saves_and_draws(
     train, backbone_flags, short, pictures, references, tmp_path, model_type, training
 ):
+    backbone = twinflow.BACKBONES[model_type]
     edit = model_type == "qwenimage-edit"
     extra = ["--reference_data_dir", references, "--validation_image", pictures / "1.png"] if edit else []
     method = []
@@ -134,11 +136,12 @@ def test_every_backbone_trains_saves_and_draws(
         (wide,) = generate(tmp_path, ["a red circle"], steps=1, style="few", image=image, size=(64, 96))
         assert wide.size == (96, 64)
         assert all(key.startswith("transformer.") for key in saved)
-        assert any("timestep_embedder.linear_1.lora_A" in key for key in saved)
+        time_layers = [name for name in backbone.targets if "embed" in name]
+        assert all(any(f"{name}.lora_A" in key for key in saved) for name in time_layers)
         assert max(value.abs().max() for key, value in saved.items() if "lora_B" in key) > 0
         check_stock_pipeline(backbone_flags[model_type], model_type, tmp_path)
     else:
-        time_module = twinflow.BACKBONES[model_type].time_module
+        time_module = backbone.time_module
         first = {key for key in saved if key.startswith(f"{time_module}.")}
         second = {key for key in saved if key.startswith(f"{time_module}_2.")}
         assert second == {key.replace(time_module, f"{time_module}_2", 1) for key in first}  # the authors' names
@@ -169,6 +172,83 @@ def check_stock_pipeline(flags, model_type, folder):
         before = backbone.predict(stock.transformer, x, t, cond)
     torch.testing.assert_close(ours, theirs)
     assert (ours - before).abs().max() > 1e-5
+
+
+def parsed_backbone(backbone_flags, model_type):
+    """(backbone, its arguments) of a tiny model."""
+    flags = [*backbone_flags[model_type], "--train_data_dir", "x"]
+    flags += ["--reference_data_dir", "y"] if model_type == "qwenimage-edit" else []
+    args = parsed(*flags)
+    return twinflow.BACKBONES[model_type](args), args
+
+
+def to_latents(x, shape):
+    """What a pipeline steps with as [B, C, h, w]; `shape` is (C, h, w)."""
+    channels, height, width = shape
+    if x.ndim == 4:
+        return x
+    if x.shape[-1] == 4 * channels:
+        return unpack_latents(x, height, width)
+    return x.transpose(1, 2).unflatten(-1, (height, width))
+
+
+SAMPLING = {"z-image": {"guidance_scale": 0, "max_sequence_length": 40}}  # of the pipelines
+
+
+@pytest.mark.parametrize("model_type", SAMPLING)
+def test_the_velocity_is_the_one_that_the_pipeline_steps_with(backbone_flags, model_type):
+    """And depends neither on another prompt in the batch nor on its length."""
+    backbone, args = parsed_backbone(backbone_flags, model_type)
+    side = args.resolution
+    shape = twinflow.latent_shape(backbone, twinflow.Size(side, side))
+    pipeline = backbone.pipeline_class.from_pretrained(backbone_flags[model_type][1])
+    steps = []
+    honest = pipeline.scheduler.step
+
+    def step(output, timestep, sample, **kwargs):
+        steps.append((to_latents(sample, shape), timestep.item() / 1000, to_latents(output, shape)))
+        return honest(output, timestep, sample, **kwargs)
+
+    pipeline.scheduler.step = step
+    drawn = pipeline(
+        "a cat", height=side, width=side, num_inference_steps=2, output_type="pt", **SAMPLING[model_type]
+    ).images
+    encoder = backbone.load_prompt_encoder(torch.float32, torch.device("cpu"))
+    with torch.no_grad():
+        conditions = backbone.encode_prompts(encoder, ["a cat", "a cat on a mat in a house"], [None, None])
+    cond = twinflow.stack_conditions(conditions)
+    transformer = backbone.load_transformer(torch.float32)
+    for sample, time, expected in steps:
+        t = torch.full((2,), time)
+        with torch.no_grad():
+            velocity = twinflow.predict_velocity(
+                sample.expand(2, -1, -1, -1),
+                *(t, 0 * t, cond),
+                transformer=transformer,
+                backbone=backbone,
+                dtype=torch.float32,
+                two_times=False,
+            )
+        torch.testing.assert_close(velocity[:1], expected, atol=1e-4, rtol=1e-4)
+        assert (velocity[1] - velocity[0]).abs().max() > 1e-3
+    sample, time, velocity = steps[-1]
+    pixels = decode_images(backbone.load_vae(torch.float32), sample - time * velocity)
+    torch.testing.assert_close((pixels / 2 + 0.5).clamp(0, 1), drawn, atol=1e-3, rtol=1e-3)
+
+
+def test_own_samples_of_z_image_have_mirrored_times():
+    """t = 0 and -0, the data, are the two ends."""
+    backbone = twinflow.ZImage(None)
+    t = torch.tensor([1.0, 0.75, 0.0, -0.0, -0.25, -1.0])
+    torch.testing.assert_close(backbone.embedded_times(t), torch.tensor([0.0, 250.0, 1000.0, -1000.0, -750.0, 0.0]))
+
+
+def random_conditions(model_type, count):
+    """Conditions of `count` prompts of five tokens."""
+    cond = {}
+    for name, shape in tiny_backbones.CONDITIONS[model_type].items():
+        cond[name] = torch.ones(count, *shape).long() if name.endswith("mask") else torch.randn(count, *shape)
+    return cond
 
 
 def load_condition(folder, args, backbone, prompt="a red circle"):
@@ -235,25 +315,23 @@ def test_openuni_reads_as_its_released_file_does(backbone_flags, tmp_path):
 
 @pytest.mark.parametrize("model_type", ["flux", *PIPELINES])
 def test_the_second_time_embedding_changes_nothing_at_first_nor_at_the_time_itself(backbone_flags, model_type):
-    flags = [*backbone_flags[model_type], "--train_data_dir", "x"]
-    flags += ["--reference_data_dir", "y"] if model_type == "qwenimage-edit" else []
-    args = twinflow.parse_args([str(flag) for flag in flags])
-    backbone = twinflow.BACKBONES[model_type](args)
+    backbone, args = parsed_backbone(backbone_flags, model_type)
     side, torch_dtype = args.resolution // backbone.vae_scale_factor, torch.float32
     torch.manual_seed(0)
     x, t = torch.randn(2, backbone.latent_channels, side, side), torch.tensor([0.7, -0.4])
-    cond = {"encoder_hidden_states": torch.randn(2, 5, 32)}
-    if model_type in ("flux", "sd3"):
-        cond["pooled_projections"] = torch.randn(2, 32)
-    if "qwen" in model_type:
-        cond["encoder_hidden_states_mask"] = torch.ones(2, 5, dtype=torch.long)
-    run = lambda model, time: backbone.predict(model, x, time, cond).detach()  # noqa: E731
+    cond = random_conditions(model_type, 2)
+
+    def run(model, time):
+        with backbone.exact_times(model, time):
+            return backbone.predict(model, x, time, cond).detach()
+
     stock = backbone.load_transformer(torch_dtype)
     before = run(stock, t)
     assert before.std() > 0
+    torch.testing.assert_close(backbone.predict(stock, x, t, cond).detach(), before)  # as a pipeline calls it
     for init in ("zero", "copy", "normal"):
         model = backbone.load_transformer(torch_dtype)
-        twinflow.add_target_time(model, backbone.time_module, init)
+        backbone.add_target_time(model, init)
         assert torch.equal(run(model, t), before)  # a stock pipeline, which tells one time
         torch.testing.assert_close(run(model, torch.stack([t, t], dim=-1)), before)
         jump = run(model, torch.stack([t, 0.2 * t], dim=-1))
@@ -273,29 +351,22 @@ def test_the_second_time_embedding_changes_nothing_at_first_nor_at_the_time_itse
 @pytest.mark.parametrize("two_times", [False, True], ids=["one time", "two times"])
 @pytest.mark.parametrize("model_type", ["flux", *PIPELINES])
 def test_times_are_embedded_exactly_in_bf16(backbone_flags, model_type, two_times):
-    flags = [*backbone_flags[model_type], "--train_data_dir", "x"]
-    flags += ["--reference_data_dir", "y"] if model_type == "qwenimage-edit" else []
-    args = twinflow.parse_args([str(flag) for flag in flags])
-    backbone = twinflow.BACKBONES[model_type](args)
+    backbone, args = parsed_backbone(backbone_flags, model_type)
     side = args.resolution // backbone.vae_scale_factor
     torch.manual_seed(0)
     x = torch.randn(2, backbone.latent_channels, side, side)
     t, target_time = torch.tensor([0.7123, -0.4567]), torch.tensor([0.7023, 0.0])
-    cond = {"encoder_hidden_states": torch.randn(2, 5, 32)}
-    if model_type in ("flux", "sd3"):
-        cond["pooled_projections"] = torch.randn(2, 32)
-    if "qwen" in model_type:
-        cond["encoder_hidden_states_mask"] = torch.ones(2, 5, dtype=torch.long)
+    cond = random_conditions(model_type, 2)
 
     def embedded(times, dtype):
-        """What the sinusoidal embedding, of which the rest of the transformer is told, made of the times."""
+        """The sinusoids of the times, of which the first layer is told."""
         transformer = backbone.load_transformer(dtype)
         if two_times:
-            twinflow.add_target_time(transformer, backbone.time_module, "copy")
+            backbone.add_target_time(transformer, "copy")
         seen = []
-        for module in transformer.modules():
-            if isinstance(module, twinflow.Timesteps):
-                module.register_forward_hook(lambda module, inputs, output: seen.append(output))
+        for name, module in transformer.named_modules():
+            if name.startswith(backbone.time_module) and name.endswith(("timestep_embedder.linear_1", "mlp.0")):
+                module.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
         twinflow.predict_velocity(
             x, *times, cond, transformer=transformer, backbone=backbone, dtype=dtype, two_times=two_times
         )
@@ -305,10 +376,10 @@ def test_times_are_embedded_exactly_in_bf16(backbone_flags, model_type, two_time
     exact = embedded(times, torch.float32)
     rounded = embedded([time.bfloat16().float() for time in times], torch.float32)
     found = embedded(times, torch.bfloat16)
-    second = len(found) // 2  # that of t' after that of t; FLUX embeds its guidance after each
-    for i in [0, second] if two_times else [0]:
-        assert torch.equal(found[i], exact[i])
-    assert not torch.allclose(found[0], rounded[0], atol=1e-2)
+    assert len(found) == 1 + two_times  # that of t' after that of t
+    for found_one, exact_one in zip(found, exact, strict=True):
+        assert torch.equal(found_one, exact_one.bfloat16())
+    assert not torch.allclose(found[0].float(), rounded[0], atol=2e-2)
 
 
 def test_lora_has_no_second_network_and_full_training_no_second_module(backbone_flags):
@@ -350,7 +421,9 @@ def parsed(*flags):
     return twinflow.parse_args([str(flag) for flag in flags])
 
 
-@pytest.mark.parametrize("model_type", ["flux", pytest.param("sana", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "model_type", ["flux", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sana", "z-image"))]
+)
 def test_batches_keep_to_one_of_two_sizes_and_resume_bit_for_bit(
     train, backbone_flags, short, tmp_path, monkeypatch, model_type
 ):

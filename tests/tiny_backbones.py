@@ -1,4 +1,4 @@
-"""Pipelines of the real classes, tiny and with random weights: FLUX.2, SD3, Sana, OpenUni, Qwen-Image and its Edit."""
+"""Pipelines of the real classes, tiny and with random weights."""
 
 import string
 
@@ -20,6 +20,8 @@ from diffusers import (
     SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from tokenizers import pre_tokenizers
 from transformers import (
@@ -42,6 +44,19 @@ from transformers import (
     SiglipVisionConfig,
 )
 from transformers.models.siglip.modeling_siglip import SiglipEncoder
+
+
+PROMPT = {"encoder_hidden_states": (5, 32)}
+MASKED = PROMPT | {"encoder_hidden_states_mask": (5,)}
+CONDITIONS = {  # of a prompt of five tokens, by train_twinflow.py's model types
+    "flux": PROMPT | {"pooled_projections": (32,)},
+    "sd3": PROMPT | {"pooled_projections": (32,)},
+    "sana": PROMPT,
+    "openuni": PROMPT,
+    "qwenimage": MASKED,
+    "qwenimage-edit": MASKED,
+    "z-image": {"cap_feats": (5, 32), "cap_mask": (5,)},
+}
 
 
 def randomised(transformer):
@@ -146,6 +161,53 @@ def flux2_dev():
     return Flux2Pipeline(
         **flux2_parts(joint_attention_dim=3 * 16, guidance_embeds=True),
         text_encoder=Mistral3ForConditionalGeneration(config),
+        tokenizer=tokenizer,
+    )
+
+
+def flux_vae():
+    """An AutoencoderKL in FLUX.1's form."""
+    return AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        block_out_channels=(8, 8, 8, 8),
+        layers_per_block=1,
+        latent_channels=16,
+        norm_num_groups=4,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        shift_factor=0.1159,
+        scaling_factor=0.3611,
+    )
+
+
+def z_image():
+    tokenizer = qwen_tokenizer()
+    tokenizer.chat_template = QWEN3_TEMPLATE
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+    )
+    transformer = ZImageTransformer2DModel(
+        dim=32,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=32,
+        axes_dims=[4, 6, 6],
+        axes_lens=[1024, 64, 64],
+    )
+    return ZImagePipeline(
+        transformer=randomised(transformer),
+        vae=flux_vae(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        text_encoder=Qwen3ForCausalLM(config),
         tokenizer=tokenizer,
     )
 

@@ -43,7 +43,6 @@ from train_twinflow import (
     BACKBONES,
     STYLES,
     drawn_size,
-    embeds_target_time,
     latent_shape,
     predict_velocity,
     sampling_loop,
@@ -69,6 +68,9 @@ def trained_args(source):
     if not model_types:
         raise ValueError(f"{source}: a {pipeline}, which is none of {', '.join(BACKBONES)}")
     backbone = BACKBONES[model_types[0]]
+    transformer = backbone.transformer_class.load_config(source, subfolder="transformer").get("_class_name")
+    if transformer not in backbone.transformer_names():
+        raise ValueError(f"{source}: holds a {transformer}, {model_types[0]} a {backbone.transformer_class.__name__}")
     return argparse.Namespace(
         pretrained_model_name_or_path=str(source),
         model_type=model_types[0],
@@ -123,7 +125,7 @@ def load_transformer(source, backbone, args, dtype):
     place = {"pretrained_model_name_or_path": str(source), "revision": None, "variant": None}
     backbone = type(backbone)(argparse.Namespace(**vars(args) | place | {"openuni_checkpoint": None}))
     transformer = backbone.load_transformer(dtype)
-    if not embeds_target_time(transformer, backbone.time_module):
+    if not backbone.embeds_target_time(transformer):
         raise ValueError(f"{source}: its transformer has no second time embedding {backbone.time_module}_2")
     return transformer, backbone
 
@@ -139,7 +141,7 @@ def load_velocity(source, backbone, args, dtype, device, **placing):
         transformer=transformer,
         backbone=backbone,
         dtype=dtype,
-        two_times=embeds_target_time(transformer, backbone.time_module),
+        two_times=backbone.embeds_target_time(transformer),
     )
 
 
