@@ -148,6 +148,16 @@ def test_every_backbone_trains_saves_and_draws(
         assert all(saved[key].abs().max() > 0 for key in second)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", ["z-image"])
+def test_blocks_are_quantized_swapped_and_recomputed(train, backbone_flags, short, tmp_path, model_type):
+    """Swapping and recomputing change no trained number."""
+    flags = [*backbone_flags[model_type], *short, "--recipe", "lora-2order", "--rank", 2, "--quantize_base", "int8"]
+    train(SCRIPT, *flags, "--output_dir", tmp_path / "plain")
+    train(SCRIPT, *flags, "--blocks_to_swap", 2, "--gradient_checkpointing", "--output_dir", tmp_path / "swapped")
+    assert_equal(result(tmp_path / "plain"), result(tmp_path / "swapped"))
+
+
 def check_stock_pipeline(flags, model_type, folder):
     """The pipeline's own loader takes the LoRA file, and its transformer then computes what ours does."""
     args = trained_args(folder)
