@@ -127,13 +127,11 @@ def memory_text(args: Any) -> str:
     """What a run does to need less memory, "" if nothing."""
     parts = []
     if args.quantize_base != "none":
-        parts.append(f"base in {args.quantize_base}")
+        parts.append(f"base {args.quantize_base}")
     if args.quantize_text_encoders != "none":
-        parts.append(f"text encoders in {args.quantize_text_encoders}")
-    if args.blocks_to_swap == "auto":
-        parts.append("blocks swapped that do not fit")
-    elif args.blocks_to_swap:
-        parts.append(f"{args.blocks_to_swap} blocks swapped")
+        parts.append(f"text encoders {args.quantize_text_encoders}")
+    if args.blocks_to_swap:
+        parts.append(f"swap {args.blocks_to_swap}")
     if args.gradient_checkpointing:
         parts.append("checkpointing")
     if args.offload:
