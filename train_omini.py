@@ -1,10 +1,15 @@
-"""Trains FLUX.1 to follow image conditions: OminiControl (arXiv 2411.15098) and OminiControl2 (arXiv 2503.08280).
+"""Trains FLUX to follow image conditions: OminiControl (arXiv 2411.15098) and OminiControl2 (arXiv 2503.08280).
 
 Conditions join the transformer's sequence as clean tokens, beside text and noisy image, and pass the same frozen
 weights. A LoRA acts on the condition tokens alone and is trained:
 
     x_t = (1 - t) x_0 + t x_1      x_1 is noise
     loss = || transformer(prompt, x_t at t, conditions at 0) - (x_1 - x_0) ||²
+
+FLUX.1 has no such conditions: its blocks, with them, stand below. FLUX.2-klein has them: in diffusers'
+`Flux2KleinKVPipeline`, reference images are clean tokens at timestep 0 that attend to themselves alone, and their keys
+and values are computed once. That pipeline's transformer is trained, called as the pipeline calls it, so that the
+pipeline draws from the LoRA's file. It has no LoRA on some tokens alone: there the LoRA acts on all.
 
 One GPU, or all of them after `accelerate config`:
 
@@ -34,6 +39,7 @@ model card, the arguments (args.json), the loss (metrics.jsonl, loss.png), image
 | token integration             | latent_mask                    | latent_mask, select_tokens                  |
 | guidance by the condition     | image_guidance_scale           | OminiTransformer2DModel.forward             |
 | loss                          | x_0, x_1, x_t, step            | compute_loss                                |
+| the same with FLUX.2-klein    |                                | Flux2Klein                                  |
 """
 
 import argparse
@@ -164,6 +170,7 @@ from common.latents import (
     decode_latents,
     encode_moments,
     encoded_folder,
+    flux2_latents,
     image_ids,
     mean_latents,
     moments_size,
@@ -218,8 +225,10 @@ from common.text_encoders import (
     PromptEncoder,
     describe_long_prompts,
     encoder_dtype,
+    flux2_klein_chat,
     load_text_pipeline,
     load_tokenizer,
+    load_whole_pipeline,
     prompts_size,
     quantize_text_encoders,
 )
@@ -257,12 +266,23 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, set_seed
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLFlux2,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinKVPipeline,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
+    FluxPipeline,
+    FluxTransformer2DModel,
+)
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
+from diffusers.models.transformers.transformer_flux2 import Flux2KVAttnProcessor, Flux2KVParallelSelfAttnProcessor
 from diffusers.optimization import get_scheduler
 from diffusers.pipelines.flux.pipeline_flux import FluxPipelineOutput
 from diffusers.training_utils import EMAModel, compute_loss_weighting_for_sd3, offload_models
@@ -304,10 +324,14 @@ TARGET_MODULES = (
     r"x_embedder|transformer_blocks\.\d+\.(norm1\.linear|attn\.to_[qkv]|attn\.to_out\.0|ff\.net\.2)"
     r"|single_transformer_blocks\.\d+\.(norm\.linear|proj_mlp|proj_out|attn\.to_[qkv])"
 )
+FLUX2_TARGET_MODULES = (
+    r"x_embedder|transformer_blocks\.\d+\.(attn\.to_[qkv]|attn\.to_out\.0|ff\.linear_(in|out))"
+    r"|single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)"
+)
 # OminiControl's published pattern names it, but the single blocks of diffusers' FLUX have no such layer.
 ABSENT_LAYER = "single_transformer_blocks.0.attn.to_out"
 # Layers that condition tokens do not pass: those of text, of time, and the last ones, which only the image reaches.
-OTHER_LAYERS = r"context|attn\.(add_|to_add)|time_text_embed|^(norm|proj)_out"
+OTHER_LAYERS = r"context|attn\.(add_|to_add)|time_(text|guidance)_embed|modulation_txt|^(norm|proj)_out"
 
 # Subjects200K grades each pair, 0 to 5; the authors train on pairs that have the best grade in all three.
 QUALITY_SCORES = ("compositeStructure", "objectConsistency", "imageQuality")
@@ -350,13 +374,13 @@ def offset(text):
     return (down, right)
 
 
-# The LoRA acts on condition tokens alone
-NOT_NEEDED = (None, "without a condition, the model is the base model bit for bit: there is nothing to preserve")
+# FLUX.1's LoRA acts on condition tokens alone, and without a condition nobody needs FLUX.2's
+NOT_NEEDED = (None, "without a condition, draw with the base model: there is nothing to preserve")
 
 
 def parse_args(argv=None):
     parser = Parser(
-        description="Trains FLUX.1 to follow image conditions (OminiControl).",
+        description="Trains FLUX.1 or FLUX.2-klein to follow image conditions (OminiControl).",
         epilog=EXAMPLE,
         other_flags=dict.fromkeys(("preserve_outputs", "preserve_prompts", "preserve_every"), NOT_NEEDED),
     )
@@ -367,7 +391,7 @@ def parse_args(argv=None):
         type=name_or_path,
         required=True,
         metavar="MODEL",
-        help="folder or Hub id of a FLUX.1 pipeline",
+        help="folder or Hub id of a FLUX.1 or FLUX.2-klein pipeline",
     )
     arg("--revision", help="revision of the model on the Hub")
     arg("--variant", help="variant of the model's files, such as fp16")
@@ -708,7 +732,9 @@ def needs(args):
     """{what: (whether this run has it, the flags that are read with it alone)}, see `idle_flags`."""
     one_prompt = args.validation_prompt or args.final_validation_prompt
     draws = one_prompt or args.validation_prompts
+    reads_guidance = find_family(args).reads_guidance
     return noise_needs(args) | {
+        "a model with a guidance embedding": (reads_guidance, ("guidance_scale", "validation_guidance_scale")),
         "--optimizer adamw or prodigy": (
             args.optimizer != "sgd",
             ("adam_beta1", "adam_beta2", "adam_epsilon"),
@@ -797,7 +823,8 @@ def check_model(args):
     """Problems of --pretrained_model_name_or_path, --target_modules and the disk, from the configs alone."""
     flag = f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"
     try:
-        config = FluxTransformer2DModel.load_config(
+        family = find_family(args)
+        config = family.transformer_class.load_config(
             args.pretrained_model_name_or_path,
             subfolder="transformer",
             revision=args.revision,
@@ -810,16 +837,21 @@ def check_model(args):
         )
         return [f"{flag}: {reason}"]
     in_channels = 4 * channels  # a token is a patch of 2 x 2 latents
-    if config.get("_class_name") != "FluxTransformer2DModel" or config.get("in_channels") != in_channels:
+    if config.get("_class_name") != family.transformer_class.__name__ or config.get("in_channels") != in_channels:
         found = f"{config.get('_class_name')} with {config.get('in_channels')} input channels"
-        return [f"{flag}: holds a {found}, not FLUX.1-dev or -schnell, where its VAE makes {in_channels}"]
-    longest = 512 if config["guidance_embeds"] else 256
+        return [f"{flag}: holds a {found}, not {family.kind}, where its VAE makes {in_channels}"]
+    problems = family.check_flags(args)
+    if problems:
+        return problems
+    for name, value in family.fixed.items():
+        setattr(args, name, value)
+    longest = family.longest_prompt(config)
     if args.max_sequence_length is None:
         args.max_sequence_length = longest
     if args.max_sequence_length > longest:
         return [f"--max_sequence_length {args.max_sequence_length}: FLUX.1-schnell takes at most 256"]
     with torch.device("meta"):
-        transformer = FluxTransformer2DModel.from_config(config)
+        transformer = family.transformer_class.from_config(config)
     problems = check_block_count(args.blocks_to_swap, transformer)
     if problems:
         return problems
@@ -897,13 +929,13 @@ def check_lora_path(args, layers):
     shapes = {f"transformer.{name}": (layer.out_features, layer.in_features) for name, layer in layers}
     problems = []
     for path in paths:
-        problems += check_lora_file(path, shapes, args.rank, **adapter_options(args))
+        problems += check_lora_file(path, shapes, args.rank, flux=find_family(args).has_clip, **adapter_options(args))
     return problems
 
 
 def lora_targets(args):
     """The layers with a LoRA, as a regular expression: --target_modules, or all that condition tokens pass."""
-    return args.target_modules or TARGET_MODULES
+    return args.target_modules or find_family(args).target_modules
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1510,6 +1542,284 @@ class OminiPipeline(FluxPipeline):
         return FluxPipelineOutput(images=self.image_processor.postprocess(images, output_type=output_type))
 
 
+# ---- families: what differs between models ----
+
+
+class Flux:
+    """FLUX.1, dev or schnell: the LoRA acts on condition tokens alone, and `OminiPipeline` draws.
+
+    `latents` are [B, C, H/8, W/8], normalised.
+    """
+
+    kind = "FLUX.1-dev, -schnell or FLUX.2-klein"
+    transformer_class: Any = FluxTransformer2DModel  # whose weights and config the model has
+    vae_class: Any = AutoencoderKL
+    text_pipeline_class: Any = FluxPipeline
+    target_modules = TARGET_MODULES
+    num_inference_steps = 28
+    fixed: dict[str, Any] = {}  # flags that its pipeline leaves no choice of
+    has_clip = True
+    reads_guidance = True  # or may: FLUX.1-schnell does not
+
+    def __init__(self, index: dict):
+        """`index` is the content of the pipeline's model_index.json."""
+
+    def check_flags(self, args: argparse.Namespace) -> list[str]:
+        """Problems of flags that this model has no counterpart for."""
+        return []
+
+    def longest_prompt(self, config: dict) -> int:
+        """The largest --max_sequence_length for a transformer with this config."""
+        return 512 if config["guidance_embeds"] else 256
+
+    def architecture(self, config: dict) -> str:
+        """The name in the header of a LoRA file."""
+        return "flux-1-dev" if config["guidance_embeds"] else "flux-1-schnell"
+
+    def describe_long_prompts(self, args: argparse.Namespace, captions: dict[str, str]) -> dict[str, str]:
+        """What the header of a run says of captions {name: text} that are too long, see `describe_long_prompts`."""
+        tokenizers = load_tokenizer(args, "tokenizer_2"), load_tokenizer(args, "tokenizer")
+        return describe_long_prompts(captions, tokenizers[0], args.max_sequence_length, tokenizers[1])
+
+    def load_transformer(self, args: argparse.Namespace, dtype: torch.dtype) -> Any:
+        """The frozen transformer, which `predict` and the pipeline call."""
+        return load_model(OminiTransformer2DModel, "transformer", args, dtype)
+
+    def load_pipeline(self, args: argparse.Namespace, dtype: torch.dtype) -> DiffusionPipeline:
+        """The whole frozen pipeline that draws with conditions, on the CPU."""
+        return load_whole_pipeline(OminiPipeline, OminiTransformer2DModel, args, dtype)
+
+    def create_pipeline(self, transformer: Any, vae: Any, scheduler: Any) -> DiffusionPipeline:
+        """That pipeline of models in training, for prompts that are embedded already."""
+        return OminiPipeline(
+            scheduler=scheduler,
+            vae=vae,
+            text_encoder=None,
+            tokenizer=None,
+            text_encoder_2=None,
+            tokenizer_2=None,
+            transformer=transformer,
+        )
+
+    def pipeline_call(
+        self,
+        prompt_encoder: PromptEncoder,
+        prompt: str,
+        args: argparse.Namespace,
+        specs: list[ConditionSpec],
+        condition_images: list[Image.Image],
+        mask: np.ndarray | None,
+    ) -> dict[str, Any]:
+        """Arguments of the pipeline: generate `prompt` with the image of each condition."""
+        height, width = args.target_size
+        prompt_embeds, pooled_prompt_embeds = prompt_encoder.encode_prompts([prompt])
+        return {
+            "prompt_embeds": prompt_embeds,
+            "pooled_prompt_embeds": pooled_prompt_embeds,
+            "specs": specs,
+            "condition_images": condition_images,
+            "mask": mask if "token_integration" in args.condition_type else None,
+            "height": height,
+            "width": width,
+            "independent_condition": args.independent_condition,
+        }
+
+    def sample_latents(self, moments: torch.Tensor, vae: Any, generator: torch.Generator) -> torch.Tensor:
+        """Latents [B, C, h, w] of posteriors [B, 2C, h, w]."""
+        return sample_latents(moments, vae.config, generator)
+
+    def predict(
+        self,
+        transformer: Any,
+        x_t: torch.Tensor,
+        t: torch.Tensor,
+        prompt_embeds: torch.Tensor,
+        pooled_prompt_embeds: torch.Tensor,
+        condition_latents: list[torch.Tensor],
+        *,
+        specs: list[ConditionSpec],
+        latent_masks: list[torch.Tensor | None],
+        independent_condition: bool,
+        guidance: torch.Tensor | None,
+        height: int,
+        width: int,
+    ) -> torch.Tensor:
+        """The velocity [B, N, 4C] of noisy tokens [B, N, 4C], which are height x width latents, at noise levels t [B];
+        the other arguments are those of `compute_loss`."""
+        latent_mask, *condition_masks = latent_masks
+        return transformer(
+            hidden_states=x_t,
+            timestep=t,
+            guidance=guidance,
+            pooled_projections=pooled_prompt_embeds,
+            encoder_hidden_states=prompt_embeds,
+            txt_ids=torch.zeros(prompt_embeds.shape[1], 3, device=x_t.device),
+            img_ids=image_ids(height, width, x_t.device),
+            joint_attention_kwargs={
+                "conditions": pack_conditions(condition_latents, specs, condition_masks),
+                "independent_condition": independent_condition,
+                "latent_mask": latent_mask,
+            },
+            return_dict=False,
+        )[0]
+
+
+class Flux2Klein(Flux):
+    """FLUX.2-klein, whose reference images are conditions as OminiControl2's independent ones are, with a cache.
+
+    In `Flux2KleinKVPipeline` text and image attend to everything, references to references alone; references are
+    modulated at timestep 0 and stand in layers of positions of their own, 10, 20, ... beside the image's 0, with rows
+    and columns from 0 on. So their keys and values depend neither on the image nor on its time: the pipeline computes
+    them in its first step and reuses them in the others. `predict` is that first step, at any noise level. A LoRA that
+    the pipeline loads acts on text, image and references, and that is what is trained.
+    """
+
+    kind = "FLUX.2-klein"
+    transformer_class = Flux2Transformer2DModel
+    vae_class = AutoencoderKLFlux2
+    text_pipeline_class = Flux2KleinPipeline
+    target_modules = FLUX2_TARGET_MODULES
+    fixed = {"independent_condition": True, "position_delta": [(0.0, 0.0)], "position_scale": [1.0]}
+    has_clip = False
+    reads_guidance = False
+
+    def __init__(self, index):
+        self.num_inference_steps = 4 if index.get("is_distilled", True) else 50
+
+    def check_flags(self, args):
+        not_there = {
+            "position_delta": "numbers the rows and columns of each condition from 0 on",
+            "position_scale": "numbers the rows and columns of each condition by its own tokens",
+            "adapter_per_condition": "has all LoRAs on all tokens",
+            "dataset_class": "has neither the positions nor the masks that its items may bring",
+        }
+        problems = []
+        for name, reason in not_there.items():
+            if vars(args)[name]:
+                problems.append(f"--{name} is for FLUX.1: Flux2KleinKVPipeline {reason}; leave it out")
+        if "token_integration" in args.condition_type:
+            problems.append(
+                "--condition_type token_integration is for FLUX.1: Flux2KleinKVPipeline takes no part of an image; "
+                "fill is similar"
+            )
+        specs = condition_specs(args)
+        for spec in specs:
+            if spec.type not in (*GIVEN_CONDITIONS, "sr") and spec.size != args.target_size:
+                problems.append(
+                    f"--condition_size {size_text(spec.size)} of {spec.type}: Flux2KleinKVPipeline does not spread "
+                    f"its tokens over the image: leave it out, for --target_size {size_text(args.target_size)}"
+                )
+        return problems + [f"--target_size or --condition_size: {text}" for text in check_reference_sizes(specs)]
+
+    def longest_prompt(self, config):
+        return 512
+
+    def architecture(self, config):
+        return "Flux.2-klein-4b" if config["num_attention_heads"] <= 24 else "Flux.2-klein-9b"
+
+    def describe_long_prompts(self, args, captions):
+        tokenizer = load_tokenizer(args, "tokenizer")
+        texts = {name: flux2_klein_chat(tokenizer, caption) for name, caption in captions.items()}
+        return describe_long_prompts(texts, tokenizer, args.max_sequence_length)
+
+    def load_transformer(self, args, dtype):
+        transformer = load_model(Flux2Transformer2DModel, "transformer", args, dtype)
+        for block in transformer.transformer_blocks:
+            block.attn.set_processor(Flux2KVAttnProcessor())
+        for block in transformer.single_transformer_blocks:
+            block.attn.set_processor(Flux2KVParallelSelfAttnProcessor())
+        return transformer
+
+    def load_pipeline(self, args, dtype):
+        parts = load_text_pipeline(Flux2KleinPipeline, args, dtype).components
+        parts["vae"] = load_model(AutoencoderKLFlux2, "vae", args, dtype)
+        parts["transformer"] = load_model(Flux2Transformer2DModel, "transformer", args, dtype)
+        return Flux2KleinKVPipeline(**parts)
+
+    def create_pipeline(self, transformer, vae, scheduler):
+        return Flux2KleinKVPipeline(
+            scheduler=scheduler, vae=vae, text_encoder=None, tokenizer=None, transformer=transformer
+        )
+
+    def pipeline_call(self, prompt_encoder, prompt, args, specs, condition_images, mask):
+        height, width = args.target_size
+        prompt_embeds, _ = prompt_encoder.encode_prompts([prompt])
+        return {
+            "prompt_embeds": prompt_embeds,
+            "image": condition_images,
+            "height": height,
+            "width": width,
+            "num_inference_steps": self.num_inference_steps,
+        }
+
+    def sample_latents(self, moments, vae, generator):
+        return flux2_latents(moments, vae)
+
+    def predict(
+        self,
+        transformer,
+        x_t,
+        t,
+        prompt_embeds,
+        pooled_prompt_embeds,
+        condition_latents,
+        *,
+        specs,
+        latent_masks,
+        independent_condition,
+        guidance,
+        height,
+        width,
+    ):
+        references = torch.cat([pack_latents(latents) for latents in condition_latents], dim=1)
+        # the pipeline numbers tokens [1, C, rows, columns]
+        grids = [latents[:1, :, ::2, ::2] for latents in condition_latents]
+        reference_ids = Flux2KleinKVPipeline._prepare_image_ids(grids)
+        ids = Flux2KleinKVPipeline._prepare_latent_ids(torch.empty(1, 0, height // 2, width // 2))
+        velocity, _ = transformer(
+            hidden_states=torch.cat([references, x_t], dim=1),
+            timestep=t,
+            encoder_hidden_states=prompt_embeds,
+            txt_ids=to_device(Flux2KleinKVPipeline._prepare_text_ids(prompt_embeds[:1]), x_t.device),
+            img_ids=to_device(torch.cat([reference_ids, ids], dim=1), x_t.device),
+            return_dict=False,
+            kv_cache_mode="extract",
+            num_ref_tokens=references.shape[1],
+        )
+        return velocity
+
+
+def check_reference_sizes(specs: list[ConditionSpec]) -> list[str]:
+    """What `Flux2KleinKVPipeline` would refuse or shrink of the images of conditions."""
+    problems = []
+    for spec in specs:
+        shorter, longer = sorted(spec.size)
+        if shorter < 64 or shorter * longer > 1024 * 1024 or longer > 8 * shorter:
+            problems.append(
+                f"{size_text(spec.size)} of {spec.type}, where FLUX.2-klein takes conditions of 64 pixels or more a "
+                "side, 1024 x 1024 in all at most, and at most 8 times as long as wide"
+            )
+    return problems
+
+
+FAMILIES = {  # by the class that model_index.json names
+    "FluxPipeline": Flux,
+    "Flux2KleinPipeline": Flux2Klein,
+    "Flux2KleinKVPipeline": Flux2Klein,
+}
+
+
+def find_family(args: argparse.Namespace) -> Flux:
+    """The family of --pretrained_model_name_or_path. That of FLUX.1 for any other: `check_model` says what it is."""
+    try:
+        index: Any = DiffusionPipeline.load_config(
+            args.pretrained_model_name_or_path, revision=args.revision, cache_dir=args.cache_dir
+        )
+    except (OSError, ValueError):
+        return Flux({})
+    return FAMILIES.get(index.get("_class_name"), Flux)(index)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Objective
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1542,7 +1852,7 @@ def sample_noise(
 
 
 def compute_loss(
-    transformer: OminiTransformer2DModel,
+    transformer: Any,
     latents: torch.Tensor,
     condition_latents: list[torch.Tensor],
     latent_masks: list[torch.Tensor | None],
@@ -1551,6 +1861,7 @@ def compute_loss(
     prompt_embeds: torch.Tensor,
     pooled_prompt_embeds: torch.Tensor,
     *,
+    family: Flux,
     specs: list[ConditionSpec],
     independent_condition: bool,
     guidance: torch.Tensor | None,
@@ -1564,33 +1875,29 @@ def compute_loss(
     each condition (token_integration): only an image's tokens in its mask are noisy and count.
     """
     _, _, height, width = latents.shape
-    device = latents.device
-    x_0 = pack_latents(latents)  # [B, N, 64]
+    x_0 = pack_latents(latents)  # [B, N, 4C]
     x_1 = pack_latents(noise)
     x_t = add_noise(x_0, x_1, t)  # (1 - t) x_0 + t x_1
-    img_ids = image_ids(height, width, device)
     dtype = prompt_embeds.dtype
-    latent_mask, *condition_masks = latent_masks
-    conditions = pack_conditions([each.to(dtype) for each in condition_latents], specs, condition_masks)
-
-    model_pred = transformer(
-        hidden_states=x_t.to(dtype),
-        timestep=t,
+    model_pred = family.predict(
+        transformer,
+        x_t.to(dtype),
+        t,
+        prompt_embeds,
+        pooled_prompt_embeds,
+        [each.to(dtype) for each in condition_latents],
+        specs=specs,
+        latent_masks=latent_masks,
+        independent_condition=independent_condition,
         guidance=guidance,
-        pooled_projections=pooled_prompt_embeds,
-        encoder_hidden_states=prompt_embeds,
-        txt_ids=torch.zeros(prompt_embeds.shape[1], 3, device=device),
-        img_ids=img_ids,
-        joint_attention_kwargs={
-            "conditions": conditions,
-            "independent_condition": independent_condition,
-            "latent_mask": latent_mask,
-        },
-        return_dict=False,
-    )[0]
+        height=height,
+        width=width,
+    )
     target = x_1 - x_0
+    latent_mask = latent_masks[0]
     token_weights = None
     if latent_mask is not None:
+        img_ids = image_ids(height, width, latents.device)
         model_pred, _, token_weights = select_tokens(model_pred, img_ids, latent_mask)
         target, _, _ = select_tokens(target, img_ids, latent_mask)
     weighting = compute_loss_weighting_for_sd3(weighting_scheme, sigmas=t)
@@ -1744,7 +2051,8 @@ def check_positions(args):
 def covers_image(spec, target_size):
     """Whether a condition lies exactly on the image: what it shows at a place is there in the image."""
     height, width = (round(side * spec.position_scale, 6) for side in spec.size)
-    return spec.position_delta == (0, 0) and (height, width) == tuple(target_size)
+    is_aligned = spec.position_delta == (0, 0) and spec.type != "subject"  # which is elsewhere in the image
+    return is_aligned and (height, width) == tuple(target_size)
 
 
 def check_shapes(names, sizes, specs, target_size):
@@ -2310,6 +2618,9 @@ def validation_prompts(args):
     """(what is generated while training, what after it, problems): lists of `ValidationPrompt` with their images."""
     options = {"seed", "num_inference_steps", "guidance_scale", "true_cfg_scale", "negative_prompt", "lora_scale"}
     options.add("image")
+    reads_guidance = find_family(args).reads_guidance
+    if not reads_guidance:
+        options -= {"guidance_scale", "true_cfg_scale", "negative_prompt"}
     if {"fill", "token_integration"} & set(args.condition_type):
         options.add("mask")
     prompts, problems = read_validation_prompts("--validation_prompts", args.validation_prompts, options=options)
@@ -2329,7 +2640,7 @@ def validation_prompts(args):
         final_prompts = final_prompts or prompts
     default_images = tuple(args.validation_image or ())
     defaults = {
-        "guidance_scale": args.validation_guidance_scale,
+        "guidance_scale": args.validation_guidance_scale if reads_guidance else None,
         "num_inference_steps": args.validation_num_inference_steps,
     }
     prompts, final_prompts = (
@@ -2521,7 +2832,7 @@ def add_adapters(transformer, specs, args):
             **adapter_options(args),
         )
     for name, path in match_lora_paths(args, specs).items():
-        start_from_lora(path, {"transformer": transformer}, adapter_name=name)
+        start_from_lora(path, {"transformer": transformer}, adapter_name=name, flux=find_family(args).has_clip)
 
 
 def adapter_files(args):
@@ -2607,24 +2918,9 @@ def adapter_metadata(args, specs, adapter):
 # ---- validation ----
 
 
-def pipeline_call(prompt_encoder, prompt, args, specs, condition_images, mask):
-    """Arguments of the pipeline: generate `prompt` with the image of each condition."""
-    height, width = args.target_size
-    prompt_embeds, pooled_prompt_embeds = prompt_encoder.encode_prompts([prompt])
-    return {
-        "prompt_embeds": prompt_embeds,
-        "pooled_prompt_embeds": pooled_prompt_embeds,
-        "specs": specs,
-        "condition_images": condition_images,
-        "mask": mask if "token_integration" in args.condition_type else None,
-        "height": height,
-        "width": width,
-        "independent_condition": args.independent_condition,
-    }
-
-
 def log_validation(
     accelerator,
+    family,
     transformer,
     result_weights,
     vae,
@@ -2638,15 +2934,8 @@ def log_validation(
 ):
     """Generates images of prompts with the conditions of their images, sends them, each behind its conditions, to
     validation/step-N.png and the trackers, and returns them."""
-    pipeline = OminiPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler.from_config(noise_scheduler.config),
-        vae=vae,
-        text_encoder=None,
-        tokenizer=None,
-        text_encoder_2=None,
-        tokenizer_2=None,
-        transformer=transformer,
-    )
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(noise_scheduler.config)
+    pipeline = family.create_pipeline(transformer, vae, scheduler)
     height, width = args.target_size
     condition_images = {}  # by what they are made from
     masks = {}
@@ -2669,7 +2958,7 @@ def log_validation(
             if "token_integration" in dataset.types:
                 integrated = dataset.types.index("token_integration")
                 inputs[integrated] = dataset.source_image(example, f"condition_{integrated}")
-            call = pipeline_call(prompt_encoder, prompt.prompt, args, dataset.specs, inputs, masks[key])
+            call = family.pipeline_call(prompt_encoder, prompt.prompt, args, dataset.specs, inputs, masks[key])
             call |= sampling_arguments(prompt)
             if prompt.negative is not None:
                 negative_embeds, negative_pooled_embeds = prompt_encoder.encode_prompts([prompt.negative])
@@ -2718,7 +3007,7 @@ python examples/{command}
 """
 
 
-def held_out_losses(accelerator, transformer, vae, prompt_encoder, held_out, args, guidance_embeds):
+def held_out_losses(accelerator, family, transformer, vae, prompt_encoder, held_out, args, guidance_embeds):
     """What the metrics get of `held_out`, a dataset: {"validation_loss": mean, "validation_loss_0.1": at this noise
     level, ...}.
 
@@ -2734,7 +3023,7 @@ def held_out_losses(accelerator, transformer, vae, prompt_encoder, held_out, arg
         generator = fixed_generator(index)
         sample = held_out[0, index]
         latents, *condition_latents = [
-            sample_latents(sample["moments"][role][None].to(device), vae.config, generator) for role in held_out.roles
+            family.sample_latents(sample["moments"][role][None].to(device), vae, generator) for role in held_out.roles
         ]
         latent_masks = []
         for role in held_out.roles:
@@ -2749,6 +3038,7 @@ def held_out_losses(accelerator, transformer, vae, prompt_encoder, held_out, arg
             noise,
             t,
             *prompt_encoder.encode_prompts([sample["prompt"]] * num_levels),
+            family=family,
             specs=held_out.specs,
             independent_condition=args.independent_condition,
             guidance=guidance,
@@ -2779,7 +3069,8 @@ def save_model_card(args, command, held_out=""):
     )
     if held_out:
         description = f"{description.rstrip()}\n\n{held_out}"
-    tags = ["image-to-image", "flux", "lora", "ominicontrol", "diffusers"]
+    family = "flux" if find_family(args).has_clip else "flux2"
+    tags = ["image-to-image", family, "lora", "ominicontrol", "diffusers"]
     write_model_card(args, description, tags, args.pretrained_model_name_or_path)
 
 
@@ -2812,9 +3103,8 @@ def describe_run(args, dataset, held_out):
         run_info |= describe_data(
             [*dataset.examples, *held_out.examples], [args.instance_data_dir], "--instance_prompt"
         )
-        tokenizers = load_tokenizer(args, "tokenizer_2"), load_tokenizer(args, "tokenizer")
         captions = {example.name: example.caption for example in dataset.examples}
-        run_info |= describe_long_prompts(captions, tokenizers[0], args.max_sequence_length, tokenizers[1])
+        run_info |= find_family(args).describe_long_prompts(args, captions)
     if dataset.num_left_out:
         run_info["left out"] = f"{dataset.num_left_out} samples of lower quality (--no-quality_filter takes them)"
     for i, spec in enumerate(dataset.specs, start=1):
@@ -2938,7 +3228,8 @@ def train(args):
     # 3. Prompts, depth maps, VAE and latents: what makes them is freed before the transformer is loaded
     is_cached = args.cache_prompts and not args.streaming
     folder = encoded_folder(args.output_dir)
-    text_pipeline = load_text_pipeline(FluxPipeline, args, encoder_dtype(weight_dtype))
+    family = find_family(args)
+    text_pipeline = load_text_pipeline(family.text_pipeline_class, args, encoder_dtype(weight_dtype))
     quantize_text_encoders(text_pipeline, encoder_dtype(weight_dtype), args.quantize_text_encoders)
     prompt_encoder = PromptEncoder(
         accelerator,
@@ -2954,7 +3245,7 @@ def train(args):
     if needs_depth(args):
         estimate_depth(accelerator, examples + held_out.examples + all_images(validation_examples(args)), args)
     offload_vae = args.offload or args.cache_latents
-    vae = load_model(AutoencoderKL, "vae", args, weight_dtype)
+    vae = load_model(family.vae_class, "vae", args, weight_dtype)
     vae.to("cpu" if offload_vae else device)
     if held_out.examples:
         with offload_models(vae, device=device, offload=offload_vae):
@@ -2971,7 +3262,7 @@ def train(args):
 
     # 4. Transformer and LoRA
     noise_scheduler = load_scheduler(args)
-    transformer = load_model(OminiTransformer2DModel, "transformer", args, weight_dtype)
+    transformer = family.load_transformer(args, weight_dtype)
     base_size = transformer.num_parameters()
     guidance_embeds = transformer.config.guidance_embeds  # FLUX.1-dev was distilled with guidance, schnell was not
     if args.quantize_base != "none":
@@ -3026,7 +3317,7 @@ def train(args):
         height, width = args.target_size
         described = lora_header(
             args,
-            architecture="flux-1-dev" if guidance_embeds else "flux-1-schnell",
+            architecture=family.architecture(transformer.config),
             resolution=(width, height),
             step=step or global_step,
             steps_per_epoch=steps_per_epoch,
@@ -3098,11 +3389,12 @@ def train(args):
     if accelerator.is_main_process:
         metrics = Metrics(args.output_dir / "metrics.jsonl", global_step)
     validate = functools.partial(
-        held_out_losses, accelerator, transformer, vae, prompt_encoder, held_out, args, guidance_embeds
+        held_out_losses, accelerator, family, transformer, vae, prompt_encoder, held_out, args, guidance_embeds
     )
     if val_prompts and global_step == 0:
         log_validation(
             accelerator,
+            family,
             transformer,
             result_weights,
             vae,
@@ -3149,7 +3441,7 @@ def train(args):
                     for role, pixel_values in batch["pixel_values"].items():
                         moments[role] = encode_moments(vae, pixel_values)
             latents, *condition_latents = [
-                sample_latents(moments[role], vae.config, generator) for role in dataset.roles
+                family.sample_latents(moments[role], vae, generator) for role in dataset.roles
             ]
             latent_masks = [batch["latent_masks"].get(role) for role in dataset.roles]  # on the CPU: they give lengths
             prompt_embeds, pooled_prompt_embeds = prompt_encoder.encode_prompts(batch["prompt"])
@@ -3167,6 +3459,7 @@ def train(args):
                     t,
                     prompt_embeds,
                     pooled_prompt_embeds,
+                    family=family,
                     specs=specs,
                     independent_condition=args.independent_condition,
                     guidance=guidance,
@@ -3225,6 +3518,7 @@ def train(args):
         if draws and not (done or stop_requested):
             log_validation(
                 accelerator,
+                family,
                 transformer,
                 result_weights,
                 vae,
@@ -3270,6 +3564,7 @@ def train(args):
     if final_prompts:
         images = log_validation(
             accelerator,
+            family,
             transformer,
             best.weights,
             vae,

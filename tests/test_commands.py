@@ -403,8 +403,13 @@ def run(words, train, short_runs, monkeypatch):
 
 
 def small_run(script, flags):
-    """The flags that make a training small; the toy world's pictures keep their size, for what is drawn from them."""
+    """The flags that make a training small; the toy world's pictures keep their size, for what is drawn from them.
+
+    FLUX.2-klein's pipeline takes no condition of less than 64 pixels.
+    """
     small, toy = SMALL[script], any("examples/toy" in flag for flag in flags)
+    if script == "train_omini.py" and any("FLUX.2-klein" in flag for flag in flags):
+        small = ["64" if word == "32" else word for word in small]
     sizes = ("--resolution", "--target_size", "--condition_size")
     drop = {small.index(name) + i for name in sizes if name in small for i in (0, 1)}
     return [word for i, word in enumerate(small) if not toy or i not in drop]

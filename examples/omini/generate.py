@@ -46,18 +46,17 @@ from common.data import (
 from common.latents import PATCH
 from common.lora import check_applied, find_lora
 from common.placement import PLACEMENT_HELP, PLACEMENTS, check_placement, find_device, place
-from common.text_encoders import load_whole_pipeline
 
 from train_omini import (
     CONDITION_TYPES,
     DEPTH_MODEL,
     MASKED_CONDITIONS,
     ConditionSpec,
-    OminiPipeline,
-    OminiTransformer2DModel,
+    check_reference_sizes,
     check_shapes,
     condition_specs,
     convert_to_condition,
+    find_family,
     image_size,
     offset,
     read_header,
@@ -117,9 +116,13 @@ def parse_args(argv=None):
     plain.add_argument("--independent_condition", action="store_true", help="trained with independent_condition")
     parser.add_argument("--style_lora", type=Path, help="LoRA that text and image pass, beside the conditions' own")
     parser.add_argument("--depth_model", type=name_or_path, help="depth estimation model (default: as trained)")
-    parser.add_argument("--num_inference_steps", type=positive_int, default=28, help="denoising steps; 4 for schnell")
     parser.add_argument(
-        "--guidance_scale", type=non_negative_float, default=3.5, help="value passed to the guidance embedding"
+        "--num_inference_steps",
+        type=positive_int,
+        help="denoising steps; 4 for schnell (default: FLUX.1 28, FLUX.2-klein 50, distilled 4)",
+    )
+    parser.add_argument(
+        "--guidance_scale", type=non_negative_float, help="value passed to the guidance embedding (default: 3.5)"
     )
     parser.add_argument(
         "--image_guidance_scale", type=non_negative_float, default=1.0, help="above 1: away from black conditions"
@@ -130,7 +133,7 @@ def parse_args(argv=None):
         "--dtype", choices=("float32", "float16", "bfloat16"), help="(default: bfloat16 on an accelerator)"
     )
     parser.add_argument(
-        "--max_sequence_length", type=in_range(int, 1, 512), help="T5 tokens per prompt (default: as trained)"
+        "--max_sequence_length", type=in_range(int, 1, 512), help="tokens per prompt (default: as trained)"
     )
     parser.add_argument("--seed", type=image_seed, default=0, help="random seed of the first image; the next adds 1")
     parser.add_argument("--placement", choices=PLACEMENTS, help=PLACEMENT_HELP)
@@ -139,7 +142,9 @@ def parse_args(argv=None):
     try:
         args.adapters = [file for path in args.adapters for file in lora_files(path)]
         args.run_info, args.specs = read_metadata(args.adapters, args)
+        args.family = find_family(base_model(args))
         check_args(args)
+        check_family(args)
         args.style_lora = args.style_lora and find_lora(args.style_lora)[0]
         args.height, args.width = args.size[::-1] if args.size else args.run_info["target_size"]
         args.pixel_mask = read_mask(args) if args.mask else None
@@ -275,6 +280,30 @@ def check_args(args):
         raise ValueError(f"--size {args.size[0]} {args.size[1]}: both must be multiples of {PATCH}")
 
 
+def base_model(args):
+    """What the trainer's functions read of the flags that name the base model."""
+    model = args.pretrained_model_name_or_path or args.run_info["base_model"]
+    return Namespace(pretrained_model_name_or_path=model, revision=None, variant=None, cache_dir=None)
+
+
+def check_family(args):
+    """Raises ValueError for flags that FLUX.2-klein has no counterpart for."""
+    if args.family.has_clip:
+        return
+    if len(args.adapters) > 1:
+        raise ValueError(f"{args.adapters[1]}: FLUX.2-klein draws with one adapter, which all tokens pass")
+    for name in ("style_lora", "guidance_scale", "force"):
+        if vars(args)[name]:
+            raise ValueError(f"--{name} is for FLUX.1: leave it out for FLUX.2-klein")
+    if args.image_guidance_scale != 1:
+        raise ValueError("--image_guidance_scale is for FLUX.1: leave it out for FLUX.2-klein")
+    if args.size:
+        specs = [scaled(spec, args.run_info["target_size"], args.size[::-1]) for spec in args.specs]
+        problems = check_reference_sizes(specs)
+        if problems:
+            raise ValueError(f"--size {args.size[0]} {args.size[1]}: {problems[0]}")
+
+
 def read_mask(args):
     """--mask at the size of the image, boolean [H, W]: whole tokens for token_integration. Raises ValueError."""
     paths = args.image or args.condition
@@ -347,10 +376,9 @@ def load_adapter(pipeline, path, name):
 def load_pipeline(args):
     """(the base model with all adapters, on the CPU, the name of the one that text and image pass)."""
     dtype = getattr(torch, args.dtype or ("bfloat16" if torch.accelerator.is_available() else "float32"))
-    model = args.pretrained_model_name_or_path or args.run_info["base_model"]
-    base = Namespace(pretrained_model_name_or_path=model, revision=None, variant=None, cache_dir=None)
-    with exit_if_unreadable(f"--pretrained_model_name_or_path {model}"):
-        pipeline = load_whole_pipeline(OminiPipeline, OminiTransformer2DModel, base, dtype)
+    base = base_model(args)
+    with exit_if_unreadable(f"--pretrained_model_name_or_path {base.pretrained_model_name_or_path}"):
+        pipeline = args.family.load_pipeline(base, dtype)
     names = list(dict.fromkeys(spec.adapter for spec in args.specs))
     for path, name in zip(args.adapters, names, strict=True):
         load_adapter(pipeline, path, name)
@@ -380,23 +408,28 @@ def main(argv=None):
     is_integrated = "token_integration" in [spec.type for spec in specs]
     pipeline, main_adapter = load_pipeline(args)
     place(pipeline.components, find_device(), pixels=args.width * args.height, placement=args.placement)
+    call = {
+        "height": args.height,
+        "width": args.width,
+        "num_inference_steps": args.num_inference_steps or args.family.num_inference_steps,
+        "max_sequence_length": args.max_sequence_length or args.run_info["max_sequence_length"],
+    }
+    if args.family.has_clip:
+        call |= {
+            "specs": specs,
+            "condition_images": condition_images,
+            "mask": args.pixel_mask if is_integrated else None,
+            "guidance_scale": 3.5 if args.guidance_scale is None else args.guidance_scale,
+            "image_guidance_scale": args.image_guidance_scale,
+            "independent_condition": args.run_info["independent_condition"],
+            "main_adapter": main_adapter,
+            "kv_cache": args.kv_cache,
+        }
+    else:  # which always computes conditions once
+        call["image"] = condition_images
     for i, prompt in enumerate(args.prompt):
-        image = pipeline(
-            [prompt],
-            specs=specs,
-            condition_images=condition_images,
-            mask=args.pixel_mask if is_integrated else None,
-            height=args.height,
-            width=args.width,
-            num_inference_steps=args.num_inference_steps,
-            guidance_scale=args.guidance_scale,
-            image_guidance_scale=args.image_guidance_scale,
-            independent_condition=args.run_info["independent_condition"],
-            main_adapter=main_adapter,
-            kv_cache=args.kv_cache,
-            max_sequence_length=args.max_sequence_length or args.run_info["max_sequence_length"],
-            generator=torch.Generator().manual_seed(args.seed + i),
-        ).images[0]
+        generator = torch.Generator().manual_seed(args.seed + i)
+        image = pipeline(prompt=[prompt], **call, generator=generator).images[0]
         path = args.output if len(args.prompt) == 1 else args.output.with_stem(f"{args.output.stem}-{i}")
         print(save_image(image, path))
 
