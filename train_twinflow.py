@@ -242,8 +242,11 @@ from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, set_s
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
     DiffusionPipeline,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     ModelMixin,
@@ -1000,7 +1003,7 @@ def check_model(args) -> list[str]:
     problems = check_block_count(args.blocks_to_swap, transformer)
     if problems:
         return problems
-    unknown = unknown_layers(transformer, lora_targets(args))
+    unknown = unknown_layers(transformer, lora_targets(args, transformer))
     if unknown:
         return [f"--lora_layers: the transformer has no linear layer {', '.join(unknown)}"]
 
@@ -1010,9 +1013,9 @@ def check_model(args) -> list[str]:
     if args.training == "full":
         trained_parameters = transformer.num_parameters()
     else:
-        layers = target_layers(transformer, lora_targets(args))
+        layers = target_layers(transformer, lora_targets(args, transformer))
         if args.lora_path:
-            shapes = layer_shapes("transformer", transformer, lora_targets(args))
+            shapes = layer_shapes("transformer", transformer, lora_targets(args, transformer))
             is_flux = args.model_type == "flux"
             problems = check_lora_file(args.lora_path, shapes, args.rank, flux=is_flux, **adapter_options(args))
             if problems:
@@ -1033,9 +1036,9 @@ def pipeline_name(args) -> str | None:
     return index.get("_class_name")
 
 
-def lora_targets(args) -> list[str]:
+def lora_targets(args, transformer: torch.nn.Module) -> list[str]:
     """The linear layers that get an adapter."""
-    return comma_list(args.lora_layers) or list(BACKBONES[args.model_type].targets)
+    return comma_list(args.lora_layers) or BACKBONES[args.model_type].default_targets(transformer)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1077,6 +1080,11 @@ class Backbone:
 
     def __init__(self, args):
         self.args = args
+
+    @classmethod
+    def default_targets(cls, transformer: torch.nn.Module) -> list[str]:
+        """The linear layers that get an adapter without --lora_layers."""
+        return list(cls.targets)
 
     @classmethod
     def transformer_names(cls) -> tuple[str, ...]:
@@ -1249,6 +1257,71 @@ class Flux(Backbone):
             guidance=guidance,
             txt_ids=torch.zeros(cond["encoder_hidden_states"].shape[1], 3, device=x.device),
             img_ids=image_ids(height, width, x.device),
+            **cond,
+            return_dict=False,
+        )[0]
+        return unpack_latents(velocity, height, width)
+
+
+class Flux2Klein(Backbone):
+    """FLUX.2-klein, base or distilled: Qwen3 reads prompts, all padded to one length, position ids have four axes."""
+
+    pipeline_class = Flux2KleinPipeline
+    transformer_class = Flux2Transformer2DModel
+    vae_class = AutoencoderKLFlux2
+    example = "black-forest-labs/FLUX.2-klein-base-4B"
+    architecture = "Flux.2-klein-4b"
+    targets = TIME_EMBEDDING_LAYERS  # and all linear layers of the blocks
+    time_module = "time_guidance_embed"
+    latent_channels = 32
+    full_learning_rate = 1e-5
+
+    def load_transformer(self, dtype):
+        transformer = super().load_transformer(dtype)
+        if transformer.config.num_attention_heads > 24:
+            self.architecture = "Flux.2-klein-9b"
+        return transformer
+
+    @classmethod
+    def default_targets(cls, transformer):
+        # by whole names: that of the single blocks' output, attn.to_out, is also that of a list in the double blocks
+        layers = [name for name, layer in transformer.named_modules() if isinstance(layer, torch.nn.Linear)]
+        return [name for name in layers if "transformer_blocks." in name] + list(cls.targets)
+
+    def encode_prompt(self, prompt_encoder, prompt, reference=None):
+        return self.encode_prompts(prompt_encoder, [prompt], [reference])[0]
+
+    def encode_prompts(self, prompt_encoder, prompts, references):
+        prompt_embeds, _ = prompt_encoder.encode_prompt(
+            self.fill_up(prompt_encoder, prompts), max_sequence_length=self.args.max_sequence_length
+        )
+        return [{"encoder_hidden_states": prompt_embeds[i]} for i in range(len(prompts))]
+
+    @contextmanager
+    def exact_times(self, transformer, time):
+        # the embedding gives its layers the dtype of the times, in bf16 not that of their weights
+        stock = getattr(transformer, "module", transformer)
+        first = stock.get_submodule(self.time_module)
+        embeddings = [first, *getattr(first, "second", ())]
+        hooks = []
+        for layers in (embedding.timestep_embedder for embedding in embeddings):
+            hook = layers.register_forward_pre_hook(lambda layers, inputs: inputs[0].to(layers.linear_1.weight.dtype))
+            hooks.append(hook)
+        try:
+            with super().exact_times(transformer, time):
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def predict(self, transformer, x, time, cond):
+        batch_size, _, height, width = x.shape
+        patches = torch.empty(1, 0, height // 2, width // 2)  # of which only the shape counts
+        velocity = transformer(
+            hidden_states=pack_latents(x),
+            timestep=time,
+            txt_ids=to_device(self.pipeline_class._prepare_text_ids(cond["encoder_hidden_states"][:1]), x.device),
+            img_ids=to_device(self.pipeline_class._prepare_latent_ids(patches), x.device),
             **cond,
             return_dict=False,
         )[0]
@@ -1568,6 +1641,7 @@ class ZImage(Backbone):
 
 BACKBONES = {
     "flux": Flux,
+    "flux2-klein": Flux2Klein,
     "sd3": StableDiffusion3,
     "sana": Sana,
     "openuni": OpenUni,
@@ -2914,7 +2988,7 @@ def train(args):
             use_rslora=args.use_rslora,
             init_lora_weights=args.init_lora_weights,
             dropout=args.lora_dropout,
-            target_modules=lora_targets(args),
+            target_modules=lora_targets(args, transformer),
             **adapter_options(args),
         )
         if args.lora_path:

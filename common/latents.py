@@ -19,7 +19,7 @@ from common.models import gather_objects, latent_channels, to_device
 
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderDC, AutoencoderKLQwenImage, Flux2Pipeline, FluxPipeline
+from diffusers import AutoencoderDC, AutoencoderKLFlux2, AutoencoderKLQwenImage, Flux2Pipeline, FluxPipeline
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.utils.torch_utils import randn_tensor
@@ -70,10 +70,15 @@ def flux2_latents(moments: Tensor, vae: Vae) -> Tensor:
     """
     mean, _ = moments.chunk(2, dim=1)
     patches = Flux2Pipeline._patchify_latents(mean)  # [B, 4C, h/2, w/2]
+    shift, std = flux2_statistics(vae, patches)
+    return Flux2Pipeline._unpatchify_latents((patches - shift) / std)
+
+
+def flux2_statistics(vae: Vae, patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation [1, 4C, 1, 1] of the patches [B, 4C, h/2, w/2] of an AutoencoderKLFlux2's latents."""
     shift = to_device(vae.bn.running_mean, patches.device).view(1, -1, 1, 1).to(patches)
     var = to_device(vae.bn.running_var, patches.device).view(1, -1, 1, 1).to(patches)
-    std = torch.sqrt(var + vae.config.batch_norm_eps)
-    return Flux2Pipeline._unpatchify_latents((patches - shift) / std)
+    return shift, torch.sqrt(var + vae.config.batch_norm_eps)
 
 
 def decode_latents(vae: Vae, latents: Tensor) -> Tensor:
@@ -96,8 +101,11 @@ def latent_statistics(vae: Vae) -> tuple[float | Tensor, float | Tensor]:
 def encode_images(vae: Vae, pixel_values: Tensor, batch_size: int = 1) -> Tensor:
     """Normalised latents [B, C, h, w], float32, of images [B, 3, H, W] in [-1, 1]: the mean of the posterior.
 
-    For AutoencoderKL (FLUX.1, SD3), AutoencoderDC (Sana) and AutoencoderKLQwenImage; `batch_size` as above.
+    For AutoencoderKL (FLUX.1, SD3), AutoencoderKLFlux2, AutoencoderDC (Sana) and AutoencoderKLQwenImage; `batch_size`
+    as above.
     """
+    if isinstance(vae, AutoencoderKLFlux2):
+        return flux2_latents(encode_moments(vae, pixel_values, batch_size), vae)
     encode: Any = vae.encode
     latents = []
     for image in to_device(pixel_values, vae.device).to(vae.dtype).split(batch_size):
@@ -114,8 +122,14 @@ def encode_images(vae: Vae, pixel_values: Tensor, batch_size: int = 1) -> Tensor
 @torch.no_grad()
 def decode_images(vae: Vae, latents: Tensor) -> Tensor:
     """Images [B, 3, H, W] in about [-1, 1] from what `encode_images` returns."""
-    shift, scale = latent_statistics(vae)
-    latents = (latents / scale + shift).to(vae.dtype)
+    if isinstance(vae, AutoencoderKLFlux2):
+        patches = Flux2Pipeline._patchify_latents(latents)
+        shift, std = flux2_statistics(vae, patches)
+        latents = Flux2Pipeline._unpatchify_latents(patches * std + shift)
+    else:
+        shift, scale = latent_statistics(vae)
+        latents = latents / scale + shift
+    latents = latents.to(vae.dtype)
     decode: Any = vae.decode
     if isinstance(vae, AutoencoderKLQwenImage):
         return decode(latents.unsqueeze(2)).sample.squeeze(2)

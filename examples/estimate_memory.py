@@ -67,7 +67,7 @@ PROCESS_RAM = 3.0  # GiB
 
 
 class Flux2:
-    """The call of FLUX.2's transformer, in the form of train_twinflow.py's classes."""
+    """The call of FLUX.2-dev's transformer, in the form of train_twinflow.py's classes."""
 
     vae_scale_factor = 8
     resolution_multiple = 16
@@ -205,7 +205,7 @@ def flux2(layers, single_layers, heads, text_width, text_encoder, guidance_embed
     targets.append("attn.to_qkv_mlp_proj")
     targets += [f"single_transformer_blocks.{i}.attn.to_out" for i in range(single_layers)]
     return Model(
-        "flux2",
+        "flux2" if guidance_embeds else "flux2-klein",
         diffusers.Flux2Transformer2DModel,
         config,
         {"encoder_hidden_states": (512, text_width)},
@@ -796,7 +796,7 @@ def parse_args(argv=None):
 
 def only_lora(name):
     """Whether no trainer trains all weights of a model."""
-    return "Fill" in name or "FLUX.2" in name
+    return "Fill" in name or name == "FLUX.2-dev"
 
 
 def needed(peak):

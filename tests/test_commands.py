@@ -244,7 +244,9 @@ def stand_ins(pictures, pairs, tiny_model, tiny_fill):
     return {
         FLUX: link(tiny_model),
         "black-forest-labs/FLUX.1-Fill-dev": link(tiny_fill),
-        "black-forest-labs/FLUX.2-klein-base-4B": functools.partial(write_pipeline, tiny_backbones.flux2_klein),
+        "black-forest-labs/FLUX.2-klein-base-4B": functools.partial(
+            write_pipeline, functools.partial(tiny_backbones.flux2_klein, latent_channels=32)
+        ),
         "black-forest-labs/FLUX.2-klein-4B": functools.partial(
             write_pipeline, functools.partial(tiny_backbones.flux2_klein, is_distilled=True)
         ),

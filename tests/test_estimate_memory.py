@@ -189,11 +189,12 @@ def test_a_step_of_flux2_is_estimated():
     assert found.disk["1000 cached prompts"] == 1000 * 2 * 512 * 7680
 
 
-@pytest.mark.parametrize("name", ["Z-Image"])
+@pytest.mark.parametrize("name", ["Z-Image", "FLUX.2-klein-4B"])
 def test_a_step_of_a_backbone_is_estimated(name):
     """Of the real width, with two blocks."""
     model = MODELS[name]
-    counts = {key: 2 for key in ("n_layers", "num_layers") if key in inspect.signature(model.transformer).parameters}
+    known = inspect.signature(model.transformer).parameters
+    counts = {key: 2 for key in ("n_layers", "num_layers", "num_single_layers") if key in known}
     small = dataclasses.replace(model, config=model.config | counts)
     step = training_step(small, parse_args(["--training", "full", "--gradient_checkpointing"]))
     assert step["peak"] > step["before"] >= step["trained"] > 0

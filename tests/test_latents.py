@@ -103,10 +103,11 @@ def test_selected_tokens_keep_their_order_and_padding_is_marked():
     assert select_tokens(tokens, ids, torch.ones(2, 4, dtype=torch.bool))[2] is None
 
 
-@pytest.mark.parametrize("kind", ["AutoencoderKL", "AutoencoderDC", "AutoencoderKLQwenImage"])
+@pytest.mark.parametrize("kind", ["AutoencoderKL", "AutoencoderKLFlux2", "AutoencoderDC", "AutoencoderKLQwenImage"])
 def test_images_become_the_latents_of_each_familys_pipeline(kind):
-    pipeline = {"AutoencoderKL": tiny_backbones.sd3, "AutoencoderDC": tiny_backbones.sana}
-    pipeline = pipeline.get(kind, tiny_backbones.qwenimage)()
+    pipelines = {"AutoencoderKL": tiny_backbones.sd3, "AutoencoderDC": tiny_backbones.sana}
+    pipelines["AutoencoderKLFlux2"] = tiny_backbones.flux2_klein
+    pipeline = pipelines.get(kind, tiny_backbones.qwenimage)()
     vae = pipeline.vae
     assert type(vae).__name__ == kind
     images = torch.rand(2, 3, 64, 64) * 2 - 1
@@ -124,6 +125,9 @@ def test_images_become_the_latents_of_each_familys_pipeline(kind):
         pipeline.vae = vae
         theirs = pipeline._encode_vae_image(images.unsqueeze(2), None)
         torch.testing.assert_close(latents, theirs[:, :, 0], atol=1e-4, rtol=1e-4)
+    elif "Flux2" in kind:
+        theirs = pipeline._unpatchify_latents(pipeline._encode_vae_image(images, None))
+        torch.testing.assert_close(latents, theirs, atol=1e-4, rtol=1e-4)
     else:
         shift = vae.config.shift_factor if kind == "AutoencoderKL" else 0
         torch.testing.assert_close(latents, (raw - shift) * vae.config.scaling_factor, atol=1e-4, rtol=1e-4)

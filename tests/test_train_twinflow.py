@@ -38,6 +38,7 @@ LORA = "pytorch_lora_weights.safetensors"
 PIPELINES = {"sd3": tiny_backbones.sd3, "sana": tiny_backbones.sana, "qwenimage": tiny_backbones.qwenimage}
 PIPELINES |= {"qwenimage-edit": functools.partial(tiny_backbones.qwenimage, edit=True), "openuni": tiny_backbones.sana}
 PIPELINES |= {"z-image": tiny_backbones.z_image}
+PIPELINES |= {"flux2-klein": functools.partial(tiny_backbones.flux2_klein, latent_channels=32)}
 
 
 @pytest.fixture(scope="session")
@@ -149,7 +150,7 @@ def test_every_backbone_trains_saves_and_draws(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model_type", ["z-image"])
+@pytest.mark.parametrize("model_type", ["z-image", "flux2-klein"])
 def test_blocks_are_quantized_swapped_and_recomputed(train, backbone_flags, short, tmp_path, model_type):
     """Swapping and recomputing change no trained number."""
     flags = [*backbone_flags[model_type], *short, "--recipe", "lora-2order", "--rank", 2, "--quantize_base", "int8"]
@@ -202,13 +203,17 @@ def to_latents(x, shape):
     return x.transpose(1, 2).unflatten(-1, (height, width))
 
 
-SAMPLING = {"z-image": {"guidance_scale": 0, "max_sequence_length": 40}}  # of the pipelines
+SAMPLING = {  # of the pipelines
+    "z-image": {"guidance_scale": 0, "max_sequence_length": 64},
+    "flux2-klein": {"guidance_scale": 1, "max_sequence_length": 64},
+}
 
 
 @pytest.mark.parametrize("model_type", SAMPLING)
 def test_the_velocity_is_the_one_that_the_pipeline_steps_with(backbone_flags, model_type):
     """And depends neither on another prompt in the batch nor on its length."""
     backbone, args = parsed_backbone(backbone_flags, model_type)
+    args.max_sequence_length = 64
     side = args.resolution
     shape = twinflow.latent_shape(backbone, twinflow.Size(side, side))
     pipeline = backbone.pipeline_class.from_pretrained(backbone_flags[model_type][1])
@@ -221,7 +226,7 @@ def test_the_velocity_is_the_one_that_the_pipeline_steps_with(backbone_flags, mo
 
     pipeline.scheduler.step = step
     drawn = pipeline(
-        "a cat", height=side, width=side, num_inference_steps=2, output_type="pt", **SAMPLING[model_type]
+        prompt="a cat", height=side, width=side, num_inference_steps=2, output_type="pt", **SAMPLING[model_type]
     ).images
     encoder = backbone.load_prompt_encoder(torch.float32, torch.device("cpu"))
     with torch.no_grad():
@@ -398,7 +403,9 @@ def test_lora_has_no_second_network_and_full_training_no_second_module(backbone_
         args = twinflow.parse_args([str(flag) for flag in flags])
         transformer = Flux(args).load_transformer(torch.float32)
         if training == "lora":
-            twinflow.add_lora(transformer, rank=2, alpha=2, dropout=0.0, target_modules=twinflow.lora_targets(args))
+            twinflow.add_lora(
+                transformer, rank=2, alpha=2, dropout=0.0, target_modules=twinflow.lora_targets(args, transformer)
+            )
         else:
             transformer.requires_grad_(True)
         modules = len(list(transformer.modules()))
@@ -432,7 +439,8 @@ def parsed(*flags):
 
 
 @pytest.mark.parametrize(
-    "model_type", ["flux", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sana", "z-image"))]
+    "model_type",
+    ["flux", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sana", "z-image", "flux2-klein"))],
 )
 def test_batches_keep_to_one_of_two_sizes_and_resume_bit_for_bit(
     train, backbone_flags, short, tmp_path, monkeypatch, model_type
@@ -641,7 +649,7 @@ def test_the_authors_configurations_are_recipes(backbone_flags, column):
         assert (args.training, args.rank, args.lora_alpha) == ("lora", 64, 64)
         transformer = twinflow.BACKBONES[model_type](args).load_transformer(torch.float32)
         theirs = twinflow.target_layers(transformer, LAYERS[model_type].split(","))
-        ours = twinflow.target_layers(transformer, twinflow.lora_targets(args))
+        ours = twinflow.target_layers(transformer, twinflow.lora_targets(args, transformer))
         assert {name for name, _ in ours} == {name for name, _ in theirs}
     else:
         assert (args.training, args.target_time_init) == ("full", FIRST_TIME[model_type])

@@ -50,6 +50,7 @@ PROMPT = {"encoder_hidden_states": (5, 32)}
 MASKED = PROMPT | {"encoder_hidden_states_mask": (5,)}
 CONDITIONS = {  # of a prompt of five tokens, by train_twinflow.py's model types
     "flux": PROMPT | {"pooled_projections": (32,)},
+    "flux2-klein": {"encoder_hidden_states": (5, 48)},
     "sd3": PROMPT | {"pooled_projections": (32,)},
     "sana": PROMPT,
     "openuni": PROMPT,
@@ -80,10 +81,10 @@ QWEN3_TEMPLATE = (
 )
 
 
-def flux2_parts(joint_attention_dim, guidance_embeds):
+def flux2_parts(joint_attention_dim, guidance_embeds, latent_channels=4):
     """The parts that FLUX.2-klein and dev share; the VAE's statistics are those of no training, but not 0 and 1."""
     transformer = Flux2Transformer2DModel(
-        in_channels=16,
+        in_channels=4 * latent_channels,
         num_layers=1,
         num_single_layers=2,
         attention_head_dim=16,
@@ -93,7 +94,7 @@ def flux2_parts(joint_attention_dim, guidance_embeds):
         guidance_embeds=guidance_embeds,
     )
     vae = AutoencoderKLFlux2(
-        block_out_channels=(8, 8, 16, 16), layers_per_block=1, latent_channels=4, norm_num_groups=4
+        block_out_channels=(8, 8, 16, 16), layers_per_block=1, latent_channels=latent_channels, norm_num_groups=4
     )
     vae.bn.running_mean.normal_(std=0.3)
     vae.bn.running_var.uniform_(0.5, 2.0)
@@ -104,7 +105,7 @@ def flux2_parts(joint_attention_dim, guidance_embeds):
     }
 
 
-def flux2_klein(is_distilled=False):
+def flux2_klein(is_distilled=False, latent_channels=4):
     tokenizer = qwen_tokenizer()
     tokenizer.chat_template = QWEN3_TEMPLATE
     config = Qwen3Config(
@@ -117,7 +118,7 @@ def flux2_klein(is_distilled=False):
         head_dim=8,
     )
     return Flux2KleinPipeline(
-        **flux2_parts(joint_attention_dim=3 * 16, guidance_embeds=False),
+        **flux2_parts(joint_attention_dim=3 * 16, guidance_embeds=False, latent_channels=latent_channels),
         text_encoder=Qwen3ForCausalLM(config),
         tokenizer=tokenizer,
         is_distilled=is_distilled,
