@@ -1,5 +1,6 @@
 """train_omini.py on FLUX.2-klein: the forward pass of its KV pipeline, exact resume, caches, files, refusals."""
 
+import argparse
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import sys
 
 from common.latents import encode_moments, to_tensor
 from common.lora import add_lora, target_layers
+from common.text_encoders import load_text_pipeline
 from common.validation import generate_images
 
 import numpy as np
@@ -18,9 +20,10 @@ from conftest import ROOT
 from diffusers import Flux2KleinKVPipeline
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import train_omini as omini
+from examples.omini import generate
 
 
 SCRIPT = "train_omini"
@@ -221,6 +224,42 @@ def test_the_file_draws_in_diffusers_what_validation_drew(
     words = [run, "--prompt", PROMPT, "--condition", tmp_path / "edges.png", "--kv_cache", "--output", path]
     run_program("examples/omini/generate.py", *words)
     assert np.abs(np.asarray(Image.open(path), int) - stock).max() <= 1
+
+
+def test_what_generation_cannot_do_is_refused(klein_folder, pictures, tmp_path, capsys):
+    flags = ["--pretrained_model_name_or_path", klein_folder, "--instance_data_dir", pictures, "--target_size", 64]
+    files = []
+    for name in ("canny", "coloring"):
+        args = parsed(flags, "--condition_type", name, "--output_dir", tmp_path / name)
+        header = omini.adapter_metadata(args, omini.condition_specs(args), name)
+        files.append(tmp_path / f"{name}.safetensors")
+        save_file({"transformer.x_embedder.lora_A.weight": torch.zeros(1, 16)}, files[-1], header)
+    for words, named in (
+        (files, str(files[1])),
+        ([files[0], "--style_lora", files[1]], "--style_lora"),
+        ([files[0], "--guidance_scale", 2], "--guidance_scale"),
+        ([files[0], "--image_guidance_scale", 2], "--image_guidance_scale"),
+        ([files[0], "--size", 32, 64], "32x64 of canny"),
+        ([files[0], "--size", 2048, 1024], "2048x1024 of canny"),
+    ):
+        images = [pictures / "0.png"] * (2 if words is files else 1)
+        with pytest.raises(SystemExit, match="2"):
+            generate.parse_args([str(word) for word in [*words, "--prompt", "x", "--image", *images]])
+        assert named in capsys.readouterr().err
+
+
+def test_a_model_of_the_kv_pipeline_is_the_same_family(klein, tmp_path):
+    """As FLUX.2-klein-9b-kv is; and a base model draws in more steps."""
+    klein.save_pretrained(tmp_path / "kv")
+    args = argparse.Namespace(pretrained_model_name_or_path=tmp_path / "kv", revision=None, cache_dir=None)
+    family = omini.find_family(args)
+    assert isinstance(family, omini.Flux2Klein)
+    assert family.num_inference_steps == 4
+    index = json.loads((tmp_path / "kv" / "model_index.json").read_text()) | {"is_distilled": False}
+    (tmp_path / "kv" / "model_index.json").write_text(json.dumps(index))
+    assert omini.find_family(args).num_inference_steps == 50
+    args.variant = None
+    assert load_text_pipeline(family.text_pipeline_class, args, torch.float32).text_encoder is not None
 
 
 def parsed(flags, *extra):
