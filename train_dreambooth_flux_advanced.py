@@ -183,6 +183,7 @@ from common.lora import (
     add_lora,
     average_gradients,
     averaged_weights,
+    block_layers,
     check_adapter,
     check_lora_file,
     is_target,
@@ -1501,15 +1502,6 @@ def lora_targets(args, family, transformer):
     layers = []  # in full: FLUX.2's attn.to_out is a layer in single blocks and a list in the others
     for name in names:
         layers += [layer for layer, _ in target_layers(transformer, [name])] or [name]
-    return layers
-
-
-def block_layers(transformer):
-    """The names of all linear layers in the blocks."""
-    layers = []
-    for name, module in transformer.named_modules():
-        if isinstance(module, torch.nn.Linear) and "transformer_blocks." in name:
-            layers.append(name)
     return layers
 
 

@@ -1,4 +1,4 @@
-"""Trains a LoRA (arXiv 2106.09685) that edits images with FLUX.1-Fill, the inpainting model.
+"""Trains a LoRA (arXiv 2106.09685) that edits images with FLUX.1-Fill, the inpainting model, FLUX.1-Kontext or FLUX.2.
 
 The transformer reads the noisy latents of the result together with the latents of an input image and a mask, and
 predicts the velocity. It is frozen; the LoRA in its layers is trained by flow matching:
@@ -8,6 +8,9 @@ predicts the velocity. It is frozen; the LoRA in its layers is trained by flow m
     --mode mask   x_0 is an image. Its black-masked part is the input, its white-masked part is to be generated.
     --mode edit   x_0 is the target image. All of another image is the input, and the mask is white: all of the target
                   is to be generated.
+
+FLUX.1-Kontext and FLUX.2 have no mask. In edit mode they read the tokens of input images, called references, behind
+the noisy ones; FLUX.2 takes several.
 
 On one GPU, or on all of them after `accelerate config`:
 
@@ -41,6 +44,7 @@ import os
 import secrets
 import shlex
 import time
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -101,6 +105,7 @@ from common.data import (
     all_images,
     check_captions,
     check_class_images,
+    check_folders,
     check_num_samples,
     check_roles,
     check_shape,
@@ -111,9 +116,11 @@ from common.data import (
     describe_data,
     describe_small_groups,
     file_example,
+    find_partners,
     first_ten,
     fit,
     fit_mask,
+    image_files,
     map_examples,
     place_in_run,
     read_batches,
@@ -151,7 +158,9 @@ from common.latents import (
     check_room,
     encode_moments,
     encoded_folder,
+    flux2_latents,
     image_ids,
+    mean_latents,
     moments_size,
     pack_latents,
     remove_encoded,
@@ -167,6 +176,7 @@ from common.lora import (
     add_lora,
     average_gradients,
     averaged_weights,
+    block_layers,
     check_adapter,
     check_lora_file,
     layer_shapes,
@@ -188,6 +198,7 @@ from common.models import (
     check_weights,
     compile_blocks,
     full_tensor,
+    latent_channels,
     load_model,
     load_scheduler,
     model_identities,
@@ -207,6 +218,9 @@ from common.text_encoders import (
     clip_lora_shapes,
     describe_long_prompts,
     encoder_dtype,
+    flux2_chat,
+    flux2_klein_chat,
+    load_flux2_text_pipeline,
     load_text_pipeline,
     load_tokenizer,
     prompts_size,
@@ -250,15 +264,23 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list, set_seed
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
+    DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
     FluxFillPipeline,
+    FluxKontextPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
 )
 from diffusers.optimization import get_scheduler
+from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from diffusers.training_utils import EMAModel, compute_loss_weighting_for_sd3, free_memory, offload_models
 from diffusers.utils import logging as diffusers_logging
-from PIL import Image
+from PIL import Image, ImageOps
+from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
@@ -269,7 +291,7 @@ from transformers.utils import logging as transformers_logging
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-DESCRIPTION = "Trains a LoRA that edits images with FLUX.1-Fill, the inpainting model."
+DESCRIPTION = "Trains a LoRA that edits images with FLUX.1-Fill, the inpainting model, FLUX.1-Kontext or FLUX.2."
 
 EXAMPLE = """example:
     accelerate launch train_influxedit.py @examples/influxedit/low_memory.args --mode=edit \\
@@ -292,7 +314,7 @@ def parse_args(argv=None):
         type=name_or_path,
         required=True,
         metavar="MODEL",
-        help="folder or Hub id of a FLUX.1-Fill pipeline",
+        help="folder or Hub id of a FLUX.1-Fill, FLUX.1-Kontext or FLUX.2 pipeline",
     )
     arg("--revision", help="revision of the model on the Hub")
     arg("--variant", help="variant of the model's files, such as fp16")
@@ -345,12 +367,25 @@ def parse_args(argv=None):
     arg = parser.add_argument_group("data", "folders with files of equal names, or a dataset").add_argument
     arg("--instance_data_dir", type=Path, help="folder of input images; captions in .txt files or metadata.jsonl")
     arg("--target_data_dir", type=Path, help="folder of target images for edit mode, named like the input images")
+    arg(
+        "--additional_data_dir",
+        type=Path,
+        nargs="+",
+        metavar="FOLDER",
+        help="folders of further input images for FLUX.2, in order, named alike; not every image needs one",
+    )
     arg("--mask_data_dir", type=Path, help="folder of masks for mask mode, named alike; white parts are generated")
     arg("--caption_data_dir", type=Path, help="folder of captions: .txt files, named like the input images")
     arg("--dataset_name", type=name_or_path, help="dataset on the Hub, or a folder or file that `datasets` loads")
     arg("--dataset_config_name", help="configuration of that dataset")
     arg("--image_column", default="image", help="column of --dataset_name with the input images")
     arg("--target_column", help="column of --dataset_name with the target images, for edit mode")
+    arg(
+        "--additional_column",
+        nargs="+",
+        metavar="COLUMN",
+        help="columns of --dataset_name with further input images, for FLUX.2",
+    )
     arg("--mask_column", help="column of --dataset_name with the masks, for mask mode")
     arg("--caption_column", help="column of the dataset or of metadata.jsonl that holds captions")
     arg("--instance_prompt", help="prompt of every image without a caption, such as a photo of sks dog")
@@ -416,7 +451,12 @@ def parse_args(argv=None):
     arg("--preserve_every", type=positive_int, default=1, metavar="N", help="steps from one such loss to the next")
 
     arg = parser.add_argument_group("edit", "what the model sees, and what it generates").add_argument
-    arg("--mode", choices=("mask", "edit"), default="mask", help="fill a mask, or edit the whole image")
+    arg(
+        "--mode",
+        choices=("mask", "edit"),
+        default="mask",
+        help="fill a mask, or edit the whole image; edit alone without FLUX.1-Fill",
+    )
     arg("--use_split_mask", action="store_true", help="mask the left or the right half at random: side-by-side images")
     arg("--mask_only_right", action="store_true", help="with --use_split_mask, always mask the right half")
     arg("--loss_mask_weight", type=non_negative_float, default=1.0, help="loss weight under the mask; elsewhere 1")
@@ -583,7 +623,7 @@ def parse_args(argv=None):
     arg(
         "--validation_guidance_scale",
         type=non_negative_float,
-        help="value of the guidance embedding in them (default: guidance_scale)",
+        help="guidance in them (default: guidance_scale; FLUX.2-klein: the pipeline's)",
     )
 
     arg = parser.add_argument_group("output and logging", "where results and logs go").add_argument
@@ -625,6 +665,7 @@ def parse_args(argv=None):
 
 def needs(args):
     """{what: (whether this run has it, the flags that are read with it alone)}, see `idle_flags`."""
+    family = find_family(args)
     return noise_needs(args) | {
         "--with_prior_preservation": (
             args.with_prior_preservation,
@@ -649,6 +690,8 @@ def needs(args):
         ),
         "--use_ema": (args.use_ema, ("ema_decay",)),
         "--dataset_name": (args.dataset_name, ("image_column",)),
+        "a model with a guidance embedding": (family.reads_guidance, ("guidance_scale",)),
+        "a model that draws with guidance": (family.draws_with_guidance, ("validation_guidance_scale",)),
     }
 
 
@@ -661,27 +704,31 @@ def check_args(args):
         problems.append("exactly one of --instance_data_dir and --dataset_name is needed")
     if args.dataset_config_name and not args.dataset_name:
         problems.append(f"--dataset_config_name {args.dataset_config_name} needs --dataset_name")
-    for flag in ("target_data_dir", "mask_data_dir", "caption_data_dir"):
+    for flag in ("target_data_dir", "additional_data_dir", "mask_data_dir", "caption_data_dir"):
         if vars(args)[flag] and args.dataset_name:
             problems.append(f"--{flag} goes with --instance_data_dir, not with --dataset_name")
     for flag in ("target_column", "mask_column"):
         if vars(args)[flag] and not args.dataset_name:
             problems.append(f"--{flag} {vars(args)[flag]} needs --dataset_name")
-    problems += check_roles(
-        {
-            "--instance_data_dir": args.instance_data_dir,
-            "--target_data_dir": args.target_data_dir,
-            "--mask_data_dir": args.mask_data_dir,
-        }
-    )
+    if args.additional_column and not args.dataset_name:
+        problems.append(f"--additional_column {' '.join(args.additional_column)} needs --dataset_name")
+    folders = {
+        "--instance_data_dir": args.instance_data_dir,
+        "--target_data_dir": args.target_data_dir,
+        "--mask_data_dir": args.mask_data_dir,
+    }
+    for number, folder in enumerate(args.additional_data_dir or [], start=1):
+        folders[f"folder {number} of --additional_data_dir"] = folder
+    problems += check_roles(folders)
     if args.dataset_name:
-        problems += check_roles(
-            {
-                "--image_column": args.image_column,
-                "--target_column": args.target_column,
-                "--mask_column": args.mask_column,
-            }
-        )
+        columns = {
+            "--image_column": args.image_column,
+            "--target_column": args.target_column,
+            "--mask_column": args.mask_column,
+        }
+        for number, column in enumerate(args.additional_column or [], start=1):
+            columns[f"column {number} of --additional_column"] = column
+        problems += check_roles(columns)
     if args.caption_data_dir and args.caption_column:
         problems.append("--caption_data_dir and --caption_column exclude each other: choose one")
 
@@ -696,7 +743,7 @@ def check_args(args):
             problems.append(
                 f"--loss_mask_weight {args.loss_mask_weight:g} needs --mode mask: in edit mode everything is masked"
             )
-        if args.train_embedder and "x_embedder" in lora_targets(args):
+        if args.train_embedder and "x_embedder" in comma_list(args.lora_layers):
             problems.append("--lora_layers x_embedder: --train_embedder trains all of this layer, leave one out")
     else:
         has_masks = bool(args.mask_data_dir or args.mask_column)
@@ -704,7 +751,7 @@ def check_args(args):
             problems.append(
                 "--mode mask needs one of --mask_data_dir (or --mask_column of --dataset_name) and --use_split_mask"
             )
-        for flag in ("target_data_dir", "target_column", "train_embedder"):
+        for flag in ("target_data_dir", "target_column", "additional_data_dir", "additional_column", "train_embedder"):
             if vars(args)[flag]:
                 problems.append(f"--{flag} needs --mode edit")
     if args.train_embedder and args.lora_path:
@@ -820,7 +867,7 @@ def split_list(text, separator):
 def check_model(args):
     """Problems of --pretrained_model_name_or_path, --lora_layers and the disk's free space.
 
-    Only the transformer's configuration is read, its weights are not.
+    Only the configurations of the pipeline, the transformer and the VAE are read, their weights are not.
     """
     flag = f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"
     try:
@@ -835,17 +882,23 @@ def check_model(args):
             args.pretrained_model_name_or_path, "a FLUX.1-Fill pipeline", "black-forest-labs/FLUX.1-Fill-dev", error
         )
         return [f"{flag}: {reason}"]
+    family = find_family(args)
     class_name = config.get("_class_name")
     in_channels = config.get("in_channels")
-    if class_name != "FluxTransformer2DModel" or in_channels != FILL_CHANNELS:
+    if class_name != family.transformer_class.__name__ or in_channels != family.in_channels(args):
         found = f"{class_name} with {in_channels} input channels"
-        return [f"{flag}: holds a {found}, not FLUX.1-Fill, which has {FILL_CHANNELS}"]
+        kind = f"{family.kind}, which has {family.in_channels(args)}"
+        others = [name for name, other in FAMILIES.items() if other is not type(family)]
+        return [f"{flag}: holds a {found}, not {kind}; {', '.join(others)} are taken as well"]
+    problems = check_references(args, family)
+    if problems:
+        return problems
     with torch.device("meta"):
-        transformer = FluxTransformer2DModel.from_config(config)
+        transformer = family.transformer_class.from_config(config)
     problems = check_block_count(args.blocks_to_swap, transformer)
     if problems:
         return problems
-    targets = lora_targets(args)
+    targets = lora_targets(args, family, transformer)
     unknown = unknown_layers(transformer, targets)
     if unknown:
         return [f"--lora_layers: the transformer has no linear layer {', '.join(unknown)}"]
@@ -856,7 +909,7 @@ def check_model(args):
         shapes = layer_shapes("transformer", transformer, targets)
         if args.train_text_encoder:
             shapes |= clip_lora_shapes(args, CLIP_TARGET_MODULES)
-        problems = check_lora_file(args.lora_path, shapes, args.rank, **adapter_options(args))
+        problems = check_lora_file(args.lora_path, shapes, args.rank, flux=family.has_clip, **adapter_options(args))
         if problems:
             return problems
     # float32: a checkpoint holds the LoRA twice, Adam's two moments and what these flags keep; the result
@@ -864,9 +917,38 @@ def check_model(args):
     return check_disk(args, 4 * num_copies * lora_size)
 
 
-def lora_targets(args):
-    """The layers with a LoRA: --lora_layers, or the usual ones of FLUX."""
-    return comma_list(args.lora_layers) or list(FLUX_TARGET_MODULES)
+def check_references(args, family):
+    """Problems of flags that this family has no use for: those of masks, or of references."""
+    problems = []
+    more = args.additional_data_dir or args.additional_column
+    if more and family.max_references < 2:
+        flag = "--additional_data_dir" if args.additional_data_dir else "--additional_column"
+        problems.append(f"{flag}: {family.kind} reads one input image, FLUX.2 reads several: leave it out")
+    if family.max_references == 0:
+        return problems
+    if args.mode == "mask":
+        problems.append(f"--mode mask is for FLUX.1-Fill, {family.kind} has no mask: give --mode edit")
+    if args.train_embedder:
+        problems.append(
+            "--train_embedder trains the layer that reads FLUX.1-Fill's masks and input images, "
+            f"{family.kind} reads them as tokens: leave it out"
+        )
+    if args.train_text_encoder and not family.has_clip:
+        problems.append(f"--train_text_encoder trains CLIP, which {family.kind} does not have: leave it out")
+    return problems
+
+
+def lora_targets(args, family, transformer):
+    """The layers with a LoRA: --lora_layers, or the usual ones of the family."""
+    names = comma_list(args.lora_layers)
+    if not names:
+        return family.target_modules(transformer)
+    if family.has_clip:
+        return names
+    layers = []  # in full: FLUX.2's attn.to_out is a layer in single blocks and a list in the others
+    for name in names:
+        layers += [layer for layer, _ in target_layers(transformer, [name])] or [name]
+    return layers
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -935,6 +1017,297 @@ class FillPipeline(FluxFillPipeline):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Families of models
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Fill:
+    """FLUX.1-Fill: a token holds noisy latents, then those of the input image and the mask's pixels.
+
+    A family is what differs between models. `latents` are [B, C, h, w], normalized; `pack_latents` makes tokens
+    [B, h/2 * w/2, 4C] of them. A condition is what the transformer reads beside the noisy tokens.
+    """
+
+    kind = "FLUX.1-Fill"
+    tags: tuple[str, ...] = ("flux", "flux-fill")  # of the model card
+    pipeline_class: Any = FillPipeline
+    transformer_class: Any = FluxTransformer2DModel
+    vae_class: Any = AutoencoderKL
+    text_parts = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    settings: dict[str, Any] = {}  # of the pipeline, beside its models
+    sampling: dict[str, Any] = {}  # arguments of the pipeline's call that differ from its defaults
+    more_prompts: tuple[str, ...] = ()  # that sampling needs
+    max_references = 0  # input images that are read as tokens; none: one is read beside a mask
+    smallest_reference = 1  # pixels of a side of an image that the pipeline takes
+    has_clip = True  # which can be trained; else a language model alone reads prompts
+    reads_guidance = True
+    draws_with_guidance = True
+
+    def __init__(self, index: dict):
+        """`index` is the content of the pipeline's model_index.json."""
+
+    def in_channels(self, args: argparse.Namespace) -> int:
+        """Numbers in a token that the transformer reads."""
+        return FILL_CHANNELS
+
+    def load_text_encoders(self, args: argparse.Namespace, dtype: torch.dtype) -> DiffusionPipeline:
+        """A pipeline with frozen text encoders and tokenizers alone."""
+        return load_text_pipeline(FluxPipeline, args, dtype)
+
+    def describe_captions(self, args: argparse.Namespace, captions: dict[str, str]) -> dict[str, str]:
+        """What the header says of captions {name: text} that are not read to their end."""
+        tokenizers = load_tokenizer(args, "tokenizer_2"), load_tokenizer(args, "tokenizer")
+        return describe_long_prompts(captions, tokenizers[0], args.max_sequence_length, tokenizers[1])
+
+    def architecture(self, config: dict) -> str:
+        """The name in the header of a LoRA file."""
+        return "flux-1-fill-dev"
+
+    def target_modules(self, transformer: torch.nn.Module) -> list[str]:
+        """The layers that get a LoRA without --lora_layers."""
+        return list(FLUX_TARGET_MODULES)
+
+    def sample_latents(self, moments: torch.Tensor, vae: torch.nn.Module, generator: torch.Generator) -> torch.Tensor:
+        """Latents [B, C, h, w] of posteriors [B, 2C, h, w]."""
+        return sample_latents(moments, vae.config, generator)
+
+    def condition(self, batch: dict[str, Any], vae: torch.nn.Module, generator: torch.Generator) -> Any:
+        """The condition of a batch with "moments" [B, 2, 2C, h, w] and "mask" [B, 1, H, W], or with "references", a
+        list of moments [B, 2C, h, w]; see `EditDataset`."""
+        return pack_fill_condition(self.sample_latents(batch["moments"][:, 1], vae, generator), batch["mask"])
+
+    def predict(
+        self,
+        transformer: torch.nn.Module,
+        tokens: torch.Tensor,
+        condition: Any,
+        sigmas: torch.Tensor,
+        prompt_embeds: torch.Tensor,
+        pooled_prompt_embeds: torch.Tensor,
+        *,
+        guidance: torch.Tensor | None,
+        height: int,
+        width: int,
+    ) -> torch.Tensor:
+        """The velocity [B, N, 4C] of noisy tokens [B, N, 4C], which are height x width latents."""
+        return transformer(
+            hidden_states=torch.cat([tokens, condition], dim=-1).to(prompt_embeds.dtype),
+            timestep=sigmas,
+            guidance=guidance,
+            pooled_projections=pooled_prompt_embeds,
+            encoder_hidden_states=prompt_embeds,
+            txt_ids=torch.zeros(prompt_embeds.shape[1], 3, device=tokens.device),
+            img_ids=image_ids(height, width, tokens.device),
+            return_dict=False,
+        )[0]
+
+    def prompt_arguments(self, prompt_encoder: PromptEncoder, prompts: list[str]) -> dict[str, torch.Tensor]:
+        """Arguments of the pipeline's call that stand for prompts."""
+        prompt_embeds, pooled_prompt_embeds = prompt_encoder.encode_prompts(prompts)
+        return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled_prompt_embeds}
+
+    def image_arguments(self, case: "ValidationCase | None", size: Size) -> dict[str, Any]:
+        """Arguments of the pipeline's call that stand for the images of a case; without one, all of an image of `size`
+        is drawn from the prompt."""
+        if case is None:
+            white = Image.new("RGB", (size.width, size.height), "white")
+            return {"image": white, "mask_image": white.convert("L")}
+        return {"image": case.image, "mask_image": case.mask}
+
+
+class Kontext(Fill):
+    """FLUX.1-Kontext: the tokens of one reference stand behind the noisy ones, 1 on the first axis of their ids."""
+
+    kind = "FLUX.1-Kontext"
+    tags = ("flux", "flux-kontext")
+    pipeline_class = FluxKontextPipeline
+    max_references = 1
+
+    def in_channels(self, args):
+        return 4 * latent_channels(args)  # a token is a patch of 2 x 2 latents
+
+    def architecture(self, config):
+        return "flux-1-kontext-dev"
+
+    def condition(self, batch, vae, generator):
+        return [self.reference_latents(moments, vae) for moments in batch["references"]]
+
+    def reference_latents(self, moments: torch.Tensor, vae: torch.nn.Module) -> torch.Tensor:
+        """Latents [B, C, h, w] of a reference: the mean of its posterior [B, 2C, h, w], as in the pipeline."""
+        return mean_latents(moments, vae.config)
+
+    def predict(
+        self,
+        transformer,
+        tokens,
+        condition,
+        sigmas,
+        prompt_embeds,
+        pooled_prompt_embeds,
+        *,
+        guidance,
+        height,
+        width,
+    ):
+        num_edits = len(condition[0]) if condition else 0
+        if 0 < num_edits < len(tokens):  # class images have no references; they stand behind the others
+            parts = []
+            for rows, references in ((slice(num_edits), condition), (slice(num_edits, None), [])):
+                prediction = self.predict(
+                    transformer,
+                    tokens[rows],
+                    references,
+                    sigmas[rows],
+                    prompt_embeds[rows],
+                    pooled_prompt_embeds[rows],
+                    guidance=None if guidance is None else guidance[rows],
+                    height=height,
+                    width=width,
+                )
+                parts.append(prediction)
+            return torch.cat(parts)
+        all_tokens = torch.cat([tokens, *(pack_latents(latents) for latents in condition)], dim=1)
+        prediction = transformer(
+            hidden_states=all_tokens.to(prompt_embeds.dtype),
+            timestep=sigmas,
+            guidance=guidance,
+            encoder_hidden_states=prompt_embeds,
+            img_ids=to_device(self.image_ids(tokens, height, width, condition), tokens.device),
+            **self.text_arguments(prompt_embeds, pooled_prompt_embeds),
+            return_dict=False,
+        )[0]
+        return prediction[:, : tokens.shape[1]]
+
+    def text_arguments(
+        self, prompt_embeds: torch.Tensor, pooled_prompt_embeds: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """Arguments of the transformer that go with prompt_embeds."""
+        txt_ids = torch.zeros(prompt_embeds.shape[1], 3, device=prompt_embeds.device)
+        return {"pooled_projections": pooled_prompt_embeds, "txt_ids": txt_ids}
+
+    def image_ids(self, tokens: torch.Tensor, height: int, width: int, references: list[torch.Tensor]) -> torch.Tensor:
+        """The position ids of the tokens of height x width latents and of references."""
+        ids = [image_ids(height, width)]
+        for latents in references:
+            ids.append(image_ids(*latents.shape[-2:]) + torch.tensor([1.0, 0.0, 0.0]))
+        return torch.cat(ids)
+
+    def image_arguments(self, case, size):
+        # the pipeline would else resize both to about 1024 x 1024 pixels, as which it was not trained here
+        arguments = {"max_area": size.height * size.width, "_auto_resize": False}
+        if case is not None:
+            arguments["image"] = case.references[0]
+        return arguments
+
+
+class Flux2(Kontext):
+    """FLUX.2-dev: several references, at 10, 20, ... on the first of four axes; one language model reads prompts."""
+
+    kind = "FLUX.2"
+    tags = ("flux2",)
+    pipeline_class = Flux2Pipeline
+    transformer_class = Flux2Transformer2DModel
+    vae_class = AutoencoderKLFlux2
+    text_parts = ("text_encoder", "tokenizer")
+    max_references = 10
+    smallest_reference = 64
+    has_clip = False
+
+    def load_text_encoders(self, args, dtype):
+        return load_flux2_text_pipeline(args, dtype)
+
+    def chat(self, tokenizer: Any, prompt: str) -> str:
+        """The text that the language model reads for a prompt."""
+        return flux2_chat(tokenizer, prompt)
+
+    def describe_captions(self, args, captions):
+        tokenizer = load_tokenizer(args, "tokenizer")
+        captions = {name: self.chat(tokenizer, caption) for name, caption in captions.items()}
+        return describe_long_prompts(captions, tokenizer, args.max_sequence_length)
+
+    def architecture(self, config):
+        return "Flux.2-dev"
+
+    def target_modules(self, transformer):
+        return block_layers(transformer)  # single blocks have two: queries, keys, values and MLP are one layer
+
+    def sample_latents(self, moments, vae, generator):
+        return flux2_latents(moments, vae)
+
+    def reference_latents(self, moments, vae):
+        return flux2_latents(moments, vae)
+
+    def text_arguments(self, prompt_embeds, pooled_prompt_embeds):
+        return {"txt_ids": to_device(Flux2Pipeline._prepare_text_ids(prompt_embeds), prompt_embeds.device)}
+
+    def image_ids(self, tokens, height, width, references):
+        count = len(tokens)
+        ids = [Flux2Pipeline._prepare_latent_ids(torch.empty(count, 0, height // 2, width // 2))]
+        if references:
+            shapes = [torch.empty(1, 0, latents.shape[-2] // 2, latents.shape[-1] // 2) for latents in references]
+            ids.append(Flux2Pipeline._prepare_image_ids(shapes).expand(count, -1, -1))
+        return torch.cat(ids, dim=1)
+
+    def prompt_arguments(self, prompt_encoder, prompts):
+        prompt_embeds, _ = prompt_encoder.encode_prompts(prompts)
+        return {"prompt_embeds": prompt_embeds}
+
+    def image_arguments(self, case, size):
+        return {} if case is None else {"image": list(case.references)}
+
+
+class Flux2Klein(Flux2):
+    """FLUX.2-klein, base or distilled to four steps, of 4 or 9 billion parameters; Qwen3 reads prompts."""
+
+    kind = "FLUX.2-klein"
+    pipeline_class = Flux2KleinPipeline
+    reads_guidance = False
+
+    def __init__(self, index):
+        self.is_distilled = bool(index.get("is_distilled"))
+        self.settings = {"is_distilled": self.is_distilled}
+        self.draws_with_guidance = not self.is_distilled
+        if self.is_distilled:
+            self.sampling = {"num_inference_steps": 4, "guidance_scale": 1.0}
+        else:
+            self.more_prompts = ("",)  # the other side of guidance
+
+    def load_text_encoders(self, args, dtype):
+        return load_text_pipeline(self.pipeline_class, args, dtype)
+
+    def chat(self, tokenizer, prompt):
+        return flux2_klein_chat(tokenizer, prompt)
+
+    def architecture(self, config):
+        return "Flux.2-klein-4b" if config["num_attention_heads"] <= 24 else "Flux.2-klein-9b"
+
+    def prompt_arguments(self, prompt_encoder, prompts):
+        arguments = super().prompt_arguments(prompt_encoder, prompts)
+        if not self.is_distilled:
+            arguments["negative_prompt_embeds"], _ = prompt_encoder.encode_prompts([""] * len(prompts))
+        return arguments
+
+
+FAMILIES = {  # by the class that model_index.json names
+    "FluxFillPipeline": Fill,
+    "FluxKontextPipeline": Kontext,
+    "Flux2Pipeline": Flux2,
+    "Flux2KleinPipeline": Flux2Klein,
+}
+
+
+def find_family(args):
+    """The family of --pretrained_model_name_or_path. FLUX.1-Fill's for any other: `check_model` says what it is."""
+    try:
+        index = DiffusionPipeline.load_config(
+            args.pretrained_model_name_or_path, revision=args.revision, cache_dir=args.cache_dir
+        )
+    except (OSError, ValueError):
+        return Fill({})
+    return FAMILIES.get(index.get("_class_name"), Fill)(index)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Objective
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -970,22 +1343,22 @@ def compute_loss(
     latents: torch.Tensor,
     noise: torch.Tensor,
     sigmas: torch.Tensor,
-    condition: torch.Tensor,
+    condition: Any,
     prompt_embeds: torch.Tensor,
     pooled_prompt_embeds: torch.Tensor,
     *,
     args: argparse.Namespace,
+    family: Fill,
     guidance: torch.Tensor | None,
 ) -> torch.Tensor:
     """The flow matching loss [B] of each sample of a batch.
 
-    latents [B, C, h, w] of the results, normalized; noise and sigmas are those of `sample_noise`; condition
-    [B, h/2 * w/2, 4C + 4f²] from `pack_fill_condition`; prompt_embeds [B, T, D]; pooled_prompt_embeds [B, P]; guidance
-    [B], None for a model without guidance embedding.
+    latents [B, C, h, w] of the results, normalized; noise and sigmas are those of `sample_noise`; condition is the
+    family's, of FLUX.1-Fill [B, h/2 * w/2, 4C + 4f²] from `pack_fill_condition`, else a list of latents; prompt_embeds
+    [B, T, D]; pooled_prompt_embeds [B, P]; guidance [B], None for a model without guidance embedding.
     """
-    model_pred = predict_velocity(
-        transformer, latents, noise, sigmas, condition, prompt_embeds, pooled_prompt_embeds, guidance=guidance
-    )
+    inputs = (latents, noise, sigmas, condition, prompt_embeds, pooled_prompt_embeds)
+    model_pred = predict_velocity(transformer, *inputs, family=family, guidance=guidance)
     target = pack_latents(noise) - pack_latents(latents)
     weighting = compute_loss_weighting_for_sd3(args.weighting_scheme, sigmas=sigmas)
     token_weights = None
@@ -1002,25 +1375,26 @@ def predict_velocity(
     latents: torch.Tensor,
     noise: torch.Tensor,
     sigmas: torch.Tensor,
-    condition: torch.Tensor,
+    condition: Any,
     prompt_embeds: torch.Tensor,
     pooled_prompt_embeds: torch.Tensor,
     *,
+    family: Fill,
     guidance: torch.Tensor | None,
 ) -> torch.Tensor:
     """The velocity [B, h/2 * w/2, 4C] that the model predicts for x_σ; arguments as of `compute_loss`."""
     _, _, height, width = latents.shape
-    noisy_latents = add_noise(pack_latents(latents), pack_latents(noise), sigmas)
-    return transformer(
-        hidden_states=torch.cat([noisy_latents, condition], dim=-1).to(prompt_embeds.dtype),
-        timestep=sigmas,
+    return family.predict(
+        transformer,
+        add_noise(pack_latents(latents), pack_latents(noise), sigmas),
+        condition,
+        sigmas,
+        prompt_embeds,
+        pooled_prompt_embeds,
         guidance=guidance,
-        pooled_projections=pooled_prompt_embeds,
-        encoder_hidden_states=prompt_embeds,
-        txt_ids=torch.zeros(prompt_embeds.shape[1], 3, device=latents.device),
-        img_ids=image_ids(height, width, latents.device),
-        return_dict=False,
-    )[0]
+        height=height,
+        width=width,
+    )
 
 
 def compute_preservation_loss(
@@ -1028,11 +1402,12 @@ def compute_preservation_loss(
     latents: torch.Tensor,
     noise: torch.Tensor,
     sigmas: torch.Tensor,
-    condition: torch.Tensor,
+    condition: Any,
     prompt_embeds: torch.Tensor,
     pooled_prompt_embeds: torch.Tensor,
     base_pooled_prompt_embeds: torch.Tensor,
     *,
+    family: Fill,
     guidance: torch.Tensor | None,
     weighting_scheme: str,
 ) -> torch.Tensor:
@@ -1043,8 +1418,8 @@ def compute_preservation_loss(
     """
     inputs = (latents, noise, sigmas, condition, prompt_embeds)
     with torch.no_grad(), without_adapters(transformer):
-        target = predict_velocity(transformer, *inputs, base_pooled_prompt_embeds, guidance=guidance)
-    model_pred = predict_velocity(transformer, *inputs, pooled_prompt_embeds, guidance=guidance)
+        target = predict_velocity(transformer, *inputs, base_pooled_prompt_embeds, family=family, guidance=guidance)
+    model_pred = predict_velocity(transformer, *inputs, pooled_prompt_embeds, family=family, guidance=guidance)
     weighting = compute_loss_weighting_for_sd3(weighting_scheme, sigmas=sigmas)
     return weighted_mse(model_pred, target, weighting)
 
@@ -1064,24 +1439,28 @@ def find_examples(args):
     _, prompt_problems = file_prompts(args)
     problems += prompt_problems
     if args.validation_prompts and examples and not prompt_problems:
-        for _, image, mask in validation_inputs(args, examples):
-            images += [image] if mask is None else [image, mask]
+        for _, inputs, mask in validation_inputs(args, examples):
+            images += inputs if mask is None else [*inputs, mask]
 
     # 2. Check
     sizes, unreadable = read_sizes(images, decode=False)
     size_of = {image.name: size for image, size in zip(images, sizes, strict=True)}  # None: not readable
     problems += unreadable
+    family = find_family(args)
     misfits = []
-    for example in examples:
-        misfits += check_partner_size(example, size_of)
+    if family.max_references == 0:
+        for example in examples:
+            misfits += check_partner_size(example, size_of)
     problems += first_ten(misfits)
     problems += check_validation_masks(args, examples, size_of)
+    problems += check_validation_references(args, family, examples, size_of)
     problems += check_num_samples(len(examples) * args.repeats)
     problems += check_captions(examples, default=args.instance_prompt)
 
     # 3. Assign
+    for image in all_images(examples):
+        image.size = size_of[image.name] or Size(16, 16)  # an unreadable image is among the problems
     for example in examples:
-        example.size = size_of[example.name] or Size(16, 16)  # an unreadable image is among the problems
         if example.caption is None:
             example.caption = args.instance_prompt
     return examples, problems
@@ -1097,6 +1476,10 @@ def find_held_out(args, examples):
             folder = vars(args)[flag]
             if folder:
                 folders[flag] = args.validation_data_dir / folder.resolve().name
+        if args.additional_data_dir:
+            folders["additional_data_dir"] = [
+                args.validation_data_dir / folder.resolve().name for folder in args.additional_data_dir
+            ]
         if len(folders) == 1:
             folders["instance_data_dir"] = args.validation_data_dir
         own_args = held_out_args(
@@ -1120,6 +1503,8 @@ def read_examples(args):
             image_columns["target"] = args.target_column
         if args.mask_column:
             image_columns["mask"] = args.mask_column
+        for number, column in enumerate(args.additional_column or [], start=2):
+            image_columns[f"reference_{number}"] = column
         return read_dataset(
             args.dataset_name,
             source=f"--dataset_name {args.dataset_name}",
@@ -1128,13 +1513,40 @@ def read_examples(args):
             config_name=args.dataset_config_name,
             cache_dir=args.cache_dir,
         )
-    return read_folder(
+    examples, problems = read_folder(
         args.instance_data_dir,
         caption_column=args.caption_column,
         caption_dir=args.caption_data_dir,
         partner_dirs={"target": args.target_data_dir, "mask": args.mask_data_dir},
         sort_by_stem=True,
     )
+    for number, folder in enumerate(args.additional_data_dir or [], start=2):
+        problems += add_references(examples, f"reference_{number}", folder)
+    return examples, problems
+
+
+def add_references(examples, role, folder):
+    """Adds to examples the images of their names in a folder, which need not have one for each; returns problems."""
+    problems = check_folders({"--additional_data_dir": folder})
+    if problems:
+        return problems
+    files, problems = image_files(folder)
+    stems = {file.stem for file in files}
+    paths = [example.files[0] for example in examples if example.files[0].stem in stems]
+    if examples and not paths:
+        problems.append(f"--additional_data_dir {folder}: none of its images is named like an input image")
+    partners, unmatched = find_partners(paths, folder, "stem")
+    for example in examples:
+        if example.files[0] in partners:
+            reference = file_example(partners[example.files[0]])
+            example.images[role] = reference
+            example.stamp += f" {reference.stamp}"
+    return problems + unmatched
+
+
+def reference_roles(example):
+    """The keys of an example's further references in `images`, in order."""
+    return [role for role in example.images if role.startswith("reference")]
 
 
 def check_partner_size(example, size_of):
@@ -1182,6 +1594,15 @@ def size_at(long_edge: int, size: Size) -> Size:
     return Size(height, width)
 
 
+def reference_size(long_edge: int, size: Size) -> Size:
+    """`size_at` for a reference, of at most 1024 x 1024 pixels, to which FLUX.2's pipeline shrinks larger ones."""
+    fitted = size_at(long_edge, size)
+    while fitted.height * fitted.width > 1024**2:
+        long_edge -= 16
+        fitted = size_at(long_edge, size)
+    return fitted
+
+
 def split_mask(size: Size, half: str) -> Image.Image:
     """A mask whose "left" or "right" half is white."""
     middle = size.width // 2
@@ -1199,8 +1620,8 @@ class ImageKey(NamedTuple):
     index     of the example; class images are counted on after the examples
     size      to which the image is resized and cropped
     mirrored  from left to right
-    view      image: as it is; target: the example's target; masked, left masked, right masked: the image without what
-              its mask or that half covers; nothing: no image
+    view      image: as it is; target, reference_2, ...: that image of the example; masked, left masked, right masked:
+              the image without what its mask or that half covers; nothing: no image
     """
 
     index: int | None
@@ -1216,6 +1637,10 @@ class EditDataset(Dataset):
     class image. pixel_values [2, 3, H, W] in [-1, 1] are the result to be generated and the input image; moments
     [2, 2C, h, w] are the posteriors of their latents, if these are cached. mask [1, H, W] is 1 where the result is to
     be generated. A class image is generated as a whole, from nothing.
+
+    For a family that reads references it is {"pixel_values" or "moments", "references", "prompt"}: the result alone,
+    [1, ...], and the input images in a list, each of its own size, which the samples of a batch have in common. A
+    class image has none.
 
     What is random depends on the seed and on
 
@@ -1233,6 +1658,7 @@ class EditDataset(Dataset):
         self.moments = {}  # {ImageKey: posterior [2C, h, w]} on the disk, empty without --cache_latents
         # with --center_crop, the repeats of an image are all cropped alike and need one key
         self.num_crops = len(examples) if args.center_crop else len(self.examples)
+        self.has_references = find_family(args).max_references > 0
         if args.mode == "edit":
             self.result_view = "target"
             self.input_views = ["image"]
@@ -1247,28 +1673,63 @@ class EditDataset(Dataset):
     def __len__(self):
         return len(self.examples)
 
+    def sizes(self):
+        """The sizes of each example's result at all resolutions."""
+        sizes = []
+        for example in self.examples:
+            result = self.view_of(example, self.result_view)
+            sizes.append(tuple(size_at(long_edge, result.size) for long_edge in self.args.resolution))
+        return sizes
+
     def groups(self):
-        """The sizes of each example at all resolutions; the samples of a batch have the same."""
-        return [
-            tuple(size_at(long_edge, example.size) for long_edge in self.args.resolution) for example in self.examples
-        ]
+        """For each example what the samples of a batch have in common: its sizes, and those of its references."""
+        groups = self.sizes()
+        if not self.has_references:
+            return groups
+        for index, example in enumerate(self.examples):
+            for long_edge in self.args.resolution:
+                for view in self.reference_views(example):
+                    groups[index] += (reference_size(long_edge, self.view_of(example, view).size),)
+        return groups
 
     def image_keys(self):
         """Every `ImageKey` that training can ask for."""
-        groups = self.groups()
+        sizes = self.sizes()
         mirrorings = [False, True] if self.args.random_flip else [False]
         keys = []
         for index in range(self.num_crops):
-            for size in groups[index]:
-                for view in [self.result_view, *self.input_views]:
-                    keys += [ImageKey(index, size, mirrored, view) for mirrored in mirrorings]
+            for long_edge, size in zip(self.args.resolution, sizes[index], strict=True):
+                for mirrored in mirrorings:
+                    result_key = ImageKey(index, size, mirrored, self.result_view)
+                    keys.append(result_key)
+                    for view in self.input_views:
+                        keys += self.input_keys(result_key, view, long_edge)
         if self.class_examples:
-            for size in sorted({size for group in groups for size in group}):
+            for size in sorted({size for group in sizes for size in group}):
                 for i in range(len(self.class_examples)):
                     index = len(self.examples) + i
                     keys += [ImageKey(index, size, mirrored, "image") for mirrored in mirrorings]
-                keys.append(ImageKey(None, size, False, "nothing"))
+                if not self.has_references:
+                    keys.append(ImageKey(None, size, False, "nothing"))
         return list(dict.fromkeys(keys))  # two resolutions can give a small image the same size
+
+    def input_keys(self, result_key, view, long_edge):
+        """The keys of the input images that go with a result: that of a view, or those of all references."""
+        if not self.has_references:
+            return [result_key._replace(view=view)]
+        keys = []
+        example = self.examples[result_key.index]
+        for reference_view in self.reference_views(example):
+            size = reference_size(long_edge, self.view_of(example, reference_view).size)
+            keys.append(result_key._replace(size=size, view=reference_view))
+        return keys
+
+    def reference_views(self, example):
+        return ["image", *reference_roles(example)]
+
+    def view_of(self, example, view):
+        """The image of an example that a view shows."""
+        return example.images.get(view, example)
 
     def example(self, key):
         if key.index < len(self.examples):
@@ -1286,9 +1747,7 @@ class EditDataset(Dataset):
         """The image of a key [3, H, W] in [-1, 1]; 0, which is gray, where it is masked, as in FluxFillPipeline."""
         if key.view == "nothing":
             return torch.zeros(3, *key.size)
-        example = self.example(key)
-        if key.view == "target":
-            example = example.images["target"]
+        example = self.view_of(self.example(key), key.view)
         image = fit(example.image(), key.size, self.args.image_interpolation_mode, **self.crop(key))
         pixels = to_tensor(image)
         if key.view.endswith("masked"):
@@ -1316,7 +1775,7 @@ class EditDataset(Dataset):
         """[the sample at a position], with prior preservation also that of a class image."""
         epoch, index = position
         example = self.examples[index]
-        size = size_at(long_edge, example.size)
+        size = size_at(long_edge, self.view_of(example, self.result_view).size)
         rng = np.random.default_rng((self.args.seed, epoch, index))
         dropout_draw, flip_draw = rng.random(2)
         input_view = self.input_views[rng.integers(len(self.input_views))]
@@ -1326,33 +1785,46 @@ class EditDataset(Dataset):
             prompt = ""
         mirrored = bool(self.args.random_flip and flip_draw < 0.5)
         result_key = ImageKey(index % self.num_crops, size, mirrored, self.result_view)
-        input_key = result_key._replace(view=input_view)
-        samples = [self.sample(result_key, input_key, prompt)]
+        samples = [self.sample(result_key, self.input_keys(result_key, input_view, long_edge), prompt)]
 
         if self.class_examples:
             drawn = int(rng.integers(len(self.class_examples)))
             class_index = len(self.examples) + drawn
             mirrored = bool(self.args.random_flip and rng.random() < 0.5)
             result_key = ImageKey(class_index, size, mirrored, "image")
-            input_key = ImageKey(None, size, False, "nothing")
-            samples.append(self.sample(result_key, input_key, self.class_examples[drawn].caption))
+            input_keys = [] if self.has_references else [ImageKey(None, size, False, "nothing")]
+            samples.append(self.sample(result_key, input_keys, self.class_examples[drawn].caption))
         return samples
 
     def held_out_keys(self, index):
-        """(key of the result, key of the input image) of a held-out example; split masks take turns."""
-        size = size_at(max(self.args.resolution), self.examples[index].size)
+        """[key of the result, keys of the input images] of a held-out example; split masks take turns."""
+        long_edge = max(self.args.resolution)
+        size = size_at(long_edge, self.view_of(self.examples[index], self.result_view).size)
         result_key = ImageKey(index, size, False, self.result_view)
-        return result_key, result_key._replace(view=self.input_views[index % len(self.input_views)])
+        view = self.input_views[index % len(self.input_views)]
+        return [result_key, *self.input_keys(result_key, view, long_edge)]
 
-    def sample(self, result_key, input_key, prompt):
-        """One sample: the images of two keys, the mask of the input image, and the prompt."""
-        sample = {"mask": self.mask(input_key), "prompt": prompt}
-        keys = [result_key, input_key]
-        if self.moments:
-            sample["moments"] = torch.stack([self.moments[key] for key in keys])
-        else:
-            sample["pixel_values"] = torch.stack([self.pixel_values(key) for key in keys])
-        return sample
+    def sample(self, result_key, input_keys, prompt):
+        """One sample: the images of a result and its inputs, the mask of the input image, and the prompt."""
+        name = "moments" if self.moments else "pixel_values"
+        image_of = self.moments.__getitem__ if self.moments else self.pixel_values
+        if self.has_references:
+            references = [image_of(key) for key in input_keys]
+            return {name: image_of(result_key)[None], "references": references, "prompt": prompt}
+        images = torch.stack([image_of(key) for key in [result_key, *input_keys]])
+        return {"mask": self.mask(input_keys[0]), "prompt": prompt, name: images}
+
+
+def collate_edits(samples):
+    """`collate`, with the references of the first samples, [B, ...] each, in a list: class images have none."""
+    references = []
+    for group in samples:
+        references.append(group[0].pop("references", []))
+        for class_sample in group[1:]:
+            class_sample.pop("references", None)
+    batch = collate(samples)
+    batch["references"] = [torch.stack(images) for images in zip(*references, strict=True)]
+    return batch
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1361,27 +1833,27 @@ class EditDataset(Dataset):
 
 
 class ValidationCase(NamedTuple):
-    """A prompt and the PIL image and mask that it is applied to at every validation."""
+    """A prompt and the PIL image and mask that it is applied to at every validation, or the references, which `image`
+    then shows at the size of the result."""
 
     prompt: str
     image: Image.Image
     mask: Image.Image
     settings: ValidationPrompt
+    references: tuple[Image.Image, ...] = ()
 
 
-def create_pipeline(transformer, vae, noise_scheduler):
+def create_pipeline(family, transformer, vae, noise_scheduler):
     """The pipeline around the models in training, for prompts that are embedded already.
 
     It has its own scheduler: sampling sets other timesteps than training uses.
     """
-    return FillPipeline(
+    return family.pipeline_class(
         scheduler=FlowMatchEulerDiscreteScheduler.from_config(noise_scheduler.config),
         vae=vae,
-        text_encoder=None,
-        tokenizer=None,
-        text_encoder_2=None,
-        tokenizer_2=None,
         transformer=transformer,
+        **dict.fromkeys(family.text_parts),
+        **family.settings,
     )
 
 
@@ -1389,22 +1861,17 @@ def class_image_size(args):
     return size_at(max(args.resolution), Size(1, 1))
 
 
-def pipeline_call(prompt_encoder, args, prompts, image=None, mask=None):
-    """Arguments of the pipeline for prompts: edit `image` where `mask` is white, or, without it, draw whole images."""
-    if image is None:
-        size = class_image_size(args)
-        image = Image.new("RGB", (size.width, size.height), "white")
-        mask = Image.new("L", (size.width, size.height), "white")
-    prompt_embeds, pooled_prompt_embeds = prompt_encoder.encode_prompts(prompts)
-    return {
-        "prompt_embeds": prompt_embeds,
-        "pooled_prompt_embeds": pooled_prompt_embeds,
-        "image": image,
-        "mask_image": mask,
-        "height": image.height,
-        "width": image.width,
-        "guidance_scale": args.guidance_scale,
+def pipeline_call(family, prompt_encoder, args, prompts, case=None):
+    """Arguments of the pipeline for prompts: edit what a `ValidationCase` shows, or, without it, draw whole images."""
+    size = class_image_size(args) if case is None else Size.of(case.image)
+    call = {
+        **family.prompt_arguments(prompt_encoder, prompts),
+        **family.sampling,
+        **family.image_arguments(case, size),
     }
+    if family.reads_guidance:
+        call["guidance_scale"] = args.guidance_scale
+    return call | {"height": size.height, "width": size.width}
 
 
 def validation_files(args, flag):
@@ -1414,7 +1881,10 @@ def validation_files(args, flag):
 
 def file_prompts(args):
     """(prompts of --validation_prompts, problems)."""
-    options = {"width", "height", "seed", "num_inference_steps", "guidance_scale", "image"}
+    options = {"width", "height", "seed", "num_inference_steps", "image"}
+    family = find_family(args)
+    if family.draws_with_guidance:
+        options.add("guidance_scale")
     has_masks = args.mode == "mask" and not args.use_split_mask
     if has_masks:
         options.add("mask")
@@ -1423,8 +1893,9 @@ def file_prompts(args):
     prompts, problems = read_validation_prompts("--validation_prompts", args.validation_prompts, options=options)
     for prompt in prompts:
         where = f"--validation_prompts {args.validation_prompts}: {prompt.prompt[:80]!r}"
-        if len(prompt.image) > 1:
-            problems.append(f"{where} has {len(prompt.image)} images: give one --cn")
+        most = max(1, family.max_references)
+        if len(prompt.image) > most:
+            problems.append(f"{where} has {len(prompt.image)} images: give {'one' if most == 1 else most} --cn")
         if has_masks and prompt.image and not prompt.mask:
             problems.append(f"{where}: --cn needs --mask, or masks that are split: --use_split_mask")
     return prompts, problems
@@ -1436,9 +1907,16 @@ def validation_cases(args, examples):
     Split masks give one case for each half that training uses. In edit mode the mask is black, see `FillPipeline`.
     """
     cases = []
-    for prompt, image, mask in validation_inputs(args, examples):
-        size = Size(prompt.height or args.validation_height, prompt.width or args.validation_width)
-        image = fit(image.image(), size, args.image_interpolation_mode)
+    has_references = find_family(args).max_references > 0
+    for prompt, inputs, mask in validation_inputs(args, examples):
+        size = drawn_size(args, prompt)
+        if has_references:
+            references = tuple(fit_reference(image, max(size), args.image_interpolation_mode) for image in inputs)
+            image = ImageOps.pad(Flux2ImageProcessor.concatenate_images(list(references)), size[::-1], color="white")
+            mask = Image.new("L", image.size, "black")
+            cases.append(ValidationCase(prompt.prompt, image, mask, prompt, references))
+            continue
+        image = fit(inputs[0].image(), size, args.image_interpolation_mode)
         if args.mode == "edit":
             masks = [Image.new("L", image.size, "black")]
         elif not args.use_split_mask:
@@ -1451,24 +1929,38 @@ def validation_cases(args, examples):
     return cases
 
 
+def drawn_size(args, prompt):
+    """The size of the image that is generated for a `ValidationPrompt`."""
+    return Size(prompt.height or args.validation_height, prompt.width or args.validation_width)
+
+
+def fit_reference(example, long_edge, interpolation):
+    """The image of an example as a reference beside results whose long edge is `long_edge`."""
+    image = example.image()
+    return fit(image, reference_size(long_edge, Size.of(image)), interpolation)
+
+
 def validation_inputs(args, examples):
-    """[(prompt, example of its image, example of its mask)]; no mask, None, in edit mode and with split masks.
+    """[(prompt, examples of its input images, example of its mask)]; no mask, None, in edit mode and with split masks.
 
     They are those of --validation_prompts, or each of the lists --validation_prompt, --validation_image and
-    --validation_mask has one entry for each, or a single one for all. Without an image, the first training example is
-    used.
+    --validation_mask has one entry for each, or a single one for all. Without an image, that of the first training
+    example is used, with its references.
     """
     has_masks = args.mode == "mask" and not args.use_split_mask
+    first = []
+    if examples:
+        first = [examples[0], *(examples[0].images[role] for role in reference_roles(examples[0]))]
     inputs = []
     if args.validation_prompts:
         for prompt in file_prompts(args)[0]:
-            image = file_example(prompt.image[0]) if prompt.image else examples[0]
+            images = [file_example(path) for path in prompt.image] or first
             mask = None
             if has_masks:
                 mask = file_example(prompt.mask) if prompt.mask else examples[0].images["mask"]
-            inputs.append((replace(prompt, seed=args.seed if prompt.seed is None else prompt.seed), image, mask))
+            inputs.append((replace(prompt, seed=args.seed if prompt.seed is None else prompt.seed), images, mask))
     elif prompts := validation_lists(args)["validation_prompt"]:
-        images = validation_files(args, "validation_image") or examples[:1]
+        images = [[image] for image in validation_files(args, "validation_image")] or [first]
         masks = [None]
         if has_masks:
             masks = validation_files(args, "validation_mask") or [examples[0].images["mask"]]
@@ -1480,7 +1972,7 @@ def validation_inputs(args, examples):
         guidance_scale=args.validation_guidance_scale,
         num_inference_steps=args.validation_num_inference_steps,
     )
-    return [(prompt, image, mask) for prompt, (_, image, mask) in zip(prompts, inputs, strict=True)]
+    return [(prompt, images, mask) for prompt, (_, images, mask) in zip(prompts, inputs, strict=True)]
 
 
 def check_validation_masks(args, examples, size_of):
@@ -1488,28 +1980,62 @@ def check_validation_masks(args, examples, size_of):
     if not examples or "mask" not in examples[0].images:
         return []
     problems = []
-    for prompt, image, mask in validation_inputs(args, examples):
+    for prompt, inputs, mask in validation_inputs(args, examples):
         mask_size = size_of.get(mask.name)
-        image_size = size_of.get(image.name)
+        image_size = size_of.get(inputs[0].name)
         if mask_size is None or image_size is None:  # not readable, which is said already
             continue
         misfit = check_shape(mask.name, "a mask", mask_size, image_size)
         problems += misfit
         if not misfit:
             try:
-                read_mask(mask, Size(prompt.height or args.validation_height, prompt.width or args.validation_width))
+                read_mask(mask, drawn_size(args, prompt))
             except ValueError as error:
                 problems.append(str(error))
     return list(dict.fromkeys(problems))
 
 
+def check_validation_references(args, family, examples, size_of):
+    """Problems of validation images that are too small, or too long, for the family's pipeline."""
+    problems = []
+    if not examples:
+        return problems
+    for prompt, inputs, _ in validation_inputs(args, examples):
+        for image in inputs:
+            if size_of.get(image.name):
+                long_edge = max(drawn_size(args, prompt))
+                problems += check_reference(image.name, reference_size(long_edge, size_of[image.name]), family)
+    return list(dict.fromkeys(problems))
+
+
+def check_reference(name, size, family):
+    """A problem if the family's pipeline takes no reference of a size."""
+    if min(size) < family.smallest_reference:
+        return [
+            f"{name}: would be read at {size} pixels, {family.kind} draws from images of at least "
+            f"{family.smallest_reference} pixels a side: give a larger size or another image"
+        ]
+    return []
+
+
 def log_validation(
-    accelerator, transformer, result_weights, vae, noise_scheduler, prompt_encoder, args, cases, step, weights_of=None
+    accelerator,
+    family,
+    transformer,
+    result_weights,
+    vae,
+    noise_scheduler,
+    prompt_encoder,
+    args,
+    cases,
+    step,
+    weights_of=None,
 ):
     """Generates the cases, sends the images to validation/step-N.png, beside their inputs, and to the trackers, and
     returns them."""
-    pipeline = create_pipeline(accelerator.unwrap_model(transformer), vae, noise_scheduler)
-    pipeline.edit_mode = args.mode == "edit"
+    pipeline = create_pipeline(family, accelerator.unwrap_model(transformer), vae, noise_scheduler)
+    if family.max_references == 0:
+        pipeline.edit_mode = args.mode == "edit"
     calls = []
     count = 1 if args.validation_prompts else args.num_validation_images
     prompts = []  # of each image
@@ -1519,7 +2045,7 @@ def log_validation(
         offload_models(vae, device=accelerator.device, offload=args.offload or args.cache_latents),
     ):
         for case in cases:
-            call = pipeline_call(prompt_encoder, args, [case.prompt], case.image, case.mask)
+            call = pipeline_call(family, prompt_encoder, args, [case.prompt], case)
             calls += [call | sampling_arguments(case.settings)] * count
             prompts += [case.settings] * count
         seeds = [args.seed + i if prompt.seed is None else prompt.seed for i, prompt in enumerate(prompts)]
@@ -1544,7 +2070,16 @@ def log_validation(
 
 
 def held_out_losses(
-    accelerator, transformer, vae, prompt_encoder, held_out, args, guidance_embeds, prompts_instead, base_pooled
+    accelerator,
+    family,
+    transformer,
+    vae,
+    prompt_encoder,
+    held_out,
+    args,
+    guidance_embeds,
+    prompts_instead,
+    base_pooled,
 ):
     """What the metrics get of the images of a dataset, `held_out`: {"validation_loss": mean, "validation_loss_0.1": at
     this noise level, ...}.
@@ -1562,14 +2097,16 @@ def held_out_losses(
 
     def losses_of(index):
         generator = fixed_generator(index)
-        result_key, input_key = held_out.held_out_keys(index)
-        latents = sample_latents(held_out.moments[result_key][None].to(device), vae.config, generator)
-        input_latents = sample_latents(held_out.moments[input_key][None].to(device), vae.config, generator)
-        condition = pack_fill_condition(input_latents, held_out.mask(input_key)[None].to(device))
-        inputs = (*fixed_noise(latents, index), condition.expand(num_levels, -1, -1))
+        result_key, *input_keys = held_out.held_out_keys(index)
+        batch = collate_edits([[held_out.sample(result_key, input_keys, "")]])
+        batch = tree_map(lambda value: value.to(device) if isinstance(value, torch.Tensor) else value, batch)
+        latents = family.sample_latents(batch["moments"][:, 0], vae, generator)
+        condition = family.condition(batch, vae, generator)
+        condition = tree_map(lambda part: part.expand(num_levels, *part.shape[1:]), condition)
+        inputs = (*fixed_noise(latents, index), condition)
         caption = held_out.examples[index].caption
         prompt_embeds = prompt_encoder.encode_prompts([caption] * num_levels)
-        loss = compute_loss(transformer, *inputs, *prompt_embeds, args=held_out.args, guidance=guidance)
+        loss = compute_loss(transformer, *inputs, *prompt_embeds, args=held_out.args, family=family, guidance=guidance)
         losses = {"validation_loss": loss}
         choices = prompts_instead(caption)
         if choices:
@@ -1579,6 +2116,7 @@ def held_out_losses(
                 *inputs,
                 *prompt_encoder.encode_prompts(prompts),
                 torch.cat([base_pooled[prompt] for prompt in prompts]),
+                family=family,
                 guidance=guidance,
                 weighting_scheme="none",
             )
@@ -1661,6 +2199,39 @@ image.save("image.png")
 """
 
 
+REFERENCE_CARD = """
+# {name}
+
+A {adapter} (rank {rank}, alpha {alpha}) for {model}: it edits images as a prompt says.
+
+```python
+import torch
+from diffusers import {pipeline_class}
+from diffusers.utils import load_image
+
+pipeline = {pipeline_class}.from_pretrained({pretrained_arguments})
+pipeline.load_lora_weights({lora_folder!r}, weight_name={lora_name!r})
+# Each layer is copied to the GPU when it computes; where the whole pipeline fits, pipeline.to("cuda") is faster
+if torch.cuda.is_available():
+    pipeline.enable_group_offload(torch.device("cuda"), offload_type="leaf_level", use_stream=True)
+
+input_image = load_image("input.png")
+scale = {long_edge} / max(input_image.size)  # to the long edge that was trained, in the image's shape
+width, height = (max(16, round(side * scale / 16) * 16) for side in input_image.size)
+resized = input_image.resize((width, height))
+image = pipeline(
+    prompt={prompt!r},
+    {image},
+    height=height,
+    width=width,
+    max_sequence_length={max_sequence_length},
+    {more_arguments}
+).images[0]
+image.save("image.png")
+```
+"""
+
+
 def save_model_card(args, dtype, prompt, hub_repo=None, held_out=""):
     """Writes README.md into the output folder: what was trained, and code that applies it with `prompt`, with the file
     that was written or, with `hub_repo`, that on the Hub; and what `held_out` tells of the held-out loss."""
@@ -1671,8 +2242,22 @@ def save_model_card(args, dtype, prompt, hub_repo=None, held_out=""):
         pretrained_arguments.append(f"revision={args.revision!r}")
     if args.variant:
         pretrained_arguments.append(f"variant={args.variant!r}")
+    family = find_family(args)
     template = EDIT_MODE_CARD if args.mode == "edit" else MASK_MODE_CARD
+    more_arguments = dict(family.sampling)
+    image = "image=resized"
+    if family.max_references:
+        template = REFERENCE_CARD
+    if family.max_references == 1:
+        more_arguments |= {"max_area": "height * width", "_auto_resize": False}
+    elif family.max_references > 1:
+        image = "image=[resized]"  # and further ones, in order
+    if family.reads_guidance:
+        more_arguments["guidance_scale"] = args.guidance_scale
     description = template.format(
+        pipeline_class=family.pipeline_class.__name__,
+        image=image,
+        more_arguments="\n    ".join(f"{name}={value}," for name, value in more_arguments.items()),
         name=folder.name,
         adapter=adapter_kind(args),
         rank=args.rank,
@@ -1691,7 +2276,7 @@ def save_model_card(args, dtype, prompt, hub_repo=None, held_out=""):
     write_model_card(
         args,
         description,
-        tags=["image-to-image", "flux", "lora", "flux-fill", "diffusers"],
+        tags=["image-to-image", *family.tags, "lora", "diffusers"],
         base_model=args.pretrained_model_name_or_path,
         trigger_words=[args.instance_prompt] if args.instance_prompt else [],
         instance_prompt=args.instance_prompt,
@@ -1718,20 +2303,28 @@ def describe_run(args, examples, held_out_examples, class_examples, text_lora_pa
     edges = ", ".join(map(str, args.resolution))
     run_info = {"data": f"{len(examples)} images with {partners} at {edges} px"}
     folders = [args.instance_data_dir, args.target_data_dir, args.mask_data_dir, args.caption_data_dir]
+    folders += args.additional_data_dir or []
+    if args.additional_data_dir or args.additional_column:
+        run_info["references"] = describe_references(examples)
     run_info |= describe_data([*examples, *held_out_examples], folders, "--instance_prompt")
     run_info |= describe_class_images(class_examples)
     black = black_masks(examples)
     if black:
         run_info["black masks"] = f"{len(black)}, which select nothing: {shortened(black)}"
-    tokenizers = load_tokenizer(args, "tokenizer_2"), load_tokenizer(args, "tokenizer")
     captions = {example.name: example.caption for example in examples}
-    run_info |= describe_long_prompts(captions, tokenizers[0], args.max_sequence_length, tokenizers[1])
+    run_info |= find_family(args).describe_captions(args, captions)
     if text_lora_params:
         count = sum(parameter.numel() for parameter in text_lora_params)
         run_info["text encoders"] = f"{count:,} parameters"
         if args.optimizer == "prodigy" and args.text_encoder_lr != args.learning_rate:
             run_info["Prodigy"] = f"has one learning rate, {args.learning_rate:g}: --text_encoder_lr is not used"
     return run_info
+
+
+def describe_references(examples):
+    """How many examples have how many input images, as the header says it."""
+    counts = Counter(1 + len(reference_roles(example)) for example in examples)
+    return ", ".join(f"{counts[number]} images with {number}" for number in sorted(counts))
 
 
 def create_optimizer(args, params_to_optimize, fused=None):
@@ -1805,6 +2398,7 @@ def train(args):
     set_seed(args.seed)
 
     # 2. Data
+    family = find_family(args)
     examples, problems = find_examples(args)
     examples, held_out_examples, held_out_problems = find_held_out(args, examples)
     problems += held_out_problems
@@ -1868,12 +2462,14 @@ def train(args):
     cases = validation_cases(args, examples)
     prompts = {example.caption for example in [*examples, *held_out_examples]}
     prompts.update(texts_of(case.settings for case in cases))
+    if cases or args.with_prior_preservation:
+        prompts.update(family.more_prompts)
     if args.caption_dropout:
         prompts.add("")
     prompts.update(class_prompts, preserve_prompts)
     prompts.update(example.caption for example in class_examples(args, class_prompts))
     folder = encoded_folder(args.output_dir)
-    text_pipeline = load_text_pipeline(FluxPipeline, args, encoder_dtype(weight_dtype))
+    text_pipeline = family.load_text_encoders(args, encoder_dtype(weight_dtype))
     quantize_text_encoders(text_pipeline, encoder_dtype(weight_dtype), args.quantize_text_encoders)
     text_lora_params = []
     if args.train_text_encoder:
@@ -1903,12 +2499,12 @@ def train(args):
     # 4. Models: VAE, class images and cached latents; then the transformer and its LoRA
     noise_scheduler = load_scheduler(args)
     offload_vae = args.offload or args.cache_latents
-    vae = load_model(AutoencoderKL, "vae", args, weight_dtype)
+    vae = load_model(family.vae_class, "vae", args, weight_dtype)
     vae.to("cpu" if offload_vae else device)
     with offload_models(vae, device=device, offload=offload_vae):
         num_present = len(class_examples(args, class_prompts))
         if args.with_prior_preservation and num_present < args.num_class_images:
-            transformer = load_model(FluxTransformer2DModel, "transformer", args, weight_dtype)
+            transformer = load_model(family.transformer_class, "transformer", args, weight_dtype)
             if args.quantize_base != "none":
                 quantize_base(transformer, weight_dtype, args.quantize_base)
             if args.blocks_to_swap:
@@ -1919,11 +2515,11 @@ def train(args):
                 size = class_image_size(args)
                 pixels = args.sample_batch_size * size.height * size.width
                 place({"transformer": transformer}, device, pixels=pixels)
-            pipeline = create_pipeline(transformer, vae, noise_scheduler)
+            pipeline = create_pipeline(family, transformer, vae, noise_scheduler)
             generate_class_images(
                 accelerator,
                 pipeline,
-                functools.partial(pipeline_call, prompt_encoder, args),
+                functools.partial(pipeline_call, family, prompt_encoder, args),
                 prompts=class_prompts,
                 model=models["transformer"],
                 folder=args.class_data_dir,
@@ -1943,9 +2539,10 @@ def train(args):
         if args.cache_latents:
             keys = sorted(dataset.image_keys(), key=lambda key: key.size)  # images of one size are encoded together
             dataset.moments = cache_moments(accelerator, vae, keys, dataset.pixel_values, folder)
-    transformer = load_model(FluxTransformer2DModel, "transformer", args, weight_dtype)
+    transformer = load_model(family.transformer_class, "transformer", args, weight_dtype)
+    architecture = family.architecture(transformer.config)
     base_size = transformer.num_parameters()
-    guidance_embeds = transformer.config.guidance_embeds  # FLUX.1-Fill-dev was distilled with guidance
+    guidance_embeds = transformer.config.guidance_embeds  # such as FLUX.1-Fill-dev, which was distilled with guidance
     if args.quantize_base != "none":
         quantize_base(transformer, weight_dtype, args.quantize_base)
     block_by_block = args.fsdp or args.blocks_to_swap  # it may not fit as a whole: `shard` or BlockSwap moves it
@@ -1958,7 +2555,7 @@ def train(args):
         use_rslora=args.use_rslora,
         init_lora_weights=args.init_lora_weights,
         dropout=args.lora_dropout,
-        target_modules=lora_targets(args),
+        target_modules=lora_targets(args, family, transformer),
         modules_to_save=["x_embedder"] if args.train_embedder else None,
         **adapter_options(args),
     )
@@ -1966,7 +2563,7 @@ def train(args):
     if args.train_text_encoder:
         adapted_models["text_encoder"] = text_pipeline.text_encoder
     if args.lora_path:
-        start_from_lora(args.lora_path, adapted_models)
+        start_from_lora(args.lora_path, adapted_models, flux=family.has_clip)
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     if args.compile:
@@ -2025,7 +2622,7 @@ def train(args):
         long_edge = max(args.resolution)
         return lora_header(
             args,
-            architecture="flux-1-fill-dev",
+            architecture=architecture,
             resolution=(long_edge, long_edge),
             step=step or global_step,
             steps_per_epoch=steps_per_epoch,
@@ -2066,7 +2663,7 @@ def train(args):
     train_dataloader = DataLoader(
         dataset,
         batch_sampler=sampler,
-        collate_fn=collate,
+        collate_fn=collate_edits,
         num_workers=args.dataloader_num_workers,
         pin_memory=device.type == "cuda",
         worker_init_fn=outlive_signals,
@@ -2076,8 +2673,10 @@ def train(args):
     run_info = describe_run(args, examples, held_out_examples, dataset.class_examples, text_lora_params)
     if args.use_ema:
         run_info["average"] = f"decay {args.ema_decay:g}, of what is saved and drawn"
-    run_info["sizes"] = count_sizes(sampler.groups)
-    run_info |= describe_small_groups(sampler.groups, args.train_batch_size)
+    run_info["sizes"] = count_sizes(dataset.sizes())
+    run_info |= describe_small_groups(
+        sampler.groups, args.train_batch_size, size_of=lambda group: group[: len(args.resolution)]
+    )
     if args.preserve_outputs:
         interval = "every step" if args.preserve_every == 1 else f"every {args.preserve_every} steps"
         run_info["preserved"] = f"outputs for {len(preserve_prompts)} prompts, {interval}"
@@ -2094,6 +2693,7 @@ def train(args):
     validate = functools.partial(
         held_out_losses,
         accelerator,
+        family,
         accelerator.unwrap_model(transformer),
         vae,
         prompt_encoder,
@@ -2105,7 +2705,7 @@ def train(args):
     )
     if cases and global_step == 0:
         log_validation(
-            accelerator, transformer, result_weights, vae, noise_scheduler, prompt_encoder, args, cases, step=0
+            accelerator, family, transformer, result_weights, vae, noise_scheduler, prompt_encoder, args, cases, step=0
         )
     transformer.train()
     progress_bar = tqdm(
@@ -2131,14 +2731,18 @@ def train(args):
             generator = step_generator(args.seed, step, *drawn_as)
             torch.manual_seed(generator.initial_seed())  # dropout uses the global generator
 
+            if "mask" in batch:
+                batch["mask"] = to_device(batch["mask"], device)
             if args.cache_latents:
-                moments = to_device(batch["moments"], device)
+                batch["moments"] = to_device(batch["moments"], device)
+                batch["references"] = [to_device(moments, device) for moments in batch["references"]]
             else:
                 with offload_models(vae, device=device, offload=offload_vae):
-                    moments = encode_moments(vae, batch["pixel_values"].flatten(0, 1)).unflatten(0, (-1, 2))
-            latents = sample_latents(moments[:, 0], vae.config, generator)
-            input_latents = sample_latents(moments[:, 1], vae.config, generator)
-            condition = pack_fill_condition(input_latents, to_device(batch["mask"], device))
+                    images = batch["pixel_values"]  # [B, 2, 3, H, W]; with references [B, 1, 3, H, W]
+                    batch["moments"] = encode_moments(vae, images.flatten(0, 1)).unflatten(0, images.shape[:2])
+                    batch["references"] = [encode_moments(vae, images) for images in batch["references"]]
+            latents = family.sample_latents(batch["moments"][:, 0], vae, generator)
+            condition = family.condition(batch, vae, generator)
             prompt_embeds, pooled_prompt_embeds = prompt_encoder.encode_prompts(batch["prompt"])
             guidance = None
             if guidance_embeds:
@@ -2154,6 +2758,7 @@ def train(args):
                     prompt_embeds,
                     pooled_prompt_embeds,
                     args=args,
+                    family=family,
                     guidance=guidance,
                 )
             if args.with_prior_preservation:
@@ -2183,6 +2788,7 @@ def train(args):
                         prompt_embeds,
                         pooled_prompt_embeds,
                         torch.cat([base_pooled[prompt] for prompt in batch_prompts]),
+                        family=family,
                         guidance=guidance,
                         weighting_scheme=args.weighting_scheme,
                     ).mean()
@@ -2238,6 +2844,7 @@ def train(args):
         if draws and not (done or stop_requested):
             log_validation(
                 accelerator,
+                family,
                 transformer,
                 result_weights,
                 vae,
@@ -2276,6 +2883,7 @@ def train(args):
     if cases:
         images = log_validation(
             accelerator,
+            family,
             transformer,
             best.weights,
             vae,

@@ -86,6 +86,15 @@ def is_target(name: str, target_modules: TargetModules) -> bool:
     return any(name == target or name.endswith(f".{target}") for target in target_modules)
 
 
+def block_layers(transformer: torch.nn.Module) -> list[str]:
+    """The names of all linear layers in a transformer's blocks."""
+    layers = []
+    for name, module in transformer.named_modules():
+        if isinstance(module, torch.nn.Linear) and "transformer_blocks." in name:
+            layers.append(name)
+    return layers
+
+
 def unknown_layers(model: torch.nn.Module, target_modules: TargetModules) -> list[str]:
     """The `target_modules` that no linear layer of the model has."""
     if isinstance(target_modules, str):

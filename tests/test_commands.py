@@ -36,6 +36,7 @@ from _pytest.mark.expression import Expression
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from conftest import ROOT
+from diffusers import FluxKontextPipeline
 from PIL import Image
 
 from examples.influxedit.prepare_fill_circles import prepare
@@ -87,7 +88,7 @@ SMALL = {
     ],
     "train_influxedit.py": [
         *SMALL_RUN,
-        *("--resolution", "32", "--validation_width", "32", "--validation_height", "32", "--train_batch_size", "2"),
+        *("--resolution", "32", "--validation_width", "96", "--validation_height", "96", "--train_batch_size", "2"),
     ],
     "train_twinflow.py": [
         *SMALL_RUN,
@@ -96,7 +97,7 @@ SMALL = {
     ],
     "examples/dreambooth/generate.py": ["--num_inference_steps", "2"],
     "examples/omini/generate.py": ["--num_inference_steps", "2"],
-    "examples/influxedit/generate.py": ["--num_inference_steps", "2", "--size", "32", "32"],
+    "examples/influxedit/generate.py": ["--num_inference_steps", "2", "--size", "64", "64"],
     "examples/influxedit/toy_circles.py": ["--count", "4"],
     "examples/influxedit/prepare_fill_circles.py": ["--zip", "fill50k.zip", "--test_count", "1"],
     "examples/toy/world.py": ["--count", "4"],
@@ -146,6 +147,10 @@ def write_edit_pipeline(path):
 
     write_pipeline(functools.partial(tiny_backbones.qwenimage, edit=True), path)
     Qwen2VLImageProcessor().save_pretrained(path / "processor")
+
+
+def write_kontext(model, path):
+    FluxKontextPipeline.from_pretrained(model).save_pretrained(path)
 
 
 def write_openuni(path):
@@ -244,6 +249,7 @@ def stand_ins(pictures, pairs, tiny_model, tiny_fill):
     return {
         FLUX: link(tiny_model),
         "black-forest-labs/FLUX.1-Fill-dev": link(tiny_fill),
+        "black-forest-labs/FLUX.1-Kontext-dev": functools.partial(write_kontext, tiny_model),
         "black-forest-labs/FLUX.2-klein-base-4B": functools.partial(
             write_pipeline, functools.partial(tiny_backbones.flux2_klein, latent_channels=32)
         ),

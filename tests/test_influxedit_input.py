@@ -449,11 +449,11 @@ def test_validation_lists_are_broadcast(tiny_fill, pairs):
         drawn = cases(*mask, *files, "--validation_prompt", "a red hat, studio photo")
         assert [case.prompt for case in drawn] == ["a red hat, studio photo"]
     drawn = cases("--use_split_mask", "--validation_prompt", "a", "--validation_image", listed.replace(";", ","))
-    assert [np.asarray(mask)[0, 0] for _, _, mask, _ in drawn] == [255, 0, 255, 0]  # left and right
+    assert [np.asarray(mask)[0, 0] for _, _, mask, *_ in drawn] == [255, 0, 255, 0]  # left and right
     drawn = cases("--use_split_mask", "--mask_only_right", "--validation_prompt", "a", "--validation_image", listed)
-    assert [np.asarray(mask)[0, 0] for _, _, mask, _ in drawn] == [0, 0]
+    assert [np.asarray(mask)[0, 0] for _, _, mask, *_ in drawn] == [0, 0]
     edit = ("--mode", "edit", "--target_data_dir", pairs / "targets", "--validation_prompt", "a")
-    assert [np.asarray(mask).max() for _, _, mask, _ in cases(*edit)] == [0]  # hides nothing
+    assert [np.asarray(mask).max() for _, _, mask, *_ in cases(*edit)] == [0]  # hides nothing
     assert cases(*mask) == []
 
 

@@ -16,6 +16,7 @@ import train_influxedit as influxedit
 
 SCRIPT = "train_influxedit"
 LORA = "pytorch_lora_weights.safetensors"
+FILL = influxedit.Fill({})
 
 
 @pytest.fixture
@@ -54,7 +55,7 @@ def test_the_preservation_loss_is_the_distance_to_the_model_without_adapter(tiny
     inputs, pooled, base_pooled = random_inputs()
     guidance = torch.ones(2)
     with torch.no_grad():
-        base = influxedit.predict_velocity(transformer, *inputs, base_pooled, guidance=guidance)
+        base = influxedit.predict_velocity(transformer, *inputs, base_pooled, family=FILL, guidance=guidance)
     parameters = add_lora(
         transformer,
         rank=2,
@@ -65,9 +66,9 @@ def test_the_preservation_loss_is_the_distance_to_the_model_without_adapter(tiny
     )
     for parameter in parameters:
         torch.nn.init.normal_(parameter, std=0.1)
-    adapted = influxedit.predict_velocity(transformer, *inputs, pooled, guidance=guidance)
+    adapted = influxedit.predict_velocity(transformer, *inputs, pooled, family=FILL, guidance=guidance)
     losses = influxedit.compute_preservation_loss(
-        transformer, *inputs, pooled, base_pooled, guidance=guidance, weighting_scheme="none"
+        transformer, *inputs, pooled, base_pooled, family=FILL, guidance=guidance, weighting_scheme="none"
     )
     torch.testing.assert_close(losses, (adapted - base).square().mean(dim=(1, 2)))
     losses.sum().backward()
@@ -95,10 +96,12 @@ def test_preserved_prompts_move_less(train, short_runs, tiny_fill, prompts_file,
         prompts = ["a red shape", "an empty picture"]
         prompt_embeds, pooled, _ = pipeline.encode_prompt(prompts, prompts, max_sequence_length=8)
         call = (*inputs[:4], prompt_embeds, pooled)
-        base = influxedit.predict_velocity(pipeline.transformer, *call, guidance=torch.full((2,), 3.5))
+        base = influxedit.predict_velocity(pipeline.transformer, *call, family=FILL, guidance=torch.full((2,), 3.5))
         for run in ("plain", "kept"):
             pipeline.load_lora_weights(tmp_path / run)
-            adapted = influxedit.predict_velocity(pipeline.transformer, *call, guidance=torch.full((2,), 3.5))
+            adapted = influxedit.predict_velocity(
+                pipeline.transformer, *call, family=FILL, guidance=torch.full((2,), 3.5)
+            )
             distances.append((adapted - base).square().mean().item())
             pipeline.unload_lora_weights()
     assert 0 < distances[1] < distances[0] / 2

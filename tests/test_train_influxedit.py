@@ -174,6 +174,7 @@ def test_the_loss_is_that_of_flow_matching_and_counts_tokens_under_the_mask(tiny
         return influxedit.compute_loss(
             *(transformer, latents, noise, sigmas, condition, torch.zeros(2, 8, 32), torch.zeros(2, 32)),
             args=args,
+            family=influxedit.Fill({}),
             guidance=None,
         )
 

@@ -2,13 +2,14 @@
 
     python examples/influxedit/generate.py FOLDER --image outline.png --prompt "violet circle with white background"
     python examples/influxedit/generate.py FOLDER --image photo.png --mask mask.png --prompt "a red hat"
+    python examples/influxedit/generate.py FOLDER --image photo.png --reference hat.png --prompt "wear this hat"
 
 FOLDER is a run's output folder or a checkpoint in it; a LoRA file does as well, with --mode and the model if no
 args.json is near it.
 
 In edit mode the model sees the input image and generates all of the result. In mask mode it generates what is white in
 --mask. Without --mask, after training on side-by-side images, the input image becomes the left half of an image twice
-as wide, and the right half that the model generates is the result.
+as wide, and the right half that the model generates is the result. FLUX.2 reads further images, --reference.
 """
 
 import argparse
@@ -33,7 +34,7 @@ from common.arguments import (
 from common.checkpoints import read_run_args
 from common.data import Size, check_shape, file_example, fit, read_sizes, resampling, save_image
 from common.lora import check_applied, find_lora
-from common.models import DTYPES
+from common.models import DTYPES, load_model
 from common.placement import PLACEMENT_HELP, PLACEMENTS, check_placement, find_device, place
 from common.text_encoders import load_whole_pipeline
 
@@ -41,7 +42,18 @@ import torch
 from diffusers import FluxTransformer2DModel
 from PIL import Image, ImageOps
 
-from train_influxedit import FillPipeline, read_mask, size_at, split_mask
+from train_influxedit import (
+    Fill,
+    FillPipeline,
+    ValidationCase,
+    check_reference,
+    find_family,
+    fit_reference,
+    read_mask,
+    reference_size,
+    size_at,
+    split_mask,
+)
 
 
 # What is read of a run's args.json, and what it is without a run, unless a flag says otherwise.
@@ -61,14 +73,21 @@ WITHOUT_RUN = {
 
 
 def parse_args(argv=None):
-    """The flags; `args.lora` is the LoRA's file, `args.trained` the flags that it was trained with, and `args.sizes`
-    the size at which each image is drawn."""
+    """The flags; `args.lora` is the LoRA's file, `args.trained` the flags that it was trained with, `args.family` the
+    model's, and `args.sizes` the size at which each image is drawn."""
     parser = Parser(description=__doc__.split("\n")[0], takes="LORA")
     parser.add_argument(
         "lora", metavar="LORA", type=Path, help="a run's output folder, a checkpoint in it, or a LoRA file"
     )
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--image", type=Path, required=True, nargs="+", help="input images, each is edited by itself")
+    parser.add_argument(
+        "--reference",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="further input images of all of them, in order, for FLUX.2",
+    )
     parser.add_argument("--mask", type=Path, help="mask for all of them, white where to generate")
     parser.add_argument(
         "--keep_unmasked",
@@ -87,8 +106,14 @@ def parse_args(argv=None):
         help="size of the results, multiples of 16 (default: the input's shape at the largest resolution of the "
         "training)",
     )
-    parser.add_argument("--num_inference_steps", type=positive_int, default=28)
-    parser.add_argument("--guidance_scale", type=non_negative_float, help="(default: that of the training)")
+    parser.add_argument(
+        "--num_inference_steps", type=positive_int, help="(default: 28, FLUX.2 50, distilled FLUX.2-klein 4)"
+    )
+    parser.add_argument(
+        "--guidance_scale",
+        type=non_negative_float,
+        help="(default: that of the training, FLUX.2-klein 4, distilled 1)",
+    )
     parser.add_argument("--max_sequence_length", type=in_range(int, 1, 512), help="(default: that of the training)")
     parser.add_argument(
         "--seed", type=image_seed, default=0, help="seed of the first image; each next one has the next seed"
@@ -101,9 +126,16 @@ def parse_args(argv=None):
         args.trained = read_run_args(run, WITHOUT_RUN) if run else dict(WITHOUT_RUN)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    for name in ("guidance_scale", "max_sequence_length", "mode", "pretrained_model_name_or_path"):
+    for name in ("max_sequence_length", "mode", "pretrained_model_name_or_path"):
         if vars(args)[name] is None:
             setattr(args, name, args.trained[name])
+    args.family = Fill({})
+    if args.pretrained_model_name_or_path is not None:
+        args.family = find_family(base_of(args.trained, args.pretrained_model_name_or_path))
+    if args.family.max_references and args.mode is None:
+        args.mode = "edit"
+    if args.guidance_scale is None and args.family.reads_guidance:
+        args.guidance_scale = args.trained["guidance_scale"]
     parser.refuse(check_args(args) + check_folder("--output", args.output))
     return args
 
@@ -127,7 +159,13 @@ def check_args(args):
     if args.size and any(side % 16 for side in args.size):
         problems.append(f"--size {args.size[0]} {args.size[1]}: both must be multiples of 16")
 
-    images = [file_example(path) for path in args.image]
+    family = args.family
+    if len(args.reference) > max(0, family.max_references - 1):
+        problems.append(f"--reference: {family.kind} reads no {len(args.reference)} further images")
+    if family.max_references and args.mode == "mask":
+        problems.append(f"--mode mask is for FLUX.1-Fill, {family.kind} has no mask: give --mode edit")
+
+    images = [file_example(path) for path in [*args.image, *args.reference]]
     if args.mask:
         images.append(file_example(args.mask))
     sizes, unreadable = read_sizes(images)
@@ -141,6 +179,11 @@ def check_args(args):
     if problems:
         return problems
     args.sizes = [drawn_size(args, size) for size in image_sizes]
+    if family.max_references:
+        references = list(zip(args.reference, sizes[len(args.image) :], strict=True))
+        for i, drawn in enumerate(args.sizes):
+            for path, size in [(args.image[i], image_sizes[i]), *references]:
+                problems += check_reference(path, reference_size(max(drawn), size), family)
     if args.mask:
         try:
             for size in args.sizes:
@@ -169,6 +212,24 @@ def left_half(image, size, interpolation):
     return fit(wide, (size.height, 2 * size.width), interpolation).crop((0, 0, size.width, size.height))
 
 
+def base_of(trained, model):
+    """The flags that name a model, `trained`'s own where it was trained from `model`."""
+    if model == trained["pretrained_model_name_or_path"]:
+        return argparse.Namespace(**trained)
+    return argparse.Namespace(**(WITHOUT_RUN | {"pretrained_model_name_or_path": model}))
+
+
+def load_base(base, dtype):
+    """The pipeline of the model that was trained from."""
+    family = find_family(base)
+    if family.max_references == 0:
+        return load_whole_pipeline(FillPipeline, FluxTransformer2DModel, base, dtype)
+    parts = family.load_text_encoders(base, dtype).components
+    parts["vae"] = load_model(family.vae_class, "vae", base, dtype)
+    parts["transformer"] = load_model(family.transformer_class, "transformer", base, dtype)
+    return family.pipeline_class(**parts, **family.settings)
+
+
 def load_pipeline(path, model=None, edit_mode=None):
     """(pipeline with the LoRA, the training's flags) of a run's folder, a checkpoint or a LoRA file."""
     lora, run = find_lora(path)
@@ -177,15 +238,13 @@ def load_pipeline(path, model=None, edit_mode=None):
     dtype = DTYPES.get(trained["mixed_precision"], torch.float32)
     if run is None and torch.accelerator.is_available():
         dtype = torch.bfloat16
-    base = trained
-    if model != trained["pretrained_model_name_or_path"]:
-        base = WITHOUT_RUN | {"pretrained_model_name_or_path": model}
     with exit_if_unreadable(f"--pretrained_model_name_or_path {model}"):
-        pipeline = load_whole_pipeline(FillPipeline, FluxTransformer2DModel, argparse.Namespace(**base), dtype)
+        pipeline = load_base(base_of(trained, model), dtype)
     with exit_if_unreadable(lora):
         pipeline.load_lora_weights(lora.parent, weight_name=lora.name)
         check_applied(lora, [pipeline.transformer, pipeline.text_encoder])
-    pipeline.edit_mode = trained["mode"] == "edit" if edit_mode is None else edit_mode
+    if isinstance(pipeline, FillPipeline):
+        pipeline.edit_mode = trained["mode"] == "edit" if edit_mode is None else edit_mode
     return pipeline, trained
 
 
@@ -194,6 +253,13 @@ def edit(pipeline, prompts, images, **options):
     width, height = images[0].size
     masks = [Image.new("L", (width, height), "black")] * len(images)
     return pipeline(prompts, image=images, mask_image=masks, width=width, height=height, **options).images
+
+
+def edit_references(pipeline, family, prompt, references, size, **options):
+    """Makes an image of `size` (height, width) from PIL images that a model reads as references."""
+    case = ValidationCase(prompt, references[0], references[0], None, tuple(references))
+    call = family.sampling | family.image_arguments(case, size) | {"height": size.height, "width": size.width}
+    return pipeline(prompt=prompt, **(call | options)).images[0]
 
 
 def paint_beside(pipeline, prompts, images, **options):
@@ -220,6 +286,7 @@ def keep_unmasked(result, image, mask):
 def main(argv=None):
     args = parse_args(argv)
     pipeline, trained = load_pipeline(args.lora, args.pretrained_model_name_or_path, args.mode == "edit")
+    family = args.family
     side_by_side = args.mode == "mask" and not args.mask
     pixels = max(size.height * size.width for size in args.sizes) * (2 if side_by_side else 1)
     place(pipeline.components, find_device(), pixels=pixels, placement=args.placement)
@@ -228,12 +295,18 @@ def main(argv=None):
         interpolation = trained["image_interpolation_mode"]
         image = fit(original, size, interpolation)
         options = {
-            "num_inference_steps": args.num_inference_steps,
-            "guidance_scale": args.guidance_scale,
             "max_sequence_length": args.max_sequence_length,
             "generator": torch.Generator().manual_seed(args.seed + i),
         }
-        if args.mask and args.keep_unmasked:
+        if args.guidance_scale is not None:
+            options["guidance_scale"] = args.guidance_scale
+        if args.num_inference_steps or family.has_clip:  # of FLUX.2 the pipeline's, or those of a distilled model
+            options["num_inference_steps"] = args.num_inference_steps or 28
+        if family.max_references:
+            examples = [file_example(path), *map(file_example, args.reference)]
+            references = [fit_reference(example, max(size), interpolation) for example in examples]
+            result = edit_references(pipeline, family, args.prompt, references, size, **options)
+        elif args.mask and args.keep_unmasked:
             # stretched by less than 16 pixels instead of cropped: every pixel of the result has its place in the image
             image = original.resize((size.width, size.height), resampling(interpolation))
             mask = read_mask(file_example(args.mask), Size.of(original))
