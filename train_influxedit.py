@@ -1029,7 +1029,7 @@ class Fill:
     """
 
     kind = "FLUX.1-Fill"
-    tags: tuple[str, ...] = ("flux", "flux-fill")  # of the model card
+    tags: tuple[str, ...] = ("flux", "lora", "flux-fill")  # of the model card
     pipeline_class: Any = FillPipeline
     transformer_class: Any = FluxTransformer2DModel
     vae_class: Any = AutoencoderKL
@@ -1119,7 +1119,7 @@ class Kontext(Fill):
     """FLUX.1-Kontext: the tokens of one reference stand behind the noisy ones, 1 on the first axis of their ids."""
 
     kind = "FLUX.1-Kontext"
-    tags = ("flux", "flux-kontext")
+    tags = ("flux", "lora", "flux-kontext")
     pipeline_class = FluxKontextPipeline
     max_references = 1
 
@@ -1204,7 +1204,7 @@ class Flux2(Kontext):
     """FLUX.2-dev: several references, at 10, 20, ... on the first of four axes; one language model reads prompts."""
 
     kind = "FLUX.2"
-    tags = ("flux2",)
+    tags = ("flux2", "lora")
     pipeline_class = Flux2Pipeline
     transformer_class = Flux2Transformer2DModel
     vae_class = AutoencoderKLFlux2
@@ -2276,7 +2276,7 @@ def save_model_card(args, dtype, prompt, hub_repo=None, held_out=""):
     write_model_card(
         args,
         description,
-        tags=["image-to-image", *family.tags, "lora", "diffusers"],
+        tags=["image-to-image", *family.tags, "diffusers"],
         base_model=args.pretrained_model_name_or_path,
         trigger_words=[args.instance_prompt] if args.instance_prompt else [],
         instance_prompt=args.instance_prompt,
