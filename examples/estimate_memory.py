@@ -47,7 +47,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import train_dreambooth_flux_advanced
+import train_influxedit
 from train_twinflow import BACKBONES
 
 
@@ -66,29 +66,45 @@ PROCESS_RAM = 3.0  # GiB
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Flux2:
-    """The call of FLUX.2-dev's transformer, in the form of train_twinflow.py's classes."""
+class Kontext:
+    """The call of FLUX.1-Kontext's transformer, in the form of train_twinflow.py's classes."""
 
     vae_scale_factor = 8
     resolution_multiple = 16
+    family: train_influxedit.Fill = train_influxedit.Kontext({})
+    references = 1  # input images, unless --references says it
 
     def __init__(self, args):
         self.guidance = None
-        self.family = train_dreambooth_flux_advanced.Flux2({})
+        if args.references is not None:
+            self.references = args.references
 
     def predict(self, transformer, x, time, cond):
         batch_size, _, height, width = x.shape
         guidance = None
         if self.guidance is not None:
             guidance = torch.full((batch_size,), self.guidance)
-        prompt_embeds = cond["encoder_hidden_states"]
         tokens = self.family.predict(
-            transformer, pack_latents(x), time, prompt_embeds, None, guidance=guidance, height=height, width=width
+            transformer,
+            pack_latents(x),
+            [x] * self.references,
+            time,
+            cond["encoder_hidden_states"],
+            cond.get("pooled_projections"),
+            guidance=guidance,
+            height=height,
+            width=width,
         )
         return unpack_latents(tokens, height, width)
 
 
-CALLS = {**BACKBONES, "flux2": Flux2}  # of the transformer
+class Flux2(Kontext):
+    family = train_influxedit.Flux2({})
+    references = 0
+
+
+CALLS = {**BACKBONES, "kontext": Kontext, "flux2": Flux2}  # of the transformer
+REFERENCE_CALLS = {"kontext": Kontext, "flux2": Flux2, "flux2-klein": Flux2}  # with references
 
 
 @dataclass
@@ -220,6 +236,14 @@ FLUX_CONDITIONS = {"encoder_hidden_states": (512, 4096), "pooled_projections": (
 MODELS = {
     "FLUX.1-dev": Model(
         "flux",
+        diffusers.FluxTransformer2DModel,
+        {"guidance_embeds": True},
+        FLUX_CONDITIONS,
+        (clip_l, t5_xxl),
+        kl_vae,
+    ),
+    "FLUX.1-Kontext-dev": Model(
+        "kontext",
         diffusers.FluxTransformer2DModel,
         {"guidance_embeds": True},
         FLUX_CONDITIONS,
@@ -454,7 +478,8 @@ def optimizer_bytes(args):
 def model_to_train(model, args, fake):
     """(the transformer of `model` with what is trained of it, its forward pass as a function of a number of images)"""
     dtype, full, size = DTYPES[args.mixed_precision], args.training == "full", args.train_batch_size
-    backbone = CALLS[model.backbone](args)
+    calls = REFERENCE_CALLS if args.references else CALLS
+    backbone = calls[model.backbone](args)
     backbone.guidance = 1.0 if model.config.get("guidance_embeds") else None
 
     def adapt(transformer):
@@ -745,6 +770,11 @@ def parse_args(argv=None):
     arg("--training", choices=("lora", "full"), default="lora", help="full: as train_twinflow.py does it")
     arg("--resolution", type=in_range(int, 16, 8192), default=512, help="side of the images in pixels")
     arg("--train_batch_size", type=in_range(int, 1, 4096), default=1, help="images per device and forward pass")
+    arg(
+        "--references",
+        type=in_range(int, 0, 10),
+        help="input images of each, as train_influxedit.py trains them (default: FLUX.1-Kontext 1, else 0)",
+    )
     arg("--rank", type=in_range(int, 1, 4096), default=16, help="rank of the LoRA")
     arg("--use_dora", action="store_true", help="train a DoRA")
     arg("--lora_type", choices=("lora", "lokr"), default="lora", help="lokr: train a LoKr")
@@ -777,6 +807,12 @@ def parse_args(argv=None):
     kind = DistributedType.MULTI_GPU if args.num_processes > 1 else DistributedType.NO
     scaler = "of gradients" if args.mixed_precision == "fp16" else None
     problems = check_processes(argparse.Namespace(**vars(args), distributed_type=kind, scaler=scaler), args)
+    reads = REFERENCE_CALLS.get(MODELS[args.model].backbone)
+    most = reads.family.max_references if reads else 0
+    if (args.references or 0) > most:
+        problems.append(f"--references {args.references}: {args.model} reads at most {most}")
+    if args.references and args.training == "full":
+        problems.append("--references is for --training lora")
     if args.training == "full" and args.quantize_base != "none":
         problems.append(f"--quantize_base {args.quantize_base} is for --training lora")
     if args.training == "full" and adapter_kind(args) != "LoRA":
@@ -796,7 +832,7 @@ def parse_args(argv=None):
 
 def only_lora(name):
     """Whether no trainer trains all weights of a model."""
-    return "Fill" in name or name == "FLUX.2-dev"
+    return name in ("FLUX.1-Fill-dev", "FLUX.1-Kontext-dev", "FLUX.2-dev")
 
 
 def needed(peak):

@@ -201,6 +201,17 @@ def test_a_step_of_a_backbone_is_estimated(name):
     assert len(step["blocks"]) >= 2
 
 
+def test_references_lengthen_the_sequence():
+    small = flux2(1, 1, 24, 7680, qwen3_4b)
+    flags = ["--model", "FLUX.2-klein-4B", "--resolution", "1024"]
+    activations = []
+    for count in range(3):
+        found = estimate(small, parse_args([*flags, "--references", str(count)]))
+        activations.append(found.rows["activations"])
+    assert activations[1] / activations[0] == pytest.approx((512 + 2 * 4096) / (512 + 4096), rel=0.1)
+    assert activations[2] - activations[1] == pytest.approx(activations[1] - activations[0], rel=0.1)
+
+
 def of(*flags, model="FLUX.1-dev"):
     return estimate(model_like(model, 2), parse_args(["--cache_latents", *flags]))
 
@@ -296,6 +307,7 @@ def test_refuses_what_the_trainers_refuse(capsys):
         ("--fsdp --num_processes 2 --quantize_base nf4", "--quantize_base nf4 does not work with --fsdp"),
         ("--training full --quantize_base nf4", "is for --training lora"),
         ("--training full --model FLUX.1-Fill-dev", "no trainer does this"),
+        ("--model FLUX.1-Kontext-dev --references 2", "reads at most 1"),
     ):
         with pytest.raises(SystemExit) as error:
             parse_args(flags.split())
