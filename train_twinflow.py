@@ -1501,7 +1501,7 @@ class QwenImage(Backbone):
     pipeline_class = QwenImagePipeline
     transformer_class = QwenImageTransformer2DModel
     vae_class = AutoencoderKLQwenImage
-    example = "Qwen/Qwen-Image"
+    example = "Qwen/Qwen-Image-2512"
     architecture = "Qwen-Image"
     targets = (
         *JOINT_ATTENTION_LAYERS,
@@ -1542,7 +1542,7 @@ class QwenImage(Backbone):
 
 class QwenImageEdit(QwenImage):
     pipeline_class = QwenImageEditPlusPipeline
-    example = "Qwen/Qwen-Image-Edit-2509"
+    example = "Qwen/Qwen-Image-Edit-2511"
     architecture = "Qwen-Image-Edit-Plus"
     uncond_prompt = "Edit this image."
 

@@ -119,6 +119,7 @@ class Model:
     vae: object
     channels: int = 16  # of what the transformer is given, before packing
     targets: tuple = FLUX_TARGET_MODULES
+    has_reference: bool = False  # an image to edit, of the size of the drawn one, beside it
 
 
 def clip(kind, width, layers, heads):
@@ -149,6 +150,19 @@ def t5_xxl():
 
 def gemma2():
     return transformers.Gemma2Model(transformers.Gemma2Config())
+
+
+def internvl3_2b():
+    """Its language model."""
+    config = transformers.Qwen2Config(
+        vocab_size=151674,
+        hidden_size=1536,
+        intermediate_size=8960,
+        num_hidden_layers=28,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+    )
+    return transformers.Qwen2Model(config)
 
 
 def qwen25_vl():
@@ -288,6 +302,16 @@ MODELS = {
         channels=32,
         targets=BACKBONES["sana"].targets,
     ),
+    "OpenUni": Model(
+        "openuni",
+        diffusers.SanaTransformer2DModel,
+        {},
+        {"encoder_hidden_states": (256, 2304), "encoder_attention_mask": (256,)},
+        (internvl3_2b,),
+        sana_vae,
+        channels=32,
+        targets=BACKBONES["openuni"].targets,
+    ),
     "Z-Image": Model(
         "z-image",
         diffusers.ZImageTransformer2DModel,
@@ -305,6 +329,16 @@ MODELS = {
         (qwen25_vl,),
         diffusers.AutoencoderKLQwenImage,
         targets=BACKBONES["qwenimage"].targets,
+    ),
+    "Qwen-Image-Edit": Model(
+        "qwenimage-edit",
+        diffusers.QwenImageTransformer2DModel,
+        {"zero_cond_t": True},
+        {"encoder_hidden_states": (700, 3584), "encoder_hidden_states_mask": (700,)},  # the image in 188 tokens
+        (qwen25_vl,),
+        diffusers.AutoencoderKLQwenImage,
+        targets=BACKBONES["qwenimage"].targets,
+        has_reference=True,
     ),
 }
 
@@ -511,6 +545,8 @@ def model_to_train(model, args, fake):
     with fake:
         x = torch.empty(size, model.channels, side, side, dtype=dtype)
         conditions = {name: torch.empty(size, *shape, dtype=dtype) for name, shape in model.conditions.items()}
+        if model.has_reference:
+            conditions["reference"] = x
 
     def forward(images=size):
         inputs = x[:1].expand(images, *x.shape[1:])

@@ -142,10 +142,10 @@ def write_pipeline(build, path):
     build().save_pretrained(path)
 
 
-def write_edit_pipeline(path):
+def write_edit_pipeline(path, zero_cond_t=False):
     from transformers import Qwen2VLImageProcessor
 
-    write_pipeline(functools.partial(tiny_backbones.qwenimage, edit=True), path)
+    write_pipeline(functools.partial(tiny_backbones.qwenimage, edit=True, zero_cond_t=zero_cond_t), path)
     Qwen2VLImageProcessor().save_pretrained(path / "processor")
 
 
@@ -260,7 +260,9 @@ def stand_ins(pictures, pairs, tiny_model, tiny_fill):
         "Efficient-Large-Model/Sana_1600M_512px_diffusers": functools.partial(write_pipeline, tiny_backbones.sana),
         "openuni_l_internvl3_2b_sana_1_6b_512_hf_blip3o60k.pth": write_openuni,
         "Qwen/Qwen-Image": functools.partial(write_pipeline, tiny_backbones.qwenimage),
+        "Qwen/Qwen-Image-2512": functools.partial(write_pipeline, tiny_backbones.qwenimage),
         "Qwen/Qwen-Image-Edit-2509": write_edit_pipeline,
+        "Qwen/Qwen-Image-Edit-2511": functools.partial(write_edit_pipeline, zero_cond_t=True),
         "Tongyi-MAI/Z-Image": functools.partial(write_pipeline, tiny_backbones.z_image),
         "LiheYoung/depth-anything-small-hf": write_depth_model,
         "photos": link(pictures),

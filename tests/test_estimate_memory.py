@@ -189,7 +189,13 @@ def test_a_step_of_flux2_is_estimated():
     assert found.disk["1000 cached prompts"] == 1000 * 2 * 512 * 7680
 
 
-@pytest.mark.parametrize("name", ["Z-Image", "FLUX.2-klein-4B"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Z-Image",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("FLUX.2-klein-4B", "OpenUni", "Qwen-Image-Edit")),
+    ],
+)
 def test_a_step_of_a_backbone_is_estimated(name):
     """Of the real width, with two blocks."""
     model = MODELS[name]

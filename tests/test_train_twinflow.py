@@ -27,6 +27,7 @@ from test_train_dreambooth import assert_equal
 from transformers import Qwen2VLImageProcessor
 
 import train_twinflow as twinflow
+from examples.estimate_memory import MODELS
 from examples.twinflow import compare
 from examples.twinflow.generate import generate, load_velocity, trained_args
 from examples.twinflow.generate import main as generate_main
@@ -36,7 +37,8 @@ from train_twinflow import Flux
 SCRIPT = "train_twinflow"
 LORA = "pytorch_lora_weights.safetensors"
 PIPELINES = {"sd3": tiny_backbones.sd3, "sana": tiny_backbones.sana, "qwenimage": tiny_backbones.qwenimage}
-PIPELINES |= {"qwenimage-edit": functools.partial(tiny_backbones.qwenimage, edit=True), "openuni": tiny_backbones.sana}
+PIPELINES |= {"qwenimage-edit": functools.partial(tiny_backbones.qwenimage, edit=True, zero_cond_t=True)}
+PIPELINES |= {"openuni": tiny_backbones.sana}
 PIPELINES |= {"z-image": tiny_backbones.z_image}
 PIPELINES |= {"flux2-klein": functools.partial(tiny_backbones.flux2_klein, latent_channels=32)}
 
@@ -159,7 +161,40 @@ def test_blocks_are_quantized_swapped_and_recomputed(train, backbone_flags, shor
     assert_equal(result(tmp_path / "plain"), result(tmp_path / "swapped"))
 
 
-def check_stock_pipeline(flags, model_type, folder):
+def test_stable_diffusion_35_large_is_the_same_family(train, short, tmp_path):
+    torch.manual_seed(0)
+    tiny_backbones.sd3(dual_attention_layers=()).save_pretrained(tmp_path / "large")
+    flags = ["--pretrained_model_name_or_path", tmp_path / "large", "--model_type", "sd3", "--resolution", 64, *short]
+    flags += ["--recipe", "lora-2order", "--rank", 2, "--validation_prompt", "a cat", "--num_validation_images", 1]
+    train(SCRIPT, *flags, "--output_dir", tmp_path / "run")
+    assert not any("attn2" in key for key in result(tmp_path / "run"))
+    check_stock_pipeline(flags, "sd3", tmp_path / "run", prompt="a cat")
+
+
+@pytest.mark.parametrize("zero_cond_t", [False, True], ids=["Edit-2509", "Edit-2511"])
+def test_only_the_drawn_image_has_the_time_where_that_to_edit_stands_at_0(backbone_flags, zero_cond_t):
+    backbone, _ = parsed_backbone(backbone_flags, "qwenimage-edit")
+    torch.manual_seed(0)
+    transformer = tiny_backbones.qwenimage(edit=True, zero_cond_t=zero_cond_t).transformer
+    backbone.add_target_time(transformer, "copy")
+    x, reference, t = torch.randn(2, 16, 4, 4), torch.randn(2, 16, 4, 4), torch.tensor([0.7123, -0.4567])
+    cond = random_conditions("qwenimage-edit", 2) | {"reference": reference}
+    seen = []
+    transformer.time_text_embed.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    options = {"transformer": transformer, "backbone": backbone, "dtype": torch.float32}
+    with torch.no_grad():
+        single = backbone.predict(transformer, x, t, cond)
+        one_time = twinflow.predict_velocity(x, t, 0 * t, cond, two_times=False, **options)
+        both_times = twinflow.predict_velocity(x, t, t, cond, two_times=True, **options)
+        jump = twinflow.predict_velocity(x, t, 0 * t, cond, two_times=True, **options)
+    torch.testing.assert_close(one_time, single)
+    torch.testing.assert_close(both_times, single)
+    assert (jump - single).abs().max() > 1e-3
+    assert [len(times) for times in seen] == 4 * [4 if zero_cond_t else 2]
+    assert not seen[-1][2:].any()
+
+
+def check_stock_pipeline(flags, model_type, folder, prompt="a red circle"):
     """The pipeline's own loader takes the LoRA file, and its transformer then computes what ours does."""
     args = trained_args(folder)
     backbone = twinflow.BACKBONES[model_type](args)
@@ -175,7 +210,7 @@ def check_stock_pipeline(flags, model_type, folder):
     torch.manual_seed(0)
     side = args.resolution // backbone.vae_scale_factor
     x, t = torch.randn(1, backbone.latent_channels, side, side), torch.tensor([0.8])
-    cond = load_condition(folder, args, backbone)
+    cond = load_condition(folder, args, backbone, prompt)
     ours = predict(x, t, 0 * t, cond)
     with torch.no_grad():
         theirs = backbone.predict(stock.transformer, x, t, cond)
@@ -183,6 +218,16 @@ def check_stock_pipeline(flags, model_type, folder):
         before = backbone.predict(stock.transformer, x, t, cond)
     torch.testing.assert_close(ours, theirs)
     assert (ours - before).abs().max() > 1e-5
+
+
+@pytest.mark.parametrize("model_type", twinflow.BACKBONES)
+def test_every_backbone_has_a_tiny_pipeline_an_estimate_and_a_row_on_the_page(backbone_flags, model_type):
+    assert model_type in backbone_flags
+    assert model_type in tiny_backbones.CONDITIONS
+    assert model_type in {model.backbone for model in MODELS.values()}
+    page = (ROOT / "examples" / "twinflow" / "README.md").read_text()
+    (row,) = [line for line in page.splitlines() if line.startswith(f"| `{model_type}` |")]
+    assert twinflow.BACKBONES[model_type].example.split("/")[-1] in row or model_type == "openuni"
 
 
 def parsed_backbone(backbone_flags, model_type):
@@ -360,7 +405,8 @@ def test_the_second_time_embedding_changes_nothing_at_first_nor_at_the_time_itse
             if torch.is_tensor(seen[0]):
                 seen = [(output,) for output in seen]
             for jump, at_t, at_target in zip(*seen, strict=True):
-                torch.testing.assert_close(jump, at_t + 0.8 * t[:, None] * at_target, atol=1e-4, rtol=1e-4)
+                expected = at_t[:2] + 0.8 * t[:, None] * at_target[:2]  # rows of an image to edit follow
+                torch.testing.assert_close(jump[:2], expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("two_times", [False, True], ids=["one time", "two times"])

@@ -213,7 +213,8 @@ def z_image():
     )
 
 
-def sd3():
+def sd3(dual_attention_layers=(0,)):
+    """SD3.5-medium's form; that of SD3.5-large with no dual attention layers."""
     from examples.toy.pretrain import new_text_encoders, new_tokenizers
 
     clip_tokenizer, t5_tokenizer = new_tokenizers()
@@ -236,7 +237,7 @@ def sd3():
         caption_projection_dim=32,
         pooled_projection_dim=32,
         pos_embed_max_size=32,
-        dual_attention_layers=(0,),
+        dual_attention_layers=dual_attention_layers,
         qk_norm="rms_norm",
     )
     vae = AutoencoderKL(
@@ -335,7 +336,8 @@ def openuni(folder):
     return folder / "openuni.pth", folder / "internvl"
 
 
-def qwenimage(edit=False):
+def qwenimage(edit=False, zero_cond_t=False):
+    """Qwen-Image and its Edit-2509; `zero_cond_t` as in Edit-2511, whose images to edit stand at time 0."""
     tokenizer = qwen_tokenizer()
     ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("image_pad", "video_pad", "vision_start")}
     config = Qwen2_5_VLConfig(
@@ -366,6 +368,7 @@ def qwenimage(edit=False):
         num_attention_heads=2,
         joint_attention_dim=32,
         axes_dims_rope=(4, 6, 6),
+        zero_cond_t=zero_cond_t,
     )
     vae = AutoencoderKLQwenImage(base_dim=8, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
     parts = {
