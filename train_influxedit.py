@@ -1039,6 +1039,7 @@ class Fill:
     more_prompts: tuple[str, ...] = ()  # that sampling needs
     max_references = 0  # input images that are read as tokens; none: one is read beside a mask
     smallest_reference = 1  # pixels of a side of an image that the pipeline takes
+    longest_reference = math.inf  # its long edge, in short ones
     has_clip = True  # which can be trained; else a language model alone reads prompts
     reads_guidance = True
     draws_with_guidance = True
@@ -1211,6 +1212,7 @@ class Flux2(Kontext):
     text_parts = ("text_encoder", "tokenizer")
     max_references = 10
     smallest_reference = 64
+    longest_reference = 8
     has_clip = False
 
     def load_text_encoders(self, args, dtype):
@@ -2010,12 +2012,14 @@ def check_validation_references(args, family, examples, size_of):
 
 def check_reference(name, size, family):
     """A problem if the family's pipeline takes no reference of a size."""
-    if min(size) < family.smallest_reference:
-        return [
-            f"{name}: would be read at {size} pixels, {family.kind} draws from images of at least "
-            f"{family.smallest_reference} pixels a side: give a larger size or another image"
-        ]
-    return []
+    fits = min(size) >= family.smallest_reference and max(size) <= family.longest_reference * min(size)
+    if fits:
+        return []
+    return [
+        f"{name}: would be read at {size} pixels, {family.kind} draws from images of at least "
+        f"{family.smallest_reference} pixels a side, at most {family.longest_reference} times as long as wide: give a "
+        "larger size or another image"
+    ]
 
 
 def log_validation(
@@ -2353,6 +2357,9 @@ def generate_command(args, prompt):
     files = validation_lists(args)
     images = files["validation_image"] or ["IMAGE"]
     command += f" --image {shlex.quote(images[0])}"
+    more = args.additional_data_dir or args.additional_column
+    if more:
+        command += " --reference" + len(more) * " IMAGE"
     if args.mode == "mask" and not args.use_split_mask:
         masks = files["validation_mask"] or ["MASK"]
         command += f" --mask {shlex.quote(masks[0])}"

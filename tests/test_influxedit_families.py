@@ -303,10 +303,26 @@ def test_two_resolutions_and_mirrored_references_are_cached_as_they_are_read(run
 
 
 def test_large_references_are_as_small_as_the_pipeline_makes_them():
+    family = klein_family()
+    assert influxedit.check_reference("x", Size(64, 1024), family)
+    assert not influxedit.check_reference("x", Size(64, 512), family)
     for size in (Size(2048, 2048), Size(1000, 3000), Size(300, 200)):
         height, width = influxedit.reference_size(2048, size)
         assert height * width <= 1024**2
         assert abs(height / width / (size.height / size.width) - 1) < 0.05
+
+
+def test_held_out_images_have_their_references_in_folders_of_the_same_names(runs_of, edits, tmp_path):
+    args = parsed([*runs_of["klein"], "--validation_data_dir", edits, "--output_dir", tmp_path / "run"])
+    examples, problems = influxedit.find_examples(args)
+    _, held_out, held_out_problems = influxedit.find_held_out(args, examples)
+    assert not problems + held_out_problems
+    assert [len(influxedit.reference_roles(example)) for example in held_out] == [2, 2, 1, 1]
+    dataset = influxedit.EditDataset(held_out, args)
+    views = [key.view for key in dataset.held_out_keys(0)]
+    assert views == ["target", "image", "reference_2", "reference_3"]
+    assert influxedit.describe_references(held_out) == "2 images with 2, 2 images with 3"
+    assert influxedit.generate_command(args, "x").endswith("--image IMAGE --reference IMAGE IMAGE")
 
 
 def test_references_of_a_dataset_have_columns(flags, distilled_folder, tmp_path):
