@@ -244,12 +244,15 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    AutoencoderKLQwenImage21,
     DiffusionPipeline,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     ModelMixin,
+    QwenImage21Pipeline,
+    QwenImage21Transformer2DModel,
     QwenImageEditPlusPipeline,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
@@ -270,7 +273,7 @@ from safetensors.torch import save_file
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, PretrainedConfig
+from transformers import AutoTokenizer, PretrainedConfig, ProcessorMixin
 from transformers.utils import logging as transformers_logging
 
 
@@ -1589,6 +1592,68 @@ class QwenImageEdit(QwenImage):
         return {"encoder_hidden_states": prompt_embeds, "encoder_hidden_states_mask": attention_mask}
 
 
+class TextProcessor(ProcessorMixin):
+    """What of Qwen3VLProcessor, which would need torchvision, reads a prompt: its tokenizer."""
+
+    def __init__(self, tokenizer=None, chat_template: str | None = None):
+        super().__init__(tokenizer, chat_template=chat_template)
+
+    def __call__(self, images=None, text=None, videos=None, audio=None, **kwargs):
+        return self.tokenizer([text] if isinstance(text, str) else text, **kwargs)
+
+
+class QwenImage21(QwenImage):
+    """Qwen-Image-2.1: one sequence of prompt and image, latents of 16 pixels without patches, images with alpha.
+
+    As in its pipeline, the image stands behind the longest prompt of a batch.
+    """
+
+    pipeline_class = QwenImage21Pipeline
+    transformer_class = QwenImage21Transformer2DModel
+    vae_class = AutoencoderKLQwenImage21
+    example = "Qwen/Qwen-Image-2.1"
+    architecture = "Qwen-Image-2.1"
+    targets = (
+        *("to_q", "to_k", "to_v", "to_out.0"),
+        *("img_mlp.proj", "img_mlp.gate_layer", "img_mlp.out"),
+        *TIME_EMBEDDING_LAYERS,
+    )
+    vae_scale_factor = 16
+    latent_channels = 64
+    resolution_multiple = 32
+    has_unused_parameters = False
+    tokenizer_folders = ("processor",)
+
+    def text_processor(self):
+        tokenizer = load_tokenizer(self.args, "processor")
+        return TextProcessor(tokenizer, tokenizer.chat_template)
+
+    def load_prompt_encoder(self, dtype, device):
+        return super().load_prompt_encoder(dtype, device, processor=self.text_processor())
+
+    def encode_prompt(self, prompt_encoder, prompt, reference=None):
+        prompt_embeds, _, _ = prompt_encoder.encode_prompt(prompt)
+        prompt_embeds = prompt_embeds[0, : self.args.max_sequence_length]
+        attention_mask = torch.ones(len(prompt_embeds), dtype=torch.long)
+        return {"encoder_hidden_states": prompt_embeds, "encoder_hidden_states_mask": attention_mask}
+
+    def predict(self, transformer, x, time, cond):
+        batch_size, _, height, width = x.shape
+        # of the prompt's tokens and then of 2 x 2 latents of the image
+        num_prompt_tokens = cond["encoder_hidden_states"].shape[1]
+        is_image = torch.ones(batch_size, num_prompt_tokens + height * width // 4, dtype=torch.bool, device=x.device)
+        is_image[:, :num_prompt_tokens] = False
+        velocity = transformer(
+            hidden_states=x.flatten(2).transpose(1, 2),
+            timestep=time if time.ndim == 1 else time[:, 0],  # the prompt's time 0 is put beside it
+            img_shapes=[[(1, height, width)]] * batch_size,
+            img_mask=is_image,
+            **cond,
+            return_dict=False,
+        )[0]
+        return velocity[:, -height * width :].transpose(1, 2).unflatten(2, (height, width))
+
+
 class ZImage(Backbone):
     """Z-Image, whose time goes from noise to data, and whose output is the velocity in this direction."""
 
@@ -1647,6 +1712,7 @@ BACKBONES = {
     "openuni": OpenUni,
     "qwenimage": QwenImage,
     "qwenimage-edit": QwenImageEdit,
+    "qwenimage21": QwenImage21,
     "z-image": ZImage,
 }
 

@@ -19,7 +19,14 @@ from common.models import gather_objects, latent_channels, to_device
 
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderDC, AutoencoderKLFlux2, AutoencoderKLQwenImage, Flux2Pipeline, FluxPipeline
+from diffusers import (
+    AutoencoderDC,
+    AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
+    AutoencoderKLQwenImage21,
+    Flux2Pipeline,
+    FluxPipeline,
+)
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.utils.torch_utils import randn_tensor
@@ -31,6 +38,8 @@ from tqdm.auto import tqdm
 
 
 PATCH = 16  # pixels per token of FLUX.1
+
+VIDEO_VAES = (AutoencoderKLQwenImage, AutoencoderKLQwenImage21)  # their images are videos [B, C, 1, H, W] of one frame
 
 Generators = torch.Generator | list[torch.Generator] | None  # one for all, or one for each sample
 Vae = Any  # an AutoencoderKL unless a function says which others; diffusers' own hints miss what these return
@@ -89,7 +98,7 @@ def decode_latents(vae: Vae, latents: Tensor) -> Tensor:
 
 def latent_statistics(vae: Vae) -> tuple[float | Tensor, float | Tensor]:
     """(shift, scale) that normalise a VAE's latents, (latents - shift) * scale: numbers, or tensors [C, 1, 1]."""
-    if isinstance(vae, AutoencoderKLQwenImage):
+    if isinstance(vae, VIDEO_VAES):
         config: Any = vae.config
         shift = torch.tensor(config.latents_mean, device=vae.device)
         scale = torch.tensor([1 / std for std in config.latents_std], device=vae.device)
@@ -101,15 +110,17 @@ def latent_statistics(vae: Vae) -> tuple[float | Tensor, float | Tensor]:
 def encode_images(vae: Vae, pixel_values: Tensor, batch_size: int = 1) -> Tensor:
     """Normalised latents [B, C, h, w], float32, of images [B, 3, H, W] in [-1, 1]: the mean of the posterior.
 
-    For AutoencoderKL (FLUX.1, SD3), AutoencoderKLFlux2, AutoencoderDC (Sana) and AutoencoderKLQwenImage; `batch_size`
-    as above.
+    For AutoencoderKL (FLUX.1, SD3), AutoencoderKLFlux2, AutoencoderDC (Sana), AutoencoderKLQwenImage and that of
+    Qwen-Image-2.1; `batch_size` as above.
     """
     if isinstance(vae, AutoencoderKLFlux2):
         return flux2_latents(encode_moments(vae, pixel_values, batch_size), vae)
     encode: Any = vae.encode
     latents = []
     for image in to_device(pixel_values, vae.device).to(vae.dtype).split(batch_size):
-        if isinstance(vae, AutoencoderKLQwenImage):  # its images are videos [B, 3, 1, H, W] of one frame
+        if isinstance(vae, VIDEO_VAES):
+            if isinstance(vae, AutoencoderKLQwenImage21):  # which codes alpha, too: opaque
+                image = torch.cat([image, torch.ones_like(image[:, :1])], dim=1)
             latents.append(encode(image.unsqueeze(2)).latent_dist.mode().squeeze(2))
         elif isinstance(vae, AutoencoderDC):  # deterministic
             latents.append(encode(image).latent)
@@ -131,8 +142,8 @@ def decode_images(vae: Vae, latents: Tensor) -> Tensor:
         latents = latents / scale + shift
     latents = latents.to(vae.dtype)
     decode: Any = vae.decode
-    if isinstance(vae, AutoencoderKLQwenImage):
-        return decode(latents.unsqueeze(2)).sample.squeeze(2)
+    if isinstance(vae, VIDEO_VAES):
+        return decode(latents.unsqueeze(2)).sample[:, :3].squeeze(2)
     return decode(latents).sample
 
 

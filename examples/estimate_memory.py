@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 # isort: split
 from common.arguments import Parser, in_range
 from common.block_swap import spread
-from common.latents import encode_images, encode_moments, pack_latents, unpack_latents
+from common.latents import VIDEO_VAES, encode_images, encode_moments, pack_latents, unpack_latents
 from common.lora import FLUX_TARGET_MODULES, adapter_kind, adapter_options, add_lora, check_adapter
 from common.models import DTYPES, QUANTIZATIONS, check_processes, quantize_base, repeated_blocks, shard
 from common.text_encoders import PROMPTS_PER_BATCH, PROMPTS_PER_PASS, TEXT_QUANTIZATIONS, quantize_language_model
@@ -103,7 +103,33 @@ class Flux2(Kontext):
     references = 0
 
 
-CALLS = {**BACKBONES, "kontext": Kontext, "flux2": Flux2}  # of the transformer
+class QwenImage21(BACKBONES["qwenimage21"]):
+    """Its transformer's parts: the whole finds the places of tokens by numbers, which fake tensors do not have."""
+
+    def predict(self, transformer, x, time, cond):
+        prompt = transformer.txt_in(cond["encoder_hidden_states"])
+        tokens = torch.cat([prompt, transformer.img_in(x.flatten(2).transpose(1, 2))], dim=1)
+        num_prompt_tokens, num_tokens = prompt.shape[1], tokens.shape[1]
+        times = torch.cat([time.reshape(len(x), -1)[:, 0], torch.zeros(1)])
+        temb = transformer.time_text_embed(times, tokens)
+        arguments = {
+            "modulation": transformer.modulation(temb),
+            "rotary_emb": torch.empty(num_tokens, transformer.config.attention_head_dim // 2, dtype=torch.complex64),
+            "target_token_mask": torch.empty(num_tokens, dtype=torch.bool),
+            "segments": [(0, num_prompt_tokens, True)],
+            "key_valid": torch.empty(len(x), num_tokens, dtype=torch.bool),
+        }
+        for block in transformer.transformer_blocks:
+            run = functools.partial(block, **arguments)
+            if transformer.gradient_checkpointing and torch.is_grad_enabled():
+                tokens = transformer._gradient_checkpointing_func(run, tokens)
+            else:
+                tokens = run(tokens)
+        tokens = transformer.norm_out(tokens, temb, arguments["target_token_mask"])
+        return transformer.proj_out(tokens)
+
+
+CALLS = {**BACKBONES, "qwenimage21": QwenImage21, "kontext": Kontext, "flux2": Flux2}  # of the transformer
 REFERENCE_CALLS = {"kontext": Kontext, "flux2": Flux2, "flux2-klein": Flux2}  # with references
 
 
@@ -208,6 +234,13 @@ def mistral3_small():
     vision |= {"num_attention_heads": 16, "image_size": 1540, "patch_size": 14}
     config = transformers.Mistral3Config(text_config=text, vision_config=vision, tie_word_embeddings=False)
     return transformers.Mistral3ForConditionalGeneration(config)
+
+
+def qwen3_vl_8b():
+    text = {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "head_dim": 128}
+    text |= {"num_attention_heads": 32, "num_key_value_heads": 8}
+    config = transformers.Qwen3VLConfig(text_config=text, vision_config={"out_hidden_size": 4096})
+    return transformers.Qwen3VLForConditionalGeneration(config)
 
 
 def kl_vae():
@@ -329,6 +362,16 @@ MODELS = {
         (qwen25_vl,),
         diffusers.AutoencoderKLQwenImage,
         targets=BACKBONES["qwenimage"].targets,
+    ),
+    "Qwen-Image-2.1": Model(
+        "qwenimage21",
+        diffusers.QwenImage21Transformer2DModel,
+        {},
+        {"encoder_hidden_states": (512, 4096), "encoder_hidden_states_mask": (512,)},
+        (qwen3_vl_8b,),
+        diffusers.AutoencoderKLQwenImage21,
+        channels=64,
+        targets=BACKBONES["qwenimage21"].targets,
     ),
     "Qwen-Image-Edit": Model(
         "qwenimage-edit",
@@ -772,7 +815,7 @@ def coding_images(create, dtype, device, *, resolution, images, drawn):
 
 def decode(vae, latents):
     """The images of latents; what normalizes them takes no memory."""
-    if isinstance(vae, diffusers.AutoencoderKLQwenImage):
+    if isinstance(vae, VIDEO_VAES):
         latents = latents.unsqueeze(2)
     return vae.decode(latents.to(vae.dtype)).sample
 

@@ -261,6 +261,7 @@ def stand_ins(pictures, pairs, tiny_model, tiny_fill):
         "openuni_l_internvl3_2b_sana_1_6b_512_hf_blip3o60k.pth": write_openuni,
         "Qwen/Qwen-Image": functools.partial(write_pipeline, tiny_backbones.qwenimage),
         "Qwen/Qwen-Image-2512": functools.partial(write_pipeline, tiny_backbones.qwenimage),
+        "Qwen/Qwen-Image-2.1": functools.partial(write_pipeline, tiny_backbones.qwenimage21),
         "Qwen/Qwen-Image-Edit-2509": write_edit_pipeline,
         "Qwen/Qwen-Image-Edit-2511": functools.partial(write_edit_pipeline, zero_cond_t=True),
         "Tongyi-MAI/Z-Image": functools.partial(write_pipeline, tiny_backbones.z_image),

@@ -103,10 +103,17 @@ def test_selected_tokens_keep_their_order_and_padding_is_marked():
     assert select_tokens(tokens, ids, torch.ones(2, 4, dtype=torch.bool))[2] is None
 
 
-@pytest.mark.parametrize("kind", ["AutoencoderKL", "AutoencoderKLFlux2", "AutoencoderDC", "AutoencoderKLQwenImage"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("AutoencoderKL", "AutoencoderKLFlux2", "AutoencoderDC"),
+        *("AutoencoderKLQwenImage", "AutoencoderKLQwenImage21"),
+    ],
+)
 def test_images_become_the_latents_of_each_familys_pipeline(kind):
     pipelines = {"AutoencoderKL": tiny_backbones.sd3, "AutoencoderDC": tiny_backbones.sana}
     pipelines["AutoencoderKLFlux2"] = tiny_backbones.flux2_klein
+    pipelines["AutoencoderKLQwenImage21"] = tiny_backbones.qwenimage21
     pipeline = pipelines.get(kind, tiny_backbones.qwenimage)()
     vae = pipeline.vae
     assert type(vae).__name__ == kind
@@ -116,14 +123,16 @@ def test_images_become_the_latents_of_each_familys_pipeline(kind):
     original = vae.decode
     vae.decode = lambda latents, *args, **kwargs: seen.append(latents) or original(latents, *args, **kwargs)
     decoded = decode_images(vae, latents)
-    raw = vae.encode(images.unsqueeze(2)) if "Qwen" in kind else vae.encode(images)
+    opaque = torch.cat([images, torch.ones(2, 1, 64, 64)], dim=1) if kind.endswith("21") else images
+    raw = vae.encode(opaque.unsqueeze(2)) if "Qwen" in kind else vae.encode(images)
     raw = raw.latent if "DC" in kind else raw.latent_dist.mode()
     torch.testing.assert_close(seen[0], raw, atol=1e-4, rtol=1e-4)  # what the decoder gets is what the encoder gave
     assert decoded.shape == images.shape
     if "Qwen" in kind:
-        pipeline = tiny_backbones.qwenimage(edit=True)
-        pipeline.vae = vae
-        theirs = pipeline._encode_vae_image(images.unsqueeze(2), None)
+        if kind == "AutoencoderKLQwenImage":
+            pipeline = tiny_backbones.qwenimage(edit=True)
+            pipeline.vae = vae
+        theirs = pipeline._encode_vae_image(opaque.unsqueeze(2), None)
         torch.testing.assert_close(latents, theirs[:, :, 0], atol=1e-4, rtol=1e-4)
     elif "Flux2" in kind:
         theirs = pipeline._unpatchify_latents(pipeline._encode_vae_image(images, None))

@@ -8,11 +8,14 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    AutoencoderKLQwenImage21,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Pipeline,
     Flux2Transformer2DModel,
+    QwenImage21Pipeline,
+    QwenImage21Transformer2DModel,
     QwenImageEditPlusPipeline,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
@@ -41,6 +44,8 @@ from transformers import (
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
     SiglipVisionConfig,
 )
 from transformers.models.siglip.modeling_siglip import SiglipEncoder
@@ -56,6 +61,7 @@ CONDITIONS = {  # of a prompt of five tokens, by train_twinflow.py's model types
     "openuni": PROMPT,
     "qwenimage": MASKED,
     "qwenimage-edit": MASKED,
+    "qwenimage21": MASKED,
     "z-image": {"cap_feats": (5, 32), "cap_mask": (5,)},
 }
 
@@ -122,6 +128,56 @@ def flux2_klein(is_distilled=False, latent_channels=4):
         text_encoder=Qwen3ForCausalLM(config),
         tokenizer=tokenizer,
         is_distilled=is_distilled,
+    )
+
+
+PARTS_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{% for part in message.content %}{{ part.text }}"
+    "{% endfor %}<|im_end|>\n{% endfor %}"
+)
+
+
+def qwenimage21():
+    """Qwen-Image-2.1 with the part of its processor that reads prompts, under the processor's name."""
+    from train_twinflow import TextProcessor
+
+    tokenizer = qwen_tokenizer()
+    ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("image_pad", "video_pad", "vision_start")}
+    config = Qwen3VLConfig(
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 16,
+            "rope_parameters": {"mrope_section": [2, 3, 3], "rope_type": "default", "rope_theta": 10000.0},
+        },
+        vision_config={
+            "depth": 1,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_heads": 2,
+            "out_hidden_size": 32,
+            "deepstack_visual_indexes": [0],
+            "num_position_embeddings": 16,
+        },
+        image_token_id=ids["image_pad"],
+        video_token_id=ids["video_pad"],
+        vision_start_token_id=ids["vision_start"],
+    )
+    transformer = QwenImage21Transformer2DModel(
+        num_layers=2, attention_head_dim=16, num_attention_heads=2, context_in_dim=32, axes_dims_rope=(4, 6, 6)
+    )
+    vae = AutoencoderKLQwenImage21(base_dim=8, decoder_base_dim=8, dim_mult=[1, 1, 1, 1, 1], num_res_blocks=1)
+    processor = type("Qwen3VLProcessor", (TextProcessor,), {"__module__": "transformers"})
+    return QwenImage21Pipeline(
+        transformer=randomised(transformer),
+        vae=vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        text_encoder=Qwen3VLForConditionalGeneration(config),
+        processor=processor(tokenizer, PARTS_TEMPLATE),
     )
 
 
