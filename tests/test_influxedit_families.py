@@ -1,5 +1,6 @@
 """train_influxedit.py on FLUX.1-Kontext and FLUX.2: references as tokens, data, exact resume, caches, files."""
 
+import argparse
 import copy
 import json
 import random
@@ -15,14 +16,16 @@ import numpy as np
 import pytest
 import tiny_backbones
 import torch
+from conftest import ROOT
 from diffusers import Flux2KleinPipeline, Flux2Pipeline, FluxKontextPipeline
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
-from test_train_influxedit import assert_equal, weights
+from test_train_influxedit import assert_equal, circles, toy_commands, weights  # noqa: F401
 
 import train_influxedit as influxedit
 from examples.influxedit import generate
+from examples.influxedit.toy_circles import prompt_of, random_circle, score
 from examples.toy.world import caption, draw, random_scene
 
 
@@ -568,3 +571,48 @@ def test_what_a_family_does_not_draw_is_refused(
 def test_guidance_that_klein_does_not_read_is_named(runs_of, tmp_path, capsys):
     parsed([*runs_of["klein"], "--guidance_scale", 2, "--output_dir", tmp_path / "run"])
     assert "--guidance_scale (it needs a model with a guidance embedding)" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Learning
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def figures(folder, *, base=False, count=64):
+    """Scores of edited outlines that were not trained on."""
+    pipeline, trained = generate.load_pipeline(folder)
+    if base:
+        pipeline.unload_lora_weights()
+    pipeline.set_progress_bar_config(disable=True)
+    family = influxedit.find_family(argparse.Namespace(**trained))
+    call = {"num_inference_steps": 20, "max_sequence_length": trained["max_sequence_length"]}
+    if family.reads_guidance:
+        call["guidance_scale"] = trained["guidance_scale"]
+    rng = random.Random("test")
+    outlines, scenes = zip(*(random_circle(rng) for _ in range(count)), strict=True)
+    images = []
+    for outline, scene in zip(outlines, scenes, strict=True):
+        call["generator"] = torch.Generator().manual_seed(0)
+        references = [draw(outline)]
+        size = Size.of(references[0])
+        images.append(generate.edit_references(pipeline, family, prompt_of(scene), references, size, **call))
+    return score(images, scenes)
+
+
+@pytest.mark.slow
+@pytest.mark.learning
+def test_it_learns_to_read_a_reference(train, circles, tmp_path):  # noqa: F811
+    """The toy FLUX.1, which has never seen a reference, as FLUX.1-Kontext."""
+    model = shutil.copytree(ROOT / "examples" / "toy" / "flux", tmp_path / "kontext")
+    index = (model / "model_index.json").read_text()
+    (model / "model_index.json").write_text(index.replace("FluxPipeline", "FluxKontextPipeline"))
+    flags = [flag.replace("data/toy_circles", str(circles)) for flag in toy_commands()["edit"]]
+    run = tmp_path / "run"
+    train(SCRIPT, *flags, "--pretrained_model_name_or_path", model, "--output_dir", run)
+    before, after = figures(run, base=True), figures(run)
+    for name in before:
+        print(f"reference, {name}: {before[name]:.0f} -> {after[name]:.0f}")
+    print("bars: 90, 90, 80")
+    assert before["outline"] < 45
+    assert min(after["circle"], after["background"]) >= 90
+    assert after["outline"] >= 80
