@@ -924,6 +924,8 @@ def check_references(args, family):
     if more and family.max_references < 2:
         flag = "--additional_data_dir" if args.additional_data_dir else "--additional_column"
         problems.append(f"{flag}: {family.kind} reads one input image, FLUX.2 reads several: leave it out")
+    elif more and 1 + len(more) > family.max_references:
+        problems.append(f"{1 + len(more)} input images of each: {family.kind} reads at most {family.max_references}")
     if family.max_references == 0:
         return problems
     if args.mode == "mask":

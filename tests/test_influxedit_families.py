@@ -546,7 +546,7 @@ def test_flux2_dev_trains_and_its_pipeline_loads_the_file(train, runs_of, tmp_pa
 @pytest.mark.parametrize(
     ("name", "extra", "words"),
     [
-        ("kontext", ["--reference", "b.png"], "FLUX.1-Kontext reads no 1 further images"),
+        ("kontext", ["--reference", "b.png"], "FLUX.1-Kontext reads at most 1"),
         ("klein", ["--mode", "mask"], "give --mode edit"),
         ("klein", ["--size", 64, 32], "at least 64 pixels"),
     ],

@@ -909,6 +909,12 @@ PATHS = {
             "cache_dir": "cache",
         },
         {"pretrained_model_name_or_path": "fill", "instance_data_dir": "images", "target_data_dir": "targets"},
+        {
+            "pretrained_model_name_or_path": "klein",
+            "instance_data_dir": "images",
+            "target_data_dir": "targets",
+            "additional_data_dir": "classes",
+        },
         {"pretrained_model_name_or_path": "fill", "dataset_name": "dataset"},
         {
             "pretrained_model_name_or_path": "fill",
@@ -1017,6 +1023,7 @@ def place(tiny_model, tiny_fill, tiny_edit, tmp_path_factory):
     save_file({"x": torch.zeros(1)}, root / "model.safetensors")
     for name, model in {"model": tiny_model, "fill": tiny_fill, "edit": tiny_edit}.items():
         (root / name).symlink_to(model)
+    tiny_backbones.flux2_klein().save_pretrained(root / "klein")
     for name in NAMES.values():
         if name != "plain":
             (root.parent / name).symlink_to(root)

@@ -160,8 +160,11 @@ def check_args(args):
         problems.append(f"--size {args.size[0]} {args.size[1]}: both must be multiples of 16")
 
     family = args.family
-    if len(args.reference) > max(0, family.max_references - 1):
-        problems.append(f"--reference: {family.kind} reads no {len(args.reference)} further images")
+    most = max(1, family.max_references)
+    if 1 + len(args.reference) > most:
+        problems.append(
+            f"--reference: with --image {1 + len(args.reference)} images, {family.kind} reads at most {most}"
+        )
     if family.max_references and args.mode == "mask":
         problems.append(f"--mode mask is for FLUX.1-Fill, {family.kind} has no mask: give --mode edit")
 
