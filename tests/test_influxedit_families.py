@@ -601,7 +601,7 @@ def figures(folder, *, base=False, count=64):
 
 @pytest.mark.slow
 @pytest.mark.learning
-def test_it_learns_to_read_a_reference(train, circles, tmp_path):  # noqa: F811
+def test_it_learns_circles_from_a_reference(train, circles, tmp_path):  # noqa: F811
     """The toy FLUX.1, which has never seen a reference, as FLUX.1-Kontext."""
     model = shutil.copytree(ROOT / "examples" / "toy" / "flux", tmp_path / "kontext")
     index = (model / "model_index.json").read_text()
