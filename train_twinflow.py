@@ -248,6 +248,8 @@ from diffusers import (
     DiffusionPipeline,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
+    Flux3ModularPipeline,
+    Flux3Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     ModelMixin,
@@ -263,6 +265,8 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
+from diffusers.modular_pipelines.flux3.before_denoise import Flux3TextRoPEInputsStep, _prepare_image_ids
+from diffusers.modular_pipelines.flux3.encoders import Flux3TextEncoderStep
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import free_memory, offload_models
 from diffusers.utils import logging as diffusers_logging
@@ -848,6 +852,11 @@ def check_args(args) -> list[str]:
             f"--blocks_to_swap {args.blocks_to_swap} is for --training lora: it copies frozen weights to the GPU, and "
             "trained ones would have to come back; use --fsdp on several GPUs"
         )
+    if args.training == "full" and args.model_type == "flux3" and args.target_time_init != "zero":
+        problems.append(
+            f"--target_time_init {args.target_time_init}: FLUX.3 adds the second embedding at all times, zero leaves "
+            "the model as it is"
+        )
     if args.training == "lora" and "target_time_init" in args.changed:
         problems.append(f"--target_time_init {args.target_time_init} has no effect on --training lora: leave it out")
     if args.optimizer == "prodigy" and args.use_8bit_adam:
@@ -1109,7 +1118,7 @@ class Backbone:
 
         `dtype` None: in that of its files, which are mapped, so that all processes share the memory.
         """
-        second = f"{self.time_module}_2."
+        second = f"{self.target_time_module}."
         load = functools.partial(load_model, self.transformer_class, "transformer", self.args, beside=second)
         folder = model_folder(self.args) / "transformer"
         expected = dtype or stored_dtype(folder)
@@ -1174,9 +1183,14 @@ class Backbone:
         finally:
             hook.remove()
 
+    @property
+    def target_time_module(self) -> str:
+        """The name of the second time embedding, the authors'."""
+        return f"{self.time_module}_2"
+
     def embeds_target_time(self, transformer: torch.nn.Module) -> bool:
         """Whether the transformer has a second time embedding."""
-        return hasattr(transformer, f"{self.time_module}_2")
+        return getattr(transformer, self.target_time_module, None) is not None
 
     def add_target_time(self, transformer: torch.nn.Module, init: str) -> None:
         """Gives the transformer the second time embedding emb2, a module like the first and beside it, named `..._2`.
@@ -1198,7 +1212,7 @@ class Backbone:
                 torch.nn.init.zeros_(layer.weight)
             if layer.bias is not None and (init == "normal" or (init == "zero" and (is_output or is_modulation))):
                 torch.nn.init.zeros_(layer.bias)
-        transformer.add_module(f"{self.time_module}_2", second)
+        transformer.add_module(self.target_time_module, second)
         module.second = (second,)
         module.time_units = self.time_units
         stock_class = type(module)
@@ -1206,7 +1220,7 @@ class Backbone:
 
     def load_target_time(self, transformer: torch.nn.Module, folder: Path) -> None:
         """Adds emb2 if the weights in `folder` have one, which from_pretrained leaves out."""
-        prefix = f"{self.time_module}_2."
+        prefix = f"{self.target_time_module}."
         weights = {}
         for path in folder.glob("*.safetensors"):
             with safe_open(path, "pt") as file:
@@ -1215,7 +1229,7 @@ class Backbone:
                         weights[name.removeprefix(prefix)] = file.get_tensor(name)
         if weights:
             self.add_target_time(transformer, "copy")
-            second = transformer.get_submodule(f"{self.time_module}_2")
+            second = transformer.get_submodule(self.target_time_module)
             check_names(second, *second.load_state_dict(weights, strict=False))
 
 
@@ -1654,6 +1668,113 @@ class QwenImage21(QwenImage):
         return velocity[:, -height * width :].transpose(1, 2).unflatten(2, (height, width))
 
 
+class Flux3TextEncoder(DiffusionPipeline):
+    """The parts of FLUX.3 that read prompts, as a pipeline: its own are modular."""
+
+    def __init__(self, text_encoder, tokenizer):
+        super().__init__()
+        self.register_modules(text_encoder=text_encoder, tokenizer=tokenizer)
+
+
+class Flux3(Backbone):
+    """FLUX.3, whose prompt stands at time 0. Its second time embedding is native, that of step-distilled models
+    (flow_map): emb(t) + emb2(t'), for the prompt emb(0) + emb2(t').
+
+    The transformer reads the padding of prompts. They are padded to one length, --max_sequence_length; in its own
+    pipeline each to a multiple of 80 tokens.
+    """
+
+    pipeline_class = Flux3ModularPipeline
+    transformer_class = Flux3Transformer2DModel
+    vae_class = AutoencoderKLFlux2
+    example = "OWNER/FLUX.3"  # with its parts in folders: transformer, vae, text_encoder and tokenizer
+    architecture = "Flux.3"
+    targets = TIME_EMBEDDING_LAYERS  # and all linear layers of the blocks of image and prompt
+    time_module = "timestep_embedder"
+    target_time_module = "target_timestep_embedder"
+    latent_channels = 32
+    full_learning_rate = 1e-5
+    has_unused_parameters = True  # those of images to edit
+    max_sequence_length = 160
+    longest_prompt = 1024
+
+    @classmethod
+    def default_targets(cls, transformer):
+        layers = [name for name, layer in transformer.named_modules() if isinstance(layer, torch.nn.Linear)]
+        blocks = ("mode_blocks.image.", "txt_mode_blocks.", "single_transformer_blocks.")
+        times = ("timestep_embedder.", "target_timestep_embedder.")
+        return [name for name in layers if name.startswith((*blocks, *times))]
+
+    def load_prompt_encoder(self, dtype, device):
+        from transformers import Qwen3VLForConditionalGeneration
+
+        tokenizer = load_tokenizer(self.args, "tokenizer")
+        text_encoder = load_model(Qwen3VLForConditionalGeneration, "text_encoder", self.args, dtype).eval()
+        pipeline = Flux3TextEncoder(text_encoder, TextProcessor(tokenizer, tokenizer.chat_template))
+        quantize_text_encoders(pipeline, dtype, self.args.quantize_text_encoders)
+        place_encoders(pipeline, device, offload=self.args.offload)
+        return pipeline
+
+    def encode_prompt(self, prompt_encoder, prompt, reference=None):
+        length = self.args.max_sequence_length
+        prompt_embeds = Flux3TextEncoderStep._get_qwen3_vl_prompt_embeds(
+            prompt_encoder.text_encoder,
+            prompt_encoder.tokenizer,
+            prompt,
+            device=prompt_encoder._execution_device,
+            max_sequence_length=length,
+            pad_multiple=length,
+        )
+        return {"encoder_hidden_states": prompt_embeds[0]}
+
+    def add_target_time(self, transformer, init):
+        """As the base's; zero leaves the model as it is, the others add to what it knows."""
+        second = copy.deepcopy(transformer.timestep_embedder)
+        if init == "zero":
+            torch.nn.init.zeros_(second.linear_2.weight)
+        elif init == "normal":
+            torch.nn.init.normal_(second.linear_1.weight, std=0.02)
+            torch.nn.init.normal_(second.linear_2.weight, std=0.02)
+        transformer.target_timestep_embedder = second
+        transformer.register_to_config(flow_map=True)
+
+    def load_target_time(self, transformer, folder):
+        """from_pretrained has loaded it."""
+
+    @contextmanager
+    def exact_times(self, transformer, time):
+        transformer = getattr(transformer, "module", transformer)
+        times = self.embedded_times(time).reshape(len(time), -1)
+        # in the order of the forward pass: of the image, of the prompt, and with a flow map the target
+        given = [times[:, 0], torch.zeros_like(times[:, 0])]
+        if transformer.config.flow_map:
+            given.append(times[:, -1])
+        given = itertools.cycle(given)
+        hook = transformer.time_proj.register_forward_pre_hook(lambda *_: (next(given),))
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def predict(self, transformer, x, time, cond):
+        height, width = x.shape[-2:]
+        times = time.reshape(len(time), -1)
+        target_time = {}
+        if getattr(transformer, "module", transformer).config.flow_map:
+            target_time["target_timestep"] = times[:, -1]
+        prompt_embeds = cond["encoder_hidden_states"]
+        velocity = transformer(
+            hidden_states=pack_latents(x),
+            timestep=times[:, 0],
+            txt_ids=to_device(Flux3TextRoPEInputsStep._prepare_text_ids(prompt_embeds), x.device),
+            img_ids=to_device(_prepare_image_ids(height // 2, width // 2, image_rope_scale=0.5), x.device),
+            **target_time,
+            **cond,
+            return_dict=False,
+        )[0]
+        return unpack_latents(velocity, height, width)
+
+
 class ZImage(Backbone):
     """Z-Image, whose time goes from noise to data, and whose output is the velocity in this direction."""
 
@@ -1707,6 +1828,7 @@ class ZImage(Backbone):
 BACKBONES = {
     "flux": Flux,
     "flux2-klein": Flux2Klein,
+    "flux3": Flux3,
     "sd3": StableDiffusion3,
     "sana": Sana,
     "openuni": OpenUni,

@@ -264,6 +264,7 @@ def stand_ins(pictures, pairs, tiny_model, tiny_fill):
         "Qwen/Qwen-Image-2.1": functools.partial(write_pipeline, tiny_backbones.qwenimage21),
         "Qwen/Qwen-Image-Edit-2509": write_edit_pipeline,
         "Qwen/Qwen-Image-Edit-2511": functools.partial(write_edit_pipeline, zero_cond_t=True),
+        "FLUX.3": functools.partial(write_pipeline, tiny_backbones.Flux3),
         "Tongyi-MAI/Z-Image": functools.partial(write_pipeline, tiny_backbones.z_image),
         "LiheYoung/depth-anything-small-hf": write_depth_model,
         "photos": link(pictures),

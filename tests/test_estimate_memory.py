@@ -144,7 +144,7 @@ def test_the_estimate_is_within_ten_percent_of_what_a_process_takes(case):
 def test_real_sizes():
     """The published numbers of parameters, in billions, and bytes where they are known by multiplication."""
     published = {"FLUX.1-dev": 11.9, "SD3.5-medium": 2.24, "Sana-1.6B": 1.6, "Qwen-Image": 20.4, "Z-Image": 6.15}
-    published["Qwen-Image-2.1"] = 7.1
+    published |= {"Qwen-Image-2.1": 7.1, "FLUX.3": 5.54}
     for name, billions in published.items():
         with torch.device("meta"):
             transformer = MODELS[name].transformer(**MODELS[name].config)
@@ -194,7 +194,10 @@ def test_a_step_of_flux2_is_estimated():
     "name",
     [
         "Z-Image",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("FLUX.2-klein-4B", "OpenUni", "Qwen-Image-Edit")),
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("FLUX.2-klein-4B", "FLUX.3", "OpenUni", "Qwen-Image-Edit")
+        ),
         "Qwen-Image-2.1",
     ],
 )

@@ -20,6 +20,7 @@ import tiny_backbones
 import torch
 from accelerate import Accelerator
 from conftest import ROOT
+from diffusers import Flux3DistilledAutoBlocks
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from test_faults import slow_writer
@@ -40,6 +41,7 @@ PIPELINES = {"sd3": tiny_backbones.sd3, "sana": tiny_backbones.sana, "qwenimage"
 PIPELINES |= {"qwenimage-edit": functools.partial(tiny_backbones.qwenimage, edit=True, zero_cond_t=True)}
 PIPELINES |= {"openuni": tiny_backbones.sana}
 PIPELINES |= {"z-image": tiny_backbones.z_image, "qwenimage21": tiny_backbones.qwenimage21}
+PIPELINES |= {"flux3": tiny_backbones.Flux3}
 PIPELINES |= {"flux2-klein": functools.partial(tiny_backbones.flux2_klein, latent_channels=32)}
 SAMPLING = {  # of those pipelines that are compared with, without guidance
     "z-image": {"guidance_scale": 0, "max_sequence_length": 64},
@@ -150,14 +152,15 @@ def test_every_backbone_trains_saves_and_draws(
         check_stock_pipeline(backbone_flags[model_type], model_type, tmp_path)
     else:
         time_module = backbone.time_module
+        target_time_module = "target_timestep_embedder" if model_type == "flux3" else f"{time_module}_2"
         first = {key for key in saved if key.startswith(f"{time_module}.")}
-        second = {key for key in saved if key.startswith(f"{time_module}_2.")}
-        assert second == {key.replace(time_module, f"{time_module}_2", 1) for key in first}  # the authors' names
+        second = {key for key in saved if key.startswith(f"{target_time_module}.")}
+        assert second == {key.replace(time_module, target_time_module, 1) for key in first}  # the authors' names
         assert all(saved[key].abs().max() > 0 for key in second)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model_type", SAMPLING)
+@pytest.mark.parametrize("model_type", [*SAMPLING, "flux3"])
 def test_blocks_are_quantized_swapped_and_recomputed(train, backbone_flags, short, tmp_path, model_type):
     """Swapping and recomputing change no trained number."""
     flags = [*backbone_flags[model_type], *short, "--recipe", "lora-2order", "--rank", 2, "--quantize_base", "int8"]
@@ -203,7 +206,11 @@ def check_stock_pipeline(flags, model_type, folder, prompt="a red circle"):
     """The pipeline's own loader takes the LoRA file, and its transformer then computes what ours does."""
     args = trained_args(folder)
     backbone = twinflow.BACKBONES[model_type](args)
-    stock = backbone.pipeline_class.from_pretrained(flags[1], vae=None, **processor_of(backbone))
+    if model_type == "flux3":
+        stock = Flux3DistilledAutoBlocks().init_pipeline()
+        stock.update_components(transformer=backbone.load_transformer(torch.float32))
+    else:
+        stock = backbone.pipeline_class.from_pretrained(flags[1], vae=None, **processor_of(backbone))
     if model_type == "openuni":
         stock.transformer = backbone.load_transformer(torch.float32)
     plain = {name: p.clone() for name, p in stock.transformer.named_parameters()}
@@ -231,7 +238,7 @@ def test_every_backbone_has_a_tiny_pipeline_an_estimate_and_a_row_on_the_page(ba
     assert model_type in {model.backbone for model in MODELS.values()}
     page = (ROOT / "examples" / "twinflow" / "README.md").read_text()
     (row,) = [line for line in page.splitlines() if line.startswith(f"| `{model_type}` |")]
-    assert twinflow.BACKBONES[model_type].example.split("/")[-1] in row or model_type == "openuni"
+    assert twinflow.BACKBONES[model_type].example.split("/")[-1] in row or model_type == "openuni"  # a Sana, too
 
 
 def parsed_backbone(backbone_flags, model_type):
@@ -302,6 +309,43 @@ def test_the_velocity_is_the_one_that_the_pipeline_steps_with(backbone_flags, mo
     sample, time, velocity = steps[-1]
     pixels = decode_images(backbone.load_vae(torch.float32), sample - time * velocity)
     torch.testing.assert_close((pixels / 2 + 0.5).clamp(0, 1), drawn[:, :3], atol=1e-3, rtol=1e-3)
+
+
+def test_the_velocity_of_flux3_with_its_native_target_time_is_the_pipelines(tmp_path):
+    """Also after a second embedding was added to a model that has none, which changes nothing at first."""
+    torch.manual_seed(0)
+    model = tiny_backbones.Flux3(flow_map=True)
+    model.save_pretrained(tmp_path)
+    flags = ["--pretrained_model_name_or_path", tmp_path, "--model_type", "flux3", "--resolution", 32]
+    args = parsed(*flags, "--train_data_dir", "x", "--max_sequence_length", 80)
+    backbone = twinflow.Flux3(args)
+    encoder = backbone.load_prompt_encoder(torch.float32, torch.device("cpu"))
+    blocks = Flux3DistilledAutoBlocks()
+    blocks.sub_blocks.pop("prompt_upsampler")
+    pipeline = blocks.init_pipeline()
+    parts = {name: model.parts[name] for name in ("transformer", "vae", "text_encoder", "scheduler")}
+    pipeline.update_components(tokenizer=encoder.tokenizer, **parts)
+    steps = []
+    honest = model.parts["scheduler"].step
+
+    def step(output, timestep, sample, **kwargs):
+        steps.append((unpack_latents(sample, 4, 4), timestep / 1000, unpack_latents(output, 4, 4)))
+        return honest(output, timestep, sample, **kwargs)
+
+    model.parts["scheduler"].step = step
+    drawn = pipeline(prompt="a cat", height=32, width=32, num_inference_steps=2, output_type="pt", output="images")
+    with torch.no_grad():
+        cond = twinflow.stack_conditions([backbone.encode_prompt(encoder, "a cat")])
+    transformer = backbone.load_transformer(torch.float32)
+    assert backbone.embeds_target_time(transformer)
+    options = {"transformer": transformer, "backbone": backbone, "dtype": torch.float32, "two_times": True}
+    targets = [time for _, time, _ in steps[1:]] + [torch.zeros(())]
+    for (sample, time, expected), target in zip(steps, targets, strict=True):
+        with torch.no_grad():
+            velocity = twinflow.predict_velocity(sample, time[None], target[None], cond, **options)
+        torch.testing.assert_close(velocity, expected, atol=1e-4, rtol=1e-4)
+    pixels = decode_images(backbone.load_vae(torch.float32), sample - time * velocity)
+    torch.testing.assert_close((pixels / 2 + 0.5).clamp(0, 1), drawn, atol=1e-3, rtol=1e-3)
 
 
 def test_own_samples_of_z_image_have_mirrored_times():
@@ -397,7 +441,7 @@ def test_the_second_time_embedding_changes_nothing_at_first_nor_at_the_time_itse
     before = run(stock, t)
     assert before.std() > 0
     torch.testing.assert_close(backbone.predict(stock, x, t, cond).detach(), before)  # as a pipeline calls it
-    for init in ("zero", "copy", "normal"):
+    for init in ("zero",) if model_type == "flux3" else ("zero", "copy", "normal"):
         model = backbone.load_transformer(torch_dtype)
         backbone.add_target_time(model, init)
         assert torch.equal(run(model, t), before)  # a stock pipeline, which tells one time
@@ -434,7 +478,9 @@ def test_times_are_embedded_exactly_in_bf16(backbone_flags, model_type, two_time
             backbone.add_target_time(transformer, "copy")
         seen = []
         for name, module in transformer.named_modules():
-            if name.startswith(backbone.time_module) and name.endswith(("timestep_embedder.linear_1", "mlp.0")):
+            if name.startswith((backbone.time_module, backbone.target_time_module)) and name.endswith(
+                ("timestep_embedder.linear_1", "mlp.0")
+            ):
                 module.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
         twinflow.predict_velocity(
             x, *times, cond, transformer=transformer, backbone=backbone, dtype=dtype, two_times=two_times
@@ -445,7 +491,7 @@ def test_times_are_embedded_exactly_in_bf16(backbone_flags, model_type, two_time
     exact = embedded(times, torch.float32)
     rounded = embedded([time.bfloat16().float() for time in times], torch.float32)
     found = embedded(times, torch.bfloat16)
-    assert len(found) == 1 + two_times  # that of t' after that of t
+    assert len(found) == 1 + two_times + (model_type == "flux3")  # t, of FLUX.3 the prompt's time, t'
     for found_one, exact_one in zip(found, exact, strict=True):
         assert torch.equal(found_one, exact_one.bfloat16())
     assert not torch.allclose(found[0].float(), rounded[0], atol=2e-2)
@@ -494,7 +540,7 @@ def parsed(*flags):
 
 @pytest.mark.parametrize(
     "model_type",
-    ["flux", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sana", *SAMPLING))],
+    ["flux", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sana", "flux3", *SAMPLING))],
 )
 def test_batches_keep_to_one_of_two_sizes_and_resume_bit_for_bit(
     train, backbone_flags, short, tmp_path, monkeypatch, model_type
@@ -1089,7 +1135,7 @@ def test_a_sharded_run_resumes_bit_for_bit(flags, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model_type", SAMPLING)
+@pytest.mark.parametrize("model_type", [*SAMPLING, "flux3"])
 def test_all_weights_of_a_backbone_are_trained_sharded_in_bf16(backbone_flags, short, tmp_path, model_type):
     flags = [*backbone_flags[model_type], *short, "--fsdp", "--mixed_precision", "bf16", "--upcast_before_saving"]
     launch_two([*flags, "--cache_latents", "--output_dir", tmp_path])

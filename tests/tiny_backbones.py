@@ -14,6 +14,7 @@ from diffusers import (
     Flux2KleinPipeline,
     Flux2Pipeline,
     Flux2Transformer2DModel,
+    Flux3Transformer2DModel,
     QwenImage21Pipeline,
     QwenImage21Transformer2DModel,
     QwenImageEditPlusPipeline,
@@ -62,6 +63,7 @@ CONDITIONS = {  # of a prompt of five tokens, by train_twinflow.py's model types
     "qwenimage": MASKED,
     "qwenimage-edit": MASKED,
     "qwenimage21": MASKED,
+    "flux3": {"encoder_hidden_states": (5, 128)},
     "z-image": {"cap_feats": (5, 32), "cap_mask": (5,)},
 }
 
@@ -137,18 +139,14 @@ PARTS_TEMPLATE = (
 )
 
 
-def qwenimage21():
-    """Qwen-Image-2.1 with the part of its processor that reads prompts, under the processor's name."""
-    from train_twinflow import TextProcessor
-
-    tokenizer = qwen_tokenizer()
+def qwen3_vl(tokenizer, width, layers):
     ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("image_pad", "video_pad", "vision_start")}
     config = Qwen3VLConfig(
         text_config={
             "vocab_size": len(tokenizer),
-            "hidden_size": 32,
-            "intermediate_size": 32,
-            "num_hidden_layers": 2,
+            "hidden_size": width,
+            "intermediate_size": width,
+            "num_hidden_layers": layers,
             "num_attention_heads": 2,
             "num_key_value_heads": 1,
             "head_dim": 16,
@@ -159,7 +157,7 @@ def qwenimage21():
             "hidden_size": 16,
             "intermediate_size": 16,
             "num_heads": 2,
-            "out_hidden_size": 32,
+            "out_hidden_size": width,
             "deepstack_visual_indexes": [0],
             "num_position_embeddings": 16,
         },
@@ -167,6 +165,42 @@ def qwenimage21():
         video_token_id=ids["video_pad"],
         vision_start_token_id=ids["vision_start"],
     )
+    return Qwen3VLForConditionalGeneration(config)
+
+
+class Flux3:
+    """FLUX.3's parts in the folders of its repository; its pipelines are modular."""
+
+    def __init__(self, flow_map=False):
+        tokenizer = qwen_tokenizer()
+        tokenizer.chat_template = QWEN3_TEMPLATE
+        transformer = Flux3Transformer2DModel(
+            num_layers=1,
+            num_single_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=8 * 16,
+            axes_dims_rope=(4, 4, 4, 4),
+            flow_map=flow_map,
+        )
+        self.parts = {
+            "transformer": randomised(transformer),
+            "vae": flux2_parts(16, guidance_embeds=False, latent_channels=32)["vae"],
+            "text_encoder": qwen3_vl(tokenizer, width=16, layers=32),  # of which every fourth layer is read
+            "tokenizer": tokenizer,
+            "scheduler": FlowMatchEulerDiscreteScheduler(shift=6.93),
+        }
+
+    def save_pretrained(self, folder):
+        for name, part in self.parts.items():
+            part.save_pretrained(folder / name)
+
+
+def qwenimage21():
+    """Qwen-Image-2.1 with the part of its processor that reads prompts, under the processor's name."""
+    from train_twinflow import TextProcessor
+
+    tokenizer = qwen_tokenizer()
     transformer = QwenImage21Transformer2DModel(
         num_layers=2, attention_head_dim=16, num_attention_heads=2, context_in_dim=32, axes_dims_rope=(4, 6, 6)
     )
@@ -176,7 +210,7 @@ def qwenimage21():
         transformer=randomised(transformer),
         vae=vae,
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-        text_encoder=Qwen3VLForConditionalGeneration(config),
+        text_encoder=qwen3_vl(tokenizer, width=32, layers=2),
         processor=processor(tokenizer, PARTS_TEMPLATE),
     )
 
