@@ -665,22 +665,29 @@ def processes(count):
 @dataclass
 class Estimate:
     """Bytes of a run: `rows` are what each device holds while it trains, `peaks` the most at once of each phase; `ram`
-    is what each process has of its own, `files` what all map together from disk, `disk` what lies there."""
+    is what each process has of its own, `files` what all map together from disk, `disk` what lies there. `step` is what
+    `training_step` found."""
 
     rows: dict[str, int]
     peaks: dict[str, int]
     ram: dict[str, int]
     files: int
     disk: dict[str, int]
+    step: dict
 
 
-def estimate(model, args):
-    """The Estimate of a run of `model` with these flags."""
+def estimate(model, args, step=None):
+    """The Estimate of a run of `model` with these flags.
+
+    `step` of an Estimate saves most of the time where flags differ that a forward and backward pass do not depend on:
+    --offload, --cache_latents, --blocks_to_swap, --quantize_text_encoders and the optimizer's.
+    """
     dtype = DTYPES[args.mixed_precision]
     quantize_blockwise(torch.zeros(256))  # makes a table that nf4 needs, from numbers that fake tensors do not have
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # returns a view, which nothing writes to
-    with as_on(args.device), processes(args.num_processes) if args.fsdp else nullcontext():
-        step = training_step(model, args)
+    if step is None:
+        with as_on(args.device), processes(args.num_processes) if args.fsdp else nullcontext():
+            step = training_step(model, args)
     length = next(iter(model.conditions.values()))[0]
     encoders = []
     for create in model.text_encoders:
@@ -754,7 +761,7 @@ def estimate(model, args):
         "1000 cached images": 1000 * vae["cached"],
         "1000 cached prompts": 1000 * dtype.itemsize * sum(map(math.prod, model.conditions.values())),
     }
-    return Estimate(rows, peaks, ram, max(size_of(transformer, dtype), text_files), disk)
+    return Estimate(rows, peaks, ram, max(size_of(transformer, dtype), text_files), disk, step)
 
 
 @functools.cache

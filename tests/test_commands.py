@@ -72,6 +72,7 @@ NOT_RUN = {
     "python tests/same_weights.py": "minutes, of two checkouts",
     "python examples/toy/pretrain.py": "more than an hour",
     "python examples/estimate_memory.py": "seconds to minutes each; tests/test_estimate_memory.py runs it",
+    "python examples/suggest.py": "a minute; tests/test_suggest.py runs it",
 }
 PROGRAMS = {"python", *(name for name in NOT_RUN if " " not in name), "accelerate"}
 

@@ -281,6 +281,12 @@ def test_swapped_blocks_lie_in_ram_and_leave_two_places_on_the_card(plain):
         assert plain.peaks[phase] - swapped.peaks[phase] == gone, phase
 
 
+@pytest.mark.parametrize("flags", [["--blocks_to_swap", "4"], ["--offload", "--use_8bit_adam"]])
+def test_a_known_step_changes_no_estimate(plain, flags):
+    args = parse_args(["--cache_latents", "--resolution", "64", *flags])
+    assert estimate(model_like("FLUX.1-dev", 2), args, plain.step) == of_small(*flags)
+
+
 def test_an_average_is_a_second_adapter(plain):
     averaged = of_small("--use_ema")
     more = averaged.peaks["optimizer step"] - plain.peaks["optimizer step"]

@@ -24,7 +24,7 @@ TOOLS = [
     *("examples.report", "examples.convert_lora", "examples.estimate_memory", "examples.toy.compare"),
     *("examples.toy.pretrain", "examples.toy.world", "examples.twinflow.compare"),
     *("examples.influxedit.combine_images", "examples.influxedit.prepare_fill_circles"),
-    "examples.influxedit.toy_circles",
+    *("examples.influxedit.toy_circles", "examples.suggest"),
 ]
 PROGRAMS = [*TRAINERS, *GENERATORS, *TOOLS]
 LORA = "pytorch_lora_weights.safetensors"
@@ -94,6 +94,7 @@ def commands(place, short_runs, monkeypatch):
         "examples.influxedit.combine_images": "--dir_a images --dir_b targets --output_dir joined",
         "examples.influxedit.prepare_fill_circles": "--zip circles.zip --output prepared",
         "examples.influxedit.toy_circles": "new.zip",
+        "examples.suggest": "images --gpu 12GB",
     }
     commands = {name: text.split() for name, text in words.items()}
     for name, flags in short_runs.items():
@@ -359,6 +360,10 @@ OTHERS = {  # {program: commands whose input is of another kind, or whose output
     "examples.estimate_memory": [
         *("--fsdp", "--training full --quantize_base nf4", "--training full --model FLUX.1-Fill-dev", "dreambooth"),
         *("--resolution 40", "--model Sana-1.6B --resolution 48", "--num_processes 2 --fsdp --optimizer prodigy"),
+    ],
+    "examples.suggest": [
+        *("nowhere --gpu 12GB", "0.png --gpu 12GB", "dreambooth --gpu 12GB", "images --gpu 0", "images --gpu 12MB"),
+        *("images --gpu 12GB --class_word=", "images --gpu 12GB --class_word a,b", "images 12GB"),
     ],
     "examples.toy.world": ["glyph images", "glyph 0.png", "glyph 0.png/x", "square new", "glyph"],
     "examples.influxedit.toy_circles": ["circles.zip", "images", "0.png/x.zip", "0.png"],

@@ -1,0 +1,445 @@
+"""Looks at a folder of photos and at the GPU, and prints the command that trains on them, its memory, and why.
+
+    python examples/suggest.py photos/ --gpu 12GB --class_word dog
+
+Nothing is trained or written. Memory is what examples/estimate_memory.py estimates, which takes up to a minute.
+"""
+
+import argparse
+import os
+import re
+import shlex
+import statistics
+import sys
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+
+# isort: split
+from common.arguments import Parser
+from common.checkpoints import unused_path
+from common.data import Size, check_captions, describe_data, fit, map_examples, read_folder, read_prompts, upright
+from common.tracking import FORECAST_STEP, python
+
+import cv2
+import numpy as np
+import torch
+from PIL import ExifTags, Image
+
+from examples import estimate_memory
+from examples.estimate_memory import GIB, MODELS, needed
+
+
+ROOT = Path(__file__).parents[1]
+HUB_IDS = {  # {name in estimate_memory.py: what is trained}
+    "FLUX.1-dev": "black-forest-labs/FLUX.1-dev",
+    "FLUX.2-klein-4B": "black-forest-labs/FLUX.2-klein-base-4B",
+    "FLUX.2-klein-9B": "black-forest-labs/FLUX.2-klein-base-9B",
+    "FLUX.2-dev": "black-forest-labs/FLUX.2-dev",
+}
+CLASS_WORDS = ("dog", "cat", "person", "car", "house")  # whose images keep what the model knows
+NUM_CLASS_IMAGES = 200
+ENOUGH = range(5, 21)  # photos of a subject, as the page says; more, with captions, are taken for a style
+LEAST_SIDE = 256  # pixels that are trained at least, in steps of 64
+SWAP_STEP = 4  # blocks, from one number of --blocks_to_swap that is tried to the next
+ALIKE = 4  # of 64 bits: photos that differ in no more are said to look alike
+BLURRED = 100  # variance of the Laplacian of grey, 0 to 255; a usual value, which nothing here has measured
+LONG = 1.5  # times the shorter side: of a longer photo, a third is not in the square that is trained
+COLUMNS = 100  # of a line
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Photos
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Photo:
+    """What is seen in an image: its size (upright), whether EXIF turns it and whether it has transparent parts; 64
+    bits in which images that look alike differ little; the variance of its Laplacian."""
+
+    size: Size
+    is_turned: bool
+    is_transparent: bool
+    bits: np.ndarray
+    sharpness: float
+
+
+def look(example):
+    """The Photo of an example; raises what PIL raises for a damaged file."""
+    image = example.read()
+    is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    is_transparent = image.has_transparency_data
+    image = upright(image)
+    grey = image.convert("L")
+    return Photo(Size.of(image), is_turned, is_transparent, difference_hash(grey), sharpness(grey))
+
+
+def difference_hash(grey):
+    """Whether each of 8 x 8 places is brighter than the one to its left: booleans [64]."""
+    places = np.asarray(grey.resize((9, 8), Image.Resampling.BOX))
+    return (places[:, 1:] > places[:, :-1]).flatten()
+
+
+def sharpness(grey):
+    """The variance of the Laplacian of the square in the middle, at most 512 pixels wide: low if an image is blurred,
+    and if it shows smooth things."""
+    side = min(512, *grey.size)
+    return float(cv2.Laplacian(np.asarray(fit(grey, (side, side))), cv2.CV_64F).var())
+
+
+def look_alike(photos):
+    """[(name of the first, name of another that looks like it)] of {name: Photo}."""
+    firsts = {}
+    pairs = []
+    for name, photo in photos.items():
+        alike = [first for first, bits in firsts.items() if np.count_nonzero(bits != photo.bits) <= ALIKE]
+        if alike:
+            pairs.append((alike[0], name))
+        else:
+            firsts[name] = photo.bits
+    return pairs
+
+
+def middle_side(photos):
+    """The median of the shorter sides in pixels."""
+    return int(statistics.median_low(min(photo.size) for photo in photos.values()))
+
+
+def describe_photos(photos):
+    """What is seen in {name: Photo}, {label: text}."""
+    sides = [min(photo.size) for photo in photos.values()]
+    turned = sum(photo.is_turned for photo in photos.values())
+    transparent = sum(photo.is_transparent for photo in photos.values())
+    long = sum(max(photo.size) > LONG * min(photo.size) for photo in photos.values())
+    lines = {"shorter sides": f"{min(sides)} to {max(sides)} pixels, the median is {middle_side(photos)}"}
+    if turned:
+        lines["turned by EXIF"] = f"{turned}: trained as a viewer shows them"
+    if transparent:
+        lines["transparent"] = f"{transparent}: transparent parts become white"
+    if long:
+        lines["long"] = f"{long} longer than {LONG} times the shorter side: a random square of each is trained"
+    return lines
+
+
+def doubts(photos, resolution):
+    """What a person should look at in {name: Photo}, a sentence each."""
+    found = [f"{first} and {name} look alike: keep the better one" for first, name in look_alike(photos)]
+    for name, photo in photos.items():
+        if min(photo.size) < resolution:
+            found.append(f"{name}, {photo.size}, is too small: it is enlarged to {resolution} pixels")
+        if photo.sharpness < BLURRED:
+            found.append(f"{name} may be blurred: look at it")
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is learned, and what is kept
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def style_flags():
+    """(the flags of a style whose images have captions, {flag: why})."""
+    flags = ["--instance_prompt=sks style", "--validation_prompt=a house on a hill, sks style"]
+    keep = "prompts of your own in a file keep others as they are: --preserve_outputs=1 --preserve_prompts=prompts.txt"
+    return flags, {"--instance_prompt": "more than a few images with captions: a style", "not given": keep}
+
+
+def subject_flags(words, class_word, captions):
+    """(the flags of a subject that prompts call `words`, {flag: why}); a photo's caption is None if it has none."""
+    prompt = f"a photo of {words}" if not any(captions) else words
+    flags = [f"--instance_prompt={prompt}", f"--validation_prompt={words} on the beach"]
+    reasons = {"--instance_prompt": f"prompts call the subject {words!r}"}
+    others = ",".join(dict.fromkeys([class_word, *CLASS_WORDS]))
+    class_prompt = f"{words}=>{others}"
+    _, problems = read_prompts("--class_prompt", class_prompt, [caption or prompt for caption in captions])
+    if problems:
+        keep = f"no caption says {words!r}: write it into them, then class images can keep what the model knows"
+        return flags, reasons | {"not given": keep}
+    flags += ["--with_prior_preservation", f"--class_data_dir={class_word}-class-images"]
+    flags += [f"--class_prompt={class_prompt}", f"--num_class_images={NUM_CLASS_IMAGES}", "--prior_target=base"]
+    flags += ["--timestep_sampling=shift"]
+    keep = "class images keep what the model knows: on the toy, ordinary prompts stay at 92 of 97, not at 28"
+    return flags, reasons | {"--class_prompt": keep, "--timestep_sampling": "high noise levels, with which that was measured"}
+
+
+def prompt_flags(args, is_style, captions, words):
+    """(the flags of what is learned and kept, {flag: why})."""
+    flags, reasons = style_flags() if is_style else subject_flags(words, args.class_word, captions)
+    if any(captions):
+        flags += ["--caption_dropout=0.2", "--caption_dropout_to=instance_prompt"]
+        reasons["--caption_dropout"] = "the prompt alone works, too: on the toy, a score of 59, not of 28"
+    return flags, reasons
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What fits
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Way:
+    """A way to train: a preset, the flags that change it, why; and the Estimate of the command, once there is one."""
+
+    preset: str
+    flags: list[str]
+    why: str
+    memory_flags: list[str] | None = None  # of estimate_memory.py
+    estimate: estimate_memory.Estimate | None = None
+
+    @property
+    def words(self):
+        return shlex.split((ROOT / self.preset).read_text(), comments=True) + self.flags
+
+    @property
+    def peak(self):
+        """(GiB of a card, the phase that needs them)"""
+        phase = max(self.estimate.peaks, key=self.estimate.peaks.get)
+        return needed(self.estimate.peaks[phase]), phase
+
+
+def settings_of(words):
+    """The values of some flags among a command's words."""
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    for flag in ("--resolution", "--max_train_steps", "--train_batch_size"):
+        parser.add_argument(flag, type=int)
+    parser.add_argument("--gradient_accumulation_steps", type=int, default=1)
+    parser.add_argument("--with_prior_preservation", action="store_true")
+    parser.add_argument("--quantize_base", default="none")
+    return parser.parse_known_args(words)[0]
+
+
+def memory_flags(words):
+    """The flags of estimate_memory.py among those of a training command."""
+    known = vars(estimate_memory.parse_args([]))
+    kept = []
+    for word in words:
+        if word.startswith("--"):
+            is_known = word.removeprefix("--").partition("=")[0] in known
+        if is_known:
+            kept.append(word)
+    settings = settings_of(words)
+    if settings.with_prior_preservation:  # a class image for each photo of a batch
+        kept.append(f"--train_batch_size={2 * settings.train_batch_size}")
+    return kept
+
+
+def ways(model, can_have_token, side):
+    """Ways to train a model, each slower than the one before, or further from the base model; images have at most
+    `side` pixels a side."""
+    folder = "examples/dreambooth"
+    if model == "FLUX.1-dev" and can_have_token:
+        why = "a LoRA and new tokens, trained on large images: the most of the presets, and it fits"
+        yield Way(f"{folder}/best_quality.args", [], why)
+    yield Way(f"{folder}/fast.args", [], "the least time per step: nothing is recomputed or quantized, and it fits")
+    small = f"{folder}/low_memory.args" if model == "FLUX.1-dev" else f"{folder}/flux2_klein_low_memory.args"
+    recomputed = "it fits if activations are recomputed"
+    yield Way(small, ["--quantize_base=none"], f"{recomputed}; weights stay as they are")
+    yield Way(small, ["--quantize_base=int8"], f"{recomputed} and weights have 8 bits, which need not be 4")
+    scores = "on the toy, a LoRA on such weights scores 57, on whole ones 62"
+    yield Way(small, [], f"{recomputed} and weights have 4 bits; {scores}")
+    if side > LEAST_SIDE:
+        yield Way(small, [f"--resolution={LEAST_SIDE}"], f"only small images fit, with weights in 4 bits; {scores}")
+
+
+def is_hopeless(args, way):
+    """Whether already the weights are more than the card, which takes no time to find out."""
+    least = {"none": 1, "int8": 1 / 2, "nf4": 0}[settings_of(way.words).quantize_base]  # nf4: they can lie in RAM
+    model = MODELS[args.model]
+    transformer = estimate_memory.on_meta(lambda: model.transformer(**model.config))
+    return needed(least * estimate_memory.size_of(transformer, torch.bfloat16)) > args.gpu
+
+
+def estimated(args, way, prompts, *more_flags, step=None):
+    """The way with more flags and the Estimate of its command."""
+    changed = Way(way.preset, [*way.flags, *more_flags], way.why)
+    changed.memory_flags = ["--model", args.model, *memory_flags([*changed.words, *prompts])]
+    known = estimate_memory.parse_args(changed.memory_flags)
+    changed.estimate = estimate_memory.estimate(MODELS[args.model], known, step)
+    return changed
+
+
+def with_ram(args, way, prompts):
+    """An estimated way of quantized weights that does not fit, with what helps: text encoders in 4 bits, blocks in
+    RAM."""
+    step = way.estimate.step
+    if needed(way.estimate.peaks["encoding prompts"]) > args.gpu:
+        way = estimated(args, way, prompts, "--quantize_text_encoders=nf4", step=step)
+        way.why += ". The model that reads prompts has 4 bits, too"
+    smaller = way
+    for count in range(SWAP_STEP, len(step["blocks"]) + 1, SWAP_STEP):
+        if smaller.peak[0] <= args.gpu:
+            break
+        smaller = estimated(args, way, prompts, f"--blocks_to_swap={count}", step=step)
+        smaller.why += f". {count} of {len(step['blocks'])} blocks wait in RAM, which takes time in each step"
+    return smaller
+
+
+def find_way(args, photos, captions, is_style):
+    """(the first of `ways` that fits, or the last; the flags of prompts; {flag: why} of these)."""
+    side = max(LEAST_SIDE, middle_side(photos) // 64 * 64)
+    for way in ways(args.model, not is_style and not any(captions), side):
+        words = "TOK" if "--train_text_encoder_ti" in way.words else f"sks {args.class_word}"
+        prompts, reasons = prompt_flags(args, is_style, captions, words)
+        if side < settings_of(way.words).resolution:
+            way.flags.append(f"--resolution={side}")
+            reasons["--resolution"] = f"half of the photos are no larger than {middle_side(photos)} pixels"
+        if is_hopeless(args, way):
+            continue
+        print(f"estimating the memory of {way.preset} {' '.join(way.flags)}", file=sys.stderr, flush=True)
+        way = estimated(args, way, prompts)
+        if way.peak[0] > args.gpu and settings_of(way.words).quantize_base == "nf4":
+            way = with_ram(args, way, prompts)
+        if way.peak[0] <= args.gpu:
+            break
+    return way, prompts, reasons
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def gigabytes(text):
+    """An argparse type: the memory of a card, such as 12GB or 12."""
+    found = re.fullmatch(r"(\d{1,4}(?:\.\d+)?) ?(?:GB?|GiB)?", text.strip(), re.IGNORECASE)
+    if not found or float(found[1]) == 0:
+        raise argparse.ArgumentTypeError(f"{text}: expected the card's memory, such as 12GB")
+    return float(found[1])
+
+
+def class_word(text):
+    """An argparse type: a word or two that name a kind of thing."""
+    if not re.fullmatch(r"\w[\w -]*", text):
+        raise argparse.ArgumentTypeError(f"{text}: expected a word for what the photos show, such as dog")
+    return text
+
+
+def parse_args(argv=None):
+    parser = Parser(description=__doc__, takes="PHOTOS")
+    parser.add_argument("photos", metavar="PHOTOS", type=Path, help="folder of images, captions beside them if any")
+    parser.add_argument("--gpu", type=gigabytes, metavar="12GB", help="memory of the card (default: of the one here)")
+    parser.add_argument("--model", choices=HUB_IDS, default="FLUX.1-dev", help="what is trained")
+    parser.add_argument("--class_word", type=class_word, default="thing", help="what the photos show: dog, man, cup")
+    parser.add_argument(
+        "--kind",
+        choices=("subject", "style"),
+        help=f"what is learned (default: a style from more than {ENOUGH[-1]} images of which most have captions)",
+    )
+    args = parser.parse_args(argv)
+    problems = []
+    args.card = "by --gpu"
+    if args.gpu is None and torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        args.gpu = properties.total_memory / GIB
+        args.card = properties.name
+    elif args.gpu is None:
+        problems.append("no GPU is found here: say which one will train, such as --gpu 12GB")
+    args.examples, args.unread = read_folder(args.photos, flag="PHOTOS")
+    if not args.examples:
+        problems += args.unread
+    parser.refuse(problems)
+    args.parser = parser
+    return args
+
+
+def print_lines(title, lines):
+    """{label: text} below a title, wrapped."""
+    print(title)
+    for label, text in lines.items():
+        print(textwrap.fill(text, COLUMNS, initial_indent=f"  {label:20}", subsequent_indent=" " * 22))
+
+
+def command_text(words):
+    """A command as a shell reads it, in lines."""
+    lines = [""]
+    for word in words:
+        flag, equals, value = word.partition("=")
+        quoted = f"{flag}={shlex.quote(value)}" if equals and flag.startswith("--") else shlex.quote(word)
+        if len(lines[-1]) + len(quoted) > COLUMNS - 4:
+            lines.append(" ")
+        lines[-1] += f" {quoted}" if lines[-1] else quoted
+    return " \\\n".join(lines)
+
+
+def from_here(name):
+    """The path of a file of this project, as short as it is from the working folder."""
+    return os.path.relpath(ROOT / name)
+
+
+def print_suggestion(args, photos, way, prompts, reasons, is_style):
+    name = "sks-style" if is_style else f"sks-{args.class_word.replace(' ', '-')}"
+    settings = settings_of([*way.words, *prompts])
+    print("Train with:\n")
+    command = [from_here("train_dreambooth_flux_advanced.py"), f"@{from_here(way.preset)}", *way.flags]
+    command += [f"--pretrained_model_name_or_path={HUB_IDS[args.model]}", f"--instance_data_dir={args.photos}"]
+    command += [*prompts, f"--output_dir={unused_path(Path(name))}"]
+    print(f"{python()} {command_text(command)}\n")
+
+    gib, phase = way.peak
+    found = way.estimate
+    images = settings.train_batch_size * settings.gradient_accumulation_steps
+    steps = f"{settings.max_train_steps} steps, each of {images} images"
+    before = ""
+    if settings.with_prior_preservation:
+        steps += f" and {images} class images"
+        before = f" Before that, {NUM_CLASS_IMAGES} class images are drawn."
+    lines = {
+        "GPU": f"{gib:.1f} GB of {args.gpu:.4g}, the most while: {phase}",
+        "RAM": f"{sum(found.ram.values()) / GIB:.0f} GiB, and files of {found.files / GIB:.0f} GiB are read into it",
+        "disk": f"{found.disk['model'] / GIB:.0f} GiB for the model",
+        "time": f"{steps}.{before} No table has the time of a card: after {FORECAST_STEP} steps, the trainer says "
+        "how long the rest will take",
+    }
+    print_lines("Expected:", lines)
+    print(f"\nThe memory is estimated, by\n{command_text(['python', 'examples/estimate_memory.py', *way.memory_flags])}\n")
+    why = {"preset": way.why, **reasons}
+    if args.class_word == "thing" and not is_style:
+        why["thing"] = "say what the photos show, such as --class_word dog"
+    print_lines("Why (examples/dreambooth/README.md has the figures):", why)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    found = map_examples(look, args.examples)
+    photos = {}
+    readable = []
+    problems = list(args.unread)
+    for example, (photo, problem) in zip(args.examples, found, strict=True):
+        if problem:
+            problems.append(problem)
+        else:
+            example.size = photo.size
+            photos[Path(example.name).name] = photo
+            readable.append(example)
+    if not photos:
+        args.parser.refuse(problems)
+    problems += check_captions(readable, default="")
+    captions = [example.caption if isinstance(example.caption, str) else None for example in readable]
+    has_captions = sum(caption is not None for caption in captions) > len(captions) / 2
+    is_style = args.kind == "style" or (args.kind is None and has_captions and len(photos) > ENOUGH[-1])
+
+    lines = describe_photos(photos) | describe_data(args.examples, [args.photos], "--instance_prompt, as they have none")
+    if len(photos) < ENOUGH[0]:
+        lines["few"] = f"{ENOUGH[0]} to {ENOUGH[-1]} photos, in different places and light, are enough"
+    print_lines(f"{len(args.examples)} images in {args.photos}", lines)
+    way, prompts, reasons = find_way(args, photos, captions, is_style)
+    look_at = doubts(photos, settings_of(way.words).resolution)
+    if look_at:
+        print("Look at\n  " + "\n  ".join(look_at))
+    if problems:
+        print("Mend this first, the trainer refuses it\n  " + "\n  ".join(problems))
+    print(f"{args.model} on a GPU of {args.gpu:.4g} GB ({args.card})\n")
+    gib, phase = way.peak
+    if gib > args.gpu:
+        remedy = "" if args.model == "FLUX.2-klein-4B" else ": --model FLUX.2-klein-4B needs less"
+        args.parser.refuse([f"--gpu {args.gpu:.4g}GB: {args.model} needs {gib:.1f} GB while {phase}{remedy}"])
+    print_suggestion(args, photos, way, prompts, reasons, is_style)
+
+
+if __name__ == "__main__":
+    main()

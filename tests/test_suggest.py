@@ -1,0 +1,245 @@
+"""examples/suggest.py: what it sees in photos, and that the command it prints fits the card and runs."""
+
+import argparse
+import dataclasses
+import random
+import shlex
+from pathlib import Path
+
+from common.data import read_folder
+
+import numpy as np
+import pytest
+import tiny_backbones
+import torch
+from diffusers import AutoencoderKL
+from PIL import ExifTags, Image, ImageFilter
+from test_estimate_memory import model_like
+
+import train_dreambooth_flux_advanced as dreambooth
+from examples import estimate_memory, suggest
+from examples.estimate_memory import MODELS, clip_l, estimate, needed, training_step
+
+
+FLUX1 = "FLUX.1-dev"
+
+
+def photo(seed, width=300, height=300):
+    """Squares of many colours, and noise: sharp, and unlike that of another seed."""
+    generator = np.random.default_rng(seed)
+    squares = Image.fromarray(generator.integers(0, 255, (6, 6, 3), np.uint8)).resize((width, height), 0)
+    noise = generator.integers(-20, 20, (height, width, 1))
+    return Image.fromarray((np.asarray(squares) + noise).clip(0, 255).astype(np.uint8))
+
+
+def write_photos(folder, count, *, captions=False, sides=(300,)):
+    folder.mkdir()
+    for i in range(count):
+        photo(i, random.Random(i).choice(sides), random.Random(-i).choice(sides)).save(folder / f"{i:02}.jpg")
+        if captions:
+            (folder / f"{i:02}.txt").write_text(f"a hill in summer, number {i}")
+    return folder
+
+
+def looked_at(folder):
+    """{name: Photo} of a folder, and the problems."""
+    examples, _ = read_folder(folder)
+    found = suggest.map_examples(suggest.look, examples)
+    photos = {Path(e.name).name: seen for e, (seen, problem) in zip(examples, found, strict=True) if not problem}
+    return photos, [problem for _, problem in found if problem]
+
+
+def tiny_vae():
+    kinds = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    return AutoencoderKL(**kinds, block_out_channels=(8, 8, 16, 16), latent_channels=16, norm_num_groups=4)
+
+
+THREE_BLOCKS = model_like(FLUX1, 1)
+THREE_BLOCKS = dataclasses.replace(
+    THREE_BLOCKS,
+    config=THREE_BLOCKS.config | {"num_attention_heads": 24},
+    text_encoders=(clip_l,),
+    vae=tiny_vae,
+)
+STEPS = {}  # what steps of this model need, by their flags
+
+
+def known_step(model, args):
+    flags = str(sorted(vars(args).items()))
+    if flags not in STEPS:
+        STEPS[flags] = training_step(model, args)
+    return STEPS[flags]
+
+
+@pytest.fixture
+def small_model(monkeypatch):
+    """A FLUX.1 of three blocks in the place of the real one, whose estimates take a minute."""
+    monkeypatch.setitem(MODELS, FLUX1, THREE_BLOCKS)
+    monkeypatch.setattr(estimate_memory, "training_step", known_step)
+    monkeypatch.setattr(suggest, "SWAP_STEP", 1)
+
+
+def suggested(capsys, folder, *flags):
+    """(words of the printed command after the script, all that was printed)."""
+    capsys.readouterr()
+    suggest.main([str(folder), *flags])
+    printed = capsys.readouterr().out
+    command = printed.split("Train with:\n\n")[1].split("\n\nExpected")[0]
+    return shlex.split(command.replace("\\\n", ""))[2:], printed
+
+
+def trainer_args(words, model, capsys):
+    """What the trainer reads in a command, which has no flag without effect."""
+    capsys.readouterr()
+    args = dreambooth.parse_args([*words, "--pretrained_model_name_or_path", str(model)])
+    assert capsys.readouterr().err == ""
+    return args
+
+
+def estimated_gigabytes(args, model_name):
+    """What the flags that a trainer has read need of a card."""
+    known = vars(estimate_memory.parse_args(["--model", model_name]))
+    flags = known | {name: value for name, value in vars(args).items() if name in known}
+    flags["blocks_to_swap"] = args.blocks_to_swap or 0
+    if args.with_prior_preservation:
+        flags["train_batch_size"] *= 2
+    return needed(max(estimate(MODELS[model_name], argparse.Namespace(**flags)).peaks.values()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Photos
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_photos_are_looked_at(tmp_path):
+    folder = write_photos(tmp_path / "photos", 4)
+    photo(1).resize((200, 200)).save(folder / "copy.jpg", quality=80)
+    photo(5).filter(ImageFilter.GaussianBlur(6)).save(folder / "soft.png")
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6
+    photo(6, 500, 300).save(folder / "turned.jpg", exif=turned)
+    see_through = photo(7)
+    see_through.putalpha(100)
+    see_through.save(folder / "see_through.png")
+    (folder / "broken.jpg").write_bytes((folder / "00.jpg").read_bytes()[:1000])
+
+    photos, problems = looked_at(folder)
+    assert len(problems) == 1 and "broken.jpg" in problems[0]
+    assert photos["turned.jpg"].size == (500, 300)  # height, width
+    lines = suggest.describe_photos(photos)
+    assert lines["shorter sides"].startswith("200 to 300 pixels")
+    assert all(lines[label].startswith("1") for label in ("turned by EXIF", "transparent", "long"))
+    found = suggest.doubts(photos, 256)
+    assert len(found) == 3
+    for sentence, words in zip(found, (("01.jpg", "copy.jpg", "alike"), ("copy.jpg", "small"), ("soft.png", "blurred"))):
+        assert all(word in sentence for word in words)
+
+
+def test_different_photos_are_not_alike(tmp_path):
+    photos, _ = looked_at(write_photos(tmp_path / "photos", 40))
+    assert suggest.look_alike(photos) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Commands
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_eight_photos_are_a_subject_and_the_command_runs(small_model, train, tiny_model, tmp_path, monkeypatch, capsys):
+    folder = write_photos(tmp_path / "my photos", 8)
+    monkeypatch.chdir(tmp_path)
+    words, printed = suggested(capsys, folder, "--gpu", "2.2GB", "--class_word", "toy cat")
+    assert "--class_word" not in printed
+    args = trainer_args(words, tiny_model, capsys)
+    assert args.quantize_base == "nf4" and estimated_gigabytes(args, FLUX1) <= 2.2
+    assert args.instance_prompt == "a photo of sks toy cat" and args.class_prompt.startswith("sks toy cat=>toy cat,")
+    assert args.with_prior_preservation and args.prior_target == "base"
+    assert args.resolution == 256  # those of 300 pixels are not enlarged
+    small = ["--resolution", 32, "--num_class_images", 2, "--num_validation_images", 1, "--max_sequence_length", 8]
+    small += ["--pretrained_model_name_or_path", tiny_model, "--report_to", "none", "--max_train_steps", 1]
+    train("train_dreambooth_flux_advanced", *words, *small)
+    assert (tmp_path / "sks-toy-cat" / "pytorch_lora_weights.safetensors").exists()
+    again, _ = suggested(capsys, folder, "--gpu", "2.2GB", "--class_word", "toy cat")
+    assert again[-1] == "--output_dir=sks-toy-cat-1"
+
+
+def test_many_photos_with_captions_are_a_style(small_model, tiny_model, tmp_path, monkeypatch, capsys):
+    folder = write_photos(tmp_path / "photos", 40, captions=True)
+    words, printed = suggested(capsys, folder, "--gpu", "8GB")
+    args = trainer_args(words, tiny_model, capsys)
+    assert args.instance_prompt == "sks style" and args.caption_dropout_to == "instance_prompt"
+    assert not args.with_prior_preservation and "--preserve_prompts" in printed
+    assert args.caption_dropout == 0.2 and not args.train_text_encoder_ti
+    few, _ = suggested(capsys, folder, "--gpu", "8GB", "--kind", "subject")
+    args = trainer_args(few, tiny_model, capsys)
+    assert args.instance_prompt == "sks thing" and not args.with_prior_preservation  # no caption has these words
+    for file in folder.glob("*.txt"):
+        file.write_text("sks thing on a hill")
+    few, _ = suggested(capsys, folder, "--gpu", "8GB", "--kind", "subject")
+    assert trainer_args(few, tiny_model, capsys).class_prompt.startswith("sks thing=>")
+
+
+def test_what_the_trainer_refuses_is_named_and_the_rest_is_used(small_model, train, tiny_model, tmp_path, capsys):
+    folder = write_photos(tmp_path / "photos", 6, sides=(280, 400, 520))
+    (folder / "broken.jpg").write_bytes(b"no image")
+    (folder / "phone.heic").write_bytes(b"")
+    (folder / "02.txt").write_text("")
+    words, printed = suggested(capsys, folder, "--gpu", "8GB")
+    mend = printed.split("Mend this first")[1].split("\n\n")[0]
+    assert all(name in mend for name in ("broken.jpg", "phone.heic", "02.jpg"))
+    for name in ("broken.jpg", "phone.heic", "02.txt"):
+        (folder / name).unlink()
+    trainer_args(words, tiny_model, capsys)
+
+
+@pytest.mark.slow
+def test_slower_ways_need_smaller_cards(small_model, tiny_model, tmp_path, capsys):
+    """The printed command needs no more than the card by the estimator, and no way before it fits."""
+    folder = write_photos(tmp_path / "photos", 5, sides=(520,))
+    presets = []
+    for card in (8.0, 3.5, 3.2, 2.4, 2.25, 1.9):
+        words, printed = suggested(capsys, folder, "--gpu", f"{card}GB")
+        needs = estimated_gigabytes(trainer_args(words, tiny_model, capsys), FLUX1)
+        print(card, round(needs, 3), words[:4])
+        assert needs <= card
+        assert f"GPU                 {needs:.1f} GB of {card:.4g}" in printed
+        presets.append(words[0])
+    assert presets[0].endswith("best_quality.args") and presets[-1].endswith("low_memory.args")
+
+
+def test_a_card_is_needed_and_must_be_large_enough(small_model, tmp_path, monkeypatch, capsys):
+    folder = write_photos(tmp_path / "photos", 5)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for flags, words in (([], ("no GPU", "--gpu")), (["--gpu", "1GB"], ("needs", "klein"))):
+        with pytest.raises(SystemExit) as stop:
+            suggest.main([str(folder), *flags])
+        assert stop.value.code == 2
+        message = capsys.readouterr().err
+        assert all(word in message for word in words)
+
+
+@pytest.mark.parametrize("text", ["12GB", "12 gb", "12", "12G", "12GiB", "12.0"])
+def test_spellings_of_a_card(text):
+    assert suggest.gigabytes(text) == 12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", suggest.HUB_IDS)
+@pytest.mark.parametrize("card", [8, 12, 16, 24, 80])
+def test_real_models_on_real_cards(model, card, tiny_model, tmp_path, capsys, record_property):
+    folder = write_photos(tmp_path / "photos", 8, sides=(1100, 1500))
+    base = tiny_model
+    if "FLUX.2" in model:
+        base = tmp_path / "model"
+        tiny_backbones.flux2_klein().save_pretrained(base)
+    try:
+        words, _ = suggested(capsys, folder, "--gpu", f"{card}GB", "--model", model)
+    except SystemExit:
+        assert model == "FLUX.2-dev" and card < 24
+        return
+    swap = [word for word in words if word.startswith("--blocks_to_swap=")]
+    args = trainer_args([word for word in words if word not in swap], base, capsys)
+    args.blocks_to_swap = int(swap[0].partition("=")[2]) if swap else None  # more than the tiny model has
+    needs = estimated_gigabytes(args, model)
+    assert needs <= card
+    record_property(f"{model} on {card} GB: {words[0]} {' '.join(words[1:3])}", f"{needs:.1f} GB")
