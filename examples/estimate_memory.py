@@ -665,8 +665,8 @@ def processes(count):
 @dataclass
 class Estimate:
     """Bytes of a run: `rows` are what each device holds while it trains, `peaks` the most at once of each phase; `ram`
-    is what each process has of its own, `files` what all map together from disk, `disk` what lies there. `step` is what
-    `training_step` found."""
+    is what each process has of its own, `files` what all map together from disk, `disk` what lies there.
+    `step` is what `training_step` found."""
 
     rows: dict[str, int]
     peaks: dict[str, int]
@@ -893,7 +893,11 @@ def parse_args(argv=None):
     arg("--cache_latents", action="store_true")
     arg("--offload", action="store_true")
     arg("--blocks_to_swap", type=in_range(int, 0, 1024), default=0, help="blocks whose frozen weights stay in RAM")
-    arg("--with_prior_preservation", action="store_true", help="class images are drawn")
+    arg(
+        "--with_prior_preservation",
+        action="store_true",
+        help="class images are drawn; they count in --train_batch_size, too",
+    )
     arg("--sample_batch_size", type=in_range(int, 1, 4096), default=4, help="class images drawn at once")
     arg("--num_processes", type=in_range(int, 1, 1024), default=1, help="of accelerate launch")
     arg("--fsdp", action="store_true")

@@ -9,8 +9,23 @@ if [ -e "$out" ] && [ ! -e "$out/.made-by-quickstart" ]; then
     exit 2
 fi
 cd "$(dirname "$0")/.."
-python3 -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or later is needed')"
-[ -x .venv/bin/python ] || python3 -m venv .venv
+missing=
+python3 -c "import sys; sys.exit(sys.version_info < (3, 11))" 2>/dev/null ||
+    missing+=$'\n  Python 3.11 or later, as python3'
+if [ ! -x .venv/bin/accelerate ]; then # nothing is installed yet
+    python3 -c "import ensurepip" 2>/dev/null || missing+=$'\n  the Python package venv (Debian, Ubuntu: apt install python3-venv)'
+    free=$(df -Pk . | awk 'END {print int($4 / 1024 / 1024)}')
+    [ "$free" -ge 3 ] || missing+=$'\n'"  3 GB of disk, of which $free are free in $PWD; CUDA's libraries take several more"
+fi
+if [ -z "$missing" ]; then
+    [ -x .venv/bin/python ] || python3 -m venv .venv
+    [ -x .venv/bin/accelerate ] || .venv/bin/python -m pip index versions pip --retries 0 >/dev/null 2>&1 ||
+        missing+=$'\n  the network: pip reaches no package index'
+fi
+if [ -n "$missing" ]; then
+    echo "Nothing was installed; the quickstart needs:$missing" >&2
+    exit 2
+fi
 echo "Installing into $PWD/.venv"
 .venv/bin/python -m pip install --quiet --requirement requirements.txt
 rm -rf "$out"
@@ -34,3 +49,4 @@ export TRANSFORMERS_VERBOSITY=error
 .venv/bin/python examples/toy/compare.py "$out/lora" --subject glyph --output "$out/before_after.png"
 
 echo "Look at $out/before_after.png and $out/lora/loss.png; the LoRA is $out/lora/pytorch_lora_weights.safetensors"
+echo "For your own photos: .venv/bin/python examples/suggest.py photos/ --gpu 12GB   (the memory of your card)"

@@ -164,7 +164,8 @@ def subject_flags(words, class_word, captions):
     flags += [f"--class_prompt={class_prompt}", f"--num_class_images={NUM_CLASS_IMAGES}", "--prior_target=base"]
     flags += ["--timestep_sampling=shift"]
     keep = "class images keep what the model knows: on the toy, ordinary prompts stay at 92 of 97, not at 28"
-    return flags, reasons | {"--class_prompt": keep, "--timestep_sampling": "high noise levels, with which that was measured"}
+    shift = "high noise levels, with which that was measured"
+    return flags, reasons | {"--class_prompt": keep, "--timestep_sampling": shift}
 
 
 def prompt_flags(args, is_style, captions, words):
@@ -214,18 +215,20 @@ def settings_of(words):
 
 
 def memory_flags(words):
-    """The flags of estimate_memory.py among those of a training command."""
+    """The flags of estimate_memory.py among those of a training command, each one word: --rank=16."""
     known = vars(estimate_memory.parse_args([]))
-    kept = []
+    values = {}
     for word in words:
         if word.startswith("--"):
-            is_known = word.removeprefix("--").partition("=")[0] in known
-        if is_known:
-            kept.append(word)
+            flag, _, value = word.partition("=")
+        else:
+            value = word
+        values[flag] = value
     settings = settings_of(words)
     if settings.with_prior_preservation:  # a class image for each photo of a batch
-        kept.append(f"--train_batch_size={2 * settings.train_batch_size}")
-    return kept
+        values["--train_batch_size"] = str(2 * settings.train_batch_size)
+    kept = {flag: value for flag, value in values.items() if flag.removeprefix("--") in known}
+    return [f"{flag}={value}" if value else flag for flag, value in kept.items()]
 
 
 def ways(model, can_have_token, side):
@@ -257,7 +260,7 @@ def is_hopeless(args, way):
 def estimated(args, way, prompts, *more_flags, step=None):
     """The way with more flags and the Estimate of its command."""
     changed = Way(way.preset, [*way.flags, *more_flags], way.why)
-    changed.memory_flags = ["--model", args.model, *memory_flags([*changed.words, *prompts])]
+    changed.memory_flags = [f"--model={args.model}", *memory_flags([*changed.words, *prompts])]
     known = estimate_memory.parse_args(changed.memory_flags)
     changed.estimate = estimate_memory.estimate(MODELS[args.model], known, step)
     return changed
@@ -354,15 +357,15 @@ def print_lines(title, lines):
         print(textwrap.fill(text, COLUMNS, initial_indent=f"  {label:20}", subsequent_indent=" " * 22))
 
 
-def command_text(words):
+def command_text(program, words):
     """A command as a shell reads it, in lines."""
-    lines = [""]
+    lines = [program]
     for word in words:
         flag, equals, value = word.partition("=")
         quoted = f"{flag}={shlex.quote(value)}" if equals and flag.startswith("--") else shlex.quote(word)
         if len(lines[-1]) + len(quoted) > COLUMNS - 4:
             lines.append(" ")
-        lines[-1] += f" {quoted}" if lines[-1] else quoted
+        lines[-1] += f" {quoted}"
     return " \\\n".join(lines)
 
 
@@ -378,7 +381,7 @@ def print_suggestion(args, photos, way, prompts, reasons, is_style):
     command = [from_here("train_dreambooth_flux_advanced.py"), f"@{from_here(way.preset)}", *way.flags]
     command += [f"--pretrained_model_name_or_path={HUB_IDS[args.model]}", f"--instance_data_dir={args.photos}"]
     command += [*prompts, f"--output_dir={unused_path(Path(name))}"]
-    print(f"{python()} {command_text(command)}\n")
+    print(f"{command_text(python(), command)}\n")
 
     gib, phase = way.peak
     found = way.estimate
@@ -396,7 +399,8 @@ def print_suggestion(args, photos, way, prompts, reasons, is_style):
         "how long the rest will take",
     }
     print_lines("Expected:", lines)
-    print(f"\nThe memory is estimated, by\n{command_text(['python', 'examples/estimate_memory.py', *way.memory_flags])}\n")
+    by = command_text(python(), [from_here("examples/estimate_memory.py"), *way.memory_flags])
+    print(f"\nThe memory is estimated, by\n{by}\n")
     why = {"preset": way.why, **reasons}
     if args.class_word == "thing" and not is_style:
         why["thing"] = "say what the photos show, such as --class_word dog"
@@ -423,7 +427,8 @@ def main(argv=None):
     has_captions = sum(caption is not None for caption in captions) > len(captions) / 2
     is_style = args.kind == "style" or (args.kind is None and has_captions and len(photos) > ENOUGH[-1])
 
-    lines = describe_photos(photos) | describe_data(args.examples, [args.photos], "--instance_prompt, as they have none")
+    lines = describe_photos(photos)
+    lines |= describe_data(args.examples, [args.photos], "--instance_prompt, as they have none")
     if len(photos) < ENOUGH[0]:
         lines["few"] = f"{ENOUGH[0]} to {ENOUGH[-1]} photos, in different places and light, are enough"
     print_lines(f"{len(args.examples)} images in {args.photos}", lines)

@@ -2,8 +2,11 @@
 
 import argparse
 import dataclasses
+import os
 import random
 import shlex
+import shutil
+import subprocess
 from pathlib import Path
 
 from common.data import read_folder
@@ -12,6 +15,7 @@ import numpy as np
 import pytest
 import tiny_backbones
 import torch
+from conftest import ROOT
 from diffusers import AutoencoderKL
 from PIL import ExifTags, Image, ImageFilter
 from test_estimate_memory import model_like
@@ -129,10 +133,10 @@ def test_photos_are_looked_at(tmp_path):
     lines = suggest.describe_photos(photos)
     assert lines["shorter sides"].startswith("200 to 300 pixels")
     assert all(lines[label].startswith("1") for label in ("turned by EXIF", "transparent", "long"))
-    found = suggest.doubts(photos, 256)
-    assert len(found) == 3
-    for sentence, words in zip(found, (("01.jpg", "copy.jpg", "alike"), ("copy.jpg", "small"), ("soft.png", "blurred"))):
-        assert all(word in sentence for word in words)
+    alike, small, blurred = suggest.doubts(photos, 256)
+    assert "01.jpg" in alike and "copy.jpg" in alike
+    assert "copy.jpg" in small and "256" in small
+    assert "soft.png" in blurred
 
 
 def test_different_photos_are_not_alike(tmp_path):
@@ -145,22 +149,35 @@ def test_different_photos_are_not_alike(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_eight_photos_are_a_subject_and_the_command_runs(small_model, train, tiny_model, tmp_path, monkeypatch, capsys):
+def test_eight_photos_are_a_subject(small_model, tiny_model, tmp_path, monkeypatch, capsys):
     folder = write_photos(tmp_path / "my photos", 8)
     monkeypatch.chdir(tmp_path)
-    words, printed = suggested(capsys, folder, "--gpu", "2.2GB", "--class_word", "toy cat")
-    assert "--class_word" not in printed
+    (tmp_path / "sks-toy-cat").mkdir()
+    words, printed = suggested(capsys, folder, "--gpu", "8GB", "--class_word", "toy cat")
     args = trainer_args(words, tiny_model, capsys)
-    assert args.quantize_base == "nf4" and estimated_gigabytes(args, FLUX1) <= 2.2
-    assert args.instance_prompt == "a photo of sks toy cat" and args.class_prompt.startswith("sks toy cat=>toy cat,")
+    assert args.instance_prompt == "a photo of TOK" and args.class_prompt.startswith("TOK=>toy cat,dog,")
     assert args.with_prior_preservation and args.prior_target == "base"
     assert args.resolution == 256  # those of 300 pixels are not enlarged
+    assert str(args.output_dir) == "sks-toy-cat-1"
+    assert "2000 steps, each of 2 images and 2 class images" in printed.replace("\n" + " " * 22, " ")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("card", "quantization"), [(8, "none"), (3.6, "none"), (2.2, "nf4")])
+def test_the_command_runs(small_model, train, tiny_model, tmp_path, monkeypatch, capsys, card, quantization):
+    folder = write_photos(tmp_path / "my photos", 8)
+    monkeypatch.chdir(tmp_path)
+    words, _ = suggested(capsys, folder, "--gpu", f"{card}GB", "--class_word", "toy cat")
+    args = trainer_args(words, tiny_model, capsys)
+    assert args.quantize_base == quantization and estimated_gigabytes(args, FLUX1) <= card
     small = ["--resolution", 32, "--num_class_images", 2, "--num_validation_images", 1, "--max_sequence_length", 8]
-    small += ["--pretrained_model_name_or_path", tiny_model, "--report_to", "none", "--max_train_steps", 1]
-    train("train_dreambooth_flux_advanced", *words, *small)
+    small += ["--pretrained_model_name_or_path", tiny_model, "--report_to", "none", "--max_train_steps", 2]
+    torch.compiler.set_stance("force_eager")
+    try:
+        train("train_dreambooth_flux_advanced", *words, *small)
+    finally:
+        torch.compiler.set_stance("default")
     assert (tmp_path / "sks-toy-cat" / "pytorch_lora_weights.safetensors").exists()
-    again, _ = suggested(capsys, folder, "--gpu", "2.2GB", "--class_word", "toy cat")
-    assert again[-1] == "--output_dir=sks-toy-cat-1"
 
 
 def test_many_photos_with_captions_are_a_style(small_model, tiny_model, tmp_path, monkeypatch, capsys):
@@ -179,7 +196,7 @@ def test_many_photos_with_captions_are_a_style(small_model, tiny_model, tmp_path
     assert trainer_args(few, tiny_model, capsys).class_prompt.startswith("sks thing=>")
 
 
-def test_what_the_trainer_refuses_is_named_and_the_rest_is_used(small_model, train, tiny_model, tmp_path, capsys):
+def test_what_the_trainer_refuses_is_named_and_the_rest_is_used(small_model, tiny_model, tmp_path, capsys):
     folder = write_photos(tmp_path / "photos", 6, sides=(280, 400, 520))
     (folder / "broken.jpg").write_bytes(b"no image")
     (folder / "phone.heic").write_bytes(b"")
@@ -218,13 +235,34 @@ def test_a_card_is_needed_and_must_be_large_enough(small_model, tmp_path, monkey
         assert all(word in message for word in words)
 
 
+@pytest.mark.parametrize("lacks", ["Python", "venv", "GB of disk", "network"])
+def test_the_quickstart_names_what_is_missing_before_it_installs(tmp_path, lacks):
+    """With programs that say what those of such a machine would."""
+    (tmp_path / "examples").mkdir()
+    script = shutil.copy(ROOT / "examples" / "quickstart.sh", tmp_path / "examples")
+    pip = 'mkdir -p .venv/bin; printf "#!/bin/sh\\nexit 1" > .venv/bin/python; chmod +x .venv/bin/python'
+    programs = {
+        "python3": f'case "$*" in *{"version_info" if lacks == "Python" else "nothing"}*) exit 1;; '
+        f'*{"ensurepip" if lacks == "venv" else "nothing"}*) exit 1;; *"-m venv"*) {pip};; esac',
+        "df": f"echo x; echo / 9 9 {2**20 if lacks == 'GB of disk' else 2**24} 9% /",
+    }
+    for name, code in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{code}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(["/bin/bash", script], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert lacks in done.stderr and done.stderr.count("\n") == 2
+    assert not (tmp_path / "quickstart").exists()
+
+
 @pytest.mark.parametrize("text", ["12GB", "12 gb", "12", "12G", "12GiB", "12.0"])
 def test_spellings_of_a_card(text):
     assert suggest.gigabytes(text) == 12
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", suggest.HUB_IDS)
+@pytest.mark.parametrize("model", [FLUX1, "FLUX.2-klein-4B"])
 @pytest.mark.parametrize("card", [8, 12, 16, 24, 80])
 def test_real_models_on_real_cards(model, card, tiny_model, tmp_path, capsys, record_property):
     folder = write_photos(tmp_path / "photos", 8, sides=(1100, 1500))
@@ -232,11 +270,7 @@ def test_real_models_on_real_cards(model, card, tiny_model, tmp_path, capsys, re
     if "FLUX.2" in model:
         base = tmp_path / "model"
         tiny_backbones.flux2_klein().save_pretrained(base)
-    try:
-        words, _ = suggested(capsys, folder, "--gpu", f"{card}GB", "--model", model)
-    except SystemExit:
-        assert model == "FLUX.2-dev" and card < 24
-        return
+    words, _ = suggested(capsys, folder, "--gpu", f"{card}GB", "--model", model)
     swap = [word for word in words if word.startswith("--blocks_to_swap=")]
     args = trainer_args([word for word in words if word not in swap], base, capsys)
     args.blocks_to_swap = int(swap[0].partition("=")[2]) if swap else None  # more than the tiny model has
