@@ -131,6 +131,7 @@ BAD = [
         "--lora_layers, --lora_dropout and --use_dora have no effect on --training full",
     ),
     ("--training lora --lora_layers attn.to_z", "--lora_layers: the transformer has no linear layer attn.to_z"),
+    ("--model_type flux3 --target_time_init copy", "--target_time_init copy: FLUX.3 adds the second embedding"),
     ("--training lora --target_time_init copy", "--target_time_init copy has no effect on --training lora"),
     ("--fsdp --optimizer prodigy --learning_rate 1", "--optimizer prodigy does not work with --fsdp"),
     ("--fsdp --use_8bit_adam", "--use_8bit_adam does not work with --fsdp"),
