@@ -2466,7 +2466,8 @@ def read_dataset_config(args):
         image_dirs = [subset["image_dir"] for subset in dataset["subsets"]]
         first_name = {}  # of each folder, which can be spelt in several ways
         for name in image_dirs:
-            folder = (find_image_dirs(name, path.parent) or [Path(name)])[0].resolve()
+            found = find_image_dirs(name, path.parent)
+            folder = found[0].resolve() if found else Path(name)
             if folder in first_name:
                 same = f" ({first_name[folder]} is the same folder)" if first_name[folder] != name else ""
                 problems.append(f"{where}: image_dir {name} twice{same}: use num_repeats")
@@ -2476,8 +2477,8 @@ def read_dataset_config(args):
         for j, subset in enumerate(dataset["subsets"]):
             subset_options = options | subset
             if subset_options["num_repeats"] > 0:
-                found, subset_problems = read_subset(f"{where}, subset {j + 1}", subset_options, path.parent)
-                dataset_examples += found
+                subset_examples, subset_problems = read_subset(f"{where}, subset {j + 1}", subset_options, path.parent)
+                dataset_examples += subset_examples
                 problems += subset_problems
         if dataset_examples and all(example.options["is_reg"] for example in dataset_examples):
             problems.append(f"{where}: is_reg images need a subset of others in the same dataset")

@@ -405,6 +405,10 @@ BAD = [
     ("[[datasets]]\n{s}token_warmup_step = 5", "token_warmup_step = 5 is not supported"),
     ("[[datasets]]\n[[datasets.subsets]]\nclass_tokens = 'x'", "subset 1: image_dir is missing"),
     ("[[datasets]]\n{s}{s}", "[[datasets]] 1: image_dir one twice: use num_repeats"),
+    (
+        '[[datasets]]\n[[datasets.subsets]]\nimage_dir = "\\u0000"\nclass_tokens = "x"',
+        "image_dir '\\x00' (with an invisible character",
+    ),
     ("[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'gone'", "image_dir gone: no such folder here or in"),
     ("[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'empty'", "image_dir empty: no images (.png, "),
     ("[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'bare'", "bare/0.png: no caption: write 0.caption, or give"),
