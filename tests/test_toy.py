@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from diffusers import FluxFillPipeline, FluxPipeline
+from diffusers import Flux2KleinPipeline, FluxFillPipeline, FluxPipeline
 from PIL import Image
 
 from examples.toy.world import (
@@ -106,15 +106,16 @@ def test_sets_of_images_are_near_themselves_and_far_from_others():
     assert sliced_wasserstein(a, b) < 0.2 < sliced_wasserstein(a, b + 1)
 
 
-def test_weights_are_small():
-    files = [path for folder in ("flux", "flux-fill") for path in (TOY / folder).rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) <= 16 * 10**6
+@pytest.mark.parametrize(("folders", "megabytes"), [(("flux", "flux-fill"), 16), (("flux2",), 9)])
+def test_weights_are_small(folders, megabytes):
+    files = [path for folder in folders for path in (TOY / folder).rglob("*") if path.is_file()]
+    assert 10**6 < sum(path.stat().st_size for path in files) <= megabytes * 10**6
 
 
 def sample(pipeline, scenes, **inputs):
     """A picture of each scene's caption, in 12 steps."""
     return pipeline(
-        [caption(scene) for scene in scenes],
+        prompt=[caption(scene) for scene in scenes],
         height=64,
         width=64,
         num_inference_steps=12,
@@ -136,6 +137,21 @@ def test_flux_draws_what_the_caption_says():
     assert means["background"] >= 97
     assert means["foreground"] >= 95
     assert means["shape"] >= 85
+
+
+def test_flux2_draws_what_the_caption_says():
+    pipeline = Flux2KleinPipeline.from_pretrained(TOY / "flux2")
+    pipeline.set_progress_bar_config(disable=True)
+    assert not pipeline.config.is_distilled
+    rng = random.Random(7)
+    scenes = [random_scene(rng, pair=0, outline=0) for _ in range(32)]
+    images = sample(pipeline, scenes)
+    scores = [score_scene(image, scene) for image, scene in zip(images, scenes, strict=True)]
+    means = {name: 100 * np.mean([score[name] for score in scores]) for name in scores[0]}
+    print({name: f"{mean:.0f}" for name, mean in means.items()}, "bars: 95, 90, 60")
+    assert means["background"] >= 95
+    assert means["foreground"] >= 90
+    assert means["shape"] >= 60
 
 
 def test_fill_keeps_what_it_sees():

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from diffusers import FluxPipeline
+from diffusers import DiffusionPipeline, FluxPipeline
 from PIL import Image
 from safetensors.torch import load_file
 from test_faults import slow_writer
@@ -229,19 +229,19 @@ def toy_pictures(folder, *names, count):
     return folder
 
 
-def train_on_the_toy(train, pictures, folder, *flags):
-    """Trains on the toy FLUX: the pipeline with the LoRA, and the processor seconds of the training."""
+def train_on_the_toy(train, pictures, folder, *flags, model="flux"):
+    """Trains on the toy FLUX or "flux2": the pipeline with the LoRA, and the processor seconds of the training."""
     from examples.toy.compare import HERE
 
     started = time.process_time()
     train(
         SCRIPT,
-        *("--pretrained_model_name_or_path", HERE / "flux", "--max_sequence_length", 32, "--report_to", "none"),
+        *("--pretrained_model_name_or_path", HERE / model, "--max_sequence_length", 32, "--report_to", "none"),
         *("--instance_data_dir", pictures, "--resolution", 64, "--cache_latents", "--output_dir", folder),
         *flags,
     )
     seconds = time.process_time() - started
-    pipeline = FluxPipeline.from_pretrained(HERE / "flux")
+    pipeline = DiffusionPipeline.from_pretrained(HERE / model)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.load_lora_weights(folder)
     return pipeline, seconds

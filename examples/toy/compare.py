@@ -2,6 +2,7 @@
 
 python examples/toy/compare.py OUTPUT_DIR --subject glyph --output before_after.png
 python examples/toy/compare.py OUTPUT_DIR --scales 0.6 0.8 1 1.2 --output scales.png
+python examples/toy/compare.py OUTPUT_DIR --model flux2
 """
 
 import random
@@ -20,7 +21,7 @@ from common.validation import image_grid
 
 import numpy as np
 import torch
-from diffusers import FluxPipeline
+from diffusers import DiffusionPipeline
 
 from examples.toy.world import (
     STYLE,
@@ -42,7 +43,7 @@ def sample(pipeline, prompts, seed):
     """One 64 x 64 image per prompt, in 20 steps."""
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
     return pipeline(
-        prompts, height=64, width=64, num_inference_steps=20, max_sequence_length=32, generator=generators
+        prompt=prompts, height=64, width=64, num_inference_steps=20, max_sequence_length=32, generator=generators
     ).images
 
 
@@ -96,6 +97,7 @@ def variety(pipeline, prompt, *, count=32, seed=0):
 def main(argv=None):
     parser = Parser(description=__doc__.split("\n")[0], takes="OUTPUT_DIR ...")
     parser.add_argument("lora", metavar="OUTPUT_DIR", type=Path, nargs="+", help="a trainer's output folder")
+    parser.add_argument("--model", choices=["flux", "flux2"], default="flux", help="what the LoRA was trained on")
     parser.add_argument("--subject", choices=[*SUBJECTS, "style"], default="glyph")
     parser.add_argument(
         "--scales",
@@ -115,7 +117,7 @@ def main(argv=None):
         except (OSError, ValueError) as error:
             problems.append(str(error))
     parser.refuse(problems)
-    pipeline = FluxPipeline.from_pretrained(HERE / "flux")
+    pipeline = DiffusionPipeline.from_pretrained(HERE / args.model)
     pipeline.set_progress_bar_config(desc="Sampling", leave=False)
     names = SUBJECTS | {"style": STYLE}
     rows = []

@@ -2,6 +2,8 @@
 
     python examples/toy/pretrain.py            # on two cores; continues where it was interrupted
     python examples/toy/pretrain.py --score    # measures what is in examples/toy
+    python examples/toy/pretrain.py flux2      # FLUX.2-klein in small, with the VAE of examples/toy/flux; on one core
+    python examples/toy/pretrain.py flux2 --score
 
 Four stages: the VAE; flow matching, together with the text encoders; guidance, distilled into the guidance embedding;
 the Fill transformer. The random numbers of a step depend on (stage, step, process) alone, so a rerun repeats itself.
@@ -19,7 +21,10 @@ import torch
 import torch.distributed as dist
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     FluxFillPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
@@ -27,7 +32,17 @@ from diffusers import (
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -72,6 +87,12 @@ CANVASES = {
     (128, 64): (0.05, 40),
     (128, 128): (0.15, 24),
 }
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+FLUX2_STEPS = 1500
+TRAINED_LAYERS = (0, 1, 9, 18)  # of Qwen3, which the pipeline reads after 9, 18 and 27 layers
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -165,6 +186,91 @@ def new_pipeline(pipeline_class=FluxPipeline, **components):
     """A pipeline with FLUX.1-dev's scheduler."""
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
     return pipeline_class(scheduler=scheduler, **components)
+
+
+def new_qwen_tokenizer():
+    """Qwen's tokenizer, with merges that make every word of the world one token, also after a space."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=2000, initial_alphabet=alphabet, show_progress=False)
+    words = [*WORDS, "user", "assistant"]
+    bpe.train_from_iterator([space + word for word in words for space in ("", " ")], trainer)
+    bpe = json.loads(bpe.to_str())["model"]
+    tokenizer = Qwen2Tokenizer(
+        vocab=bpe["vocab"],
+        merges=[tuple(merge) for merge in bpe["merges"]],
+        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+        model_max_length=512,
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def new_qwen(tokenizer, layers=28, width=48):
+    """Qwen3 in small; its embeddings outweigh what its layers add at first."""
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 16,
+        num_key_value_heads=1,
+        head_dim=16,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    qwen = Qwen3ForCausalLM(config)
+    torch.nn.init.normal_(qwen.model.embed_tokens.weight, std=0.5)
+    return qwen
+
+
+def with_all_layers(qwen, tokenizer):
+    """A Qwen3 of 28 layers that has the given one's at TRAINED_LAYERS; the others pass on what they get."""
+    full = new_qwen(tokenizer)
+    full.model.embed_tokens.load_state_dict(qwen.model.embed_tokens.state_dict())
+    for parameter in full.model.layers.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.zeros_(parameter)
+    for place, layer in zip(TRAINED_LAYERS, qwen.model.layers, strict=False):
+        full.model.layers[place].load_state_dict(layer.state_dict())
+    return full
+
+
+def new_flux2_transformer(heads=4, layers=2, single_layers=4, text_width=3 * 48):
+    """FLUX.2-klein in small: four position axes, no guidance embedding, 64 input channels; adaLN starts at zero."""
+    transformer = Flux2Transformer2DModel(
+        in_channels=64,
+        num_layers=layers,
+        num_single_layers=single_layers,
+        attention_head_dim=32,
+        num_attention_heads=heads,
+        joint_attention_dim=text_width,
+        guidance_embeds=False,
+        axes_dims_rope=(4, 10, 10, 8),
+    )
+    for name, parameter in transformer.named_parameters():
+        if "modulation" in name or name in ("norm_out.linear.weight", "proj_out.weight"):
+            torch.nn.init.zeros_(parameter)
+    return transformer
+
+
+def flux2_vae():
+    """The VAE of examples/toy/flux as FLUX.2's class, with statistics of scenes for its shift and scale."""
+    trained = AutoencoderKL.from_pretrained(HERE / "flux" / "vae")
+    names = ("block_out_channels", "layers_per_block", "latent_channels", "norm_num_groups")
+    names = (*names, "down_block_types", "up_block_types", "use_quant_conv", "use_post_quant_conv")
+    vae = AutoencoderKLFlux2(**{name: trained.config[name] for name in names})
+    vae.load_state_dict(trained.state_dict(), strict=False)  # all but the statistics
+    vae.eval().requires_grad_(False)
+    rng = random.Random("normalise")
+    means = vae.encode(to_tensor([draw(random_scene(rng)) for _ in range(500)])).latent_dist.mean
+    patches = Flux2KleinPipeline._patchify_latents(means)
+    vae.bn.running_var, vae.bn.running_mean = torch.var_mean(patches, dim=(0, 2, 3))
+    return vae
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -304,16 +410,19 @@ def normalise(vae):
 
 @torch.no_grad()
 def encode(vae, images):
-    """Normalised latents [N, 16, h, w] of images [N, 3, H, W]."""
+    """Normalised latents [N, 16, h, w] of images [N, 3, H, W]; FLUX.2's are patches [N, 64, h/2, w/2]."""
     with torch.autocast("cpu", torch.bfloat16):
         means = torch.cat([vae.encode(part).latent_dist.mean.float() for part in images.split(50)])
+    if isinstance(vae, AutoencoderKLFlux2):
+        shift, var = vae.bn.running_mean.view(1, -1, 1, 1), vae.bn.running_var.view(1, -1, 1, 1)
+        return (Flux2KleinPipeline._patchify_latents(means) - shift) / torch.sqrt(var + vae.config.batch_norm_eps)
     return (means - vae.config.shift_factor) * vae.config.scaling_factor
 
 
-def make_pool(vae, rank, share_of_pool=1.0, masked=False):
+def make_pool(vae, rank, share_of_pool=1.0, masked=False, canvases=CANVASES):
     """{canvas: (scenes, latents [N, 16, h, w], Fill conditions or None)}: encoded once, met again in other words."""
     pool = {}
-    for canvas, (share, _) in tqdm(CANVASES.items(), desc="encoding scenes", disable=rank != 0):
+    for canvas, (share, _) in tqdm(canvases.items(), desc="encoding scenes", disable=rank != 0):
         rng = random.Random(f"pool/{rank}/{canvas}/{masked}")
         count = int((16000 if share > 0.5 else 20000 * share) * share_of_pool)
         scenes = [random_scene(rng, canvas[0] / canvas[1]) for _ in range(count)]
@@ -400,6 +509,40 @@ def train_flow(models, pool, work_dir):
         fit("flow", models[:3], loss_of, steps=7000, lr=5e-3, work_dir=work_dir)
 
 
+def predict_flux2(models, tokens, captions, timesteps, length=32):
+    """The velocities of packed latents [B, N, 64] of squares, with captions of `length` tokens, template included."""
+    transformer, qwen, tokenizer = models
+    chats = [[{"role": "user", "content": text}] for text in captions]
+    texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+    inputs = tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+    states = qwen(**inputs, output_hidden_states=True, use_cache=False, logits_to_keep=1).hidden_states
+    prompt_embeds = torch.cat(states[2:5], dim=-1)  # of a model that has TRAINED_LAYERS alone, and one more
+    dtype, side = transformer.dtype, math.isqrt(tokens.shape[1])
+    return transformer(
+        hidden_states=tokens.to(dtype),
+        encoder_hidden_states=prompt_embeds.to(dtype),
+        timestep=timesteps.to(dtype),
+        txt_ids=Flux2KleinPipeline._prepare_text_ids(prompt_embeds),
+        img_ids=Flux2KleinPipeline._prepare_latent_ids(tokens.new_empty(len(tokens), 1, side, side)),
+        return_dict=False,
+    )[0].float()
+
+
+def train_flux2_flow(models, pool, work_dir):
+    """Flow matching at 64 x 64 pixels; no guidance is distilled: the pipeline has a classifier-free one."""
+    scenes, latents, _ = pool[64, 64]
+
+    def loss_of(progress, rng):
+        picks = [rng.randrange(len(scenes)) for _ in range(64)]
+        tokens = latents[picks].flatten(2).transpose(1, 2)
+        captions = [caption(scenes[i], rng) for i in picks]
+        timesteps, noise = noise_levels(len(tokens)), torch.randn_like(tokens)
+        velocity = predict_flux2(models, add_noise(tokens, noise, timesteps), captions, timesteps)
+        return (velocity - (noise - tokens)).square().mean()
+
+    fit("flux2-flow", models[:2], loss_of, steps=FLUX2_STEPS, lr=5e-3, work_dir=work_dir, ema_decay=0.995)
+
+
 def distil_guidance(teacher, models, pool, work_dir):
     """The guidance embedding learns what classifier-free guidance does, at all text lengths (arXiv 2210.03142)."""
     teacher = (teacher.requires_grad_(False), *models[1:])
@@ -476,6 +619,32 @@ def worker(rank, work_dir):
             pipeline.save_pretrained(HERE / folder)
 
 
+def flux2_worker(rank, work_dir):
+    """The one process of FLUX.2's training, which saves the pipeline."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{work_dir.absolute()}/rendezvous", rank=rank, world_size=1)
+    torch.manual_seed(0)
+    vae = flux2_vae()
+    tokenizer = new_qwen_tokenizer()
+    qwen = new_qwen(tokenizer, layers=len(TRAINED_LAYERS) + 1)  # the last one's output is normalised, and not read
+    qwen.model.layers[-1].requires_grad_(False)
+    qwen.model.norm.requires_grad_(False)
+    transformer = fast(new_flux2_transformer())
+    pool = make_pool(vae, rank, share_of_pool=0.4, canvases={(64, 64): (1.0, 64)})
+    train_flux2_flow((transformer, qwen, tokenizer), pool, work_dir)
+    state = {name.replace("_orig_mod.", ""): value for name, value in transformer.state_dict().items()}
+    trained = new_flux2_transformer()
+    trained.load_state_dict(state)
+    pipeline = new_pipeline(
+        Flux2KleinPipeline,
+        vae=vae.half(),
+        text_encoder=with_all_layers(qwen, tokenizer),
+        tokenizer=tokenizer,
+        transformer=trained.half(),
+    )
+    pipeline.save_pretrained(HERE / "flux2")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Scores
 # ---------------------------------------------------------------------------------------------------------------------
@@ -491,7 +660,7 @@ def sample(pipeline, captions, seed, *, size=(64, 64), length=32, guidance=3.5, 
     images = []
     for i in range(0, len(captions), 64):
         images += pipeline(
-            captions[i : i + 64],
+            prompt=captions[i : i + 64],
             width=size[0],
             height=size[1],
             num_inference_steps=20,
@@ -574,8 +743,22 @@ def score(count=256):
     row("Fill, all right without a caption, shape at least half visible", f"{all_right(images, shown):.0f}", ">= 60")
 
 
+def score_flux2(count=256):
+    """Prints what examples/toy/flux2 can do, with guidance and without, as rows of a Markdown table."""
+    pipeline = Flux2KleinPipeline.from_pretrained(HERE / "flux2")
+    pipeline.set_progress_bar_config(desc="sampling", leave=False)
+    rng = random.Random("score")
+    scenes = [random_scene(rng, pair=0, outline=0) for _ in range(count)]
+    captions = [caption(scene) for scene in scenes]
+    for guidance, bar in ((4.0, ">= 95 / 95 / 80"), (1.0, "guidance 4 scores higher")):
+        images = sample(pipeline, captions, 0, guidance=guidance)
+        measure = f"background / foreground / shape, guidance {guidance:g}"
+        print("|", " | ".join((measure, cells(images, scenes), bar)), "|", flush=True)
+
+
 def main(argv=None):
-    parser = Parser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0], takes="[flux2]")
+    parser.add_argument("model", nargs="?", choices=["flux", "flux2"], default="flux", help="what is made or measured")
     parser.add_argument("--work_dir", type=Path, default=Path("toy-pretraining"), help="states of the stages")
     parser.add_argument("--score", action="store_true", help="only measure what is in examples/toy")
     args = parser.parse_args(argv)
@@ -583,8 +766,14 @@ def main(argv=None):
     if not args.score:
         args.work_dir.mkdir(parents=True, exist_ok=True)
         (args.work_dir / "rendezvous").unlink(missing_ok=True)
-        torch.multiprocessing.spawn(worker, (args.work_dir,), nprocs=2)
-    score()
+        if args.model == "flux2":
+            torch.multiprocessing.spawn(flux2_worker, (args.work_dir,), nprocs=1)
+        else:
+            torch.multiprocessing.spawn(worker, (args.work_dir,), nprocs=2)
+    if args.model == "flux2":
+        score_flux2()
+    else:
+        score()
 
 
 if __name__ == "__main__":
