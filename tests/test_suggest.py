@@ -93,10 +93,14 @@ def suggested(capsys, folder, *flags):
 
 
 def trainer_args(words, model, capsys):
-    """What the trainer reads in a command, which has no flag without effect."""
+    """What the trainer reads in a command, which has no flag without effect; `model` is tiny and may have fewer blocks
+    than are swapped."""
+    swap = [word for word in words if word.startswith("--blocks_to_swap=")]
+    words = [word for word in words if word not in swap]
     capsys.readouterr()
     args = dreambooth.parse_args([*words, "--pretrained_model_name_or_path", str(model)])
     assert capsys.readouterr().err == ""
+    args.blocks_to_swap = int(swap[0].partition("=")[2]) if swap else None
     return args
 
 
@@ -271,9 +275,6 @@ def test_real_models_on_real_cards(model, card, tiny_model, tmp_path, capsys, re
         base = tmp_path / "model"
         tiny_backbones.flux2_klein().save_pretrained(base)
     words, _ = suggested(capsys, folder, "--gpu", f"{card}GB", "--model", model)
-    swap = [word for word in words if word.startswith("--blocks_to_swap=")]
-    args = trainer_args([word for word in words if word not in swap], base, capsys)
-    args.blocks_to_swap = int(swap[0].partition("=")[2]) if swap else None  # more than the tiny model has
-    needs = estimated_gigabytes(args, model)
+    needs = estimated_gigabytes(trainer_args(words, base, capsys), model)
     assert needs <= card
     record_property(f"{model} on {card} GB: {words[0]} {' '.join(words[1:3])}", f"{needs:.1f} GB")
