@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import Flux2KleinKVPipeline
 from PIL import Image
 from safetensors import safe_open
 
@@ -172,6 +173,35 @@ def test_it_learns_canny(train, scenes, tmp_path):
     prompts = [caption(scene) for scene in drawn]
     scores = compare(files, prompts, make, lambda i, image: overlap(image, drawn[i]))
     report("canny, shape in its colour", scores, 75)
+
+
+@pytest.mark.slow
+def test_flux2_klein_learns_coloring(train, scenes, tmp_path):
+    """As above, and drawn by diffusers' own pipeline, with the condition from its cache in all steps but the first."""
+    model, length = HERE / "flux2", 32
+    flags = f"--pretrained_model_name_or_path {model} --max_sequence_length {length} --rank 16"
+    flags += " --discrete_flow_shift 3 --max_train_steps 600"
+    (file,) = train_on(train, scenes, tmp_path, "coloring", flags)
+    drawn, pictures = unseen()
+    greys = [omini.convert_to_condition("coloring", picture) for picture in pictures]
+    pipeline = Flux2KleinKVPipeline.from_pretrained(model, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    call = {"height": SIDE, "width": SIDE, "num_inference_steps": 12, "max_sequence_length": length}
+
+    def sample(images):
+        generator = torch.Generator().manual_seed(0)
+        return [
+            pipeline(prompt=caption(scene), image=image, **call, generator=generator).images[0]
+            for scene, image in zip(drawn, images, strict=True)
+        ]
+
+    rows = [sample([None] * COUNT), sample(greys)]
+    pipeline.load_lora_weights(tmp_path, weight_name=file.name)
+    rows.append(sample(greys))
+    grid = [image for row in [greys, *rows] for image in row[:8]]
+    image_grid(grid, [""] * len(grid), columns=8, min_width=96).save(tmp_path / "compared.png")
+    scores = [100 * np.mean([overlap(image, scene) for image, scene in zip(row, drawn, strict=True)]) for row in rows]
+    report("coloring with FLUX.2-klein, shape in its colour", scores, 80)
 
 
 @pytest.mark.slow
