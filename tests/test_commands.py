@@ -408,7 +408,8 @@ def run(words, train, short_runs, monkeypatch):
         patch.setattr(sys, "argv", [str(script), *words[2:], *SMALL.get(str(script), [])])
         patch.setattr(sys, "path", [*sys.path])
         if script.name == "compare.py":  # which draws 192 pictures
-            small_pictures(diffusers.FluxPipeline, patch, num_inference_steps=2)
+            for pipeline_class in (diffusers.FluxPipeline, diffusers.Flux2KleinPipeline):
+                small_pictures(pipeline_class, patch, num_inference_steps=2)
         try:
             runpy.run_path(str(script), run_name="__main__")
         except SystemExit as stop:

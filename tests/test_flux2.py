@@ -19,6 +19,7 @@ from conftest import ROOT
 from diffusers import Flux2KleinPipeline, Flux2Pipeline, FluxKontextPipeline
 from PIL import Image
 from safetensors.torch import load_file
+from test_train_dreambooth import quickstart_flags, train_on_the_toy
 
 import train_dreambooth_flux_advanced as dreambooth
 
@@ -381,3 +382,22 @@ def test_two_processes_train(flags, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
     assert [row["step"] for row in rows] == [1, 2]
     assert max(value.abs().max() for key, value in weights(tmp_path / "run").items() if "lora_B" in key) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.learning
+def test_klein_learns_a_subject_and_keeps_the_rest(train, glyph_pictures, tmp_path):
+    from examples.toy.compare import HERE, evaluate
+
+    flags = quickstart_flags(tmp_path)
+    layers = flags.index("--lora_layers")  # FLUX.1's names
+    del flags[layers : layers + 2]
+    base = Flux2KleinPipeline.from_pretrained(HERE / "flux2")
+    base.set_progress_bar_config(disable=True)
+    unknown, before, _ = evaluate(base, "glyph")
+    pipeline, seconds = train_on_the_toy(train, glyph_pictures, tmp_path / "run", *flags, model="flux2")
+    subject, after, _ = evaluate(pipeline, "glyph")
+    print(f"subject: {unknown:.0f} -> {subject:.0f} of 100 (bar 60), trained in {seconds:.0f} s of a processor")
+    print(f"ordinary prompts: {before:.0f} -> {after:.0f} of 100 (bar {0.85 * before:.0f})")
+    assert subject >= 60
+    assert after >= 0.85 * before
