@@ -17,6 +17,8 @@ import pytest
 from conftest import ROOT
 from PIL import Image, ImageDraw
 
+from examples.report import run_names
+
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 HOSTILE = '"><script>document.title = "taken"</script><img src=x onerror="document.title=\'taken\'">'
@@ -97,6 +99,41 @@ class Browser:
         os.close(self.receiving)
 
 
+# The texts that another text covers, that end outside the page or outside the box they are in, or that are cut
+LAYOUT_PROBLEMS = """
+(() => {
+  const lines = [], problems = [], nodes = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (nodes.nextNode()) {
+    const node = nodes.currentNode;
+    const box = node.parentElement.closest("section, td, th, figure, label, button, h2, body");
+    if (!node.data.trim() || !node.parentElement.checkVisibility() || node.parentElement.closest("script")) continue;
+    const range = document.createRange();
+    range.selectNodeContents(node);
+    const inSvg = Boolean(node.parentElement.closest("svg"));
+    const bounds = (inSvg ? node.parentElement.closest("section") : box).getBoundingClientRect();
+    for (const rect of range.getClientRects()) {
+      if (rect.width < 1) continue;
+      if (rect.left < 0 || rect.right > innerWidth) problems.push(`outside the page: ${node.data}`);
+      if (rect.left < bounds.left - 1 || rect.right > bounds.right + 1) problems.push(`outside its box: ${node.data}`);
+      if (rect.top < bounds.top - 1 || rect.bottom > bounds.bottom + 1) problems.push(`cut: ${node.data}`);
+      lines.push({ text: node.data, rect });
+    }
+  }
+  lines.forEach(({ text, rect: a }, i) => lines.slice(i + 1).forEach(({ text: other, rect: b }) => {
+    const width = Math.min(a.right, b.right) - Math.max(a.left, b.left);
+    const height = Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top);
+    // lines stand closer than letters may be high
+    if (width > 1 && height > 4) problems.push(`${text} overlaps ${other}`);
+  }));
+  for (const image of document.images) {
+    const { left, right } = image.getBoundingClientRect();
+    if (image.checkVisibility() && (left < 0 || right > innerWidth)) problems.push("an image is cut");
+  }
+  return lines.length ? problems : ["no text"];
+})()
+"""
+
+
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
     if not CHROMIUM:
@@ -106,15 +143,49 @@ def browser(tmp_path_factory):
     browser.close()
 
 
-def report(folder, **options):
-    command = [sys.executable, ROOT / "examples" / "report.py", folder]
+def report(*words, **options):
+    command = [sys.executable, ROOT / "examples" / "report.py", *words]
     return subprocess.run(command, capture_output=True, text=True, **options)
 
 
 @pytest.fixture
 def run(tmp_path):
     """The output folder of a run as trainers leave it, of 400 steps with pictures of another color each 100."""
-    folder = tmp_path / "run <b>& co"
+    return written_run(tmp_path / "run <b>& co")
+
+
+@pytest.fixture
+def shorter_run(tmp_path):
+    """The output folder of a run of 150 steps with pictures of one color at 0 and 100, and held-out losses."""
+    folder = tmp_path / "others" / "dog_rank-16_lr-1e-4_with-prior-preservation_and_captions"
+    (folder / "validation").mkdir(parents=True)
+    for step in (0, 100):
+        Image.new("RGB", (400, 240), "#00cccc").save(folder / "validation" / f"step-{step:06d}.png")
+    held_out_run(folder, steps=150, digest="a")
+    args = {"pretrained_model_name_or_path": "some/model", "validation_prompt": HOSTILE, "rank": 64, "seed": 0}
+    record = {"args": args | {"output_dir": "b"}, "versions": {"torch": "2.13.0", "peft": "0.21.2"}}
+    (folder / "args.json").write_text(json.dumps(record))
+    return folder
+
+
+def held_out_run(folder, steps, digest):
+    """Writes the metrics of a run with a held-out loss each 50 steps, and a checkpoint that has their data's hash."""
+    with (folder / "metrics.jsonl").open("w") as file:
+        for step in range(1, steps + 1):
+            row = {"step": step, "loss": 2 / step, "lr": 1e-4}
+            if step % 50 == 0:
+                row |= {
+                    "validation_loss": 10 / step,
+                    "validation_loss_0.1": 5 / step,
+                    "validation_loss_0.9": 15 / step,
+                }
+            file.write(json.dumps(row) + "\n")
+    (folder / "checkpoint-100").mkdir()
+    state = {"global_step": 100, "the hash of the held-out data": digest}
+    (folder / "checkpoint-100" / "trainer_state.json").write_text(json.dumps(state))
+
+
+def written_run(folder):
     (folder / "validation").mkdir(parents=True)
     (folder / "checkpoint-200").mkdir()
     for i, color in enumerate(["#cc0000", "#00aa00", "#0000cc", "#aaaa00", "#aa00aa"]):
@@ -163,13 +234,14 @@ def test_the_slider_moves_through_the_pictures(browser, run, tmp_path):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [400, 1600])
+@pytest.mark.parametrize("width", [390, 1280])  # of a phone, of a desktop's window
 def test_the_page_fits_and_shows_values_under_the_pointer(browser, run, tmp_path, width, scheme):
     report(run)
     browser.open(run / "report.html", width, 900, scheme)
     image = browser.screenshot(tmp_path / "page.png")
     assert image.shape[1] == width
     assert browser.run("document.documentElement.scrollWidth") == width  # nothing to scroll sideways
+    assert browser.run(LAYOUT_PROBLEMS) == []
     assert (image[5, 5].mean() < 60) == (scheme == "dark")
     names = browser.run("[...document.querySelectorAll('h2')].map(node => node.firstChild.textContent)")
     curves = ["loss", "learning rate", "gradient norm", "images per second", "peak memory, GiB"]
@@ -210,6 +282,89 @@ def test_a_page_without_pictures_and_settings(browser, tmp_path):
     browser.open(tmp_path / "report.html", 800, 600)
     assert browser.run("get('images').checkVisibility()") is False
     assert browser.run("charts[0].values[0].textContent") == "0.5"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_runs_are_compared_in_one_page_that_fits(browser, run, shorter_run, tmp_path, width, scheme):
+    page = tmp_path / "pages" / "comparison.html"
+    third = tmp_path / "third"
+    third.mkdir()
+    (third / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5, "lr": 0.1}\n')
+    result = report(run, shorter_run, third, "--output", page)
+    assert result.stdout == f"{page}\n", result.stderr
+    assert not (run / "report.html").exists()
+    browser.open(page, width, 900, scheme)
+    image = browser.screenshot(tmp_path / "page.png")
+    assert image.shape[1] == width == browser.run("document.documentElement.scrollWidth")
+    assert browser.run("document.querySelectorAll('details').forEach(node => { node.open = true; })") is None
+    assert browser.run(LAYOUT_PROBLEMS) == []
+    assert (image[5, 5].mean() < 60) == (scheme == "dark")
+    urls = [e["params"]["request"]["url"] for e in browser.events if e["method"] == "Network.requestWillBeSent"]
+    assert [url for url in urls if not url.startswith("data:")] == [browser.run("location.href")]
+    assert not [e for e in browser.events if e["method"] in ("Log.entryAdded", "Runtime.exceptionThrown")]
+
+
+def test_compared_runs_have_a_line_each_and_images_of_the_same_step(browser, run, shorter_run):
+    report(run, shorter_run)  # the page is that of the first
+    browser.open(run / "report.html", 1280, 900)
+    names = [run.name, shorter_run.name]
+    assert browser.run("runs.map(run => run.name)") == names
+    titles = browser.run("charts.map(chart => chart.svg.getAttribute('aria-label'))")
+    assert titles[:4] == ["loss", "held-out loss", "held-out loss, σ 0.1", "held-out loss, σ 0.9"]
+    strokes = browser.run("[...charts[0].svg.querySelectorAll('path')].map(node => node.getAttribute('stroke'))")
+    assert len(strokes) == len(set(strokes)) == 2
+    held_out = browser.run("charts[1].lines.map(({ steps, values }) => [steps, values])")
+    assert held_out == [[[50, 100, 150], [10 / 50, 10 / 100, 10 / 150]]]
+    captions = "[...document.querySelectorAll('figcaption')].map(node => node.lastChild.textContent)"
+    assert browser.run(captions) == ["step 400", "step 100"]  # the shorter run's latest
+    faded = "[...document.querySelectorAll('figure img')].map(node => node.className)"
+    assert browser.run(faded) == ["", "other"]
+    for _ in range(3):
+        browser.press("ArrowLeft")
+    assert browser.run(captions) == ["step 100", "step 100"]
+    assert browser.run(faded) == ["", ""]
+    browser.run("get('loss').scrollIntoView()")
+    box = browser.run("(({ x, y }) => ({ x, y }))(charts[0].svg.getBoundingClientRect())")
+    browser.mouse("mouseMoved", box["x"] + browser.run("charts[0].x(250)"), box["y"] + 50)
+    assert browser.run("charts[0].values[1].textContent") == "-"  # the shorter run has ended
+    assert float(browser.run("charts[0].values[0].textContent")) < 0.1
+
+
+def test_compared_runs_show_the_settings_that_differ(browser, run, shorter_run):
+    report(run, shorter_run)
+    browser.open(run / "report.html", 1280, 900)
+    table = "document.querySelector('#settings > table')"
+    rows = browser.run(f"[...{table}.tBodies[0].rows].map(row => [...row.cells].map(cell => cell.innerText))")
+    assert rows == [["rank", "16", "64"]]  # neither the equal prompt and model nor the folders
+    text = browser.run("document.querySelector('#settings').textContent")
+    assert all(word in text for word in ("seed", "version of peft", "validation_prompt"))
+    assert browser.run("document.title") == f"{run.name}, {shorter_run.name}"  # and not what HOSTILE says
+
+
+@pytest.mark.parametrize("digest, expected", [("a", "the same images"), ("b", "do not compare"), (None, "")])
+def test_held_out_losses_are_said_to_compare_if_they_do(shorter_run, tmp_path, digest, expected):
+    other = tmp_path / "other"
+    other.mkdir()
+    held_out_run(other, steps=150, digest=digest)
+    assert report(shorter_run, other).returncode == 0
+    said = re.search('<p id="held-out">(.*)</p>', (shorter_run / "report.html").read_text())[1]
+    assert expected in said and bool(expected) == bool(said)
+
+
+def test_runs_of_one_name_bear_their_parents(tmp_path):
+    folders = [tmp_path / name for name in ("a/lora", "b/lora", "b/c")]
+    assert run_names(folders) == ["a/lora", "b/lora", "b/c"]
+    assert run_names(folders[1:]) == ["lora", "c"]
+
+
+def test_what_cannot_be_compared_is_named_at_once(run, tmp_path):
+    result = report(run, tmp_path / "none", tmp_path / "nowhere", "--output", tmp_path)
+    assert result.returncode == 2
+    words = ("--output", "none: no such folder", "nowhere: no such folder")
+    assert all(word in result.stderr for word in words), result.stderr
+    assert "given twice" in report(run, run).stderr
+    assert not (run / "report.html").exists()
 
 
 def test_long_runs_and_large_pictures_stay_a_small_page(run):
