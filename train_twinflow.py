@@ -168,6 +168,7 @@ from common.lora import (
     adapter_options,
     adapter_size,
     add_lora,
+    block_layers,
     check_adapter,
     check_lora_file,
     layer_shapes,
@@ -784,6 +785,7 @@ def needs(args) -> Needs:
                 *(f"metadata_{entry}" for entry in METADATA),
             ),
         ),
+        "--model_type flux": (args.model_type == "flux", ("guidance_scale",)),
         "images, not --image_free": (not args.image_free, ("caption_column",)),
         "--validation_prompt": (args.validation_prompt, ("num_validation_images",)),
         "--validation_prompt or --validation_prompts": (
@@ -991,12 +993,16 @@ def check_model(args) -> list[str]:
     except (OSError, ValueError) as error:
         reason = why_no_pipeline(args.pretrained_model_name_or_path, "a pipeline", backbone.example, error)
         return [f"{flag}: {reason}"]
-    if config.get("_class_name") not in backbone.transformer_names():
-        return [f"{flag}: holds a {config.get('_class_name')}, --model_type {args.model_type} a {expected}"]
+    found = config.get("_class_name")
     pipeline = pipeline_name(args)
-    if pipeline not in (None, backbone.pipeline_class.__name__, *backbone.other_pipelines):
+    fitting = [name for name, other in BACKBONES.items() if other.fits(found, pipeline)]
+    remedy = f": set --model_type {' or '.join(fitting)}" if fitting else ""
+    if found not in backbone.transformer_names():
+        return [f"{flag}: holds a {found}, --model_type {args.model_type} a {expected}{remedy}"]
+    if not backbone.fits(found, pipeline):
         expected = backbone.pipeline_class.__name__
-        return [f"{flag}: its model_index.json names a {pipeline}, --model_type {args.model_type} is a {expected}"]
+        names = f"its model_index.json names a {pipeline}"
+        return [f"{flag}: {names}, --model_type {args.model_type} is a {expected}{remedy}"]
     longest = backbone.longest_prompt
     if args.model_type == "flux" and not config["guidance_embeds"]:
         longest = 256
@@ -1102,6 +1108,12 @@ class Backbone:
     def transformer_names(cls) -> tuple[str, ...]:
         """The names of the transformer's class in its config.json: diffusers' and that of the authors' code."""
         return cls.transformer_class.__name__, f"{cls.transformer_class.__name__}Wrapper"
+
+    @classmethod
+    def fits(cls, transformer: str | None, pipeline: str | None) -> bool:
+        """Whether models of these classes are of this family; the class of the pipeline need not be known."""
+        pipelines = (None, cls.pipeline_class.__name__, *cls.other_pipelines)
+        return transformer in cls.transformer_names() and pipeline in pipelines
 
     def load_prompt_encoder(self, dtype: torch.dtype, device: torch.device, **components):
         """The pipeline without transformer and VAE, frozen; `encode_prompt` takes it."""
@@ -1302,8 +1314,7 @@ class Flux2Klein(Backbone):
     @classmethod
     def default_targets(cls, transformer):
         # by whole names: that of the single blocks' output, attn.to_out, is also that of a list in the double blocks
-        layers = [name for name, layer in transformer.named_modules() if isinstance(layer, torch.nn.Linear)]
-        return [name for name in layers if "transformer_blocks." in name] + list(cls.targets)
+        return [*block_layers(transformer), *cls.targets]
 
     def encode_prompt(self, prompt_encoder, prompt, reference=None):
         return self.encode_prompts(prompt_encoder, [prompt], [reference])[0]
@@ -1728,13 +1739,10 @@ class Flux3(Backbone):
         return {"encoder_hidden_states": prompt_embeds[0]}
 
     def add_target_time(self, transformer, init):
-        """As the base's; zero leaves the model as it is, the others add to what it knows."""
+        """As the base's, with `init` zero or copy: zero leaves the model as it is."""
         second = copy.deepcopy(transformer.timestep_embedder)
         if init == "zero":
             torch.nn.init.zeros_(second.linear_2.weight)
-        elif init == "normal":
-            torch.nn.init.normal_(second.linear_1.weight, std=0.02)
-            torch.nn.init.normal_(second.linear_2.weight, std=0.02)
         transformer.target_timestep_embedder = second
         transformer.register_to_config(flow_map=True)
 

@@ -92,7 +92,10 @@ BAD = [
     ("--dataset_name x", "exactly one of --train_data_dir and --dataset_name is needed"),
     ("--dataset_config_name x", "--dataset_config_name x needs --dataset_name"),
     ("--model_type dalle", "--model_type: invalid choice: 'dalle'"),
-    ("--model_type sd3", "holds a FluxTransformer2DModel, --model_type sd3 a SD3Transformer2DModel"),
+    (
+        "--model_type sd3",
+        "holds a FluxTransformer2DModel, --model_type sd3 a SD3Transformer2DModel: set --model_type flux",
+    ),
     (
         "--pretrained_model_name_or_path {fill}",
         "{fill}: its model_index.json names a FluxFillPipeline, --model_type flux is a FluxPipeline",

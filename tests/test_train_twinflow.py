@@ -43,11 +43,17 @@ PIPELINES |= {"openuni": tiny_backbones.sana}
 PIPELINES |= {"z-image": tiny_backbones.z_image, "qwenimage21": tiny_backbones.qwenimage21}
 PIPELINES |= {"flux3": tiny_backbones.Flux3}
 PIPELINES |= {"flux2-klein": functools.partial(tiny_backbones.flux2_klein, latent_channels=32)}
-SAMPLING = {  # of those pipelines that are compared with, without guidance
+SAMPLING = {  # arguments of the pipelines that are compared with: one forward pass a step
     "z-image": {"guidance_scale": 0, "max_sequence_length": 64},
     "flux2-klein": {"guidance_scale": 1, "max_sequence_length": 64},
+    "flux": {"guidance_scale": 3.5, "max_sequence_length": 64},
+    "sd3": {"guidance_scale": 0, "max_sequence_length": 64},
+    "sana": {"guidance_scale": 1, "max_sequence_length": 300, "use_resolution_binning": False},
+    "qwenimage": {"true_cfg_scale": 1, "max_sequence_length": 256},
     "qwenimage21": {},
 }
+NOT_SAMPLED = ("openuni", "qwenimage-edit", "flux3")  # no pipeline of its own, an image to edit, a modular pipeline
+SLOW = ("z-image", "flux2-klein", "qwenimage21", "flux3")  # trained by slow tests, too
 
 
 @pytest.fixture(scope="session")
@@ -160,7 +166,7 @@ def test_every_backbone_trains_saves_and_draws(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model_type", [*SAMPLING, "flux3"])
+@pytest.mark.parametrize("model_type", SLOW)
 def test_blocks_are_quantized_swapped_and_recomputed(train, backbone_flags, short, tmp_path, model_type):
     """Swapping and recomputing change no trained number."""
     flags = [*backbone_flags[model_type], *short, "--recipe", "lora-2order", "--rank", 2, "--quantize_base", "int8"]
@@ -235,10 +241,17 @@ def check_stock_pipeline(flags, model_type, folder, prompt="a red circle"):
 def test_every_backbone_has_a_tiny_pipeline_an_estimate_and_a_row_on_the_page(backbone_flags, model_type):
     assert model_type in backbone_flags
     assert model_type in tiny_backbones.CONDITIONS
+    assert model_type in SAMPLING or model_type in NOT_SAMPLED
     assert model_type in {model.backbone for model in MODELS.values()}
     page = (ROOT / "examples" / "twinflow" / "README.md").read_text()
     (row,) = [line for line in page.splitlines() if line.startswith(f"| `{model_type}` |")]
     assert twinflow.BACKBONES[model_type].example.split("/")[-1] in row or model_type == "openuni"  # a Sana, too
+
+
+@pytest.mark.parametrize(("model_type", "named"), [("flux", False), ("z-image", True)])
+def test_guidance_that_no_embedding_is_given_is_named(backbone_flags, capsys, model_type, named):
+    parsed(*backbone_flags[model_type], "--train_data_dir", "x", "--guidance_scale", 2)
+    assert ("--guidance_scale" in capsys.readouterr().err) == named
 
 
 def parsed_backbone(backbone_flags, model_type):
@@ -273,7 +286,7 @@ def test_the_velocity_is_the_one_that_the_pipeline_steps_with(backbone_flags, mo
     if model_type == "qwenimage21":
         prompts.reverse()
     backbone, args = parsed_backbone(backbone_flags, model_type)
-    args.max_sequence_length = 64
+    args.max_sequence_length = SAMPLING[model_type].get("max_sequence_length", 64)
     side = args.resolution
     shape = twinflow.latent_shape(backbone, twinflow.Size(side, side))
     pipeline = backbone.pipeline_class.from_pretrained(backbone_flags[model_type][1], **processor_of(backbone))
@@ -540,7 +553,7 @@ def parsed(*flags):
 
 @pytest.mark.parametrize(
     "model_type",
-    ["flux", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sana", "flux3", *SAMPLING))],
+    ["flux", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sana", *SLOW))],
 )
 def test_batches_keep_to_one_of_two_sizes_and_resume_bit_for_bit(
     train, backbone_flags, short, tmp_path, monkeypatch, model_type
@@ -1135,7 +1148,7 @@ def test_a_sharded_run_resumes_bit_for_bit(flags, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model_type", [*SAMPLING, "flux3"])
+@pytest.mark.parametrize("model_type", SLOW)
 def test_all_weights_of_a_backbone_are_trained_sharded_in_bf16(backbone_flags, short, tmp_path, model_type):
     flags = [*backbone_flags[model_type], *short, "--fsdp", "--mixed_precision", "bf16", "--upcast_before_saving"]
     launch_two([*flags, "--cache_latents", "--output_dir", tmp_path])

@@ -126,7 +126,7 @@ def load_transformer(source, backbone, args, dtype):
     backbone = type(backbone)(argparse.Namespace(**vars(args) | place | {"openuni_checkpoint": None}))
     transformer = backbone.load_transformer(dtype)
     if not backbone.embeds_target_time(transformer):
-        raise ValueError(f"{source}: its transformer has no second time embedding {backbone.time_module}_2")
+        raise ValueError(f"{source}: its transformer has no second time embedding {backbone.target_time_module}")
     return transformer, backbone
 
 
