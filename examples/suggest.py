@@ -47,7 +47,7 @@ ENOUGH = range(5, 21)  # photos of a subject, as the page says; more, with capti
 LEAST_SIDE = 256  # pixels that are trained at least, in steps of 64
 SWAP_STEP = 4  # blocks, from one number of --blocks_to_swap that is tried to the next
 ALIKE = 4  # of 64 bits: photos that differ in no more are said to look alike
-BLURRED = 100  # variance of the Laplacian of grey, 0 to 255; a usual value, which nothing here has measured
+BLURRED = 100  # variance of the Laplacian of grey, 0 to 255; a usual value, not measured here
 LONG = 1.5  # times the shorter side: of a longer photo, a third is not in the square that is trained
 COLUMNS = 100  # of a line
 
@@ -142,11 +142,11 @@ def doubts(photos, resolution):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def style_flags():
-    """(the flags of a style whose images have captions, {flag: why})."""
+def style_flags(why):
+    """(the flags of a style, {flag: why}); `why` it is taken for one."""
     flags = ["--instance_prompt=sks style", "--validation_prompt=a house on a hill, sks style"]
     keep = "prompts of your own in a file keep others as they are: --preserve_outputs=1 --preserve_prompts=prompts.txt"
-    return flags, {"--instance_prompt": "more than a few images with captions: a style", "not given": keep}
+    return flags, {"--instance_prompt": why, "not given": keep}
 
 
 def subject_flags(words, class_word, captions):
@@ -164,13 +164,17 @@ def subject_flags(words, class_word, captions):
     flags += [f"--class_prompt={class_prompt}", f"--num_class_images={NUM_CLASS_IMAGES}", "--prior_target=base"]
     flags += ["--timestep_sampling=shift"]
     keep = "class images keep what the model knows: on the toy, ordinary prompts stay at 92 of 97, not at 28"
-    shift = "high noise levels, with which that was measured"
+    shift = "more steps at high noise, as in that measurement"
     return flags, reasons | {"--class_prompt": keep, "--timestep_sampling": shift}
 
 
 def prompt_flags(args, is_style, captions, words):
     """(the flags of what is learned and kept, {flag: why})."""
-    flags, reasons = style_flags() if is_style else subject_flags(words, args.class_word, captions)
+    if is_style:
+        why = "a style, by --kind" if args.kind else f"more than {ENOUGH[-1]} images, with captions: a style"
+        flags, reasons = style_flags(why)
+    else:
+        flags, reasons = subject_flags(words, args.class_word, captions)
     if any(captions):
         flags += ["--caption_dropout=0.2", "--caption_dropout_to=instance_prompt"]
         reasons["--caption_dropout"] = "the prompt alone works, too: on the toy, a score of 59, not of 28"
@@ -293,7 +297,7 @@ def find_way(args, photos, captions, is_style):
             reasons["--resolution"] = f"half of the photos are no larger than {middle_side(photos)} pixels"
         if is_hopeless(args, way):
             continue
-        print(f"estimating the memory of {way.preset} {' '.join(way.flags)}", file=sys.stderr, flush=True)
+        print("estimating the memory of", way.preset, *way.flags, file=sys.stderr, flush=True)
         way = estimated(args, way, prompts)
         if way.peak[0] > args.gpu and settings_of(way.words).quantize_base == "nf4":
             way = with_ram(args, way, prompts)
@@ -392,11 +396,12 @@ def print_suggestion(args, photos, way, prompts, reasons, is_style):
         steps += f" and {images} class images"
         before = f" Before that, {NUM_CLASS_IMAGES} class images are drawn."
     lines = {
-        "GPU": f"{gib:.1f} GB of {args.gpu:.4g}, the most while: {phase}",
-        "RAM": f"{sum(found.ram.values()) / GIB:.0f} GiB, and files of {found.files / GIB:.0f} GiB are read into it",
+        "GPU": f"{gib:.1f} GB of {args.gpu:.4g}, at the peak: {phase}",
+        "RAM": f"{sum(found.ram.values()) / GIB:.0f} GiB; besides, {found.files / GIB:.0f} GiB of files are mapped, "
+        "which take what is free",
         "disk": f"{found.disk['model'] / GIB:.0f} GiB for the model",
-        "time": f"{steps}.{before} No table has the time of a card: after {FORECAST_STEP} steps, the trainer says "
-        "how long the rest will take",
+        "time": f"{steps}.{before} How long a step takes on this card was not measured: after {FORECAST_STEP} "
+        "steps, the trainer says how long the rest will take",
     }
     print_lines("Expected:", lines)
     by = command_text(python(), [from_here("examples/estimate_memory.py"), *way.memory_flags])
@@ -430,7 +435,7 @@ def main(argv=None):
     lines = describe_photos(photos)
     lines |= describe_data(args.examples, [args.photos], "--instance_prompt, as they have none")
     if len(photos) < ENOUGH[0]:
-        lines["few"] = f"{ENOUGH[0]} to {ENOUGH[-1]} photos, in different places and light, are enough"
+        lines["few"] = f"better {ENOUGH[0]} to {ENOUGH[-1]} photos, in different places and light"
     print_lines(f"{len(args.examples)} images in {args.photos}", lines)
     way, prompts, reasons = find_way(args, photos, captions, is_style)
     look_at = doubts(photos, settings_of(way.words).resolution)
@@ -442,7 +447,7 @@ def main(argv=None):
     gib, phase = way.peak
     if gib > args.gpu:
         remedy = "" if args.model == "FLUX.2-klein-4B" else ": --model FLUX.2-klein-4B needs less"
-        args.parser.refuse([f"--gpu {args.gpu:.4g}GB: {args.model} needs {gib:.1f} GB while {phase}{remedy}"])
+        args.parser.refuse([f"--gpu {args.gpu:.4g}GB: {args.model} needs {gib:.1f} GB at the peak ({phase}){remedy}"])
     print_suggestion(args, photos, way, prompts, reasons, is_style)
 
 

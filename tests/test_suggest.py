@@ -191,6 +191,7 @@ def test_many_photos_with_captions_are_a_style(small_model, tiny_model, tmp_path
     assert args.instance_prompt == "sks style" and args.caption_dropout_to == "instance_prompt"
     assert not args.with_prior_preservation and "--preserve_prompts" in printed
     assert args.caption_dropout == 0.2 and not args.train_text_encoder_ti
+    assert "more than 20" in printed
     few, _ = suggested(capsys, folder, "--gpu", "8GB", "--kind", "subject")
     args = trainer_args(few, tiny_model, capsys)
     assert args.instance_prompt == "sks thing" and not args.with_prior_preservation  # no caption has these words
