@@ -599,6 +599,17 @@ def figures(folder, *, base=False, count=64):
     return score(images, scenes)
 
 
+def learn(train, circles, run, model, *extra):  # noqa: F811
+    """(figures before, after) of the page's command for edit mode on another model, its FLUX.1 layers left out."""
+    flags = [flag.replace("data/toy_circles", str(circles)) for flag in toy_commands()["edit"]]
+    flags = [flag for flag in flags if not flag.startswith("--lora_layers")]
+    train(SCRIPT, *flags, "--pretrained_model_name_or_path", model, *extra, "--output_dir", run)
+    before, after = figures(run, base=True), figures(run)
+    for name in before:
+        print(f"reference, {name}: {before[name]:.0f} -> {after[name]:.0f}")
+    return before, after
+
+
 @pytest.mark.slow
 @pytest.mark.learning
 def test_it_learns_circles_from_a_reference(train, circles, tmp_path):  # noqa: F811
@@ -606,12 +617,19 @@ def test_it_learns_circles_from_a_reference(train, circles, tmp_path):  # noqa: 
     model = shutil.copytree(ROOT / "examples" / "toy" / "flux", tmp_path / "kontext")
     index = (model / "model_index.json").read_text()
     (model / "model_index.json").write_text(index.replace("FluxPipeline", "FluxKontextPipeline"))
-    flags = [flag.replace("data/toy_circles", str(circles)) for flag in toy_commands()["edit"]]
-    run = tmp_path / "run"
-    train(SCRIPT, *flags, "--pretrained_model_name_or_path", model, "--output_dir", run)
-    before, after = figures(run, base=True), figures(run)
-    for name in before:
-        print(f"reference, {name}: {before[name]:.0f} -> {after[name]:.0f}")
+    (layers,) = (flag for flag in toy_commands()["edit"] if flag.startswith("--lora_layers"))
+    before, after = learn(train, circles, tmp_path / "run", model, layers)
+    print("bars: 90, 90, 80")
+    assert before["outline"] < 45
+    assert min(after["circle"], after["background"]) >= 90
+    assert after["outline"] >= 80
+
+
+@pytest.mark.slow
+@pytest.mark.learning
+def test_flux2_learns_circles_from_a_reference(train, circles, tmp_path):  # noqa: F811
+    extra = ["--guidance_scale=3.5", "--caption_dropout=0.1", "--max_train_steps=1000"]
+    before, after = learn(train, circles, tmp_path / "run", ROOT / "examples" / "toy" / "flux2", *extra)
     print("bars: 90, 90, 80")
     assert before["outline"] < 45
     assert min(after["circle"], after["background"]) >= 90
