@@ -466,7 +466,7 @@ def steps_of(page, tmp_path):
     return sorted(steps, key=lambda step: step[0])
 
 
-LONG_PAGES = [f"examples/{name}/README.md" for name in ("influxedit", "omini", "twinflow")]
+LONG_PAGES = [f"examples/{name}/README.md" for name in ("dreambooth", "influxedit", "omini", "twinflow")]
 
 
 @pytest.mark.parametrize(
