@@ -212,6 +212,7 @@ def test_a_step_of_a_backbone_is_estimated(name):
     assert len(step["blocks"]) >= 2
 
 
+@pytest.mark.slow
 def test_references_lengthen_the_sequence():
     small = flux2(1, 1, 24, 7680, qwen3_4b)
     flags = ["--model", "FLUX.2-klein-4B", "--resolution", "1024"]
@@ -303,6 +304,7 @@ def test_a_dora_has_numbers_of_its_own_and_a_lokr_holds_whole_changes():
     assert sizes["--lora_type lokr"]["activations"] > sizes[""]["activations"]
 
 
+@pytest.mark.slow
 def test_fsdp_splits_what_full_training_holds():
     full = ("--training", "full", "--gradient_checkpointing")
     alone = of(*full)

@@ -92,6 +92,7 @@ def test_packed_weights_count_as_what_they_stand_for(train, short_runs, tmp_path
     assert len(trained) == 1
 
 
+@pytest.mark.slow
 def test_verbose_lets_the_libraries_speak(short_runs, tmp_path):
     flags = [*short_runs["train_dreambooth_flux_advanced"], "--verbose", "--output_dir", tmp_path / "run"]
     done = run(["train_dreambooth_flux_advanced.py", *flags])

@@ -219,7 +219,9 @@ RESUMES = {
 }
 
 
-@pytest.mark.parametrize("name", RESUMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if "8 bit" in name else []) for name in RESUMES]
+)
 def test_resume_is_exact(train, modes, tmp_path, monkeypatch, name):
     mode, *extra = RESUMES[name]
     flags = [
