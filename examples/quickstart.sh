@@ -19,7 +19,8 @@ if [ ! -x .venv/bin/accelerate ]; then # nothing is installed yet
 fi
 if [ -z "$missing" ]; then
     [ -x .venv/bin/python ] || python3 -m venv .venv
-    [ -x .venv/bin/accelerate ] || .venv/bin/python -m pip index versions pip --retries 0 >/dev/null 2>&1 ||
+    # where pip was told of a folder of packages, it needs no index
+    [ -x .venv/bin/accelerate ] || [ -n "${PIP_FIND_LINKS:-}" ] || .venv/bin/python -m pip index versions pip --retries 0 >/dev/null 2>&1 ||
         missing+=$'\n  the network: pip reaches no package index'
 fi
 if [ -n "$missing" ]; then

@@ -43,9 +43,8 @@ from common.metrics import (
 )
 
 
-MAX_POINTS = (
-    3000  # of the curves of a value, of all runs together; in longer runs a point is the mean of several steps
-)
+# of the curves of a value, of all runs together; in longer runs a point is the mean of several steps
+MAX_POINTS = 3000
 MAX_IMAGE_BYTES = 400_000  # a larger image becomes WebP of at most 2048 pixels
 NUM_COLORS = 8  # --run-0 to --run-7 in report.html; the lines of further runs are dashed
 CHART_TITLES = {
