@@ -212,6 +212,7 @@ from common.models import (
     load_scheduler,
     model_identities,
     quantize_base,
+    read_model_index,
     resolve_precision,
     shard,
     to_device,
@@ -245,6 +246,7 @@ from common.tracking import (
     check_trackers,
     create_hub_repo,
     finish,
+    flux2_klein_architecture,
     log_step,
     lora_header,
     plot_metrics,
@@ -1221,7 +1223,7 @@ class Flux2Klein(Flux2):
         return flux2_klein_chat(tokenizer, prompt)
 
     def architecture(self, config):
-        return "Flux.2-klein-4b" if config["num_attention_heads"] <= 24 else "Flux.2-klein-9b"
+        return flux2_klein_architecture(config)
 
     def prompt_arguments(self, prompt_encoder, prompts):
         arguments = super().prompt_arguments(prompt_encoder, prompts)
@@ -1242,12 +1244,7 @@ def find_family(args):
     """The family of --pretrained_model_name_or_path. That of FLUX.1 for any other: `check_model` says what it is."""
     if is_single_file(args):
         return Flux({})
-    try:
-        index = DiffusionPipeline.load_config(
-            args.pretrained_model_name_or_path, revision=args.revision, cache_dir=args.cache_dir
-        )
-    except (OSError, ValueError):
-        return Flux({})
+    index = read_model_index(args)
     return FAMILIES.get(index.get("_class_name"), Flux)(index)
 
 

@@ -203,6 +203,7 @@ from common.models import (
     load_scheduler,
     model_identities,
     quantize_base,
+    read_model_index,
     resolve_precision,
     shard,
     to_device,
@@ -235,6 +236,7 @@ from common.tracking import (
     check_trackers,
     create_hub_repo,
     finish,
+    flux2_klein_architecture,
     log_step,
     lora_header,
     plot_metrics,
@@ -1283,7 +1285,7 @@ class Flux2Klein(Flux2):
         return flux2_klein_chat(tokenizer, prompt)
 
     def architecture(self, config):
-        return "Flux.2-klein-4b" if config["num_attention_heads"] <= 24 else "Flux.2-klein-9b"
+        return flux2_klein_architecture(config)
 
     def prompt_arguments(self, prompt_encoder, prompts):
         arguments = super().prompt_arguments(prompt_encoder, prompts)
@@ -1302,12 +1304,7 @@ FAMILIES = {  # by the class that model_index.json names
 
 def find_family(args):
     """The family of --pretrained_model_name_or_path. FLUX.1-Fill's for any other: `check_model` says what it is."""
-    try:
-        index = DiffusionPipeline.load_config(
-            args.pretrained_model_name_or_path, revision=args.revision, cache_dir=args.cache_dir
-        )
-    except (OSError, ValueError):
-        return Fill({})
+    index = read_model_index(args)
     return FAMILIES.get(index.get("_class_name"), Fill)(index)
 
 
@@ -2227,11 +2224,10 @@ width, height = (max(16, round(side * scale / 16) * 16) for side in input_image.
 resized = input_image.resize((width, height))
 image = pipeline(
     prompt={prompt!r},
-    {image},
+    {image}
     height=height,
     width=width,
-    max_sequence_length={max_sequence_length},
-    {more_arguments}
+    max_sequence_length={max_sequence_length},{more_arguments}
 ).images[0]
 image.save("image.png")
 ```
@@ -2251,19 +2247,21 @@ def save_model_card(args, dtype, prompt, hub_repo=None, held_out=""):
     family = find_family(args)
     template = EDIT_MODE_CARD if args.mode == "edit" else MASK_MODE_CARD
     more_arguments = dict(family.sampling)
-    image = "image=resized"
+    image = "image=resized,"
     if family.max_references:
         template = REFERENCE_CARD
     if family.max_references == 1:
         more_arguments |= {"max_area": "height * width", "_auto_resize": False}
     elif family.max_references > 1:
-        image = "image=[resized]"  # and further ones, in order
+        image = "image=[resized],"
+        if args.additional_data_dir or args.additional_column:
+            image = "image=[resized],  # and further input images behind it, in order"
     if family.reads_guidance:
         more_arguments["guidance_scale"] = args.guidance_scale
     description = template.format(
         pipeline_class=family.pipeline_class.__name__,
         image=image,
-        more_arguments="\n    ".join(f"{name}={value}," for name, value in more_arguments.items()),
+        more_arguments="".join(f"\n    {name}={value}," for name, value in more_arguments.items()),
         name=folder.name,
         adapter=adapter_kind(args),
         rank=args.rank,

@@ -213,6 +213,7 @@ from common.models import (
     load_scheduler,
     model_identities,
     quantize_base,
+    read_model_index,
     resolve_precision,
     shard,
     to_device,
@@ -241,6 +242,7 @@ from common.tracking import (
     check_trackers,
     create_hub_repo,
     finish,
+    flux2_klein_architecture,
     log_step,
     lora_header,
     plot_metrics,
@@ -1715,7 +1717,7 @@ class Flux2Klein(Flux):
         return 512
 
     def architecture(self, config):
-        return "Flux.2-klein-4b" if config["num_attention_heads"] <= 24 else "Flux.2-klein-9b"
+        return flux2_klein_architecture(config)
 
     def describe_long_prompts(self, args, captions):
         tokenizer = load_tokenizer(args, "tokenizer")
@@ -1811,12 +1813,7 @@ FAMILIES = {  # by the class that model_index.json names
 
 def find_family(args: argparse.Namespace) -> Flux:
     """The family of --pretrained_model_name_or_path. That of FLUX.1 for any other: `check_model` says what it is."""
-    try:
-        index: Any = DiffusionPipeline.load_config(
-            args.pretrained_model_name_or_path, revision=args.revision, cache_dir=args.cache_dir
-        )
-    except (OSError, ValueError):
-        return Flux({})
+    index = read_model_index(args)
     return FAMILIES.get(index.get("_class_name"), Flux)(index)
 
 

@@ -195,6 +195,7 @@ from common.models import (
     model_identities,
     own_part,
     quantize_base,
+    read_model_index,
     repeated_blocks,
     reshard,
     resolve_precision,
@@ -226,6 +227,7 @@ from common.tracking import (
     check_trackers,
     create_hub_repo,
     finish,
+    flux2_klein_architecture,
     log_step,
     lora_header,
     plot_metrics,
@@ -1045,13 +1047,7 @@ def check_model(args) -> list[str]:
 
 def pipeline_name(args) -> str | None:
     """The class that the model_index.json of --pretrained_model_name_or_path names; None where there is none."""
-    try:
-        index = DiffusionPipeline.load_config(
-            args.pretrained_model_name_or_path, revision=args.revision, cache_dir=args.cache_dir
-        )
-    except (OSError, ValueError):  # loading the text encoders says what is wrong
-        return None
-    return index.get("_class_name")
+    return read_model_index(args).get("_class_name")  # where it is not read, loading the text encoders says why
 
 
 def lora_targets(args, transformer: torch.nn.Module) -> list[str]:
@@ -1307,8 +1303,7 @@ class Flux2Klein(Backbone):
 
     def load_transformer(self, dtype):
         transformer = super().load_transformer(dtype)
-        if transformer.config.num_attention_heads > 24:
-            self.architecture = "Flux.2-klein-9b"
+        self.architecture = flux2_klein_architecture(transformer.config)
         return transformer
 
     @classmethod

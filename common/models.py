@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.models.attention_dispatch import attention_backend
 from safetensors import safe_open
 from torch.distributed.device_mesh import init_device_mesh
@@ -116,6 +116,19 @@ def is_lora(path: Path) -> bool:
             return any("lora_" in key for key in file.keys())  # noqa: SIM118, it is no dict
     except Exception:  # safetensors raises a kind of its own beside OSError
         return False
+
+
+def read_model_index(args: argparse.Namespace) -> dict[str, Any]:
+    """The content of the model_index.json of --pretrained_model_name_or_path.
+
+    Empty where that cannot be read: reading the transformer's config says why.
+    """
+    try:
+        return DiffusionPipeline.load_config(  # type: ignore[return-value]
+            args.pretrained_model_name_or_path, revision=args.revision, cache_dir=args.cache_dir
+        )
+    except (OSError, ValueError):
+        return {}
 
 
 def latent_channels(args: argparse.Namespace) -> int:

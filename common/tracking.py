@@ -442,6 +442,11 @@ METADATA = ("title", "author", "description", "license", "tags", "usage_hint")
 THUMBNAIL_SIZE = (256, 256)  # pixels at most, about 10 KB
 
 
+def flux2_klein_architecture(config: Mapping[str, Any]) -> str:
+    """The name in the header of a LoRA file of FLUX.2-klein, by its transformer's config: 4B has 24 heads, 9B 32."""
+    return "Flux.2-klein-4b" if config["num_attention_heads"] <= 24 else "Flux.2-klein-9b"
+
+
 def lora_header(
     args: Any,
     *,

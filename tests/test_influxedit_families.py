@@ -10,6 +10,7 @@ import shutil
 from common.data import Size
 from common.latents import encode_moments, pack_latents, to_tensor
 from common.lora import add_lora
+from common.tracking import flux2_klein_architecture
 from common.validation import generate_images
 
 import numpy as np
@@ -571,6 +572,22 @@ def test_what_a_family_does_not_draw_is_refused(
 def test_guidance_that_klein_does_not_read_is_named(runs_of, tmp_path, capsys):
     parsed([*runs_of["klein"], "--guidance_scale", 2, "--output_dir", tmp_path / "run"])
     assert "--guidance_scale (it needs a model with a guidance embedding)" in capsys.readouterr().err
+
+
+def test_the_code_of_a_card_says_where_further_images_stand(runs_of, tmp_path):
+    for name in ("kontext", "klein"):
+        args = parsed([*runs_of[name], "--output_dir", tmp_path / name])
+        args.output_dir.mkdir(exist_ok=True)
+        influxedit.save_model_card(args, torch.float32, PROMPT)
+        code = (args.output_dir / "README.md").read_text().split("```python\n")[1].split("```")[0]
+        compile(code, name, "exec")
+        assert not [line for line in code.splitlines() if line.isspace()]
+        assert ("further input images" in code) == bool(args.additional_data_dir)
+
+
+@pytest.mark.parametrize(("heads", "name"), [(24, "Flux.2-klein-4b"), (32, "Flux.2-klein-9b")])
+def test_the_header_tells_the_two_sizes_of_klein_apart(heads, name):
+    assert flux2_klein_architecture({"num_attention_heads": heads}) == name
 
 
 # ---------------------------------------------------------------------------------------------------------------------
