@@ -354,7 +354,9 @@ SINGLE = [f"transformer.single_transformer_blocks.31.attn.to_{part}" for part in
 SINGLE.append("transformer.single_transformer_blocks.31.proj_mlp")
 
 
-@pytest.mark.parametrize(("rank", "alpha"), [(2, 2), (3, 1), (4, 16)])
+@pytest.mark.parametrize(
+    ("rank", "alpha"), [(2, 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((3, 1), (4, 16)))]
+)
 def test_diffusers_own_converter_reads_the_fused_form_exactly(rank, alpha):
     layers = random_layers(3072, rank, alpha, [*QKV, *SINGLE])
     state_dict = {}

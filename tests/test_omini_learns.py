@@ -148,7 +148,8 @@ def train_on(train, folder, output, kinds, flags):
     return sorted(output.glob("*.safetensors"))
 
 
-@pytest.mark.parametrize(("steps", "bar"), [(100, 50), pytest.param(320, 75, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("steps", "bar"), [pytest.param(100, 50, id="short"), (320, 75)])
 def test_it_learns_coloring(train, scenes, tmp_path, steps, bar):
     """Edges and places from the grey image, colours from the caption."""
     files = train_on(

@@ -57,7 +57,7 @@ OPTIMIZERS = {
     ("optimizer", "moment"),
     [
         ("AdamW", "checkpoint-4"),
-        ("AdamW", ".checkpoint-4.partial"),
+        pytest.param("AdamW", ".checkpoint-4.partial", marks=pytest.mark.slow),
         *(pytest.param(name, "checkpoint-4", marks=pytest.mark.slow) for name in OPTIMIZERS if name != "AdamW"),
     ],
 )

@@ -494,7 +494,10 @@ def learn(train, circles, run, mode, *extra, sampling_steps=20):
 @pytest.mark.learning
 @pytest.mark.parametrize(
     ("steps", "batch", "color_bar", "outline_bar"),
-    [(200, 8, 85, 45), pytest.param(400, 16, 90, 60, marks=pytest.mark.slow)],
+    [
+        pytest.param(200, 8, 85, 45, marks=pytest.mark.slow, id="short"),
+        pytest.param(400, 16, 90, 60, marks=pytest.mark.slow),
+    ],
 )
 def test_it_learns_an_edit(train, circles, tmp_path, steps, batch, color_bar, outline_bar):
     short = ("--max_train_steps", steps, "--train_batch_size", batch, "--learning_rate", 3e-3, "--lr_warmup_steps", 10)

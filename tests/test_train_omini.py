@@ -76,7 +76,9 @@ RESUMED = {
 }
 
 
-@pytest.mark.parametrize("case", RESUMED)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow if "Prodigy" in case else []) for case in RESUMED]
+)
 def test_a_killed_run_resumes_bit_for_bit(train, runs, flags, pictures, tmp_path, case):
     flags = [
         *flags,
@@ -525,6 +527,7 @@ def graded_pairs(path, grades):
     datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image()).to_parquet(path / "train.parquet")
 
 
+@pytest.mark.slow
 def test_pairs_of_lower_quality_are_left_out(flags, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     graded_pairs(tmp_path / "pairs", [(5, 4, 5), (5, 5, 5), None, (5, 5, None)])
