@@ -139,7 +139,8 @@ def watched_run(runs, script, flags, folder):
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
-@pytest.mark.parametrize("script", ONE_QUICK)
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_nothing_that_is_encoded_passes_between_processes(train, runs, short_runs, tmp_path, script):
     """A single embedding has 64 KiB here, and there are twelve."""
     flags = flags_with(script, short_runs, captioned_pictures(tmp_path / "pictures", 12))

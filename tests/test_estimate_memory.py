@@ -179,6 +179,7 @@ def test_sizes_of_flux2():
         assert len(target_layers(transformer, model.targets)) == len(in_blocks), name
 
 
+@pytest.mark.slow
 def test_a_step_of_flux2_is_estimated():
     small = flux2(1, 1, 24, 7680, qwen3_4b)
     flags = ["--model", "FLUX.2-klein-4B", "--gradient_checkpointing"]
@@ -295,6 +296,7 @@ def test_an_average_is_a_second_adapter(plain):
     assert averaged.disk["each checkpoint"] - plain.disk["each checkpoint"] == more
 
 
+@pytest.mark.slow
 def test_a_dora_has_numbers_of_its_own_and_a_lokr_holds_whole_changes():
     sizes = {}
     for kind in ("", "--use_dora", "--lora_type lokr"):

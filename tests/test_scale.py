@@ -494,6 +494,7 @@ def load_and_shard(trainer, folder, way):
     accelerator.end_training()
 
 
+@pytest.mark.slow
 def test_no_process_holds_a_whole_float32_model_that_is_split(runs, tmp_path):
     torch.manual_seed(0)
     with torch.device("meta"):
