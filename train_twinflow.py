@@ -1338,7 +1338,7 @@ class Flux2Klein(Backbone):
                 hook.remove()
 
     def predict(self, transformer, x, time, cond):
-        batch_size, _, height, width = x.shape
+        height, width = x.shape[-2:]
         patches = torch.empty(1, 0, height // 2, width // 2)  # of which only the shape counts
         velocity = transformer(
             hidden_states=pack_latents(x),

@@ -4,9 +4,11 @@ import copy
 import functools
 import gc
 import importlib
+import json
 import os
 import random
 import runpy
+import shutil
 import subprocess
 import sys
 import time
@@ -67,6 +69,33 @@ def tiny_model(tiny_pipeline, tmp_path_factory):
     """The tiny pipeline as a folder."""
     folder = tmp_path_factory.mktemp("tiny")
     tiny_pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def klein():
+    """A tiny FLUX.2-klein, not distilled."""
+    import tiny_backbones
+
+    torch.manual_seed(0)
+    return tiny_backbones.flux2_klein()
+
+
+@pytest.fixture(scope="session")
+def klein_folder(klein, tmp_path_factory):
+    """It as a folder."""
+    folder = tmp_path_factory.mktemp("klein")
+    klein.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def distilled_folder(klein_folder, tmp_path_factory):
+    """The same model, said to be distilled."""
+    folder = tmp_path_factory.mktemp("distilled") / "klein"
+    shutil.copytree(klein_folder, folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"is_distilled": True}))
     return folder
 
 

@@ -29,29 +29,6 @@ LORA = "pytorch_lora_weights.safetensors"
 PROMPT = "a red circle"
 
 
-@pytest.fixture(scope="session")
-def klein():
-    """A tiny FLUX.2-klein, not distilled."""
-    torch.manual_seed(0)
-    return tiny_backbones.flux2_klein()
-
-
-@pytest.fixture(scope="session")
-def klein_folder(klein, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("klein")
-    klein.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def distilled_folder(klein_folder, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("distilled") / "klein"
-    shutil.copytree(klein_folder, folder)
-    index = json.loads((folder / "model_index.json").read_text())
-    (folder / "model_index.json").write_text(json.dumps(index | {"is_distilled": True}))
-    return folder
-
-
 @pytest.fixture
 def flags(distilled_folder, pictures):
     """A short run on tiny things; later flags override earlier ones."""

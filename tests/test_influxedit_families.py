@@ -42,25 +42,9 @@ def kontext(tiny_pipeline):
 
 
 @pytest.fixture(scope="session")
-def klein():
-    """A tiny FLUX.2-klein, not distilled."""
-    torch.manual_seed(0)
-    return tiny_backbones.flux2_klein()
-
-
-@pytest.fixture(scope="session")
 def kontext_folder(kontext, tmp_path_factory):
     folder = tmp_path_factory.mktemp("kontext")
     kontext.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def distilled_folder(klein, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("distilled")
-    klein.save_pretrained(folder)
-    index = json.loads((folder / "model_index.json").read_text())
-    (folder / "model_index.json").write_text(json.dumps(index | {"is_distilled": True}))
     return folder
 
 

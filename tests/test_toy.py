@@ -125,15 +125,22 @@ def sample(pipeline, scenes, **inputs):
     ).images
 
 
+def mean_scores(images, scenes):
+    """{measure: 0..100}, which are printed too."""
+    scores = [score_scene(image, scene) for image, scene in zip(images, scenes, strict=True)]
+    means = {name: 100 * np.mean([score[name] for score in scores]) for name in scores[0]}
+    print({name: f"{mean:.0f}" for name, mean in means.items()})
+    return means
+
+
 def test_flux_draws_what_the_caption_says():
     pipeline = FluxPipeline.from_pretrained(TOY / "flux")
     pipeline.set_progress_bar_config(disable=True)
     rng = random.Random(5)
     scenes = [random_scene(rng, pair=0, outline=0) for _ in range(64)]
     images = sample(pipeline, scenes)
-    scores = [score_scene(image, scene) for image, scene in zip(images, scenes, strict=True)]
-    means = {name: 100 * np.mean([score[name] for score in scores]) for name in scores[0]}
-    print({name: f"{mean:.0f}" for name, mean in means.items()}, "bars: 97, 95, 85")
+    means = mean_scores(images, scenes)
+    print("bars: 97, 95, 85")
     assert means["background"] >= 97
     assert means["foreground"] >= 95
     assert means["shape"] >= 85
@@ -146,9 +153,8 @@ def test_flux2_draws_what_the_caption_says():
     rng = random.Random(7)
     scenes = [random_scene(rng, pair=0, outline=0) for _ in range(32)]
     images = sample(pipeline, scenes)
-    scores = [score_scene(image, scene) for image, scene in zip(images, scenes, strict=True)]
-    means = {name: 100 * np.mean([score[name] for score in scores]) for name in scores[0]}
-    print({name: f"{mean:.0f}" for name, mean in means.items()}, "bars: 95, 90, 60")
+    means = mean_scores(images, scenes)
+    print("bars: 95, 90, 60")
     assert means["background"] >= 95
     assert means["foreground"] >= 90
     assert means["shape"] >= 60

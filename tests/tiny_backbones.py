@@ -256,8 +256,8 @@ def flux2_dev():
     )
 
 
-def flux_vae():
-    """An AutoencoderKL in FLUX.1's form."""
+def new_vae(shift_factor, scaling_factor):
+    """An AutoencoderKL in the form of FLUX.1's, Z-Image's and SD3's."""
     return AutoencoderKL(
         down_block_types=["DownEncoderBlock2D"] * 4,
         up_block_types=["UpDecoderBlock2D"] * 4,
@@ -267,8 +267,8 @@ def flux_vae():
         norm_num_groups=4,
         use_quant_conv=False,
         use_post_quant_conv=False,
-        shift_factor=0.1159,
-        scaling_factor=0.3611,
+        shift_factor=shift_factor,
+        scaling_factor=scaling_factor,
     )
 
 
@@ -296,7 +296,7 @@ def z_image():
     )
     return ZImagePipeline(
         transformer=randomised(transformer),
-        vae=flux_vae(),
+        vae=new_vae(shift_factor=0.1159, scaling_factor=0.3611),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         text_encoder=Qwen3ForCausalLM(config),
         tokenizer=tokenizer,
@@ -330,18 +330,7 @@ def sd3(dual_attention_layers=(0,)):
         dual_attention_layers=dual_attention_layers,
         qk_norm="rms_norm",
     )
-    vae = AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 4,
-        up_block_types=["UpDecoderBlock2D"] * 4,
-        block_out_channels=(8, 8, 8, 8),
-        layers_per_block=1,
-        latent_channels=16,
-        norm_num_groups=4,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        shift_factor=0.0609,
-        scaling_factor=1.5305,
-    )
+    vae = new_vae(shift_factor=0.0609, scaling_factor=1.5305)
     return StableDiffusion3Pipeline(
         transformer=randomised(transformer),
         vae=vae,
