@@ -45,6 +45,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -236,6 +237,7 @@ from common.tracking import (
     step_logs,
     write_model_card,
 )
+from common.twinflow_scheduler import STYLES, TwinFlowScheduler, time_grid
 from common.validation import ValidationPrompt, frugal_decoding, read_validation_prompts, save_images, undisturbed
 
 import numpy as np
@@ -2036,12 +2038,6 @@ MAX_LOCAL_GAP = 0.05  # largest (t - t') / t of mul samples
 DELTA_T = 0.01  # first step of the RCGM target
 BARRON_C = 1e-3  # scale of Barron's loss
 
-STYLES = {  # of `sampling_loop`: the time that each prediction is made for, and the settings that go with it
-    "few": {"stochast_ratio": 1.0, "gaps": (0.001, 0.7), "time_dist_ctrl": (1.0, 1.0, 1.0)},
-    "any": {"stochast_ratio": 0.0, "gaps": (0.001, 0.5), "time_dist_ctrl": (1.0, 1.0, 1.0)},
-    "mul": {"stochast_ratio": 0.0, "gaps": (0.001, 0.0), "time_dist_ctrl": (1.17, 0.8, 1.1)},
-}
-
 
 def partition(batch_size: int, probs: dict[str, float]) -> dict[str, int]:
     """{sample type: number of samples} of a batch: its shares rounded to whole numbers that sum to `batch_size`.
@@ -2358,19 +2354,6 @@ def compute_loss(
         loss = loss + args.dist_match_cof * rectification_loss
         logs["loss_rectification"] = rectification_loss.detach()
     return loss, logs
-
-
-def time_grid(steps: int, gaps: tuple[float, float], time_dist_ctrl: tuple[float, float, float]) -> torch.Tensor:
-    """Times [steps + 1], float64, from noise to 0: 1 - (1 - (1 - u^a)^b)^c for even u between the gaps at both ends, a
-    power of Kumaraswamy's distribution function, then 0."""
-    a, b, c = time_dist_ctrl
-    if gaps[1] == 0:
-        # the last of steps + 1 even nodes is the time 0 appended below
-        u = torch.linspace(gaps[0], 1, steps + 1, dtype=torch.float64)[:-1]
-    else:
-        u = torch.linspace(gaps[0], 1 - gaps[1], steps, dtype=torch.float64)
-    times = 1 - (1 - (1 - u**a) ** b) ** c
-    return torch.cat([times, torch.zeros(1, dtype=torch.float64)])
 
 
 @torch.no_grad()
@@ -2990,6 +2973,19 @@ def save_model_card(args, command: str, held_out: str = "") -> None:
     write_model_card(args, description, tags, args.pretrained_model_name_or_path)
 
 
+def save_scheduler(folder: Path, two_times: bool) -> None:
+    """Writes `TwinFlowScheduler` and its code into a folder, where diffusers' AutoModel finds both.
+
+    Pipelines tell a model one time. An adapter knows by it where to jump; a model that embeds two times does not, and
+    follows the path.
+    """
+    scheduler = TwinFlowScheduler(style="mul" if two_times else "few", two_times=two_times)
+    with writing(folder):
+        scheduler.save_pretrained(folder)
+        shutil.copy(inspect.getfile(TwinFlowScheduler), folder)
+        follow_umask(folder)
+
+
 def generate_command(args, prompt: str) -> str:
     """The command, below examples/, that generates an image of `prompt` with the result."""
     folder = shlex.quote(str(args.output_dir.resolve()))
@@ -3463,6 +3459,9 @@ def train(args):
     command = generate_command(args, example_prompt)
     if accelerator.is_main_process:
         save_model_card(args, command, held_out=best.summary())
+        if args.model_type != "flux3":  # whose own pipeline tells both times
+            two_times = backbone.embeds_target_time(unwrapped_transformer)
+            save_scheduler(args.output_dir / "scheduler", two_times)
     # DistributedDataParallel must be freed before the process group: gloo can hang otherwise
     transformer = predict = validate = compute_held_out = None
     accelerator.free_memory()

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from common.latents import TensorCache, decode_images, unpack_latents
+from common.twinflow_scheduler import TwinFlowScheduler
 
 import diffusers
 import numpy as np
@@ -20,7 +21,7 @@ import tiny_backbones
 import torch
 from accelerate import Accelerator
 from conftest import ROOT
-from diffusers import Flux3DistilledAutoBlocks
+from diffusers import AutoModel, Flux3DistilledAutoBlocks
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from test_faults import slow_writer
@@ -30,9 +31,9 @@ from transformers import Qwen2VLImageProcessor
 import train_twinflow as twinflow
 from examples.estimate_memory import MODELS
 from examples.twinflow import compare
-from examples.twinflow.generate import generate, load_velocity, trained_args
+from examples.twinflow.generate import few_step_transformer, generate, load_velocity, trained_args
 from examples.twinflow.generate import main as generate_main
-from train_twinflow import Flux
+from train_twinflow import BACKBONES, Flux
 
 
 SCRIPT = "train_twinflow"
@@ -328,6 +329,118 @@ def test_the_velocity_is_the_one_that_the_pipeline_steps_with(backbone_flags, mo
     sample, time, velocity = steps[-1]
     pixels = decode_images(backbone.load_vae(torch.float32), sample - time * velocity)
     torch.testing.assert_close((pixels / 2 + 0.5).clamp(0, 1), drawn[:, :3], atol=1e-3, rtol=1e-3)
+
+
+def drawn_by_pipeline(pipeline, model_type, args, steps):
+    """(the noise that a pipeline begins with, what it ends with), [1, C, h, w], in some steps of its scheduler."""
+    shape = twinflow.latent_shape(BACKBONES[model_type](args), twinflow.Size(args.resolution, args.resolution))
+    samples = []
+    honest = pipeline.scheduler.step
+
+    def step(output, timestep, sample, *rest, **kwargs):
+        result = honest(output, timestep, sample, *rest, **kwargs)
+        samples.extend([sample, result[0]])
+        return result
+
+    pipeline.scheduler.step = step
+    side = {"height": args.resolution, "width": args.resolution, **SAMPLING[model_type]}
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline(prompt="a cat", num_inference_steps=steps, output_type="latent", **side)
+    assert len(samples) == 2 * steps
+    return to_latents(samples[0], shape), to_latents(samples[-1], shape)
+
+
+@pytest.mark.parametrize("training", ["lora", "full"])
+@pytest.mark.parametrize(
+    "model_type", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in SAMPLING]
+)
+def test_a_pipeline_with_our_scheduler_draws_what_sampling_loop_does(backbone_flags, tmp_path, model_type, training):
+    """In every style for an adapter, which is told t - t' / 2; all weights jump to the end, or follow the path."""
+    backbone, args = parsed_backbone(backbone_flags, model_type)
+    args.max_sequence_length = SAMPLING[model_type].get("max_sequence_length", 64)
+    pipeline = backbone.pipeline_class.from_pretrained(backbone_flags[model_type][1], **processor_of(backbone))
+    encoder = backbone.load_prompt_encoder(torch.float32, torch.device("cpu"))
+    with torch.no_grad():
+        cond = twinflow.stack_conditions([backbone.encode_prompt(encoder, "a cat")])
+    transformer = backbone.load_transformer(torch.float32)
+    two_times = training == "full"
+    if two_times:
+        torch.manual_seed(1)
+        backbone.add_target_time(transformer, "normal")
+        folder = tmp_path / "model"
+        shutil.copytree(backbone_flags[model_type][1], folder)
+        twinflow.save_model(
+            Accelerator(), folder / "transformer", transformer, type(pipeline.transformer), torch.float32
+        )
+    options = {"transformer": transformer, "backbone": backbone, "dtype": torch.float32, "two_times": two_times}
+    predict = functools.partial(twinflow.predict_velocity, **options)
+    for style, steps in (("few", 1), ("few", 2), ("any", 3), ("mul", 3)):
+        if two_times and style == "any":
+            continue
+        pipeline.scheduler = TwinFlowScheduler(style, two_times, stochast_ratio=0.0)
+        if two_times and style == "few":
+            pipeline.transformer = few_step_transformer(folder)
+        elif two_times:
+            pipeline.transformer = type(pipeline.transformer).from_pretrained(folder, subfolder="transformer")
+        noise, drawn = drawn_by_pipeline(pipeline, model_type, args, steps)
+        expected = twinflow.sampling_loop(predict, noise, cond, steps=steps, style=style, stochast_ratio=0.0)
+        torch.testing.assert_close(drawn, expected, atol=1e-4, rtol=1e-4)
+        assert (drawn - noise).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("training", ["lora", "full"])
+def test_a_training_leaves_a_scheduler_with_which_the_pipeline_draws_the_same_images(
+    train, backbone_flags, short, tmp_path, training
+):
+    flags = [*backbone_flags["sana"], *short, "--training", training, "--rank", 4, "--learning_rate", 1e-2]
+    train(SCRIPT, *flags, "--max_sequence_length", 300, "--output_dir", tmp_path)
+    # the class is in a file of the folder, which this process has not imported
+    options = {"subfolder": "scheduler", "trust_remote_code": True}
+    scheduler = AutoModel.from_pretrained(str(tmp_path), **options)
+    assert type(scheduler).__module__ != TwinFlowScheduler.__module__
+    assert (scheduler.config.style, scheduler.config.two_times) == (
+        ("few", False) if training == "lora" else ("mul", True)
+    )
+    pipeline = diffusers.SanaPipeline.from_pretrained(backbone_flags["sana"][1])
+    pipeline.set_progress_bar_config(disable=True)
+    if training == "lora":
+        pipeline.load_lora_weights(tmp_path)
+    else:
+        pipeline.transformer = few_step_transformer(tmp_path)
+    for steps in (1, 2):
+        pipeline.scheduler = type(scheduler).from_config(scheduler.config, style="few")
+        generator = torch.Generator().manual_seed(3)
+        options = {"height": 64, "width": 64, "guidance_scale": 1, "use_resolution_binning": False}
+        drawn = pipeline("a red circle", num_inference_steps=steps, generator=generator, **options).images[0]
+        (expected,) = generate(tmp_path, ["a red circle"], steps=steps, style="few", seed=3)
+        difference = np.abs(np.asarray(drawn, dtype=int) - np.asarray(expected, dtype=int))
+        assert difference.max() <= 1
+        assert np.asarray(drawn).std() > 1
+
+
+def test_a_pipeline_of_diffusers_alone_draws_few_steps_of_an_adapter(backbone_flags):
+    """As the page says it: its own scheduler with stochastic_sampling, the times as sigmas."""
+    backbone, args = parsed_backbone(backbone_flags, "sd3")
+    args.max_sequence_length = 64
+    pipeline = backbone.pipeline_class.from_pretrained(backbone_flags["sd3"][1])
+    options = {"stochastic_sampling": True, "shift": 1.0, "use_dynamic_shifting": False}
+    pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, **options)
+    pipeline.set_progress_bar_config(disable=True)
+    encoder = backbone.load_prompt_encoder(torch.float32, torch.device("cpu"))
+    with torch.no_grad():
+        cond = twinflow.stack_conditions([backbone.encode_prompt(encoder, "a cat")])
+    options = {"transformer": backbone.load_transformer(torch.float32), "backbone": backbone, "dtype": torch.float32}
+    predict = functools.partial(twinflow.predict_velocity, two_times=False, **options)
+    for sigmas in ([0.999], [0.999, 0.7]):
+        generator = torch.Generator().manual_seed(3)
+        noise = torch.randn(1, 16, 8, 8, generator=generator)
+        torch.set_rng_state(generator.get_state())  # of the noise that the scheduler renews
+        side = {"height": 64, "width": 64, "output_type": "latent", **SAMPLING["sd3"]}
+        drawn = pipeline("a cat", sigmas=sigmas, latents=noise, **side).images
+        expected = twinflow.sampling_loop(
+            predict, noise, cond, steps=len(sigmas), style="few", stochast_ratio=1.0, generators=[generator]
+        )
+        torch.testing.assert_close(drawn, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_the_velocity_of_flux3_with_its_native_target_time_is_the_pipelines(tmp_path):

@@ -346,6 +346,61 @@ def test_guidance_runs_only_where_it_is_used_and_never_not_at_all():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Few steps in ComfyUI, by its rules as written down from its behaviour
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def comfyui_sigmas(steps, shift, table):
+    """Its scheduler `simple`: every len / steps-th of a table of even, shifted times from its end, then 0."""
+    times = torch.arange(1, table + 1).double() / table
+    shifted = shift * times / (1 + (shift - 1) * times)
+    return [shifted[-1 - int(i * table / steps)].item() for i in range(steps)] + [0.0]
+
+
+def comfyui_lcm(model, noise, cond, sigmas, generators):
+    """Its sampler `lcm` on an empty latent, for a model of velocities, which it tells the time t alone."""
+    x = sigmas[0] * noise.double()
+    for sigma, sigma_next in itertools.pairwise(sigmas):
+        t = torch.full((len(x),), sigma)
+        x_hat = x - sigma * model(x.float(), t, cond)
+        new_noise = torch.stack([torch.randn(noise.shape[1:], generator=generator) for generator in generators])
+        x = sigma_next * new_noise + (1 - sigma_next) * x_hat
+    return x.float()
+
+
+COMFYUI_SHIFTS = {  # the page's numbers, as each node takes them: (shift of the times, length of its table)
+    "ModelSamplingFlux, both shifts 0.85": (math.exp(0.85), 10000),
+    "ModelSamplingSD3 or ModelSamplingAuraFlow, shift 2.33": (2.33, 1000),
+    "exactly": (7 / 3, 10000),
+}
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("node", COMFYUI_SHIFTS)
+def test_comfyui_draws_few_steps_of_an_adapter(node, steps):
+    sigmas = comfyui_sigmas(steps, *COMFYUI_SHIFTS[node])
+    gaps = (0.0, 0.7)  # ComfyUI begins at t = 1, the style few at 0.999
+    assert sigmas == pytest.approx(twinflow.time_grid(steps, gaps, (1.0, 1.0, 1.0)).tolist(), abs=1e-3)
+    assert sigmas == pytest.approx(twinflow.time_grid(steps, (0.001, 0.7), (1.0, 1.0, 1.0)).tolist(), abs=2e-3)
+
+    def adapter(x, t, cond):  # which is told t - t' / 2
+        return smooth_model(x, t, 0 * t, cond)
+
+    noise, cond = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(0)), {"c": torch.rand(3)}
+    drawn = []
+    for sampler in (
+        lambda generators: comfyui_lcm(adapter, noise, cond, sigmas, generators),
+        lambda generators: sampling_loop(
+            lambda x, t, target, cond: adapter(x, t - target / 2, cond),
+            noise, cond, steps=steps, style="few", generators=generators, gaps=gaps, stochast_ratio=1.0,
+        ),
+    ):  # fmt: skip
+        drawn.append(sampler([torch.Generator().manual_seed(i) for i in range(3)]))
+    torch.testing.assert_close(drawn[0], drawn[1], atol=1e-5 if node == "exactly" else 5e-3, rtol=0)
+    assert (drawn[1] - noise).abs().max() > 0.1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Eight Gaussians
 # ---------------------------------------------------------------------------------------------------------------------
 

@@ -145,6 +145,26 @@ def load_velocity(source, backbone, args, dtype, device, **placing):
     )
 
 
+def few_step_transformer(folder, dtype=torch.float32):
+    """The transformer of a training of all weights for diffusers' own pipelines, which tell it one time t: it jumps
+    from there to the end, t' = 0.
+
+    It needs a scheduler whose `timesteps` are t: `TwinFlowScheduler(style="few", two_times=True)`.
+    """
+    args = trained_args(folder)
+    check_source(Path(folder), args)
+    transformer, backbone = load_transformer(Path(folder), BACKBONES[args.model_type](args), args, dtype)
+
+    def tell_both(time_embedding, inputs):
+        t = inputs[0]
+        end = torch.full_like(t, backbone.embedded_times(torch.zeros(())).item())
+        return torch.stack([t, end], dim=-1), *inputs[1:]
+
+    if backbone.embeds_target_time(transformer):  # an adapter is told t - t' / 2, which is t
+        transformer.get_submodule(backbone.time_module).register_forward_pre_hook(tell_both)
+    return transformer.to(dtype).eval()
+
+
 @torch.no_grad()
 def generate(folder, prompts, *, seed=0, image=None, batch_size=1, size=None, placement=None, **sampling):
     """One PIL image per prompt, image i from a generator seeded with `seed` + i; `sampling` is for `sampling_loop`.
