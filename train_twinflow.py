@@ -48,7 +48,7 @@ import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -2128,13 +2128,15 @@ def prepare_inputs(
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(masks, x_t [B, ...], t [B], target_time [B], target [B, ...]) of a batch of data, latents [B, ...].
 
-    `masks` are those of `sample_times`, and two more: generated, whose data is the model's own one-step sample, and
-    guided, whose target gets guidance. `target` is the velocity z - x of the straight path.
+    `masks` are those of `sample_times`, and three more: generated, whose data is the model's own one-step sample,
+    guided, whose target gets guidance, and distant, real ones whose t' lies beyond the first step of the RCGM target.
+    `target` is the velocity z - x of the straight path.
     """
     device = latents.device
     masks, t, target_time = sample_times(len(latents), args=args, generator=generator)
     low, high = args.enhanced_range
     masks["guided"] = ~masks["adv"] & (low < t) & (t < high)
+    masks["distant"] = ~masks["adv"] & (t - DELTA_T > target_time)
     masks["generated"] = torch.ones_like(masks["adv"]) if args.image_free else masks["adv"]
 
     # data of generated samples: x̂ = z - F(z, 1, 0)
@@ -2272,12 +2274,14 @@ def compute_loss(
     *,
     args,
     generator: torch.Generator,
+    replays_dropout: bool = False,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The TwinFlow loss of a batch (arXiv 2512.05150) and its parts: (loss, {name: part}).
 
     predict(x_t, t, t', cond) is the model's F [B, ...]; within `with teacher():` it is the teacher's. latents [B, ...]
-    is data, cond and uncond are conditions {name: [B, ...]}. Forward passes: 1 with gradient, and without gradient
-    one each for generated samples, guidance, rectification, and each of --estimate_order steps.
+    is data, cond and uncond are conditions {name: [B, ...]}. `replays_dropout`: whether `predict` has dropout. Forward
+    passes: 1 with gradient, and without gradient one each for generated samples, guidance, rectification, and each of
+    --estimate_order steps.
     """
     masks, x_t, t, target_time, target = prepare_inputs(predict, latents, cond, args=args, generator=generator)
     device = x_t.device
@@ -2285,14 +2289,26 @@ def compute_loss(
     real = rows_of(~masks["adv"], device)
     frozen_teacher = args.ema_decay_rate == 1
 
-    # Guidance: v + ω (F(x_t, t, t, cond) - F(x_t, t, t, uncond)), by the teacher, at times in --enhanced_range.
+    any_step = masks["e2e"] | masks["any"] | masks["one"]
+    use_rcgm = args.estimate_order > 0 and bool(any_step.any())
+
+    # Sharded processes must make equally many forward passes: without a sample for one, they evaluate one real sample.
     guided = rows["guided"]
-    evaluated = guided
-    if not len(guided):
-        # Sharded processes must make equally many forward passes: evaluate one real sample and do not use the result.
-        evaluated = real[:1]
-    if args.enhanced_ratio and len(evaluated):
-        with torch.no_grad(), teacher():
+    evaluated = guided if len(guided) else real[:1]
+    # The steps of the RCGM target from t' to t' have length 0: S = 0 without them.
+    walking = rows["distant"] if len(rows["distant"]) else real[:1]
+    if replays_dropout:  # which masks the rows of a batch by their number: the first ones stay where they are
+        walking = real
+    displacement = torch.zeros_like(x_t)
+
+    # The teacher's passes. Its weights are swapped in place, once for both, which must not happen between a forward
+    # pass with gradient and its backward pass. A frozen teacher only guides.
+    with torch.no_grad(), ExitStack() as swapped:
+        if args.enhanced_ratio or (use_rcgm and not frozen_teacher):
+            swapped.enter_context(teacher())
+
+        # Guidance: v + ω (F(x_t, t, t, cond) - F(x_t, t, t, uncond)), at times in --enhanced_range.
+        if args.enhanced_ratio and len(evaluated):
             enhanced = enhance_target(
                 predict,
                 x_t[evaluated],
@@ -2303,30 +2319,27 @@ def compute_loss(
                 ratio=args.enhanced_ratio,
                 data_free=frozen_teacher and args.image_free,
             )
-        if len(guided):
-            target[guided] = enhanced
+            if len(guided):
+                target[guided] = enhanced
 
-    # S, the displacement of the RCGM target, by the teacher. Its weights are swapped in place, which must not happen
-    # between a forward pass with gradient and its backward pass.
-    any_step = masks["e2e"] | masks["any"] | masks["one"]
-    use_rcgm = args.estimate_order > 0 and bool(any_step.any())
-    if use_rcgm:
-        stepping_model = nullcontext if frozen_teacher else teacher  # a frozen teacher only guides
-        with torch.no_grad(), stepping_model():
-            displacement = multi_fwd(
+        # S, the displacement of the RCGM target
+        if frozen_teacher:
+            swapped.close()
+        if use_rcgm:
+            displacement[walking] = multi_fwd(
                 predict,
-                x_t[real],
-                t[real],
-                target_time[real],
-                target[real],
-                select_samples(cond, real),
+                x_t[walking],
+                t[walking],
+                target_time[walking],
+                target[walking],
+                select_samples(cond, walking),
                 order=args.estimate_order,
             )
 
     # Target of all but adv: sg(F) - clamp(G, -1, 1), or without RCGM the velocity as it is.
     prediction = predict(x_t, t, target_time, cond)
     if use_rcgm:
-        target[real] = get_rcgm_target(prediction[real], displacement, target[real], t[real], target_time[real])
+        target[real] = get_rcgm_target(prediction[real], displacement[real], target[real], t[real], target_time[real])
 
     # Any-step loss, and at negative times the flow matching loss of own samples (adv):
     # w d(F(x_t, t, t'), target) with w = tan((1 - (|t| - |t'|)) π / 2.5) + 1; w = 1 for adv.
@@ -3371,6 +3384,7 @@ def train(args):
                 uncond,
                 args=args,
                 generator=generator,
+                replays_dropout=bool(args.lora_dropout),
             )
             accelerator.backward(loss)
             for name, value in {"loss": loss.detach(), **logged_losses}.items():

@@ -215,7 +215,7 @@ class Counted:
 
     def __init__(self):
         self.scale = torch.nn.Parameter(torch.tensor(0.7))
-        self.is_teacher, self.calls = False, []
+        self.is_teacher, self.calls, self.swaps = False, [], 0
 
     def __call__(self, x, t, target, cond):
         self.calls.append((len(x), torch.is_grad_enabled(), self.is_teacher, t.tolist(), target.tolist()))
@@ -223,18 +223,19 @@ class Counted:
 
     @contextmanager
     def teacher(self):
-        self.is_teacher = True
+        self.is_teacher, self.swaps = True, self.swaps + 1
         yield
         self.is_teacher = False
 
 
-def step(args, batch_size=10, seed=0):
+def step(args, batch_size=10, seed=0, **options):
     torch.manual_seed(seed)
     model, latents = Counted(), torch.randn(batch_size, 2, 3)
     cond, uncond = {"c": torch.randn(batch_size)}, {"c": torch.randn(batch_size)}
     generator = torch.Generator().manual_seed(seed)
     teacher = model.teacher if args.ema_decay_rate else nullcontext
-    loss, logs = twinflow.compute_loss(model, teacher, latents, cond, uncond, args=args, generator=generator)
+    batch = (latents, cond, uncond)
+    loss, logs = twinflow.compute_loss(model, teacher, *batch, args=args, generator=generator, **options)
     return model, latents, cond, uncond, loss, logs
 
 
@@ -322,17 +323,33 @@ def test_the_loss_and_its_gradient(name, seed):
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [  # (samples, with gradient, teacher) of each forward pass of a batch of 8
-        ("twinflow", [(2, 0, 0), (8, 0, 1), (6, 0, 1), (6, 0, 1), (8, 1, 0), (4, 0, 0)]),
-        ("rcgm", [(10, 0, 1), (8, 0, 1), (8, 0, 1), (8, 1, 0)]),
-        ("frozen teacher", [(2, 0, 0), (8, 0, 1), (6, 0, 0), (8, 1, 0), (4, 0, 0)]),
+    [  # (samples, with gradient, teacher) of each forward pass of a batch of 8; None: those that are not next to t'
+        ("twinflow", [(2, 0, 0), (8, 0, 1), (None, 0, 1), (None, 0, 1), (8, 1, 0), (4, 0, 0)]),
+        ("rcgm", [(10, 0, 1), (None, 0, 1), (None, 0, 1), (8, 1, 0)]),
+        ("frozen teacher", [(2, 0, 0), (8, 0, 1), (None, 0, 0), (8, 1, 0), (4, 0, 0)]),
         ("no consistency", [(8, 1, 0)]),
         ("rectification alone", [(2, 0, 0), (6, 0, 1), (8, 1, 0), (6, 0, 0)]),
     ],
 )
 def test_forward_passes_are_the_fewest_the_method_needs(name, expected):
-    calls = step(method(**STEPS[name]), batch_size=8)[0].calls
-    assert [(count, int(gradient), int(teacher)) for count, gradient, teacher, _, _ in calls] == expected
+    args, found = method(**STEPS[name]), set()
+    for seed in range(6):
+        model = step(args, batch_size=8, seed=seed)[0]
+        masks, t, target = twinflow.sample_times(8, args=args, generator=torch.Generator().manual_seed(seed))
+        distant = int((~masks["adv"] & (t - target > 0.01)).sum())
+        needed = [(distant if count is None else count, *rest) for count, *rest in expected]
+        assert [(count, int(gradient), int(teacher)) for count, gradient, teacher, _, _ in model.calls] == needed
+        assert model.swaps == any(teacher for _, _, teacher in expected)  # once for guidance and the RCGM target
+        found.add(distant)
+    assert len(found) > 1 or name in ("no consistency", "rectification alone")
+
+
+def test_with_dropout_the_rows_of_a_batch_stay_where_they_are():
+    """So that a sample has one mask in the pass with gradient and in the steps of its RCGM target."""
+    args = method(probs=PROBS[0])
+    for seed in range(6):
+        calls = step(args, batch_size=8, seed=seed, replays_dropout=True)[0].calls
+        assert [len(calls[i][3]) for i in (2, 3)] == [6, 6]
 
 
 def test_guidance_runs_only_where_it_is_used_and_never_not_at_all():
