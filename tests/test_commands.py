@@ -269,8 +269,12 @@ def stand_ins(pictures, pairs, tiny_model, tiny_fill):
         "Tongyi-MAI/Z-Image": functools.partial(write_pipeline, tiny_backbones.z_image),
         "LiheYoung/depth-anything-small-hf": write_depth_model,
         "photos": link(pictures),
-        "dog": lambda path: shutil.copytree(pictures, path, ignore=shutil.ignore_patterns("*.txt")),
-        "dog-masks": functools.partial(write_masks, pictures),
+        **dict.fromkeys(
+            ("dog", "anna", "cup", "bottle"),
+            lambda path: shutil.copytree(pictures, path, ignore=shutil.ignore_patterns("*.txt")),
+        ),
+        **dict.fromkeys(("dog-masks", "bottle-masks"), functools.partial(write_masks, pictures)),
+        "ink": link(pictures),
         "before": link(pictures),
         "after": lambda path: shutil.copytree(pictures, path),
         "3d_icon": lambda path: write_rows(pictures, path, "prompt"),
@@ -640,6 +644,55 @@ def test_the_pages_name_every_script_and_every_preset(tmp_path):
     assert {str(path.relative_to(ROOT)) for path in scripts} | set(SMALL) <= words
     assert {str(path.relative_to(ROOT)) for path in ROOT.glob("examples/**/*.args")} - {PLAYBOOK} <= words
     assert {reason_not_to_run(command) for command in commands} - {None} == set(NOT_RUN)
+
+
+FLAG = re.compile(r"--\w+\b(?!\.\.\.)")
+REMEDIES = ("here", "what to do")  # columns of the tables "coming from" and of troubleshooting
+
+
+def tables_of(page):
+    """(line, column names, rows of cells) of each table of a page."""
+    text = (ROOT / page).read_text()
+    for match in re.finditer(r"^\|.*\|\n\|[ \-|]*\|\n(?:\|.*\|\n)*", text, re.M):
+        header, _, *rows = [line[1:-1].split("|") for line in match[0].splitlines()]
+        yield line_of(text, match), [name.strip() for name in header], rows
+
+
+@functools.cache
+def flags_of(script):
+    """The flags that `script` --help explains."""
+    module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+    with contextlib.redirect_stdout(io.StringIO()) as said, pytest.raises(SystemExit):
+        (module.parse_args if script in TRAINERS else module.main)(["--help"])
+    return set(FLAG.findall(said.getvalue()))
+
+
+TABLES = {  # page: the programs whose flags its tables name
+    "examples/dreambooth/README.md": ["train_dreambooth_flux_advanced.py", "examples/dreambooth/generate.py"],
+    "examples/dgx_spark/README.md": ["train_dreambooth_flux_advanced.py"],
+    "examples/omini/README.md": ["train_omini.py", "examples/omini/generate.py"],
+    "examples/influxedit/README.md": [
+        "train_influxedit.py",
+        "examples/influxedit/generate.py",
+        "examples/influxedit/prepare_fill_circles.py",
+    ],
+    "examples/twinflow/README.md": ["train_twinflow.py", "examples/twinflow/generate.py"],
+}
+OTHER_FLAGS = {"--am", "--ss", "--num_processes"}  # of a line of --validation_prompts, and accelerate's
+
+
+@pytest.mark.parametrize("page", TABLES)
+def test_flags_that_tables_advise_exist(page):
+    known = {flag for script in TABLES[page] for flag in flags_of(script)} | OTHER_FLAGS
+    checked = 0
+    for line, names, rows in tables_of(page):
+        for row in rows:
+            assert len(row) == len(names), f"{page}:{line}: {row}"
+            for name, cell in zip(names, row, strict=True):
+                if name in REMEDIES:
+                    checked += 1
+                    assert set(FLAG.findall(cell)) <= known, f"{page}:{line}: {cell}"
+    assert checked
 
 
 @pytest.mark.parametrize("page", PAGES[:-1])
