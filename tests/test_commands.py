@@ -184,6 +184,17 @@ def write_rows(pictures, path, column):
             rows.write(json.dumps({"file_name": picture.name, column: "a TOK icon of a shape"}) + "\n")
 
 
+def write_poses(pictures, path):
+    """Captioned pictures, and a condition for each in a column."""
+    path.mkdir()
+    rows = []
+    for picture in sorted(pictures.glob("*.png")):
+        for name in (picture.name, f"{picture.stem}-pose.png"):
+            shutil.copy(picture, path / name)
+        rows.append({"file_name": picture.name, "prompt": "a dancer", "pose": f"{picture.stem}-pose.png"})
+    (path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def write_parquet(path, rows):
     import pandas
 
@@ -277,6 +288,7 @@ def stand_ins(pictures, pairs, tiny_model, tiny_fill):
         "ink": link(pictures),
         "before": link(pictures),
         "after": lambda path: shutil.copytree(pictures, path),
+        "poses": functools.partial(write_poses, pictures),
         "3d_icon": lambda path: write_rows(pictures, path, "prompt"),
         "shards": lambda path: write_parquet(path, shards),
         "prompts.txt": lambda path: path.write_text("a red circle\na blue square\n"),
@@ -289,7 +301,7 @@ def stand_ins(pictures, pairs, tiny_model, tiny_fill):
         "train_B": link(pairs / "targets"),
         "prompts": link(pairs / "captions"),
         "masks": link(pairs / "masks"),
-        **dict.fromkeys(("cat.png", "photo.png", "outline.png", "edges.png"), picture),
+        **dict.fromkeys(("cat.png", "photo.png", "outline.png", "edges.png", "pose.png"), picture),
         **dict.fromkeys(("mask.png", "hole.png"), mask),
         "fill50k": lambda path: write_archive(path.with_suffix(".zip"), count=4),
     }
