@@ -58,6 +58,7 @@ NOT_RUN = {
     "git": "makes another checkout",
     "hf": "needs the network",
     "pip": "installs; what it would install runs this test",
+    "pre-commit": "hooks into git; tests/test_github.py runs what it would",
     "pytest": "these tests themselves",
     "torchrun": "several processes; tests/test_scale.py runs them",
     "source": "a virtual environment, which these tests run in",
