@@ -27,14 +27,16 @@ if [ -n "$missing" ]; then
     echo "Nothing was installed; the quickstart needs:$missing" >&2
     exit 2
 fi
-echo "Installing into $PWD/.venv"
+printf '\n%s\n' "1/5 Installing what the trainers need into $PWD/.venv"
 .venv/bin/python -m pip install --quiet --requirement requirements.txt
 rm -rf "$out"
 mkdir -p "$out"
 touch "$out/.made-by-quickstart"
 export TRANSFORMERS_VERBOSITY=error
 
+printf '\n%s\n' "2/5 Drawing six pictures of a subject that the toy FLUX has never seen: \"sks glyph\", a violet ring around a yellow dot"
 .venv/bin/python examples/toy/world.py glyph "$out/images" --count 6
+printf '\n%s\n' "3/5 Training a LoRA on them. First the model draws 240 pictures of other things, which remind it of what it knows"
 .venv/bin/python train_dreambooth_flux_advanced.py \
     --pretrained_model_name_or_path examples/toy/flux --max_sequence_length 32 \
     --instance_data_dir "$out/images" --resolution 64 --cache_latents \
@@ -47,7 +49,16 @@ export TRANSFORMERS_VERBOSITY=error
     --num_class_images 240 --sample_batch_size 40 --prior_target base \
     --validation_prompt "sks glyph on a blue background" --validation_steps 200 \
     --output_dir "$out/lora"
+printf '\n%s\n' "4/5 Drawing the same prompts without and with the LoRA. Scores say how many of 100 show what was asked for"
 .venv/bin/python examples/toy/compare.py "$out/lora" --subject glyph --output "$out/before_after.png"
 
+printf '\n%s\n' "5/5 Done"
 echo "Look at $out/before_after.png and $out/lora/loss.png; the LoRA is $out/lora/pytorch_lora_weights.safetensors"
 echo "For your own photos: .venv/bin/python examples/suggest.py photos/ --gpu 12GB   (the memory of your card)"
+if [ -t 1 ]; then # opens the picture where there is a desktop
+    if [ "$(uname)" = Darwin ]; then
+        open "$out/before_after.png" || true
+    elif [ -n "${DISPLAY:-}${WAYLAND_DISPLAY:-}" ] && command -v xdg-open >/dev/null; then
+        xdg-open "$out/before_after.png" >/dev/null 2>&1 || true
+    fi
+fi
