@@ -1052,6 +1052,24 @@ def pipeline_name(args) -> str | None:
     return read_model_index(args).get("_class_name")  # where it is not read, loading the text encoders says why
 
 
+def view_block_inputs(transformer: torch.nn.Module) -> None:
+    """Gives each block views of its inputs, by a hook, for sums of gradients that do not depend on --compile.
+
+    The time embedding is trained, and each block reads it several times. Autograd then adds up what a block's reads
+    give before it adds blocks, as a compiled block does; without views, it adds the reads of all blocks one by one.
+    """
+
+    def views(block, args, kwargs):
+        viewed = {name: view(value) for name, value in kwargs.items()}
+        return tuple(view(value) for value in args), viewed
+
+    def view(value):
+        return value.view_as(value) if isinstance(value, torch.Tensor) else value
+
+    for block in repeated_blocks(transformer):
+        block.register_forward_pre_hook(views, with_kwargs=True)
+
+
 def lora_targets(args, transformer: torch.nn.Module) -> list[str]:
     """The linear layers that get an adapter."""
     return comma_list(args.lora_layers) or BACKBONES[args.model_type].default_targets(transformer)
@@ -3195,6 +3213,7 @@ def train(args):
             start_from_lora(args.lora_path, {"transformer": transformer}, flux=args.model_type == "flux")
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
+    view_block_inputs(transformer)
     if args.compile:
         compile_blocks(transformer)
     if args.blocks_to_swap:
