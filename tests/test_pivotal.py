@@ -631,7 +631,6 @@ def test_a_refused_token_ends_the_run_before_a_model_is_loaded(train, flags, tmp
 
 # Flags beside the quickstart's; the least score of the subject, and the least share of the ordinary prompts' score
 # before training that must be left.
-ATTENTION = "attn.to_q,attn.to_k,attn.to_v,attn.add_q_proj,attn.add_k_proj,attn.add_v_proj,to_out.0"
 LEARNING = {
     "plain": ([], 50, 0),
     "4-bit base": (["--quantize_base", "nf4"], 50, 0),
@@ -639,14 +638,13 @@ LEARNING = {
     "CLIP LoRA": (["--train_text_encoder", "--text_encoder_lr", "1e-3"], 50, 0),
     "pivotal CLIP": (["--train_text_encoder_ti", "--text_encoder_lr", "3e-3"], 60, 0),
     "pivotal CLIP+T5": (["--train_text_encoder_ti", "--enable_t5_ti", "--text_encoder_lr", "3e-3"], 60, 0),
-    "prior preservation": (
+    "prior preservation": (  # of the images themselves; the quickstart holds them to the base
         [
-            *("--with_prior_preservation", "--class_data_dir", "class images", "--num_class_images", "1000"),
-            *("--class_prompt", "a shape on a blue background", "--sample_batch_size", "50"),
-            *("--prior_loss_weight", "6", "--lora_layers", ATTENTION, "--max_train_steps", "2500"),
+            *("--with_prior_preservation", "--class_data_dir", "class images", "--num_class_images", "240"),
+            *("--class_prompt", HERE / "prompts.txt", "--sample_batch_size", "40", "--prior_loss_weight", "0.25"),
         ],
-        30,
-        0.9,
+        50,
+        0.8,
     ),
 }
 
@@ -738,7 +736,7 @@ def test_every_mode_learns_the_subject(glyph_pictures, ordinary_before, tmp_path
         pipeline, "glyph", count=64, replace=lambda prompt: prompt.replace("sks glyph", words)
     )
     print(f"{mode}, {processes}: subject 0 -> {subject:.0f} (bar {least_subject})", end=", ")
-    least_ordinary = ordinary_before * (least_share if processes == 1 else least_share - 0.15)  # seen: 97 % and 79 %
+    least_ordinary = ordinary_before * least_share
     print(f"ordinary {ordinary_before:.0f} -> {ordinary:.0f} (bar {least_ordinary:.0f})")
     assert subject >= least_subject
     assert ordinary >= least_ordinary
@@ -755,14 +753,16 @@ def test_textual_inversion_finds_words_for_what_the_model_can_draw(tmp_path, pro
     def scene():
         return Scene(rng.choice(backgrounds), (random_shape(rng, "orange", kind="cross", size="big"),))
 
+    crosses = tmp_path / "crosses"
+    crosses.mkdir()
     for i in range(6):
         example = scene()
-        draw(example).save(tmp_path / f"{i}.png")
-        (tmp_path / f"{i}.txt").write_text(f"sks glyph on a {example.background} background")
+        draw(example).save(crosses / f"{i}.png")
+        (crosses / f"{i}.txt").write_text(f"sks glyph on a {example.background} background")
     tokens = ("--train_text_encoder_ti", "--enable_t5_ti", "--train_text_encoder_ti_frac", 1)
     only_tokens = ("--train_transformer_frac", 0, "--text_encoder_lr", 1e-2, "--lr_scheduler", "constant")
     flags = (*tokens, *only_tokens, "--num_new_tokens_per_abstraction", 1)
-    pipeline, words = run_on_toy(tmp_path, tmp_path / "run", flags, processes)
+    pipeline, words = run_on_toy(crosses, tmp_path / "run", flags, processes)
     scenes = [scene() for _ in range(64)]
     scores = {}
     for when, subject in (("before", "sks glyph"), ("after", words)):
