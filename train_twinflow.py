@@ -279,6 +279,7 @@ from huggingface_hub import hf_hub_download, split_torch_state_dict_into_shards
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
@@ -1988,7 +1989,7 @@ class EMATeacher:
         self.parameters = list(parameters)
         self.decay_rate = decay_rate
         self.decay = 0.0
-        self.on_swap = on_swap  # called after weights were changed in place
+        self.on_swap = on_swap  # called after weights were exchanged
         self.tensors = [tensor.clone() for tensor in self.trained_tensors()] if decay_rate else []
 
     @property
@@ -2002,11 +2003,15 @@ class EMATeacher:
 
     @torch.no_grad()
     def swap_weights(self) -> None:
-        """Exchanges the values of the trained tensors and the teacher's."""
-        for trained, taught in zip(self.trained_tensors(), self.tensors, strict=True):
-            kept = trained.clone()
-            trained.copy_(taught)
-            taught.copy_(kept)
+        """Exchanges the trained tensors and the teacher's: their memory, or the values of sharded ones."""
+        for i, (parameter, taught) in enumerate(zip(self.parameters, self.tensors, strict=True)):
+            if isinstance(taught, DTensor):  # whose memory FSDP2 refers to
+                kept = parameter.detach().clone()
+                parameter.detach().copy_(taught)
+                taught.copy_(kept)
+            else:
+                self.tensors[i] = parameter.data
+                parameter.data = taught
         if self.on_swap is not None:
             self.on_swap()
 
@@ -2319,8 +2324,8 @@ def compute_loss(
         walking = real
     displacement = torch.zeros_like(x_t)
 
-    # The teacher's passes. Its weights are swapped in place, once for both, which must not happen between a forward
-    # pass with gradient and its backward pass. A frozen teacher only guides.
+    # The teacher's passes. Its weights are swapped in once for both, which must not happen between a forward pass with
+    # gradient and its backward pass. A frozen teacher only guides.
     with torch.no_grad(), ExitStack() as swapped:
         if args.enhanced_ratio or (use_rcgm and not frozen_teacher):
             swapped.enter_context(teacher())

@@ -629,6 +629,29 @@ def test_times_are_embedded_exactly_in_bf16(backbone_flags, model_type, two_time
     assert not torch.allclose(found[0].float(), rounded[0], atol=2e-2)
 
 
+def test_swapping_in_the_teacher_copies_nothing_and_keeps_what_refers_to_it():
+    layer = torch.nn.Linear(3, 2)
+    teacher = twinflow.EMATeacher(layer.parameters(), 0.99)
+    averages = list(teacher.tensors)  # as checkpoints refer to them
+    before = [parameter.detach().clone() for parameter in layer.parameters()]
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1)
+    places = [parameter.data_ptr() for parameter in layer.parameters()]
+    for _ in range(2):
+        with teacher():
+            taught = layer(torch.ones(1, 3))
+            assert [parameter.data_ptr() for parameter in layer.parameters()] == [a.data_ptr() for a in averages]
+        assert [parameter.data_ptr() for parameter in layer.parameters()] == places
+        layer(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+        teacher.update_ema(torch.tensor(True))
+    expected = torch.nn.functional.linear(torch.ones(1, 3), *averages)
+    with teacher():
+        torch.testing.assert_close(layer(torch.ones(1, 3)), expected)
+    assert (expected - taught).abs().max() > 0.1
+    for average, parameter, first in zip(averages, layer.parameters(), before, strict=True):
+        assert ((average - first).abs() < (parameter - first).abs()).all()
+
+
 def test_lora_has_no_second_network_and_full_training_no_second_module(backbone_flags):
     for training in ("full", "lora"):
         flags = [*backbone_flags["flux"], "--train_data_dir", "x", "--training", training]
