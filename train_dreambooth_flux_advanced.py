@@ -161,15 +161,20 @@ from common.held_out import (
 )
 from common.latents import (
     PATCH,
+    EncodedIndex,
     TensorCache,
     cache_moments,
-    check_room,
+    check_cache_rooms,
+    check_disk_cache,
     encode_moments,
     encoded_folder,
     flux2_latents,
     image_ids,
+    latents_folder,
     moments_size,
     pack_latents,
+    print_precomputed,
+    prompts_folder,
     remove_encoded,
     sample_latents,
     to_tensor,
@@ -380,6 +385,7 @@ def parse_args(argv=None):
         help="frozen blocks that wait in RAM and are copied to the GPU ahead of use; auto: as many as do not fit",
     )
     arg("--fsdp", action="store_true", help="shard weights and optimizer state over the processes (FSDP2)")
+    arg("--hybrid_shard", action="store_true", help="with --fsdp: shard within a machine, copies between machines")
 
     arg = parser.add_argument_group("data", "a folder of images, a dataset, or a data.toml").add_argument
     arg("--instance_data_dir", type=Path, help="folder of images; captions in .txt files or metadata.jsonl")
@@ -436,6 +442,7 @@ def parse_args(argv=None):
         default="~/.cache/flux-trainers",
         help="folder of the latents and embeddings that are kept for later runs",
     )
+    arg("--precompute_only", action="store_true", help="fill --disk_cache_dir for later runs and end before training")
 
     arg = parser.add_argument_group(
         "prior preservation", "class images, so that the class stays as it is"
@@ -842,10 +849,6 @@ def needs(args):
             args.mask_data_dir or args.alpha_mask or args.dataset_config,
             ("unmasked_weight",),
         ),
-        "--cache_latents_to_disk or --cache_text_encoder_outputs_to_disk": (
-            args.cache_latents_to_disk or args.cache_text_encoder_outputs_to_disk,
-            ("disk_cache_dir",),
-        ),
     }
 
 
@@ -869,11 +872,7 @@ def check_args(args):
         nearest = args.resolution // 16 * 16
         problems.append(f"--resolution {args.resolution} must be a multiple of 16, such as {nearest}")
     problems += check_buckets(args.aspect_ratio_buckets, multiple=16)
-    if args.cache_latents_to_disk or args.cache_text_encoder_outputs_to_disk:
-        folder = args.disk_cache_dir.expanduser().absolute()
-        parent = next(path for path in [folder, *folder.parents] if path.exists())
-        if not (parent.is_dir() and os.access(parent, os.W_OK)):
-            problems.append(f"--disk_cache_dir {args.disk_cache_dir}: {parent} is not a writable folder")
+    problems += check_disk_cache(args)
 
     # prior preservation
     if args.with_prior_preservation:
@@ -1767,28 +1766,30 @@ class DreamBoothDataset(Dataset):
             return mask
         return mask + self.args.unmasked_weight * (1 - mask)
 
-    def cache_loss_masks(self, accelerator, folder):
-        """Makes the masks of all images once, if there are any, in files of a folder."""
-        if self.has_masks:
-            cache = TensorCache(folder, b"loss masks")
-            keys = self.image_keys()
-            self.loss_masks = cache.fill_by_content(
-                accelerator, keys, read=self.loss_mask, encode=list, desc="Caching masks"
-            )
+    def index_label(self, what):
+        """Under what `EncodedIndex` knows tensors of these images: class images are not among a run's data."""
+        return [what, [example.stamp for example in self.class_examples]]
+
+    def cache_loss_masks(self, accelerator, index, what="masks"):
+        """Makes the masks of all images once, if there are any, in files of the index's folder."""
+        if not self.has_masks:
+            return
+        label, keys = self.index_label(what), self.image_keys()
+        found = index.find(accelerator, label, keys, self.loss_mask)
+        if found is None:
+            cache = TensorCache(index.folder, b"loss masks")
+            found = cache.fill_by_content(accelerator, keys, read=self.loss_mask, encode=list, desc="Caching masks")
+            index.record(accelerator, label, found)
+        self.loss_masks = found
 
 
 def check_caches(args, dataset, dtype):
     """Problems of the disks on which encoded images and prompts lie, before class images are drawn."""
-    own, kept = encoded_folder(args.output_dir), args.disk_cache_dir.expanduser()
-    needed = {own: 0, kept: 0}
     captions = {example.prompt() for example in dataset.examples}
-    prompts_folder = kept if args.cache_text_encoder_outputs_to_disk else own
-    needed[prompts_folder] += prompts_size(args, len(captions), dtype)
-    if args.cache_latents:
-        latents_folder = kept if args.cache_latents_to_disk else own
-        needed[latents_folder] += moments_size(args, [bucket for _, bucket, _ in dataset.image_keys()], dtype)
-    problems = check_room("--output_dir", args.output_dir, needed[own])
-    return problems + check_room("--disk_cache_dir", kept, needed[kept])
+    buckets = [bucket for _, bucket, _ in dataset.image_keys()] if args.cache_latents else []
+    return check_cache_rooms(
+        args, prompts=prompts_size(args, len(captions), dtype), latents=moments_size(args, buckets, dtype)
+    )
 
 
 @dataclass
@@ -3530,6 +3531,7 @@ def train(args):
         fail(accelerator, problems)
     hub_repo = create_hub_repo(accelerator, args)
     claim_output_dir(accelerator, args.output_dir, result_files(args))
+    index = EncodedIndex(latents_folder(args), args, run)
 
     # 3. Prompts: embedded once; frozen text encoders are freed before the transformer is loaded
     prompts = set()
@@ -3549,8 +3551,13 @@ def train(args):
             prompts.add(example.dropped_prompt(args))
     prompts = sorted(prompts)
 
-    pipeline = load_text_encoders(args, encoder_dtype(weight_dtype))
-    quantize_text_encoders(pipeline, encoder_dtype(weight_dtype), args.quantize_text_encoders)
+    def load_pipeline():
+        pipeline = load_text_encoders(args, encoder_dtype(weight_dtype))
+        quantize_text_encoders(pipeline, encoder_dtype(weight_dtype), args.quantize_text_encoders)
+        return pipeline
+
+    # where all encoders are frozen, they are loaded if the disk lacks a prompt
+    pipeline = load_pipeline() if args.train_text_encoder or args.train_text_encoder_ti else load_pipeline
     adapted_models = {}  # those with a LoRA, under diffusers' names
     text_lora_params = []
     if args.train_text_encoder:
@@ -3577,6 +3584,7 @@ def train(args):
         offload=args.offload,
         keep_encoders=has_varying_prompts,
         disk_cache_dir=args.disk_cache_dir.expanduser() if args.cache_text_encoder_outputs_to_disk else None,
+        index=EncodedIndex(prompts_folder(args), args, run),
         rewrite_prompt=embedding_handler.replace_abstractions,
     )
     prompt_encoder.cache_prompts(prompts)
@@ -3592,13 +3600,29 @@ def train(args):
 
     # 4. Models: VAE, class images and cached latents; then the transformer and its LoRA
     noise_scheduler = load_noise_scheduler(args)
-    offload_vae = args.offload or args.cache_latents
-    vae = load_vae(args, weight_dtype)
-    vae.to("cpu" if offload_vae else device)
+    num_present = len(class_examples(args, class_prompts))
+    lacks_class_images = args.with_prior_preservation and num_present < args.num_class_images
+    if args.with_prior_preservation and not lacks_class_images:
+        dataset.class_examples = class_examples(args, class_prompts)
     held_out = DreamBoothDataset(held_out_examples, args)
+    held_out_keys = held_out.image_keys()
+    keys = sorted(dataset.image_keys(), key=lambda key: key[1])  # images of one size are encoded together
+    if held_out_examples:
+        found = index.find(accelerator, "held out", held_out_keys, held_out.pixel_values)
+        held_out.moments = found or {}
+    if args.cache_latents and not lacks_class_images:
+        found = index.find(accelerator, dataset.index_label("latents"), keys, dataset.pixel_values)
+        dataset.moments = found or {}
+    draws = (val_prompts or final_prompts) and not args.precompute_only
+    needs_vae = draws or lacks_class_images or not dataset.moments or (held_out_examples and not held_out.moments)
+    offload_vae = needs_vae and (args.offload or args.cache_latents)
+    if needs_vae:
+        vae = load_vae(args, weight_dtype)
+        vae.to("cpu" if offload_vae else device)
+    else:
+        vae = index.load_vae(family.vae_class, dataset.index_label("latents"), keys)
     with offload_models(vae, device=device, offload=offload_vae):
-        num_present = len(class_examples(args, class_prompts))
-        if args.with_prior_preservation and num_present < args.num_class_images:
+        if lacks_class_images:
             transformer = load_transformer(args, weight_dtype)
             if args.quantize_base != "none":
                 quantize_base(transformer, weight_dtype, args.quantize_base)
@@ -3624,16 +3648,26 @@ def train(args):
             )
             del transformer, pipeline  # the one in training is loaded anew, without the hooks of `place`
             free_memory()
-        if args.with_prior_preservation:
             dataset.class_examples = class_examples(args, class_prompts)
-        folder = args.disk_cache_dir.expanduser() if args.cache_latents_to_disk else encoded_folder(args.output_dir)
+            keys = sorted(dataset.image_keys(), key=lambda key: key[1])
         if held_out_examples:
-            held_out.moments = cache_moments(accelerator, vae, held_out.image_keys(), held_out.pixel_values, folder)
-            held_out.cache_loss_masks(accelerator, folder)
+            if not held_out.moments:
+                held_out.moments = cache_moments(
+                    accelerator, vae, held_out_keys, held_out.pixel_values, index, "held out"
+                )
+            held_out.cache_loss_masks(accelerator, index, "held-out masks")
         if args.cache_latents:
-            keys = sorted(dataset.image_keys(), key=lambda key: key[1])  # images of one size are encoded together
-            dataset.moments = cache_moments(accelerator, vae, keys, dataset.pixel_values, folder)
-            dataset.cache_loss_masks(accelerator, folder)
+            if not dataset.moments:
+                dataset.moments = cache_moments(
+                    accelerator, vae, keys, dataset.pixel_values, index, dataset.index_label("latents")
+                )
+            dataset.cache_loss_masks(accelerator, index)
+    if args.precompute_only:
+        encoded = {f"prompts, {name}": embeddings for name, embeddings in prompt_encoder.cached.items()}
+        encoded |= {"latents": dataset.moments, "held out": held_out.moments}
+        print_precomputed(accelerator, encoded)
+        accelerator.end_training()
+        return
     transformer = load_transformer(args, weight_dtype)
     base_size = transformer.num_parameters()
     guidance_embeds = transformer.config.guidance_embeds  # FLUX.1-dev was distilled with guidance, -schnell was not
@@ -3663,7 +3697,7 @@ def train(args):
     if args.blocks_to_swap:
         block_swap = BlockSwap(transformer, args.blocks_to_swap, device)
     if args.fsdp:
-        shard(transformer, device, weight_dtype)
+        shard(transformer, device, weight_dtype, hybrid=args.hybrid_shard)
     lora_params = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     if lora_params:
         adapted_models = {"transformer": transformer, **adapted_models}

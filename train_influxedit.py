@@ -154,15 +154,20 @@ from common.held_out import (
     hold_out,
 )
 from common.latents import (
+    EncodedIndex,
     cache_moments,
-    check_room,
+    check_cache_rooms,
+    check_disk_cache,
     encode_moments,
     encoded_folder,
     flux2_latents,
     image_ids,
+    latents_folder,
     mean_latents,
     moments_size,
     pack_latents,
+    print_precomputed,
+    prompts_folder,
     remove_encoded,
     sample_latents,
     to_tensor,
@@ -365,6 +370,7 @@ def parse_args(argv=None):
         help="frozen blocks that wait in RAM and are copied to the GPU ahead of use; auto: as many as do not fit",
     )
     arg("--fsdp", action="store_true", help="shard weights and optimizer state over the processes (FSDP2)")
+    arg("--hybrid_shard", action="store_true", help="with --fsdp: shard within a machine, copies between machines")
 
     arg = parser.add_argument_group("data", "folders with files of equal names, or a dataset").add_argument
     arg("--instance_data_dir", type=Path, help="folder of input images; captions in .txt files or metadata.jsonl")
@@ -417,6 +423,15 @@ def parse_args(argv=None):
         "(default: 4 with a GPU, one per core of a process if those are fewer, else 0)",
     )
     arg("--cache_latents", action="store_true", help="encode images once, before training: saves time and memory")
+    arg("--cache_latents_to_disk", action="store_true", help="keep latents for later runs, found by image content")
+    arg("--cache_text_encoder_outputs_to_disk", action="store_true", help="keep prompt embeddings for later runs")
+    arg(
+        "--disk_cache_dir",
+        type=Path,
+        default="~/.cache/flux-trainers",
+        help="folder of the latents and embeddings that are kept for later runs",
+    )
+    arg("--precompute_only", action="store_true", help="fill --disk_cache_dir for later runs and end before training")
 
     arg = parser.add_argument_group("prior preservation", "keeps what the model knows of a class").add_argument
     arg("--with_prior_preservation", action="store_true", help="also train on images of the class, see --class_prompt")
@@ -655,10 +670,14 @@ def parse_args(argv=None):
     args.mixed_precision = resolve_precision(args.mixed_precision)
     args.dataloader_num_workers = resolve_num_workers(args.dataloader_num_workers)
     args.lora_alpha = args.lora_alpha or args.rank
+    if args.cache_latents_to_disk:
+        args.cache_latents = True
     if args.output_name:
         args.output_dir /= args.output_name
     problems = check_args(args) + check_attention(args) + check_weights(args) + check_model(args)
-    problems += check_output_dir(args)
+    problems += check_disk_cache(args) + check_output_dir(args)
+    if args.precompute_only and args.seed is None:
+        problems.append("--precompute_only needs --seed: without it the training would crop by another one")
     lora = lora_file(args.output_dir, args.output_name)
     parser.refuse(problems + check_results(args, [lora], [args.lora_path] if args.lora_path else []))
     parser.remark(idle_flags(args, shared_needs(args), needs(args)))
@@ -1714,6 +1733,10 @@ class EditDataset(Dataset):
                     keys.append(ImageKey(None, size, False, "nothing"))
         return list(dict.fromkeys(keys))  # two resolutions can give a small image the same size
 
+    def index_label(self):
+        """Under what `EncodedIndex` knows latents of these images: class images are not among a run's data."""
+        return ["latents", [example.stamp for example in self.class_examples]]
+
     def input_keys(self, result_key, view, long_edge):
         """The keys of the input images that go with a result: that of a view, or those of all references."""
         if not self.has_references:
@@ -2456,10 +2479,12 @@ def train(args):
     sampler.begun_with = begun_with
     problems += check_run(accelerator, args, max_train_steps, checkpoint, run)
     if not problems:
-        needed = prompts_size(args, len({example.caption for example in examples}), weight_dtype)
-        if args.cache_latents:
-            needed += moments_size(args, [key.size for key in dataset.image_keys()], weight_dtype)
-        problems += check_room("--output_dir", encoded_folder(args.output_dir), needed)
+        sizes = [key.size for key in dataset.image_keys()] if args.cache_latents else []
+        problems += check_cache_rooms(
+            args,
+            prompts=prompts_size(args, len({example.caption for example in examples}), weight_dtype),
+            latents=moments_size(args, sizes, weight_dtype),
+        )
     if problems:
         fail(accelerator, problems)
     hub_repo = create_hub_repo(accelerator, args)
@@ -2475,9 +2500,15 @@ def train(args):
         prompts.add("")
     prompts.update(class_prompts, preserve_prompts)
     prompts.update(example.caption for example in class_examples(args, class_prompts))
-    folder = encoded_folder(args.output_dir)
-    text_pipeline = family.load_text_encoders(args, encoder_dtype(weight_dtype))
-    quantize_text_encoders(text_pipeline, encoder_dtype(weight_dtype), args.quantize_text_encoders)
+    index = EncodedIndex(latents_folder(args), args, run)
+
+    def load_text_pipeline():
+        pipeline = family.load_text_encoders(args, encoder_dtype(weight_dtype))
+        quantize_text_encoders(pipeline, encoder_dtype(weight_dtype), args.quantize_text_encoders)
+        return pipeline
+
+    # where all encoders are frozen, they are loaded if the disk lacks a prompt
+    text_pipeline = load_text_pipeline() if args.train_text_encoder else load_text_pipeline
     text_lora_params = []
     if args.train_text_encoder:
         text_lora_params = add_lora(
@@ -2494,9 +2525,11 @@ def train(args):
         text_pipeline,
         weight_dtype,
         max_sequence_length=args.max_sequence_length,
-        folder=folder,
+        folder=encoded_folder(args.output_dir),
         trained={"clip_l"} if args.train_text_encoder else set(),
         offload=args.offload,
+        disk_cache_dir=args.disk_cache_dir.expanduser() if args.cache_text_encoder_outputs_to_disk else None,
+        index=EncodedIndex(prompts_folder(args), args, run),
     )
     prompt_encoder.cache_prompts(sorted(prompts))
     text_encoders = [text_pipeline.text_encoder] if args.train_text_encoder else []
@@ -2505,12 +2538,28 @@ def train(args):
 
     # 4. Models: VAE, class images and cached latents; then the transformer and its LoRA
     noise_scheduler = load_scheduler(args)
-    offload_vae = args.offload or args.cache_latents
-    vae = load_model(family.vae_class, "vae", args, weight_dtype)
-    vae.to("cpu" if offload_vae else device)
+    num_present = len(class_examples(args, class_prompts))
+    lacks_class_images = args.with_prior_preservation and num_present < args.num_class_images
+    if args.with_prior_preservation and not lacks_class_images:
+        dataset.class_examples = class_examples(args, class_prompts)
+    held_out_keys = [key for position in range(len(held_out_examples)) for key in held_out.held_out_keys(position)]
+    keys = sorted(dataset.image_keys(), key=lambda key: key.size)  # images of one size are encoded together
+    if held_out_examples:
+        found = index.find(accelerator, "held out", held_out_keys, held_out.pixel_values)
+        held_out.moments = found or {}
+    if args.cache_latents and not lacks_class_images:
+        found = index.find(accelerator, dataset.index_label(), keys, dataset.pixel_values)
+        dataset.moments = found or {}
+    draws = cases and not args.precompute_only
+    needs_vae = draws or lacks_class_images or not dataset.moments or (held_out_examples and not held_out.moments)
+    offload_vae = needs_vae and (args.offload or args.cache_latents)
+    if needs_vae:
+        vae = load_model(family.vae_class, "vae", args, weight_dtype)
+        vae.to("cpu" if offload_vae else device)
+    else:
+        vae = index.load_vae(family.vae_class, dataset.index_label(), keys)
     with offload_models(vae, device=device, offload=offload_vae):
-        num_present = len(class_examples(args, class_prompts))
-        if args.with_prior_preservation and num_present < args.num_class_images:
+        if lacks_class_images:
             transformer = load_model(family.transformer_class, "transformer", args, weight_dtype)
             if args.quantize_base != "none":
                 quantize_base(transformer, weight_dtype, args.quantize_base)
@@ -2538,14 +2587,18 @@ def train(args):
             )
             del transformer, pipeline  # the one in training is loaded anew, without the hooks of `place`
             free_memory()
-        if args.with_prior_preservation:
             dataset.class_examples = class_examples(args, class_prompts)
-        if held_out_examples:
-            keys = [key for index in range(len(held_out_examples)) for key in held_out.held_out_keys(index)]
-            held_out.moments = cache_moments(accelerator, vae, keys, held_out.pixel_values, folder)
-        if args.cache_latents:
-            keys = sorted(dataset.image_keys(), key=lambda key: key.size)  # images of one size are encoded together
-            dataset.moments = cache_moments(accelerator, vae, keys, dataset.pixel_values, folder)
+            keys = sorted(dataset.image_keys(), key=lambda key: key.size)
+        if held_out_examples and not held_out.moments:
+            held_out.moments = cache_moments(accelerator, vae, held_out_keys, held_out.pixel_values, index, "held out")
+        if args.cache_latents and not dataset.moments:
+            dataset.moments = cache_moments(accelerator, vae, keys, dataset.pixel_values, index, dataset.index_label())
+    if args.precompute_only:
+        encoded = {f"prompts, {name}": embeddings for name, embeddings in prompt_encoder.cached.items()}
+        encoded |= {"latents": dataset.moments, "held out": held_out.moments}
+        print_precomputed(accelerator, encoded)
+        accelerator.end_training()
+        return
     transformer = load_model(family.transformer_class, "transformer", args, weight_dtype)
     architecture = family.architecture(transformer.config)
     base_size = transformer.num_parameters()
@@ -2578,7 +2631,7 @@ def train(args):
     if args.blocks_to_swap:
         block_swap = BlockSwap(transformer, args.blocks_to_swap, device)
     if args.fsdp:
-        shard(transformer, device, weight_dtype)
+        shard(transformer, device, weight_dtype, hybrid=args.hybrid_shard)
     lora_params = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
 
     # 5. Optimizer and schedule

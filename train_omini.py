@@ -165,17 +165,22 @@ from common.held_out import (
 )
 from common.latents import (
     PATCH,
+    EncodedIndex,
     cache_moments,
-    check_room,
+    check_cache_rooms,
+    check_disk_cache,
     decode_latents,
     encode_moments,
     encoded_folder,
     flux2_latents,
     image_ids,
+    latents_folder,
     mean_latents,
     moments_size,
     num_reading_threads,
     pack_latents,
+    print_precomputed,
+    prompts_folder,
     remove_encoded,
     sample_latents,
     to_tensor,
@@ -441,6 +446,7 @@ def parse_args(argv=None):
         help="frozen blocks that wait in RAM and are copied to the GPU ahead of use; auto: as many as do not fit",
     )
     arg("--fsdp", action="store_true", help="shard weights and optimizer state over the processes (FSDP2)")
+    arg("--hybrid_shard", action="store_true", help="with --fsdp: shard within a machine, copies between machines")
 
     arg = parser.add_argument_group("data", "a folder of images, a dataset, or tar files").add_argument
     arg("--instance_data_dir", type=Path, help="folder of images; captions in .txt files, metadata.jsonl or none")
@@ -480,6 +486,15 @@ def parse_args(argv=None):
         "(default: 4 with a GPU, one per core of a process if those are fewer, else 0)",
     )
     arg("--cache_latents", action="store_true", help="encode images once, before training: saves time and memory")
+    arg("--cache_latents_to_disk", action="store_true", help="keep latents for later runs, found by image content")
+    arg("--cache_text_encoder_outputs_to_disk", action="store_true", help="keep prompt embeddings for later runs")
+    arg(
+        "--disk_cache_dir",
+        type=Path,
+        default="~/.cache/flux-trainers",
+        help="folder of the latents and embeddings that are kept for later runs",
+    )
+    arg("--precompute_only", action="store_true", help="fill --disk_cache_dir for later runs and end before training")
     arg("--cache_prompts", action=Switch, default=True, help="embed every prompt once, before training")
 
     arg = parser.add_argument_group("conditions", "what the generated image follows").add_argument
@@ -720,10 +735,12 @@ def parse_args(argv=None):
     args.mixed_precision = resolve_precision(args.mixed_precision)
     args.dataloader_num_workers = resolve_num_workers(args.dataloader_num_workers)
     args.lora_alpha = args.lora_alpha or args.rank
+    if args.cache_latents_to_disk:
+        args.cache_latents = True
     if args.output_name:
         args.output_dir /= args.output_name
     problems = check_args(args) + check_attention(args) + check_conditions(args) + check_weights(args)
-    problems += check_model(args)
+    problems += check_model(args) + check_disk_cache(args)
     problems += check_output_dir(args) + check_results(args, adapter_files(args).values(), args.lora_path or [])
     parser.refuse(problems)
     parser.remark(idle_flags(args, shared_needs(args), needs(args)))
@@ -782,6 +799,11 @@ def check_args(args):
             problems.append("--cache_latents needs all images before training: leave out --streaming")
         if (args.validation_prompt or args.validation_prompts) and not args.validation_steps:
             problems.append("--validation_prompt and --validation_prompts need --validation_steps with --streaming")
+    if args.cache_text_encoder_outputs_to_disk and (args.streaming or not args.cache_prompts):
+        flag = "--streaming" if args.streaming else "--no-cache_prompts"
+        problems.append(
+            f"--cache_text_encoder_outputs_to_disk keeps prompts that are embedded before training: leave out {flag}"
+        )
 
     # noise, optimizer, precision
     if args.weighting_scheme in ("logit_normal", "mode") and args.timestep_sampling != "sigma":
@@ -3082,13 +3104,11 @@ def generate_command(args, specs, prompt, image='"$IMAGE"', mask='"$MASK"'):
 
 def check_caches(args, dataset, num_prompts, dtype):
     """Problems of the disk on which encoded images and prompts lie."""
-    needed = 0
-    if args.cache_prompts and not args.streaming:
-        needed += prompts_size(args, num_prompts, dtype)
+    prompts = prompts_size(args, num_prompts, dtype) if args.cache_prompts and not args.streaming else 0
+    sizes = []
     if args.cache_latents:
         sizes = [args.target_size if role == "image" else dataset.spec(role).size for _, role in dataset.image_keys()]
-        needed += moments_size(args, sizes, dtype)
-    problems = check_room("--output_dir", encoded_folder(args.output_dir), needed)
+    problems = check_cache_rooms(args, prompts=prompts, latents=moments_size(args, sizes, dtype))
     return [f"{problem}, or give --no-cache_prompts or a smaller --max_sequence_length" for problem in problems]
 
 
@@ -3224,38 +3244,58 @@ def train(args):
 
     # 3. Prompts, depth maps, VAE and latents: what makes them is freed before the transformer is loaded
     is_cached = args.cache_prompts and not args.streaming
-    folder = encoded_folder(args.output_dir)
+    index = EncodedIndex(latents_folder(args), args, run)
     family = find_family(args)
-    text_pipeline = load_text_pipeline(family.text_pipeline_class, args, encoder_dtype(weight_dtype))
-    quantize_text_encoders(text_pipeline, encoder_dtype(weight_dtype), args.quantize_text_encoders)
+
+    def load_text_encoders():
+        pipeline = load_text_pipeline(family.text_pipeline_class, args, encoder_dtype(weight_dtype))
+        quantize_text_encoders(pipeline, encoder_dtype(weight_dtype), args.quantize_text_encoders)
+        return pipeline
+
     prompt_encoder = PromptEncoder(
         accelerator,
-        text_pipeline,
+        load_text_encoders,  # if the disk lacks a prompt
         weight_dtype,
         max_sequence_length=args.max_sequence_length,
-        folder=folder,
+        folder=encoded_folder(args.output_dir),
         offload=args.offload,
         keep_encoders=not is_cached,
+        disk_cache_dir=args.disk_cache_dir.expanduser() if args.cache_text_encoder_outputs_to_disk else None,
+        index=EncodedIndex(prompts_folder(args), args, run),
     )
     if is_cached:
         prompt_encoder.cache_prompts(sorted(prompts))
     if needs_depth(args):
         estimate_depth(accelerator, examples + held_out.examples + all_images(validation_examples(args)), args)
-    offload_vae = args.offload or args.cache_latents
-    vae = load_model(family.vae_class, "vae", args, weight_dtype)
-    vae.to("cpu" if offload_vae else device)
-    if held_out.examples:
-        with offload_models(vae, device=device, offload=offload_vae):
-            keys = [(index, role) for index in range(len(held_out)) for role in held_out.roles]
-            read = lambda key: held_out[0, key[0]]["pixel_values"][key[1]]  # noqa: E731
-            held_out.moments = cache_moments(accelerator, vae, keys, read, folder)
-    if args.cache_latents:
-        with offload_models(vae, device=device, offload=offload_vae):
+    keys = dataset.image_keys() if args.cache_latents else []
+    held_out_keys = [(position, role) for position in range(len(held_out)) for role in held_out.roles]
+    read_held_out = lambda key: held_out[0, key[0]]["pixel_values"][key[1]]  # noqa: E731
+    held_out.moments = index.find(accelerator, "held out", held_out_keys, read_held_out) or {}
+    dataset.moments = index.find(accelerator, "latents", keys, dataset.pixel_values) or {}
+    draws = (val_prompts or final_prompts) and not args.precompute_only
+    is_random = any(spec.type in RANDOM_CONDITIONS for spec in specs)  # such conditions are encoded in every step
+    needs_vae = draws or is_random or not dataset.moments or len(held_out.moments) < len(held_out_keys)
+    offload_vae = needs_vae and (args.offload or args.cache_latents)
+    if needs_vae:
+        vae = load_model(family.vae_class, "vae", args, weight_dtype)
+        vae.to("cpu" if offload_vae else device)
+    else:
+        vae = index.load_vae(family.vae_class, "latents", keys)
+    with offload_models(vae, device=device, offload=offload_vae):
+        if held_out.examples and not held_out.moments:
+            held_out.moments = cache_moments(accelerator, vae, held_out_keys, read_held_out, index, "held out")
+        if args.cache_latents and not dataset.moments:
             # an item of the user's class is read once for its image and its conditions, which may be cropped alike
             num_threads = 1 if args.dataset_class else None
             dataset.moments = cache_moments(
-                accelerator, vae, dataset.image_keys(), dataset.pixel_values, folder, num_threads=num_threads
+                accelerator, vae, keys, dataset.pixel_values, index, "latents", num_threads=num_threads
             )
+    if args.precompute_only:
+        encoded = {f"prompts, {name}": embeddings for name, embeddings in prompt_encoder.cached.items()}
+        encoded |= {"latents": dataset.moments, "held out": held_out.moments}
+        print_precomputed(accelerator, encoded)
+        accelerator.end_training()
+        return
 
     # 4. Transformer and LoRA
     noise_scheduler = load_scheduler(args)
@@ -3274,7 +3314,7 @@ def train(args):
     if args.blocks_to_swap:
         block_swap = BlockSwap(transformer, args.blocks_to_swap, device)
     if args.fsdp:
-        shard(transformer, device, weight_dtype)
+        shard(transformer, device, weight_dtype, hybrid=args.hybrid_shard)
     lora_params = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     adapted_models = {"transformer": transformer}
 

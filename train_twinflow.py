@@ -150,15 +150,19 @@ from common.held_out import (
     hold_out,
 )
 from common.latents import (
+    CachedTensors,
     TensorCache,
-    check_room,
+    check_cache_rooms,
+    check_disk_cache,
     decode_images,
     encode_by_size,
     encode_images,
-    encoded_folder,
     image_ids,
     images_per_batch,
+    latents_folder,
     pack_latents,
+    print_precomputed,
+    prompts_folder,
     to_image,
     to_tensor,
     unpack_latents,
@@ -192,6 +196,7 @@ from common.models import (
     check_weights,
     compile_blocks,
     full_tensor,
+    hub_commit,
     load_model,
     model_identities,
     own_part,
@@ -467,6 +472,7 @@ def parse_args(argv=None):
         help="frozen blocks that wait in RAM and are copied to the GPU ahead of use; auto: as many as do not fit",
     )
     arg("--fsdp", action="store_true", help="shard weights and optimizer state over the processes (FSDP2)")
+    arg("--hybrid_shard", action="store_true", help="with --fsdp: shard within a machine, copies between machines")
 
     arg = parser.add_argument_group("data", "images with captions, or prompts alone").add_argument
     arg(
@@ -509,6 +515,15 @@ def parse_args(argv=None):
         "(default: 4 with a GPU, one per core of a process if those are fewer, else 0)",
     )
     arg("--cache_latents", action="store_true", help="encode images once, before training: saves time and memory")
+    arg("--cache_latents_to_disk", action="store_true", help="keep latents for later runs, found by image content")
+    arg("--cache_text_encoder_outputs_to_disk", action="store_true", help="keep prompt embeddings for later runs")
+    arg(
+        "--disk_cache_dir",
+        type=Path,
+        default="~/.cache/flux-trainers",
+        help="folder of the latents and embeddings that are kept for later runs",
+    )
+    arg("--precompute_only", action="store_true", help="fill --disk_cache_dir for later runs and end before training")
 
     arg = parser.add_argument_group("twinflow", "the method; --recipe sets these, what you type wins").add_argument
     arg(
@@ -747,9 +762,12 @@ def parse_args(argv=None):
     args.mixed_precision = resolve_precision(args.mixed_precision)
     args.dataloader_num_workers = resolve_num_workers(args.dataloader_num_workers)
     args.lora_alpha = args.lora_alpha or args.rank
+    if args.cache_latents_to_disk:
+        args.cache_latents = True
     if args.output_name:
         args.output_dir /= args.output_name
-    problems = check_args(args) + check_attention(args) + check_model(args) + check_output_dir(args)
+    problems = check_args(args) + check_attention(args) + check_model(args)
+    problems += check_disk_cache(args) + check_output_dir(args)
     result = args.output_dir / "transformer"
     if args.training == "lora":
         result = lora_file(args.output_dir, args.output_name)
@@ -2639,6 +2657,7 @@ def encoder_settings(args, models: dict[str, str]) -> list[str]:
         str(value)
         for value in (
             *models.items(),
+            hub_commit(args),
             args.model_type,
             args.variant,
             args.mixed_precision,
@@ -2673,9 +2692,17 @@ class TwinFlowDataset(Dataset):
     of random draws. Workers, caches and interruptions therefore change no sample.
     """
 
-    def __init__(self, examples: list[Example], cache: TensorCache, args, place: tuple = ()):
+    def __init__(
+        self,
+        examples: list[Example],
+        cache: TensorCache,
+        args,
+        place: tuple = (),
+        latents_cache: TensorCache | None = None,
+    ):
         self.examples = examples
-        self.cache = cache
+        self.cache = cache  # of prompts
+        self.latents_cache = latents_cache or cache
         self.args = args
         self.place = place  # in the cache's keys, beside an index: held-out images are not cropped as others are
         sizes = trained_sizes(args)
@@ -2716,6 +2743,10 @@ class TwinFlowDataset(Dataset):
         example = self.examples[index]
         return ("image", self.buckets[index], index, flipped, example.stamp or example.name, *self.place)
 
+    def has_latents(self) -> bool:
+        """Whether the latents of all images that training can ask for are on the disk."""
+        return all(self.latents_cache.has(*self.image_key(index, flipped)) for index, flipped in self.image_keys())
+
     def __getitem__(self, position: tuple[int, int]) -> dict:
         epoch, place = position
         index = self.order[place]
@@ -2731,7 +2762,7 @@ class TwinFlowDataset(Dataset):
         if self.args.image_free:
             return sample
         if self.args.cache_latents:
-            sample |= self.cache.load(*self.image_key(index, flipped))
+            sample |= self.latents_cache.load(*self.image_key(index, flipped))
             return sample
         sample["pixel_values"] = self.pixel_values(example, index, flipped)
         if reference is not None:
@@ -2777,9 +2808,9 @@ def encode_prompts(
     validation_reference: Example | None,
     args,
     dtype: torch.dtype,
-) -> None:
-    """Fills the cache with the conditions of all prompts, those of validation, `prompts`, included. Prompt encoders
-    are loaded only if some are missing, and freed afterwards."""
+) -> CachedTensors:
+    """Fills the cache with the conditions of all prompts, those of validation, `prompts`, included, and returns its
+    entries. Prompt encoders are loaded only if some are missing, and freed afterwards."""
     requests = {}  # {key of the cache: (prompt, function that returns the image to edit)}
     for dataset in datasets:
         for index, flipped in dataset.image_keys():
@@ -2811,10 +2842,13 @@ def encode_prompts(
 
     batch_size = backbone.prompts_per_batch(accelerator.device)
     cache.fill(accelerator, requests, read, encode, "Encoding prompts", batch_size=batch_size)
+    return CachedTensors(cache, {key: cache.digest(*key) for key in requests})
 
 
-def cache_latents(accelerator, vae, dataset: TwinFlowDataset, cache: TensorCache) -> None:
-    """Fills the cache with the latents of all images that training can ask for."""
+def cache_latents(accelerator, vae, dataset: TwinFlowDataset) -> CachedTensors:
+    """Fills the cache with the latents of all images that training can ask for, and returns its entries. Without a
+    `vae` they are there already."""
+    cache = dataset.latents_cache
     requests = {}  # {key of the cache: (index, flipped)}; images of one size are encoded together
     for index, flipped in sorted(dataset.image_keys(), key=lambda key: dataset.buckets[key[0]]):
         requests[dataset.image_key(index, flipped)] = (index, flipped)
@@ -2836,11 +2870,14 @@ def cache_latents(accelerator, vae, dataset: TwinFlowDataset, cache: TensorCache
                 entry[name] = value
         return entries
 
-    cache.fill(accelerator, requests, read, encode, "Caching latents", batch_size=images_per_batch(vae.device))
+    batch_size = images_per_batch(accelerator.device)
+    cache.fill(accelerator, requests, read, encode, "Caching latents", batch_size=batch_size)
+    return CachedTensors(cache, {key: cache.digest(*key) for key in requests})
 
 
-def encoded_size(dataset: TwinFlowDataset, backbone: Backbone, args, dtype: torch.dtype) -> int:
-    """Bytes that the conditions of all captions take on the disk, and the latents with --cache_latents, in float32."""
+def check_caches(dataset: TwinFlowDataset, backbone: Backbone, args, dtype: torch.dtype) -> list[str]:
+    """Problems of the disks on which the conditions of all captions lie, and the latents with --cache_latents, in
+    float32."""
     prompts = set()
     num_latents = 0
     for index, flipped in dataset.image_keys():
@@ -2848,7 +2885,7 @@ def encoded_size(dataset: TwinFlowDataset, backbone: Backbone, args, dtype: torc
         prompts.update(dataset.prompt_key(caption, index, flipped) for caption in example.captions)
         if args.cache_latents and not args.image_free:
             num_latents += math.prod(latent_shape(backbone, dataset.buckets[index])) * (1 + len(example.images))
-    return prompts_size(args, len(prompts), dtype) + 4 * num_latents
+    return check_cache_rooms(args, prompts=prompts_size(args, len(prompts), dtype), latents=4 * num_latents)
 
 
 def prepare_batch(
@@ -3141,10 +3178,11 @@ def train(args):
     validation_reference, unreadable = find_validation_image(args)
     problems += unreadable
     models = model_record(args)
-    cache = TensorCache(encoded_folder(args.output_dir), encoder_settings(args, models))
-    dataset = TwinFlowDataset(examples, cache, args)
+    cache = TensorCache(prompts_folder(args), encoder_settings(args, models))
+    latents_cache = TensorCache(latents_folder(args), cache.identity)
+    dataset = TwinFlowDataset(examples, cache, args, latents_cache=latents_cache)
     own_args = held_out_args(args, seed=NOISE_SEED, center_crop=True, random_flip=False, cache_latents=True)
-    held_out = TwinFlowDataset(held_out_examples, cache, own_args, place=("held out",))
+    held_out = TwinFlowDataset(held_out_examples, cache, own_args, ("held out",), latents_cache)
     sampler = StepSampler(
         [dataset.buckets[index] for index in dataset.order],
         args.train_batch_size,
@@ -3165,7 +3203,7 @@ def train(args):
     sampler.begun_with = begun_with
     problems += check_run(accelerator, args, max_train_steps, checkpoint, run)
     if not problems:
-        problems += check_room("--output_dir", cache.folder, encoded_size(dataset, backbone, args, weight_dtype))
+        problems += check_caches(dataset, backbone, args, weight_dtype)
     if problems:
         fail(accelerator, problems)
     hub_repo = create_hub_repo(accelerator, args)
@@ -3173,16 +3211,30 @@ def train(args):
 
     # 3. Prompts and latents: encoded once; prompt encoders are freed before the transformer is loaded
     datasets = [dataset, held_out]
-    encode_prompts(accelerator, backbone, datasets, cache, val_prompts, validation_reference, args, weight_dtype)
+    encoded = {
+        "prompts": encode_prompts(
+            accelerator, backbone, datasets, cache, val_prompts, validation_reference, args, weight_dtype
+        )
+    }
     free_memory()
+    uses_latents = args.cache_latents and not args.image_free
+    draws = val_prompts and not args.precompute_only
+    encodes = not (args.cache_latents or args.image_free)
+    vae = None
+    if draws or encodes or (uses_latents and not dataset.has_latents()) or not held_out.has_latents():
+        vae = backbone.load_vae(weight_dtype)
     offload_vae = args.offload or args.cache_latents or args.image_free
-    vae = backbone.load_vae(weight_dtype).to("cpu" if offload_vae else device)
-    if args.cache_latents and not args.image_free:
-        with offload_models(vae, device=device, offload=offload_vae):
-            cache_latents(accelerator, vae, dataset, cache)
-    if held_out_examples:
-        with offload_models(vae, device=device, offload=offload_vae):
-            cache_latents(accelerator, vae, held_out, cache)
+    if vae is not None:
+        vae.to("cpu" if offload_vae else device)
+    with offload_models(vae, device=device, offload=offload_vae) if vae is not None else nullcontext():
+        if uses_latents:
+            encoded["latents"] = cache_latents(accelerator, vae, dataset)
+        if held_out_examples:
+            encoded["held out"] = cache_latents(accelerator, vae, held_out)
+    if args.precompute_only:
+        print_precomputed(accelerator, encoded)
+        accelerator.end_training()
+        return
 
     # 4. Transformer: all weights and a second time embedding, or a LoRA
     train_all = args.training == "full"
@@ -3224,7 +3276,8 @@ def train(args):
     if args.blocks_to_swap:
         block_swap = BlockSwap(transformer, args.blocks_to_swap, device)
     if args.fsdp:
-        shard(transformer, device, weight_dtype, kept_in=torch.float32 if train_all else None)
+        kept_in = torch.float32 if train_all else None
+        shard(transformer, device, weight_dtype, hybrid=args.hybrid_shard, kept_in=kept_in)
     params = {name: parameter for name, parameter in transformer.named_parameters() if parameter.requires_grad}
 
     # 5. Optimizer and schedule

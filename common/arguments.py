@@ -257,6 +257,11 @@ def shared_needs(args: argparse.Namespace) -> Needs:
         "no --lora_path": (not args.lora_path, ("init_lora_weights",)),
         "no --max_train_steps": (args.max_train_steps is None, ("num_train_epochs",)),
         "--report_to": (args.report_to != "none", ("logging_dir",)),
+        "--cache_latents_to_disk or --cache_text_encoder_outputs_to_disk": (
+            args.cache_latents_to_disk or args.cache_text_encoder_outputs_to_disk,
+            ("disk_cache_dir",),
+        ),
+        "--fsdp": (args.fsdp, ("hybrid_shard",)),
         "--lora_type lokr": (args.lora_type == "lokr", ("lokr_factor",)),
     }
 

@@ -60,6 +60,7 @@ CHANGEABLE = frozenset(
         "local_rank",
         "offload",
         "blocks_to_swap",
+        "precompute_only",
         "prior_generation_precision",
         "sample_batch_size",
         # How long the run is and when it saves
@@ -427,6 +428,36 @@ def claim_output_dir(accelerator: Accelerator, output_dir: Path, results: Iterab
     (problem,) = broadcast_object_list([problem])
     if problem:
         fail(accelerator, [problem])
+    check_shared_folder(accelerator, output_dir)
+
+
+SHARED_WITHIN = 30.0  # seconds after which a file is seen on other machines, whose systems keep lists of files
+
+
+def check_shared_folder(accelerator: Accelerator, output_dir: Path) -> None:
+    """Ends the run with exit code 2 if `output_dir` is another folder on other machines: each process writes its part
+    of a checkpoint, and reads what others have written. To be called by all processes."""
+    if accelerator.num_processes == 1:
+        return
+    (token,) = broadcast_object_list([secrets.token_hex(4)])
+    probe = output_dir / f".shared.{token}.partial"  # a name that `remove_partial` sweeps
+    if accelerator.is_main_process:
+        with writing(probe):
+            probe.touch()
+    accelerator.wait_for_everyone()
+    deadline = time.monotonic() + SHARED_WITHIN
+    while not probe.exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    hosts = gather_objects([(socket.gethostname(), probe.exists())])
+    if accelerator.is_main_process:
+        probe.unlink()
+    for process, (host, is_shared) in enumerate(hosts):
+        if not is_shared:
+            message = (
+                f"--output_dir {output_dir} of process {process} on {host} is not that of process 0 on {hosts[0][0]}, "
+                "and every process writes its part of a checkpoint: choose a folder on a disk that all machines share"
+            )
+            fail(accelerator, [message])
 
 
 def lock_folder(output_dir: Path) -> bool:
@@ -817,8 +848,8 @@ def own_errors() -> Iterator[None]:
 MAX_SKIPPED_STEPS = 10  # in a row, because the loss or the gradient was not finite
 
 
-# Ctrl-C or a notebook's button; a scheduler; a terminal that was closed
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# Ctrl-C or a notebook's button; a scheduler; Slurm before a job's time is over; a terminal that was closed
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 SAME_SIGNAL = 2.0  # seconds: Ctrl-C reaches torchrun and its processes, and torchrun sends them another signal
 
 
@@ -1019,6 +1050,7 @@ def outlive_signals(worker: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(30))
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from common.arguments import nearest_folder
 from common.checkpoints import LostFileError, atomic_write
 from common.data import Size, map_ahead
-from common.models import gather_objects, latent_channels, to_device
+from common.models import gather_objects, hub_commit, latent_channels, to_device
 
 import torch
 from accelerate import Accelerator
@@ -223,6 +223,10 @@ class TensorCache:
             content = json.dumps([self.identity, key]).encode()
         return hashlib.sha256(content).digest()
 
+    def content_digest(self, tensor: Tensor) -> bytes:
+        """`digest` of the entry that was encoded from a tensor, see `fill_by_content`."""
+        return self.digest(str(tuple(tensor.shape)).encode(), tensor.contiguous().numpy().tobytes())
+
     def path(self, *key: Any) -> Path:
         return self.path_of(self.digest(*key))
 
@@ -308,7 +312,7 @@ class TensorCache:
 
         def read_missing(key: Any) -> tuple[bytes, Tensor | None]:
             tensor = read(key)
-            digest = self.digest(str(tuple(tensor.shape)).encode(), tensor.contiguous().numpy().tobytes())
+            digest = self.content_digest(tensor)
             return digest, None if is_whole(self.path_of(digest)) else tensor
 
         keys = list(keys)
@@ -362,6 +366,104 @@ class CachedTensors(Mapping):
 
     def __len__(self) -> int:
         return len(self.digests)
+
+
+# What latents and embeddings do not depend on, of a run's settings. Another setting, also one that is missing here by
+# mistake, makes a run load its encoders and read its images again: slower, never wrong.
+NOT_ENCODED = frozenset(
+    {
+        *(
+            "the number of processes",
+            "gradient_accumulation_steps",
+            "train_batch_size",
+            "fsdp",
+            "hybrid_shard",
+            "compile",
+        ),
+        *("learning_rate", "scale_lr", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power"),
+        *("optimizer", "use_8bit_adam", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon"),
+        *("adam_weight_decay", "prodigy_beta3", "prodigy_decouple", "prodigy_use_bias_correction"),
+        *("prodigy_safeguard_warmup", "use_ema", "ema_decay", "quantize_base", "guidance_scale"),
+        *("rank", "lora_alpha", "use_rslora", "init_lora_weights", "lora_dropout", "lora_layers", "lora_type"),
+        *("lokr_factor", "use_dora", "lora_path", "weighting_scheme", "logit_mean", "logit_std", "mode_scale"),
+        *("timestep_sampling", "sigmoid_scale", "discrete_flow_shift"),
+    }
+)
+
+NUM_COMPARED = 8  # images that are read again to see that an index is still right
+
+
+class EncodedIndex(TensorCache):
+    """Where a run's tensors lie in a folder, so that a later run finds them without its encoders and its images.
+
+    The files of prompts and images are named by the weights of the encoder and by the pixels. An entry of this cache
+    has their names, and its own depends only on what a run knows before: `run_settings` and the keys of its images.
+
+    Args:
+        folder: that of the tensors.
+        args: the flags of the run.
+        run: its `run_settings` (checkpoints.py).
+    """
+
+    def __init__(self, folder: Path, args: argparse.Namespace, run: Mapping[str, Any]):
+        settings = {name: value for name, value in run.items() if name not in NOT_ENCODED}
+        settings["the commit on the hub"] = hub_commit(args)
+        super().__init__(folder, hashlib.sha256(json.dumps(settings).encode()).hexdigest())
+        self.knows_images = all(stamp for _, stamp, _ in run["data"])  # those of a user's class have none
+
+    def add(self, accelerator: Accelerator, tensors: Mapping[str, Tensor], *key: Any) -> None:
+        """`save`, by one of the processes; all call it."""
+        if accelerator.is_main_process:
+            self.save(tensors, *key)
+        accelerator.wait_for_everyone()
+
+    def find(
+        self, accelerator: Accelerator, label: Any, keys: Sequence[Hashable], read: Callable[[Any], Tensor]
+    ) -> CachedTensors | None:
+        """What `fill_by_content` returned for these keys in an earlier run, which `record` has noted; None if nothing
+        was, files are missing, or images have changed: of NUM_COMPARED of them, what `read` returns is compared."""
+        found = None
+        if self.knows_images and self.has(label, keys):
+            entry = self.load(label, keys)
+            digests = [digest.tobytes() for digest in entry["digests"].numpy()]
+            cache = TensorCache(self.folder, entry["identity"].numpy().tobytes())
+            found = CachedTensors(cache, dict(zip(keys, digests, strict=True)), torch.float32)
+            own = digests[accelerator.process_index :: accelerator.num_processes]
+            compared = keys[:: max(1, len(keys) // NUM_COMPARED)][:NUM_COMPARED]
+            is_right = all(is_whole(cache.path_of(digest)) for digest in own)
+            if not is_right or any(cache.content_digest(read(key)) != found.digests[key] for key in compared):
+                found = None
+        return found if all(gather_objects([found is not None])) else None
+
+    def record(
+        self,
+        accelerator: Accelerator,
+        label: Any,
+        found: CachedTensors,
+        more: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Notes for `find` where the tensors of a run are, and `more` that is needed with them."""
+        digests = list(found.digests.values())
+        if digests:
+            tensors = {"digests": bytes_tensor(b"".join(digests)).view(len(digests), -1)}
+            tensors["identity"] = bytes_tensor(found.cache.identity)
+            self.add(accelerator, tensors | dict(more or {}), label, list(found))
+
+    def load_vae(self, vae_class: Any, label: Any, keys: Sequence[Hashable]) -> Vae:
+        """The VAE that has encoded these images, without weights: its config and buffers normalise latents."""
+        entry = self.load(label, keys)
+        with torch.device("meta"):
+            vae = vae_class.from_config(json.loads(entry["config"].numpy().tobytes()))
+        for name, value in entry.items():
+            if name.startswith("buffer."):
+                module, _, attribute = name.removeprefix("buffer.").rpartition(".")
+                vae.get_submodule(module).register_buffer(attribute, value)
+        return vae
+
+
+def bytes_tensor(content: bytes) -> Tensor:
+    """Bytes as a tensor, uint8."""
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
 
 
 def is_whole(path: Path) -> bool:
@@ -423,29 +525,90 @@ def cache_moments(
     vae: Vae,
     keys: Iterable[Hashable],
     load_pixels: Callable[[Any], Tensor],
-    folder: Path | str,
+    index: EncodedIndex,
+    label: Any,
     num_threads: int | None = None,
 ) -> CachedTensors:
     """The VAE posterior [2C, h, w] of every image of a run, {key: `encode_moments` of load_pixels(key)}, on the disk.
 
     `load_pixels` returns an image [3, H, W] in [-1, 1]; see `fill_by_content` for `num_threads`. Files are named by
-    the image's pixels and the VAE's weights. They have the VAE's dtype, in which it computed: nothing is rounded.
+    the image's pixels and the VAE's weights. They have the VAE's dtype, in which it computed: nothing is rounded. The
+    `index` of their folder finds them in a later run, see `EncodedIndex.find`, under `label`.
     """
 
     def encode(images: list[Tensor]) -> list[Tensor]:
         moments = encode_by_size(functools.partial(encode_moments, vae), images, vae.device)
         return [each.to(vae.dtype) for each in moments]
 
-    cache = TensorCache(folder, fingerprint(vae))
+    cache = TensorCache(index.folder, fingerprint(vae))
     batch_size = images_per_batch(vae.device)
-    return cache.fill_by_content(
+    found = cache.fill_by_content(
         accelerator, keys, load_pixels, encode, "Caching latents", batch_size=batch_size, num_threads=num_threads
     )
+    vae_tensors = {f"buffer.{name}": buffer for name, buffer in vae.named_buffers()}
+    vae_tensors["config"] = bytes_tensor(vae.to_json_string().encode())
+    index.record(accelerator, label, found, vae_tensors)
+    return found
 
 
 def encoded_folder(output_dir: Path) -> Path:
-    """Where a run keeps what it has encoded."""
+    """Where a run keeps what it has encoded for itself."""
     return output_dir / "encoded"
+
+
+def prompts_folder(args: argparse.Namespace) -> Path:
+    """Where the embeddings of prompts lie: those for later runs in --disk_cache_dir."""
+    if args.cache_text_encoder_outputs_to_disk:
+        return args.disk_cache_dir.expanduser()
+    return encoded_folder(args.output_dir)
+
+
+def latents_folder(args: argparse.Namespace) -> Path:
+    """Where latents lie: those for later runs in --disk_cache_dir."""
+    return args.disk_cache_dir.expanduser() if args.cache_latents_to_disk else encoded_folder(args.output_dir)
+
+
+def check_disk_cache(args: argparse.Namespace) -> list[str]:
+    """Problems of --disk_cache_dir and --precompute_only."""
+    problems = []
+    if args.cache_latents_to_disk or args.cache_text_encoder_outputs_to_disk:
+        folder = args.disk_cache_dir.expanduser().absolute()
+        parent = next(path for path in [folder, *folder.parents] if path.exists())
+        if not (parent.is_dir() and os.access(parent, os.W_OK)):
+            problems.append(f"--disk_cache_dir {args.disk_cache_dir}: {parent} is not a writable folder")
+    elif args.precompute_only:
+        problems.append(
+            "--precompute_only writes what later runs read: give --cache_latents_to_disk, "
+            "--cache_text_encoder_outputs_to_disk or both, to it and to the training"
+        )
+    return problems
+
+
+def check_cache_rooms(args: argparse.Namespace, *, prompts: int, latents: int) -> list[str]:
+    """Problems of the disks on which encoded prompts and images lie, which take so many bytes."""
+    kept = args.disk_cache_dir.expanduser()
+    needed = {encoded_folder(args.output_dir): 0, kept: 0}
+    needed[prompts_folder(args)] += prompts
+    needed[latents_folder(args)] += latents
+    problems = []
+    for folder, size in needed.items():
+        if size:
+            problems += check_room("--disk_cache_dir" if folder == kept else "--output_dir", folder, size)
+    return problems
+
+
+def print_precomputed(accelerator: Accelerator, encoded: Mapping[str, Mapping]) -> None:
+    """Says what --precompute_only has left, {what: `CachedTensors`}, and the command that goes on."""
+    accelerator.print("Precomputed:")
+    for what, tensors in encoded.items():
+        if not isinstance(tensors, CachedTensors):  # nothing of this kind, or an encoder in training
+            continue
+        files = {tensors.cache.path_of(digest) for digest in tensors.digests.values()}
+        size = sum(file.stat().st_size for file in files) if accelerator.is_main_process else 0
+        accelerator.print(
+            f"  {what:15}{len(tensors):,} in {len(files):,} files of {size / 2**20:.1f} MiB in {tensors.cache.folder}"
+        )
+    accelerator.print("The same command without --precompute_only trains from them.")
 
 
 def remove_encoded(accelerator: Accelerator, output_dir: Path) -> None:

@@ -23,6 +23,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.models.attention_dispatch import attention_backend
+from huggingface_hub import try_to_load_from_cache
 from safetensors import safe_open
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -173,6 +174,16 @@ def model_identity(args: argparse.Namespace, part: str = "transformer") -> str:
     if not path.exists():
         return f"{path} {args.revision or 'main'}"  # no commit: it changes with a word on the model's page
     return content_hash(path if path.is_file() else path / part)
+
+
+def hub_commit(args: argparse.Namespace) -> str | None:
+    """The commit to which a name on the hub points, as the local cache has it; None of a folder or a file."""
+    if Path(args.pretrained_model_name_or_path).exists():
+        return None
+    found = try_to_load_from_cache(
+        args.pretrained_model_name_or_path, "model_index.json", cache_dir=args.cache_dir, revision=args.revision
+    )
+    return Path(found).parent.name if isinstance(found, str) else None
 
 
 def model_identities(args: argparse.Namespace, flags: Iterable[str] = ()) -> dict[str, str]:
@@ -552,16 +563,33 @@ def say_not_compiled(record: logging.LogRecord) -> bool:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def processes_per_machine() -> int:
+    """The processes of this machine, as the launcher says it; without one, all."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+
+
 def shard(
-    transformer: torch.nn.Module, device: torch.device, dtype: torch.dtype, *, kept_in: torch.dtype | None = None
+    transformer: torch.nn.Module,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    hybrid: bool = False,
+    kept_in: torch.dtype | None = None,
 ) -> None:
     """Splits the weights of each block over the processes (FSDP2), in place.
 
     A block is gathered while it computes, in `dtype`, on `device`. The parameters are new objects (DTensor)
     afterwards, so an optimizer is made after this. With `kept_in` they have this dtype then: a block gets it just
     before it is split, so that no process ever holds the whole model in it.
+
+    `hybrid`: over the processes of a machine, so that weights do not travel between machines, but the sums of their
+    gradients (HSDP). Each machine holds the whole model.
     """
-    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    num_processes = dist.get_world_size()
+    mesh = init_device_mesh(device.type, (num_processes,))
+    if hybrid:
+        shape = (num_processes // processes_per_machine(), processes_per_machine())
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
     policy = MixedPrecisionPolicy(
         param_dtype=dtype if dtype != torch.float32 else None,
         reduce_dtype=torch.float32,
@@ -651,6 +679,11 @@ def check_launcher(args: argparse.Namespace) -> list[str]:
 def check_processes(accelerator: Accelerator, args: argparse.Namespace) -> list[str]:
     """Problems of the launcher's settings, and of flags that do not work together with --fsdp."""
     problems = []
+    if args.hybrid_shard and args.fsdp and dist.is_initialized():
+        counts = set(gather_objects([processes_per_machine()]))
+        if len(counts) > 1:
+            numbers = " and ".join(map(str, sorted(counts)))
+            problems.append(f"--hybrid_shard needs as many processes on every machine: there are {numbers}")
     launched_as = accelerator.distributed_type
     if launched_as not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
         problems.append(f"{launched_as.value}: {NOT_SUPPORTED}")

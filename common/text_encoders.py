@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from common.arguments import exit_if_unreadable
-from common.latents import CachedTensors, TensorCache, fingerprint
+from common.latents import CachedTensors, EncodedIndex, TensorCache, bytes_tensor, fingerprint, is_whole
 from common.lora import layer_shapes
 from common.models import (
     EightBitLinear,
@@ -152,7 +152,8 @@ class PromptEncoder:
     Args:
         pipeline: a FluxPipeline, Flux2Pipeline or Flux2KleinPipeline with text encoders and tokenizers, as
             `load_text_pipeline` returns it. Adapters and new tokens are in it already. The encoders are moved to the
-            accelerator's device.
+            accelerator's device. Or a function without arguments that loads one: it is called if a prompt is missing
+            on the disk.
         dtype: of the embeddings.
         max_sequence_length: tokens of a prompt for T5 or the language model.
         folder: where the embeddings of this run lie, see `encoded_folder`.
@@ -160,6 +161,8 @@ class PromptEncoder:
         offload: keep frozen encoders in CPU memory and move their layers to the device one by one.
         keep_encoders: do not free frozen encoders: prompts will come that were not known to `cache_prompts`.
         disk_cache_dir: folder where the embeddings of encoders that are not trained are kept for later runs instead.
+        index: tells the weights of the encoders by what is known before they are loaded; its folder is that of the
+            embeddings of encoders that are not trained.
         rewrite_prompt: what is done to a prompt before it is tokenized.
     """
 
@@ -175,26 +178,43 @@ class PromptEncoder:
         offload: bool = False,
         keep_encoders: bool = False,
         disk_cache_dir: Path | None = None,
+        index: EncodedIndex | None = None,
         rewrite_prompt: Callable[[str], str] | None = None,
     ) -> None:
         self.accelerator = accelerator
-        self.pipeline = pipeline
         self.dtype = dtype
         self.max_sequence_length = max_sequence_length
         self.folder = folder
         self.keep_encoders = keep_encoders
         self.disk_cache_dir = disk_cache_dir
+        self.index = index
         self.rewrite_prompt = rewrite_prompt
+        self.trained = set(trained)
+        self.offload = offload
+        self.cached: dict[str, Mapping[str, torch.Tensor]] = {}  # {encoder: {prompt: [1, ...]}}
+        self.load_pipeline = None
+        if isinstance(pipeline, DiffusionPipeline):
+            self._take(pipeline)
+        elif keep_encoders:
+            self._take(pipeline())
+        else:
+            self.load_pipeline = pipeline
+
+    def _take(self, pipeline: Any) -> None:
+        """Takes the encoders of a pipeline and moves them to the device."""
+        self.pipeline = pipeline
         self.attributes = ENCODER_ATTRIBUTES if hasattr(pipeline, "text_encoder_2") else FLUX2_ENCODER_ATTRIBUTES
         self.encoders = {name: getattr(pipeline, attribute) for name, attribute in self.attributes.items()}
-        self.trained = set(trained)
         self.never_trained = self.encoders.keys() - self.trained
-        self.cached: dict[str, Mapping[str, torch.Tensor]] = {name: {} for name in self.encoders}  # {prompt: [1, ...]}
-        self.offloaded = {name for name, encoder in self.encoders.items() if offload and not is_quantized(encoder)}
+        self.cached = {name: {} for name in self.encoders}
+        self.offloaded = set()
+        for name, encoder in self.encoders.items():
+            if self.offload and not is_quantized(encoder):
+                self.offloaded.add(name)
         place_encoders(
             pipeline,
-            accelerator.device,
-            offload=offload,
+            self.accelerator.device,
+            offload=self.offload,
             stay=[self.attributes[name] for name in self.trained],
         )
 
@@ -203,7 +223,7 @@ class PromptEncoder:
 
         P is 0 with FLUX.2, which has no pooled embedding.
         """
-        if "llm" in self.attributes:
+        if "llm" in self.cached:
             prompt_embeds = self._encode_or_recall("llm", prompts)
             return prompt_embeds, prompt_embeds.new_zeros(len(prompts), 0)
         return self._encode_or_recall("t5", prompts), self._encode_or_recall("clip_l", prompts)
@@ -232,12 +252,40 @@ class PromptEncoder:
 
         The processes share the work; afterwards each of them maps all embeddings from the disk.
         """
+        if self.load_pipeline is not None:
+            if self._find(prompts):
+                return
+            self._take(self.load_pipeline())
+            self.load_pipeline = None
         for encoder_name in sorted(self.encoders.keys() - self.trained):  # all processes need the same order
             self.cached[encoder_name] = self._cache_with(encoder_name, prompts)
             if not self.keep_encoders:
                 del self.encoders[encoder_name]
                 setattr(self.pipeline, self.attributes[encoder_name], None)
+        if self.index is not None and self.never_trained == self.cached.keys():
+            identities = {name: bytes_tensor(embeddings.cache.identity) for name, embeddings in self.cached.items()}
+            self.index.add(self.accelerator, identities, "encoders")
         free_memory()
+
+    def _find(self, prompts: list[str]) -> bool:
+        """Whether an earlier run has embedded all prompts: then they are mapped and no encoder is needed."""
+        if self.index is None or self.keep_encoders:
+            return False
+        identities = self.index.load("encoders") if self.index.has("encoders") else {}
+        for encoder_name, identity in identities.items():
+            cache = TensorCache(self.index.folder, identity.numpy().tobytes())
+            digests = {prompt: cache.digest(self._cache_key(prompt)) for prompt in prompts}
+            self.cached[encoder_name] = CachedTensors(cache, digests)
+        own = prompts[self.accelerator.process_index :: self.accelerator.num_processes]
+        is_complete = bool(identities)
+        for embeddings in self.cached.values():
+            is_complete &= all(is_whole(embeddings.cache.path_of(embeddings.digests[prompt])) for prompt in own)
+        if not all(gather_objects([is_complete])):
+            return False
+        self.never_trained = self.cached.keys()
+        self.encoders = {}
+        self.offloaded = set()
+        return True
 
     def freeze(self, prompts: list[str], *, keep: bool = False) -> None:
         """Ends the training of the encoders: they embed `prompts` as they are now and are freed.

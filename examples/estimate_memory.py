@@ -2,7 +2,8 @@
 
     python examples/estimate_memory.py --model FLUX.1-dev --resolution 1024 --gradient_checkpointing --cache_latents
 
-Flags are those of the trainers. --table prints what fits in 12 to 80 GB.
+Flags are those of the trainers. --table prints what fits in 12 to 80 GB. With several processes it also says what a
+step sends over the network; --network_table prints that for 8 to 512 GPUs and common links.
 
 The models are the real classes in their real size; their tensors have shapes but no memory (FakeTensorMode). They
 encode prompts and images, make a step as the trainers do, with adapters, autocast, checkpointing and quantized layers,
@@ -589,7 +590,8 @@ def model_to_train(model, args, fake):
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     if args.fsdp:
-        shard(transformer, torch.device("cpu"), dtype)
+        with patch.dict("os.environ", LOCAL_WORLD_SIZE=str(gpus_per_machine(args))):
+            shard(transformer, torch.device("cpu"), dtype, hybrid=args.hybrid_shard)
     transformer.train()
     for module in transformer.modules():
         if isinstance(module, LoKrLayer):
@@ -666,13 +668,14 @@ def processes(count):
 class Estimate:
     """Bytes of a run: `rows` are what each device holds while it trains, `peaks` the most at once of each phase; `ram`
     is what each process has of its own, `files` what all map together from disk, `disk` what lies there.
-    `step` is what `training_step` found."""
+    `network` is what a step sends. `step` is what `training_step` found."""
 
     rows: dict[str, int]
     peaks: dict[str, int]
     ram: dict[str, int]
     files: int
     disk: dict[str, int]
+    network: dict[str, int]
     step: dict
 
 
@@ -751,7 +754,9 @@ def estimate(model, args, step=None):
         "blocks to swap": in_ram,
         "a block in float32": block if full else 0,
     }
-    shards = args.num_processes if args.fsdp else 1
+    shards = 1
+    if args.fsdp:
+        shards = gpus_per_machine(args) if args.hybrid_shard else args.num_processes
     saved = sum(rows[name] for name in ("LoRA", "teacher", "average", "optimizer")) * shards
     if full:
         saved += size_of(transformer, torch.float32)
@@ -761,7 +766,39 @@ def estimate(model, args, step=None):
         "1000 cached images": 1000 * vae["cached"],
         "1000 cached prompts": 1000 * dtype.itemsize * sum(map(math.prod, model.conditions.values())),
     }
-    return Estimate(rows, peaks, ram, max(size_of(transformer, dtype), text_files), disk, step)
+    network = sent_bytes(args, weights=size_of(transformer, dtype), gradients=trained * shards)
+    return Estimate(rows, peaks, ram, max(size_of(transformer, dtype), text_files), disk, network, step)
+
+
+def gpus_per_machine(args):
+    """The processes of each machine."""
+    return args.num_processes // args.num_machines
+
+
+def sent_bytes(args, *, weights, gradients):
+    """{link: bytes} that are sent in a step, as many as are received, with rings of all processes.
+
+    Of S bytes on n processes in a ring an all-gather or a reduce-scatter sends (n - 1) / n S to the next one, an
+    all-reduce 2 (n - 1) / n S. A ring leaves each machine once, whatever number of rings and cards share the work.
+
+    weights    of the model, in the precision in which a block is gathered
+    gradients  of what is trained, in float32, in which they are added up
+    """
+
+    def ring(count):
+        return (count - 1) / count
+
+    all_processes, local = args.num_processes, gpus_per_machine(args)
+    if not args.fsdp:  # DDP: an all-reduce
+        sent = 2 * ring(all_processes) * gradients
+        by_gpu, by_machine = sent, sent
+    elif args.hybrid_shard:  # a machine's sums are added up to those of the others, a part by each of its GPUs
+        by_gpu = ring(local) * (2 * weights + gradients) + 2 * ring(args.num_machines) * gradients / local
+        by_machine = 2 * ring(args.num_machines) * gradients
+    else:  # a block is gathered for the forward and for the backward pass
+        sent = ring(all_processes) * (2 * weights + gradients)
+        by_gpu, by_machine = sent, sent
+    return {"each GPU": round(by_gpu), "each machine": round(by_machine) if args.num_machines > 1 else 0}
 
 
 @functools.cache
@@ -899,10 +936,13 @@ def parse_args(argv=None):
         help="class images are drawn; they count in --train_batch_size, too",
     )
     arg("--sample_batch_size", type=in_range(int, 1, 4096), default=4, help="class images drawn at once")
-    arg("--num_processes", type=in_range(int, 1, 1024), default=1, help="of accelerate launch")
+    arg("--num_processes", type=in_range(int, 1, 1024), default=1, help="of accelerate launch, on all machines")
+    arg("--num_machines", type=in_range(int, 1, 1024), default=1, help="of accelerate launch")
     arg("--fsdp", action="store_true")
+    arg("--hybrid_shard", action="store_true")
     arg("--device", choices=("cuda", "cpu"), default="cuda", help="whose way to compute is assumed")
     arg("--table", action="store_true", help="print as Markdown what fits in which card")
+    arg("--network_table", action="store_true", help="print as Markdown what a step sends, and how long that takes")
     args = parser.parse_args(argv)
     kind = DistributedType.MULTI_GPU if args.num_processes > 1 else DistributedType.NO
     scaler = "of gradients" if args.mixed_precision == "fp16" else None
@@ -923,6 +963,11 @@ def parse_args(argv=None):
     problems += check_adapter(argparse.Namespace(**vars(args), **unchanged))
     if args.training == "full" and only_lora(args.model):
         problems.append(f"--training full: no trainer does this for {args.model}")
+    if args.num_processes % args.num_machines:
+        problems.append(
+            f"--num_processes {args.num_processes} counts those of all machines, as many on each: a multiple of "
+            f"--num_machines {args.num_machines}"
+        )
     multiple = CALLS[MODELS[args.model].backbone].resolution_multiple
     if args.resolution % multiple:
         problems.append(f"--resolution {args.resolution} must be a multiple of {multiple}")
@@ -947,6 +992,8 @@ def print_estimate(model, args):
     print_sizes("RAM, each process", found.ram)
     print_sizes("RAM, files mapped by all processes", {"": found.files})
     print_sizes("disk", found.disk)
+    if args.num_processes > 1:
+        print_sizes("network, sent in a step by (computed, not measured)", found.network)
     peak = max(found.peaks.values())
     print(
         f"peak {peak / GIB:.2f} GiB; with {CONTEXT:g} GiB for the driver and {GAPS:.0%} for gaps, "
@@ -1000,10 +1047,48 @@ def print_table():
             print(f"| {' | '.join(cells)} |", flush=True)
 
 
+NVLINK = 450  # GB/s in each direction, of each GPU: H100, H200
+NETWORKS = (100, 200, 400, 3200)  # Gbit/s in each direction, of each machine
+CLUSTERS = ((8, 1), (64, 8), (512, 64))  # GPUs, machines
+SHARING = {"DDP": "", "FSDP": "--fsdp", "hybrid": "--fsdp --hybrid_shard"}
+
+
+def print_network_table(name):
+    """What a step of a model sends by LoRA and full training, and the seconds of that at full speed of the links."""
+    columns = ["GPUs", "training", "sharing", "GB, each GPU", "GB, each machine", "NVLink"]
+    columns += [f"{speed} Gbit/s" for speed in NETWORKS]
+    print(f"| {' | '.join(columns)} |")
+    print("| --- " * len(columns) + "|")
+    model = MODELS[name]
+    dtype = DTYPES["bf16"]
+    transformer = on_meta(lambda: model.transformer(**model.config))
+    weights = size_of(transformer, dtype)
+    full = size_of(transformer, torch.float32)
+    lora = parse_args(["--model", name])
+    adapted, _ = model_to_train(model, lora, FakeTensorMode(allow_non_fake_inputs=True))
+    trained = {"LoRA": sum(each.numel() * 4 for each in adapted.parameters() if each.requires_grad), "all": full}
+    for gpus, machines in CLUSTERS:
+        for training, gradients in trained.items():
+            for sharing, flags in SHARING.items():
+                words = f"--num_processes {gpus} --num_machines {machines} {flags}".split()
+                sent = sent_bytes(parse_args(words), weights=weights, gradients=gradients)
+                in_gb = {link: size / 1e9 for link, size in sent.items()}
+                cells = [str(gpus), training, sharing, f"{in_gb['each GPU']:.2f}"]
+                if machines == 1:
+                    cells += ["0", f"{in_gb['each GPU'] / NVLINK:.3f} s", *["-"] * len(NETWORKS)]
+                else:
+                    inside = in_gb["each GPU"] if sharing == "hybrid" else 0
+                    cells += [f"{in_gb['each machine']:.2f}", f"{inside / NVLINK:.3f} s" if inside else "-"]
+                    cells += [f"{8 * in_gb['each machine'] / speed:.2f} s" for speed in NETWORKS]
+                print(f"| {' | '.join(cells)} |")
+
+
 def main(argv=None):
     args = parse_args(argv)
     if args.table:
         print_table()
+    elif args.network_table:
+        print_network_table(args.model)
     else:
         print_estimate(MODELS[args.model], args)
 

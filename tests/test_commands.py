@@ -3,8 +3,8 @@
 bash itself reads a page's blocks, from top to bottom, so quotes, variables and line ends mean what they mean to a
 user. The programs are functions that write down their words; an unknown one fails. Then each command runs in this
 process, in a folder where the names that pages use are small things: stand_ins. A hub id is a folder with a tiny model
-of the same classes there. `accelerate launch` is left out, its own flags are checked; SMALL flags follow a command's
-own. What cannot run here is in NOT_RUN with its reason, and checked as far as it can be. Python blocks draw 32 pixels
+of the same classes there. `accelerate launch` and `torchrun` are left out, their own flags are checked; SMALL flags
+follow a command's own. What cannot run here is in NOT_RUN with its reason, and checked as far as it can be. Python blocks draw 32 pixels
 in two steps. `...` at the end of a command stands for the flags of a short run, in the text it is not run.
 """
 
@@ -38,6 +38,7 @@ from accelerate.commands.launch import launch_command_parser
 from conftest import ROOT
 from diffusers import FluxKontextPipeline
 from PIL import Image
+from torch.distributed.run import get_args_parser as torchrun_parser
 
 from examples.influxedit.prepare_fill_circles import prepare
 from examples.influxedit.toy_circles import write_archive
@@ -60,7 +61,7 @@ NOT_RUN = {
     "pip": "installs; what it would install runs this test",
     "pre-commit": "hooks into git; tests/test_github.py runs what it would",
     "pytest": "these tests themselves",
-    "torchrun": "several processes; tests/test_scale.py runs them",
+    "sbatch": "needs a Slurm cluster; tests/test_machines.py runs the script with stand-ins for Slurm's commands",
     "source": "a virtual environment, which these tests run in",
     "tests/run.sh": "these tests themselves",
     "examples/quickstart.sh": "installs; the commands in it are run as a page of their own",
@@ -75,7 +76,7 @@ NOT_RUN = {
     "python examples/estimate_memory.py": "seconds to minutes each; tests/test_estimate_memory.py runs it",
     "python examples/suggest.py": "a minute; tests/test_suggest.py runs it",
 }
-PROGRAMS = {"python", *(name for name in NOT_RUN if " " not in name), "accelerate"}
+PROGRAMS = {"python", *(name for name in NOT_RUN if " " not in name), "accelerate", "torchrun"}
 
 # Flags after a command's own, which override them. Each key is a script of the pages.
 SMALL_RUN = ["--max_train_steps", "2", "--max_sequence_length", "8", "--lr_warmup_steps", "0", "--report_to", "none"]
@@ -109,7 +110,7 @@ SMALL = {
 # Flags that are left out: --fsdp needs several processes, which tests/test_scale.py has; a model of single files is
 # tried in tests/test_playbook.py, here it is a folder.
 FLUX = "black-forest-labs/FLUX.1-dev"
-LEFT_OUT = re.compile(r"--fsdp|--(clip_l|t5xxl|ae|tokenizer_dir)=.*")
+LEFT_OUT = re.compile(r"--fsdp|--hybrid_shard|--(clip_l|t5xxl|ae|tokenizer_dir)=.*")
 RECORDER = """
 record() { printf '%s\\0' "$line" "$PWD" "$@" $'\\1' >> "$RECORD"; }
 for name in $PROGRAMS; do eval "function $name { record $name \\"\\$@\\"; }"; done
@@ -384,9 +385,14 @@ def selected_tests(words):
 
 
 def without_launcher(words):
-    """A command without `python -m`, or with `accelerate launch` and its flags, which must be right, as python."""
+    """A command without `python -m`, or with a launcher and its flags, which must be right, as python. One process
+    accumulates what torchrun's would take together, unless it is told how many."""
     if words[:3] == ["python", "-m", "pytest"]:
         return words[2:]
+    if words[0] == "torchrun":
+        args = torchrun_parser().parse_args(words[1:])
+        count = int(args.nnodes) * int(args.nproc_per_node)
+        return ["python", args.training_script, f"--gradient_accumulation_steps={count}", *args.training_script_args]
     if words[:2] != ["accelerate", "launch"]:
         return words
     args = launch_command_parser().parse_args(words[2:])

@@ -1,0 +1,255 @@
+"""Several machines: a torchrun for each, on the loopback, and Slurm's script with stand-ins for Slurm's commands."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import common.checkpoints
+from common.checkpoints import check_shared_folder, find_checkpoints
+
+import psutil
+import pytest
+from accelerate import Accelerator
+from conftest import ROOT
+from safetensors.torch import load_file
+
+from examples.estimate_memory import parse_args, sent_bytes
+
+
+SLURM = ROOT / "examples" / "accelerate" / "slurm.sh"
+SCRIPT = "train_omini"
+
+
+def result(folder):
+    files = sorted(folder.glob("*.safetensors"))
+    return {f"{file.stem}.{key}": value for file in files for key, value in load_file(file).items()}
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+def environment():
+    quiet = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo", "HF_HUB_OFFLINE": "1"}
+    return os.environ | quiet
+
+
+@contextmanager
+def machines(log, flags, *, count, processes, script=SCRIPT, more=()):
+    """Starts torchrun on so many machines; `start(i)` starts that of one again, in a process group of its own."""
+    port = free_port()
+    words = [sys.executable, "-m", "torch.distributed.run", "--nnodes", count, "--nproc_per_node", processes]
+    words += ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"localhost:{port}", "--rdzv_id", "test"]
+    words += [*more, "--local_addr", "localhost"]
+    started = []
+
+    def start(machine):
+        is_host = ["--rdzv_conf", f"is_host={str(machine == 0).lower()},read_timeout=120"]
+        command = map(str, [*words, *is_host, ROOT / f"{script}.py", *flags])
+        with (log / f"{machine}.txt").open("a") as file:
+            process = subprocess.Popen(
+                list(command), cwd=ROOT, env=environment(), stdout=file, stderr=file, start_new_session=True
+            )
+        started.append(process)
+        return process
+
+    try:
+        yield [start(machine) for machine in range(count)], start
+    finally:
+        for process in started:
+            kill_group(process)
+
+
+def kill_group(process):
+    """SIGKILL to a torchrun and its workers, which have sessions of their own: the machine is gone."""
+    with_workers = []
+    if process.poll() is None:
+        with_workers = [*psutil.Process(process.pid).children(recursive=True), process]
+    for each in with_workers:
+        try:
+            each.kill()
+        except psutil.NoSuchProcess:
+            continue
+    process.wait()
+
+
+def wait_for(condition, log, timeout=400):
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, text_of(log)
+        time.sleep(0.05)
+
+
+def text_of(log):
+    return "\n".join(file.read_text()[-3000:] for file in sorted(log.glob("?.txt")))
+
+
+def run(log, flags, **kwargs):
+    with machines(log, flags, **kwargs) as (processes, _):
+        codes = [process.wait(600) for process in processes]
+    assert codes == [0] * len(codes), text_of(log)
+
+
+@pytest.fixture
+def flags_of(short_runs, pictures, tmp_path):
+    """{trainer: flags} of steps of one image on each of four processes."""
+    more = ["--train_batch_size", 1, "--max_train_steps", 3, "--output_dir"]
+    flags = {script: [*words, *more] for script, words in short_runs.items()}
+    flags["train_twinflow"] = [*short_runs["train_twinflow"], *more[2:]]
+    return flags
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["DDP", "hybrid"])
+@pytest.mark.parametrize("script", ["train_omini", "train_twinflow"])
+def test_two_machines_compute_what_one_does(flags_of, tmp_path, script, way):
+    flags = flags_of[script]
+    together = ["--fsdp", "--hybrid_shard"] if way == "hybrid" else []
+    run(tmp_path, [*flags, tmp_path / "one", *together[:1]], count=1, processes=4, script=script)
+    run(tmp_path, [*flags, tmp_path / "two", *together], count=2, processes=2, script=script)
+    one, two = result(tmp_path / "one"), result(tmp_path / "two")
+    assert one.keys() == two.keys()
+    assert one
+    largest = max((two[key] - value).abs().max().item() for key, value in one.items())
+    print(f"{script}, {way}: weights differ by at most {largest:.1e} (bar {'0' if way == 'DDP' else '1e-4'})")
+    assert largest <= (0 if way == "DDP" else 1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["DDP", "hybrid"])
+def test_a_machine_that_is_killed_and_comes_back_ends_in_the_same_bits(flags_of, tmp_path, way):
+    flags = [*flags_of[SCRIPT], tmp_path / "run", "--max_train_steps", 40, "--checkpointing_steps", 4]
+    flags += ["--fsdp", "--hybrid_shard"] if way == "hybrid" else []
+    whole = [tmp_path / "whole" if word == tmp_path / "run" else word for word in flags]
+    run(tmp_path, whole, count=2, processes=2)
+    # without a checkpoint `latest` begins anew: the first start has this flag, too
+    flags += ["--resume_from_checkpoint", "latest"]
+    more = ["--max_restarts", 3]
+    with machines(tmp_path, flags, count=2, processes=2, more=more) as (processes, start):
+        wait_for(lambda: find_checkpoints(tmp_path / "run"), tmp_path)
+        kill_group(processes[1])
+        assert not result(tmp_path / "run")
+        again = start(1)
+        assert processes[0].wait(600) == 0, text_of(tmp_path)
+        assert again.wait(60) == 0, text_of(tmp_path)
+    said = text_of(tmp_path)
+    assert "Resuming from" in said
+    found, expected = result(tmp_path / "run"), result(tmp_path / "whole")
+    assert found.keys() == expected.keys()
+    assert all(found[key].equal(value) for key, value in expected.items())
+
+
+def other_folder(trainer, folder):
+    common.checkpoints.SHARED_WITHIN = 0.2
+    accelerator = Accelerator(cpu=True)
+    own = Path(folder, str(accelerator.process_index))
+    own.mkdir()
+    check_shared_folder(accelerator, Path(folder))
+    check_shared_folder(accelerator, own)
+
+
+def test_an_output_dir_that_machines_do_not_share_is_refused(runs, tmp_path):
+    assert runs.run(None, [], other_folder, str(tmp_path), processes=2) != 0
+    assert f"--output_dir {tmp_path / '0'} of process 1 on {socket.gethostname()}" in runs.output()
+    assert "a disk that all machines share" in runs.output()
+    assert not list(tmp_path.rglob(".*"))
+
+
+def test_the_slurm_script_passes_bash_and_shellcheck():
+    checker = Path(sys.executable).with_name("shellcheck")
+    for command in (["bash", "-n", SLURM], [checker, SLURM]):
+        found = subprocess.run(command, capture_output=True, text=True)
+        assert found.returncode == 0, found.stdout + found.stderr
+    assert os.access(SLURM, os.X_OK)
+    page = SLURM.with_name("README.md").read_text()
+    for name in ("GPUS_PER_NODE", "RDZV_PORT", "MAX_RESTARTS", "SAVE_SECONDS", "VENV"):
+        assert f"`{name}`" in page
+
+
+STAND_INS = {
+    "srun": 'shift; echo $$ > "$STATE/step"; exec "$@"',  # --kill-on-bad-exit
+    "scontrol": 'if [ "$1" = show ]; then echo localhost; else echo "$@" >> "$STATE/requeued"; fi',
+    "scancel": 'kill -TERM "$(cat "$STATE/step")"',
+}
+
+
+@pytest.mark.slow
+def test_a_slurm_job_saves_before_its_time_is_over_and_goes_on_when_it_is_queued_again(flags_of, tmp_path):
+    """Slurm's commands are stand-ins: one node, whose step is a process of this machine."""
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    for name, body in STAND_INS.items():
+        (commands / name).write_text(f"#!/bin/bash\n{body}\n")
+        (commands / name).chmod(0o755)
+    venv = tmp_path / "venv" / "bin"
+    venv.mkdir(parents=True)
+    (venv / "torchrun").write_text(f'#!/bin/bash\nexec {sys.executable} -m torch.distributed.run "$@"\n')
+    (venv / "torchrun").chmod(0o755)
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1]", "SLURM_NNODES": "1", "STATE": str(tmp_path)}
+    own = {"GPUS_PER_NODE": "2", "RDZV_PORT": str(free_port()), "VENV": str(venv.parent), "SAVE_SECONDS": "100"}
+    env = environment() | slurm | own | {"PATH": f"{commands}:{os.environ['PATH']}"}
+    flags = [*flags_of[SCRIPT], tmp_path / "run", "--max_train_steps", 200, "--checkpointing_steps", 5]
+
+    def job(words):
+        command = list(map(str, ["bash", SLURM, ROOT / f"{SCRIPT}.py", *words]))
+        with (tmp_path / "0.txt").open("a") as log:
+            return subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log)
+
+    first = job(flags)
+    wait_for(lambda: find_checkpoints(tmp_path / "run"), tmp_path)
+    first.send_signal(signal.SIGUSR1)
+    assert first.wait(300) == 0, text_of(tmp_path)
+    assert (tmp_path / "requeued").read_text() == "requeue 7\n", text_of(tmp_path)
+    saved = int(find_checkpoints(tmp_path / "run")[-1].name.removeprefix("checkpoint-"))
+    assert 5 <= saved < 200
+    (tmp_path / "requeued").unlink()
+    assert job([*flags, "--max_train_steps", saved + 3]).wait(300) == 0, text_of(tmp_path)
+    assert not (tmp_path / "requeued").exists()
+    assert f"Resuming from {tmp_path / 'run'}/checkpoint-{saved}" in (tmp_path / "0.txt").read_text()
+    assert result(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_sigusr1_saves_and_the_run_goes_on(runs, flags_of, tmp_path):
+    flags = [*flags_of[SCRIPT], tmp_path / "run", "--max_train_steps", 300, "--dataloader_num_workers", 1]
+    runs.start(SCRIPT, flags)
+    runs.wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").exists() and "loss" in runs.output())
+    os.killpg(runs.pid, signal.SIGUSR1)
+    assert runs.end() == 128 + signal.SIGUSR1, runs.output()[-3000:]
+    assert "Interrupted at step" in runs.output()
+    (checkpoint,) = find_checkpoints(tmp_path / "run")
+    assert int(checkpoint.name.removeprefix("checkpoint-")) < 300
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is sent
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def sent(words, weights=1000, gradients=100):
+    return sent_bytes(parse_args(words.split()), weights=weights, gradients=gradients)
+
+
+def test_what_a_step_sends():
+    assert sent("") == {"each GPU": 0, "each machine": 0}
+    assert sent("--num_processes 4") == {"each GPU": 150, "each machine": 0}  # 2 (4 - 1) / 4 of 100
+    assert sent("--num_processes 4 --num_machines 2") == {"each GPU": 150, "each machine": 150}
+    split = sent("--num_processes 4 --num_machines 2 --fsdp")  # 3/4 of 2 x 1000 and of 100
+    assert split == {"each GPU": 1575, "each machine": 1575}
+    # 1/2 of 2 x 1000 and of 100 within a machine, and an all-reduce of half of 100 by each of its two GPUs
+    hybrid = sent("--num_processes 4 --num_machines 2 --fsdp --hybrid_shard")
+    assert hybrid == {"each GPU": 1100, "each machine": 100}
+
+
+def test_machines_have_equally_many_processes(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_args(["--num_processes", "5", "--num_machines", "2"])
+    assert stop.value.code == 2
+    assert "--num_processes 5" in capsys.readouterr().err
