@@ -4,8 +4,9 @@ bash itself reads a page's blocks, from top to bottom, so quotes, variables and 
 user. The programs are functions that write down their words; an unknown one fails. Then each command runs in this
 process, in a folder where the names that pages use are small things: stand_ins. A hub id is a folder with a tiny model
 of the same classes there. `accelerate launch` and `torchrun` are left out, their own flags are checked; SMALL flags
-follow a command's own. What cannot run here is in NOT_RUN with its reason, and checked as far as it can be. Python blocks draw 32 pixels
-in two steps. `...` at the end of a command stands for the flags of a short run, in the text it is not run.
+follow a command's own. What cannot run here is in NOT_RUN with its reason, and checked as far as it can be. Python
+blocks draw 32 pixels in two steps. `...` at the end of a command stands for the flags of a short run, in the text it
+is not run.
 """
 
 import argparse
