@@ -1077,9 +1077,12 @@ def print_network_table(name):
                 if machines == 1:
                     cells += ["0", f"{in_gb['each GPU'] / NVLINK:.3f} s", *["-"] * len(NETWORKS)]
                 else:
-                    inside = in_gb["each GPU"] if sharing == "hybrid" else 0
-                    cells += [f"{in_gb['each machine']:.2f}", f"{inside / NVLINK:.3f} s" if inside else "-"]
-                    cells += [f"{8 * in_gb['each machine'] / speed:.2f} s" for speed in NETWORKS]
+                    inside = in_gb["each GPU"] - in_gb["each machine"] * machines / gpus
+                    cells += [
+                        f"{in_gb['each machine']:.2f}",
+                        f"{inside / NVLINK:.3f} s" if sharing == "hybrid" else "-",
+                    ]
+                    cells += [f"{8 * in_gb['each machine'] / speed:.3f} s" for speed in NETWORKS]
                 print(f"| {' | '.join(cells)} |")
 
 
