@@ -392,7 +392,7 @@ def without_launcher(words):
         return words[2:]
     if words[0] == "torchrun":
         args = torchrun_parser().parse_args(words[1:])
-        count = int(args.nnodes) * int(args.nproc_per_node)
+        count = int(args.nnodes.split(":")[0]) * int(args.nproc_per_node)
         return ["python", args.training_script, f"--gradient_accumulation_steps={count}", *args.training_script_args]
     if words[:2] != ["accelerate", "launch"]:
         return words
