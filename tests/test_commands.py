@@ -1,4 +1,5 @@
-"""What the pages say works: every code block of README.md, CONTRIBUTING.md and examples/**/README.md is run.
+"""What the pages say works: every code block of README.md, CONTRIBUTING.md and examples/**/README.md is run, and
+every command of examples/*/notebook.ipynb.
 
 bash itself reads a page's blocks, from top to bottom, so quotes, variables and line ends mean what they mean to a
 user. The programs are functions that write down their words; an unknown one fails. Then each command runs in this
@@ -47,7 +48,8 @@ from examples.influxedit.toy_circles import write_archive
 
 QUICKSTART, PLAYBOOK = "examples/quickstart.sh", "examples/dgx_spark/train.args"
 PAGES = sorted(str(path.relative_to(ROOT)) for path in [*ROOT.glob("*.md"), *ROOT.glob("examples/**/README.md")])
-PAGES.append(QUICKSTART)
+NOTEBOOKS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("examples/*/notebook.ipynb"))
+PAGES += [*NOTEBOOKS, QUICKSTART]
 TRAINERS = sorted(path.name for path in ROOT.glob("train_*.py"))
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 LANGUAGES = {"bash", "python", ""}  # "": a tree of files, or what a command prints
@@ -114,8 +116,28 @@ FLUX = "black-forest-labs/FLUX.1-dev"
 LEFT_OUT = re.compile(r"--fsdp|--hybrid_shard|--(clip_l|t5xxl|ae|tokenizer_dir)=.*")
 RECORDER = """
 record() { printf '%s\\0' "$line" "$PWD" "$@" $'\\1' >> "$RECORD"; }
+[() { false; }  # what a page does only if something is not there yet, is done
 for name in $PROGRAMS; do eval "function $name { record $name \\"\\$@\\"; }"; done
 """
+
+
+SETTING = re.compile(r"^([A-Z]+) = (.+)$", re.M)
+
+
+def text_of(page):
+    """A page as Markdown. Of a notebook's code that is its commands, and its variables in capitals, in bash."""
+    if page not in NOTEBOOKS:
+        return (ROOT / page).read_text()
+    parts = []
+    for cell in json.loads((ROOT / page).read_text())["cells"]:
+        text = "".join(cell["source"])
+        if cell["cell_type"] == "code" and text.startswith("%%terminal"):
+            text = f"```bash\n{text.split(chr(10), 1)[1]}\n```"
+        elif cell["cell_type"] == "code":
+            values = {name: str(ast.literal_eval(value)) for name, value in SETTING.findall(text)}
+            text = "".join(f"```bash\n{name}={shlex.quote(value)}\n```\n" for name, value in values.items())
+        parts.append(text)
+    return "\n\n".join(parts)
 
 
 def line_of(text, match):
@@ -476,7 +498,7 @@ def run_python(page, line, code, monkeypatch):
 
 def steps_of(page, tmp_path):
     """(line, folder, command or Python code) of a page, from top to bottom."""
-    text = (ROOT / page).read_text()
+    text = text_of(page)
     if page == QUICKSTART:
         start = text.index(".venv/bin/python examples/")
         commands = f"out=quickstart\n{text[start:]}".replace(".venv/bin/python", "python")
@@ -491,13 +513,14 @@ def steps_of(page, tmp_path):
 
 
 LONG_PAGES = [f"examples/{name}/README.md" for name in ("dreambooth", "influxedit", "omini", "twinflow")]
+LONG_PAGES += NOTEBOOKS
 
 
 @pytest.mark.parametrize(
     "page", [pytest.param(page, marks=pytest.mark.slow if page in LONG_PAGES else []) for page in PAGES]
 )
 def test_what_a_page_says_runs(page, train, short_runs, workplace, tmp_path, monkeypatch):
-    place = workplace((ROOT / page).read_text())
+    place = workplace(text_of(page))
     for line, folder, step in steps_of(page, tmp_path):
         monkeypatch.chdir(place / folder)
         print(f"{page}:{line}: {step if isinstance(step, str) else shlex.join(step)}")
@@ -717,7 +740,7 @@ def test_flags_that_tables_advise_exist(page):
 
 @pytest.mark.parametrize("page", PAGES[:-1])
 def test_links_lead_somewhere(page):
-    links = re.findall(r"\]\(([^)#\s]*)#?([^)\s]*)\)", (ROOT / page).read_text())
+    links = re.findall(r"\]\(([^)#\s]*)#?([^)\s]*)\)", text_of(page))
     for target, anchor in [link for link in links if "://" not in link[0]]:
         path = (ROOT / page).parent / target if target else ROOT / page
         assert path.exists(), f"{page}: {target}"
