@@ -291,7 +291,7 @@ def stand_ins(pictures, pairs, tiny_model, tiny_fill):
             write_pipeline, functools.partial(tiny_backbones.flux2_klein, latent_channels=32)
         ),
         "black-forest-labs/FLUX.2-klein-4B": functools.partial(
-            write_pipeline, functools.partial(tiny_backbones.flux2_klein, is_distilled=True)
+            write_pipeline, functools.partial(tiny_backbones.flux2_klein, is_distilled=True, latent_channels=32)
         ),
         "stabilityai/stable-diffusion-3.5-medium": functools.partial(write_pipeline, tiny_backbones.sd3),
         "Efficient-Large-Model/Sana_1600M_512px_diffusers": functools.partial(write_pipeline, tiny_backbones.sana),
