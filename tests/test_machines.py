@@ -38,7 +38,8 @@ def free_port():
 
 def environment():
     quiet = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo", "HF_HUB_OFFLINE": "1"}
-    return os.environ | quiet
+    # as the page says: else a machine that is started again waits for an address that only the first round is told
+    return os.environ | quiet | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
 @contextmanager
