@@ -21,6 +21,8 @@ MAX_RESTARTS=${MAX_RESTARTS:-3}
 SAVE_SECONDS=${SAVE_SECONDS:-240}
 VENV=${VENV:-$PWD/.venv}
 
+# else a torchrun that is started again waits for an address that only the first round is told
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 first_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
 srun --kill-on-bad-exit=1 "$VENV/bin/torchrun" \
