@@ -27,7 +27,7 @@ if [ -n "$missing" ]; then
     echo "Nothing was installed; the quickstart needs:$missing" >&2
     exit 2
 fi
-printf '\n%s\n' "1/5 Installing what the trainers need into $PWD/.venv"
+printf '\n%s\n' "1/5 Installing what the trainers need into $PWD/.venv (minutes, without a word)"
 .venv/bin/python -m pip install --quiet --requirement requirements.txt
 rm -rf "$out"
 mkdir -p "$out"
@@ -54,7 +54,7 @@ printf '\n%s\n' "4/5 Drawing the same prompts without and with the LoRA. Scores 
 
 printf '\n%s\n' "5/5 Done"
 echo "Look at $out/before_after.png and $out/lora/loss.png; the LoRA is $out/lora/pytorch_lora_weights.safetensors"
-echo "For your own photos: .venv/bin/python examples/suggest.py photos/ --gpu 12GB   (the memory of your card)"
+echo "For your own photos: .venv/bin/python examples/suggest.py photos/ --gpu 12GB --class_word dog   (the memory of your card, and what they show)"
 if [ -t 1 ]; then # opens the picture where there is a desktop
     if [ "$(uname)" = Darwin ]; then
         open "$out/before_after.png" || true

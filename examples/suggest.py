@@ -163,7 +163,7 @@ def subject_flags(words, class_word, captions):
     flags += ["--with_prior_preservation", f"--class_data_dir={class_word}-class-images"]
     flags += [f"--class_prompt={class_prompt}", f"--num_class_images={NUM_CLASS_IMAGES}", "--prior_target=base"]
     flags += ["--timestep_sampling=shift"]
-    keep = "class images keep what the model knows: on the toy, ordinary prompts stay at 92 of 97, not at 28"
+    keep = "class images keep what the model knows: on the toy, ordinary prompts stay at 92 of 97, not at 12"
     shift = "more steps at high noise, as in that measurement"
     return flags, reasons | {"--class_prompt": keep, "--timestep_sampling": shift}
 
@@ -398,7 +398,7 @@ def print_suggestion(args, photos, way, prompts, reasons, is_style):
     lines = {
         "GPU": f"{gib:.1f} GB of {args.gpu:.4g}, at the peak: {phase}",
         "RAM": f"{sum(found.ram.values()) / GIB:.0f} GiB; besides, {found.files / GIB:.0f} GiB of files are mapped, "
-        "which take what is free",
+        "which take what is free of the rest",
         "disk": f"{found.disk['model'] / GIB:.0f} GiB for the model",
         "time": f"{steps}.{before} How long a step takes on this card was not measured: after {FORECAST_STEP} "
         "steps, the trainer says how long the rest will take",

@@ -28,7 +28,7 @@ from common.arguments import (
 )
 from common.checkpoints import read_run_args
 from common.data import save_image
-from common.lora import check_applied, find_lora, run_of
+from common.lora import check_applied, find_lora, run_of, scaled_adapters
 from common.models import DTYPES
 from common.placement import PLACEMENT_HELP, PLACEMENTS, check_placement, find_device, place
 
@@ -170,6 +170,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--max_sequence_length", type=in_range(int, 1, 512), help="tokens per prompt (default: as trained)"
     )
+    parser.add_argument("--lora_scale", type=in_range(float, -10, 10), default=1.0, help="strength of the LoRA")
     parser.add_argument("--seed", type=image_seed, default=0)
     parser.add_argument("--placement", choices=PLACEMENTS, help=PLACEMENT_HELP)
     parser.add_argument("--output", type=Path, default=Path(), help="folder for the images")
@@ -205,16 +206,20 @@ def main(argv=None):
     for name in ("num_inference_steps", "guidance_scale"):
         if vars(args)[name] is not None:
             call[name] = vars(args)[name]
-    for i, prompt in enumerate(args.prompt):
-        image = pipeline(
-            prompt=replace_words(prompt, abstractions),
-            width=width,
-            height=height,
-            **call,
-            max_sequence_length=args.max_sequence_length or args.trained["max_sequence_length"],
-            generator=torch.Generator().manual_seed(args.seed + i),
-        ).images[0]
-        print(save_image(image, args.output / f"{i}.png"))
+    with (
+        scaled_adapters(pipeline.transformer, args.lora_scale),
+        scaled_adapters(pipeline.text_encoder, args.lora_scale),
+    ):
+        for i, prompt in enumerate(args.prompt):
+            image = pipeline(
+                prompt=replace_words(prompt, abstractions),
+                width=width,
+                height=height,
+                **call,
+                max_sequence_length=args.max_sequence_length or args.trained["max_sequence_length"],
+                generator=torch.Generator().manual_seed(args.seed + i),
+            ).images[0]
+            print(save_image(image, args.output / f"{i}.png"))
 
 
 if __name__ == "__main__":

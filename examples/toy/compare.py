@@ -137,7 +137,7 @@ def main(argv=None):
         reworded = evaluate_other_words(pipeline)
         print(
             f"{when:6}  {names[args.subject]}: {subject_score:.0f} of 100   "
-            f"ordinary prompts: {ordinary:.0f} of 100, in other words {reworded:.0f}"
+            f"ordinary prompts: {ordinary:.0f} of 100, reworded: {reworded:.0f}"
         )
         rows += [(image, f"{when}: {prompt}") for image, prompt in shown]
     print(save_image(image_grid([image for image, _ in rows], [text for _, text in rows], columns=8), args.output))
