@@ -26,6 +26,7 @@ arguments (args.json), the loss (metrics.jsonl, loss.png), images (validation/) 
 
 import argparse
 import contextlib
+import copy
 import difflib
 import functools
 import glob
@@ -99,12 +100,15 @@ from common.data import (
     INTERPOLATION,
     Example,
     Size,
+    SkippedSamples,
     StepSampler,
+    StreamedBatches,
     all_images,
     alpha_channel,
     check_buckets,
     check_captions,
     check_class_images,
+    check_dataset_flags,
     check_num_samples,
     check_roles,
     check_shape,
@@ -112,17 +116,22 @@ from common.data import (
     collate,
     count_sizes,
     data_record,
+    dataset_settings,
     describe_class_images,
     describe_data,
     describe_small_groups,
     file_example,
     find_partners,
+    first_of_stream,
     first_ten,
     fit,
+    gather_places,
+    header_size,
     image_files,
     map_examples,
     match_any,
     nearest_bucket,
+    open_stream,
     parse_buckets,
     place_in_run,
     quoted,
@@ -392,6 +401,15 @@ def parse_args(argv=None):
     arg("--dataset_name", type=name_or_path, help="dataset on the Hub, or a folder or file that `datasets` loads")
     arg("--dataset_config", type=Path, metavar="DATA.TOML", help="folders and options as kohya's sd-scripts read them")
     arg("--dataset_config_name", help="configuration of that dataset")
+    arg(
+        "--data_files",
+        type=name_or_path,
+        nargs="+",
+        metavar="FILE",
+        help="webdataset tars (images, captions in json or txt) or parquet files, or patterns such as 'tars/*.tar'",
+    )
+    arg("--streaming", action="store_true", help="read dataset_name or data_files during training; needs no disk")
+    arg("--shuffle_buffer", type=positive_int, default=1000, help="rows that streaming holds and shuffles at a time")
     arg("--image_column", default="image", help="column of the dataset that holds the images")
     arg("--caption_column", help="column of the dataset or of metadata.jsonl that holds captions")
     arg("--instance_prompt", help="prompt of every image without a caption, such as a photo of sks dog")
@@ -844,7 +862,8 @@ def needs(args):
             ("skip_final_inference", "validation_guidance_scale", "validation_num_inference_steps"),
         ),
         "--use_ema": (args.use_ema, ("ema_decay",)),
-        "--dataset_name": (args.dataset_name, ("image_column",)),
+        "--streaming": (args.streaming, ("shuffle_buffer",)),
+        "--dataset_name or --data_files": (args.dataset_name or args.data_files, ("image_column",)),
         "--mask_data_dir, --alpha_mask or --dataset_config": (
             args.mask_data_dir or args.alpha_mask or args.dataset_config,
             ("unmasked_weight",),
@@ -857,11 +876,24 @@ def check_args(args):
     problems = []
 
     # data
-    num_sources = sum(bool(source) for source in (args.instance_data_dir, args.dataset_name, args.dataset_config))
-    if num_sources != 1:
-        problems.append("exactly one of --instance_data_dir, --dataset_name and --dataset_config is needed")
-    if args.dataset_config_name and not args.dataset_name:
-        problems.append(f"--dataset_config_name {args.dataset_config_name} needs --dataset_name")
+    sources = (args.instance_data_dir, args.dataset_name, args.data_files, args.dataset_config)
+    if sum(bool(source) for source in sources) != 1:
+        problems.append(
+            "exactly one of --instance_data_dir, --dataset_name, --data_files and --dataset_config is needed"
+        )
+    problems += check_dataset_flags(args)
+    if args.streaming:
+        if args.repeats != 1:
+            problems.append(f"--repeats {args.repeats} has no effect with --streaming: leave one out")
+        if args.save_every_n_epochs:
+            problems.append("--save_every_n_epochs: the length of a stream is not known, use --checkpointing_steps")
+        if args.train_text_encoder_ti:
+            problems.append("--train_text_encoder_ti checks all captions before training: leave out --streaming")
+        for flag in ("class_prompt", "preserve_prompts"):
+            if "=>" in (vars(args)[flag] or ""):
+                problems.append(
+                    f"--{flag} {vars(args)[flag]!r} reads all captions before training: leave out --streaming"
+                )
     if args.caption_dropout_to == "instance_prompt" and not (args.instance_prompt or args.dataset_config):
         problems.append("--caption_dropout_to instance_prompt needs --instance_prompt")
     if args.dataset_config:
@@ -912,8 +944,9 @@ def check_args(args):
         problems.append(
             "--validation_data_dir does not go with --mask_data_dir: hold out by --validation_split instead"
         )
-    if args.mask_data_dir and args.dataset_name:
-        problems.append("--mask_data_dir goes with --instance_data_dir, not with --dataset_name")
+    if args.mask_data_dir and (args.dataset_name or args.data_files):
+        given = "--dataset_name" if args.dataset_name else "--data_files"
+        problems.append(f"--mask_data_dir goes with --instance_data_dir, not with {given}")
     problems += check_roles({"--instance_data_dir": args.instance_data_dir, "--mask_data_dir": args.mask_data_dir})
     if args.unmasked_weight == 1:
         problems.append("--unmasked_weight 1 leaves masks without effect: leave them out")
@@ -1670,6 +1703,7 @@ class DreamBoothDataset(Dataset):
                 self.crop_index[index] = index
             else:
                 self.crop_index[index] = first_index.setdefault(id(example), index)
+        self.first_class_index = len(self.examples)
 
     def __len__(self):
         return len(self.examples)
@@ -1694,7 +1728,7 @@ class DreamBoothDataset(Dataset):
             class_index = int(rng.integers(len(self.class_examples)))
             flip_draw = rng.random()
             mirrored = bool(self.args.random_flip and flip_draw < 0.5)
-            key = (len(self.examples) + class_index, example.bucket, mirrored)
+            key = (self.first_class_index + class_index, example.bucket, mirrored)
             caption = self.class_examples[class_index].caption
             samples.append(self.sample(key, caption, is_class_image=True))
         return samples
@@ -1709,6 +1743,27 @@ class DreamBoothDataset(Dataset):
             sample["loss_mask"] = self.loss_masks[key] if self.loss_masks else self.loss_mask(key)
         return sample
 
+    def streamed_bucket(self, example, epoch, index):
+        """The bucket of an example of a stream, which is checked. Raises ValueError."""
+        problem = check_streamed(example, self.args)
+        if problem:
+            raise ValueError(problem)
+        example.bucket = nearest_bucket(
+            example.size, parse_buckets(self.args.aspect_ratio_buckets, self.args.resolution)
+        )
+        return example.bucket
+
+    def streamed_samples(self, example, epoch, index):
+        """What `[epoch, index]` would be if the example, which is of a stream, had this index. Raises ValueError."""
+        mask = example.images.get("mask")
+        if mask and mask_size_and_share(mask)[1] == 0:
+            raise ValueError(f"{mask.name}: nothing in this mask is opaque, so nothing would be learned")
+        alone = copy.copy(self)
+        alone.examples = {index: example}
+        alone.crop_index = {index: index}
+        alone.first_class_index = index + 1
+        return alone[epoch, index]
+
     def image_keys(self):
         """(index, bucket, mirrored) of every image that training can ask for; class images come after the examples."""
         keys = []
@@ -1719,7 +1774,7 @@ class DreamBoothDataset(Dataset):
             keys.append((index, example.bucket, False))
             if example.options["flip_aug"]:
                 keys.append((index, example.bucket, True))
-        for index in range(len(self.examples), len(self.examples) + len(self.class_examples)):
+        for index in range(self.first_class_index, self.first_class_index + len(self.class_examples)):
             for bucket in sorted(buckets):
                 keys.append((index, bucket, False))
                 if self.args.random_flip:
@@ -1728,9 +1783,9 @@ class DreamBoothDataset(Dataset):
 
     def example(self, index):
         """The example of an index of `image_keys`."""
-        if index < len(self.examples):
+        if index < self.first_class_index:
             return self.examples[index]
-        return self.class_examples[index - len(self.examples)]
+        return self.class_examples[index - self.first_class_index]
 
     def crop(self, key):
         """The arguments of `fit` that an image and its mask share."""
@@ -1781,6 +1836,23 @@ class DreamBoothDataset(Dataset):
             found = cache.fill_by_content(accelerator, keys, read=self.loss_mask, encode=list, desc="Caching masks")
             index.record(accelerator, label, found)
         self.loss_masks = found
+
+
+def streamed_batches(stream, dataset, args, **processes):
+    """The batches of a stream, whose samples are checked as they come."""
+    options = default_options(args)
+    return StreamedBatches(
+        stream,
+        dataset.streamed_samples,
+        examples_of=lambda row, name: [configure(stream.example(row, name), options)],
+        group_of=dataset.streamed_bucket,
+        collate_fn=collate,
+        batch_size=args.train_batch_size,
+        shuffle_buffer=args.shuffle_buffer,
+        seed=args.seed,
+        num_threads=args.dataloader_num_workers,
+        **processes,
+    )
 
 
 def check_caches(args, dataset, dtype):
@@ -1928,6 +2000,26 @@ def find_examples(args):
     return examples, problems
 
 
+def own_dataset(args):
+    """What `read_dataset` and `open_stream` are to read."""
+    # the caption of a file in --data_files has a usual name; a dataset's column is named
+    settings = dataset_settings(args, {"image": args.image_column}, args.caption_column)
+    return settings | {"whole_rows": bool(args.data_files)}
+
+
+def check_streamed(example, args):
+    """What is wrong with an example of a stream, which nothing has checked before, by its caption and the header of
+    its image; or None. Assigns its size and caption."""
+    if args.instance_prompt and isinstance(example.caption, str) and not example.caption.strip():
+        example.caption = None  # an empty caption stands for --instance_prompt
+        example.source = ""
+    example.size = header_size(example)
+    problems = check_captions([example], default=args.instance_prompt)
+    if example.caption is None:
+        example.caption = args.instance_prompt
+    return problems[0] if problems else None
+
+
 def read_examples(args):
     """(examples, problems) of the one source that the flags name."""
     if args.dataset_config:
@@ -1936,15 +2028,16 @@ def read_examples(args):
             suffixes = ", ".join(IMAGE_SUFFIXES)
             problems.append(f"--dataset_config {args.dataset_config}: no images ({suffixes}) in it")
     else:
-        if args.dataset_name:
-            found, problems = read_dataset(
-                args.dataset_name,
-                source=f"--dataset_name {args.dataset_name}",
-                image_columns={"image": args.image_column},
-                caption_column=args.caption_column,
-                config_name=args.dataset_config_name,
-                cache_dir=args.cache_dir,
-            )
+        if args.streaming:
+            stream, problems = open_stream(**own_dataset(args))
+            found = []
+            if stream:
+                check = functools.partial(check_streamed, args=args)
+                found = first_of_stream(stream, lambda row, name: [stream.example(row, name)], check)
+            if not (found or problems):
+                problems = [f"{own_dataset(args)['source']}: no samples in it"]
+        elif args.dataset_name or args.data_files:
+            found, problems = read_dataset(name=args.dataset_name or "--data_files", **own_dataset(args))
         else:
             found, problems = read_folder(
                 args.instance_data_dir,
@@ -1984,6 +2077,8 @@ def find_held_out(args, examples):
             args,
             instance_data_dir=args.validation_data_dir,
             dataset_name=None,
+            data_files=None,
+            streaming=False,
             dataset_config=None,
             class_data_dir=None,
             train_text_encoder_ti=False,
@@ -3196,7 +3291,7 @@ def file_header(args, examples, embedding_handler, architecture, step, steps_per
     {folder: {tag: how often an epoch has it}}."""
     instance_examples = [example for example in examples if not example.options["is_reg"]]
     tag_counts = {}
-    for example in instance_examples:
+    for example in instance_examples if not args.streaming else []:
         counts = tag_counts.setdefault(Path(example.name).parent.name, {})
         for tag in comma_list(example.prompt().lower()):
             counts[tag] = counts.get(tag, 0) + example.repeats
@@ -3373,9 +3468,22 @@ def training_stops(args, max_train_steps, checkpoint):
     return stops
 
 
-def describe_run(args, examples, held_out_examples, class_examples, embedding_handler, text_params, text_encoder_stop):
-    """{name: text} to be printed before training: data, new tokens, text encoders."""
+def describe_run(
+    args,
+    examples,
+    held_out_examples,
+    class_examples,
+    embedding_handler,
+    text_params,
+    text_encoder_stop,
+    num_parts=0,
+):
+    """{name: text} to be printed before training: data, of a stream in `num_parts`, new tokens, text encoders."""
     run_info = {"data": f"{len(examples)} images: {count_sizes(example.bucket for example in examples)}"}
+    if num_parts:
+        sizes = " or ".join(map(str, parse_buckets(args.aspect_ratio_buckets, args.resolution)))
+        run_info = {"data": f"a stream of {num_parts} files at {sizes} px"}
+        examples = []  # of which nothing more is known
     folders = {image.files[0].parent for image in all_images(examples) if image.files}
     default = "class_tokens" if args.dataset_config else "--instance_prompt"
     run_info |= describe_data([*examples, *held_out_examples], sorted(folders), default)
@@ -3462,7 +3570,7 @@ def train(args):
         adopt_dataset_config(args, examples)
     examples, held_out_examples, held_out_problems = find_held_out(args, examples)
     problems += held_out_problems
-    if not problems:
+    if not problems and not args.streaming:
         problems += check_effects(examples, args)
     captions = [example.prompt() for example in examples if isinstance(example.caption, str)]
     class_prompts, prompt_problems = read_prompts("--class_prompt", args.class_prompt, captions)
@@ -3495,14 +3603,16 @@ def train(args):
         )
     dataset = DreamBoothDataset(examples, args)
     accumulation = args.gradient_accumulation_steps
-    sampler = StepSampler(
-        [(example.dataset, example.bucket) for example in dataset.examples],
-        {(example.dataset, example.bucket): example.options["batch_size"] for example in examples},
-        seed=args.seed,
-        process_index=accelerator.process_index,
-        num_processes=accelerator.num_processes,
-    )
-    steps_per_epoch = math.ceil(sampler.steps_per_epoch / accumulation)
+    processes = {"process_index": accelerator.process_index, "num_processes": accelerator.num_processes}
+    steps_per_epoch = None
+    if not args.streaming:
+        sampler = StepSampler(
+            [(example.dataset, example.bucket) for example in dataset.examples],
+            {(example.dataset, example.bucket): example.options["batch_size"] for example in examples},
+            seed=args.seed,
+            **processes,
+        )
+        steps_per_epoch = math.ceil(sampler.steps_per_epoch / accumulation)
     checkpoint = checkpoint_to_resume(args.output_dir, args.resume_from_checkpoint)
     args.pool_at_eos = pools_at_eos(args, checkpoint)
     requested_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
@@ -3510,7 +3620,7 @@ def train(args):
     text_encoder_stop, transformer_stop = stops
     # fewer than requested where nothing is left to train: new tokens alone are done after --train_text_encoder_ti_frac
     max_train_steps = max(text_encoder_stop, transformer_stop)
-    validation_steps = args.validation_steps or args.validation_epochs * steps_per_epoch
+    validation_steps = args.validation_steps or args.validation_epochs * (steps_per_epoch or 1)
     validation_loss_steps = args.validation_loss_steps or args.validation_steps or DEFAULT_STEPS
     val_prompts, final_prompts, prompt_problems = validation_prompts(args, family)
     problems += prompt_problems
@@ -3522,13 +3632,18 @@ def train(args):
         run["the hash of --class_prompt"] = hashlib.sha256("\n".join(class_prompts).encode()).hexdigest()[:16]
     if preserve_prompts:
         run["the hash of --preserve_prompts"] = hashlib.sha256("\n".join(preserve_prompts).encode()).hexdigest()[:16]
+    stream = None
+    if args.streaming and not problems:
+        stream, problems = open_stream(**own_dataset(args))
+        sampler = streamed_batches(stream, dataset, args, **processes)
+        run["files"] = stream.record()
     begun_with = match_processes(checkpoint, run)
-    sampler.begun_with = begun_with
     problems += check_run(accelerator, args, max_train_steps, checkpoint, run)
     if not problems:
         problems += check_caches(args, dataset, weight_dtype)
     if problems:
         fail(accelerator, problems)
+    sampler.begun_with = begun_with
     hub_repo = create_hub_repo(accelerator, args)
     claim_output_dir(accelerator, args.output_dir, result_files(args))
     index = EncodedIndex(latents_folder(args), args, run)
@@ -3541,7 +3656,7 @@ def train(args):
     prompts.update(example.caption for example in class_examples(args, class_prompts))
     prompts.update(texts_of(val_prompts + final_prompts))
     prompts.update(example.prompt() for example in held_out_examples)
-    has_varying_prompts = False
+    has_varying_prompts = args.streaming
     for example in examples:
         if example.varies():
             has_varying_prompts = True
@@ -3781,20 +3896,37 @@ def train(args):
     if prompt_encoder.trained and has_pivot and global_step >= text_encoder_stop:  # the run resumes behind the pivot
         prompt_encoder.freeze(prompts, keep=args.load_best_model_at_end)
 
+    places = {}  # of a stream's lanes, behind the last micro-step
+    if args.streaming and checkpoint:
+        places = checkpoint_state(checkpoint).get("stream", {})
+
     def save():
         state = run | {"trained_until": stops}
+        if args.streaming:
+            state["stream"] = gather_places(places)
         return save_checkpoint(accelerator, args.output_dir, global_step, state, args.checkpoints_total_limit)
 
     sampler.start = global_step * accumulation
     sampler.stop = sampler.start if best.is_over else max_train_steps * accumulation
-    train_dataloader = DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        collate_fn=collate,
-        num_workers=args.dataloader_num_workers,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=outlive_signals,
-    )
+    if args.streaming:
+        sampler.places = places
+        # one process reads the stream, whose threads decode: each row is read once, in the same order
+        train_dataloader = DataLoader(
+            sampler,
+            batch_size=None,
+            num_workers=min(1, args.dataloader_num_workers),
+            pin_memory=device.type == "cuda",
+            worker_init_fn=outlive_signals,
+        )
+    else:
+        train_dataloader = DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=collate,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=device.type == "cuda",
+            worker_init_fn=outlive_signals,
+        )
 
     # 7. Train
     run_info = describe_run(
@@ -3805,8 +3937,10 @@ def train(args):
         embedding_handler,
         text_params,
         text_encoder_stop,
+        num_parts=stream.num_parts if stream else 0,
     )
-    run_info |= describe_small_groups(sampler.groups, sampler.batch_size, size_of=lambda group: group[1])
+    if not args.streaming:
+        run_info |= describe_small_groups(sampler.groups, sampler.batch_size, size_of=lambda group: group[1])
     if args.use_ema:
         run_info["average"] = f"decay {args.ema_decay:g}, of what is saved and drawn"
     run_info |= describe_held_out(held_out_examples, examples, validation_loss_steps)
@@ -3864,6 +3998,8 @@ def train(args):
     num_images = 0  # in them, on all processes, without class images
     step_reads = StepReads(device)
     taken_steps = []  # of each step: whether loss and gradient were finite, so that it changed weights
+    skipped = SkippedSamples(args.output_dir, global_step, is_first=accelerator.is_local_main_process)
+    accelerator.wait_for_everyone()
     started = time.perf_counter()
     # No loop over epochs: a run can resume at any micro-step. All that a micro-step draws at random (batch, crops,
     # latents, noise levels, dropout) depends on the seed and its number alone; the order of these draws is what exact
@@ -3875,6 +4011,10 @@ def train(args):
             drawn_as = place_in_run(accumulated, accelerator.process_index, accelerator.num_processes, begun_with)
             generator = step_generator(args.seed, step, *drawn_as)
             torch.manual_seed(generator.initial_seed())  # dropout uses the global generator
+            if args.streaming:
+                places = batch["stream"]  # for a checkpoint: where to read on
+                for text in skipped.add(step + 1, batch["left_out"]):
+                    progress_bar.write(f"  skipped: {text}")
 
             if args.cache_latents:
                 moments = to_device(batch["moments"], device)
@@ -4043,6 +4183,9 @@ def train(args):
         if best.is_over:
             break
     progress_bar.close()
+    skipped_summary = skipped.summary()
+    if skipped_summary:
+        accelerator.print(skipped_summary)
 
     # 8. Save and final validation, with the weights of the best step if --load_best_model_at_end keeps them
     embeddings_name = embeddings_file(args).name

@@ -37,6 +37,7 @@ output_dir then holds pytorch_lora_weights.safetensors for `FluxFillPipeline.loa
 """
 
 import argparse
+import copy
 import functools
 import hashlib
 import math
@@ -101,10 +102,13 @@ from common.checkpoints import (
 from common.data import (
     INTERPOLATION,
     Size,
+    SkippedSamples,
     StepSampler,
+    StreamedBatches,
     all_images,
     check_captions,
     check_class_images,
+    check_dataset_flags,
     check_folders,
     check_num_samples,
     check_roles,
@@ -112,16 +116,21 @@ from common.data import (
     collate,
     count_sizes,
     data_record,
+    dataset_settings,
     describe_class_images,
     describe_data,
     describe_small_groups,
     file_example,
     find_partners,
+    first_of_stream,
     first_ten,
     fit,
     fit_mask,
+    gather_places,
+    header_size,
     image_files,
     map_examples,
+    open_stream,
     place_in_run,
     read_batches,
     read_class_images,
@@ -386,15 +395,24 @@ def parse_args(argv=None):
     arg("--caption_data_dir", type=Path, help="folder of captions: .txt files, named like the input images")
     arg("--dataset_name", type=name_or_path, help="dataset on the Hub, or a folder or file that `datasets` loads")
     arg("--dataset_config_name", help="configuration of that dataset")
-    arg("--image_column", default="image", help="column of --dataset_name with the input images")
-    arg("--target_column", help="column of --dataset_name with the target images, for edit mode")
+    arg(
+        "--data_files",
+        type=name_or_path,
+        nargs="+",
+        metavar="FILE",
+        help="webdataset tars (images, captions in json or txt) or parquet files, or patterns such as 'tars/*.tar'",
+    )
+    arg("--streaming", action="store_true", help="read dataset_name or data_files during training; needs no disk")
+    arg("--shuffle_buffer", type=positive_int, default=1000, help="rows that streaming holds and shuffles at a time")
+    arg("--image_column", default="image", help="column of the dataset with the input images")
+    arg("--target_column", help="column of the dataset with the target images, for edit mode")
     arg(
         "--additional_column",
         nargs="+",
         metavar="COLUMN",
-        help="columns of --dataset_name with further input images, for FLUX.2",
+        help="columns of the dataset with further input images, for FLUX.2",
     )
-    arg("--mask_column", help="column of --dataset_name with the masks, for mask mode")
+    arg("--mask_column", help="column of the dataset with the masks, for mask mode")
     arg("--caption_column", help="column of the dataset or of metadata.jsonl that holds captions")
     arg("--instance_prompt", help="prompt of every image without a caption, such as a photo of sks dog")
     arg("--caption_dropout", type=fraction, default=0.0, help="probability of training on an empty caption, 0 to 1")
@@ -710,7 +728,8 @@ def needs(args):
             ("validation_steps",),
         ),
         "--use_ema": (args.use_ema, ("ema_decay",)),
-        "--dataset_name": (args.dataset_name, ("image_column",)),
+        "--streaming": (args.streaming, ("shuffle_buffer",)),
+        "--dataset_name or --data_files": (args.dataset_name or args.data_files, ("image_column",)),
         "a model with a guidance embedding": (family.reads_guidance, ("guidance_scale",)),
         "a model that draws with guidance": (family.draws_with_guidance, ("validation_guidance_scale",)),
     }
@@ -721,18 +740,25 @@ def check_args(args):
     problems = []
 
     # where images, their targets or masks, and their captions are
-    if (args.instance_data_dir is None) == (args.dataset_name is None):
-        problems.append("exactly one of --instance_data_dir and --dataset_name is needed")
-    if args.dataset_config_name and not args.dataset_name:
-        problems.append(f"--dataset_config_name {args.dataset_config_name} needs --dataset_name")
+    sources = (args.instance_data_dir, args.dataset_name, args.data_files)
+    if sum(source is not None for source in sources) != 1:
+        problems.append("exactly one of --instance_data_dir, --dataset_name and --data_files is needed")
+    problems += check_dataset_flags(args)
+    has_columns = args.dataset_name or args.data_files
+    given = "--dataset_name" if args.dataset_name else "--data_files"
     for flag in ("target_data_dir", "additional_data_dir", "mask_data_dir", "caption_data_dir"):
-        if vars(args)[flag] and args.dataset_name:
-            problems.append(f"--{flag} goes with --instance_data_dir, not with --dataset_name")
+        if vars(args)[flag] and has_columns:
+            problems.append(f"--{flag} goes with --instance_data_dir, not with {given}")
     for flag in ("target_column", "mask_column"):
-        if vars(args)[flag] and not args.dataset_name:
-            problems.append(f"--{flag} {vars(args)[flag]} needs --dataset_name")
-    if args.additional_column and not args.dataset_name:
-        problems.append(f"--additional_column {' '.join(args.additional_column)} needs --dataset_name")
+        if vars(args)[flag] and not has_columns:
+            problems.append(f"--{flag} {vars(args)[flag]} needs --dataset_name or --data_files")
+    if args.additional_column and not has_columns:
+        problems.append(f"--additional_column {' '.join(args.additional_column)} needs --dataset_name or --data_files")
+    if args.streaming and args.repeats != 1:
+        problems.append(f"--repeats {args.repeats} has no effect with --streaming: leave one out")
+    for flag in ("class_prompt", "preserve_prompts"):
+        if args.streaming and "=>" in (vars(args)[flag] or ""):
+            problems.append(f"--{flag} {vars(args)[flag]!r} reads all captions before training: leave out --streaming")
     folders = {
         "--instance_data_dir": args.instance_data_dir,
         "--target_data_dir": args.target_data_dir,
@@ -741,7 +767,7 @@ def check_args(args):
     for number, folder in enumerate(args.additional_data_dir or [], start=1):
         folders[f"folder {number} of --additional_data_dir"] = folder
     problems += check_roles(folders)
-    if args.dataset_name:
+    if has_columns:
         columns = {
             "--image_column": args.image_column,
             "--target_column": args.target_column,
@@ -756,7 +782,7 @@ def check_args(args):
     # the modes
     if args.mode == "edit":
         if not (args.target_data_dir or args.target_column):
-            problems.append("--mode edit needs --target_data_dir, or --target_column of --dataset_name")
+            problems.append("--mode edit needs --target_data_dir, or --target_column of a dataset")
         for flag in ("mask_data_dir", "mask_column", "use_split_mask", "validation_mask"):
             if vars(args)[flag]:
                 problems.append(f"--{flag} needs --mode mask")
@@ -770,7 +796,7 @@ def check_args(args):
         has_masks = bool(args.mask_data_dir or args.mask_column)
         if has_masks == args.use_split_mask:
             problems.append(
-                "--mode mask needs one of --mask_data_dir (or --mask_column of --dataset_name) and --use_split_mask"
+                "--mode mask needs one of --mask_data_dir (or --mask_column of a dataset) and --use_split_mask"
             )
         for flag in ("target_data_dir", "target_column", "additional_data_dir", "additional_column", "train_embedder"):
             if vars(args)[flag]:
@@ -1515,24 +1541,43 @@ def find_held_out(args, examples):
     return training, held_out, problems
 
 
+def own_dataset(args):
+    """What `read_dataset` and `open_stream` are to read."""
+    image_columns = {"image": args.image_column}
+    if args.target_column:
+        image_columns["target"] = args.target_column
+    if args.mask_column:
+        image_columns["mask"] = args.mask_column
+    for number, column in enumerate(args.additional_column or [], start=2):
+        image_columns[f"reference_{number}"] = column
+    # the caption of a file in --data_files has a usual name; a dataset's column is named
+    return dataset_settings(args, image_columns, args.caption_column) | {"whole_rows": bool(args.data_files)}
+
+
+def check_streamed(example, args):
+    """What is wrong with an example of a stream, which nothing has checked before, by the headers of its images; or
+    None. Assigns its sizes and its caption."""
+    for image in all_images([example]):
+        image.size = header_size(image)
+    problems = check_captions([example], default=args.instance_prompt)
+    if find_family(args).max_references == 0:
+        problems += check_partner_size(example, {image.name: image.size for image in all_images([example])})
+    if example.caption is None:
+        example.caption = args.instance_prompt
+    return problems[0] if problems else None
+
+
 def read_examples(args):
     """(examples of --dataset_name or --instance_data_dir, problems), as the files have them."""
-    if args.dataset_name:
-        image_columns = {"image": args.image_column}
-        if args.target_column:
-            image_columns["target"] = args.target_column
-        if args.mask_column:
-            image_columns["mask"] = args.mask_column
-        for number, column in enumerate(args.additional_column or [], start=2):
-            image_columns[f"reference_{number}"] = column
-        return read_dataset(
-            args.dataset_name,
-            source=f"--dataset_name {args.dataset_name}",
-            image_columns=image_columns,
-            caption_column=args.caption_column,
-            config_name=args.dataset_config_name,
-            cache_dir=args.cache_dir,
-        )
+    if args.streaming:
+        stream, problems = open_stream(**own_dataset(args))
+        examples = []
+        if stream:
+            check = functools.partial(check_streamed, args=args)
+            examples = first_of_stream(stream, lambda row, name: [stream.example(row, name)], check)
+        return examples, problems or ([] if examples else [f"{own_dataset(args)['source']}: no samples in it"])
+    if args.dataset_name or args.data_files:
+        return read_dataset(name=args.dataset_name or "--data_files", **own_dataset(args))
     examples, problems = read_folder(
         args.instance_data_dir,
         caption_column=args.caption_column,
@@ -1678,6 +1723,7 @@ class EditDataset(Dataset):
         self.moments = {}  # {ImageKey: posterior [2C, h, w]} on the disk, empty without --cache_latents
         # with --center_crop, the repeats of an image are all cropped alike and need one key
         self.num_crops = len(examples) if args.center_crop else len(self.examples)
+        self.first_class_index = len(self.examples)
         self.has_references = find_family(args).max_references > 0
         if args.mode == "edit":
             self.result_view = "target"
@@ -1727,7 +1773,7 @@ class EditDataset(Dataset):
         if self.class_examples:
             for size in sorted({size for group in sizes for size in group}):
                 for i in range(len(self.class_examples)):
-                    index = len(self.examples) + i
+                    index = self.first_class_index + i
                     keys += [ImageKey(index, size, mirrored, "image") for mirrored in mirrorings]
                 if not self.has_references:
                     keys.append(ImageKey(None, size, False, "nothing"))
@@ -1756,9 +1802,9 @@ class EditDataset(Dataset):
         return example.images.get(view, example)
 
     def example(self, key):
-        if key.index < len(self.examples):
+        if key.index < self.first_class_index:
             return self.examples[key.index]
-        return self.class_examples[key.index - len(self.examples)]
+        return self.class_examples[key.index - self.first_class_index]
 
     def crop(self, key):
         """The arguments of `fit` and `fit_mask` that an image, its target and its mask share."""
@@ -1813,12 +1859,37 @@ class EditDataset(Dataset):
 
         if self.class_examples:
             drawn = int(rng.integers(len(self.class_examples)))
-            class_index = len(self.examples) + drawn
+            class_index = self.first_class_index + drawn
             mirrored = bool(self.args.random_flip and rng.random() < 0.5)
             result_key = ImageKey(class_index, size, mirrored, "image")
             input_keys = [] if self.has_references else [ImageKey(None, size, False, "nothing")]
             samples.append(self.sample(result_key, input_keys, self.class_examples[drawn].caption))
         return samples
+
+    def streamed_edge(self, epoch, index):
+        """The long edge of an example of a stream; a batch has those of one edge."""
+        rng = np.random.default_rng((self.args.seed, epoch, index, 1))
+        return rng.choice(self.args.resolution)
+
+    def streamed_group(self, example, epoch, index):
+        """What a batch has in common, the sizes of the result and its references, of an example of a stream, which is
+        checked. Raises ValueError."""
+        problem = check_streamed(example, self.args)
+        if problem:
+            raise ValueError(problem)
+        long_edge = self.streamed_edge(epoch, index)
+        group = (size_at(long_edge, self.view_of(example, self.result_view).size),)
+        if self.has_references:
+            for view in self.reference_views(example):
+                group += (reference_size(long_edge, self.view_of(example, view).size),)
+        return group
+
+    def streamed_samples(self, example, epoch, index):
+        """`samples` of an example of a stream, which has this index."""
+        alone = copy.copy(self)
+        alone.examples = {index: example}
+        alone.first_class_index = alone.num_crops = index + 1
+        return alone.samples((epoch, index), self.streamed_edge(epoch, index))
 
     def held_out_keys(self, index):
         """[key of the result, keys of the input images] of a held-out example; split masks take turns."""
@@ -1837,6 +1908,21 @@ class EditDataset(Dataset):
             return {name: image_of(result_key)[None], "references": references, "prompt": prompt}
         images = torch.stack([image_of(key) for key in [result_key, *input_keys]])
         return {"mask": self.mask(input_keys[0]), "prompt": prompt, name: images}
+
+
+def streamed_batches(stream, dataset, args, **processes):
+    """The batches of a stream, whose samples are checked as they come."""
+    return StreamedBatches(
+        stream,
+        dataset.streamed_samples,
+        group_of=dataset.streamed_group,
+        collate_fn=collate_edits,
+        batch_size=args.train_batch_size,
+        shuffle_buffer=args.shuffle_buffer,
+        seed=args.seed,
+        num_threads=args.dataloader_num_workers,
+        **processes,
+    )
 
 
 def collate_edits(samples):
@@ -2319,8 +2405,8 @@ def choose_seed(seed, checkpoint):
     return broadcast_object_list([secrets.randbits(31)])[0]
 
 
-def describe_run(args, examples, held_out_examples, class_examples, text_lora_params):
-    """What the header says of this trainer's data and text encoders, {label: text}."""
+def describe_run(args, examples, held_out_examples, class_examples, text_lora_params, num_parts=0):
+    """What the header says of this trainer's data, of a stream in `num_parts`, and text encoders, {label: text}."""
     if args.mode == "edit":
         partners = "targets"
     elif args.use_split_mask:
@@ -2328,10 +2414,13 @@ def describe_run(args, examples, held_out_examples, class_examples, text_lora_pa
     else:
         partners = "masks"
     edges = ", ".join(map(str, args.resolution))
-    run_info = {"data": f"{len(examples)} images with {partners} at {edges} px"}
+    amount = f"a stream of {num_parts} files" if num_parts else f"{len(examples)} images"
+    run_info = {"data": f"{amount} with {partners} at {edges} px"}
+    if num_parts:
+        examples = []  # of which nothing more is known
     folders = [args.instance_data_dir, args.target_data_dir, args.mask_data_dir, args.caption_data_dir]
     folders += args.additional_data_dir or []
-    if args.additional_data_dir or args.additional_column:
+    if examples and (args.additional_data_dir or args.additional_column):
         run_info["references"] = describe_references(examples)
     run_info |= describe_data([*examples, *held_out_examples], folders, "--instance_prompt")
     run_info |= describe_class_images(class_examples)
@@ -2457,17 +2546,16 @@ def train(args):
     held_out = EditDataset(
         held_out_examples, held_out_args(args, repeats=1, center_crop=True, weighting_scheme="none")
     )
-    sampler = StepSampler(
-        dataset.groups(),
-        args.train_batch_size,
-        seed=args.seed,
-        process_index=accelerator.process_index,
-        num_processes=accelerator.num_processes,
-    )
+    processes = {"process_index": accelerator.process_index, "num_processes": accelerator.num_processes}
     accumulation = args.gradient_accumulation_steps
     total_batch_size = args.train_batch_size * accumulation * accelerator.num_processes
-    steps_per_epoch = math.ceil(sampler.steps_per_epoch / accumulation)
-    max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
+    if args.streaming:
+        steps_per_epoch = None
+        max_train_steps = args.max_train_steps
+    else:
+        sampler = StepSampler(dataset.groups(), args.train_batch_size, seed=args.seed, **processes)
+        steps_per_epoch = math.ceil(sampler.steps_per_epoch / accumulation)
+        max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
     validation_loss_steps = args.validation_loss_steps or args.validation_steps
     run = run_settings(args, accelerator.num_processes, data=data_record(examples), models=models)
     run |= held_out_record(held_out_examples)
@@ -2475,8 +2563,12 @@ def train(args):
         run["the hash of --class_prompt"] = hashlib.sha256("\n".join(class_prompts).encode()).hexdigest()[:16]
     if preserve_prompts:
         run["the hash of --preserve_prompts"] = hashlib.sha256("\n".join(preserve_prompts).encode()).hexdigest()[:16]
+    stream = None
+    if args.streaming and not problems:
+        stream, problems = open_stream(**own_dataset(args))
+        sampler = streamed_batches(stream, dataset, args, **processes)
+        run["files"] = stream.record()
     begun_with = match_processes(checkpoint, run)
-    sampler.begun_with = begun_with
     problems += check_run(accelerator, args, max_train_steps, checkpoint, run)
     if not problems:
         sizes = [key.size for key in dataset.image_keys()] if args.cache_latents else []
@@ -2487,6 +2579,7 @@ def train(args):
         )
     if problems:
         fail(accelerator, problems)
+    sampler.begun_with = begun_with
     hub_repo = create_hub_repo(accelerator, args)
     claim_output_dir(accelerator, args.output_dir, [lora_file(args.output_dir, args.output_name)])
 
@@ -2530,6 +2623,7 @@ def train(args):
         offload=args.offload,
         disk_cache_dir=args.disk_cache_dir.expanduser() if args.cache_text_encoder_outputs_to_disk else None,
         index=EncodedIndex(prompts_folder(args), args, run),
+        keep_encoders=args.streaming,  # the prompts come with the images
     )
     prompt_encoder.cache_prompts(sorted(prompts))
     text_encoders = [text_pipeline.text_encoder] if args.train_text_encoder else []
@@ -2715,28 +2809,46 @@ def train(args):
     if args.use_ema:
         ema.optimization_step = global_step
 
+    places = {}  # of a stream's lanes, behind the last micro-step
+    if args.streaming and checkpoint:
+        places = checkpoint_state(checkpoint).get("stream", {})
+
     def save():
-        return save_checkpoint(accelerator, args.output_dir, global_step, run, args.checkpoints_total_limit)
+        state = run | ({"stream": gather_places(places)} if args.streaming else {})
+        return save_checkpoint(accelerator, args.output_dir, global_step, state, args.checkpoints_total_limit)
 
     sampler.start = global_step * accumulation
     sampler.stop = sampler.start if best.is_over else max_train_steps * accumulation
-    train_dataloader = DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        collate_fn=collate_edits,
-        num_workers=args.dataloader_num_workers,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=outlive_signals,
-    )
+    if args.streaming:
+        sampler.places = places
+        # one process reads the stream, whose threads decode: each row is read once, in the same order
+        train_dataloader = DataLoader(
+            sampler,
+            batch_size=None,
+            num_workers=min(1, args.dataloader_num_workers),
+            pin_memory=device.type == "cuda",
+            worker_init_fn=outlive_signals,
+        )
+    else:
+        train_dataloader = DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=collate_edits,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=device.type == "cuda",
+            worker_init_fn=outlive_signals,
+        )
 
     # 7. Train
-    run_info = describe_run(args, examples, held_out_examples, dataset.class_examples, text_lora_params)
+    num_parts = stream.num_parts if stream else 0
+    run_info = describe_run(args, examples, held_out_examples, dataset.class_examples, text_lora_params, num_parts)
     if args.use_ema:
         run_info["average"] = f"decay {args.ema_decay:g}, of what is saved and drawn"
-    run_info["sizes"] = count_sizes(dataset.sizes())
-    run_info |= describe_small_groups(
-        sampler.groups, args.train_batch_size, size_of=lambda group: group[: len(args.resolution)]
-    )
+    if not args.streaming:
+        run_info["sizes"] = count_sizes(dataset.sizes())
+        run_info |= describe_small_groups(
+            sampler.groups, args.train_batch_size, size_of=lambda group: group[: len(args.resolution)]
+        )
     if args.preserve_outputs:
         interval = "every step" if args.preserve_every == 1 else f"every {args.preserve_every} steps"
         run_info["preserved"] = f"outputs for {len(preserve_prompts)} prompts, {interval}"
@@ -2779,6 +2891,8 @@ def train(args):
     loss_sum = 0.0  # of the micro-steps since the last update
     step_reads = StepReads(device)
     taken_steps = []  # of each step: whether loss and gradient were finite, so that it changed weights
+    skipped = SkippedSamples(args.output_dir, global_step, is_first=accelerator.is_local_main_process)
+    accelerator.wait_for_everyone()
     started = time.perf_counter()
     # No loop over epochs: a run can resume at any micro-step. All that a micro-step draws at random (batch, crops,
     # latents, noise levels, dropout) depends on the seed and its number alone; the order of these draws is what exact
@@ -2790,6 +2904,10 @@ def train(args):
             drawn_as = place_in_run(accumulated, accelerator.process_index, accelerator.num_processes, begun_with)
             generator = step_generator(args.seed, step, *drawn_as)
             torch.manual_seed(generator.initial_seed())  # dropout uses the global generator
+            if args.streaming:
+                places = batch["stream"]  # for a checkpoint: where to read on
+                for text in skipped.add(step + 1, batch["left_out"]):
+                    progress_bar.write(f"  skipped: {text}")
 
             if "mask" in batch:
                 batch["mask"] = to_device(batch["mask"], device)
@@ -2924,6 +3042,9 @@ def train(args):
         if best.is_over:
             break
     progress_bar.close()
+    skipped_summary = skipped.summary()
+    if skipped_summary:
+        accelerator.print(skipped_summary)
 
     # 8. Save and final validation, with the weights of the best step if --load_best_model_at_end keeps them
     lora = lora_file(args.output_dir, args.output_name)

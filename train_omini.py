@@ -108,24 +108,28 @@ from common.checkpoints import (
 )
 from common.data import (
     INTERPOLATION,
-    MAX_LEFT_OUT,
     Example,
     Size,
+    SkippedSamples,
     StepSampler,
     StreamedBatches,
     all_images,
     check_captions,
+    check_dataset_flags,
     check_images,
     check_roles,
     check_shape,
     data_record,
+    dataset_settings,
     describe_data,
     describe_small_groups,
     file_example,
+    first_of_stream,
     first_ten,
     first_value,
     fit,
     fit_mask,
+    gather_places,
     header_size,
     map_ahead,
     map_examples,
@@ -212,7 +216,6 @@ from common.models import (
     check_weights,
     compile_blocks,
     full_tensor,
-    gather_objects,
     latent_channels,
     load_model,
     load_scheduler,
@@ -456,8 +459,8 @@ def parse_args(argv=None):
         "--data_files",
         type=name_or_path,
         nargs="+",
-        metavar="TAR",
-        help="webdataset tars or patterns: images, captions in json or txt",
+        metavar="FILE",
+        help="webdataset tars (images, captions in json or txt) or parquet files, or patterns such as 'tars/*.tar'",
     )
     arg(
         "--dataset_class",
@@ -466,7 +469,7 @@ def parse_args(argv=None):
         help="your own dataset, with items of image, description, condition_0, optional position_delta_0 and so on",
     )
     arg("--streaming", action="store_true", help="read dataset_name or data_files during training; needs no disk")
-    arg("--shuffle_buffer", type=positive_int, default=1000, help="rows that streaming shuffles at a time")
+    arg("--shuffle_buffer", type=positive_int, default=1000, help="rows that streaming holds and shuffles at a time")
     arg("--image_column", default="image", help="column of the dataset that holds the images")
     arg("--caption_column", help="column of the dataset or of metadata.jsonl that holds captions")
     arg(
@@ -788,21 +791,11 @@ def check_args(args):
     given = [name for name in sources if vars(args)[name] is not None]
     if len(given) != 1:
         problems.append(f"exactly one of {', '.join(f'--{name}' for name in sources)} is needed")
-    if args.dataset_config_name and not args.dataset_name:
-        problems.append(f"--dataset_config_name {args.dataset_config_name} needs --dataset_name")
-    if args.streaming:
-        if not (args.dataset_name or args.data_files):
-            problems.append("--streaming needs --dataset_name or --data_files")
-        if not args.max_train_steps:
-            problems.append("--streaming needs --max_train_steps: the length of a stream is not known")
-        if args.cache_latents:
-            problems.append("--cache_latents needs all images before training: leave out --streaming")
-        if (args.validation_prompt or args.validation_prompts) and not args.validation_steps:
-            problems.append("--validation_prompt and --validation_prompts need --validation_steps with --streaming")
-    if args.cache_text_encoder_outputs_to_disk and (args.streaming or not args.cache_prompts):
-        flag = "--streaming" if args.streaming else "--no-cache_prompts"
+    problems += check_dataset_flags(args)
+    if args.cache_text_encoder_outputs_to_disk and not args.cache_prompts:
         problems.append(
-            f"--cache_text_encoder_outputs_to_disk keeps prompts that are embedded before training: leave out {flag}"
+            "--cache_text_encoder_outputs_to_disk keeps prompts that are embedded before training: leave out "
+            "--no-cache_prompts"
         )
 
     # noise, optimizer, precision
@@ -823,8 +816,6 @@ def check_args(args):
 
     # validation
     problems += check_held_out(args)
-    if args.validation_split and args.streaming:
-        problems.append("--validation_split needs all images before training: give --validation_data_dir")
     if args.validation_data_dir and args.dataset_class:
         problems.append(
             "--validation_data_dir does not go with --dataset_class: hold out by --validation_split instead"
@@ -2289,9 +2280,12 @@ def source_of(args):
         return f"--instance_data_dir {args.instance_data_dir}"
     if args.dataset_class:
         return f"--dataset_class {args.dataset_class}"
-    if args.data_files:
-        return f"--data_files {' '.join(args.data_files)}"
-    return f"--dataset_name {args.dataset_name}"
+    return own_dataset(args)["source"]
+
+
+def own_dataset(args):
+    """What `read_dataset` and `open_stream` are to read."""
+    return dataset_settings(args, {"image": args.image_column, **condition_columns(args)}, args.caption_column)
 
 
 def read_image_folder(args):
@@ -2308,66 +2302,48 @@ def read_image_folder(args):
 
 def read_stored_dataset(args):
     """Examples of --dataset_name or --data_files."""
-    examples, problems = read_dataset(
-        name=args.dataset_name or "--data_files", whole_rows=True, **dataset_settings(args)
-    )
+    examples, problems = read_dataset(name=args.dataset_name or "--data_files", whole_rows=True, **own_dataset(args))
     examples, misfits = fitting_pairs(examples, args)
     return split_pairs(examples, args), problems + misfits
 
 
 def read_first_of_stream(args):
-    """The examples of a row of a stream: what can be checked before training.
-
-    It is the first one that is not left out, or if this cannot be used, the first of the next few that can.
-    """
-    stream, to_example, problems = open_stream(**dataset_settings(args))
+    """The examples of a row of a stream: what can be checked before training."""
+    stream, problems = open_stream(**own_dataset(args))
     if problems:
         return [], problems
-    tried = []
-    for row in stream:
-        example = to_example(row, "the first sample of the stream")
-        if is_left_out(example, args):
-            continue
-        examples = split_pairs([example], args)
-        if not check_images(examples, functools.partial(check_example, args=args)):
-            return examples, []
-        tried.append(examples)
-        if len(tried) == MAX_LEFT_OUT:
-            break
-    return (tried[0], []) if tried else ([], [f"{source_of(args)}: no samples in it"])
+    examples = first_of_stream(
+        stream,
+        functools.partial(streamed_examples, stream, args),
+        functools.partial(check_streamed, args=args),
+    )
+    return examples, [] if examples else [f"{source_of(args)}: no samples in it"]
 
 
-def streamed_batches(dataset, args, **processes):
+def streamed_examples(stream, args, row, name):
+    """The examples of a row of a stream; none of one that --quality_filter leaves out."""
+    example = stream.example(row, name)
+    return [] if is_left_out(example, args) else split_pairs([example], args)
+
+
+def check_streamed(example, args, specs=()):
+    """What is wrong with an example of a stream, or None; for `specs` see `check_example`."""
+    problems = check_captions([example], default=args.instance_prompt)
+    return problems[0] if problems else check_example(example, args, specs)
+
+
+def streamed_batches(stream, dataset, args, **processes):
     """The batches of a stream, whose samples are checked as they come."""
-    stream, to_example, _ = open_stream(**dataset_settings(args))
-
-    def examples_of(row, name):
-        example = to_example(row, name)
-        return [] if is_left_out(example, args) else split_pairs([example], args)
-
     return StreamedBatches(
         stream,
-        examples_of,
         dataset.checked_sample,
+        examples_of=functools.partial(streamed_examples, stream, args),
         batch_size=args.train_batch_size,
         shuffle_buffer=args.shuffle_buffer,
         seed=args.seed,
         num_threads=args.dataloader_num_workers,
         **processes,
     )
-
-
-def dataset_settings(args):
-    """What the `datasets` library is to load, and the columns that are read."""
-    return {
-        "path": "webdataset" if args.data_files else args.dataset_name,
-        "source": source_of(args),
-        "image_columns": {"image": args.image_column, **condition_columns(args)},
-        "caption_column": args.caption_column,
-        "config_name": args.dataset_config_name,
-        "data_files": args.data_files,
-        "cache_dir": args.cache_dir,
-    }
 
 
 def condition_columns(args):
@@ -2723,8 +2699,7 @@ class OminiDataset(Dataset):
 
     def checked_sample(self, example, epoch, index):
         """`sample` of an example of a stream, which nothing has checked before. Raises ValueError."""
-        problems = check_captions([example], default=self.args.instance_prompt)
-        problem = problems[0] if problems else check_example(example, self.args, self.specs)
+        problem = check_streamed(example, self.args, self.specs)
         if problem:
             raise ValueError(problem)
         if example.caption is None:
@@ -3112,9 +3087,9 @@ def check_caches(args, dataset, num_prompts, dtype):
     return [f"{problem}, or give --no-cache_prompts or a smaller --max_sequence_length" for problem in problems]
 
 
-def describe_run(args, dataset, held_out):
-    """What the header says of this trainer's data and conditions, {label: text}."""
-    amount = "a stream" if args.streaming else f"{len(dataset)} samples"
+def describe_run(args, dataset, held_out, num_parts=0):
+    """What the header says of this trainer's data, of a stream in `num_parts`, and conditions, {label: text}."""
+    amount = f"a stream of {num_parts} files" if num_parts else f"{len(dataset)} samples"
     run_info = {"data": f"{amount} at {size_text(args.target_size)} px"}
     if not args.streaming:
         run_info |= describe_data(
@@ -3229,16 +3204,18 @@ def train(args):
     validation_loss_steps = args.validation_loss_steps or args.validation_steps or DEFAULT_STEPS
     run = run_settings(args, accelerator.num_processes, data=data_record(examples), models=models)
     run |= held_out_record(held_out.examples)
+    stream = None
+    if args.streaming and not problems:
+        stream, problems = open_stream(**own_dataset(args))
+        sampler = streamed_batches(stream, dataset, args, **processes)
+        run["files"] = stream.record()
     begun_with = match_processes(checkpoint, run)
     problems += check_run(accelerator, args, max_train_steps, checkpoint, run)
     if not problems:
         problems += check_caches(args, dataset, len(prompts), weight_dtype)
     if problems:
         fail(accelerator, problems)
-    if args.streaming:
-        sampler = streamed_batches(dataset, args, **processes)
-    else:
-        sampler.begun_with = begun_with
+    sampler.begun_with = begun_with
     hub_repo = create_hub_repo(accelerator, args)
     claim_output_dir(accelerator, args.output_dir, adapter_files(args).values())
 
@@ -3385,14 +3362,18 @@ def train(args):
     if args.use_ema:
         ema.optimization_step = global_step
 
+    places = {}  # of a stream's lanes, behind the last micro-step
+    if args.streaming and checkpoint:
+        places = checkpoint_state(checkpoint).get("stream", {})
+
     def save():
-        return save_checkpoint(accelerator, args.output_dir, global_step, run, args.checkpoints_total_limit)
+        state = run | ({"stream": gather_places(places)} if args.streaming else {})
+        return save_checkpoint(accelerator, args.output_dir, global_step, state, args.checkpoints_total_limit)
 
     sampler.start = global_step * accumulation
     sampler.stop = sampler.start if best.is_over else max_train_steps * accumulation
     if args.streaming:
-        if checkpoint:
-            sampler.state = checkpoint_state(checkpoint).get("stream")
+        sampler.places = places
         # one process reads the stream, whose threads decode: each row is read once, in the same order
         train_dataloader = DataLoader(
             sampler,
@@ -3411,7 +3392,7 @@ def train(args):
         )
 
     # 7. Train
-    run_info = describe_run(args, dataset, held_out)
+    run_info = describe_run(args, dataset, held_out, num_parts=stream.num_parts if stream else 0)
     if args.use_ema:
         run_info["average"] = f"decay {args.ema_decay:g}, of what is saved and drawn"
     if not args.streaming:
@@ -3454,7 +3435,8 @@ def train(args):
     loss_sum = 0.0  # of the micro-steps since the last update
     step_reads = StepReads(device)
     taken_steps = []  # of each step: whether loss and gradient were finite, so that it changed weights
-    left_out = []  # samples of a stream that cannot be used
+    skipped = SkippedSamples(args.output_dir, global_step, is_first=accelerator.is_local_main_process)
+    accelerator.wait_for_everyone()
     started = time.perf_counter()
     # No loop over epochs: a run can resume at any micro-step. All that a micro-step draws at random (batch, masks,
     # latents, noise, noise levels, dropout) depends on the seed and its number alone; the order of these draws is what
@@ -3467,10 +3449,9 @@ def train(args):
             generator = step_generator(args.seed, step, *drawn_as)
             torch.manual_seed(generator.initial_seed())  # dropout uses the global generator
             if args.streaming:
-                run["stream"] = batch["stream"]  # for a checkpoint: where to read on
-                left_out += batch["left_out"]
-                for text in batch["left_out"]:
-                    progress_bar.write(f"  left out: {text}")
+                places = batch["stream"]  # for a checkpoint: where to read on
+                for text in skipped.add(step + 1, batch["left_out"]):
+                    progress_bar.write(f"  skipped: {text}")
 
             moments = to_device(batch["moments"], device)
             if batch["pixel_values"]:
@@ -3576,12 +3557,9 @@ def train(args):
         if best.is_over:
             break
     progress_bar.close()
-    left_out = gather_objects(left_out)
-    if left_out:
-        accelerator.print(
-            f"{len(left_out)} samples of the stream could not be used, and the next ones took their place:"
-        )
-        accelerator.print("\n".join(f"  {text}" for text in left_out[:10]))
+    skipped_summary = skipped.summary()
+    if skipped_summary:
+        accelerator.print(skipped_summary)
 
     # 8. Save and final validation, with the weights of the best step if --load_best_model_at_end keeps them
     with best.weights():

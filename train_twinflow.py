@@ -87,6 +87,7 @@ from common.checkpoints import (
     check_run,
     check_steps,
     check_taken,
+    checkpoint_state,
     checkpoint_to_resume,
     claim_output_dir,
     follow_umask,
@@ -110,20 +111,29 @@ from common.data import (
     MAX_SIDE,
     Example,
     Size,
+    SkippedSamples,
     StepSampler,
+    Stream,
+    StreamedBatches,
     all_images,
     check_buckets,
     check_captions,
+    check_dataset_flags,
     check_roles,
     check_shape,
     count_sizes,
     data_record,
+    dataset_settings,
     describe_data,
     describe_small_groups,
     file_example,
+    first_of_stream,
     first_ten,
     fit,
+    gather_places,
+    header_size,
     nearest_bucket,
+    open_stream,
     parse_buckets,
     place_in_run,
     read_batches,
@@ -483,6 +493,15 @@ def parse_args(argv=None):
     )
     arg("--dataset_name", type=name_or_path, help="dataset on the Hub, or a folder or file that `datasets` loads")
     arg("--dataset_config_name", help="configuration of that dataset")
+    arg(
+        "--data_files",
+        type=name_or_path,
+        nargs="+",
+        metavar="FILE",
+        help="webdataset tars (images, captions in json or txt) or parquet files, or patterns such as 'tars/*.tar'",
+    )
+    arg("--streaming", action="store_true", help="read dataset_name or data_files during training; needs no disk")
+    arg("--shuffle_buffer", type=positive_int, default=1000, help="rows that streaming holds and shuffles at a time")
     arg("--image_column", default="image", help="column of the dataset that holds the images")
     arg("--caption_column", help="column of the dataset or of metadata.jsonl that holds captions")
     arg("--reference_column", help="qwenimage-edit: dataset column of the images to edit")
@@ -816,7 +835,8 @@ def needs(args) -> Needs:
             ("validation_epochs", "validation_samplers"),
         ),
         "no --validation_steps": (not args.validation_steps, ("validation_epochs",)),
-        "--dataset_name": (args.dataset_name, ("image_column",)),
+        "--streaming": (args.streaming, ("shuffle_buffer",)),
+        "--dataset_name or --data_files": (args.dataset_name or args.data_files, ("image_column",)),
         "--enhanced_ratio above 0": (args.enhanced_ratio > 0, ("enhanced_range",)),
         "e2e in --probs and --consistc_ratio 1": (
             args.probs["e2e"] and args.consistc_ratio == 1,
@@ -914,6 +934,7 @@ def check_data_flags(args) -> list[str]:
     sources = {
         "--train_data_dir": args.train_data_dir,
         "--dataset_name": args.dataset_name,
+        "--data_files": args.data_files,
         "--prompts_file": args.prompts_file,
     }
     given = [flag for flag, value in sources.items() if value]
@@ -921,10 +942,14 @@ def check_data_flags(args) -> list[str]:
         problems.append(f"--image_free needs --prompts_file and no images, not {' and '.join(given) or 'nothing'}")
     if not args.image_free and (len(given) != 1 or args.prompts_file):
         problems.append(
-            "exactly one of --train_data_dir and --dataset_name is needed; --prompts_file is for --image_free"
+            "exactly one of --train_data_dir, --dataset_name and --data_files is needed; --prompts_file is for "
+            "--image_free"
         )
-    if args.dataset_config_name and not args.dataset_name:
-        problems.append(f"--dataset_config_name {args.dataset_config_name} needs --dataset_name")
+    problems += check_dataset_flags(args)
+    if args.streaming and args.model_type == "qwenimage-edit":
+        problems.append(
+            "--model_type qwenimage-edit encodes prompts beside their images before training: leave out --streaming"
+        )
     for flag in ("validation_data_dir", "validation_split"):
         if args.image_free and vars(args)[flag]:
             problems.append(
@@ -938,7 +963,7 @@ def check_data_flags(args) -> list[str]:
     needed = []
     if args.model_type == "qwenimage-edit":
         folders = args.train_data_dir or []
-        from_columns = args.dataset_name or any(has_parquet(folder) for folder in folders)
+        from_columns = args.dataset_name or args.data_files or any(has_parquet(folder) for folder in folders)
         if len(folders) > 1:
             problems.append("--train_data_dir: qwenimage-edit takes one folder, whose images have their references")
         needed.append("reference_column" if from_columns else "reference_data_dir")
@@ -2522,6 +2547,26 @@ def read_parquet(flag: str, path: Path, args, image_columns: dict) -> tuple[list
     )
 
 
+def own_columns(args) -> dict[str, str | tuple[str, ...]]:
+    """{role: the columns of a dataset, of which the first that there is holds the images}."""
+    columns: dict[str, str | tuple[str, ...]] = {"image": (args.image_column, "image_bytes")}
+    if args.reference_column:
+        columns["reference"] = args.reference_column
+    return columns
+
+
+def own_dataset(args) -> dict:
+    """What `read_dataset` and `open_stream` are to read."""
+    return dataset_settings(args, own_columns(args), args.caption_column or DATASET_CAPTIONS)
+
+
+def check_streamed(example: Example) -> str | None:
+    """What is wrong with an example of a stream, which nothing has checked before, by the header of its image."""
+    problems = check_captions([example], several=True)
+    example.size = header_size(example)
+    return problems[0] if problems else None
+
+
 def read_examples(args) -> tuple[list[Example], list[str]]:
     """(examples, problems) of the flags that say what is trained on; the image to edit is images["reference"]."""
     if args.image_free:
@@ -2529,18 +2574,15 @@ def read_examples(args) -> tuple[list[Example], list[str]]:
         if path.suffix == ".parquet" or has_parquet(path):
             return read_parquet("--prompts_file", path, args, image_columns={})
         return read_prompts(path)
-    image_columns = {"image": (args.image_column, "image_bytes")}
-    if args.reference_column:
-        image_columns["reference"] = args.reference_column
-    if args.dataset_name:
-        return read_dataset(
-            args.dataset_name,
-            source=f"--dataset_name {args.dataset_name}",
-            image_columns=image_columns,
-            caption_column=args.caption_column or DATASET_CAPTIONS,
-            config_name=args.dataset_config_name,
-            cache_dir=args.cache_dir,
-        )
+    image_columns = own_columns(args)
+    if args.streaming:
+        stream, problems = open_stream(**own_dataset(args))
+        examples = []
+        if stream:
+            examples = first_of_stream(stream, lambda row, name: [stream.example(row, name)], check_streamed)
+        return examples, problems or ([] if examples else [f"{own_dataset(args)['source']}: no samples in it"])
+    if args.dataset_name or args.data_files:
+        return read_dataset(name=args.dataset_name or "--data_files", **own_dataset(args))
     examples = []
     problems = []
     for folder in args.train_data_dir:
@@ -2583,7 +2625,9 @@ def find_held_out(args, examples: list[Example]) -> tuple[list[Example], list[Ex
     training, held_out = hold_out(examples, args.validation_split or 0)
     problems = check_split(training, args.validation_split or 0) if examples else []
     if args.validation_data_dir:
-        own_args = held_out_args(args, train_data_dir=[args.validation_data_dir], dataset_name=None)
+        own_args = held_out_args(
+            args, train_data_dir=[args.validation_data_dir], dataset_name=None, data_files=None, streaming=False
+        )
         held_out, problems = find_examples(own_args)
         problems = [problem.replace("--train_data_dir", "--validation_data_dir") for problem in problems]
     return training, held_out, problems
@@ -2723,11 +2767,16 @@ class TwinFlowDataset(Dataset):
 
     def crop(self, image: Example, index: int, flipped: bool) -> Image.Image:
         """An example's image or its reference, which is cut at the same place, in the size of its bucket."""
+        return self.fit(image, self.buckets[index], index, flipped)
+
+    def fit(self, image: Example, size: Size | None, index: int, flipped: bool) -> Image.Image:
+        """An image in a size."""
+        assert size is not None
         centering = (0.5, 0.5)
         if not self.args.center_crop:
             centering = tuple(np.random.default_rng((self.args.seed, index)).random(2))
         interpolation = self.args.image_interpolation_mode
-        return fit(image.image(), self.buckets[index], interpolation, centering=centering, mirrored=flipped)
+        return fit(image.image(), size, interpolation, centering=centering, mirrored=flipped)
 
     def pixel_values(self, image: Example, index: int, flipped: bool) -> torch.Tensor:
         """What `crop` returns as [3, H, W] in [-1, 1]."""
@@ -2752,9 +2801,7 @@ class TwinFlowDataset(Dataset):
         index = self.order[place]
         example = self.examples[index]
         reference = example.images.get("reference")
-        rng = np.random.default_rng((self.args.seed, epoch, index))
-        caption = example.captions[rng.integers(len(example.captions))]
-        flipped = bool(self.args.random_flip and rng.random() < 0.5)
+        caption, flipped = self.draw(example, epoch, index)
         sample = {
             "cond": self.cache.load(*self.prompt_key(caption, index, flipped)),
             "uncond": self.cache.load(*self.prompt_key(self.args.uncond_prompt, index, flipped)),
@@ -2768,6 +2815,59 @@ class TwinFlowDataset(Dataset):
         if reference is not None:
             sample["reference_values"] = self.pixel_values(reference, index, flipped)
         return sample
+
+    def draw(self, example: Example, epoch: int, index: int) -> tuple[str, bool]:
+        """(caption, whether the image is mirrored) of a sample."""
+        rng = np.random.default_rng((self.args.seed, epoch, index))
+        caption = example.captions[rng.integers(len(example.captions))]
+        return caption, bool(self.args.random_flip and rng.random() < 0.5)
+
+    def streamed_bucket(self, example: Example, epoch: int, index: int) -> Size:
+        """The size of an example of a stream, which is checked. Raises ValueError."""
+        problem = check_streamed(example)
+        if problem:
+            raise ValueError(problem)
+        assert example.size is not None
+        return nearest_bucket(example.size, trained_sizes(self.args))
+
+    def streamed_sample(self, example: Example, epoch: int, index: int) -> dict:
+        """{"prompt", "pixel_values"} of an example of a stream, whose conditions are made in training."""
+        assert example.size is not None
+        caption, flipped = self.draw(example, epoch, index)
+        bucket = nearest_bucket(example.size, trained_sizes(self.args))
+        return {"prompt": caption, "pixel_values": to_tensor(self.fit(example, bucket, index, flipped))}
+
+
+def streamed_batches(stream: Stream, dataset: TwinFlowDataset, args, **processes: int) -> StreamedBatches:
+    """The batches of a stream, which are full, as each holds all types of samples."""
+    return StreamedBatches(
+        stream,
+        dataset.streamed_sample,
+        group_of=dataset.streamed_bucket,
+        batch_size=args.train_batch_size,
+        fills_batches=True,
+        shuffle_buffer=args.shuffle_buffer,
+        seed=args.seed,
+        num_threads=args.dataloader_num_workers,
+        **processes,
+    )
+
+
+def encode_streamed(batch: dict, backbone: Backbone, prompt_encoder, args, device: torch.device) -> dict:
+    """A batch of a stream with the conditions of its prompts, as `collate` has them."""
+    prompts = [*batch["prompt"], args.uncond_prompt]
+    unique = list(dict.fromkeys(prompts))
+    count = backbone.prompts_per_batch(device)
+    conditions: dict[str, Conditions] = {}
+    with torch.no_grad():
+        for start in range(0, len(unique), count):
+            part = unique[start : start + count]
+            encoded = backbone.encode_prompts(prompt_encoder, part, [None] * len(part))
+            conditions |= dict(zip(part, encoded, strict=True))
+    *own, uncond = [conditions[prompt] for prompt in prompts]
+    stacked = stack_conditions(own + [uncond] * len(own))
+    cond = {name: value[: len(own)] for name, value in stacked.items()}
+    return batch | {"cond": cond, "uncond": {name: value[len(own) :] for name, value in stacked.items()}}
 
 
 def stack_conditions(conditions: list[Conditions]) -> Conditions:
@@ -3068,8 +3168,8 @@ def generate_command(args, prompt: str) -> str:
     return f"{command} --steps 2"
 
 
-def describe_run(args, dataset: TwinFlowDataset, held_out: TwinFlowDataset) -> dict[str, str]:
-    """What the header says of the method and its data, {label: text}."""
+def describe_run(args, dataset: TwinFlowDataset, held_out: TwinFlowDataset, num_parts: int = 0) -> dict[str, str]:
+    """What the header says of the method and its data, of a stream in `num_parts`, {label: text}."""
     counts = partition(args.train_batch_size, args.probs)
     if args.ema_decay_rate == 0:
         teacher = "the model itself"
@@ -3081,6 +3181,8 @@ def describe_run(args, dataset: TwinFlowDataset, held_out: TwinFlowDataset) -> d
     if args.image_free:
         sizes = " or ".join(map(str, trained_sizes(args)))
         data = f"{len(dataset.examples)} prompts at {sizes} px"
+    elif num_parts:
+        data = f"a stream of {num_parts} files at {' or '.join(map(str, trained_sizes(args)))} px"
     else:
         data = f"{len(dataset.examples)} images: {count_sizes(dataset.buckets)}"
         small_groups = describe_small_groups(
@@ -3088,7 +3190,7 @@ def describe_run(args, dataset: TwinFlowDataset, held_out: TwinFlowDataset) -> d
         )
     tokenizers = [load_tokenizer(args, folder) for folder in BACKBONES[args.model_type].tokenizer_folders]
     long_captions = {}
-    if tokenizers:
+    if tokenizers and not num_parts:
         captions = {}
         for example in dataset.examples:
             captions |= {f"{example.name}, {i}": caption for i, caption in enumerate(example.captions, start=1)}
@@ -3101,7 +3203,7 @@ def describe_run(args, dataset: TwinFlowDataset, held_out: TwinFlowDataset) -> d
         "teacher": teacher,
         "data": data,
         **describe_data(
-            [*dataset.examples, *held_out.examples],
+            [*([] if num_parts else dataset.examples), *held_out.examples],
             [*(args.train_data_dir or []), args.reference_data_dir],
             "--prompts_file",
         ),
@@ -3183,29 +3285,34 @@ def train(args):
     dataset = TwinFlowDataset(examples, cache, args, latents_cache=latents_cache)
     own_args = held_out_args(args, seed=NOISE_SEED, center_crop=True, random_flip=False, cache_latents=True)
     held_out = TwinFlowDataset(held_out_examples, cache, own_args, ("held out",), latents_cache)
-    sampler = StepSampler(
-        [dataset.buckets[index] for index in dataset.order],
-        args.train_batch_size,
-        seed=args.seed,
-        process_index=accelerator.process_index,
-        num_processes=accelerator.num_processes,
-    )
+    processes = {"process_index": accelerator.process_index, "num_processes": accelerator.num_processes}
     accumulation = args.gradient_accumulation_steps
     total_batch_size = args.train_batch_size * accumulation * accelerator.num_processes
-    steps_per_epoch = math.ceil(sampler.steps_per_epoch / accumulation)
-    max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
-    validation_steps = args.validation_steps or args.validation_epochs * steps_per_epoch
+    if args.streaming:
+        steps_per_epoch = None
+        max_train_steps = args.max_train_steps
+    else:
+        groups = [dataset.buckets[index] for index in dataset.order]
+        sampler = StepSampler(groups, args.train_batch_size, seed=args.seed, **processes)
+        steps_per_epoch = math.ceil(sampler.steps_per_epoch / accumulation)
+        max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
+    validation_steps = args.validation_steps or args.validation_epochs * (steps_per_epoch or 1)
     validation_loss_steps = args.validation_loss_steps or args.validation_steps or DEFAULT_STEPS
     run = run_settings(args, accelerator.num_processes, data=data_record(examples), models=models)
     run |= held_out_record(held_out_examples)
     checkpoint = checkpoint_to_resume(args.output_dir, args.resume_from_checkpoint)
+    stream = None
+    if args.streaming and not problems:
+        stream, problems = open_stream(**own_dataset(args))
+        sampler = streamed_batches(stream, dataset, args, **processes)
+        run["files"] = stream.record()
     begun_with = match_processes(checkpoint, run)
-    sampler.begun_with = begun_with
     problems += check_run(accelerator, args, max_train_steps, checkpoint, run)
     if not problems:
         problems += check_caches(dataset, backbone, args, weight_dtype)
     if problems:
         fail(accelerator, problems)
+    sampler.begun_with = begun_with
     hub_repo = create_hub_repo(accelerator, args)
     claim_output_dir(accelerator, args.output_dir, [lora_file(args.output_dir, args.output_name)])
 
@@ -3217,6 +3324,9 @@ def train(args):
         )
     }
     free_memory()
+    prompt_encoder = None
+    if args.streaming:  # it stays, as the prompts come with the images
+        prompt_encoder = backbone.load_prompt_encoder(encoder_dtype(weight_dtype), device)
     uses_latents = args.cache_latents and not args.image_free
     draws = val_prompts and not args.precompute_only
     encodes = not (args.cache_latents or args.image_free)
@@ -3360,22 +3470,38 @@ def train(args):
     global_step = load_checkpoint(accelerator, checkpoint, lr_scheduler)
     teacher.restore_decay(global_step)
 
+    places = {}  # of a stream's lanes, behind the last micro-step
+    if args.streaming and checkpoint:
+        places = checkpoint_state(checkpoint).get("stream", {})
+
     def save():
-        return save_checkpoint(accelerator, args.output_dir, global_step, run, args.checkpoints_total_limit)
+        state = run | ({"stream": gather_places(places)} if args.streaming else {})
+        return save_checkpoint(accelerator, args.output_dir, global_step, state, args.checkpoints_total_limit)
 
     sampler.start = global_step * accumulation
     sampler.stop = sampler.start if best.is_over else max_train_steps * accumulation
-    train_dataloader = DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        collate_fn=collate,
-        num_workers=args.dataloader_num_workers,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=outlive_signals,
-    )
+    if args.streaming:
+        sampler.places = places
+        # one process reads the stream, whose threads decode: each row is read once, in the same order
+        train_dataloader = DataLoader(
+            sampler,
+            batch_size=None,
+            num_workers=min(1, args.dataloader_num_workers),
+            pin_memory=device.type == "cuda",
+            worker_init_fn=outlive_signals,
+        )
+    else:
+        train_dataloader = DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=collate,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=device.type == "cuda",
+            worker_init_fn=outlive_signals,
+        )
 
     # 7. Train
-    run_info = describe_run(args, dataset, held_out)
+    run_info = describe_run(args, dataset, held_out, num_parts=stream.num_parts if stream else 0)
     run_info |= describe_held_out(held_out_examples, examples, validation_loss_steps)
     print_header(accelerator, args, run_info, params.values(), base_size, max_train_steps, steps_per_epoch)
     result = args.output_dir / "transformer" if train_all else lora_file(args.output_dir, args.output_name)
@@ -3432,6 +3558,8 @@ def train(args):
     sums = {}  # of the loss and its parts, since the last update
     step_reads = StepReads(device)
     taken_steps = []  # of each step: whether loss and gradient were finite, so that it changed weights
+    skipped = SkippedSamples(args.output_dir, global_step, is_first=accelerator.is_local_main_process)
+    accelerator.wait_for_everyone()
     started = time.perf_counter()
     # No loop over epochs: a run can resume at any micro-step. All that a micro-step draws at random (batch, crops,
     # times, noise, dropout) depends on the seed and its number alone; the order of these draws is what exact resume
@@ -3444,6 +3572,11 @@ def train(args):
             generator = step_generator(args.seed, step, *place_in_run(accumulated, *processes))
             torch.manual_seed(generator.initial_seed())  # dropout uses the global generator
             dropout_seed = generator.initial_seed() if args.lora_dropout else None  # one mask for all forward passes
+            if args.streaming:
+                places = batch["stream"]  # for a checkpoint: where to read on
+                for text in skipped.add(step + 1, batch["left_out"]):
+                    progress_bar.write(f"  skipped: {text}")
+                batch = encode_streamed(batch, backbone, prompt_encoder, args, device)
             latents, cond, uncond = prepare_batch(
                 batch,
                 backbone,
@@ -3523,6 +3656,9 @@ def train(args):
         if best.is_over:
             break
     progress_bar.close()
+    skipped_summary = skipped.summary()
+    if skipped_summary:
+        accelerator.print(skipped_summary)
 
     # 8. Save and final validation, with the weights of the best step if --load_best_model_at_end keeps them
     lora = lora_file(args.output_dir, args.output_name)

@@ -109,6 +109,7 @@ CHANGEABLE = frozenset(
         "ae",
         "caption_data_dir",
         "clip_l",
+        "data_files",
         "dataset_config",
         "instance_data_dir",
         "mask_data_dir",
@@ -192,7 +193,10 @@ def check_disk(args: argparse.Namespace, needed: int) -> list[str]:
 
 
 # What a run writes into its folder, beside its LoRA, checkpoints and the trackers' files
-WRITTEN = ("README.md", "args.json", "encoded", "loss.png", "metrics.jsonl", "transformer", "validation")
+WRITTEN = (
+    *("README.md", "args.json", "encoded", "loss.png", "metrics.jsonl", "skipped_samples.jsonl", "transformer"),
+    "validation",
+)
 
 FOREIGN = (".git", "model_index.json")  # what no run writes: the folder is a project or a model
 
@@ -290,7 +294,8 @@ def check_run_folder(args: argparse.Namespace) -> list[str]:
 def names_in_the_way(folder: Path, logging_dir: Path) -> list[str]:
     """Problems of what a run writes into its folder: files where a folder is, and folders where a file is."""
     problems = []
-    for name in ("args.json", "metrics.jsonl", "loss.png", "README.md", "pytorch_lora_weights.safetensors"):
+    files = ("args.json", "metrics.jsonl", "skipped_samples.jsonl", "loss.png", "README.md")
+    for name in (*files, "pytorch_lora_weights.safetensors"):
         if (folder / name).is_dir():
             problems.append(f"--output_dir {folder}: the folder {name} in it is in the way of a file")
     for name in ("validation", "encoded", "embeddings", logging_dir):
@@ -354,6 +359,8 @@ def checkpoint_conflicts(checkpoint: Path | None, run: Mapping[str, Any]) -> lis
             continue  # older runs recorded the flag, not what it meant
         if name == "data":
             changes += data_changes(saved[name], value)
+        elif name == "files":
+            changes += file_changes(saved[name], value)
         elif name == "models":
             changes += model_changes(saved[name], value)
         else:
@@ -387,6 +394,18 @@ def data_changes(saved: Sequence[Sequence[str]], record: Sequence[Sequence[str]]
         if names:
             changes.append(f"{len(names)} of {len(record)} {kind}{first_five(names)}")
     return changes
+
+
+def file_changes(saved: Sequence[Sequence[str]], files: Sequence[Sequence[str]]) -> list[str]:
+    """What differs between the files that a stream was and is read from, in words; see `Stream.record`."""
+    if len(saved) != len(files):
+        names = sorted({row[0] for row in saved} ^ {row[0] for row in files})
+        return [f"{len(files)} files of data for {len(saved)}{first_five(names)}"]
+    names = []
+    for (old_name, old_stamp), (name, stamp) in zip(saved, files, strict=True):
+        if old_name != name or (old_stamp != stamp and old_stamp and stamp):
+            names.append(name)
+    return [f"{len(names)} of {len(files)} files of data{first_five(names)}"] if names else []
 
 
 def first_five(names: Sequence[str]) -> str:

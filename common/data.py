@@ -28,7 +28,6 @@ import hashlib
 import io
 import itertools
 import json
-import logging
 import math
 import os
 import re
@@ -42,7 +41,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from common.arguments import check_file
-from common.checkpoints import atomic_write, remedy, unused_path
+from common.checkpoints import atomic_write, remedy, unused_path, writing
 from common.models import gather_objects
 
 import fsspec
@@ -102,7 +101,11 @@ TAR_NAMES = (
 # PIL hands PostScript to Ghostscript, and reads what an IPTC file contains in any format, PostScript too.
 UNSAFE_FORMATS = ("EPS", "IPTC")
 
-MAX_LEFT_OUT = 10  # samples of a stream, in a row, that cannot be used
+MAX_TRIED = 10  # samples of a stream, before training, of which one must be usable
+
+MAX_UNUSABLE = 100  # samples of a stream at the beginning, of which one must be usable
+
+MAX_EMPTY_EPOCHS = 3  # of a stream, in a row, without a sample that can be used
 
 MAX_PIXELS = 2**28  # 268 megapixels, of an image that is read: 800 MB in memory
 
@@ -551,6 +554,15 @@ def map_ahead(function: Callable[[Any], Any], items: Iterable, num_threads: int)
             yield waiting.popleft().result()
 
 
+def read_ahead(items: Iterator) -> Iterator:
+    """The items, none of which is None; a thread makes the next one while the last is used."""
+    with ThreadPoolExecutor(1) as thread:
+        waiting = thread.submit(next, items, None)
+        while (item := waiting.result()) is not None:
+            waiting = thread.submit(next, items, None)
+            yield item
+
+
 def header_size(example: Example) -> Size:
     """The size of an upright image by its file's header alone; raises what PIL raises for what is no image."""
     if example.size is not None:
@@ -791,7 +803,9 @@ def describe_data(examples: Sequence[Example], folders: Iterable[Path | None], d
     `default` says where the captions come from that were found nowhere. At most ten names are said, and a count.
     """
     counts = Counter(example.source or default for example in examples)
-    lines = {"captions": ", ".join(f"{count} from {source}" for source, count in sorted(counts.items()))}
+    lines = {}
+    if counts:
+        lines["captions"] = ", ".join(f"{count} from {source}" for source, count in sorted(counts.items()))
     lines |= describe_copies(examples)
     tiny = [f"{example.name} ({example.size})" for example in examples if example.size and min(example.size) < TINY]
     if tiny:
@@ -1238,7 +1252,7 @@ def load_rows(
                 return None, {}, [f"{source}: no split train; it has {', '.join(splits)}: give a dataset of one split"]
             dataset = splits["train"] if "train" in splits else next(iter(splits.values()))
         if streaming and isinstance(dataset, datasets.Dataset):
-            dataset = dataset.to_iterable_dataset()
+            dataset = dataset.to_iterable_dataset(num_shards=max(1, len(dataset.cache_files)))
         found = dataset.column_names or list(next(iter(dataset)))
     except IndexError:  # tars
         return None, {}, [f"{source}: cannot be loaded (no samples in it)"]
@@ -1382,37 +1396,219 @@ def caption_names(caption_column: str | Sequence[str] | None, whole_rows: bool) 
     return [caption_column] if isinstance(caption_column, str) else caption_column
 
 
+def dataset_settings(
+    args: Any, image_columns: Mapping[str, str | Sequence[str]], caption_column: str | Sequence[str] | None
+) -> dict[str, Any]:
+    """What `read_dataset` and `open_stream` read by --dataset_name or --data_files and the flags beside them."""
+    if args.data_files:
+        path = "parquet" if args.data_files[0].endswith(".parquet") else "webdataset"
+        names = " ".join(args.data_files)
+        source = f"--data_files {names if len(names) <= 80 else f'{names[:77]}...'}"
+    else:
+        path = args.dataset_name
+        source = f"--dataset_name {path}"
+    return {
+        "path": path,
+        "source": source,
+        "image_columns": image_columns,
+        "caption_column": caption_column,
+        "config_name": args.dataset_config_name,
+        "data_files": args.data_files,
+        "cache_dir": args.cache_dir,
+    }
+
+
+def check_dataset_flags(args: Any) -> list[str]:
+    """Problems of --data_files and --streaming, and of what needs all samples before training."""
+    problems = []
+    if args.dataset_config_name and not args.dataset_name:
+        problems.append(f"--dataset_config_name {args.dataset_config_name} needs --dataset_name")
+    kinds = {file.endswith(".parquet") for file in args.data_files or []}
+    if len(kinds) > 1:
+        problems.append("--data_files: name either parquet files or tars")
+    if not args.streaming:
+        return problems
+    if not (args.dataset_name or args.data_files):
+        problems.append("--streaming needs --dataset_name or --data_files")
+    if not args.max_train_steps:
+        problems.append("--streaming needs --max_train_steps: the length of a stream is not known")
+    if args.cache_latents:
+        problems.append("--cache_latents needs all images before training: leave out --streaming")
+    if args.cache_text_encoder_outputs_to_disk:
+        problems.append(
+            "--cache_text_encoder_outputs_to_disk keeps prompts that are embedded before training: leave out "
+            "--streaming"
+        )
+    if args.precompute_only:
+        problems.append("--precompute_only encodes all samples before training: leave out --streaming")
+    if args.validation_split:
+        problems.append("--validation_split needs all images before training: leave out --streaming")
+    if (args.validation_prompt or args.validation_prompts) and not args.validation_steps:
+        problems.append("--validation_prompt and --validation_prompts need --validation_steps with --streaming")
+    return problems
+
+
+@dataclass
+class Stream:
+    """A dataset that is read as it comes.
+
+    rows             datasets' IterableDataset of one split, whose images are not decoded
+    image_columns    {role: column}
+    caption_columns  of these the first that says anything holds the caption
+    files            the paths and addresses that it is read from
+    """
+
+    rows: Any
+    image_columns: Mapping[str, str]
+    caption_columns: Sequence[str]
+    files: Sequence[str]
+
+    def example(self, row: dict, name: str) -> Example:
+        """The example of a row; `name` is what messages call one that is of no tar."""
+        if "__key__" in row:
+            name = f"{row['__key__']} of {row['__url__']}"
+        readers = {role: functools.partial(read_encoded, row[column]) for role, column in self.image_columns.items()}
+        return row_example(
+            row, name, readers=readers, image_columns=self.image_columns, caption_columns=self.caption_columns
+        )
+
+    @property
+    def num_parts(self) -> int:
+        """How many parts can each be read from its beginning: tars, parquet files; of folders of images one."""
+        return self.rows.num_shards
+
+    def part_name(self, number: int) -> str:
+        """What messages call a part."""
+        return self.files[number] if len(self.files) == self.num_parts else f"part {number} of the stream"
+
+    def part(self, number: int, start: int) -> Iterator[tuple[int, Any]]:
+        """(number, row) of the rows of a part from `start` on; what comes before is read, and not decoded.
+
+        In the place of a row that cannot be read is the exception; if the next one cannot be read either, that of the
+        last pair, whose number is None, is of all that follow.
+        """
+        rows = self.part_rows(number, start)
+        row = start
+        while True:
+            try:
+                content = next(rows, None)
+            except Exception as error:  # tarfile's, pyarrow's, fsspec's, those of datasets' casts
+                rows = self.part_rows(number, row + 1)
+                try:
+                    following = next(rows, None)
+                except Exception:
+                    yield row, EndOfPart(error)
+                    return
+                yield row, error
+                row += 1
+                content = following
+            if content is None:
+                return
+            yield row, content
+            row += 1
+
+    def part_rows(self, number: int, start: int) -> Iterator[dict]:
+        part = self.rows.shard(num_shards=self.num_parts, index=number)
+        return iter(part.skip(start) if start else part)
+
+    def record(self) -> list[list[str]]:
+        """[name, stamp] of each file, in their order: what is compared when a run is resumed.
+
+        Of files on other machines the names are compared alone.
+        """
+        with ThreadPoolExecutor(16) as threads:  # each waits for its disk
+            stamps = list(threads.map(lambda file: file_stamp(Path(file)), self.files))
+        return [[Path(file).name, stamp] for file, stamp in zip(self.files, stamps, strict=True)]
+
+
+class EndOfPart(Exception):
+    """Nothing can be read behind this place in a part of a stream."""
+
+
 def open_stream(
     path: str,
     *,
     source: str,
     image_columns: Mapping[str, str | Sequence[str]],
     caption_column: str | Sequence[str] | None = None,
+    whole_rows: bool = True,
     **loading: Any,
-) -> tuple[Any, Callable[[dict, str], Example] | None, list[str]]:
-    """(stream, function (row, name) -> example, problems) of a dataset that is read as it comes.
+) -> tuple[Stream | None, list[str]]:
+    """(stream of a dataset that is read as it comes, problems); None if there are any.
 
-    Arguments as those of `read_dataset` with `whole_rows`.
+    Arguments as those of `read_dataset`; rows are read whole in any case.
     """
-    stream, columns, problems = load_rows(
+    read_json_where_it_is_valid()
+    rows, columns, problems = load_rows(
         path, source=source, image_columns=image_columns, caption_column=caption_column, streaming=True, **loading
     )
     if problems:
-        return None, None, problems
-    to_example = functools.partial(
-        streamed_example, image_columns=columns, caption_columns=caption_names(caption_column, whole_rows=True)
-    )
-    return stream, to_example, []
+        return None, problems
+    return Stream(rows, columns, caption_names(caption_column, whole_rows), dataset_files(path, **loading)), []
 
 
-def streamed_example(
-    row: dict, name: str, *, image_columns: Mapping[str, str], caption_columns: Iterable[str]
-) -> Example:
-    """The example of a row of a stream, whose images are files that are not decoded yet."""
-    if "__key__" in row:  # of a tar
-        name = f"{name}, {row['__key__']} of {row['__url__']}"
-    readers = {role: functools.partial(read_encoded, row[column]) for role, column in image_columns.items()}
-    return row_example(row, name, readers=readers, image_columns=image_columns, caption_columns=caption_columns)
+def read_json_where_it_is_valid() -> None:
+    """Makes invalid JSON in a tar an empty cell: `datasets` would end the tar there, with all samples behind it."""
+    from datasets.packaged_modules.webdataset.webdataset import WebDataset
+
+    def parse(data: bytes) -> Any:
+        try:
+            return json.loads(data)
+        except (ValueError, RecursionError):
+            return None
+
+    WebDataset.DECODERS = {**WebDataset.DECODERS, "json": parse}
+
+
+def dataset_files(
+    path: str,
+    *,
+    config_name: str | None = None,
+    data_files: Sequence[str] | None = None,
+    cache_dir: str | Path | None = None,
+) -> list[str]:
+    """The paths or addresses of the files that `load_rows` reads, in its order."""
+    import datasets
+
+    if any((Path(path) / name).is_file() for name in SAVED_DATASETS):
+        return [str(file) for file in sorted(Path(path).rglob("*.arrow"))]
+    if data_files:
+        data_files = [literal_pattern(file) for file in data_files]
+    cache = None if cache_dir is None else str(cache_dir)
+    builder = datasets.load_dataset_builder(path, config_name, data_files=data_files, cache_dir=cache)
+    splits: Any = builder.config.data_files or {}
+    return [str(file) for file in splits.get("train") or next(iter(splits.values()), [])]
+
+
+def first_of_stream(
+    stream: Stream, examples_of: Callable[[dict, str], list[Example]], check: Callable[[Example], str | None]
+) -> list[Example]:
+    """The examples of a row, by which flags and columns can be checked before training; [] of an empty stream.
+
+    It is the first row with examples, or if check(example) says what is wrong with one, the first of the next few
+    where it says nothing.
+    """
+    tried = []
+    for part in range(stream.num_parts):
+        for number, row in stream.part(part, 0):
+            if isinstance(row, Exception):
+                continue
+            examples = examples_of(row, f"row {number} of {stream.part_name(part)}")
+            if examples and not any(attempt(check, example) for example in examples):
+                return examples
+            if examples:
+                tried.append(examples)
+            if len(tried) == MAX_TRIED:
+                return tried[0]
+    return tried[0] if tried else []
+
+
+def attempt(check: Callable[[Example], str | None], example: Example) -> str | None:
+    """What check(example) returns, or what it raises, as text."""
+    try:
+        return check(example)
+    except Exception as error:  # PIL's decoders raise many exception types
+        return str(error).strip() or repr(error)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1537,28 +1733,40 @@ class StepSampler(Sampler):
         return self.stop - self.start
 
 
+UNUSABLE = object()  # in the place of a group
+
+
 class StreamedBatches(IterableDataset):
     """Batches of a stream for the micro-steps `start` to `stop` of one process.
 
-    Every epoch is the stream in a new order, from (seed, epoch): its files are shuffled, then its rows within blocks
-    of `shuffle_buffer`. Its samples are cut into batches that go round the processes; those of others are passed over
-    undecoded. examples_of(row, name) returns the examples of a row, sample(example, epoch, index) a sample,
-    {name: tensor}, made by `num_threads` threads ahead of its use, or without any when it is asked for.
+    Every epoch is the stream in a new order, by (seed, epoch) alone: its parts (tars, parquet files) are dealt to as
+    many lanes as the run began with processes, a lane shuffles its rows in blocks of `shuffle_buffer`, and cuts each
+    block into batches. So a process reads parts of its own, once per epoch, and a lane that is through with them
+    begins its next epoch. Of parts that do not go round, several lanes read one and take turns at its rows.
 
-    A batch has, beside its samples, "stream": where the stream was before its block, the same for all processes. With
-    it as `state`, reading goes on there: no row before that block is read again. (datasets' own shuffling keeps rows
-    in a buffer that its state does not hold, so it could not go on with the same order.)
+    A batch has, beside its samples, "stream": {lane: its place after this batch}, as few numbers. With these of all
+    processes as `places`, see `gather_places`, reading goes on there with the same samples in the same order: the part
+    is read from its beginning and the rows before the block are passed over, undecoded. (datasets' own shuffling keeps
+    rows in a buffer that its state does not hold: after load_state_dict they are never seen.) On another number of
+    processes the lanes stay, see `place_in_run`.
 
-    In the place of an example for which `sample` raises an error comes the next one of its block, so that what a
-    micro-step trains on depends on the stream alone; the batch says of which and why as "left_out". Iteration raises
-    ValueError after MAX_LEFT_OUT of them in a row, or if they are more than this and 1 % of the samples.
+    A sample that cannot be read or used is left out, and its batch smaller; "left_out" of the batch says which and
+    why. ValueError is raised where nothing can be used at all.
+
+    Args:
+        sample: sample(example, epoch, index) is what `collate_fn` gets a list of; it raises an exception for an
+            example that cannot be used. What is random in it depends on (seed, epoch, index).
+        examples_of: examples_of(row, name) are the examples of a row, one unless it says otherwise.
+        group_of: group_of(example, epoch, index) is what the samples of a batch have in common, by the headers of
+            image files alone.
+        fills_batches: a batch with too few samples has its first ones again.
+        num_threads: that read and decode ahead; 0: a sample is made when it is asked for.
     """
 
     def __init__(
         self,
-        stream: Any,
-        examples_of: Callable[[dict, str], list[Example]],
-        sample: Callable[[Example, int, int], dict],
+        stream: Stream,
+        sample: Callable[[Example, int, int], Any],
         *,
         batch_size: int,
         shuffle_buffer: int,
@@ -1566,97 +1774,252 @@ class StreamedBatches(IterableDataset):
         process_index: int,
         num_processes: int,
         num_threads: int = 0,
+        examples_of: Callable[[dict, str], list[Example]] | None = None,
+        group_of: Callable[[Example, int, int], Hashable] | None = None,
+        collate_fn: Callable[[list], dict[str, Any]] = default_collate,
+        fills_batches: bool = False,
     ):
-        self.stream = stream.shuffle(seed=seed, buffer_size=1)  # the files only
-        # it warns of the rows in a buffer, of which there are none
-        logging.getLogger("datasets.iterable_dataset").setLevel(logging.ERROR)
-        self.examples_of = examples_of
+        self.stream = stream
         self.sample = sample
         self.batch_size = batch_size
         self.shuffle_buffer = shuffle_buffer
         self.seed = seed
         self.process_index = process_index
         self.num_processes = num_processes
+        self.begun_with = num_processes
         self.num_threads = num_threads
+        self.examples_of = examples_of or (lambda row, name: [stream.example(row, name)])
+        self.group_of = group_of or (lambda example, epoch, index: None)
+        self.collate_fn = collate_fn
+        self.fills_batches = fills_batches
         self.start = 0
         self.stop = 0
-        self.state: dict[str, Any] | None = None  # "stream" of a batch
+        self.places: dict[str, dict[str, int]] = {}
 
-    def blocks(self) -> Iterator[tuple[dict[str, Any], list[tuple[Example, int, int]]]]:
-        """(state before it, its [(example, epoch, index)]) of each block, shuffled, without end."""
-        state = self.state or {"epoch": 0, "block": 0, "index": 0, "count": 0, "rows": None}
+    def share(self, epoch: int, lane: int) -> list[tuple[int, int, int]]:
+        """[(part, n, i)] that a lane reads in an epoch: of each n rows of the part the i-th."""
+        rng = np.random.default_rng((self.seed, epoch))
+        parts = rng.permutation(self.stream.num_parts).tolist()
+        lane = int(rng.permutation(self.begun_with)[lane])
+        num_dealt = len(parts) - len(parts) % self.begun_with
+        share = [(part, 1, 0) for part in parts[lane : num_dealt : self.begun_with]]
+        rest = parts[num_dealt:]
+        if rest:
+            turn, number = divmod(lane, len(rest))
+            share.append((rest[number], len(range(number, self.begun_with, len(rest))), turn))
+        return share
+
+    def rows(self, lane: int, epoch: int, part: int, row: int) -> Iterator[tuple[int, int, str, Any]]:
+        """(part, row) to go on with, name and content of each row of a lane in an epoch, from a row of a part on.
+
+        Parts are counted in the lane's share. In the place of a row that cannot be read is what was raised.
+        """
+        share = self.share(epoch, lane)
+        for place in range(part, len(share)):
+            number, num_turns, turn = share[place]
+            for own, content in self.stream.part(number, row if place == part else 0):
+                name = f"row {own} of {self.stream.part_name(number)}"
+                if isinstance(content, EndOfPart):
+                    yield place + 1, 0, f"{name} and all that follow", content
+                elif own % num_turns == turn:
+                    yield place, own + 1, name, content
+
+    def blocks(self, lane: int) -> Iterator[tuple[dict[str, int], list[list[tuple]], list[str]]]:
+        """(place of the block, its batches of (example, epoch, index), what was left out) of a lane, without end.
+
+        An epoch ends with a block of nothing.
+        """
+        place = self.places.get(str(lane)) or {
+            "epoch": 0,
+            "part": 0,  # of the lane's share
+            "row": 0,  # of the part
+            "block": 0,  # of the epoch
+            "index": 0,  # of its first example in the lane's epoch
+            "batch": 0,  # of the block, the first that is still to come
+            "number": 0,  # of the lane's batches before it
+        }
         while True:
-            self.stream.set_epoch(state["epoch"])
-            self.stream.load_state_dict(state["rows"])
-            rows = iter(self.stream)
+            rows = self.rows(lane, place["epoch"], place["part"], place["row"])
             while block := list(itertools.islice(rows, self.shuffle_buffer)):
-                rows_after = self.stream.state_dict()
-                order = np.random.default_rng((self.seed, state["epoch"], state["block"])).permutation(len(block))
-                examples = []
-                for i in order:
-                    name = f"epoch {state['epoch']}, sample {state['index'] + len(examples)} of the stream"
-                    for example in self.examples_of(block[i], name):
-                        examples.append((example, state["epoch"], state["index"] + len(examples)))
-                yield state, examples
-                state = {
-                    "epoch": state["epoch"],
-                    "block": state["block"] + 1,
-                    "index": state["index"] + len(examples),
-                    "count": state["count"] + len(examples),
-                    "rows": rows_after,
+                examples, left_out = self.read_block(block, lane, place)
+                yield place, self.cut(examples, lane, place), left_out
+                part, row, *_ = block[-1]
+                place = place | {
+                    "part": part,
+                    "row": row,
+                    "block": place["block"] + 1,
+                    "index": place["index"] + len(examples),
+                    "batch": 0,
                 }
-            state = {"epoch": state["epoch"] + 1, "block": 0, "index": 0, "count": state["count"], "rows": None}
+            place = dict.fromkeys(place, 0) | {"epoch": place["epoch"] + 1}
+            yield place, [], []
 
-    def batches(self) -> Iterator[tuple[dict[str, Any], list[tuple[list, int]]]]:
-        """(state before its last example's block, its [(examples of a block, place in it)]) of each batch of this
-        process."""
-        batch = []
-        for state, examples in self.blocks():
-            for place in range(len(examples)):
-                micro_step, process = divmod((state["count"] + place) // self.batch_size, self.num_processes)
-                if micro_step == self.stop:
-                    return
-                if micro_step < self.start or process != self.process_index:
-                    continue
-                batch.append((examples, place))
-                if len(batch) == self.batch_size:
-                    yield state, batch
-                    batch = []
+    def read_block(self, block: list[tuple], lane: int, place: dict[str, int]) -> tuple[list[tuple], list[str]]:
+        """([(example, epoch, index, group)], what was left out) of the rows of a block."""
+        examples = []
+        left_out = []
+        for _, _, name, row in block:
+            try:
+                if isinstance(row, Exception):
+                    raise row
+                found = self.examples_of(row, name)
+            except Exception as error:
+                left_out.append(why_left_out(name, error))
+                continue
+            for example in found:
+                index = (place["index"] + len(examples)) * self.begun_with + lane  # lanes share no index
+                try:
+                    group = self.group_of(example, place["epoch"], index)
+                except Exception as error:  # PIL's decoders raise many exception types
+                    left_out.append(why_left_out(example.name, error))
+                    group = UNUSABLE
+                examples.append((example, place["epoch"], index, group))
+        return examples, left_out
+
+    def cut(self, examples: list[tuple], lane: int, place: dict[str, int]) -> list[list[tuple]]:
+        """The batches of a block, each of one group, in a random order of the examples and of the batches."""
+        rng = np.random.default_rng((self.seed, place["epoch"], lane, place["block"]))
+        members: dict[Hashable, list] = {}
+        for i in rng.permutation(len(examples)):
+            *example, group = examples[i]
+            if group is not UNUSABLE:
+                members.setdefault(group, []).append(tuple(example))
+        batches = []
+        for group in members.values():
+            batches += [group[i : i + self.batch_size] for i in range(0, len(group), self.batch_size)]
+        if len(members) < 2:
+            return batches
+        return [batches[i] for i in rng.permutation(len(batches))]
+
+    def planned(self, lane: int) -> Iterator[tuple[dict[str, int], list[tuple], list[str]]]:
+        """(place after it, its examples, what was left out before it) of each batch of a lane, without end.
+
+        There is one without examples at the end of an epoch and for a block that has none.
+        """
+        blocks = self.blocks(lane)
+        for place, batches, left_out in read_ahead(blocks) if self.num_threads else blocks:
+            if place["batch"]:
+                left_out = []  # which a batch before the place has told
+            if not batches:
+                yield place, [], left_out
+            for number in range(place["batch"], len(batches)):
+                yield place | {"batch": number + 1}, batches[number], left_out
+                left_out = []
+
+    def read_batch(
+        self, planned: tuple[dict[str, int], list[tuple], list[str]]
+    ) -> tuple[dict, dict | None, list[str]]:
+        """(place, batch, what was left out) of what `planned` names; None where there is nothing to train on."""
+        place, examples, left_out = planned
+        left_out = list(left_out)
+        samples = []
+        for example, epoch, index in examples:
+            try:
+                samples.append(self.sample(example, epoch, index))
+            except Exception as error:  # PIL's decoders raise many exception types
+                left_out.append(why_left_out(example.name, error))
+        if not samples:
+            return place, None, left_out
+        while self.fills_batches and len(samples) < self.batch_size:
+            samples += samples[: self.batch_size - len(samples)]
+        return place, self.collate_fn(samples), left_out
+
+    def lane_batches(self, lane: int) -> Iterator[dict[str, Any]]:
+        """The batches of a lane, with the lane's place after each, without end."""
+        number = self.places.get(str(lane), {}).get("number", 0)
+        planned = self.planned(lane)
+        read: Iterator = map(self.read_batch, planned)
+        if self.num_threads:
+            read = map_ahead(self.read_batch, planned, self.num_threads)
+        left_out: list[str] = []
+        has_batch = False
+        usable_epoch = None  # the last one that had a batch
+        for place, batch, unusable in read:
+            left_out += unusable
+            usable_epoch = place["epoch"] if usable_epoch is None else usable_epoch
+            if batch is None:
+                self.check_usable(left_out, has_batch, place["epoch"] - usable_epoch)
+                continue
+            has_batch = True
+            usable_epoch = place["epoch"]
+            number += 1
+            yield {**batch, "stream": {str(lane): place | {"number": number}}, "left_out": left_out}
+            left_out = []
+
+    def check_usable(self, left_out: Sequence[str], has_batch: bool, num_epochs: int) -> None:
+        """Raises ValueError if too much was left out since the last batch, `num_epochs` ago, or since the start."""
+        if num_epochs < MAX_EMPTY_EPOCHS and (has_batch or len(left_out) < MAX_UNUSABLE):
+            return
+        if not left_out:
+            raise ValueError("the stream has no samples for this process: use fewer processes")
+        raise ValueError(f"none of {len(left_out)} samples of the stream can be used, the last one: {left_out[-1]}")
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        if self.num_threads:
-            batches = map_ahead(self.read_batch, self.batches(), self.num_threads)
-        else:
-            batches = map(self.read_batch, self.batches())
-        num_left_out = 0
-        for number, batch in enumerate(batches, start=1):
-            num_left_out += len(batch["left_out"])
-            if num_left_out > max(MAX_LEFT_OUT, 0.01 * number * self.batch_size):
-                raise ValueError(
-                    f"{num_left_out} of {number * self.batch_size} samples cannot be used, the last one "
-                    f"{batch['left_out'][-1]}"
-                )
-            yield batch
+        lanes: dict[int, Iterator[dict]] = {}
+        places = dict(self.places)
+        for micro_step in range(self.start, self.stop):
+            number, lane = place_in_run(micro_step, self.process_index, self.num_processes, self.begun_with)
+            if lane not in lanes:
+                lanes[lane] = self.lane_batches(lane)
+            batch = next(batch for batch in lanes[lane] if batch["stream"][str(lane)]["number"] > number)
+            places |= batch["stream"]
+            yield {**batch, "stream": dict(places)}
 
-    def read_batch(self, batch: tuple[dict[str, Any], list[tuple[list, int]]]) -> dict[str, Any]:
-        """The samples of one of `batches`, collated, with its state and what was left out."""
-        state, places = batch
-        samples = []
-        left_out = []
-        for examples, place in places:
-            sample, unusable = self.read_sample(examples, place)
-            samples.append(sample)
-            left_out += unusable
-        return {**default_collate(samples), "stream": state, "left_out": left_out}
 
-    def read_sample(self, examples: list[tuple[Example, int, int]], place: int) -> tuple[dict[str, Any], list[str]]:
-        """(the sample of a block's example, or of the next one that can be used; why those before cannot)."""
-        left_out = []
-        for i in range(place, place + MAX_LEFT_OUT):
-            try:
-                return self.sample(*examples[i % len(examples)]), left_out
-            except Exception as error:  # PIL's decoders raise many exception types
-                example = examples[i % len(examples)][0]
-                reason = str(error).strip() or repr(error)
-                left_out.append(reason if example.name in reason else f"{example.name}: {reason}")
-        raise ValueError(f"{MAX_LEFT_OUT} samples in a row cannot be used, the last one {left_out[-1]}")
+class SkippedSamples:
+    """What was left out of a stream: in skipped_samples.jsonl of the run's folder, and with a count.
+
+    A line is of one sample, with the step that it was left out of; those behind `last_step` are dropped, as a resumed
+    run takes these steps again. All processes write to the file; `is_first`: of those that see this folder.
+    """
+
+    def __init__(self, folder: Path, last_step: int, *, is_first: bool):
+        self.path = folder / "skipped_samples.jsonl"
+        self.count = 0
+        if not is_first or not self.path.is_file():
+            return
+        lines = []
+        for line in self.path.read_text("utf-8", errors="replace").split("\n"):
+            with suppress(ValueError, KeyError, TypeError):  # of lines that a crash of the machine left torn
+                if json.loads(line)["step"] <= last_step:
+                    lines.append(f"{line}\n")
+        with atomic_write(self.path) as partial:
+            partial.write_text("".join(lines), "utf-8")
+
+    def add(self, step: int, left_out: Sequence[str]) -> Sequence[str]:
+        """Writes the "left_out" of a batch; returns those to be said now, the first ten of a process."""
+        if not left_out:
+            return []
+        lines = [json.dumps({"step": step, "skipped": text}, ensure_ascii=False) + "\n" for text in left_out]
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)  # it may have been deleted during the run
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write("".join(lines))
+        told = left_out[: max(0, 10 - self.count)]
+        self.count += len(left_out)
+        return told
+
+    def summary(self) -> str:
+        """How many all processes have left out since they started; "" for none. To be called by all of them."""
+        count = sum(gather_objects([self.count]))
+        return f"{count:,} samples of the stream could not be used: they are in {self.path}" if count else ""
+
+
+def why_left_out(name: str, error: Exception) -> str:
+    """What cannot be used, and why, in one line."""
+    reason = (str(error).strip() or repr(error)).replace("\n", " ")[:300]
+    reason = re.sub(r" <_io\.BytesIO object at \w+>", "", reason)  # PIL's name of the file, another in each run
+    return reason if name in reason else f"{name}: {reason}"
+
+
+def gather_places(places: Mapping[str, dict[str, int]]) -> dict[str, dict[str, int]]:
+    """The places of all lanes of a stream, those that lie behind the last micro-step of all processes.
+
+    `places` is "stream" of the process' last batch. To be called by all processes.
+    """
+    latest: dict[str, dict[str, int]] = {}
+    for own in gather_objects([dict(places)]):
+        for lane, place in own.items():
+            if lane not in latest or place["number"] > latest[lane]["number"]:
+                latest[lane] = place
+    return latest

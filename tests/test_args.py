@@ -96,7 +96,10 @@ BAD = [
     ("--prodigy_beta3 0.9", "--prodigy_beta3 has no effect on --optimizer adamw"),
     ("--timestep_sampling sigmoid --weighting_scheme mode", "--weighting_scheme mode has no effect without"),
     ("--validation_steps 5", "--validation_steps 5 needs --validation_prompt"),
-    ("--dataset_name some/set", "exactly one of --instance_data_dir, --dataset_name and --dataset_config is needed"),
+    (
+        "--dataset_name some/set",
+        "exactly one of --instance_data_dir, --dataset_name, --data_files and",
+    ),
     ("--dataset_config_name small", "--dataset_config_name small needs --dataset_name"),
     (
         "--pretrained_model_name_or_path {nowhere}",

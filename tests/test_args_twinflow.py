@@ -88,8 +88,8 @@ BAD = [
     ("--time_dist_ctrl 1 1 1.5", "--time_dist_ctrl: c, the largest time, must be at most 1, not 1.5"),
     ("--image_free", "--image_free needs --prompts_file and no images, not --train_data_dir"),
     ("--image_free", "--image_free needs --ema_decay_rate 1 and --enhanced_ratio above 0"),
-    ("--prompts_file {prompts}", "exactly one of --train_data_dir and --dataset_name is needed"),
-    ("--dataset_name x", "exactly one of --train_data_dir and --dataset_name is needed"),
+    ("--prompts_file {prompts}", "exactly one of --train_data_dir, --dataset_name and --data_files is needed"),
+    ("--dataset_name x", "exactly one of --train_data_dir, --dataset_name and --data_files is needed"),
     ("--dataset_config_name x", "--dataset_config_name x needs --dataset_name"),
     ("--model_type dalle", "--model_type: invalid choice: 'dalle'"),
     (

@@ -243,6 +243,22 @@ def write_tar(pictures, path):
                 tar.addfile(info, io.BytesIO(data))
 
 
+def write_tars(pictures, path):
+    path.mkdir()
+    write_tar(pictures, path / "00000.tar")
+
+
+def write_edits(pairs, path):
+    rows = []
+    for i in (0, 1, 2, 3):
+        images = {}
+        for column, folder in (("image", "images"), ("target", "targets")):
+            (file,) = (pairs / folder).glob(f"{i}.*")
+            images[column] = {"bytes": file.read_bytes(), "path": None}
+        rows.append({**images, "text": (pairs / "captions" / f"{i}.txt").read_text()})
+    write_parquet(path, rows)
+
+
 def write_subjects(path):
     """Pairs of pictures of 512 pixels side by side, with 8 pixels around and between."""
     pair = {"description_0": "a red circle", "description_1": "a red circle, again"}
@@ -316,6 +332,8 @@ def stand_ins(pictures, pairs, tiny_model, tiny_fill):
         "poses": functools.partial(write_poses, pictures),
         "3d_icon": lambda path: write_rows(pictures, path, "prompt"),
         "shards": lambda path: write_parquet(path, shards),
+        "tars": functools.partial(write_tars, pictures),
+        "edits": functools.partial(write_edits, pairs),
         "prompts.txt": lambda path: path.write_text("a red circle\na blue square\n"),
         "data/Subjects200K": write_subjects,
         "data/text-to-image-2M/data_512_2M/data_000000.tar": lambda path: write_tar(pictures, path),

@@ -979,9 +979,9 @@ def test_forms_of_datasets_are_read_stored_and_streamed(kind, tmp_path):
     assert not problems
     with_default, problems = read_dataset(path, **settings, caption_column=DATASET_CAPTIONS)  # TwinFlow
     assert not problems
-    stream, to_example, problems = open_stream(path, **settings)
-    assert not problems
-    streamed = [to_example(row, str(i)) for i, row in enumerate(stream)]
+    stream, problems = open_stream(path, **settings)
+    assert stream and not problems
+    streamed = [stream.example(row, str(i)) for i, row in enumerate(stream.rows)]
     for examples in (whole, with_default, streamed):
         assert [example.caption for example in examples] == [f"a {color} image" for color in COLORS.values()]
         assert [color_of(example) for example in examples] == list(COLORS.values())
@@ -996,7 +996,7 @@ def test_forms_of_datasets_that_are_not_read_name_the_flag(streaming, tmp_path):
             "cache_dir": tmp_path / "cache",
         }
         if streaming:
-            return open_stream(str(path), **settings)[2]
+            return open_stream(str(path), **settings)[1]
         return read_dataset(str(path), **settings)[1]
 
     for name in ("two splits", "mixed", "dotted", "numbers", "empty"):
@@ -1053,14 +1053,14 @@ def test_tars_stored_and_streamed(tars, tmp_path):
     stored, problems = read_dataset("webdataset", **TARS, name="--data_files", whole_rows=True, **files)
     assert not problems
     assert [example.name for example in stored] == [f"--data_files[{i}]" for i in range(3)]
-    stream, to_example, problems = open_stream("webdataset", **TARS, **files)
-    assert not problems
-    streamed = [to_example(row, str(i)) for i, row in enumerate(stream)]
+    stream, problems = open_stream("webdataset", **TARS, **files)
+    assert stream and not problems
+    streamed = [stream.example(row, str(i)) for i, row in enumerate(stream.rows)]
     for examples in (stored, streamed):
         assert [example.caption for example in examples] == [f"a {color} image" for color in COLORS.values()]
         assert [color_of(example) for example in examples] == list(COLORS.values())
         assert examples[0].columns["__key__"].endswith("a")
-    _, _, problems = open_stream("webdataset", **TARS | {"caption_column": "txt"}, **files)
+    _, problems = open_stream("webdataset", **TARS | {"caption_column": "txt"}, **files)
     assert problems[0].startswith("--data_files: no column txt; it has ")
 
 

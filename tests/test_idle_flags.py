@@ -90,6 +90,8 @@ MODES = {
         "pivotal": "--train_text_encoder_ti --token_abstraction a --cache_latents",
         "tokens alone": "--train_text_encoder_ti --token_abstraction a --train_transformer_frac 0",
         "CLIP": "--train_text_encoder --weighting_scheme logit_normal",
+        "stream": "without instance_data_dir --streaming --data_files {stream} --image_column png "
+        "--caption_column txt",
     },
     OMINI: {
         "plain": "",
@@ -111,6 +113,7 @@ MODES = {
         "full": "--training full --ema_decay_rate 0.5",
         "prodigy": "--optimizer prodigy --learning_rate 1 --cache_latents --validation_prompt x "
         "--num_validation_images 1",
+        "stream": "without train_data_dir --streaming --data_files {stream} --image_column png --caption_column txt",
         "image free": "without train_data_dir --image_free --prompts_file {prompts} --ema_decay_rate 1",
     },
 }

@@ -132,8 +132,8 @@ MASK = "--instance_data_dir {images} --caption_data_dir {captions}"
 COMMANDS = {"mask": MASK, "split": f"{MASK} --use_split_mask", "edit": f"{MASK} --mode edit"}
 # flags that follow the model's and the output's, and what the message must say
 BAD = [
-    ("{edit}", "--mode edit needs --target_data_dir, or --target_column of --dataset_name"),
-    ("{mask}", "--mode mask needs one of --mask_data_dir (or --mask_column of --dataset_name) and --use_split_mask"),
+    ("{edit}", "--mode edit needs --target_data_dir, or --target_column of a dataset"),
+    ("{mask}", "--mode mask needs one of --mask_data_dir (or --mask_column of a dataset) and --use_split_mask"),
     ("{mask} --mask_data_dir {masks} --use_split_mask", "--mode mask needs one of --mask_data_dir"),
     ("{split} --target_data_dir {targets}", "--target_data_dir needs --mode edit"),
     ("{split} --train_embedder", "--train_embedder needs --mode edit"),

@@ -877,6 +877,7 @@ PATHS = {
         },
         {"pretrained_model_name_or_path": "model", "instance_data_dir": "images", "mask_data_dir": "masks"},
         {"pretrained_model_name_or_path": "model", "dataset_name": "dataset", "output_dir": "out"},
+        {"pretrained_model_name_or_path": "model", "data_files": "images.tar"},
         {"pretrained_model_name_or_path": "model", "dataset_config": "data.toml", "output_dir": "out"},
         {
             "pretrained_model_name_or_path": "model.safetensors",
@@ -916,6 +917,7 @@ PATHS = {
             "additional_data_dir": "classes",
         },
         {"pretrained_model_name_or_path": "fill", "dataset_name": "dataset"},
+        {"pretrained_model_name_or_path": "fill", "data_files": "images.tar"},
         {
             "pretrained_model_name_or_path": "fill",
             "instance_data_dir": "images",
@@ -955,6 +957,7 @@ PATHS = {
         },
         {"pretrained_model_name_or_path": "model", "train_data_dir": "dataset"},
         {"pretrained_model_name_or_path": "model", "dataset_name": "dataset"},
+        {"pretrained_model_name_or_path": "model", "data_files": "images.tar"},
         {"pretrained_model_name_or_path": "model", "prompts_file": "prompts.txt"},
         {"pretrained_model_name_or_path": "model", "prompts_file": "dataset"},
         {
