@@ -252,13 +252,13 @@ def test_the_stop_button_saves_a_checkpoint_and_the_cell_goes_on_from_it(kernel,
         if cell.cell_type == "code":
             assert kernel.run(cell.source) is None, kernel.text
     kernel.start(cell.source)
-    assert not kernel.read(lambda text: re.search(r" [1-9]\d*/5000 \[", text))
+    assert not kernel.read(lambda text: re.search(r" [1-9]\d*/5000 \[", text)), kernel.text
     kernel.interrupt("group")
     assert kernel.end() == ("CommandFailed", "Stopped")
     step = int(re.search(r"Interrupted at step (\d+), saved .*checkpoint-\1; continue with", kernel.text)[1])
     assert 1 <= step < 5000
     kernel.start(cell.source)
-    assert not kernel.read(lambda text: re.search(r", loss=.*, loss=", text, re.S))
+    assert not kernel.read(lambda text: re.search(r", loss=.*, loss=", text, re.S)), kernel.text
     kernel.interrupt("kernel")
     assert kernel.end() == ("CommandFailed", "Stopped")
     assert int(re.search(r"Interrupted at step (\d+), saved", kernel.text)[1]) > step
