@@ -1838,13 +1838,17 @@ class DreamBoothDataset(Dataset):
         self.loss_masks = found
 
 
+def streamed_examples(stream, options, row, name):
+    """The example of a row of a stream, in a list."""
+    return [configure(stream.example(row, name), options)]
+
+
 def streamed_batches(stream, dataset, args, **processes):
     """The batches of a stream, whose samples are checked as they come."""
-    options = default_options(args)
     return StreamedBatches(
         stream,
         dataset.streamed_samples,
-        examples_of=lambda row, name: [configure(stream.example(row, name), options)],
+        examples_of=functools.partial(streamed_examples, stream, default_options(args)),
         group_of=dataset.streamed_bucket,
         collate_fn=collate,
         batch_size=args.train_batch_size,
@@ -2033,7 +2037,7 @@ def read_examples(args):
             found = []
             if stream:
                 check = functools.partial(check_streamed, args=args)
-                found = first_of_stream(stream, lambda row, name: [stream.example(row, name)], check)
+                found = first_of_stream(stream, stream.examples, check)
             if not (found or problems):
                 problems = [f"{own_dataset(args)['source']}: no samples in it"]
         elif args.dataset_name or args.data_files:

@@ -1574,7 +1574,7 @@ def read_examples(args):
         examples = []
         if stream:
             check = functools.partial(check_streamed, args=args)
-            examples = first_of_stream(stream, lambda row, name: [stream.example(row, name)], check)
+            examples = first_of_stream(stream, stream.examples, check)
         return examples, problems or ([] if examples else [f"{own_dataset(args)['source']}: no samples in it"])
     if args.dataset_name or args.data_files:
         return read_dataset(name=args.dataset_name or "--data_files", **own_dataset(args))

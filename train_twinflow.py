@@ -2579,7 +2579,7 @@ def read_examples(args) -> tuple[list[Example], list[str]]:
         stream, problems = open_stream(**own_dataset(args))
         examples = []
         if stream:
-            examples = first_of_stream(stream, lambda row, name: [stream.example(row, name)], check_streamed)
+            examples = first_of_stream(stream, stream.examples, check_streamed)
         return examples, problems or ([] if examples else [f"{own_dataset(args)['source']}: no samples in it"])
     if args.dataset_name or args.data_files:
         return read_dataset(name=args.dataset_name or "--data_files", **own_dataset(args))

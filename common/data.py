@@ -105,7 +105,9 @@ MAX_TRIED = 10  # samples of a stream, before training, of which one must be usa
 
 MAX_UNUSABLE = 100  # samples of a stream at the beginning, of which one must be usable
 
-MAX_EMPTY_EPOCHS = 3  # of a stream, in a row, without a sample that can be used
+# Of a stream, in a row, without a sample that a process can use. The parts of one epoch may all be damaged; the next
+# epoch deals them anew.
+MAX_EMPTY_EPOCHS = 20
 
 MAX_PIXELS = 2**28  # 268 megapixels, of an image that is read: 800 MB in memory
 
@@ -1472,6 +1474,10 @@ class Stream:
             row, name, readers=readers, image_columns=self.image_columns, caption_columns=self.caption_columns
         )
 
+    def examples(self, row: dict, name: str) -> list[Example]:
+        """`example` in a list."""
+        return [self.example(row, name)]
+
     @property
     def num_parts(self) -> int:
         """How many parts can each be read from its beginning: tars, parquet files; of folders of images one."""
@@ -1508,6 +1514,7 @@ class Stream:
             row += 1
 
     def part_rows(self, number: int, start: int) -> Iterator[dict]:
+        read_on_after_bad_cells()  # here, as a reader's process may begin with nothing but this object
         part = self.rows.shard(num_shards=self.num_parts, index=number)
         return iter(part.skip(start) if start else part)
 
@@ -1538,7 +1545,7 @@ def open_stream(
 
     Arguments as those of `read_dataset`; rows are read whole in any case.
     """
-    read_json_where_it_is_valid()
+    read_on_after_bad_cells()
     rows, columns, problems = load_rows(
         path, source=source, image_columns=image_columns, caption_column=caption_column, streaming=True, **loading
     )
@@ -1547,17 +1554,27 @@ def open_stream(
     return Stream(rows, columns, caption_names(caption_column, whole_rows), dataset_files(path, **loading)), []
 
 
-def read_json_where_it_is_valid() -> None:
-    """Makes invalid JSON in a tar an empty cell: `datasets` would end the tar there, with all samples behind it."""
-    from datasets.packaged_modules.webdataset.webdataset import WebDataset
+def read_on_after_bad_cells() -> None:
+    """Makes a cell of a tar that cannot be decoded an empty one, or text that `check_captions` refuses.
 
-    def parse(data: bytes) -> Any:
+    `datasets` would end the tar there, with all samples behind it.
+    """
+    from datasets.packaged_modules.webdataset import webdataset
+
+    def read_text_cell(data: bytes) -> str:
         try:
-            return json.loads(data)
-        except (ValueError, RecursionError):
+            return data.decode("utf-8")
+        except ValueError:
+            return "\0" + data.decode("utf-8", errors="replace")
+
+    def read_cell_with(decode: Callable[[bytes], Any], data: bytes) -> Any:
+        try:
+            return decode(data)
+        except Exception:  # each format's own exceptions
             return None
 
-    WebDataset.DECODERS = {**WebDataset.DECODERS, "json": parse}
+    decoders = {ending: functools.partial(read_cell_with, decode) for ending, decode in webdataset.DECODERS.items()}
+    webdataset.WebDataset.DECODERS = decoders | dict.fromkeys(("txt", "text", "transcript"), read_text_cell)
 
 
 def dataset_files(
@@ -1788,8 +1805,9 @@ class StreamedBatches(IterableDataset):
         self.num_processes = num_processes
         self.begun_with = num_processes
         self.num_threads = num_threads
-        self.examples_of = examples_of or (lambda row, name: [stream.example(row, name)])
-        self.group_of = group_of or (lambda example, epoch, index: None)
+        # no lambdas: where the operating system does not fork, this object is pickled for the process that reads
+        self.examples_of = examples_of or stream.examples
+        self.group_of = group_of
         self.collate_fn = collate_fn
         self.fills_batches = fills_batches
         self.start = 0
@@ -1869,7 +1887,7 @@ class StreamedBatches(IterableDataset):
             for example in found:
                 index = (place["index"] + len(examples)) * self.begun_with + lane  # lanes share no index
                 try:
-                    group = self.group_of(example, place["epoch"], index)
+                    group = self.group_of(example, place["epoch"], index) if self.group_of else None
                 except Exception as error:  # PIL's decoders raise many exception types
                     left_out.append(why_left_out(example.name, error))
                     group = UNUSABLE
@@ -1932,7 +1950,7 @@ class StreamedBatches(IterableDataset):
         if self.num_threads:
             read = map_ahead(self.read_batch, planned, self.num_threads)
         left_out: list[str] = []
-        has_batch = False
+        has_batch = number > 0
         usable_epoch = None  # the last one that had a batch
         for place, batch, unusable in read:
             left_out += unusable

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -10,7 +11,7 @@ import tarfile
 from collections import Counter
 
 from common.checkpoints import file_changes
-from common.data import SkippedSamples, StreamedBatches, open_stream
+from common.data import SkippedSamples, StreamedBatches, check_captions, open_stream
 
 import datasets
 import pytest
@@ -190,6 +191,40 @@ def test_bad_samples_are_left_out_and_named(tmp_path, workers):
         rest = list(batches_of(stream, decode, start=step, stop=10, places=found[step - 1]["stream"]))
         assert seen_by(rest) == seen_by(found)[step:]
         assert [batch["left_out"] for batch in rest] == [batch["left_out"] for batch in found[step:]]
+
+
+def test_text_that_is_none_leaves_out_one_sample(tmp_path):
+    samples = [(f"{i:04d}", {"png": sample_of(i)[1]["png"], "txt": str(i).encode()}) for i in range(9)]
+    samples[6][1]["txt"] = "sch\xf6n".encode("latin-1")
+    write_part(tmp_path / "0.tar", samples)
+
+    def check(example, epoch, index):
+        assert not check_captions([example], default="a default"), "refused"
+        return sample(example, epoch, index)
+
+    (batch,) = batches_of(stream_of([tmp_path / "0.tar"]), check, batch_size=9, shuffle_buffer=9, stop=1)
+    assert sorted(batch["id"].tolist()) == [0, 1, 2, 3, 4, 5, 7, 8]
+    assert ["0006 of" in text and "refused" in text for text in batch["left_out"]] == [True]
+
+
+def test_a_stream_goes_on_among_many_bad_samples(tmp_path):
+    """What ends a run at its beginning, a hundred samples of which none can be used, ends none that is resumed."""
+    stream = stream_of(write_parts(tmp_path / "data", "tar", [2, 120]))
+
+    def fail(example, epoch, index):
+        if int(example.caption) >= 2:
+            raise OSError("damaged")
+        return sample(example, epoch, index)
+
+    found = list(batches_of(stream, fail, stop=2, seed=2))
+    assert len(found[1]["left_out"]) > 100
+    (resumed,) = batches_of(stream, fail, start=1, stop=2, seed=2, places=found[0]["stream"])
+    assert seen_by([resumed]) == seen_by(found[1:])
+
+
+def test_a_stream_can_be_read_by_a_process_that_is_not_forked(tmp_path):
+    batches = batches_of(stream_of(write_parts(tmp_path / "data", "tar", [5])), stop=3)
+    assert seen_by(pickle.loads(pickle.dumps(batches))) == seen_by(batches)
 
 
 def test_a_stream_of_which_nothing_can_be_used_ends(tmp_path):

@@ -92,7 +92,7 @@ def open_batches(args, stop):
 
 
 def memory():
-    """MiB that this process and its reader hold, without what they share."""
+    """MiB that this process and its reader hold; what they share counts twice."""
     own = psutil.Process()
     return sum(process.memory_info().rss for process in (own, *own.children(recursive=True))) / 2**20
 
