@@ -2992,7 +2992,7 @@ MODEL_CARD = """
 
 A {adapter} (rank {rank}) for {model}: generated images follow {conditions}, by OminiControl.
 
-`IMAGE` is the image to make the conditions from ({width} x {height} pixels are cut out of it){mask_note}. In the
+{image_note} ({width} x {height} pixels are cut out of it){mask_note}. In the
 trainer's folder:
 
 ```bash
@@ -3046,6 +3046,9 @@ def held_out_losses(accelerator, family, transformer, vae, prompt_encoder, held_
 def save_model_card(args, command, held_out=""):
     """Writes README.md into the output folder: what was trained, the command that generates with it, and what
     `held_out` tells of the held-out loss."""
+    image_note = "`IMAGE` is the image to make the conditions from"
+    if "$CONDITION" in command:
+        image_note = "`CONDITION` is a condition as in the training"
     mask_note = ""
     if "$MASK" in command:
         mask_note = ", `MASK` is white where the image is to be generated"
@@ -3058,6 +3061,7 @@ def save_model_card(args, command, held_out=""):
         conditions=", ".join(args.condition_type),
         height=height,
         width=width,
+        image_note=image_note,
         mask_note=mask_note,
         command=command,
     )
@@ -3068,10 +3072,14 @@ def save_model_card(args, command, held_out=""):
     write_model_card(args, description, tags, args.pretrained_model_name_or_path)
 
 
-def generate_command(args, specs, prompt, image='"$IMAGE"', mask='"$MASK"'):
-    """The command, below examples/, that generates from `prompt` with the adapters."""
+def generate_command(args, specs, prompt, image=None, mask='"$MASK"'):
+    """The command, below examples/, that generates from `prompt` with the adapters. `image` replaces a variable."""
     files = " ".join(shlex.quote(str(file.resolve())) for file in adapter_files(args).values())
-    command = f"omini/generate.py {files} --prompt {shlex.quote(prompt)} --image {image}"
+    command = f"omini/generate.py {files} --prompt {shlex.quote(prompt)}"
+    if set(args.condition_type) == {"custom"}:
+        command += " --condition " + (image or '"$CONDITION"')
+    else:
+        command += " --image " + (image or '"$IMAGE"')
     if any(condition_type in MASKED_CONDITIONS for condition_type in args.condition_type):
         command += f" --mask {mask}"
     return f"{command} --output image.png"

@@ -9,6 +9,7 @@ import math
 import os
 import re
 import sys
+import warnings
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import timedelta
@@ -585,6 +586,8 @@ def shard(
     `hybrid`: over the processes of a machine, so that weights do not travel between machines, but the sums of their
     gradients (HSDP). Each machine holds the whole model.
     """
+    # FLUX.1's blocks return slices; nothing writes into them in place, of which this warns
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     num_processes = dist.get_world_size()
     mesh = init_device_mesh(device.type, (num_processes,))
     if hybrid:

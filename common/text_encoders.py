@@ -257,13 +257,15 @@ class PromptEncoder:
                 return
             self._take(self.load_pipeline())
             self.load_pipeline = None
+        cached = {}
         for encoder_name in sorted(self.encoders.keys() - self.trained):  # all processes need the same order
-            self.cached[encoder_name] = self._cache_with(encoder_name, prompts)
+            cached[encoder_name] = self._cache_with(encoder_name, prompts)
             if not self.keep_encoders:
                 del self.encoders[encoder_name]
                 setattr(self.pipeline, self.attributes[encoder_name], None)
-        if self.index is not None and self.never_trained == self.cached.keys():
-            identities = {name: bytes_tensor(embeddings.cache.identity) for name, embeddings in self.cached.items()}
+        self.cached |= cached
+        if self.index is not None and self.never_trained == cached.keys() == self.cached.keys():
+            identities = {name: bytes_tensor(embeddings.cache.identity) for name, embeddings in cached.items()}
             self.index.add(self.accelerator, identities, "encoders")
         free_memory()
 
@@ -272,14 +274,13 @@ class PromptEncoder:
         if self.index is None or self.keep_encoders:
             return False
         identities = self.index.load("encoders") if self.index.has("encoders") else {}
+        own = prompts[self.accelerator.process_index :: self.accelerator.num_processes]
+        is_complete = bool(identities)
         for encoder_name, identity in identities.items():
             cache = TensorCache(self.index.folder, identity.numpy().tobytes())
             digests = {prompt: cache.digest(self._cache_key(prompt)) for prompt in prompts}
             self.cached[encoder_name] = CachedTensors(cache, digests)
-        own = prompts[self.accelerator.process_index :: self.accelerator.num_processes]
-        is_complete = bool(identities)
-        for embeddings in self.cached.values():
-            is_complete &= all(is_whole(embeddings.cache.path_of(embeddings.digests[prompt])) for prompt in own)
+            is_complete &= all(is_whole(cache.path_of(digests[prompt])) for prompt in own)
         if not all(gather_objects([is_complete])):
             return False
         self.never_trained = self.cached.keys()
@@ -325,7 +326,7 @@ class PromptEncoder:
             computed |= dict(zip(batch, embeds.split(1), strict=False))
         return torch.cat([computed[p] if p in computed else to_device(cached[p], device) for p in prompts])
 
-    def _cache_with(self, encoder_name: str, prompts: Sequence[str]) -> Mapping[str, torch.Tensor]:
+    def _cache_with(self, encoder_name: str, prompts: Sequence[str]) -> CachedTensors:
         """{prompt: embedding [1, ...]}; those that an earlier run left on the disk are not encoded again."""
         cache = self._cache(encoder_name)
         keys = {prompt: (self._cache_key(prompt),) for prompt in prompts}

@@ -8,6 +8,8 @@
 It must work there by itself: it imports nothing of this repository.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from diffusers import ConfigMixin, SchedulerMixin
@@ -82,17 +84,20 @@ class TwinFlowScheduler(SchedulerMixin, ConfigMixin):
         """
         if sigmas is not None:
             num_inference_steps = len(sigmas)
-        preset = STYLES[self.config.style]
-        gaps = self.config.gaps or preset["gaps"]
-        times = time_grid(num_inference_steps, gaps, self.config.time_dist_ctrl or preset["time_dist_ctrl"])
+        if num_inference_steps is None:
+            raise ValueError("set_timesteps needs num_inference_steps or sigmas")
+        config: Any = self.config
+        preset = STYLES[config.style]
+        gaps = config.gaps or preset["gaps"]
+        times = time_grid(num_inference_steps, gaps, config.time_dist_ctrl or preset["time_dist_ctrl"])
         if sigmas is not None and not np.allclose(sigmas, np.linspace(1, 1 / len(sigmas), len(sigmas))):
             times = torch.tensor([*sigmas, 0.0], dtype=torch.float64)
         t = times[:-1]
-        target_time = {"few": torch.zeros_like(t), "any": times[1:], "mul": t}[self.config.style]
-        told = t if self.config.two_times else t - target_time / 2
+        target_time = {"few": torch.zeros_like(t), "any": times[1:], "mul": t}[config.style]
+        told = t if config.two_times else t - target_time / 2
         self.num_inference_steps = len(t)
         self.sigmas = times
-        self.timesteps = (self.config.num_train_timesteps * told).to(device, torch.float32)
+        self.timesteps = (config.num_train_timesteps * told).to(device, torch.float32)
         self.step_index = 0
 
     def set_begin_index(self, begin_index: int = 0) -> None:
@@ -121,9 +126,10 @@ class TwinFlowScheduler(SchedulerMixin, ConfigMixin):
         velocity = model_output.double()
         x_hat = sample - t * velocity
         z_hat = sample + (1 - t) * velocity
-        s = self.config.stochast_ratio
+        config: Any = self.config
+        s = config.stochast_ratio
         if s is None:
-            s = STYLES[self.config.style]["stochast_ratio"]
+            s = STYLES[config.style]["stochast_ratio"]
         if s and t_next:
             new_noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=torch.float32)
             z_hat = (1 - s) ** 0.5 * z_hat + s**0.5 * new_noise

@@ -1,4 +1,4 @@
-"""Writes OUTPUT_DIR/report.html about a trainer's run, or of several runs beside each other.
+"""Writes OUTPUT_DIR/report.html about a trainer's run, or comparison.html of several runs beside each other.
 
 python examples/report.py OUTPUT_DIR
 python examples/report.py OUTPUT_DIR ANOTHER ... --output comparison.html
@@ -46,6 +46,7 @@ from common.metrics import (
 # of the curves of a value, of all runs together; in longer runs a point is the mean of several steps
 MAX_POINTS = 3000
 MAX_IMAGE_BYTES = 400_000  # a larger image becomes WebP of at most 2048 pixels
+PAGES = ("report.html", "comparison.html")  # of one run, of several
 NUM_COLORS = 8  # --run-0 to --run-7 in report.html; the lines of further runs are dashed
 CHART_TITLES = {
     "loss": "loss",
@@ -287,7 +288,11 @@ def natural_order(path):
 def files_table(folder, page_folder):
     """The files of a run with links to them from a page in `page_folder`."""
     path_to = Path(os.path.relpath(folder.resolve(), page_folder.resolve()))
-    files = [path for path in folder.iterdir() if not path.name.startswith(".") and path.name != "report.html"]
+    files = [
+        path
+        for path in folder.iterdir()
+        if not path.name.startswith(".") and path.name not in ("report.html", "comparison.html")
+    ]
     rows = []
     for path in sorted(files, key=natural_order):
         link = f'<a href="{quote(str(path_to / path.name))}">{html.escape(path.name)}</a>'
@@ -467,9 +472,14 @@ def page(runs, page_folder):
 def main(argv=None):
     parser = Parser(description=__doc__, takes="OUTPUT_DIR")
     parser.add_argument("folders", metavar="OUTPUT_DIR", type=Path, nargs="+", help="output folders of trainers")
-    parser.add_argument("--output", metavar="PAGE", type=Path, help="the page (default: report.html in the first)")
+    parser.add_argument(
+        "--output",
+        metavar="PAGE",
+        type=Path,
+        help="the page (default: report.html, of several comparison.html, in the first)",
+    )
     args = parser.parse_args(argv)
-    report = args.output or args.folders[0] / "report.html"
+    report = args.output or args.folders[0] / PAGES[len(args.folders) > 1]
     problems = check_file("--output", report) if args.output else []
     runs = []
     for folder in args.folders:

@@ -88,9 +88,9 @@ def test_a_run_in_the_folder_of_another_goes_on_writing(tmp_path):
 
 
 def test_settings_that_differ_are_named_without_pythons_types():
-    args = Namespace(data_files=[Path("a b"), Path("c")], condition_type=["fill"], model=Path("x"), seed=0)
+    args = Namespace(folders=[Path("a b"), Path("c")], condition_type=["fill"], model=Path("x"), seed=0)
     settings = run_settings(args, 1, data=[], models={})
-    assert settings["data_files"] == "['a b', 'c']"
+    assert settings["folders"] == "['a b', 'c']"
     assert (settings["condition_type"], settings["model"], settings["seed"]) == ("['fill']", "x", "0")
 
 

@@ -908,6 +908,7 @@ PATHS = {
             "output_dir": "out",
             "logging_dir": "logs",
             "cache_dir": "cache",
+            "disk_cache_dir": "cache",
         },
         {"pretrained_model_name_or_path": "fill", "instance_data_dir": "images", "target_data_dir": "targets"},
         {
@@ -936,6 +937,7 @@ PATHS = {
             "output_dir": "out",
             "logging_dir": "logs",
             "cache_dir": "cache",
+            "disk_cache_dir": "cache",
             "depth_model": "model",
         },
         {"pretrained_model_name_or_path": "model", "dataset_name": "dataset"},
@@ -954,6 +956,7 @@ PATHS = {
             "output_dir": "out",
             "logging_dir": "logs",
             "cache_dir": "cache",
+            "disk_cache_dir": "cache",
         },
         {"pretrained_model_name_or_path": "model", "train_data_dir": "dataset"},
         {"pretrained_model_name_or_path": "model", "dataset_name": "dataset"},

@@ -307,7 +307,7 @@ def test_runs_are_compared_in_one_page_that_fits(browser, run, shorter_run, tmp_
 
 def test_compared_runs_have_a_line_each_and_images_of_the_same_step(browser, run, shorter_run):
     report(run, shorter_run)  # the page is that of the first
-    browser.open(run / "report.html", 1280, 900)
+    browser.open(run / "comparison.html", 1280, 900)
     names = [run.name, shorter_run.name]
     assert browser.run("runs.map(run => run.name)") == names
     titles = browser.run("charts.map(chart => chart.svg.getAttribute('aria-label'))")
@@ -333,7 +333,7 @@ def test_compared_runs_have_a_line_each_and_images_of_the_same_step(browser, run
 
 def test_compared_runs_show_the_settings_that_differ(browser, run, shorter_run):
     report(run, shorter_run)
-    browser.open(run / "report.html", 1280, 900)
+    browser.open(run / "comparison.html", 1280, 900)
     table = "document.querySelector('#settings > table')"
     rows = browser.run(f"[...{table}.tBodies[0].rows].map(row => [...row.cells].map(cell => cell.innerText))")
     assert rows == [["rank", "16", "64"]]  # neither the equal prompt and model nor the folders
@@ -348,7 +348,7 @@ def test_held_out_losses_are_said_to_compare_if_they_do(shorter_run, tmp_path, d
     other.mkdir()
     held_out_run(other, steps=150, digest=digest)
     assert report(shorter_run, other).returncode == 0
-    said = re.search('<p id="held-out">(.*)</p>', (shorter_run / "report.html").read_text())[1]
+    said = re.search('<p id="held-out">(.*)</p>', (shorter_run / "comparison.html").read_text())[1]
     assert expected in said and bool(expected) == bool(said)
 
 

@@ -1159,7 +1159,7 @@ def test_what_lands_in_output_dir(train, run_program, flags, tmp_path):
             "loss.png",
             "metrics.jsonl",
         ),
-        *("transformer", "validation"),
+        *("scheduler", "transformer", "validation"),
     ]
     names = sorted(path.name for path in (run / "validation").iterdir())
     assert names == [f"step-{step:06d}.png" for step in (0, 2, 4, 5)]
