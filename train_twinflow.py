@@ -206,6 +206,7 @@ from common.models import (
     check_weights,
     compile_blocks,
     full_tensor,
+    gather_objects,
     hub_commit,
     load_model,
     model_identities,
@@ -2055,6 +2056,7 @@ class EMATeacher:
             else:
                 self.tensors[i] = parameter.data
                 parameter.data = taught
+        torch.clear_autocast_cache()  # it knows a parameter by its object, and would go on with what that held before
         if self.on_swap is not None:
             self.on_swap()
 
@@ -3330,8 +3332,10 @@ def train(args):
     uses_latents = args.cache_latents and not args.image_free
     draws = val_prompts and not args.precompute_only
     encodes = not (args.cache_latents or args.image_free)
+    is_encoded = held_out.has_latents() and (not uses_latents or dataset.has_latents())
     vae = None
-    if draws or encodes or (uses_latents and not dataset.has_latents()) or not held_out.has_latents():
+    # another run may fill the folder while processes look: all load the VAE, or none
+    if draws or encodes or not all(gather_objects([is_encoded])):
         vae = backbone.load_vae(weight_dtype)
     offload_vae = args.offload or args.cache_latents or args.image_free
     if vae is not None:

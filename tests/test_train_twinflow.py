@@ -652,6 +652,17 @@ def test_swapping_in_the_teacher_copies_nothing_and_keeps_what_refers_to_it():
         assert ((average - first).abs() < (parameter - first).abs()).all()
 
 
+def test_swapped_weights_are_those_that_autocast_computes_with():
+    layer = torch.nn.Linear(3, 2)
+    teacher = twinflow.EMATeacher(layer.parameters(), 1.0)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):  # as the held-out loss, guided by a frozen teacher
+        layer.weight += 1
+        with teacher():
+            taught = layer(torch.ones(1, 3))
+        trained = layer(torch.ones(1, 3))
+    assert (trained - taught).min() > 2.5  # 3 weights, each larger by 1
+
+
 def test_lora_has_no_second_network_and_full_training_no_second_module(backbone_flags):
     for training in ("full", "lora"):
         flags = [*backbone_flags["flux"], "--train_data_dir", "x", "--training", training]
