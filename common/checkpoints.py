@@ -194,8 +194,8 @@ def check_disk(args: argparse.Namespace, needed: int) -> list[str]:
 
 # What a run writes into its folder, beside its LoRA, checkpoints and the trackers' files
 WRITTEN = (
-    *("README.md", "args.json", "encoded", "loss.png", "metrics.jsonl", "skipped_samples.jsonl", "transformer"),
-    "validation",
+    *("README.md", "args.json", "encoded", "loss.png", "metrics.jsonl", "scheduler", "skipped_samples.jsonl"),
+    *("transformer", "validation"),
 )
 
 FOREIGN = (".git", "model_index.json")  # what no run writes: the folder is a project or a model

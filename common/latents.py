@@ -276,8 +276,10 @@ class TensorCache:
 
         The processes share the work, and threads read ahead of the encoder.
         """
-        missing = [key for key in dict.fromkeys(keys) if not self.has(*key)]
-        accelerator.wait_for_everyone()  # every process has listed what is missing
+        keys = list(dict.fromkeys(keys))
+        # all share one list: another run may add entries while they look
+        absent = set(gather_objects([place for place, key in enumerate(keys) if not self.has(*key)]))
+        missing = [keys[place] for place in sorted(absent)]
         quiet = not accelerator.is_main_process or not missing
         with (
             accelerator.split_between_processes(missing) as share,

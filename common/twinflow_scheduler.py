@@ -123,7 +123,8 @@ class TwinFlowScheduler(SchedulerMixin, ConfigMixin):
         """
         t, t_next = self.sigmas[self.step_index : self.step_index + 2].tolist()
         self.step_index += 1
-        velocity = model_output.double()
+        is_mps = model_output.device.type == "mps"  # which has no float64
+        velocity = model_output.to(torch.float32 if is_mps else torch.float64)
         x_hat = sample - t * velocity
         z_hat = sample + (1 - t) * velocity
         config: Any = self.config

@@ -469,6 +469,15 @@ def test_partners_by_name(folder, tmp_path):
     assert problems == [f"{folder}/c.png: needs one image c.png in {references}, which has none"]
 
 
+def test_a_changed_pixel_in_the_middle_of_a_bmp_file_changes_its_stamp(tmp_path):
+    picture = Image.new("RGB", (160, 160))
+    picture.save(tmp_path / "1.bmp")
+    before = file_stamp(tmp_path / "1.bmp")
+    picture.putpixel((80, 80), (255, 0, 0))
+    picture.save(tmp_path / "1.bmp")
+    assert file_stamp(tmp_path / "1.bmp") != before
+
+
 def test_partners_in_columns_of_metadata(folder):
     (folder / "deep").mkdir()
     (folder / "deep" / "m.png").write_bytes(encoded("white"))

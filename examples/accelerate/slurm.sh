@@ -23,6 +23,8 @@ VENV=${VENV:-$PWD/.venv}
 
 # else a torchrun that is started again waits for an address that only the first round is told
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+# else srun gives torchrun and all its processes one core
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
 first_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
 srun --kill-on-bad-exit=1 "$VENV/bin/torchrun" \
@@ -37,14 +39,13 @@ is_stopped=false
 trap 'is_stopped=true; scancel --signal=TERM "$SLURM_JOB_ID.0"' USR1
 
 # a signal ends `wait`, not the step
-code=1
 while kill -0 "$step" 2>/dev/null; do
   wait "$step"
-  code=$?
 done
+wait "$step"
+code=$?
 
 if "$is_stopped" && [ "$code" -ne 0 ]; then
-  scontrol requeue "$SLURM_JOB_ID"
-  exit 0
+  scontrol requeue "$SLURM_JOB_ID" && exit 0
 fi
 exit "$code"
