@@ -1409,8 +1409,9 @@ def dataset_settings(
     """What `read_dataset` and `open_stream` read by --dataset_name or --data_files and the flags beside them."""
     if args.data_files:
         path = "parquet" if args.data_files[0].endswith(".parquet") else "webdataset"
-        names = " ".join(args.data_files)
-        source = f"--data_files {names if len(names) <= 80 else f'{names[:77]}...'}"
+        source = f"--data_files {args.data_files[0]}"
+        if len(args.data_files) > 1:
+            source += f" and {len(args.data_files) - 1} more"
     else:
         path = args.dataset_name
         source = f"--dataset_name {path}"
