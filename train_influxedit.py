@@ -437,7 +437,7 @@ def parse_args(argv=None):
     arg(
         "--dataloader_num_workers",
         type=worker_count,
-        help="processes that read images; 0: the main process "
+        help="processes that read images (threads with --streaming); 0: the main process "
         "(default: 4 with a GPU, one per core of a process if those are fewer, else 0)",
     )
     arg("--cache_latents", action="store_true", help="encode images once, before training: saves time and memory")
