@@ -122,7 +122,6 @@ from common.data import (
     describe_small_groups,
     file_example,
     find_partners,
-    first_of_stream,
     first_ten,
     fit,
     gather_places,
@@ -141,6 +140,7 @@ from common.data import (
     read_folder,
     read_prompts,
     read_sizes,
+    read_stream_start,
     read_text,
     replace_words,
     resolve_num_workers,
@@ -2033,13 +2033,7 @@ def read_examples(args):
             problems.append(f"--dataset_config {args.dataset_config}: no images ({suffixes}) in it")
     else:
         if args.streaming:
-            stream, problems = open_stream(**own_dataset(args))
-            found = []
-            if stream:
-                check = functools.partial(check_streamed, args=args)
-                found = first_of_stream(stream, stream.examples, check)
-            if not (found or problems):
-                problems = [f"{own_dataset(args)['source']}: no samples in it"]
+            found, problems = read_stream_start(own_dataset(args), functools.partial(check_streamed, args=args))
         elif args.dataset_name or args.data_files:
             found, problems = read_dataset(name=args.dataset_name or "--data_files", **own_dataset(args))
         else:

@@ -122,7 +122,6 @@ from common.data import (
     describe_small_groups,
     file_example,
     find_partners,
-    first_of_stream,
     first_ten,
     fit,
     fit_mask,
@@ -138,6 +137,7 @@ from common.data import (
     read_folder,
     read_prompts,
     read_sizes,
+    read_stream_start,
     resolve_num_workers,
     shortened,
 )
@@ -1570,12 +1570,7 @@ def check_streamed(example, args):
 def read_examples(args):
     """(examples of --dataset_name or --instance_data_dir, problems), as the files have them."""
     if args.streaming:
-        stream, problems = open_stream(**own_dataset(args))
-        examples = []
-        if stream:
-            check = functools.partial(check_streamed, args=args)
-            examples = first_of_stream(stream, stream.examples, check)
-        return examples, problems or ([] if examples else [f"{own_dataset(args)['source']}: no samples in it"])
+        return read_stream_start(own_dataset(args), functools.partial(check_streamed, args=args))
     if args.dataset_name or args.data_files:
         return read_dataset(name=args.dataset_name or "--data_files", **own_dataset(args))
     examples, problems = read_folder(

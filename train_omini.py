@@ -124,7 +124,6 @@ from common.data import (
     describe_data,
     describe_small_groups,
     file_example,
-    first_of_stream,
     first_ten,
     first_value,
     fit,
@@ -139,6 +138,7 @@ from common.data import (
     read_batches,
     read_dataset,
     read_folder,
+    read_stream_start,
     resolve_num_workers,
     same_shape,
     upright_size,
@@ -2309,18 +2309,14 @@ def read_stored_dataset(args):
 
 def read_first_of_stream(args):
     """The examples of a row of a stream: what can be checked before training."""
-    stream, problems = open_stream(**own_dataset(args))
-    if problems:
-        return [], problems
-    examples = first_of_stream(
-        stream,
-        functools.partial(streamed_examples, stream, args),
+    return read_stream_start(
+        own_dataset(args),
         functools.partial(check_streamed, args=args),
+        examples_of=functools.partial(streamed_examples, args),
     )
-    return examples, [] if examples else [f"{source_of(args)}: no samples in it"]
 
 
-def streamed_examples(stream, args, row, name):
+def streamed_examples(args, stream, row, name):
     """The examples of a row of a stream; none of one that --quality_filter leaves out."""
     example = stream.example(row, name)
     return [] if is_left_out(example, args) else split_pairs([example], args)
@@ -2337,7 +2333,7 @@ def streamed_batches(stream, dataset, args, **processes):
     return StreamedBatches(
         stream,
         dataset.checked_sample,
-        examples_of=functools.partial(streamed_examples, stream, args),
+        examples_of=functools.partial(streamed_examples, args, stream),
         batch_size=args.train_batch_size,
         shuffle_buffer=args.shuffle_buffer,
         seed=args.seed,

@@ -127,7 +127,6 @@ from common.data import (
     describe_data,
     describe_small_groups,
     file_example,
-    first_of_stream,
     first_ten,
     fit,
     gather_places,
@@ -141,6 +140,7 @@ from common.data import (
     read_folder,
     read_lines,
     read_sizes,
+    read_stream_start,
     resolve_num_workers,
     visible,
 )
@@ -2578,11 +2578,7 @@ def read_examples(args) -> tuple[list[Example], list[str]]:
         return read_prompts(path)
     image_columns = own_columns(args)
     if args.streaming:
-        stream, problems = open_stream(**own_dataset(args))
-        examples = []
-        if stream:
-            examples = first_of_stream(stream, stream.examples, check_streamed)
-        return examples, problems or ([] if examples else [f"{own_dataset(args)['source']}: no samples in it"])
+        return read_stream_start(own_dataset(args), check_streamed)
     if args.dataset_name or args.data_files:
         return read_dataset(name=args.dataset_name or "--data_files", **own_dataset(args))
     examples = []

@@ -1603,10 +1603,24 @@ def dataset_files(
     return [str(file) for file in splits.get("train") or next(iter(splits.values()), [])]
 
 
+def read_stream_start(
+    settings: Mapping[str, Any],
+    check: Callable[[Example], str | None],
+    examples_of: Callable[[Stream, dict, str], list[Example]] = Stream.examples,
+) -> tuple[list[Example], list[str]]:
+    """(examples of a row, problems) of what `open_stream` opens by `settings`: what flags and columns are checked by
+    before training. For `check` and `examples_of` see `first_of_stream`."""
+    stream, problems = open_stream(**settings)
+    if stream is None:
+        return [], problems
+    examples = first_of_stream(stream, functools.partial(examples_of, stream), check)
+    return examples, [] if examples else [f"{settings['source']}: no samples in it"]
+
+
 def first_of_stream(
     stream: Stream, examples_of: Callable[[dict, str], list[Example]], check: Callable[[Example], str | None]
 ) -> list[Example]:
-    """The examples of a row, by which flags and columns can be checked before training; [] of an empty stream.
+    """The examples of a row; [] of an empty stream.
 
     It is the first row with examples, or if check(example) says what is wrong with one, the first of the next few
     where it says nothing.
