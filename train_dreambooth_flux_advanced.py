@@ -313,7 +313,7 @@ from transformers.utils import logging as transformers_logging
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def parse_args(argv=None):
+def create_parser():
     parser = Parser(
         description="Teaches FLUX.1 or FLUX.2 a subject or a style from a few images: DreamBooth LoRA, pivotal "
         "tuning, textual inversion.",
@@ -771,6 +771,11 @@ def parse_args(argv=None):
     arg("--hub_token", help="Hub token (default: your login); never logged or saved")
     arg("--hub_model_id", help="Hub repository (default: the name of output_dir)")
 
+    return parser
+
+
+def parse_args(argv=None):
+    parser = create_parser()
     args = parser.parse_args(argv)
     if args.network_module:
         parser.set_defaults(**kohya_defaults(args))

@@ -321,7 +321,7 @@ def resolutions(text):
     return tuple(image_edge(part) for part in text.split(","))
 
 
-def parse_args(argv=None):
+def create_parser():
     parser = Parser(description=DESCRIPTION, epilog=EXAMPLE)
 
     arg = parser.add_argument_group("model", "what is trained, and in which precision").add_argument
@@ -684,6 +684,11 @@ def parse_args(argv=None):
     arg("--hub_token", help="Hub token (default: your login); never logged or saved")
     arg("--hub_model_id", help="Hub repository (default: the name of output_dir)")
 
+    return parser
+
+
+def parse_args(argv=None):
+    parser = create_parser()
     args = parser.parse_args(argv)
     args.mixed_precision = resolve_precision(args.mixed_precision)
     args.dataloader_num_workers = resolve_num_workers(args.dataloader_num_workers)

@@ -388,7 +388,7 @@ def offset(text):
 NOT_NEEDED = (None, "without a condition, draw with the base model: there is nothing to preserve")
 
 
-def parse_args(argv=None):
+def create_parser():
     parser = Parser(
         description="Trains FLUX.1 or FLUX.2-klein to follow image conditions (OminiControl).",
         epilog=EXAMPLE,
@@ -734,6 +734,11 @@ def parse_args(argv=None):
     arg("--hub_token", help="Hub token (default: your login); never logged or saved")
     arg("--hub_model_id", help="Hub repository (default: the name of output_dir)")
 
+    return parser
+
+
+def parse_args(argv=None):
+    parser = create_parser()
     args = parser.parse_args(argv)
     args.mixed_precision = resolve_precision(args.mixed_precision)
     args.dataloader_num_workers = resolve_num_workers(args.dataloader_num_workers)

@@ -408,7 +408,7 @@ def sampler_name(text: str) -> str:
     return text
 
 
-def parse_args(argv=None):
+def create_parser():
     # the other trainers have no teacher; here its weights are the average that is saved
     averages = dict.fromkeys(
         ("use_ema", "ema_decay"), (None, "--ema_decay_rate, of the teacher, which is what is saved")
@@ -777,6 +777,11 @@ def parse_args(argv=None):
     arg("--hub_token", help="Hub token (default: your login); never logged or saved")
     arg("--hub_model_id", help="Hub repository (default: the name of output_dir)")
 
+    return parser
+
+
+def parse_args(argv=None):
+    parser = create_parser()
     parser.set_defaults(**chosen_defaults(argv))
     args = parser.parse_args(argv)
     args.mixed_precision = resolve_precision(args.mixed_precision)

@@ -143,7 +143,9 @@ class Parser(argparse.ArgumentParser):
                 return shlex.split(line[: comment.start()])
         return shlex.split(line)
 
-    def parse_args(self, argv: Sequence[str] | None = None) -> Arguments:  # type: ignore[override]
+    def read_known(self, argv: Sequence[str] | None = None) -> tuple[Arguments, list[str]]:
+        """(the flags that a command has of this parser's, the words of it that belong to none of them, in order and
+        with those of its @files)"""
         words = sys.argv[1:] if argv is None else argv
         words = [f"@{name_or_path(word[1:])}" if word.startswith("@~") else word for word in words]
         args = Arguments()
@@ -152,10 +154,19 @@ class Parser(argparse.ArgumentParser):
         except (ValueError, RecursionError) as error:  # a file that is no text, or that includes itself
             files = " ".join(word for word in words if word.startswith("@"))
             self.error(f"{files}: not a file of flags ({error})")
-        self.refuse(self.unknown_flags(unknown_words, words))
+        return args, unknown_words
+
+    def parse_args(self, argv: Sequence[str] | None = None) -> Arguments:  # type: ignore[override]
+        args, unknown_words = self.read_known(argv)
+        self.refuse(self.unknown_flags(unknown_words, sys.argv[1:] if argv is None else argv))
         args.changed = changed_flags(self, args)
         args.paths = [action.dest for action in self._actions if action.type in (Path, name_or_path)]
         return args
+
+    @property
+    def flags(self) -> list[str]:
+        """All spellings of the flags that this parser has."""
+        return [flag for action in self._actions for flag in action.option_strings]
 
     def unknown_flags(self, words: Sequence[str], typed: Sequence[str] = ()) -> list[str]:
         """A problem for each flag among `words`, which no flag of this parser took, with its remedy; `typed` are all
@@ -189,11 +200,10 @@ class Parser(argparse.ArgumentParser):
 
     def similar_flags(self, name: str) -> str:
         """A question for the flags that `name` abbreviates or is a misspelling of, or where to look for flags."""
-        flags = [flag for action in self._actions for flag in action.option_strings]
         similar = (
-            [flag for flag in flags if initials(flag) == name]  # --lr
-            or [flag for flag in flags if flag.startswith(name)]
-            or difflib.get_close_matches(name, flags, 1)
+            [flag for flag in self.flags if initials(flag) == name]  # --lr
+            or [flag for flag in self.flags if flag.startswith(name)]
+            or difflib.get_close_matches(name, self.flags, 1)
         )
         if not similar:
             return "--help lists them"

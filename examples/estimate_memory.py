@@ -2,8 +2,12 @@
 
     python examples/estimate_memory.py --model FLUX.1-dev --resolution 1024 --gradient_checkpointing --cache_latents
 
-Flags are those of the trainers. --table prints what fits in 12 to 80 GB. With several processes it also says what a
-step sends over the network; --network_table prints that for 8 to 512 GPUs and common links.
+Flags are those of the trainers. Or put a whole training command behind it, whose other flags are passed over:
+
+    python examples/estimate_memory.py train_omini.py @examples/omini/low_memory.args --instance_data_dir photos ...
+
+--table prints what fits in 12 to 80 GB. With several processes it also says what a step sends over the network;
+--network_table prints that for 8 to 512 GPUs and common links.
 
 The models are the real classes in their real size; their tensors have shapes but no memory (FakeTensorMode). They
 encode prompts and images, make a step as the trainers do, with adapters, autocast, checkpointing and quantized layers,
@@ -14,11 +18,12 @@ optimizer is measured on a few real parameters.
 import argparse
 import functools
 import math
+import re
 import sys
 import warnings
 import weakref
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -27,10 +32,19 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 
 # isort: split
-from common.arguments import Parser, in_range
+from common.arguments import Parser, comma_list, in_range
 from common.block_swap import spread
+from common.data import check_buckets, parse_buckets
 from common.latents import VIDEO_VAES, encode_images, encode_moments, pack_latents, unpack_latents
-from common.lora import FLUX_TARGET_MODULES, adapter_kind, adapter_options, add_lora, check_adapter
+from common.lora import (
+    FLUX_TARGET_MODULES,
+    adapter_kind,
+    adapter_options,
+    add_lora,
+    block_layers,
+    check_adapter,
+    unknown_layers,
+)
 from common.models import DTYPES, QUANTIZATIONS, check_processes, quantize_base, repeated_blocks, shard
 from common.text_encoders import PROMPTS_PER_BATCH, PROMPTS_PER_PASS, TEXT_QUANTIZATIONS, quantize_language_model
 
@@ -48,7 +62,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import train_dreambooth_flux_advanced
 import train_influxedit
+import train_omini
+import train_twinflow
 from train_twinflow import BACKBONES
 
 
@@ -145,7 +162,8 @@ class Model:
     text_encoders: tuple
     vae: object
     channels: int = 16  # of what the transformer is given, before packing
-    targets: tuple = FLUX_TARGET_MODULES
+    targets: tuple | str = FLUX_TARGET_MODULES
+    condition_tokens: int = 0  # that train_omini.py appends to an image's
     has_reference: bool = False  # an image to edit, of the size of the drawn one, beside it
 
 
@@ -597,8 +615,10 @@ def model_to_train(model, args, fake):
         if isinstance(module, LoKrLayer):
             module.training = False  # else it draws whether it is dropped, which no fake tensor can say
     side = args.resolution // backbone.vae_scale_factor
+    # conditions as a part of the image, which passes the same layers; a token is 2 x 2 latents
+    more = 2 * math.ceil(2 * model.condition_tokens / side)
     with fake:
-        x = torch.empty(size, model.channels, side, side, dtype=dtype)
+        x = torch.empty(size, model.channels, side, side + more, dtype=dtype)
         conditions = {name: torch.empty(size, *shape, dtype=dtype) for name, shape in model.conditions.items()}
         if model.has_reference:
             conditions["reference"] = x
@@ -679,12 +699,27 @@ class Estimate:
     step: dict
 
 
+def as_trained(model, args):
+    """The Model with what a training command says of its adapter's layers, conditions and prompts."""
+    conditions = model.conditions
+    usual = PROMPT_TOKENS.get(model.backbone)
+    if args.max_sequence_length and usual:
+        length = next(iter(conditions.values()))[0]
+        conditions = {
+            name: (length - usual + args.max_sequence_length, *shape[1:]) if shape[0] == length else shape
+            for name, shape in conditions.items()
+        }
+    targets = args.lora_layers or model.targets
+    return replace(model, targets=targets, condition_tokens=args.condition_tokens, conditions=conditions)
+
+
 def estimate(model, args, step=None):
     """The Estimate of a run of `model` with these flags.
 
     `step` of an Estimate saves most of the time where flags differ that a forward and backward pass do not depend on:
     --offload, --cache_latents, --blocks_to_swap, --quantize_text_encoders and the optimizer's.
     """
+    model = as_trained(model, args)
     dtype = DTYPES[args.mixed_precision]
     quantize_blockwise(torch.zeros(256))  # makes a table that nf4 needs, from numbers that fake tensors do not have
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # returns a view, which nothing writes to
@@ -896,18 +931,53 @@ def on_meta(create):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def parse_args(argv=None):
-    parser = Parser(description=__doc__)
+TRAINERS = (train_dreambooth_flux_advanced, train_influxedit, train_omini, train_twinflow)
+SCRIPTS = {f"{trainer.__name__}.py": trainer for trainer in TRAINERS}
+MODEL_NAMES = {  # of folders, files and repositories, without what is neither letter nor digit: keys of MODELS
+    **dict.fromkeys(("flux1dev", "flux1schnell", "flux1kreadev"), "FLUX.1-dev"),
+    "flux1filldev": "FLUX.1-Fill-dev",
+    "flux1kontextdev": "FLUX.1-Kontext-dev",
+    **dict.fromkeys(("flux2klein4b", "flux2kleinbase4b"), "FLUX.2-klein-4B"),
+    **dict.fromkeys(("flux2klein9b", "flux2kleinbase9b"), "FLUX.2-klein-9B"),
+    "flux2dev": "FLUX.2-dev",
+    "stablediffusion35medium": "SD3.5-medium",
+    **dict.fromkeys(("qwenimageedit", "qwenimageedit2509", "qwenimageedit2511"), "Qwen-Image-Edit"),
+}
+# Tokens of a prompt, of models whose trainers fill each up to --max_sequence_length
+PROMPT_TOKENS = {"flux": 512, "kontext": 512, "flux2": 512, "flux2-klein": 512, "sd3": 256}
+NOT_COUNTED = {  # flags of trainers that change memory in a way that is not estimated
+    "adapter_per_condition": "one adapter is counted",
+    "compile": "compiled blocks keep other activations",
+    "dataset_config": "sizes and batches of its own",
+    "preserve_outputs": "its second forward and backward pass",
+    "train_embedder": "x_embedder and its optimizer's state",
+    "train_text_encoder": "CLIP, its adapter and activations",
+}
+
+
+def add_own_flags(parser):
+    """The flags that no trainer has."""
     arg = parser.add_argument
-    arg("--model", choices=MODELS, default="FLUX.1-dev")
-    arg("--training", choices=("lora", "full"), default="lora", help="full: as train_twinflow.py does it")
-    arg("--resolution", type=in_range(int, 16, 8192), default=512, help="side of the images in pixels")
-    arg("--train_batch_size", type=in_range(int, 1, 4096), default=1, help="images per device and forward pass")
+    arg("--model", choices=MODELS, default="FLUX.1-dev", help="(default of a training command: the one it names)")
     arg(
         "--references",
         type=in_range(int, 0, 10),
         help="input images of each, as train_influxedit.py trains them (default: FLUX.1-Kontext 1, else 0)",
     )
+    arg("--num_processes", type=in_range(int, 1, 1024), default=1, help="of accelerate launch, on all machines")
+    arg("--num_machines", type=in_range(int, 1, 1024), default=1, help="of accelerate launch")
+    arg("--device", choices=("cuda", "cpu"), default="cuda", help="whose way to compute is assumed")
+    arg("--table", action="store_true", help="print as Markdown what fits in which card")
+    arg("--network_table", action="store_true", help="print as Markdown what a step sends, and how long that takes")
+
+
+def create_parser():
+    parser = Parser(description=__doc__, takes="[TRAINING_COMMAND]")
+    add_own_flags(parser)
+    arg = parser.add_argument
+    arg("--training", choices=("lora", "full"), default="lora", help="full: as train_twinflow.py does it")
+    arg("--resolution", type=in_range(int, 16, 8192), default=512, help="side of the images in pixels")
+    arg("--train_batch_size", type=in_range(int, 1, 4096), default=1, help="images per device and forward pass")
     arg("--rank", type=in_range(int, 1, 4096), default=16, help="rank of the LoRA")
     arg("--use_dora", action="store_true", help="train a DoRA")
     arg("--lora_type", choices=("lora", "lokr"), default="lora", help="lokr: train a LoKr")
@@ -936,14 +1006,165 @@ def parse_args(argv=None):
         help="class images are drawn; they count in --train_batch_size, too",
     )
     arg("--sample_batch_size", type=in_range(int, 1, 4096), default=4, help="class images drawn at once")
-    arg("--num_processes", type=in_range(int, 1, 1024), default=1, help="of accelerate launch, on all machines")
-    arg("--num_machines", type=in_range(int, 1, 1024), default=1, help="of accelerate launch")
     arg("--fsdp", action="store_true")
     arg("--hybrid_shard", action="store_true")
-    arg("--device", choices=("cuda", "cpu"), default="cuda", help="whose way to compute is assumed")
-    arg("--table", action="store_true", help="print as Markdown what fits in which card")
-    arg("--network_table", action="store_true", help="print as Markdown what a step sends, and how long that takes")
-    args = parser.parse_args(argv)
+    parser.set_defaults(condition_tokens=0, lora_layers=None, max_sequence_length=None, remarks=[])
+    return parser
+
+
+def parse_args(argv=None):
+    """The flags of a run: typed as such, or read in a training command."""
+    parser = create_parser()
+    own = Parser(add_help=False)
+    add_own_flags(own)
+    own.set_defaults(model=None)
+    typed, words = own.read_known(argv)
+    names = {word.partition("=")[0] for word in words if word.startswith("--")}
+    script = next((i for i, word in enumerate(words) if Path(word).name in SCRIPTS), None)
+    if script is not None:
+        trainer = SCRIPTS[Path(words[script]).name]
+        words = words[script + 1 :]  # those before it are the launcher's
+    elif names <= set(parser.flags):
+        args = parser.parse_args(argv)
+        parser.refuse(check_args(args))
+        return args
+    else:
+        trainer = trainer_with(names, preset_folders(argv), parser)
+    args = read_training_command(trainer, words, typed, parser)
+    parser.refuse(check_args(args))
+    return args
+
+
+def preset_folders(argv):
+    """The names of the folders of a command's @files: those of examples/ are called like their trainers."""
+    words = sys.argv[1:] if argv is None else argv
+    return [Path(word[1:]).absolute().parent.name for word in words if word.startswith("@")]
+
+
+def trainer_with(names, folders, parser):
+    """The one of the TRAINERS that has all of these flags, of several the one called like a folder, or the first;
+    exits if none has them."""
+    flags = {}
+    for trainer in TRAINERS:
+        known = trainer.create_parser()
+        flags[trainer] = {*known.flags, *(f"--{name}" for name in known.other_flags)}
+    every = Parser(add_help=False)
+    every.add_argument(*set(parser.flags).union(*flags.values()))
+    unknown = sorted(names - set(every.flags))
+    parser.refuse([f"{name}: no trainer has this flag; {every.similar_flags(name)}" for name in unknown])
+
+    def distance(trainer):
+        return len(names - flags[trainer]), not any(folder in trainer.__name__ for folder in folders)
+
+    nearest = min(TRAINERS, key=distance)
+    lacking = sorted(names - flags[nearest])
+    if lacking:
+        parser.error(f"no trainer has all of these flags: {nearest.__name__}.py has no {', '.join(lacking)}")
+    return nearest
+
+
+def read_training_command(trainer, words, typed, parser):
+    """The flags of a run of `trainer` with these words, with its defaults, and those `typed` of ours."""
+    known = trainer.create_parser()
+    for action in known._actions:
+        action.required = False  # a preset alone is enough
+    if trainer is train_twinflow:
+        known.set_defaults(**train_twinflow.chosen_defaults(words))
+    run = known.parse_args(words)
+    if trainer is train_dreambooth_flux_advanced and run.network_module:
+        known.set_defaults(**trainer.kohya_defaults(run))
+        run = known.parse_args(words)
+
+    args = parser.parse_args([])
+    for name in vars(args).keys() & vars(run).keys() - {"resolution", "lora_layers"}:
+        setattr(args, name, getattr(run, name))
+    args.remarks = [f"{trainer.__name__}.py trains"]
+    args.model = typed.model or trained_model(run, args.remarks)
+    for name, value in vars(typed).items():
+        if value is not None and name != "model":
+            setattr(args, name, value)
+
+    args.mixed_precision = run.mixed_precision or "bf16"
+    args.cache_latents = run.cache_latents or run.cache_latents_to_disk
+    if run.blocks_to_swap == "auto":
+        args.remarks.append("not counted: --blocks_to_swap auto (as many as do not fit wait in RAM)")
+    args.blocks_to_swap = 0 if run.blocks_to_swap in (None, "auto") else run.blocks_to_swap
+    if vars(run).get("with_prior_preservation"):
+        args.train_batch_size *= 2  # a class image for each
+    for name, why in NOT_COUNTED.items():
+        if vars(run).get(name):
+            args.remarks.append(f"not counted: --{name} ({why})")
+
+    parser.refuse(read_sizes(trainer, run, args) + read_layers(trainer, run, args))
+    images = f"{args.resolution} pixels a side, batch {args.train_batch_size}"
+    adapter = "all weights" if args.training == "full" else f"a {adapter_kind(args)} of rank {args.rank}"
+    conditions = f", {args.condition_tokens} condition tokens" if args.condition_tokens else ""
+    args.remarks[0] += f" {adapter} of {args.model}: {images}{conditions}, {args.optimizer}, {args.mixed_precision}"
+    return args
+
+
+def trained_model(run, remarks):
+    """The key of MODELS of what a run trains, by its name; adds a remark where that does not tell."""
+    path = run.pretrained_model_name_or_path
+    if path:
+        name = re.sub(r"\.safetensors$", "", Path(path).name)
+        name = re.sub("[^a-z0-9]", "", name.lower())
+        known = {re.sub("[^a-z0-9]", "", model.lower()): model for model in MODELS} | MODEL_NAMES
+        if name in known:
+            return known[name]
+    model_type = vars(run).get("model_type")
+    found = next((name for name, model in MODELS.items() if model.backbone == model_type), "FLUX.1-dev")
+    said = f"{path} is no name of a model known here" if path else "no --pretrained_model_name_or_path is given"
+    remarks.append(f"{said}: the sizes are those of {found}; --model names another")
+    return found
+
+
+def read_sizes(trainer, run, args):
+    """Sets the resolution, references and condition tokens that a run's flags mean; returns problems of these."""
+    multiple = CALLS[MODELS[args.model].backbone].resolution_multiple
+    if trainer is train_omini:
+        if not run.condition_type:
+            run.condition_type = ["custom"]
+            args.remarks.append("no --condition_type is given: one condition")
+        if run.condition_size and len(run.condition_size) not in (1, len(run.condition_type)):
+            return [
+                f"--condition_size has {len(run.condition_size)} values, --condition_type {len(run.condition_type)}"
+            ]
+        sizes = [run.target_size]
+        conditions = [spec.size for spec in train_omini.condition_specs(run)]
+        args.condition_tokens = sum(height * width for height, width in conditions) // train_omini.PATCH**2
+    elif trainer is train_influxedit:
+        sizes = [(side, side) for side in run.resolution]  # long edges
+        if args.references is None and args.model.startswith("FLUX.2"):
+            args.references = 1 + len(run.additional_data_dir or run.additional_column or [])
+    else:
+        problems = check_buckets(run.aspect_ratio_buckets, multiple)
+        if problems:
+            return problems
+        sizes = parse_buckets(run.aspect_ratio_buckets, run.resolution)
+    side = max(math.sqrt(height * width) for height, width in sizes)
+    args.resolution = multiple * math.ceil(side / multiple)
+    return []
+
+
+def read_layers(trainer, run, args):
+    """Sets the layers that get the adapter, if they are not the usual ones; returns problems of their names."""
+    if trainer is train_omini:
+        is_flux2 = args.model.startswith("FLUX.2")
+        args.lora_layers = train_omini.FLUX2_TARGET_MODULES if is_flux2 else train_omini.TARGET_MODULES
+    elif run.lora_layers and args.training == "lora":
+        model = MODELS[args.model]
+        transformer = on_meta(lambda: model.transformer(**model.config))
+        names = block_layers(transformer) if run.lora_layers == "kohya" else comma_list(run.lora_layers)
+        args.lora_layers = tuple(names)
+        unknown = unknown_layers(transformer, names)
+        if unknown:
+            return [f"--lora_layers: {args.model} has no linear layer {', '.join(unknown)}"]
+    return []
+
+
+def check_args(args):
+    """Problems of flags that the trainers refuse, too, or that are not estimated."""
     kind = DistributedType.MULTI_GPU if args.num_processes > 1 else DistributedType.NO
     scaler = "of gradients" if args.mixed_precision == "fp16" else None
     problems = check_processes(argparse.Namespace(**vars(args), distributed_type=kind, scaler=scaler), args)
@@ -971,8 +1192,7 @@ def parse_args(argv=None):
     multiple = CALLS[MODELS[args.model].backbone].resolution_multiple
     if args.resolution % multiple:
         problems.append(f"--resolution {args.resolution} must be a multiple of {multiple}")
-    parser.refuse(problems)
-    return args
+    return problems
 
 
 def only_lora(name):
@@ -986,6 +1206,8 @@ def needed(peak):
 
 
 def print_estimate(model, args):
+    for remark in args.remarks:
+        print(remark)
     found = estimate(model, args)
     print_sizes(f"each of {args.num_processes} GPUs" if args.num_processes > 1 else "GPU, in training", found.rows)
     print_sizes("GPU, at most while", found.peaks)

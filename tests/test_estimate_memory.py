@@ -4,6 +4,7 @@ Run as a script it makes two training steps of a mid-size model on the CPU and p
 set grew at most. The allocator returns what is freed at once (MALLOC_* below), so that is what was alive.
 """
 
+import argparse
 import dataclasses
 import gc
 import inspect
@@ -26,6 +27,8 @@ from examples.estimate_memory import (
     DTYPES,
     GIB,
     MODELS,
+    TRAINERS,
+    as_trained,
     create_optimizer,
     encoding_prompts,
     estimate,
@@ -38,6 +41,10 @@ from examples.estimate_memory import (
     training_tokens,
 )
 from train_twinflow import BACKBONES
+
+
+ROOT = Path(__file__).parents[1]
+PRESETS = [path.relative_to(ROOT) for path in sorted(ROOT.glob("examples/**/*.args"))]
 
 
 def model_like(name, layers):
@@ -333,6 +340,83 @@ def test_refuses_what_the_trainers_refuse(capsys):
         with pytest.raises(SystemExit) as error:
             parse_args(flags.split())
         assert error.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=str)
+def test_a_training_command_is_read_as_its_trainer_reads_it(preset, monkeypatch, capsys):
+    """Of each preset, alone and in a whole command, as far as flags change memory."""
+    monkeypatch.chdir(ROOT)
+    (trainer,) = [each for each in TRAINERS if preset.parent.name.replace("dgx_spark", "dreambooth") in each.__name__]
+    parser = trainer.create_parser()
+    for action in parser._actions:
+        action.required = False
+    if hasattr(trainer, "chosen_defaults"):
+        parser.set_defaults(**trainer.chosen_defaults([f"@{preset}"]))
+    run = parser.parse_args([f"@{preset}"])
+
+    found = parse_args([f"@{preset}"])
+    assert f"{trainer.__name__}.py trains" in found.remarks[0]
+    same = vars(found).keys() & vars(run).keys()
+    same -= {"resolution", "lora_layers", "mixed_precision", "cache_latents", "blocks_to_swap", "max_sequence_length"}
+    assert {"rank", "optimizer", "quantize_base", "gradient_checkpointing", "offload", "train_batch_size"} <= same
+    for name in same:
+        assert getattr(found, name) == getattr(run, name), name
+    if trainer.__name__ == "train_omini":
+        assert found.resolution == run.target_size[0] and found.condition_tokens > 0
+    else:
+        assert found.resolution == (max(run.resolution) if isinstance(run.resolution, tuple) else run.resolution)
+    launched = f"accelerate launch --num_processes 8 --main_process_port 1 {trainer.__name__}.py @{preset} --seed 1"
+    whole = parse_args([*launched.split(), "--output_dir", "a folder", "--model", "FLUX.1-dev"])
+    assert whole.num_processes == 8 and whole.rank == found.rank and whole.optimizer == found.optimizer
+
+    with pytest.raises(SystemExit) as stop:
+        parse_args([f"@{preset}", "--gradient_checkpoint"])
+    assert stop.value.code == 2 and "did you mean --gradient_checkpointing?" in capsys.readouterr().err
+
+
+def test_what_a_training_command_means_for_memory(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+
+    def read(command):
+        return parse_args(command.split())
+
+    omini = read("train_omini.py --condition_type canny sr --target_size 512x256 --max_train_steps 10")
+    assert omini.condition_tokens == 32 * 16 + 16 * 8 and omini.resolution == 368  # 512 x 256 = 362 squared
+    assert omini.optimizer == "prodigy" and omini.train_batch_size == 4  # the trainer's defaults
+    assert (
+        read("train_influxedit.py --mode edit --pretrained_model_name_or_path a/FLUX.2-klein-base-4B").references == 1
+    )
+    twice = read("train_dreambooth_flux_advanced.py --with_prior_preservation --train_batch_size 2")
+    assert twice.train_batch_size == 4
+    assert read("train_twinflow.py --recipe sd35_lora_1order --lora_dropout 0.1").model == "SD3.5-medium"
+    file = read("--instance_prompt x --pretrained_model_name_or_path m/flux1-fill-dev.safetensors")
+    assert file.model == "FLUX.1-Fill-dev"
+    prompts = read("--instance_prompt x --compile --pretrained_model_name_or_path ~/models/mine")
+    assert any("models/mine" in remark and "--model" in remark for remark in prompts.remarks)
+    assert any("--compile" in remark for remark in prompts.remarks)
+    for command, message in (
+        ("--recipe lora-1order --condition_type canny", "no trainer has all of these flags"),
+        ("train_omini.py --recipe lora-1order", "--recipe: no flag has this name"),
+        ("train_omini.py --condition_type canny fill sr --condition_size 32 64", "--condition_size has 2 values"),
+        ("--instance_prompt x --lora_layers attn.to_z", "has no linear layer attn.to_z"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            read(command)
+        assert stop.value.code == 2 and message in capsys.readouterr().err, command
+
+
+def test_condition_tokens_and_short_prompts_count_as_what_passes_the_blocks():
+    model = model_like("FLUX.1-dev", 1)
+    model.conditions["encoder_hidden_states"] = (512, 256)
+
+    def activations(**flags):
+        args = argparse.Namespace(**{**vars(parse_args(["--resolution", "64"])), **flags})
+        return training_step(as_trained(model, args), args)["activations"]
+
+    plain = activations()
+    with_condition = activations(condition_tokens=48)
+    assert with_condition == activations(resolution=128) > plain  # 64 tokens
+    assert plain - activations(max_sequence_length=464) == pytest.approx(with_condition - plain, rel=0.01)
 
 
 def test_norms_are_computed_as_autocast_does_on_a_gpu():
