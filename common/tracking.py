@@ -254,7 +254,8 @@ def log_step(accelerator: Accelerator, progress_bar: tqdm, metrics: Any, step: i
 
 
 def print_forecast(progress_bar: Any, step: int, memory_gb: float) -> None:
-    """Says once how long the run will take. tqdm's own estimate counts the first step, which may compile the model."""
+    """Says once how long the rest of the steps will take, whose times alone are known then. tqdm's own estimate counts
+    the first step, which may compile the model."""
     done = step - progress_bar.initial
     elapsed = progress_bar.format_dict["elapsed"]
     if done == 1:
@@ -262,7 +263,8 @@ def print_forecast(progress_bar: Any, step: int, memory_gb: float) -> None:
     if done == FORECAST_STEP:
         seconds_per_step = (elapsed - progress_bar.first_step_seconds) / (FORECAST_STEP - 1)
         remaining = progress_bar.format_interval((progress_bar.total - step) * seconds_per_step)
-        progress_bar.write(f"  expected {remaining} more, {memory_gb:.1f} GiB of memory, by the first steps")
+        left = f"{remaining} more, validation aside"
+        progress_bar.write(f"  expected {left}, {memory_gb:.1f} GiB of memory, by first steps")
 
 
 def peak_memory(device: torch.device) -> float:

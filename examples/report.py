@@ -336,15 +336,15 @@ def run_names(folders):
     return names
 
 
-def facts_of(run):
-    """{what: text} of a run in numbers."""
-    mean_losses = running_mean([row["loss"] for row in run.rows], mean_window(len(run.rows)))
+def facts_of(run, window):
+    """{what: text} of a run in numbers; its loss is the mean of `window` steps, as in the chart."""
+    mean_losses = running_mean([row["loss"] for row in run.rows], window)
     speeds = np.array([row.get("images_per_second", math.nan) for row in run.rows])
     speeds = speeds[np.isfinite(speeds)]
     return {
         "steps": f"{int(run.last_step)}",
-        "loss": f"{mean_losses[-1]:.4g}",
-        "images per second": f"{np.median(speeds):.3g}" if len(speeds) else "-",
+        f"loss, mean of {window}": f"{mean_losses[-1]:.4g}",
+        "images per second, median": f"{np.median(speeds):.3g}" if len(speeds) else "-",
         "peak memory": f"{max(row.get('peak_memory_gb', 0) for row in run.rows):.2f} GiB",
         "checkpoints": f"{len(run.checkpoints)}",
     }
@@ -363,7 +363,9 @@ def one_run(run, page_folder):
     files = f'<section id="files"><h2>Files</h2>{files_table(run.folder, page_folder)}</section>'
     versions = f"<section><h2>Versions</h2>{table(run.versions.items())}</section>"
     settings = f'<section id="settings"><h2>Settings</h2>{settings_html(run.args, changed)}</section>'
-    facts = "".join(f"<div><b>{value}</b>{name}</div>" for name, value in facts_of(run).items())
+    facts = "".join(
+        f"<div><b>{value}</b>{name}</div>" for name, value in facts_of(run, mean_window(len(run.rows))).items()
+    )
     return {
         "title": html.escape(run.folder.resolve().name),
         "heading": html.escape(run.folder.resolve().name),
@@ -405,8 +407,9 @@ def several_runs(runs):
 def overview_html(runs, labels):
     """A row of numbers per run; `labels` are the names of runs in HTML."""
     rows = {}
+    window = mean_window(max(len(run.rows) for run in runs))
     for run, label in zip(runs, labels, strict=True):
-        facts = facts_of(run)
+        facts = facts_of(run, window)
         losses = held_out_losses(run.rows)
         best = min(losses, key=lambda step: (losses[step], step), default=None)
         facts["lowest held-out loss"] = "-" if best is None else f"{losses[best]:.4g} at step {best}"

@@ -233,6 +233,24 @@ def test_the_slider_moves_through_the_pictures(browser, run, tmp_path):
     assert all(page.count(color) > 10_000 for color in ([0xCC, 0, 0], [0xAA, 0xAA, 0]))
 
 
+def test_on_a_phone_an_image_is_read_in_its_full_size_within_its_frame(browser, run):
+    report(run)
+    browser.open(run / "report.html", 390, 900)
+    image = "document.querySelector('#pictures img')"
+    whole = browser.run(f"{image}.clientWidth")
+    assert whole < 390 < browser.run(f"{image}.naturalWidth") == 400
+    box = browser.run(f"(({{ x, y }}) => ({{ x, y }}))({image}.getBoundingClientRect())")
+    for width in (400, whole):  # a click on it, and another
+        for kind in ("mousePressed", "mouseReleased"):
+            browser.mouse(kind, box["x"] + 20, box["y"] + 20)
+        assert browser.run(f"{image}.clientWidth") == width
+        assert browser.run("document.documentElement.scrollWidth") == 390
+        assert browser.run("get('full').checked") == (width == 400)
+    mean = browser.run("charts[0].lines[1].values.findLast(value => value != null)")
+    tile = browser.run("document.querySelectorAll('.facts div')[1].innerText").split("\n")
+    assert tile[1] == "loss, mean of 40" and float(tile[0]) == pytest.approx(mean, rel=1e-3)
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280])  # of a phone, of a desktop's window
 def test_the_page_fits_and_shows_values_under_the_pointer(browser, run, tmp_path, width, scheme):
