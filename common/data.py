@@ -478,6 +478,7 @@ def check_captions(
     With `several`, a caption may be a list of texts, one of which is taken each time (TwinFlow).
     """
     problems = []
+    refused = {}  # {name: why}
     missing = [example.name for example in examples if example.caption is None]
     if missing and default is None:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
@@ -489,11 +490,15 @@ def check_captions(
         invalid = [text for text in texts if not isinstance(text, str) or not text.strip()]
         if invalid or not texts:
             wrong = invalid[0] if invalid else example.caption
-            problems.append(f"{example.name}: its caption must be text and not empty, not {quoted(wrong)}")
+            refused[example.name] = f"its caption must be text and not empty, not {quoted(wrong)}"
             continue
         garbled = [text for text in texts if CONTROL_CHARACTER.search(text)]
         if garbled:
             problems.append(f"{example.name}: its caption holds control characters: {garbled[0][:80]!r}")
+    if refused:
+        first, *others = refused
+        so = f"; so must those of {shortened(others)}" if others else ""
+        problems.append(f"{first}: {refused[first]}{so}")
     return problems
 
 
@@ -903,14 +908,23 @@ def find_partners(
         for file in files:
             candidates.setdefault(file.stem, []).append(file)
     partners = {}
+    missing = {}
     for path in paths:
+        wanted = path.name if match == "name" else f"{path.stem}.*"
         found = candidates.get(path.name if match == "name" else path.stem, [])
         if len(found) == 1:
             partners[path] = found[0]
-        else:
-            wanted = path.name if match == "name" else f"{path.stem}.*"
-            names = " and ".join(file.name for file in found) or "none"
+        elif found:
+            names = " and ".join(file.name for file in found)
             problems.append(f"{path}: needs one image {wanted} in {folder}, which has {names}")
+        else:
+            missing[path] = wanted
+    if len(missing) == 1:
+        (path,) = missing
+        problems.append(f"{path}: needs one image {missing[path]} in {folder}, which has none")
+    elif missing:
+        of = f"{len(missing)} of {len(paths)} images in {paths[0].parent}"
+        problems.append(f"{folder}: needs one image for each, has none for {of}: {shortened(list(missing.values()))}")
     return partners, problems
 
 
@@ -979,7 +993,8 @@ def read_folder(
     listed_partners = {str(row.get(column)) for row in rows.values() for column in partner_columns.values()}
     paths = [path for path in paths if path.name not in listed_partners]
     absent = sorted(rows.keys() - {path.name for path in paths})
-    problems += [f"{metadata}: no image {name} in this folder" for name in absent]
+    if absent:
+        problems.append(f"{metadata}: no image {shortened(absent)} in this folder")
     if not whole_rows and not unread:
         problems += check_caption_column(metadata, rows, caption_column)
     columns = [caption_column] if caption_column else list(CAPTION_COLUMNS)
@@ -993,6 +1008,8 @@ def read_folder(
 
     captions = caption_files(caption_dir or folder)
     examples = []
+    unnamed = {column: [] for column in partner_columns.values()}  # {column: names of images whose row has no file}
+    not_there = {column: [] for column in partner_columns.values()}  # {column: files}
     for path in paths:
         row = rows.get(path.name, {})
         caption = None if caption_dir else first_value(row, columns)
@@ -1021,13 +1038,37 @@ def read_folder(
                 example.images[role] = file_example(partners[role][path])
         for role, column in partner_columns.items():
             file_name = row.get(column)
-            if isinstance(file_name, str):
-                example.images[role] = file_example(folder / file_name, name=f"{path}, {column}")
+            if not isinstance(file_name, str):
+                unnamed[column].append(path.name)
+            elif not os.path.exists(folder / file_name):  # noqa: PTH110  # Path's raises if a name is too long
+                not_there[column].append(file_name)
             else:
-                problems.append(f"{metadata}: column {column} names no file for {path.name}")
+                example.images[role] = file_example(folder / file_name, name=f"{path}, {column}")
         example.stamp = " ".join(image.stamp for image in all_images([example]))
         examples.append(example)
+    problems += [] if unread else check_partner_columns(metadata, unnamed, not_there)
     return examples, problems
+
+
+def check_partner_columns(
+    metadata: Path, unnamed: Mapping[str, Sequence[str]], not_there: Mapping[str, Sequence[str]]
+) -> list[str]:
+    """A problem for each column of metadata.jsonl with images for which it names no file, and with files that are not
+    there; one for all columns if there is no metadata.jsonl, with a line of it as an example."""
+    problems = []
+    images = next((names for names in unnamed.values() if names), [])
+    if images and not metadata.exists():
+        row = {"file_name": images[0], "text": "its caption"}
+        row |= {column: f"{column}/{images[0]}" for column in unnamed}
+        line = json.dumps(row, ensure_ascii=False)
+        return [f"{metadata}: no such file; write a line for each image, with the path from its folder: {line}"]
+    for column, names in unnamed.items():
+        if names:
+            problems.append(f"{metadata}: column {column} names no file for {shortened(names)}")
+    for column, files in not_there.items():
+        if files:
+            problems.append(f"{metadata}: column {column} names files that are not there: {shortened(files)}")
+    return problems
 
 
 def read_class_images(folder: Path | None, prompts: Sequence[str], limit: int) -> list[Example]:

@@ -487,15 +487,46 @@ def test_partners_in_columns_of_metadata(folder):
         {"file_name": "c.png", "pose": "b.png", "m": "deep/none.png"},
     )
     examples, problems = read_folder(folder, whole_rows=True, partner_columns={"condition_0": "pose", "mask": "m"})
-    assert not problems
+    assert problems == [f"{folder}/metadata.jsonl: column m names files that are not there: deep/none.png"]
     assert stems(examples) == ["a.png", "c.png"]
     assert [color_of(image) for image in examples[0].images.values()] == ["blue", "white"]
     assert examples[0].columns == {"text": "x", "n": 1}
+    (folder / "deep" / "none.png").write_bytes(b"no image")
+    examples, problems = read_folder(folder, whole_rows=True, partner_columns={"condition_0": "pose", "mask": "m"})
+    assert not problems
     sizes, problems = read_sizes(all_images(examples))
     assert sizes == [Size(4, 6)] * 5 + [None]
     assert problems[0].startswith(f"{folder}/c.png, m: not a readable image (")
     _, problems = read_folder(folder, whole_rows=True, partner_columns={"mask": "k"})
-    assert f"{folder}/metadata.jsonl: column k names no file for b.png" in problems
+    assert problems == [f"{folder}/metadata.jsonl: column k names no file for a.png, b.png, c.png"]
+
+
+def test_what_lacks_in_all_images_is_one_line_with_its_remedy(folder, tmp_path):
+    columns = {"partner_columns": {"condition_0": "pose", "mask": "m"}}
+    _, (problem,) = read_folder(folder, whole_rows=True, **columns)
+    head, _, line = problem.partition(": {")
+    assert head.startswith(f"{folder}/metadata.jsonl: no such file")
+    row = json.loads("{" + line)
+    assert row["file_name"] == "a.png" and row.keys() == {"file_name", "text", "pose", "m"}
+
+    names = ("a.png", "b.png", "c.png")
+    write_rows(folder / "metadata.jsonl", *({"file_name": name, "pose": f"p/{name}", "m": name} for name in names))
+    (folder / "a.png").rename(folder / "x.png")
+    (folder / "b.png").rename(folder / "y.png")
+    _, problems = read_folder(folder, whole_rows=True, partner_columns={"condition_0": "pose"})
+    assert problems == [
+        f"{folder}/metadata.jsonl: no image a.png, b.png in this folder",
+        f"{folder}/metadata.jsonl: column pose names no file for x.png, y.png",
+        f"{folder}/metadata.jsonl: column pose names files that are not there: p/c.png",
+    ]
+    (folder / "metadata.jsonl").unlink()
+    (tmp_path / "targets").mkdir()
+    examples, (problem,) = read_folder(folder, partner_dirs={"target": tmp_path / "targets"})
+    assert "none for 3 of 3 images" in problem and "c.*, x.*, y.*" in problem
+    for example in examples:
+        example.caption = ""
+    (problem,) = check_captions(examples)
+    assert all(str(folder / name) in problem for name in ("c.png", "x.png", "y.png"))
 
 
 def test_one_caption_per_line(folder):

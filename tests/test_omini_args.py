@@ -75,10 +75,10 @@ BAD = [
     ("--position_scale 0", "--position_scale: 0 is out of range: it must be above 0"),
     ("--condition_type custom", "--condition_column names 0 columns for 1 custom conditions"),
     ("--condition_column pose", "--condition_column names 1 columns for 0 custom conditions"),
-    ("--condition_type custom --condition_column pose", "names no file for 0.png"),
+    ("--condition_type custom --condition_column pose", "metadata.jsonl: no such file; write a line for each image"),
     (
         "--condition_type custom --condition_column pose --instance_data_dir {posed}",
-        "{posed}/a.png, pose: not a readable image",
+        "{posed}/metadata.jsonl: column pose names files that are not there",
     ),
     ("--mask_column hole", "--mask_column hole needs --condition_type fill or token_integration"),
     ("--condition_type fill --mask_column x --dataset_name d --image_column x", "--mask_column x is --image_column"),
