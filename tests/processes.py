@@ -26,6 +26,7 @@ class Runs:
 
     def __init__(self, log):
         self.log = log
+        self.pid = -1  # of the last run
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         self.server = subprocess.Popen(
             [sys.executable, PROGRAM],
@@ -77,6 +78,14 @@ class Runs:
         self.start(*request, processes=processes)
         return self.end(timeout)
 
+    def kill(self):
+        """Ends a run that a failed test has left, and takes its exit code: the next run would take it for its own."""
+        while self.processes():
+            os.killpg(self.pid, signal.SIGKILL)
+            time.sleep(0.05)
+        while self.ends_within(1):
+            self.server.stdout.readline()
+
     def wait_for(self, condition, timeout=300):
         deadline = time.monotonic() + timeout
         while not condition():
@@ -127,6 +136,7 @@ def serve():
 def be(request):
     """The rest of this process is a run."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which background jobs of a shell ignore
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup ignores
     if "log" in request:
         os.setpgid(0, 0)
         log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
