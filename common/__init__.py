@@ -14,6 +14,8 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message="Image size .* exceeds limit")  # of Pillow; data.py has a bound of its own
 # torch's, where the first step was skipped: `check_steps` tells of it
 warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+# PEFT's, where a model gets a second adapter on purpose
+warnings.filterwarnings("ignore", message="Already found a `peft_config`")
 warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")  # which diffusers passes to the Hub's client
 
 

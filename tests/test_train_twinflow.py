@@ -1,5 +1,6 @@
 """train_twinflow.py: all kinds of pipelines, exact resume, sharded training, files, what it learns."""
 
+import copy
 import functools
 import json
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from common.latents import TensorCache, decode_images, unpack_latents
+from common.lora import add_lora, save_lora
 from common.twinflow_scheduler import TwinFlowScheduler
 
 import diffusers
@@ -31,7 +33,7 @@ from transformers import Qwen2VLImageProcessor
 import train_twinflow as twinflow
 from examples.estimate_memory import MODELS
 from examples.twinflow import compare
-from examples.twinflow.generate import few_step_transformer, generate, load_velocity, trained_args
+from examples.twinflow.generate import few_step_transformer, find_loras, generate, load_velocity, trained_args
 from examples.twinflow.generate import main as generate_main
 from train_twinflow import BACKBONES, Flux
 
@@ -416,6 +418,68 @@ def test_a_training_leaves_a_scheduler_with_which_the_pipeline_draws_the_same_im
         difference = np.abs(np.asarray(drawn, dtype=int) - np.asarray(expected, dtype=int))
         assert difference.max() <= 1
         assert np.asarray(drawn).std() > 1
+
+
+@pytest.fixture(scope="session")
+def other_lora(tiny_pipeline, tmp_path_factory):
+    """The folder of a LoRA as a subject's training writes it, with random weights."""
+    transformer = copy.deepcopy(tiny_pipeline.transformer)
+    add_lora(transformer, rank=2, alpha=4, dropout=0.0, target_modules=["attn.to_q", "ff.net.2", "proj_out"])
+    torch.manual_seed(5)
+    for name, parameter in transformer.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.3)
+    folder = tmp_path_factory.mktemp("subject")
+    save_lora(folder, {"transformer": transformer})
+    return folder
+
+
+@pytest.mark.parametrize("training", ["lora", "full"])
+def test_a_lora_on_top_draws_what_set_adapters_does(train, tiny_model, flags, other_lora, tmp_path, training):
+    train(SCRIPT, *flags, "--training", training, "--max_train_steps", 1, "--output_dir", tmp_path)
+    pipeline = diffusers.FluxPipeline.from_pretrained(tiny_model)
+    pipeline.set_progress_bar_config(disable=True)
+    own = []
+    if training == "lora":
+        pipeline.load_lora_weights(tmp_path, adapter_name="twinflow")
+        own = ["twinflow"]
+    else:
+        pipeline.transformer = few_step_transformer(tmp_path)
+    pipeline.load_lora_weights(other_lora, adapter_name="subject")
+    drawn = {}
+    for scale in (0.0, 0.7):
+        pipeline.set_adapters([*own, "subject"], [*[1.0] * len(own), scale])
+        pipeline.scheduler = TwinFlowScheduler("few", two_times=training == "full")
+        options = {"height": 32, "width": 32, "max_sequence_length": 16, "num_inference_steps": 1}
+        drawn[scale] = pipeline("a red circle", generator=torch.Generator().manual_seed(3), **options).images[0]
+        loras, problems = find_loras([other_lora], [scale])
+        assert not problems
+        (found,) = generate(tmp_path, ["a red circle"], steps=1, style="few", seed=3, loras=loras)
+        assert np.abs(np.asarray(drawn[scale], dtype=int) - np.asarray(found, dtype=int)).max() <= 1
+    assert np.abs(np.asarray(drawn[0.7], dtype=int) - np.asarray(drawn[0.0], dtype=int)).max() > 8
+
+
+def test_a_lora_on_top_that_is_none_is_one_line(train, flags, other_lora, tmp_path, monkeypatch, capsys):
+    run, clip, tokens = tmp_path / "run", tmp_path / "clip.safetensors", tmp_path / "tokens"
+    train(SCRIPT, *flags, "--training", "lora", "--max_train_steps", 1, "--output_dir", run)
+    save_file({"text_encoder.x.lora_A.weight": torch.zeros(1, 1)}, clip)
+    shutil.copytree(other_lora, tokens)
+    (tokens / "args.json").write_text(json.dumps({"args": {"train_text_encoder_ti": True}}))
+    for words, message in (
+        (["--lora", tmp_path / "nowhere"], f"--lora {tmp_path / 'nowhere'}: no such file"),
+        (["--lora", clip], f"--lora {clip}: its training changed the text encoder"),
+        (["--lora", tokens], f"--lora {tokens}: its training changed the text encoder"),
+        (["--lora", run], f"--lora {run}: a few-step LoRA"),
+        (["--lora_scale", 1], "--lora_scale 1 needs --lora"),
+        (["--lora", other_lora, "--lora_scale", 1, 2], "--lora_scale has 2 numbers for 1 of --lora"),
+    ):
+        command = ["generate.py", run, "--prompt", "a red circle", *words, "--output", tmp_path / "drawn"]
+        monkeypatch.setattr(sys, "argv", [str(word) for word in command])
+        with pytest.raises(SystemExit) as stop:
+            generate_main()
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "drawn").exists()
 
 
 def test_a_pipeline_of_diffusers_alone_draws_few_steps_of_an_adapter(backbone_flags):

@@ -1,6 +1,7 @@
 """Generates images from prompts in a few steps with what train_twinflow.py trained.
 
     python examples/twinflow/generate.py flux-twinflow --prompt "a dog on the beach" --steps 2
+    python examples/twinflow/generate.py flux-twinflow --lora sks-dog --prompt "sks dog on the beach" --steps 2
 
 The folder's args.json records which model was trained, and how. Instead of the folder a checkpoint or a LoRA file in
 it can be given, or a pipeline with a second time embedding, as the authors publish them.
@@ -9,6 +10,7 @@ it can be given, or a pipeline with a second time embedding, as the authors publ
 import argparse
 import functools
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -99,41 +101,85 @@ def check_source(source, args):
         raise ValueError(f"{source / 'transformer'}: no such folder")
 
 
-def load_transformer(source, backbone, args, dtype):
-    """(transformer, its backbone) of a run's folder, its checkpoint or LoRA file, or a pipeline's folder."""
+def find_loras(paths, scales=None):
+    """([(LoRA file, its strength)], problems) of run folders, checkpoints or files, whose LoRAs are added to a model.
+
+    `scales`: a strength for each of them, or one for all.
+    """
+    if scales and len(scales) not in (1, len(paths)):
+        return [], [f"--lora_scale has {len(scales)} numbers for {len(paths)} of --lora: give one, or one for each"]
+    if scales and not paths:
+        return [], [f"--lora_scale {scales[0]:g} needs --lora"]
+    scales = scales or [1.0]
+    scales = scales * len(paths) if len(scales) == 1 else scales
+    files = []
+    problems = []
+    for path, scale in zip(paths, scales, strict=True):
+        try:
+            file, run = find_lora(path)
+            trained = read_run_args(run, []) if run else {}
+        except (OSError, ValueError) as error:
+            problems.append(f"--lora {error}")
+            continue
+        with safe_open(file, "pt") as opened:
+            keys = list(opened.keys())
+        if trained.get("train_text_encoder_ti") or any(key.startswith(("text_encoder.", "lora_te")) for key in keys):
+            problems.append(
+                f"--lora {path}: its training changed the text encoder, too, which is not drawn with here: use "
+                "diffusers' pipeline with the scheduler of the few-step model"
+            )
+        elif "model_type" in trained and trained["training"] == "lora":
+            problems.append(f"--lora {path}: a few-step LoRA, which is FOLDER; --lora is what is added to it")
+        files.append((file, scale))
+    return files, problems
+
+
+def load_adapter(transformer, file, model_type, adapter_name):
+    """Loads a LoRA file in any form that `read_lora` takes."""
+    with exit_if_unreadable(file):
+        with safe_open(file, "pt") as opened:
+            keys = list(opened.keys())
+        keys = [key for key in keys if key != LOKR_MARK]
+        is_plain = all(key.startswith("transformer.") and not key.endswith(".alpha") for key in keys)
+        is_flux = model_type == "flux"
+        is_dora = any(key.endswith(".dora_scale") for key in keys)
+        options = {"prefix": "transformer", "adapter_name": adapter_name}
+        if (is_flux and not is_plain) or is_dora:  # other names or alphas of another program, or ComfyUI's DoRA
+            layers = read_lora(file, flux=is_flux)[0]
+            tensors = file_tensors({name: folded(layer) for name, layer in layers.items()}, "diffusers")
+            tensors = {key: value for key, value in tensors.items() if not key.endswith(".dora_scale")}
+            transformer.load_lora_adapter(tensors, **options)
+        else:
+            transformer.load_lora_adapter(file.parent, weight_name=file.name, use_safetensors=True, **options)
+        check_applied(file, [transformer], adapter_name=adapter_name)
+
+
+def load_transformer(source, backbone, args, dtype, loras: Sequence[tuple[Path, float]] = ()):
+    """(transformer, its backbone) of a run's folder, its checkpoint or LoRA file, or a pipeline's folder, with the
+    LoRAs of `find_loras` on top."""
+    strengths = {}  # of its adapters
     if args.training == "lora":
         transformer = backbone.load_transformer(dtype)
-        file, _ = find_lora(source)
-        with exit_if_unreadable(file):
-            with safe_open(file, "pt") as opened:
-                keys = list(opened.keys())
-            keys = [key for key in keys if key != LOKR_MARK]
-            is_plain = all(key.startswith("transformer.") and not key.endswith(".alpha") for key in keys)
-            is_flux = args.model_type == "flux"
-            is_dora = any(key.endswith(".dora_scale") for key in keys)
-            if (is_flux and not is_plain) or is_dora:  # other names or alphas of another program, or ComfyUI's DoRA
-                layers = read_lora(file, flux=is_flux)[0]
-                tensors = file_tensors({name: folded(layer) for name, layer in layers.items()}, "diffusers")
-                tensors = {key: value for key, value in tensors.items() if not key.endswith(".dora_scale")}
-                transformer.load_lora_adapter(tensors, prefix="transformer")
-            else:
-                transformer.load_lora_adapter(
-                    file.parent, prefix="transformer", weight_name=file.name, use_safetensors=True
-                )
-            check_applied(file, [transformer])
-        return transformer, backbone
-    place = {"pretrained_model_name_or_path": str(source), "revision": None, "variant": None}
-    backbone = type(backbone)(argparse.Namespace(**vars(args) | place | {"openuni_checkpoint": None}))
-    transformer = backbone.load_transformer(dtype)
-    if not backbone.embeds_target_time(transformer):
-        raise ValueError(f"{source}: its transformer has no second time embedding {backbone.target_time_module}")
+        load_adapter(transformer, find_lora(source)[0], args.model_type, "twinflow")
+        strengths["twinflow"] = 1.0
+    else:
+        place = {"pretrained_model_name_or_path": str(source), "revision": None, "variant": None}
+        backbone = type(backbone)(argparse.Namespace(**vars(args) | place | {"openuni_checkpoint": None}))
+        transformer = backbone.load_transformer(dtype)
+        if not backbone.embeds_target_time(transformer):
+            raise ValueError(f"{source}: its transformer has no second time embedding {backbone.target_time_module}")
+    for i, (file, scale) in enumerate(loras):
+        load_adapter(transformer, file, args.model_type, f"lora_{i}")
+        strengths[f"lora_{i}"] = scale
+    if loras:
+        transformer.set_adapters(list(strengths), list(strengths.values()))
     return transformer, backbone
 
 
-def load_velocity(source, backbone, args, dtype, device, **placing):
-    """predict(x, t, t', cond) of what `source` is, see `load_transformer` and `sampling_loop`; `placing` are `place`'s
-    options."""
-    transformer, backbone = load_transformer(Path(source), backbone, args, dtype)
+def load_velocity(source, backbone, args, dtype, device, loras=(), **placing):
+    """predict(x, t, t', cond) of what `source` is with `loras` on top, see `load_transformer` and `sampling_loop`;
+    `placing` are `place`'s options."""
+    transformer, backbone = load_transformer(Path(source), backbone, args, dtype, loras)
     transformer.to(dtype).eval()
     place({"transformer": transformer}, torch.device(device), **placing)
     return functools.partial(
@@ -166,10 +212,11 @@ def few_step_transformer(folder, dtype=torch.float32):
 
 
 @torch.no_grad()
-def generate(folder, prompts, *, seed=0, image=None, batch_size=1, size=None, placement=None, **sampling):
+def generate(folder, prompts, *, seed=0, image=None, batch_size=1, size=None, placement=None, loras=(), **sampling):
     """One PIL image per prompt, image i from a generator seeded with `seed` + i; `sampling` is for `sampling_loop`.
 
-    `folder` is a run's folder, its checkpoint or LoRA file, or a pipeline with a second time embedding.
+    `folder` is a run's folder, its checkpoint or LoRA file, or a pipeline with a second time embedding; `loras` are
+    added to it, see `find_loras`.
     size: (height, width), default as trained. `image` is the one to edit, cropped to the same size. `placement`: see
     `place`.
     """
@@ -192,7 +239,7 @@ def generate(folder, prompts, *, seed=0, image=None, batch_size=1, size=None, pl
     del prompt_encoder
     free_memory()
     vae = backbone.load_vae(dtype).to(device)
-    predict = load_velocity(folder, backbone, args, dtype, device, **placing)
+    predict = load_velocity(folder, backbone, args, dtype, device, loras, **placing)
     place({"vae": vae}, device, pixels=placing["pixels"])
 
     shape = latent_shape(backbone, size)
@@ -268,6 +315,20 @@ def main(argv=None):
     )
     parser.add_argument("--prompt", required=True, nargs="+", help="prompts, one image each")
     parser.add_argument("--image", type=Path, help="the image to edit, for qwenimage-edit")
+    parser.add_argument(
+        "--lora",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="LoRAs that are added, such as a subject's: run folders, checkpoints in them or files",
+    )
+    parser.add_argument(
+        "--lora_scale",
+        type=in_range(float, -10, 10),
+        nargs="+",
+        metavar="SCALE",
+        help="strength of each --lora, or of all (default: 1)",
+    )
     parser.add_argument("--steps", type=in_range(int, 1, 1000), default=2, help="forward passes per image")
     parser.add_argument(
         "--style",
@@ -310,7 +371,8 @@ def main(argv=None):
     try:
         trained = trained_args(args.folder)
         problems = check_flags(args, trained.model_type) + check_placement(args.placement)
-        parser.refuse(problems + check_folder("--output", args.output))
+        loras, unusable = find_loras(args.lora, args.lora_scale)
+        parser.refuse(problems + unusable + check_folder("--output", args.output))
         check_source(args.folder, trained)
     except (OSError, ValueError) as error:
         parser.error(str(error))
@@ -321,6 +383,7 @@ def main(argv=None):
             seed=args.seed,
             image=file_example(args.image).image() if args.image else None,
             placement=args.placement,
+            loras=loras,
             size=args.size[::-1] if args.size else None,
             steps=args.steps,
             style=args.style,
