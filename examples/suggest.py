@@ -1,6 +1,8 @@
 """Looks at a folder of photos and at the GPU, and prints the command that trains on them, its memory, and why.
 
-    python examples/suggest.py photos/ --gpu 12GB --class_word dog
+    python examples/suggest.py photos/ --gpu 12GB --class_word dog     # a subject, or a style
+    python examples/suggest.py poses/ --gpu 12GB                       # its metadata.jsonl names a condition of each
+    python examples/suggest.py before/ after/ --gpu 12GB               # an edit
 
 Nothing is trained or written. Memory is what examples/estimate_memory.py estimates, which takes up to a minute.
 """
@@ -22,7 +24,19 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 # isort: split
 from common.arguments import Parser
 from common.checkpoints import unused_path
-from common.data import Size, check_captions, describe_data, fit, map_examples, read_folder, read_prompts, upright
+from common.data import (
+    IMAGE_SUFFIXES,
+    Size,
+    check_captions,
+    describe_data,
+    fit,
+    map_examples,
+    metadata_file,
+    read_folder,
+    read_metadata,
+    read_prompts,
+    upright,
+)
 from common.tracking import FORECAST_STEP, python
 
 import cv2
@@ -35,8 +49,24 @@ from examples.estimate_memory import GIB, MODELS, needed
 
 
 ROOT = Path(__file__).parents[1]
+KINDS = {  # {--kind: (script, models)}
+    "subject": (
+        "train_dreambooth_flux_advanced.py",
+        ("FLUX.1-dev", "FLUX.2-klein-4B", "FLUX.2-klein-9B", "FLUX.2-dev"),
+    ),
+    "style": ("train_dreambooth_flux_advanced.py", ("FLUX.1-dev", "FLUX.2-klein-4B", "FLUX.2-klein-9B", "FLUX.2-dev")),
+    "condition": ("train_omini.py", ("FLUX.1-dev", "FLUX.2-klein-4B", "FLUX.2-klein-9B")),
+    "edit": (
+        "train_influxedit.py",
+        ("FLUX.1-Fill-dev", "FLUX.1-Kontext-dev", "FLUX.2-klein-4B", "FLUX.2-klein-9B", "FLUX.2-dev"),
+    ),
+    "few_steps": ("train_twinflow.py", ()),
+}
+EDITED = ("target", "edit", "after", "output", "result")  # how columns of edited images begin
 HUB_IDS = {  # {name in estimate_memory.py: what is trained}
     "FLUX.1-dev": "black-forest-labs/FLUX.1-dev",
+    "FLUX.1-Fill-dev": "black-forest-labs/FLUX.1-Fill-dev",
+    "FLUX.1-Kontext-dev": "black-forest-labs/FLUX.1-Kontext-dev",
     "FLUX.2-klein-4B": "black-forest-labs/FLUX.2-klein-base-4B",
     "FLUX.2-klein-9B": "black-forest-labs/FLUX.2-klein-base-9B",
     "FLUX.2-dev": "black-forest-labs/FLUX.2-dev",
@@ -49,6 +79,7 @@ SWAP_STEP = 4  # blocks, from one number of --blocks_to_swap that is tried to th
 ALIKE = 4  # of 64 bits: photos that differ in no more are said to look alike
 BLURRED = 100  # variance of the Laplacian of grey, 0 to 255; a usual value, not measured here
 LONG = 1.5  # times the shorter side: of a longer photo, a third is not in the square that is trained
+TRIED_STEPS = 20  # that tell how long a step takes
 COLUMNS = 100  # of a line
 
 
@@ -168,17 +199,47 @@ def subject_flags(words, class_word, captions):
     return flags, reasons | {"--class_prompt": keep, "--timestep_sampling": shift}
 
 
-def prompt_flags(args, is_style, captions, words):
-    """(the flags of what is learned and kept, {flag: why})."""
-    if is_style:
-        why = "a style, by --kind" if args.kind else f"more than {ENOUGH[-1]} images, with captions: a style"
-        flags, reasons = style_flags(why)
+def task_flags(args, captions, words):
+    """(the flags of what is learned and kept, {flag: why}); prompts call a subject `words`."""
+    if args.kind == "condition":
+        return condition_flags(args, captions)
+    if args.kind == "edit":
+        return edit_flags(args, captions)
+    if args.kind == "style":
+        flags, reasons = style_flags(args.why)
     else:
         flags, reasons = subject_flags(words, args.class_word, captions)
     if any(captions):
         flags += ["--caption_dropout=0.2", "--caption_dropout_to=instance_prompt"]
         reasons["--caption_dropout"] = "the prompt alone works, too: on the toy, a score of 59, not of 28"
     return flags, reasons
+
+
+def condition_flags(args, captions):
+    """(the flags of train_omini.py for the columns of metadata.jsonl, {flag: why})."""
+    example = args.examples[0]
+    prompt = captions[0] or f"a photo of a {args.class_word}"
+    files = [os.path.relpath(example.images[column].files[0]) for column in args.columns]
+    flags = ["--condition_type", *["custom"] * len(args.columns), "--condition_column", *args.columns]
+    flags += [f"--validation_prompt={prompt}", "--validation_image", *files, "--validation_steps=500"]
+    if not all(captions):
+        flags.append(f"--instance_prompt={prompt}")
+    reasons = {"--condition_type": args.why}
+    reasons["position"] = "a condition lies on its image; one beside it, as a subject, takes --position_delta"
+    return flags, reasons
+
+
+def edit_flags(args, captions):
+    """(the flags of train_influxedit.py for a folder of edited images or a column of them, {flag: why})."""
+    prompt = (captions[0] or "sks edit").replace(";", ",")  # which separates prompts
+    flags = ["--mode=edit", f"--validation_prompt={prompt}", "--validation_steps=500"]
+    if not all(captions):
+        flags.append(f"--instance_prompt={prompt}")
+    if args.columns:
+        flags += [f"--target_column={args.columns[0].removesuffix('_file_name')}", "--caption_column=text"]
+    else:
+        flags.append(f"--target_data_dir={args.edited}")
+    return flags, {"--mode": args.why}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -193,7 +254,7 @@ class Way:
     preset: str
     flags: list[str]
     why: str
-    memory_flags: list[str] | None = None  # of estimate_memory.py
+    command: list[str] | None = None  # the script and its words
     estimate: estimate_memory.Estimate | None = None
 
     @property
@@ -210,7 +271,8 @@ class Way:
 def settings_of(words):
     """The values of some flags among a command's words."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
-    for flag in ("--resolution", "--max_train_steps", "--train_batch_size"):
+    parser.add_argument("--resolution", "--target_size", type=int)
+    for flag in ("--max_train_steps", "--train_batch_size"):
         parser.add_argument(flag, type=int)
     parser.add_argument("--gradient_accumulation_steps", type=int, default=1)
     parser.add_argument("--with_prior_preservation", action="store_true")
@@ -218,39 +280,50 @@ def settings_of(words):
     return parser.parse_known_args(words)[0]
 
 
-def memory_flags(words):
-    """The flags of estimate_memory.py among those of a training command, each one word: --rank=16."""
-    known = vars(estimate_memory.parse_args([]))
-    values = {}
-    for word in words:
-        if word.startswith("--"):
-            flag, _, value = word.partition("=")
-        else:
-            value = word
-        values[flag] = value
-    settings = settings_of(words)
-    if settings.with_prior_preservation:  # a class image for each photo of a batch
-        values["--train_batch_size"] = str(2 * settings.train_batch_size)
-    kept = {flag: value for flag, value in values.items() if flag.removeprefix("--") in known}
-    return [f"{flag}={value}" if value else flag for flag, value in kept.items()]
+def command_of(args, way, task):
+    """The words of a training command, less --output_dir; `task` are the flags of what is learned."""
+    source = "--dataset_name" if args.kind == "edit" and args.columns else "--instance_data_dir"
+    words = [from_here(KINDS[args.kind][0]), f"@{from_here(way.preset)}", *way.flags]
+    return [*words, f"--pretrained_model_name_or_path={HUB_IDS[args.model]}", f"{source}={args.photos}", *task]
 
 
-def ways(model, can_have_token, side):
+def side_flags(args, side):
+    """The flags with which images have `side` pixels."""
+    if args.kind == "edit":
+        return [f"--resolution={side}", f"--validation_width={side}", f"--validation_height={side}"]
+    if args.kind == "condition":
+        condition = [] if args.model.startswith("FLUX.2") else [f"--condition_size={side // 2}"]
+        return [f"--target_size={side}", *condition]
+    return [f"--resolution={side}"]
+
+
+def ways(args, can_have_token, side):
     """Ways to train a model, each slower than the one before, or further from the base model; images have at most
     `side` pixels a side."""
-    folder = "examples/dreambooth"
-    if model == "FLUX.1-dev" and can_have_token:
+    is_flux2 = args.model.startswith("FLUX.2")
+    if args.kind == "condition":
+        folder, small = "examples/omini", "flux2_klein.args" if is_flux2 else "low_memory.args"
+    elif args.kind == "edit":
+        folder, small = "examples/influxedit", "flux2_klein_low_memory.args" if is_flux2 else "low_memory.args"
+    else:
+        folder, small = "examples/dreambooth", "flux2_klein_low_memory.args" if is_flux2 else "low_memory.args"
+    if args.model == "FLUX.1-dev" and can_have_token:
         why = "a LoRA and new tokens, trained on large images: the most of the presets, and it fits"
         yield Way(f"{folder}/best_quality.args", [], why)
-    yield Way(f"{folder}/fast.args", [], "the least time per step: nothing is recomputed or quantized, and it fits")
-    small = f"{folder}/low_memory.args" if model == "FLUX.1-dev" else f"{folder}/flux2_klein_low_memory.args"
+    if args.kind != "condition":  # whose fast.args is for --kv_cache
+        drawn = side_flags(args, 512)[1:]
+        why = "the least time per step: nothing is recomputed or quantized, and it fits"
+        yield Way(f"{folder}/fast.args", drawn, why)
+    small = f"{folder}/{small}"
+    drawn = side_flags(args, 512)[1:] if args.kind == "edit" else []
     recomputed = "it fits if activations are recomputed"
-    yield Way(small, ["--quantize_base=none"], f"{recomputed}; weights stay as they are")
-    yield Way(small, ["--quantize_base=int8"], f"{recomputed} and weights have 8 bits, which need not be 4")
+    yield Way(small, [*drawn, "--quantize_base=none"], f"{recomputed}; weights stay as they are")
+    yield Way(small, [*drawn, "--quantize_base=int8"], f"{recomputed} and weights have 8 bits, which need not be 4")
     scores = "on the toy, a LoRA on such weights scores 57, on whole ones 62"
-    yield Way(small, [], f"{recomputed} and weights have 4 bits; {scores}")
+    yield Way(small, drawn, f"{recomputed} and weights have 4 bits; {scores}")
     if side > LEAST_SIDE:
-        yield Way(small, [f"--resolution={LEAST_SIDE}"], f"only small images fit, with weights in 4 bits; {scores}")
+        least = side_flags(args, LEAST_SIDE)
+        yield Way(small, least, f"only small images fit, with weights in 4 bits; {scores}")
 
 
 def is_hopeless(args, way):
@@ -261,49 +334,49 @@ def is_hopeless(args, way):
     return needed(least * estimate_memory.size_of(transformer, torch.bfloat16)) > args.gpu
 
 
-def estimated(args, way, prompts, *more_flags, step=None):
+def estimated(args, way, task, *more_flags, step=None):
     """The way with more flags and the Estimate of its command."""
     changed = Way(way.preset, [*way.flags, *more_flags], way.why)
-    changed.memory_flags = [f"--model={args.model}", *memory_flags([*changed.words, *prompts])]
-    known = estimate_memory.parse_args(changed.memory_flags)
+    changed.command = command_of(args, changed, task)
+    known = estimate_memory.parse_args(changed.command)
     changed.estimate = estimate_memory.estimate(MODELS[args.model], known, step)
     return changed
 
 
-def with_ram(args, way, prompts):
+def with_ram(args, way, task):
     """An estimated way of quantized weights that does not fit, with what helps: text encoders in 4 bits, blocks in
     RAM."""
     step = way.estimate.step
     if needed(way.estimate.peaks["encoding prompts"]) > args.gpu:
-        way = estimated(args, way, prompts, "--quantize_text_encoders=nf4", step=step)
+        way = estimated(args, way, task, "--quantize_text_encoders=nf4", step=step)
         way.why += ". The model that reads prompts has 4 bits, too"
     smaller = way
     for count in range(SWAP_STEP, len(step["blocks"]) + 1, SWAP_STEP):
         if smaller.peak[0] <= args.gpu:
             break
-        smaller = estimated(args, way, prompts, f"--blocks_to_swap={count}", step=step)
+        smaller = estimated(args, way, task, f"--blocks_to_swap={count}", step=step)
         smaller.why += f". {count} of {len(step['blocks'])} blocks wait in RAM, which takes time in each step"
     return smaller
 
 
-def find_way(args, photos, captions, is_style):
-    """(the first of `ways` that fits, or the last; the flags of prompts; {flag: why} of these)."""
+def find_way(args, photos, captions):
+    """(the first of `ways` that fits, or the last; {flag: why} of what is learned)."""
     side = max(LEAST_SIDE, middle_side(photos) // 64 * 64)
-    for way in ways(args.model, not is_style and not any(captions), side):
+    for way in ways(args, args.kind == "subject" and not any(captions), side):
         words = "TOK" if "--train_text_encoder_ti" in way.words else f"sks {args.class_word}"
-        prompts, reasons = prompt_flags(args, is_style, captions, words)
+        task, reasons = task_flags(args, captions, words)
         if side < settings_of(way.words).resolution:
-            way.flags.append(f"--resolution={side}")
-            reasons["--resolution"] = f"half of the photos are no larger than {middle_side(photos)} pixels"
+            way.flags += side_flags(args, side)
+            reasons[way.flags[-1].partition("=")[0]] = f"half of the photos have at most {middle_side(photos)} pixels"
         if is_hopeless(args, way):
             continue
         print("estimating the memory of", way.preset, *way.flags, file=sys.stderr, flush=True)
-        way = estimated(args, way, prompts)
+        way = estimated(args, way, task)
         if way.peak[0] > args.gpu and settings_of(way.words).quantize_base == "nf4":
-            way = with_ram(args, way, prompts)
+            way = with_ram(args, way, task)
         if way.peak[0] <= args.gpu:
             break
-    return way, prompts, reasons
+    return way, reasons
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -327,17 +400,25 @@ def class_word(text):
 
 
 def parse_args(argv=None):
-    parser = Parser(description=__doc__, takes="PHOTOS")
+    parser = Parser(description=__doc__, takes="PHOTOS [EDITED]")
     parser.add_argument("photos", metavar="PHOTOS", type=Path, help="folder of images, captions beside them if any")
+    parser.add_argument("edited", metavar="EDITED", type=Path, nargs="?", help="folder of them after an edit")
     parser.add_argument("--gpu", type=gigabytes, metavar="12GB", help="memory of the card (default: of the one here)")
-    parser.add_argument("--model", choices=HUB_IDS, default="FLUX.1-dev", help="what is trained")
+    parser.add_argument(
+        "--model", choices=HUB_IDS, help="what is trained (default: FLUX.1-dev, for edits FLUX.1-Fill-dev)"
+    )
     parser.add_argument("--class_word", type=class_word, default="thing", help="what the photos show: dog, man, cup")
     parser.add_argument(
         "--kind",
-        choices=("subject", "style"),
-        help=f"what is learned (default: a style from more than {ENOUGH[-1]} images of which most have captions)",
+        choices=KINDS,
+        help="what is learned; few_steps: to draw in 1 to 4 steps (default: an edit, of two folders; of a column of "
+        f"images in metadata.jsonl an edit if its name begins with {', '.join(EDITED)}, else a condition; a style, of "
+        f"more than {ENOUGH[-1]} images of which most have captions; else a subject)",
     )
     args = parser.parse_args(argv)
+    args.parser = parser
+    if args.kind == "few_steps":
+        return args
     problems = []
     args.card = "by --gpu"
     if args.gpu is None and torch.cuda.is_available():
@@ -346,12 +427,56 @@ def parse_args(argv=None):
         args.card = properties.name
     elif args.gpu is None:
         problems.append("no GPU is found here: say which one will train, such as --gpu 12GB")
-    args.examples, args.unread = read_folder(args.photos, flag="PHOTOS")
+    args.columns = image_columns(args.photos) if args.photos.is_dir() and not args.edited else []
+    args.examples, args.unread = read_folder(
+        args.photos,
+        flag="PHOTOS",
+        partner_dirs={"target": args.edited},
+        partner_columns={column: column for column in args.columns},
+    )
     if not args.examples:
         problems += args.unread
     parser.refuse(problems)
-    args.parser = parser
+    args.why = "by --kind"
+    choose_kind(args)
+    models = KINDS[args.kind][1]
+    args.model = args.model or models[0]
+    if args.model not in models:
+        problems.append(f"--model {args.model}: {KINDS[args.kind][0]} trains {', '.join(models)} here")
+    if args.kind == "condition" and not args.columns:
+        problems.append("--kind condition: metadata.jsonl must have a column with the file of each image's condition")
+    if args.kind == "edit" and not (args.edited or args.columns):
+        problems.append("--kind edit: give two folders, PHOTOS and EDITED, with files of equal names")
+    if args.edited and args.kind != "edit":
+        problems.append(f"--kind {args.kind} takes one folder, not {args.edited} too")
+    parser.refuse(problems)
     return args
+
+
+def image_columns(folder):
+    """The columns of a folder's metadata.jsonl that name images."""
+    rows, _ = read_metadata(metadata_file(folder))
+    first = next(iter(rows.values()), {})
+    return [name for name, value in first.items() if str(value).lower().endswith(IMAGE_SUFFIXES)]
+
+
+def choose_kind(args):
+    """Sets --kind, if it was not given, and why, by the images and what belongs to them."""
+    if args.kind:
+        return
+    captioned = sum(example.caption is not None for example in args.examples)
+    edited = [column for column in args.columns if column.lower().startswith(EDITED)]
+    if args.edited:
+        args.kind, args.why = "edit", "two folders: before and after an edit"
+    elif edited:
+        args.kind, args.why = "edit", f"the column {edited[0]} names edited images"
+        args.columns = edited
+    elif args.columns:
+        args.kind, args.why = "condition", f"columns name a condition of each image: {', '.join(args.columns)}"
+    elif captioned > len(args.examples) / 2 and len(args.examples) > ENOUGH[-1]:
+        args.kind, args.why = "style", f"more than {ENOUGH[-1]} images, with captions: a style"
+    else:
+        args.kind = "subject"
 
 
 def print_lines(title, lines):
@@ -378,14 +503,12 @@ def from_here(name):
     return os.path.relpath(ROOT / name)
 
 
-def print_suggestion(args, photos, way, prompts, reasons, is_style):
-    name = "sks-style" if is_style else f"sks-{args.class_word.replace(' ', '-')}"
-    settings = settings_of([*way.words, *prompts])
+def print_suggestion(args, way, reasons):
+    names = {"style": "sks-style", "subject": f"sks-{args.class_word.replace(' ', '-')}", "edit": "edit"}
+    name = names.get(args.kind) or "-".join(args.columns)
+    settings = settings_of([*way.words, *way.command])
     print("Train with:\n")
-    command = [from_here("train_dreambooth_flux_advanced.py"), f"@{from_here(way.preset)}", *way.flags]
-    command += [f"--pretrained_model_name_or_path={HUB_IDS[args.model]}", f"--instance_data_dir={args.photos}"]
-    command += [*prompts, f"--output_dir={unused_path(Path(name))}"]
-    print(f"{command_text(python(), command)}\n")
+    print(f"{command_text(python(), [*way.command, f'--output_dir={unused_path(Path(name))}'])}\n")
 
     gib, phase = way.peak
     found = way.estimate
@@ -400,20 +523,28 @@ def print_suggestion(args, photos, way, prompts, reasons, is_style):
         "RAM": f"{sum(found.ram.values()) / GIB:.0f} GiB; besides, {found.files / GIB:.0f} GiB of files are mapped, "
         "which take what is free of the rest",
         "disk": f"{found.disk['model'] / GIB:.0f} GiB for the model",
-        "time": f"{steps}.{before} How long a step takes on this card was not measured: after {FORECAST_STEP} "
-        "steps, the trainer says how long the rest will take",
+        "time": f"{steps}.{before} How long a step takes was measured on no card: with --max_train_steps "
+        f"{TRIED_STEPS} behind the command, the progress bar says its seconds, times {settings.max_train_steps}; "
+        f"validation comes on top. A whole run says after {FORECAST_STEP} steps how long the rest will take",
     }
     print_lines("Expected:", lines)
-    by = command_text(python(), [from_here("examples/estimate_memory.py"), *way.memory_flags])
-    print(f"\nThe memory is estimated, by\n{by}\n")
+    estimator = from_here("examples/estimate_memory.py")
+    print(f"\nThe memory is estimated, by {estimator} with all of this command behind it\n")
     why = {"preset": way.why, **reasons}
-    if args.class_word == "thing" and not is_style:
+    if args.class_word == "thing" and args.kind == "subject":
         why["thing"] = "say what the photos show, such as --class_word dog"
-    print_lines("Why (examples/dreambooth/README.md has the figures):", why)
+    page = (Path(way.preset).parent / "README.md").as_posix()
+    print_lines(f"Why ({page} has the figures):", why)
 
 
 def main(argv=None):
     args = parse_args(argv)
+    if args.kind == "few_steps":
+        print(
+            "examples/twinflow/README.md has the commands of train_twinflow.py, by model, card and number of images,"
+        )
+        print("and a table of how many steps draw how well. It teaches few steps and no subject: train one first.")
+        return
     found = map_examples(look, args.examples)
     photos = {}
     readable = []
@@ -429,15 +560,20 @@ def main(argv=None):
         args.parser.refuse(problems)
     problems += check_captions(readable, default="")
     captions = [example.caption if isinstance(example.caption, str) else None for example in readable]
-    has_captions = sum(caption is not None for caption in captions) > len(captions) / 2
-    is_style = args.kind == "style" or (args.kind is None and has_captions and len(photos) > ENOUGH[-1])
+    for column in args.columns if args.kind == "edit" else []:
+        if not column.endswith("_file_name"):
+            problems.append(
+                f"{metadata_file(args.photos)}: call the column {column} {column}_file_name, as `datasets` does"
+            )
 
     lines = describe_photos(photos)
-    lines |= describe_data(args.examples, [args.photos], "--instance_prompt, as they have none")
-    if len(photos) < ENOUGH[0]:
+    folders = [args.photos, args.edited] if args.edited else [args.photos]
+    lines |= describe_data(args.examples, folders, "--instance_prompt, as they have none")
+    if args.kind == "subject" and len(photos) < ENOUGH[0]:
         lines["few"] = f"better {ENOUGH[0]} to {ENOUGH[-1]} photos, in different places and light"
     print_lines(f"{len(args.examples)} images in {args.photos}", lines)
-    way, prompts, reasons = find_way(args, photos, captions, is_style)
+    args.examples = readable
+    way, reasons = find_way(args, photos, captions)
     look_at = doubts(photos, settings_of(way.words).resolution)
     if look_at:
         print("Look at\n  " + "\n  ".join(look_at))
@@ -448,7 +584,7 @@ def main(argv=None):
     if gib > args.gpu:
         remedy = "" if args.model == "FLUX.2-klein-4B" else ": --model FLUX.2-klein-4B needs less"
         args.parser.refuse([f"--gpu {args.gpu:.4g}GB: {args.model} needs {gib:.1f} GB at the peak ({phase}){remedy}"])
-    print_suggestion(args, photos, way, prompts, reasons, is_style)
+    print_suggestion(args, way, reasons)
 
 
 if __name__ == "__main__":

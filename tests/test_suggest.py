@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 import os
 import random
 import shlex
@@ -21,11 +22,13 @@ from PIL import ExifTags, Image, ImageFilter
 from test_estimate_memory import model_like
 
 import train_dreambooth_flux_advanced as dreambooth
+import train_influxedit
+import train_omini
 from examples import estimate_memory, suggest
 from examples.estimate_memory import MODELS, clip_l, estimate, needed, training_step
 
 
-FLUX1 = "FLUX.1-dev"
+FLUX1, FILL = "FLUX.1-dev", "FLUX.1-Fill-dev"
 
 
 def photo(seed, width=300, height=300):
@@ -79,6 +82,10 @@ def known_step(model, args):
 def small_model(monkeypatch):
     """A FLUX.1 of three blocks in the place of the real one, whose estimates take a minute."""
     monkeypatch.setitem(MODELS, FLUX1, THREE_BLOCKS)
+    config = THREE_BLOCKS.config | {"in_channels": 384, "out_channels": 64}
+    conditions = THREE_BLOCKS.conditions | {"encoder_hidden_states": (512, 256)}
+    fill = dataclasses.replace(THREE_BLOCKS, config=config, channels=96, conditions=conditions)
+    monkeypatch.setitem(MODELS, FILL, fill)
     monkeypatch.setattr(estimate_memory, "training_step", known_step)
     monkeypatch.setattr(suggest, "SWAP_STEP", 1)
 
@@ -86,19 +93,19 @@ def small_model(monkeypatch):
 def suggested(capsys, folder, *flags):
     """(words of the printed command after the script, all that was printed)."""
     capsys.readouterr()
-    suggest.main([str(folder), *flags])
+    suggest.main([*map(str, folder if isinstance(folder, list) else [folder]), *flags])
     printed = capsys.readouterr().out
     command = printed.split("Train with:\n\n")[1].split("\n\nExpected")[0]
     return shlex.split(command.replace("\\\n", ""))[2:], printed
 
 
-def trainer_args(words, model, capsys):
+def trainer_args(words, model, capsys, trainer=dreambooth):
     """What the trainer reads in a command, which has no flag without effect; `model` is tiny and may have fewer blocks
     than are swapped."""
     swap = [word for word in words if word.startswith("--blocks_to_swap=")]
     words = [word for word in words if word not in swap]
     capsys.readouterr()
-    args = dreambooth.parse_args([*words, "--pretrained_model_name_or_path", str(model)])
+    args = trainer.parse_args([*words, "--pretrained_model_name_or_path", str(model)])
     assert capsys.readouterr().err == ""
     args.blocks_to_swap = int(swap[0].partition("=")[2]) if swap else None
     return args
@@ -212,6 +219,96 @@ def test_what_the_trainer_refuses_is_named_and_the_rest_is_used(small_model, tin
     for name in ("broken.jpg", "phone.heic", "02.txt"):
         (folder / name).unlink()
     trainer_args(words, tiny_model, capsys)
+
+
+def write_pairs(folder, column):
+    """Photos with captions and a partner of each, named in a column of metadata.jsonl."""
+    write_photos(folder, 6)
+    write_photos(folder / "partners", 6)
+    rows = []
+    for i in range(6):
+        rows.append({"file_name": f"{i:02}.jpg", "text": f"a hill, {i}", column: f"partners/{i:02}.jpg"})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_a_column_of_conditions_leads_to_omini(small_model, tiny_model, tmp_path, monkeypatch, capsys):
+    folder = write_pairs(tmp_path / "poses", "pose")
+    monkeypatch.chdir(tmp_path)
+    words, printed = suggested(capsys, folder, "--gpu", "8GB")
+    args = trainer_args(words, tiny_model, capsys, train_omini)
+    assert (args.condition_type, args.condition_column) == (["custom"], ["pose"])
+    assert args.target_size == (256, 256) and str(args.output_dir) == "pose"
+    assert args.validation_prompt == "a hill, 0" and args.validation_image == [Path("poses/partners/00.jpg")]
+    assert "pose" in printed.split("Why")[1] and "examples/omini/README.md" in printed
+    command = printed.split("Train with:\n\n")[1].split("\n\nExpected")[0].replace("\\\n", "")
+    read = estimate_memory.parse_args(shlex.split(command))
+    assert read.condition_tokens > 0 and read.model == FLUX1
+
+
+@pytest.mark.parametrize("form", ["two folders", "a column"])
+def test_edited_images_lead_to_influxedit(small_model, tiny_fill, tmp_path, monkeypatch, capsys, form):
+    monkeypatch.chdir(tmp_path)
+    if form == "two folders":
+        folder = [write_photos(tmp_path / "before", 6, captions=True), write_photos(tmp_path / "after", 6)]
+    else:
+        folder = write_pairs(tmp_path / "pairs", "edited_file_name")
+    words, printed = suggested(capsys, folder, "--gpu", "8GB")
+    args = trainer_args(words, tiny_fill, capsys, train_influxedit)
+    assert args.mode == "edit" and args.resolution == (256,) and args.validation_width == 256
+    assert "Mend this" not in printed and "measured on no card" in " ".join(printed.split())
+    if form == "two folders":
+        assert args.target_data_dir == tmp_path / "after" and args.instance_data_dir == tmp_path / "before"
+    else:
+        assert (args.dataset_name, args.target_column) == (str(tmp_path / "pairs"), "edited")
+        rows = (tmp_path / "pairs" / "metadata.jsonl").read_text().replace("edited_file_name", "edited")
+        (tmp_path / "pairs" / "metadata.jsonl").write_text(rows)
+        _, printed = suggested(capsys, folder, "--gpu", "8GB")
+        assert "edited_file_name" in printed.split("Mend this first")[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["condition", "edit"])
+def test_the_command_for_pairs_runs(small_model, train, tiny_model, tiny_fill, tmp_path, monkeypatch, capsys, kind):
+    monkeypatch.chdir(tmp_path)
+    folder = write_pairs(tmp_path / "pairs", {"condition": "pose", "edit": "edited_file_name"}[kind])
+    words, _ = suggested(capsys, folder, "--gpu", "8GB")
+    small = ["--report_to", "none", "--max_train_steps", 2, "--max_sequence_length", 8, "--lr_warmup_steps", 0]
+    if kind == "condition":
+        train("train_omini", *words, *small, "--pretrained_model_name_or_path", tiny_model, "--target_size", 32)
+    else:
+        small += ["--resolution", 32, "--validation_width", 32, "--validation_height", 32]
+        torch.compiler.set_stance("force_eager")
+        try:
+            train("train_influxedit", *words, *small, "--pretrained_model_name_or_path", tiny_fill)
+        finally:
+            torch.compiler.set_stance("default")
+    (output,) = tmp_path.glob("*/validation")
+    assert len(list(output.iterdir())) == 2
+
+
+def test_few_steps_have_a_page(tmp_path, capsys):
+    suggest.main([str(tmp_path), "--kind", "few_steps"])
+    printed = capsys.readouterr().out
+    assert (ROOT / printed.split()[0]).is_file() and "train_twinflow.py" in printed
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--kind condition", "a column with the file of each image's condition"),
+        ("--kind edit", "give two folders"),
+        ("photos --kind style", "takes one folder"),
+        ("--model FLUX.1-Fill-dev", "train_dreambooth_flux_advanced.py trains FLUX.1-dev"),
+        ("--kind edit --model FLUX.1-dev", "train_influxedit.py trains FLUX.1-Fill-dev"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(tmp_path, monkeypatch, capsys, flags, message):
+    monkeypatch.chdir(tmp_path)
+    write_photos(tmp_path / "photos", 5)
+    with pytest.raises(SystemExit) as stop:
+        suggest.main(["photos", *flags.split(), "--gpu", "12GB"])
+    assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
 @pytest.mark.slow
