@@ -10,15 +10,20 @@ if [ -e "$out" ] && [ ! -e "$out/.made-by-quickstart" ]; then
 fi
 cd "$(dirname "$0")/.."
 missing=
-python3 -c "import sys; sys.exit(sys.version_info < (3, 11))" 2>/dev/null ||
+folder=$out
+while [ ! -e "$folder" ]; do folder=$(dirname "$folder"); done
+[ -d "$folder" ] && [ -w "$folder" ] || missing+=$'\n'"  a folder that may be written in place of $out"
+[ -w . ] || missing+=$'\n'"  permission to write in $PWD"
+has_python=
+python3 -c "import sys; sys.exit(sys.version_info < (3, 11))" 2>/dev/null && has_python=yes ||
     missing+=$'\n  Python 3.11 or later, as python3'
 if [ ! -x .venv/bin/accelerate ]; then # nothing is installed yet
-    python3 -c "import ensurepip" 2>/dev/null || missing+=$'\n  the Python package venv (Debian, Ubuntu: apt install python3-venv)'
+    [ -z "$has_python" ] || python3 -c "import ensurepip" 2>/dev/null || missing+=$'\n  the Python package venv (Debian, Ubuntu: apt install python3-venv)'
     free=$(df -Pk . | awk 'END {print int($4 / 1024 / 1024)}')
     [ "$free" -ge 3 ] || missing+=$'\n'"  3 GB of disk, of which $free are free in $PWD; CUDA's libraries take several more"
 fi
 if [ -z "$missing" ]; then
-    [ -x .venv/bin/python ] || python3 -m venv .venv
+    .venv/bin/python -m pip --version >/dev/null 2>&1 || python3 -m venv .venv # also where a .venv has no pip
     # where pip was told of a folder of packages, it needs no index
     [ -x .venv/bin/accelerate ] || [ -n "${PIP_FIND_LINKS:-}" ] || .venv/bin/python -m pip index versions pip --retries 0 >/dev/null 2>&1 ||
         missing+=$'\n  the network: pip reaches no package index'

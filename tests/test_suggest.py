@@ -337,7 +337,7 @@ def test_a_card_is_needed_and_must_be_large_enough(small_model, tmp_path, monkey
         assert all(word in message for word in words)
 
 
-@pytest.mark.parametrize("lacks", ["Python", "venv", "GB of disk", "network"])
+@pytest.mark.parametrize("lacks", ["Python", "venv", "GB of disk", "network", "a folder that may be written"])
 def test_the_quickstart_names_what_is_missing_before_it_installs(tmp_path, lacks):
     """With programs that say what those of such a machine would."""
     (tmp_path / "examples").mkdir()
@@ -352,7 +352,9 @@ def test_the_quickstart_names_what_is_missing_before_it_installs(tmp_path, lacks
         (tmp_path / name).write_text(f"#!/bin/bash\n{code}\n")
         (tmp_path / name).chmod(0o755)
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    done = subprocess.run(["/bin/bash", script], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    (tmp_path / "file").write_text("")
+    output = ["file/quickstart"] if lacks.startswith("a folder") else []
+    done = subprocess.run(["/bin/bash", script, *output], env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert lacks in done.stderr and done.stderr.count("\n") == 2
     assert not (tmp_path / "quickstart").exists()
