@@ -404,8 +404,8 @@ def check_without_running(words):
             subprocess.run(["/bin/bash", "-n", ROOT / file], check=True)
     if words[0] in ("pytest", "tests/run.sh"):
         assert selected_tests(words[1:]), "selects no test"
-    if words[1:2] == ["examples/estimate_memory.py"]:
-        importlib.import_module("examples.estimate_memory").parse_args(words[2:])
+    if words[1:2] in (["examples/estimate_memory.py"], ["examples/suggest.py"]):
+        importlib.import_module(words[1].removesuffix(".py").replace("/", ".")).parse_args(words[2:])
 
 
 def selected_tests(words):

@@ -354,7 +354,9 @@ def test_the_quickstart_names_what_is_missing_before_it_installs(tmp_path, lacks
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     (tmp_path / "file").write_text("")
     output = ["file/quickstart"] if lacks.startswith("a folder") else []
-    done = subprocess.run(["/bin/bash", script, *output], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        ["/bin/bash", script, *output], env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 2 and done.stdout == ""
     assert lacks in done.stderr and done.stderr.count("\n") == 2
     assert not (tmp_path / "quickstart").exists()
