@@ -492,6 +492,28 @@ def create_parser():
         nargs="+",
         help="folders of images with .txt captions, one per line, or of parquet files",
     )
+    arg(
+        "--instance_data_dir",
+        type=Path,
+        help="folder of images of a subject, learned beside the others; captions in .txt files or metadata.jsonl",
+    )
+    arg(
+        "--instance_prompt",
+        help="prompt of the subject's images, such as a photo of sks dog; one more beside captions of their own",
+    )
+    arg(
+        "--instance_share",
+        type=in_range(float, 0, 0.9, above=True),
+        default=0.25,
+        metavar="SHARE",
+        help="share of the subject's images among the samples, 0 to 0.9",
+    )
+    arg(
+        "--instance_loss_weight",
+        type=positive_float,
+        default=5.0,
+        help="weight of the flow matching loss of the subject's images, by which it is learned",
+    )
     arg("--dataset_name", type=name_or_path, help="dataset on the Hub, or a folder or file that `datasets` loads")
     arg("--dataset_config_name", help="configuration of that dataset")
     arg(
@@ -842,6 +864,7 @@ def needs(args) -> Needs:
         ),
         "no --validation_steps": (not args.validation_steps, ("validation_epochs",)),
         "--streaming": (args.streaming, ("shuffle_buffer",)),
+        "--instance_data_dir": (args.instance_data_dir, ("instance_prompt", "instance_share", "instance_loss_weight")),
         "--dataset_name or --data_files": (args.dataset_name or args.data_files, ("image_column",)),
         "--enhanced_ratio above 0": (args.enhanced_ratio > 0, ("enhanced_range",)),
         "e2e in --probs and --consistc_ratio 1": (
@@ -985,8 +1008,24 @@ def check_data_flags(args) -> list[str]:
             problems.append(f"--{name} has no effect here: leave it out")
     for folder in args.train_data_dir or []:
         problems += check_roles({"--train_data_dir": folder, "--reference_data_dir": args.reference_data_dir})
+        problems += check_roles({"--train_data_dir": folder, "--instance_data_dir": args.instance_data_dir})
+    if args.instance_data_dir:
+        problems += check_instances(args)
     if not args.image_free:
         problems += check_roles({"--image_column": args.image_column, "--reference_column": args.reference_column})
+    return problems
+
+
+def check_instances(args) -> list[str]:
+    """Problems of --instance_data_dir with flags that leave it nothing to learn from."""
+    flag = f"--instance_data_dir {args.instance_data_dir}"
+    problems = []
+    if args.image_free:
+        problems.append(f"{flag}: --image_free trains on the model's own images, which do not show the subject")
+    if args.streaming:
+        problems.append(f"{flag} does not go with --streaming: images are mixed by their number")
+    if args.model_type == "qwenimage-edit":
+        problems.append(f"{flag}: qwenimage-edit needs images to edit, which a subject does not have")
     return problems
 
 
@@ -2348,16 +2387,19 @@ def compute_loss(
     args,
     generator: torch.Generator,
     replays_dropout: bool = False,
+    instances: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The TwinFlow loss of a batch (arXiv 2512.05150) and its parts: (loss, {name: part}).
 
     predict(x_t, t, t', cond) is the model's F [B, ...]; within `with teacher():` it is the teacher's. latents [B, ...]
     is data, cond and uncond are conditions {name: [B, ...]}. `replays_dropout`: whether `predict` has dropout. Forward
     passes: 1 with gradient, and without gradient one each for generated samples, guidance, rectification, and each of
-    --estimate_order steps.
+    --estimate_order steps. `instances` [B], on the CPU: the samples of --instance_data_dir.
     """
     masks, x_t, t, target_time, target = prepare_inputs(predict, latents, cond, args=args, generator=generator)
     device = x_t.device
+    if instances is not None:  # the teacher does not know the subject yet: its guidance would lead away
+        masks["guided"] &= ~instances
     rows = {sample_type: rows_of(mask, device) for sample_type, mask in masks.items()}
     real = rows_of(~masks["adv"], device)
     frozen_teacher = args.ema_decay_rate == 1
@@ -2410,7 +2452,17 @@ def compute_loss(
             )
 
     # Target of all but adv: sg(F) - clamp(G, -1, 1), or without RCGM the velocity as it is.
-    prediction = predict(x_t, t, target_time, cond)
+    if instances is None:
+        prediction = predict(x_t, t, target_time, cond)
+    else:  # in the same forward pass, the subject's images at t' = t, where flow matching learns them
+        of_subject = rows_of(instances, device)
+        images = latents[of_subject]
+        s = to_device(torch.rand(len(images), generator=generator), device)
+        noise = to_device(torch.randn(images.shape, generator=generator), device).to(images)
+        x_s = expand_as(s, images) * noise + (1 - expand_as(s, images)) * images
+        times = torch.cat([t, s]), torch.cat([target_time, s])
+        both = predict(torch.cat([x_t, x_s]), *times, concatenate(cond, select_samples(cond, of_subject)))
+        prediction, instance_prediction = both.split([len(x_t), len(x_s)])
     if use_rcgm:
         target[real] = get_rcgm_target(prediction[real], displacement[real], target[real], t[real], target_time[real])
 
@@ -2429,6 +2481,13 @@ def compute_loss(
     for sample_type in SAMPLE_TYPES:
         if len(rows[sample_type]):
             logs[f"loss_{sample_type}"] = losses[rows[sample_type]].detach().mean()
+
+    # Flow matching of the subject's images: d(F(x_s, s, s), z - x). Their number in a batch is random.
+    if instances is not None:
+        instance_losses = loss_func(instance_prediction, noise - images, args.loss_type)
+        instance_loss = instance_losses.sum() / (len(latents) * args.instance_share)
+        loss = loss + args.instance_loss_weight * instance_loss
+        logs["loss_instance"] = instance_loss.detach()
 
     # Rectification: d(F(z, 1, 0), sg(F(z, 1, 0) - Δ)).
     e2e = rows["e2e"]
@@ -2623,6 +2682,24 @@ def find_examples(args) -> tuple[list[Example], list[str]]:
     return examples, problems
 
 
+def find_instances(args) -> tuple[list[Example], list[str]]:
+    """(examples of the subject, problems), each with --instance_prompt beside its own captions."""
+    if not args.instance_data_dir:
+        return [], []
+    examples, problems = read_folder(args.instance_data_dir, caption_per_line=True, caption_column=args.caption_column)
+    sizes, unreadable = read_sizes(examples)
+    problems += unreadable
+    if args.instance_prompt:
+        for example in examples:
+            captions = [text for text in example.captions if not isinstance(text, str) or text.strip()]
+            example.source = example.source if captions else "--instance_prompt"
+            example.caption = [*captions, args.instance_prompt]
+    problems += check_captions(examples, several=True)
+    for example, size in zip(examples, sizes, strict=True):
+        example.size = size
+    return examples, problems
+
+
 def find_held_out(args, examples: list[Example]) -> tuple[list[Example], list[Example], list[str]]:
     """(training examples, held-out ones, problems) of the examples that `find_examples` has found."""
     training, held_out = hold_out(examples, args.validation_split or 0)
@@ -2734,9 +2811,11 @@ class TwinFlowDataset(Dataset):
 
     An image has the size of `buckets` nearest to its own, and a batch one size. Every batch is full, as each holds all
     types of samples: in `order`, the indices of an epoch, the first images of a size come again until they fill it.
+    The last `num_instances` examples are of a subject: they come so often that --instance_share of an epoch is theirs.
 
-    The crop of an image depends on (seed, index); flip and choice of a caption on (seed, epoch, index), in this order
-    of random draws. Workers, caches and interruptions therefore change no sample.
+    The crop of an image depends on (seed, index); flip and choice of a caption on (seed, epoch, index), of a subject's
+    also on the place in `order`, in this order of random draws. Workers, caches and interruptions therefore change no
+    sample.
     """
 
     def __init__(
@@ -2746,17 +2825,24 @@ class TwinFlowDataset(Dataset):
         args,
         place: tuple = (),
         latents_cache: TensorCache | None = None,
+        num_instances: int = 0,
     ):
         self.examples = examples
+        self.num_others = len(examples) - num_instances
         self.cache = cache  # of prompts
         self.latents_cache = latents_cache or cache
         self.args = args
         self.place = place  # in the cache's keys, beside an index: held-out images are not cropped as others are
         sizes = trained_sizes(args)
         self.buckets = [nearest_bucket(example.size, sizes) if example.size else None for example in examples]
+        indices = list(range(self.num_others))
+        if num_instances:
+            share = args.instance_share
+            wanted = max(num_instances, round(self.num_others * share / (1 - share)))
+            indices += itertools.islice(itertools.cycle(range(self.num_others, len(examples))), wanted)
         self.order = []
         for bucket in dict.fromkeys(self.buckets):
-            members = [index for index, other in enumerate(self.buckets) if other == bucket]
+            members = [index for index in indices if self.buckets[index] == bucket]
             num_batches = math.ceil(len(members) / args.train_batch_size)
             self.order += itertools.islice(itertools.cycle(members), num_batches * args.train_batch_size)
 
@@ -2804,10 +2890,12 @@ class TwinFlowDataset(Dataset):
         index = self.order[place]
         example = self.examples[index]
         reference = example.images.get("reference")
-        caption, flipped = self.draw(example, epoch, index)
+        repeat = (place,) if index >= self.num_others else ()  # which differ in caption and flip
+        caption, flipped = self.draw(example, epoch, index, *repeat)
         sample = {
             "cond": self.cache.load(*self.prompt_key(caption, index, flipped)),
             "uncond": self.cache.load(*self.prompt_key(self.args.uncond_prompt, index, flipped)),
+            "is_instance": torch.tensor(index >= self.num_others),
         }
         if self.args.image_free:
             return sample
@@ -2819,9 +2907,9 @@ class TwinFlowDataset(Dataset):
             sample["reference_values"] = self.pixel_values(reference, index, flipped)
         return sample
 
-    def draw(self, example: Example, epoch: int, index: int) -> tuple[str, bool]:
+    def draw(self, example: Example, epoch: int, index: int, *repeat: int) -> tuple[str, bool]:
         """(caption, whether the image is mirrored) of a sample."""
-        rng = np.random.default_rng((self.args.seed, epoch, index))
+        rng = np.random.default_rng((self.args.seed, epoch, index, *repeat))
         caption = example.captions[rng.integers(len(example.captions))]
         return caption, bool(self.args.random_flip and rng.random() < 0.5)
 
@@ -3188,6 +3276,10 @@ def describe_run(args, dataset: TwinFlowDataset, held_out: TwinFlowDataset, num_
         data = f"a stream of {num_parts} files at {' or '.join(map(str, trained_sizes(args)))} px"
     else:
         data = f"{len(dataset.examples)} images: {count_sizes(dataset.buckets)}"
+        num_instances = len(dataset.examples) - dataset.num_others
+        if num_instances:
+            share = sum(index >= dataset.num_others for index in dataset.order) / len(dataset.order)
+            data += f", {num_instances} of them of the subject, {share:.0%} of the samples"
         small_groups = describe_small_groups(
             dataset.buckets, args.train_batch_size, consequence="too few for a batch, repeated until they fill one"
         )
@@ -3207,7 +3299,7 @@ def describe_run(args, dataset: TwinFlowDataset, held_out: TwinFlowDataset, num_
         "data": data,
         **describe_data(
             [*([] if num_parts else dataset.examples), *held_out.examples],
-            [*(args.train_data_dir or []), args.reference_data_dir],
+            [*(args.train_data_dir or []), args.instance_data_dir, args.reference_data_dir],
             "--prompts_file",
         ),
         **long_captions,
@@ -3278,6 +3370,9 @@ def train(args):
     examples, problems = find_examples(args)
     examples, held_out_examples, held_out_problems = find_held_out(args, examples)
     problems += held_out_problems
+    instances, instance_problems = find_instances(args)
+    problems += instance_problems
+    examples += instances
     val_prompts, prompt_problems = validation_prompts(args)
     problems += prompt_problems
     validation_reference, unreadable = find_validation_image(args)
@@ -3285,7 +3380,7 @@ def train(args):
     models = model_record(args)
     cache = TensorCache(prompts_folder(args), encoder_settings(args, models))
     latents_cache = TensorCache(latents_folder(args), cache.identity)
-    dataset = TwinFlowDataset(examples, cache, args, latents_cache=latents_cache)
+    dataset = TwinFlowDataset(examples, cache, args, latents_cache=latents_cache, num_instances=len(instances))
     own_args = held_out_args(args, seed=NOISE_SEED, center_crop=True, random_flip=False, cache_latents=True)
     held_out = TwinFlowDataset(held_out_examples, cache, own_args, ("held out",), latents_cache)
     processes = {"process_index": accelerator.process_index, "num_processes": accelerator.num_processes}
@@ -3600,6 +3695,7 @@ def train(args):
                 args=args,
                 generator=generator,
                 replays_dropout=bool(args.lora_dropout),
+                instances=batch["is_instance"] if instances else None,
             )
             accelerator.backward(loss)
             for name, value in {"loss": loss.detach(), **logged_losses}.items():

@@ -167,6 +167,21 @@ BAD = [
     ("--train_data_dir {broken}", "{broken}/a.png: not a readable image"),
     ("--train_data_dir {phone}", "{phone}/b.heic: save it as PNG or JPEG, .heic is not read"),
     ("--train_data_dir {parquet}", "--train_data_dir {parquet}: cannot be loaded"),
+    ("--instance_data_dir {nowhere}", "--instance_data_dir {nowhere}: no such folder"),
+    ("--instance_data_dir {empty}", "--instance_data_dir {empty}: no images"),
+    ("--instance_data_dir {bare}", "no caption for {bare}/a.png: give --instance_prompt"),
+    ("--instance_data_dir {broken} --instance_prompt x", "{broken}/a.png: not a readable image"),
+    ("--instance_data_dir {pictures}", "--instance_data_dir {pictures} is --train_data_dir, too"),
+    ("--instance_data_dir {bare} --instance_share 1", "--instance_share: 1 is out of range"),
+    (f"{PROMPTS} --instance_data_dir {{bare}}", "--image_free trains on the model's own images"),
+    (
+        "--streaming --max_train_steps 5 --instance_data_dir {bare}",
+        "--instance_data_dir {bare} does not go with --streaming",
+    ),
+    (
+        "--model_type qwenimage-edit --instance_data_dir {bare}",
+        "--instance_data_dir {bare}: qwenimage-edit needs images to edit",
+    ),
     (f"{PROMPTS} --prompts_file {{nowhere}}", "--prompts_file {nowhere}: no such file"),
     (f"{PROMPTS} --prompts_file {{noprompts}}", "{noprompts}: no prompts in it"),
 ]

@@ -961,6 +961,7 @@ PATHS = {
         {"pretrained_model_name_or_path": "model", "train_data_dir": "dataset"},
         {"pretrained_model_name_or_path": "model", "dataset_name": "dataset"},
         {"pretrained_model_name_or_path": "model", "data_files": "images.tar"},
+        {"pretrained_model_name_or_path": "model", "train_data_dir": "dataset", "instance_data_dir": "images"},
         {"pretrained_model_name_or_path": "model", "prompts_file": "prompts.txt"},
         {"pretrained_model_name_or_path": "model", "prompts_file": "dataset"},
         {
@@ -1075,6 +1076,9 @@ def outcome(script, flags, capsys, *, place, root):
         examples = []
     else:
         examples, problems = trainer.find_examples(args)
+        if script == "train_twinflow":
+            instances, more = trainer.find_instances(args)
+            examples, problems = examples + instances, problems + more
     read = []
     for example in examples:
         pixels = np.asarray(example.image()).tobytes() if example.read else b""

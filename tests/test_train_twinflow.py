@@ -27,11 +27,12 @@ from diffusers import AutoModel, Flux3DistilledAutoBlocks
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from test_faults import slow_writer
-from test_train_dreambooth import assert_equal
+from test_train_dreambooth import assert_equal, quickstart_flags
 from transformers import Qwen2VLImageProcessor
 
 import train_twinflow as twinflow
 from examples.estimate_memory import MODELS
+from examples.toy.world import all_right
 from examples.twinflow import compare
 from examples.twinflow.generate import few_step_transformer, find_loras, generate, load_velocity, trained_args
 from examples.twinflow.generate import main as generate_main
@@ -816,6 +817,26 @@ def test_every_image_has_the_nearest_size_and_every_batch_is_full(tiny_model, pi
     assert one_size.order == [0, 1, 2, 3, 4, 0, 1, 2]
 
 
+def test_a_subject_has_its_share_of_the_samples(tiny_model, pictures, glyph_pictures):
+    flags = ["--pretrained_model_name_or_path", tiny_model, "--train_data_dir", pictures, "--resolution", 32]
+    alone = twinflow.TwinFlowDataset(twinflow.find_examples(parsed(*flags))[0], None, parsed(*flags))
+    args = parsed(*flags, "--instance_data_dir", glyph_pictures, "--instance_prompt", "sks", "--instance_share", 0.8)
+    instances, problems = twinflow.find_instances(args)
+    assert not problems
+    examples = alone.examples + instances
+    dataset = twinflow.TwinFlowDataset(examples, None, args, num_instances=len(instances))
+    of_subject = [place for place, index in enumerate(dataset.order) if index >= 5]
+    assert len(dataset.order) == 28  # 5 and 20 samples, and the 3 that fill the last batch
+    assert len(of_subject) == 20
+    assert {dataset.order[place] for place in of_subject} == set(range(5, 11))
+    for epoch in range(3):
+        for index in range(5):
+            assert dataset.draw(examples[index], epoch, index) == alone.draw(examples[index], epoch, index)
+    again = [place for place in of_subject if dataset.order[place] == 5]
+    captions = {dataset.draw(examples[5], 0, 5, place)[0] for place in again for epoch in range(8)}
+    assert captions == {"sks", (glyph_pictures / "0.txt").read_text().strip()}
+
+
 def test_sizes_without_images_depend_on_the_seed_and_the_micro_step(tiny_model, tmp_path):
     (tmp_path / "prompts").write_text("a cat\n")
     flags = ["--pretrained_model_name_or_path", tiny_model, "--recipe", "image-free", *BUCKETS]
@@ -1095,14 +1116,15 @@ WAYS = {
     "full": ["--gradient_accumulation_steps", 2, "--dataloader_num_workers", 1, "--cache_latents"],
     "lora-2order": ["--recipe", "lora-2order", "--rank", 4, "--lora_dropout", 0.1, "--cache_latents"],
     "lora-1order-teacher": ["--recipe", "lora-1order-teacher", "--rank", 4, "--lora_dropout", 0.1],
+    "subject": ["--instance_prompt", "sks glyph", "--cache_latents", "--dataloader_num_workers", 1],
 }
 
 
-@pytest.mark.parametrize(
-    "way", ["full", *(pytest.param(way, marks=pytest.mark.slow) for way in ("lora-2order", "lora-1order-teacher"))]
-)
-def test_a_killed_run_resumes_bit_for_bit(train, runs, flags, tmp_path, way):
+@pytest.mark.parametrize("way", [way if way == "full" else pytest.param(way, marks=pytest.mark.slow) for way in WAYS])
+def test_a_killed_run_resumes_bit_for_bit(train, runs, flags, glyph_pictures, tmp_path, way):
     flags = [*flags, *WAYS[way], "--checkpointing_steps", 2]
+    if way == "subject":
+        flags += ["--instance_data_dir", glyph_pictures]
     train(SCRIPT, *flags, "--output_dir", tmp_path / "whole")
     runs.start(SCRIPT, [*flags, "--output_dir", tmp_path / "killed"], slow_writer)
     runs.wait_for((tmp_path / "killed" / "checkpoint-2").exists)
@@ -1130,6 +1152,18 @@ def test_caching_and_validation_do_not_change_training(train, flags, tmp_path):
     plain = result(tmp_path / "plain")
     for name in runs:
         assert_equal(plain, result(tmp_path / name))
+
+
+def test_a_subject_is_trained_beside_the_rest_whether_cached_or_not(train, flags, glyph_pictures, tmp_path):
+    flags = [*flags, "--max_train_steps", 1]
+    subject = ["--instance_data_dir", glyph_pictures, "--instance_prompt", "sks glyph"]
+    cached = [*subject, "--cache_latents", "--dataloader_num_workers", 1]
+    for name, extra in {"without": [], "plain": subject, "cached": cached}.items():
+        train(SCRIPT, *flags, *extra, "--output_dir", tmp_path / name)
+    plain = result(tmp_path / "plain")
+    assert_equal(plain, result(tmp_path / "cached"))
+    name = "time_text_embed.timestep_embedder.linear_1.weight"
+    assert not torch.equal(plain[name], result(tmp_path / "without")[name])
 
 
 def test_pictures_that_move_or_change_are_encoded_anew(train, flags, tmp_path):
@@ -1441,6 +1475,7 @@ MATRIX = {  # method: flags, and the bars at 1 and 2 steps
     "full": (["--learning_rate", 3e-4], 55, 75),
     "lora": (["--recipe", "lora-2order", "--learning_rate", 1e-3], 38, 62),
 }
+FEW_STEPS = ["--lr_scheduler", "constant", "--max_train_steps", 590]
 
 
 @pytest.mark.slow
@@ -1448,13 +1483,63 @@ MATRIX = {  # method: flags, and the bars at 1 and 2 steps
 @pytest.mark.parametrize("method", MATRIX)
 def test_few_steps_come_near_the_models_own_twenty(train, scenes, tmp_path, method):
     flags, *bars = MATRIX[method]
-    before, after = learn(train, scenes, tmp_path, *flags, "--lr_scheduler", "constant", "--max_train_steps", 590)
+    before, after = learn(train, scenes, tmp_path, *flags, *FEW_STEPS)
     print(f"bars: 1 step {bars[0]}, 2 steps {bars[1]}, distance at 1 step below the model's own at 1")
     assert before[1][0] < 20
     assert after[1][0] >= bars[0]
     assert after[2][0] >= bars[1]
     assert after[1][2] < before[1][2]
     assert after[20][0] >= before[20][0] - 15  # many steps still work
+
+
+def subject_scores(folder, loras=()):
+    """{steps: (the subject's score, ordinary prompts that are all right in percent)} of 64 images each."""
+    wanted, prompts = compare.scenes_and_prompts(64, 0)
+    scores = {}
+    for steps in (1, 2, 4):
+        subjects = compare.generate_with(folder, compare.subject_prompts("glyph", 64, 0), steps, loras=loras)
+        others = compare.generate_with(folder, prompts, steps, loras=loras)
+        scores[steps] = compare.mean_subject_score(subjects, "glyph"), all_right(others, wanted)
+        print(f"{steps} steps: subject {scores[steps][0]:.0f}, ordinary prompts {scores[steps][1]:.0f}")
+    return scores
+
+
+ON_TOP = {"full": (1.2, 60, 45), "lora": (1.4, 50, 35)}  # the subject's strength; bars: subject and ordinary, 2 steps
+
+
+@pytest.mark.slow
+@pytest.mark.learning
+@pytest.mark.parametrize("method", ON_TOP)
+def test_a_subjects_lora_draws_it_in_two_steps(train, scenes, glyph_pictures, tmp_path, method):
+    learn(train, scenes, tmp_path / "few", *MATRIX[method][0], *FEW_STEPS, sampling_steps=(2,))
+    train(
+        "train_dreambooth_flux_advanced",
+        *("--pretrained_model_name_or_path", compare.TOY, "--max_sequence_length", 32, "--resolution", 64),
+        *("--instance_data_dir", glyph_pictures, "--cache_latents", *quickstart_flags(tmp_path)),
+        *("--report_to", "none", "--output_dir", tmp_path / "glyph"),
+    )
+    strength, least_subject, least_ordinary = ON_TOP[method]
+    loras, _ = find_loras([tmp_path / "glyph"], [strength])
+    print(f"strength {strength}; bars in 2 steps: subject {least_subject}, ordinary {least_ordinary}")
+    subject, ordinary = subject_scores(tmp_path / "few", loras)[2]
+    assert subject >= least_subject
+    assert ordinary >= least_ordinary
+
+
+ONE_RUN = {"full": (60, 60), "lora": (40, 50)}  # bars in 2 steps: subject and ordinary prompts
+
+
+@pytest.mark.slow
+@pytest.mark.learning
+@pytest.mark.parametrize("method", ONE_RUN)
+def test_one_run_learns_few_steps_and_a_subject(train, scenes, glyph_pictures, tmp_path, method):
+    flags = [*MATRIX[method][0], *FEW_STEPS, "--instance_data_dir", glyph_pictures]
+    learn(train, scenes, tmp_path, *flags, sampling_steps=(2,))
+    least_subject, least_ordinary = ONE_RUN[method]
+    print(f"bars in 2 steps: subject {least_subject}, ordinary {least_ordinary}")
+    subject, ordinary = subject_scores(tmp_path)[2]
+    assert subject >= least_subject
+    assert ordinary >= least_ordinary
 
 
 if __name__ == "__main__" and sys.argv[1] == "worker":

@@ -31,6 +31,8 @@ def method(**changes):
         "dist_match_cof": 1.0,
         "image_free": False,
         "time_dist_ctrl": (1.0, 1.0, 1.0),
+        "instance_share": 0.25,
+        "instance_loss_weight": 1.0,
     }
     return SimpleNamespace(**args | changes)
 
@@ -319,6 +321,38 @@ def test_the_loss_and_its_gradient(name, seed):
     (slow_gradient,) = torch.autograd.grad(slow, model.scale)
     torch.testing.assert_close(loss, slow, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(gradient, slow_gradient, rtol=1e-3, atol=1e-4)
+
+
+def test_a_subject_is_learned_by_flow_matching_beside_the_rest():
+    args = method(probs=PROBS[0], enhanced_ratio=0.0, dist_match_cof=0.0, instance_loss_weight=3.0)
+    instances = torch.tensor([True, False, False, True, False, False, False, True, False, False])
+    without = step(args)[4]
+    model, latents, cond, _, loss, logs = step(args, instances=instances)
+    generator = torch.Generator().manual_seed(0)
+    masks, _, _ = twinflow.sample_times(10, args=args, generator=generator)
+    for count in (int(masks["adv"].sum()), 10):
+        torch.randn(count, 2, 3, generator=generator)
+    times = torch.rand(3, generator=generator)
+    noise = torch.randn(3, 2, 3, generator=generator)
+    errors = []
+    for time, z, x, c in zip(times, noise, latents[instances], cond["c"][instances], strict=True):
+        velocity = model((time * z + (1 - time) * x)[None], time[None], time[None], {"c": c[None]})[0]
+        errors.append((velocity - (z - x)).square().mean())
+    expected = torch.stack(errors).sum() / (10 * 0.25)
+    torch.testing.assert_close(logs["loss_instance"], expected.detach())
+    torch.testing.assert_close(loss, without + 3 * expected)
+
+
+def test_a_subject_is_not_guided_and_needs_no_further_forward_pass():
+    instances = torch.zeros(8, dtype=torch.bool)
+    args = method(probs=PROBS[0])
+    for of_subject in ([], [2, 3, 5], list(range(8))):
+        instances[of_subject] = True
+        calls = step(args, batch_size=8, instances=instances)[0].calls
+        assert len(calls) == 6
+        guided = [i for i in (2, 3, 4, 5) if i not in of_subject]  # neither e2e, at t = 1, nor adv
+        assert calls[1][0] == 2 * max(1, len(guided))  # one sample where there is none: equal on all processes
+        assert calls[4][:2] == (8 + len(of_subject), True)
 
 
 @pytest.mark.parametrize(
