@@ -1526,20 +1526,15 @@ def test_a_subjects_lora_draws_it_in_two_steps(train, scenes, glyph_pictures, tm
     assert ordinary >= least_ordinary
 
 
-ONE_RUN = {"full": (60, 60), "lora": (40, 50)}  # bars in 2 steps: subject and ordinary prompts
-
-
 @pytest.mark.slow
 @pytest.mark.learning
-@pytest.mark.parametrize("method", ONE_RUN)
-def test_one_run_learns_few_steps_and_a_subject(train, scenes, glyph_pictures, tmp_path, method):
-    flags = [*MATRIX[method][0], *FEW_STEPS, "--instance_data_dir", glyph_pictures]
+def test_one_run_learns_few_steps_and_a_subject(train, scenes, glyph_pictures, tmp_path):
+    flags = [*MATRIX["full"][0], *FEW_STEPS, "--instance_data_dir", glyph_pictures]
     learn(train, scenes, tmp_path, *flags, sampling_steps=(2,))
-    least_subject, least_ordinary = ONE_RUN[method]
-    print(f"bars in 2 steps: subject {least_subject}, ordinary {least_ordinary}")
+    print("bars in 2 steps: subject 60, ordinary 60")
     subject, ordinary = subject_scores(tmp_path)[2]
-    assert subject >= least_subject
-    assert ordinary >= least_ordinary
+    assert subject >= 60
+    assert ordinary >= 60
 
 
 if __name__ == "__main__" and sys.argv[1] == "worker":
