@@ -121,6 +121,7 @@ from common.data import (
     check_shape,
     data_record,
     dataset_settings,
+    decoded_size,
     describe_data,
     describe_small_groups,
     file_example,
@@ -2327,10 +2328,10 @@ def streamed_examples(args, stream, row, name):
     return [] if is_left_out(example, args) else split_pairs([example], args)
 
 
-def check_streamed(example, args, specs=()):
-    """What is wrong with an example of a stream, or None; for `specs` see `check_example`."""
+def check_streamed(example, args, specs=(), size_of=decoded_size):
+    """What is wrong with an example of a stream, or None; for `specs` and `size_of` see `check_example`."""
     problems = check_captions([example], default=args.instance_prompt)
-    return problems[0] if problems else check_example(example, args, specs)
+    return problems[0] if problems else check_example(example, args, specs, size_of)
 
 
 def streamed_batches(stream, dataset, args, **processes):
@@ -2582,13 +2583,13 @@ def misfit_of(example, sizes, specs, args):
     return None
 
 
-def check_example(example, args, specs=()):
+def check_example(example, args, specs=(), size_of=decoded_size):
     """What is wrong with the images and the mask of an example, or None. Conditions are compared with their image by
-    `specs`, unless `find_misfits` has done it."""
+    `specs`, unless `find_misfits` has done it. `size_of` reads as much of an image as is to be checked."""
     sizes = {}
     for role, image in {"image": example, **example.images}.items():
         try:
-            sizes[role] = Size.of(image.image())
+            sizes[role] = size_of(image)
         except Exception as error:  # PIL raises several exception types
             return f"{image.name}: not a readable image ({str(error)[:200]})"
     misfit = misfit_of(example, sizes, specs, args)
@@ -2700,7 +2701,7 @@ class OminiDataset(Dataset):
 
     def checked_sample(self, example, epoch, index):
         """`sample` of an example of a stream, which nothing has checked before. Raises ValueError."""
-        problem = check_streamed(example, self.args, self.specs)
+        problem = check_streamed(example, self.args, self.specs, header_size)  # `sample` decodes what it needs
         if problem:
             raise ValueError(problem)
         if example.caption is None:

@@ -37,24 +37,9 @@ def pytest_runtest_setup(item):
 @pytest.fixture(scope="session")
 def tiny_pipeline():
     """A FluxPipeline with one block of each kind and random weights."""
-    from examples.toy import pretrain
+    import tiny_backbones
 
-    torch.manual_seed(0)
-    clip_tokenizer, t5_tokenizer = pretrain.new_tokenizers()
-    text_encoder, text_encoder_2 = pretrain.new_text_encoders(clip_tokenizer, t5_tokenizer, width=32, layers=1)
-    transformer = pretrain.new_transformer(heads=2, layers=1, single_layers=1, text_width=32)
-    for parameter in transformer.parameters():
-        parameter.data.normal_(std=0.1)
-    vae = pretrain.new_vae(channels=(8, 8, 16, 16), groups=4)
-    vae.register_to_config(shift_factor=0.1159, scaling_factor=0.3611)
-    return pretrain.new_pipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=clip_tokenizer,
-        text_encoder_2=text_encoder_2,
-        tokenizer_2=t5_tokenizer,
-        transformer=transformer,
-    )
+    return tiny_backbones.flux()
 
 
 @pytest.fixture
@@ -115,17 +100,10 @@ def pictures(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_fill(tiny_pipeline, tmp_path_factory):
     """A folder with the tiny pipeline as a FluxFillPipeline: 384 input channels, all of them with weights."""
-    from diffusers import FluxFillPipeline
+    import tiny_backbones
 
-    from examples.toy import pretrain
-
-    torch.manual_seed(1)
-    transformer = pretrain.copy_of(tiny_pipeline.transformer, in_channels=384, out_channels=64)
-    transformer.x_embedder.weight.data.normal_(std=0.1)
-    parts = {name: part for name, part in tiny_pipeline.components.items() if name not in ("scheduler", "transformer")}
-    parts = {name: part for name, part in parts.items() if part is not None}
     folder = tmp_path_factory.mktemp("fill")
-    pretrain.new_pipeline(FluxFillPipeline, transformer=transformer, **parts).save_pretrained(folder)
+    tiny_backbones.flux_fill(tiny_pipeline).save_pretrained(folder)
     return folder
 
 

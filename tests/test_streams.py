@@ -7,6 +7,8 @@ import pickle
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import tarfile
 from collections import Counter
 
@@ -16,6 +18,7 @@ from common.data import SkippedSamples, StreamedBatches, check_captions, open_st
 import datasets
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
@@ -374,3 +377,13 @@ def test_two_processes_killed_while_they_stream_end_with_the_same_weights(runs, 
     assert runs.run(script, again, processes=2) == 0, runs.output()[-3000:]
     assert_same_results(tmp_path / "whole", tmp_path / "parts")
     assert skipped_in(tmp_path / "whole") == skipped_in(tmp_path / "parts")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_an_epoch_of_5000_samples_is_seen_once_in_flat_memory_and_after_a_kill_ends_alike(script):
+    program = ROOT / "tests" / "benchmarks" / "streamed_training.py"
+    command = [sys.executable, program, script, "--samples", "5000", "--tars", "5", "--timed_steps", "0"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]

@@ -15,6 +15,7 @@ from diffusers import (
     Flux2Pipeline,
     Flux2Transformer2DModel,
     Flux3Transformer2DModel,
+    FluxFillPipeline,
     QwenImage21Pipeline,
     QwenImage21Transformer2DModel,
     QwenImageEditPlusPipeline,
@@ -73,6 +74,38 @@ def randomised(transformer):
     for parameter in transformer.parameters():
         parameter.data.normal_(std=0.1)
     return transformer
+
+
+def flux():
+    """FLUX.1 with one block of each kind."""
+    from examples.toy import pretrain
+
+    torch.manual_seed(0)
+    clip_tokenizer, t5_tokenizer = pretrain.new_tokenizers()
+    text_encoder, text_encoder_2 = pretrain.new_text_encoders(clip_tokenizer, t5_tokenizer, width=32, layers=1)
+    transformer = randomised(pretrain.new_transformer(heads=2, layers=1, single_layers=1, text_width=32))
+    vae = pretrain.new_vae(channels=(8, 8, 16, 16), groups=4)
+    vae.register_to_config(shift_factor=0.1159, scaling_factor=0.3611)
+    return pretrain.new_pipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=clip_tokenizer,
+        text_encoder_2=text_encoder_2,
+        tokenizer_2=t5_tokenizer,
+        transformer=transformer,
+    )
+
+
+def flux_fill(pipeline):
+    """FLUX.1-Fill with the parts of a FluxPipeline: 384 input channels, all of them with weights."""
+    from examples.toy import pretrain
+
+    torch.manual_seed(1)
+    transformer = pretrain.copy_of(pipeline.transformer, in_channels=384, out_channels=64)
+    transformer.x_embedder.weight.data.normal_(std=0.1)
+    parts = {name: part for name, part in pipeline.components.items() if name not in ("scheduler", "transformer")}
+    parts = {name: part for name, part in parts.items() if part is not None}
+    return pretrain.new_pipeline(FluxFillPipeline, transformer=transformer, **parts)
 
 
 def qwen_tokenizer():

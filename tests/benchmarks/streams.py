@@ -40,10 +40,9 @@ from common.lora import FLUX_TARGET_MODULES, add_lora
 TEXT_LENGTH = 32
 
 
-def write_tars(folder, num_samples, num_tars):
-    """The tars of 0000.png and 0000.json each; those that are there stay."""
+def write_tars(folder, num_samples, num_tars, members_of):
+    """The tars of {ending: bytes} of each sample, members_of(number); those that are there stay."""
     folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(0)
     for number in range(num_tars):
         path = folder / f"{number:05d}.tar"
         if path.exists():
@@ -51,16 +50,23 @@ def write_tars(folder, num_samples, num_tars):
         partial = path.with_suffix(".partial")
         with tarfile.open(partial, "w") as tar:
             for i in range(number, num_samples, num_tars):
-                image = io.BytesIO()
-                Image.fromarray(rng.integers(256, size=(32, 32, 3), dtype=np.uint8)).save(image, format="PNG")
-                for ending, data in (
-                    ("png", image.getvalue()),
-                    ("json", json.dumps({"prompt": str(i)}).encode()),
-                ):
+                for ending, data in members_of(i).items():
                     member = tarfile.TarInfo(f"{i:08d}.{ending}")
                     member.size = len(data)
                     tar.addfile(member, io.BytesIO(data))
         partial.rename(path)
+
+
+def png(pixels):
+    """A PNG file of pixels [H, W, 3]."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, format="PNG")
+    return file.getvalue()
+
+
+def captioned_image(number):
+    pixels = np.random.default_rng(number).integers(256, size=(32, 32, 3), dtype=np.uint8)
+    return {"png": png(pixels), "json": json.dumps({"prompt": str(number)}).encode()}
 
 
 def sample(example, epoch, index):
@@ -195,7 +201,7 @@ def main():
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         args.folder = args.folder or Path(folder) / "tars"
-        write_tars(args.folder, args.samples, args.tars)
+        write_tars(args.folder, args.samples, args.tars, captioned_image)
         is_good = read_epoch(args)
         if args.steps:
             is_good &= time_steps(args)
