@@ -1,7 +1,7 @@
 """Training on a stream of many samples: memory, speed beside batches in memory, the end of a run that was killed.
 
-    python tests/benchmarks/streamed_training.py                                  # 5,000 samples: about 3 minutes
-    python tests/benchmarks/streamed_training.py --samples 200000 --tars 200      # about 15 minutes for each trainer
+    python tests/benchmarks/streamed_training.py                                  # 5,000 samples each
+    python tests/benchmarks/streamed_training.py --samples 200000 --tars 200      # 40 times as many
     python tests/benchmarks/streamed_training.py train_omini ...                  # one of them
 
 It writes webdataset tars of two PNG files of 32 x 32 pixels and a caption per sample, trains each trainer on one epoch
@@ -246,7 +246,7 @@ def main():
     parser.add_argument("trainers", nargs="*", default=SCRIPTS, metavar="trainer", help=", ".join(SCRIPTS))
     parser.add_argument("--samples", type=int, default=5000)
     parser.add_argument("--tars", type=int, default=5)
-    parser.add_argument("--timed_steps", type=int, default=75, help="of the toy, on the stream; 0 leaves this out")
+    parser.add_argument("--timed_steps", type=int, default=75, help=f"on the stream, a multiple of {WARM_UP}; or 0")
     parser.add_argument("--workers", type=int, default=0, help="--dataloader_num_workers")
     parser.add_argument("--folder", type=Path)
     args = parser.parse_args()
@@ -255,6 +255,8 @@ def main():
             parser.error(f"{script}: name one of {', '.join(SCRIPTS)}")
     if args.samples % BLOCK:
         parser.error(f"--samples {args.samples}: give a multiple of {BLOCK}")
+    if args.timed_steps % WARM_UP:  # parts of a block would count all of its rows
+        parser.error(f"--timed_steps {args.timed_steps}: give a multiple of {WARM_UP}")
     is_good = True
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
