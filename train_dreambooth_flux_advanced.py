@@ -72,6 +72,7 @@ from common.arguments import (
 )
 from common.block_swap import BlockSwap, check_block_count
 from common.checkpoints import (
+    agreed_checkpoint,
     atomic_write,
     catch_signals,
     check_disk,
@@ -82,7 +83,6 @@ from common.checkpoints import (
     check_steps,
     check_taken,
     checkpoint_state,
-    checkpoint_to_resume,
     claim_output_dir,
     interruption,
     keep_earlier_results,
@@ -232,6 +232,7 @@ from common.models import (
     to_device,
     use_attention,
     why_no_pipeline,
+    writes_files,
 )
 from common.optimizers import Prodigy, fused_adamw, step_if_finite
 from common.placement import place
@@ -684,6 +685,11 @@ def create_parser():
         type=name_or_path,
         metavar="CHECKPOINT",
         help="a checkpoint-N folder, or latest (if there is one)",
+    )
+    arg(
+        "--save_on_each_node",
+        action="store_true",
+        help="each machine saves checkpoints and result in its own output_dir, which the others do not see",
     )
     arg("--local_rank", type=int, default=-1, help="set by old launchers; LOCAL_RANK in the environment wins")
 
@@ -1423,9 +1429,9 @@ class TokenEmbeddingsHandler:
 
         def save(models, weights, output_dir):
             with result_weights():
-                if accelerator.is_main_process:
+                if writes_files(accelerator):
                     self.save_embeddings(Path(output_dir) / name)
-            if accelerator.is_main_process:
+            if writes_files(accelerator):
                 self.save_embeddings(Path(output_dir) / resume_name)
 
         def load(models, input_dir):
@@ -3283,10 +3289,18 @@ def result_files(args):
     return files
 
 
-def save_result(args, adapted_models, header, dtype, epoch=None):
+def save_result(accelerator, args, adapted_models, header, dtype, epoch=None):
     """Writes the LoRA, of an epoch or of the whole run. All processes call it, one writes."""
     path = lora_file(args.output_dir, args.output_name, epoch)
-    save_lora(path.parent, adapted_models, dtype, weight_name=path.name, form=args.save_format, header=header)
+    save_lora(
+        path.parent,
+        adapted_models,
+        dtype,
+        weight_name=path.name,
+        form=args.save_format,
+        header=header,
+        writes=writes_files(accelerator),
+    )
 
 
 def file_header(args, examples, embedding_handler, architecture, step, steps_per_epoch):
@@ -3553,7 +3567,11 @@ def train(args):
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
-        project_config=ProjectConfiguration(args.output_dir, logging_dir=args.output_dir / args.logging_dir),
+        project_config=ProjectConfiguration(
+            args.output_dir,
+            logging_dir=args.output_dir / args.logging_dir,
+            save_on_each_node=args.save_on_each_node,
+        ),
         step_scheduler_with_optimizer=False,  # the schedule counts updates, whatever the number of processes
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)],
     )
@@ -3616,7 +3634,8 @@ def train(args):
             **processes,
         )
         steps_per_epoch = math.ceil(sampler.steps_per_epoch / accumulation)
-    checkpoint = checkpoint_to_resume(args.output_dir, args.resume_from_checkpoint)
+    checkpoint, resume_problems = agreed_checkpoint(accelerator, args.output_dir, args.resume_from_checkpoint)
+    problems += resume_problems
     args.pool_at_eos = pools_at_eos(args, checkpoint)
     requested_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
     stops = training_stops(args, requested_steps, checkpoint)
@@ -4158,7 +4177,7 @@ def train(args):
             epoch, step_of_epoch = divmod(global_step, steps_per_epoch)
             if step_of_epoch == 0 and epoch % args.save_every_n_epochs == 0:
                 with result_weights():
-                    save_result(args, adapted_models, header(), save_dtype, epoch)
+                    save_result(accelerator, args, adapted_models, header(), save_dtype, epoch)
         # after the file of the epoch, which a run that is resumed from this checkpoint does not write
         if saves:
             save()
@@ -4193,8 +4212,8 @@ def train(args):
     # 8. Save and final validation, with the weights of the best step if --load_best_model_at_end keeps them
     embeddings_name = embeddings_file(args).name
     with best.weights():
-        save_result(args, adapted_models, header(best.result_step), save_dtype)
-        if accelerator.is_main_process:
+        save_result(accelerator, args, adapted_models, header(best.result_step), save_dtype)
+        if writes_files(accelerator):
             embedding_handler.save_embeddings(embeddings_file(args))
             embedding_handler.export_embeddings(args.output_dir / "embeddings")
     if accelerator.is_main_process:

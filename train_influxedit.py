@@ -78,6 +78,7 @@ from common.arguments import (
 )
 from common.block_swap import BlockSwap, check_block_count
 from common.checkpoints import (
+    agreed_checkpoint,
     catch_signals,
     check_disk,
     check_output_dir,
@@ -86,7 +87,6 @@ from common.checkpoints import (
     check_steps,
     check_taken,
     checkpoint_state,
-    checkpoint_to_resume,
     claim_output_dir,
     interruption,
     keep_earlier_results,
@@ -223,6 +223,7 @@ from common.models import (
     to_device,
     use_attention,
     why_no_pipeline,
+    writes_files,
 )
 from common.optimizers import Prodigy, fused_adamw, step_if_finite
 from common.placement import place
@@ -601,6 +602,11 @@ def create_parser():
         type=name_or_path,
         metavar="CHECKPOINT",
         help="a checkpoint-N folder, or latest (if there is one)",
+    )
+    arg(
+        "--save_on_each_node",
+        action="store_true",
+        help="each machine saves checkpoints and result in its own output_dir, which the others do not see",
     )
     arg("--local_rank", type=int, default=-1, help="set by old launchers; LOCAL_RANK in the environment wins")
 
@@ -2501,7 +2507,11 @@ def train(args):
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
-        project_config=ProjectConfiguration(args.output_dir, logging_dir=args.output_dir / args.logging_dir),
+        project_config=ProjectConfiguration(
+            args.output_dir,
+            logging_dir=args.output_dir / args.logging_dir,
+            save_on_each_node=args.save_on_each_node,
+        ),
         step_scheduler_with_optimizer=False,  # the schedule counts updates, whatever the number of processes
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)],
     )
@@ -2512,13 +2522,14 @@ def train(args):
     elif accelerator.mixed_precision == "bf16":
         weight_dtype = torch.bfloat16
 
-    checkpoint = checkpoint_to_resume(args.output_dir, args.resume_from_checkpoint)
+    checkpoint, resume_problems = agreed_checkpoint(accelerator, args.output_dir, args.resume_from_checkpoint)
     args.seed = choose_seed(args.seed, checkpoint)
     set_seed(args.seed)
 
     # 2. Data
     family = find_family(args)
     examples, problems = find_examples(args)
+    problems += resume_problems
     examples, held_out_examples, held_out_problems = find_held_out(args, examples)
     problems += held_out_problems
     models = model_identities(args)
@@ -3056,6 +3067,7 @@ def train(args):
             weight_name=lora.name,
             header=header(best.result_step),
             more_layers=more_layers(),
+            writes=writes_files(accelerator),
         )
     if accelerator.is_main_process:
         metrics.close()

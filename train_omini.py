@@ -84,6 +84,7 @@ from common.arguments import (
 )
 from common.block_swap import BlockSwap, check_block_count
 from common.checkpoints import (
+    agreed_checkpoint,
     atomic_write,
     catch_signals,
     check_disk,
@@ -93,7 +94,6 @@ from common.checkpoints import (
     check_steps,
     check_taken,
     checkpoint_state,
-    checkpoint_to_resume,
     claim_output_dir,
     interruption,
     keep_earlier_results,
@@ -221,6 +221,7 @@ from common.models import (
     load_model,
     load_scheduler,
     model_identities,
+    own_items,
     quantize_base,
     read_model_index,
     resolve_precision,
@@ -228,6 +229,7 @@ from common.models import (
     to_device,
     use_attention,
     why_no_pipeline,
+    writes_files,
 )
 from common.optimizers import Prodigy, fused_adamw, step_if_finite
 from common.text_encoders import (
@@ -655,6 +657,11 @@ def create_parser():
         type=name_or_path,
         metavar="CHECKPOINT",
         help="a checkpoint-N folder, or latest (if there is one)",
+    )
+    arg(
+        "--save_on_each_node",
+        action="store_true",
+        help="each machine saves checkpoints and result in its own output_dir, which the others do not see",
     )
     arg("--local_rank", type=int, default=-1, help="set by old launchers; LOCAL_RANK in the environment wins")
 
@@ -2187,18 +2194,18 @@ def estimate_depth(accelerator, examples, args):
     num_threads = 1 if args.dataset_class else num_reading_threads()
     read = lambda example: fit(example.image(), args.target_size, args.image_interpolation_mode)  # noqa: E731
     starts = list(range(0, len(examples), args.depth_batch_size))
-    with accelerator.split_between_processes(starts) as own_starts:
-        own = [example for start in own_starts for example in examples[start : start + args.depth_batch_size]]
-        inputs = map_ahead(read, own, num_threads)
-        for _ in tqdm(own_starts, desc="Estimating depth", unit="batch", disable=not accelerator.is_main_process):
-            batch = list(islice(inputs, args.depth_batch_size))
-            images = [image for image in batch if not depth_path(image, args).exists()]
-            if not images:
-                continue
-            results = estimator(images, batch_size=args.depth_batch_size)
-            for image, result in zip(images, results, strict=True):
-                with atomic_write(depth_path(image, args)) as partial:
-                    result["depth"].convert("L").resize(image.size).save(partial, format="PNG")
+    own_starts = own_items(accelerator, starts)
+    own = [example for start in own_starts for example in examples[start : start + args.depth_batch_size]]
+    inputs = map_ahead(read, own, num_threads)
+    for _ in tqdm(own_starts, desc="Estimating depth", unit="batch", disable=not accelerator.is_main_process):
+        batch = list(islice(inputs, args.depth_batch_size))
+        images = [image for image in batch if not depth_path(image, args).exists()]
+        if not images:
+            continue
+        results = estimator(images, batch_size=args.depth_batch_size)
+        for image, result in zip(images, results, strict=True):
+            with atomic_write(depth_path(image, args)) as partial:
+                result["depth"].convert("L").resize(image.size).save(partial, format="PNG")
     accelerator.wait_for_everyone()
 
 
@@ -3168,7 +3175,11 @@ def train(args):
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
-        project_config=ProjectConfiguration(args.output_dir, logging_dir=args.output_dir / args.logging_dir),
+        project_config=ProjectConfiguration(
+            args.output_dir,
+            logging_dir=args.output_dir / args.logging_dir,
+            save_on_each_node=args.save_on_each_node,
+        ),
         step_scheduler_with_optimizer=False,  # the schedule counts updates, whatever the number of processes
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)],
     )
@@ -3209,7 +3220,8 @@ def train(args):
     if args.drop_text_prob:
         prompts.add("")
     prompts.update(texts_of(val_prompts + final_prompts))
-    checkpoint = checkpoint_to_resume(args.output_dir, args.resume_from_checkpoint)
+    checkpoint, resume_problems = agreed_checkpoint(accelerator, args.output_dir, args.resume_from_checkpoint)
+    problems += resume_problems
     models = model_identities(args, ["depth_model"] if needs_depth(args) else [])
     validation_loss_steps = args.validation_loss_steps or args.validation_steps or DEFAULT_STEPS
     run = run_settings(args, accelerator.num_processes, data=data_record(examples), models=models)
@@ -3581,6 +3593,7 @@ def train(args):
                 adapter_name=name,
                 weight_name=file.name,
                 header=header(name, best.result_step),
+                writes=writes_files(accelerator),
             )
     if accelerator.is_main_process:
         metrics.close()

@@ -80,6 +80,7 @@ from common.arguments import (
 )
 from common.block_swap import BlockSwap, check_block_count
 from common.checkpoints import (
+    agreed_checkpoint,
     catch_signals,
     check_disk,
     check_output_dir,
@@ -88,7 +89,6 @@ from common.checkpoints import (
     check_steps,
     check_taken,
     checkpoint_state,
-    checkpoint_to_resume,
     claim_output_dir,
     follow_umask,
     interruption,
@@ -220,6 +220,7 @@ from common.models import (
     to_device,
     use_attention,
     why_no_pipeline,
+    writes_files,
 )
 from common.optimizers import Prodigy, fused_adamw, step_if_finite
 from common.text_encoders import (
@@ -719,6 +720,11 @@ def create_parser():
         type=name_or_path,
         metavar="CHECKPOINT",
         help="a checkpoint-N folder, or latest (if there is one)",
+    )
+    arg(
+        "--save_on_each_node",
+        action="store_true",
+        help="each machine saves checkpoints and result in its own output_dir, which the others do not see",
     )
     arg("--local_rank", type=int, default=-1, help="set by old launchers; LOCAL_RANK in the environment wins")
 
@@ -2034,7 +2040,7 @@ def save_model(
 ) -> None:
     """Writes all weights of a model, sharded or not, so that `model_class.from_pretrained` loads them.
 
-    All processes call it, one writes: it holds the weights of a file at a time.
+    All processes call it, one on each disk writes: it holds the weights of a file at a time.
     """
     weights = model.state_dict(keep_vars=True)
     files = split_torch_state_dict_into_shards(
@@ -2043,7 +2049,7 @@ def save_model(
         max_shard_size=max_file_size,
     )
     with writing(folder):
-        if accelerator.is_main_process:
+        if writes_files(accelerator):
             folder.mkdir(parents=True, exist_ok=True)
             for earlier in folder.glob("diffusion_pytorch_model*"):  # of a run with other files
                 earlier.unlink()
@@ -2053,11 +2059,11 @@ def save_model(
             state_dict = {}
             for name in names:
                 value = full_tensor(weights[name])  # gathers a sharded weight, on all processes
-                if accelerator.is_main_process:
+                if writes_files(accelerator):
                     state_dict[name] = value.to("cpu", dtype, copy=True)
-            if accelerator.is_main_process:
+            if writes_files(accelerator):
                 save_file(state_dict, folder / file_name, metadata={"format": "pt"})
-        if accelerator.is_main_process:
+        if writes_files(accelerator):
             if files.is_sharded:
                 index = {"metadata": files.metadata, "weight_map": files.tensor_to_filename}
                 (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index, indent=2))
@@ -3351,7 +3357,11 @@ def train(args):
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
-        project_config=ProjectConfiguration(args.output_dir, logging_dir=args.output_dir / args.logging_dir),
+        project_config=ProjectConfiguration(
+            args.output_dir,
+            logging_dir=args.output_dir / args.logging_dir,
+            save_on_each_node=args.save_on_each_node,
+        ),
         step_scheduler_with_optimizer=False,  # the schedule counts updates, whatever the number of processes
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT),
@@ -3398,7 +3408,8 @@ def train(args):
     validation_loss_steps = args.validation_loss_steps or args.validation_steps or DEFAULT_STEPS
     run = run_settings(args, accelerator.num_processes, data=data_record(examples), models=models)
     run |= held_out_record(held_out_examples)
-    checkpoint = checkpoint_to_resume(args.output_dir, args.resume_from_checkpoint)
+    checkpoint, resume_problems = agreed_checkpoint(accelerator, args.output_dir, args.resume_from_checkpoint)
+    problems += resume_problems
     stream = None
     if args.streaming and not problems:
         stream, problems = open_stream(**own_dataset(args))
@@ -3769,7 +3780,14 @@ def train(args):
         with best.weights():
             adapted_models = {"transformer": unwrapped_transformer}
             header_of_step = header(best.result_step)
-            save_lora(lora.parent, adapted_models, save_dtype, weight_name=lora.name, header=header_of_step)
+            save_lora(
+                lora.parent,
+                adapted_models,
+                save_dtype,
+                weight_name=lora.name,
+                header=header_of_step,
+                writes=writes_files(accelerator),
+            )
     if accelerator.is_main_process:
         metrics.close()
         plot_metrics(args.output_dir)
@@ -3787,9 +3805,9 @@ def train(args):
     command = generate_command(args, example_prompt)
     if accelerator.is_main_process:
         save_model_card(args, command, held_out=best.summary())
-        if args.model_type != "flux3":  # whose own pipeline tells both times
-            two_times = backbone.embeds_target_time(unwrapped_transformer)
-            save_scheduler(args.output_dir / "scheduler", two_times)
+    if writes_files(accelerator) and args.model_type != "flux3":  # whose own pipeline tells both times
+        two_times = backbone.embeds_target_time(unwrapped_transformer)
+        save_scheduler(args.output_dir / "scheduler", two_times)
     # DistributedDataParallel must be freed before the process group: gloo can hang otherwise
     transformer = predict = validate = compute_held_out = None
     accelerator.free_memory()

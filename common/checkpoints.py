@@ -24,10 +24,17 @@ from typing import IO, Any
 
 from common.arguments import check_folder, exit_if_unreadable, fail, nearest_folder
 from common.metrics import read_metrics
-from common.models import check_processes, choose_precision, gather_objects, own_part
+from common.models import (
+    check_processes,
+    choose_precision,
+    disk_group,
+    gather_objects,
+    own_part,
+    place_on_disk,
+    writes_files,
+)
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
 from accelerate.scheduler import AcceleratedScheduler
@@ -71,6 +78,7 @@ CHANGEABLE = frozenset(
         "max_train_steps",
         "num_train_epochs",
         "resume_from_checkpoint",
+        "save_on_each_node",
         "save_every_n_epochs",
         # Validation: it leaves no trace in training
         "final_validation_prompt",
@@ -338,14 +346,19 @@ def check_run(
         problems.append(
             f"--lr_warmup_steps {args.lr_warmup_steps} must be less than the {max_train_steps} steps of the run"
         )
-    return problems + checkpoint_conflicts(checkpoint, run)
+    return problems + checkpoint_conflicts(checkpoint, run, accelerator)
 
 
-def checkpoint_conflicts(checkpoint: Path | None, run: Mapping[str, Any]) -> list[str]:
-    """What keeps a run with these settings from continuing the checkpoint exactly. None: nothing to continue."""
+def checkpoint_conflicts(
+    checkpoint: Path | None, run: Mapping[str, Any], accelerator: Accelerator | None = None
+) -> list[str]:
+    """What keeps a run with these settings from continuing the checkpoint exactly. None: nothing to continue.
+
+    With an `accelerator` its processes share the reading, see `checkpoint_damage`.
+    """
     if checkpoint is None:
         return []
-    damage = checkpoint_damage(checkpoint)
+    damage = checkpoint_damage(checkpoint, accelerator)
     if damage:
         return damage
     saved = checkpoint_state(checkpoint)
@@ -436,18 +449,18 @@ def claim_output_dir(accelerator: Accelerator, output_dir: Path, results: Iterab
 
     A folder in use ends the run with exit code 2. For `results` see `remove_partial`. To be called by all processes.
     """
-    problem = None
     with writing(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
-    if accelerator.is_main_process:
+    check_shared_folder(accelerator, output_dir)
+    problems = []
+    if writes_files(accelerator):
         if lock_folder(output_dir):
             remove_partial(output_dir, results)
         else:
-            problem = in_use(output_dir)
-    (problem,) = broadcast_object_list([problem])
-    if problem:
-        fail(accelerator, [problem])
-    check_shared_folder(accelerator, output_dir)
+            problems = [in_use(output_dir)]
+    problems = gather_objects(problems)
+    if problems:
+        fail(accelerator, problems)
 
 
 SHARED_WITHIN = 30.0  # seconds after which a file is seen on other machines, whose systems keep lists of files
@@ -455,26 +468,38 @@ SHARED_WITHIN = 30.0  # seconds after which a file is seen on other machines, wh
 
 def check_shared_folder(accelerator: Accelerator, output_dir: Path) -> None:
     """Ends the run with exit code 2 if `output_dir` is another folder on other machines: each process writes its part
-    of a checkpoint, and reads what others have written. To be called by all processes."""
+    of a checkpoint, and reads what others have written. With --save_on_each_node it must be another one on each
+    machine. To be called by all processes."""
     if accelerator.num_processes == 1:
         return
     (token,) = broadcast_object_list([secrets.token_hex(4)])
     probe = output_dir / f".shared.{token}.partial"  # a name that `remove_partial` sweeps
-    if accelerator.is_main_process:
+    is_taken = False  # by another machine
+    if writes_files(accelerator):
         with writing(probe):
-            probe.touch()
+            try:
+                probe.touch(exist_ok=False)
+            except FileExistsError:
+                is_taken = True
     accelerator.wait_for_everyone()
     deadline = time.monotonic() + SHARED_WITHIN
     while not probe.exists() and time.monotonic() < deadline:
         time.sleep(0.2)
-    hosts = gather_objects([(socket.gethostname(), probe.exists())])
-    if accelerator.is_main_process:
+    hosts = gather_objects([(socket.gethostname(), probe.exists(), is_taken)])
+    if writes_files(accelerator) and not is_taken:
         probe.unlink()
-    for process, (host, is_shared) in enumerate(hosts):
-        if not is_shared:
+    for process, (host, is_seen, is_taken) in enumerate(hosts):
+        if is_taken:
+            message = (
+                f"--save_on_each_node: process {process} on {host} and another machine have one --output_dir "
+                f"{output_dir}: leave the flag out, or choose a folder on each machine's own disk"
+            )
+            fail(accelerator, [message])
+        if not is_seen:
             message = (
                 f"--output_dir {output_dir} of process {process} on {host} is not that of process 0 on {hosts[0][0]}, "
-                "and every process writes its part of a checkpoint: choose a folder on a disk that all machines share"
+                "and every process writes its part of a checkpoint: choose a folder on a disk that all machines "
+                "share, or give --save_on_each_node"
             )
             fail(accelerator, [message])
 
@@ -559,6 +584,44 @@ def checkpoint_to_resume(output_dir: Path | str, resume_from_checkpoint: str | N
     return inside if inside.is_dir() else Path(resume_from_checkpoint)
 
 
+def agreed_checkpoint(
+    accelerator: Accelerator, output_dir: Path, resume_from_checkpoint: str | None
+) -> tuple[Path | None, list[str]]:
+    """`checkpoint_to_resume`, and problems. With --save_on_each_node "latest" is the last one that every machine has.
+
+    A run that is killed while it saves leaves one more on some machines, which is passed over, and deleted by
+    `load_checkpoint`. Where a machine lacks more, as a new one with an empty disk does, that is a problem: a run does
+    not go back by more, nor begin anew, while a machine has checkpoints. To be called by all processes.
+    """
+    checkpoint = checkpoint_to_resume(output_dir, resume_from_checkpoint)
+    if not accelerator.project_configuration.save_on_each_node or not resume_from_checkpoint:
+        return checkpoint, []
+    folders = find_checkpoints(output_dir) if resume_from_checkpoint == "latest" else [checkpoint]
+    # by "saved_as" it is told from that of another run which is named by the same step
+    own = {folder: checkpoint_state(folder).get("saved_as") for folder in folders if folder is not None}
+    named = {folder.name: saved_as for folder, saved_as in own.items()}
+    machines = gather_objects([(socket.gethostname(), output_dir, named)] if writes_files(accelerator) else [])
+    common = [folder for folder in own if all(own[folder] == found.get(folder.name, "") for *_, found in machines)]
+    names = {name for *_, found in machines for name in found}
+    order = sorted(names, key=lambda name: (len(name), name))  # by their steps
+    later = order[order.index(common[-1].name) + 1 :] if common else order
+    if not later:
+        return (common[-1] if common else None), []
+    if common and len(later) == 1:
+        accelerator.print(
+            f"{later[0]} is not on every machine, as the run was killed while it saved: going on from "
+            f"{common[-1].name}; {later[0]} is deleted where it is"
+        )
+        return common[-1], []
+    newest = later[-1]
+    owner, found_in, found = next(machine for machine in machines if newest in machine[2])
+    lacking = [f"{folder} on {host}" for host, folder, names in machines if names.get(newest, "") != found[newest]]
+    return None, [
+        f"--resume_from_checkpoint {resume_from_checkpoint}: {', '.join(lacking)} lacks the {newest} that "
+        f"{owner} has in {found_in}: copy the folder {newest} there, or delete what not all machines have"
+    ]
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a file; {} if it is absent, damaged or something else."""
     try:
@@ -579,22 +642,28 @@ def checkpoint_state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
-def checkpoint_damage(checkpoint: Path) -> list[str]:
+def checkpoint_damage(checkpoint: Path, accelerator: Accelerator | None = None) -> list[str]:
     """The files of a checkpoint that are not as `save_checkpoint` left them, in one sentence; [] if all are.
 
-    Each process reads its share of the files, and all get the same answer: to be called by all of them.
+    With an `accelerator` each process reads its share of the files, and all get the same answer: to be called by all
+    of them.
     """
+    place, number = place_on_disk(accelerator) if accelerator else (0, 1)
     saved = read_json(checkpoint / CHECKSUMS)
     damaged = []
     if STATE_FILE not in saved:  # the list itself is damaged: nothing else can be said
         damaged = [CHECKSUMS]
     else:
-        names = own_share(list(saved))
+        names = list(saved)[place::number]
         found = checksums(checkpoint, set(names).intersection(file_names(checkpoint)))
         damaged = [name for name in names if found.get(name) != saved[name]]
     if not checkpoint_state(checkpoint) and STATE_FILE not in damaged:
         damaged.append(STATE_FILE)
-    damaged = sorted(set(gather_objects(damaged)))
+    if accelerator:
+        if accelerator.project_configuration.save_on_each_node:
+            damaged = [f"{name} on {socket.gethostname()}" for name in damaged]
+        damaged = gather_objects(damaged)
+    damaged = sorted(set(damaged))
     if not damaged:
         return []
     others = [folder.name for folder in find_checkpoints(checkpoint.parent) if folder.name != checkpoint.name]
@@ -610,13 +679,6 @@ def file_names(folder: Path) -> list[str]:
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     paths.sort(key=lambda path: path.stat().st_size, reverse=True)
     return [path.relative_to(folder).as_posix() for path in paths]
-
-
-def own_share(names: Sequence[str]) -> Sequence[str]:
-    """Those of the files, the largest first, that this process reads where all processes share them."""
-    if not dist.is_initialized():
-        return names
-    return names[dist.get_rank() :: dist.get_world_size()]
 
 
 def checksums(folder: Path, names: Iterable[str] | None = None) -> dict[str, str]:
@@ -648,30 +710,35 @@ def save_checkpoint(
     Guaranteed whenever the process or the machine stops: a folder named checkpoint-N is complete, because it is
     written under another name, flushed to the disk and renamed; and no checkpoint is deleted before a newer one is
     complete. One of this step that is there is that of this run, and is kept. To be called by all processes, each of
-    which writes its part and hashes its share of the files.
+    which writes its part and hashes its share of the files. With --save_on_each_node each machine has all of it in
+    its own `output_dir`, and deletes nothing before all machines have the newer one.
     """
     output_dir = Path(output_dir)
     checkpoint = output_dir / f"checkpoint-{step}"
     if checkpoint.is_dir():
         return checkpoint
     partial = output_dir / f".checkpoint-{step}.partial"
+    place, number = place_on_disk(accelerator)
+    (saved_as,) = broadcast_object_list([secrets.token_hex(8)])
     try:
         with writing(checkpoint):
-            if accelerator.is_main_process:
+            if place == 0:
                 for leftover in output_dir.glob(".checkpoint-*.partial"):  # of a run that was killed
                     shutil.rmtree(leftover)
                 partial.mkdir(parents=True)
-                (partial / STATE_FILE).write_text(json.dumps({"global_step": step, **run}, indent=2))
+                state = {"global_step": step, "saved_as": saved_as, **run}
+                (partial / STATE_FILE).write_text(json.dumps(state, indent=2))
             accelerator.wait_for_everyone()
             accelerator.save_state(str(partial))
             accelerator.wait_for_everyone()  # all have written their part
-            (names,) = broadcast_object_list([file_names(partial)])  # as the main process sees the folder
-            share = own_share(names)
+            # as the process at place 0 sees the folder
+            names = gather_objects(file_names(partial) if place == 0 else [], disk_group(accelerator))
+            share = names[place::number]
             found = checksums(partial, share)
             for name in share:
                 flush_to_disk(partial / name)
-            digests = dict(gather_objects(list(found.items())))
-            if accelerator.is_main_process:
+            digests = dict(gather_objects(list(found.items()), disk_group(accelerator)))
+            if place == 0:
                 ordered = {name: digests[name] for name in names}
                 (partial / CHECKSUMS).write_text(json.dumps(ordered, indent=2))
                 follow_umask(partial)
@@ -683,13 +750,19 @@ def save_checkpoint(
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    if accelerator.is_main_process and total_limit:
-        for folder in find_checkpoints(output_dir)[:-total_limit]:
-            with writing(folder):
-                to_delete = folder.rename(folder.with_name(f".{folder.name}.partial"))
-                shutil.rmtree(to_delete)
+    accelerator.wait_for_everyone()
+    if place == 0 and total_limit:
+        delete_checkpoints(find_checkpoints(output_dir)[:-total_limit])
     accelerator.wait_for_everyone()
     return checkpoint
+
+
+def delete_checkpoints(folders: Iterable[Path]) -> None:
+    """Deletes checkpoints; one that is deleted in part has another name already."""
+    for folder in folders:
+        with writing(folder):
+            to_delete = folder.rename(folder.with_name(f".{folder.name}.partial"))
+            shutil.rmtree(to_delete)
 
 
 def load_checkpoint(accelerator: Accelerator, checkpoint: Path | None, lr_scheduler: AcceleratedScheduler) -> int:
@@ -725,6 +798,10 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path | None, lr_schedu
             "and draw the same, up to rounding"
         )
     step = state["global_step"]
+    accelerator.wait_for_everyone()
+    if accelerator.project_configuration.save_on_each_node and writes_files(accelerator):
+        folders = find_checkpoints(accelerator.project_configuration.project_dir)
+        delete_checkpoints(folder for folder in folders if int(folder.name[11:]) > step)  # not every machine has these
     accelerator.step = step * accelerator.gradient_accumulation_steps  # saved per process, of which there may be more
     return step
 
@@ -733,7 +810,7 @@ def register_tensor_checkpointing(accelerator: Accelerator, tensors: Mapping[str
     """Makes checkpoints hold these tensors, {prefix: {name: tensor}}, instead of the models that were prepared.
 
     They go to TENSORS_FILE, from FILE_BYTES on to several files, and come back in place. Every process has all of
-    them, so the main process writes them; a file that reshards, as that of `register_sharded_checkpointing`, would be
+    them, so one on each disk writes them; a file that reshards, as that of `register_sharded_checkpointing`, would be
     a folder of parts with one part. The optimizer's state is saved by accelerate.
     """
 
@@ -747,7 +824,7 @@ def register_tensor_checkpointing(accelerator: Accelerator, tensors: Mapping[str
     def save(models: list, weights: list, output_dir: str) -> None:
         found = live_tensors()
         numbers = file_numbers(found)
-        if accelerator.is_main_process:
+        if writes_files(accelerator):
             for number in set(numbers.values()):
                 file_name = TENSORS_FILE if number == 1 else f"state-{number:05d}.safetensors"
                 part = {name: value.cpu().contiguous() for name, value in found.items() if numbers[name] == number}
@@ -798,7 +875,7 @@ def register_sharded_checkpointing(
         found = model_tensors()
         if optimizer.state:  # it is empty before the first step, and asking for it would take one
             found |= optimizer_tensors()
-        save_sharded(found, Path(output_dir) / "sharded")
+        save_sharded(found, Path(output_dir) / "sharded", disk_group(accelerator))
         weights.clear()
 
     def load(models: list, input_dir: str) -> None:
@@ -809,7 +886,7 @@ def register_sharded_checkpointing(
         found = model_tensors()
         if any(name.startswith("optimizer.") for name in saved):
             found |= {name: tensor for name, tensor in optimizer_tensors().items() if name in saved}
-        load_sharded(found, folder)
+        load_sharded(found, folder, disk_group(accelerator))
         for name, parameter in trained.items():  # asking for the state made one for those that never had a gradient
             if not any(key.startswith(f"optimizer.state.{name}.") for key in saved):
                 optimizer.state.pop(parameter, None)
@@ -832,22 +909,26 @@ def file_numbers(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
     return numbers
 
 
-def save_sharded(tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
+def save_sharded(tensors: Mapping[str, torch.Tensor], folder: Path, group: Any) -> None:
     """Writes tensors that are split over the processes to safetensors files in `folder`, each process its parts.
 
-    All processes call it. A process holds copies of about FILE_BYTES at a time.
+    All processes of a `group` that holds all parts call it. A process holds copies of about FILE_BYTES at a time.
     """
     with own_errors():
         writer = dcp.HuggingFaceStorageWriter(
             str(folder), fqn_to_index_mapping=file_numbers(tensors), save_distributed=True
         )
-        dcp.save(dict(tensors), storage_writer=writer)
+        dcp.save(dict(tensors), storage_writer=writer, process_group=group)
 
 
-def load_sharded(tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
-    """Reads what `save_sharded` wrote on any number of processes into tensors of the same names, in place."""
+def load_sharded(tensors: Mapping[str, torch.Tensor], folder: Path, group: Any) -> None:
+    """Reads what `save_sharded` wrote on any number of processes into tensors of the same names, in place.
+
+    All processes of the `group` call it.
+    """
     with own_errors():
-        dcp.load(dict(tensors), storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
+        reader = dcp.HuggingFaceStorageReader(str(folder))
+        dcp.load(dict(tensors), storage_reader=reader, process_group=group)
 
 
 @contextmanager
@@ -1198,10 +1279,10 @@ def keep_earlier_results(
     steps. For a run that begins anew (0) it is its validation images, too: they are none of this run's. To be called
     before metrics.jsonl, which tells the last step, is written.
     """
-    if not accelerator.is_main_process:
+    rows = read_metrics(output_dir / "metrics.jsonl") if accelerator.is_main_process else []
+    (last_step,) = broadcast_object_list([rows[-1]["step"] if rows else 0])
+    if not writes_files(accelerator):
         return
-    rows = read_metrics(output_dir / "metrics.jsonl")
-    last_step = rows[-1]["step"] if rows else 0
     is_redone = first_step > 0 and last_step >= max_train_steps
     if last_step == 0 or is_redone:
         return

@@ -17,7 +17,7 @@ from common.checkpoints import load_sharded, read_json, save_sharded
 from common.data import Example, data_record
 from common.flow_matching import step_generator
 from common.metrics import held_out_summary
-from common.models import gather_objects, is_sharded, reshard
+from common.models import disk_group, gather_objects, is_sharded, reshard, writes_files
 from common.validation import undisturbed
 
 import torch
@@ -270,15 +270,15 @@ class BestStep:
             return {str(i): parameter.detach() for i, parameter in enumerate(self.parameters)}
 
         def save(models: list, weights: list, output_dir: str) -> None:
-            if accelerator.is_main_process:
+            if writes_files(accelerator):
                 names = ("step", "loss", "last_step", "last_loss", "num_worse")
                 state = {name: getattr(self, name) for name in names}
                 (Path(output_dir) / STATE_FILE).write_text(json.dumps(state))
             if self.kept and is_sharded(self.model):
                 self.swap()
-                save_sharded(split_tensors(), weights_file(output_dir))
+                save_sharded(split_tensors(), weights_file(output_dir), disk_group(accelerator))
                 self.swap()
-            elif self.kept and accelerator.is_main_process:
+            elif self.kept and writes_files(accelerator):
                 tensors = {str(i): values.contiguous() for i, values in enumerate(self.kept)}
                 save_file(tensors, weights_file(output_dir))
 
@@ -291,7 +291,7 @@ class BestStep:
                 setattr(self, name, value)
             if self.keeps_weights and has_weights and is_sharded(self.model):
                 self.kept = [values.cpu().clone() for values in self.live_values()]
-                load_sharded(split_tensors(), weights_file(input_dir))
+                load_sharded(split_tensors(), weights_file(input_dir), disk_group(accelerator))
                 self.swap()
             elif self.keeps_weights and has_weights:
                 tensors = load_file(weights_file(input_dir))

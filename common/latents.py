@@ -15,7 +15,16 @@ from typing import Any
 from common.arguments import nearest_folder
 from common.checkpoints import LostFileError, atomic_write
 from common.data import Size, map_ahead
-from common.models import gather_objects, hub_commit, latent_channels, to_device
+from common.models import (
+    disk_group,
+    gather_objects,
+    hub_commit,
+    latent_channels,
+    own_items,
+    place_on_disk,
+    to_device,
+    writes_files,
+)
 
 import torch
 from accelerate import Accelerator
@@ -208,7 +217,7 @@ class TensorCache:
     An entry is {name: tensor}. Its file is named by a hash of `identity` and the entry's key, so what the tensors
     depend on belongs in one of them: the encoder and its settings in `identity`, what was encoded in the key. Both are
     bytes, or both are values that JSON can hold. Files are written whole or not at all, by the process that encoded;
-    all processes map them. One that is damaged is encoded and written again.
+    all processes that share the folder map them. One that is damaged is encoded and written again.
     """
 
     def __init__(self, folder: Path | str, identity: Any):
@@ -278,13 +287,12 @@ class TensorCache:
         """
         keys = list(dict.fromkeys(keys))
         # all share one list: another run may add entries while they look
-        absent = set(gather_objects([place for place, key in enumerate(keys) if not self.has(*key)]))
+        absent = [place for place, key in enumerate(keys) if not self.has(*key)]
+        absent = set(gather_objects(absent, disk_group(accelerator)))
         missing = [keys[place] for place in sorted(absent)]
         quiet = not accelerator.is_main_process or not missing
-        with (
-            accelerator.split_between_processes(missing) as share,
-            tqdm(desc=desc, total=len(share), disable=quiet) as progress_bar,
-        ):
+        share = own_items(accelerator, missing)
+        with tqdm(desc=desc, total=len(share), disable=quiet) as progress_bar:
             inputs = map_ahead(read, share, num_reading_threads())
             for start in range(0, len(share), batch_size):
                 batch = share[start : start + batch_size]
@@ -319,10 +327,8 @@ class TensorCache:
 
         keys = list(keys)
         digests = []
-        with (
-            accelerator.split_between_processes(keys) as share,
-            tqdm(desc=desc, total=len(share), disable=not accelerator.is_main_process) as progress_bar,
-        ):
+        share = own_items(accelerator, keys)
+        with tqdm(desc=desc, total=len(share), disable=not accelerator.is_main_process) as progress_bar:
             inputs = map_ahead(read_missing, share, num_threads or num_reading_threads())
             while batch := list(itertools.islice(inputs, batch_size)):
                 missing = {digest: tensor for digest, tensor in batch if tensor is not None}
@@ -330,7 +336,8 @@ class TensorCache:
                     self.write({"value": value}, self.path_of(digest))
                 digests += [digest for digest, _ in batch]
                 progress_bar.update(len(batch))
-        digests = gather_objects(digests)  # all files are there once all processes have come here
+        # all files are there once all processes have come here
+        digests = gather_objects(digests, disk_group(accelerator))
         self.check_shared(accelerator, digests)
         return CachedTensors(self, dict(zip(keys, digests, strict=True)), torch.float32)
 
@@ -414,8 +421,8 @@ class EncodedIndex(TensorCache):
         self.knows_images = all(stamp for _, stamp, _ in run["data"])  # those of a user's class have none
 
     def add(self, accelerator: Accelerator, tensors: Mapping[str, Tensor], *key: Any) -> None:
-        """`save`, by one of the processes; all call it."""
-        if accelerator.is_main_process:
+        """`save`, by one of the processes on a disk; all call it."""
+        if writes_files(accelerator):
             self.save(tensors, *key)
         accelerator.wait_for_everyone()
 
@@ -430,7 +437,8 @@ class EncodedIndex(TensorCache):
             digests = [digest.tobytes() for digest in entry["digests"].numpy()]
             cache = TensorCache(self.folder, entry["identity"].numpy().tobytes())
             found = CachedTensors(cache, dict(zip(keys, digests, strict=True)), torch.float32)
-            own = digests[accelerator.process_index :: accelerator.num_processes]
+            place, number = place_on_disk(accelerator)
+            own = digests[place::number]
             compared = keys[:: max(1, len(keys) // NUM_COMPARED)][:NUM_COMPARED]
             is_right = all(is_whole(cache.path_of(digest)) for digest in own)
             if not is_right or any(cache.content_digest(read(key)) != found.digests[key] for key in compared):
@@ -616,7 +624,7 @@ def print_precomputed(accelerator: Accelerator, encoded: Mapping[str, Mapping]) 
 def remove_encoded(accelerator: Accelerator, output_dir: Path) -> None:
     """Deletes what a run has encoded for itself alone: it is done. One that was interrupted finds it again."""
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
+    if writes_files(accelerator):
         shutil.rmtree(encoded_folder(output_dir), ignore_errors=True)
 
 

@@ -28,7 +28,7 @@ from common.lora_formats import (
     read_lora,
     write_lora,
 )
-from common.models import full_tensor, is_sharded, reshard
+from common.models import full_tensor, is_sharded, reshard, writes_files
 
 import torch
 from accelerate import Accelerator
@@ -357,16 +357,17 @@ def save_lora(
     form: str = "diffusers",
     header: Mapping[str, str] | None = None,
     more_layers: Mapping[str, LoraLayer] | None = None,
+    writes: bool = True,
 ) -> None:
     """Writes an adapter of {"transformer": model, ...} as directory/weight_name, see `write_lora`, with `header`.
 
     `more_layers` {layer name: LoraLayer} are written beside the adapter's: what was trained otherwise, as a LoRA.
-    All processes call it, the main one writes.
+    All processes call it, those that have `writes` write, see `writes_files`.
     """
     if not modules:
         return
     layers = lora_layers(modules, adapter_name)
-    if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
+    if not writes:
         return
     settings = None
     if more_layers:
@@ -630,6 +631,7 @@ def register_lora_checkpointing(
                     weight_name=weight_name,
                     header=header(adapter_name) if header else None,
                     more_layers=more_layers(),
+                    writes=writes_files(accelerator),
                 )
 
     accelerator.register_save_state_pre_hook(save_results)
@@ -640,7 +642,7 @@ def register_lora_checkpointing(
 
     def save(models: list, weights: list, output_dir: str) -> None:
         weights.clear()  # accelerate would save the whole models too
-        if modules and accelerator.is_main_process:
+        if modules and writes_files(accelerator):
             for adapter_name, weight_name in files.items():
                 save_exact_lora(Path(output_dir) / (RESUME_PREFIX + weight_name), modules, adapter_name=adapter_name)
 

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from common.arguments import exit_if_unreadable
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType
 from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.models.attention_dispatch import attention_backend
@@ -639,23 +640,64 @@ def cpu_group() -> Any:
     return dist.new_group(backend="gloo", timeout=PROCESS_TIMEOUT)
 
 
+@functools.cache
+def machine_group() -> Any:
+    """`cpu_group` of this machine's processes alone; the first call is one of all processes."""
+    first = dist.get_rank() - PartialState().local_process_index
+    firsts = sorted(set(gather_objects([first])))
+    ranks = [list(range(*bounds)) for bounds in pairwise([*firsts, dist.get_world_size()])]
+    group, _ = dist.new_subgroups_by_enumeration(ranks, backend="gloo", timeout=PROCESS_TIMEOUT)
+    return group
+
+
+def disk_group(accelerator: Accelerator) -> Any:
+    """The processes that share --output_dir: all, or with --save_on_each_node those of a machine; None for one."""
+    if not dist.is_initialized():
+        return None
+    return machine_group() if accelerator.project_configuration.save_on_each_node else cpu_group()
+
+
+def place_on_disk(accelerator: Accelerator) -> tuple[int, int]:
+    """(place, number) of this process among those that share --output_dir; the one at place 0 writes what is written
+    once for all of them."""
+    if not dist.is_initialized():
+        return 0, 1
+    group = disk_group(accelerator)
+    return dist.get_rank(group), dist.get_world_size(group)
+
+
+def writes_files(accelerator: Accelerator) -> bool:
+    """Whether this process writes what is written once on a disk: of all processes one, or one on each machine."""
+    return place_on_disk(accelerator)[0] == 0
+
+
+def own_items(accelerator: Accelerator, items: list) -> list:
+    """This process' part of work whose results go to files: accelerate's `split_between_processes`, but among those
+    that share --output_dir. Part after part, in the order of the processes, they are all items."""
+    place, number = place_on_disk(accelerator)
+    size, rest = divmod(len(items), number)
+    start = place * size + min(place, rest)
+    return items[start : start + size + (place < rest)]
+
+
 OBJECTS_PER_MESSAGE = 1000
 
 
-def gather_objects(objects: list) -> list:
-    """The objects of all processes in one list, in the order of the processes; to be called by all of them.
+def gather_objects(objects: list, group: Any = None) -> list:
+    """The objects of all processes, or of a group, in one list, in the order of the processes; all of them call it.
 
     They are pickled and travel through CPU memory, where accelerate's gather_object takes that of the GPU. For what
     is small, as names, sizes and problems are: a message has OBJECTS_PER_MESSAGE of a process.
     """
     if not dist.is_initialized():
         return objects
-    lengths = [0] * dist.get_world_size()
-    dist.all_gather_object(lengths, len(objects), group=cpu_group())
+    group = group or cpu_group()
+    lengths = [0] * dist.get_world_size(group)
+    dist.all_gather_object(lengths, len(objects), group=group)
     gathered: list[list] = [[] for _ in lengths]
     for start in range(0, max(lengths), OBJECTS_PER_MESSAGE):
         parts: list[list] = [[]] * len(lengths)
-        dist.all_gather_object(parts, objects[start : start + OBJECTS_PER_MESSAGE], group=cpu_group())
+        dist.all_gather_object(parts, objects[start : start + OBJECTS_PER_MESSAGE], group=group)
         for own, part in zip(gathered, parts, strict=True):
             own += part
     return [each for own in gathered for each in own]
@@ -694,6 +736,12 @@ def check_processes(accelerator: Accelerator, args: argparse.Namespace) -> list[
         return problems
     if launched_as == DistributedType.NO:  # torchrun's may be one, to continue what several have saved
         problems.append("--fsdp needs more than one process: accelerate launch --num_processes N")
+    is_on_machines = dist.is_initialized() and accelerator.num_processes > processes_per_machine()
+    if is_on_machines and accelerator.project_configuration.save_on_each_node and not args.hybrid_shard:
+        problems.append(
+            "--save_on_each_node: with --fsdp alone a machine holds a part of each weight, which nobody can resume "
+            "from: add --hybrid_shard, or leave it out and give all machines one --output_dir on a shared disk"
+        )
     if accelerator.scaler is not None:
         problems.append("--mixed_precision fp16 does not work with --fsdp: use bf16")
     if args.optimizer == "prodigy":

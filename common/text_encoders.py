@@ -17,6 +17,7 @@ from common.models import (
     check_names,
     gather_objects,
     load_model,
+    place_on_disk,
     prompt_width,
     quantized_layer,
     to_device,
@@ -274,7 +275,8 @@ class PromptEncoder:
         if self.index is None or self.keep_encoders:
             return False
         identities = self.index.load("encoders") if self.index.has("encoders") else {}
-        own = prompts[self.accelerator.process_index :: self.accelerator.num_processes]
+        place, number = place_on_disk(self.accelerator)
+        own = prompts[place::number]
         is_complete = bool(identities)
         for encoder_name, identity in identities.items():
             cache = TensorCache(self.index.folder, identity.numpy().tobytes())

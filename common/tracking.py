@@ -39,7 +39,7 @@ from common.metrics import (
     read_metrics,
     running_mean,
 )
-from common.models import gather_objects
+from common.models import gather_objects, writes_files
 
 import numpy as np
 import torch
@@ -504,9 +504,9 @@ def lora_header(
 def add_thumbnail(accelerator: Accelerator, files: Iterable[Path], image: Image.Image) -> None:
     """Puts an image into the header of LoRA files, small, where ModelSpec's readers look for what they show of a file.
 
-    Their weights stay as they are. All processes call it, one writes.
+    Their weights stay as they are. All processes call it, one on each disk writes.
     """
-    if not accelerator.is_main_process:
+    if not writes_files(accelerator):
         return
     small = image.convert("RGB")
     small.thumbnail(THUMBNAIL_SIZE)

@@ -19,7 +19,7 @@ from common.checkpoints import atomic_write, interruption, stop_agreed, writing
 from common.data import first_ten, read_lines, read_text, visible
 from common.flow_matching import step_generator
 from common.lora import scaled_adapters
-from common.models import gather_objects, is_sharded
+from common.models import gather_objects, is_sharded, own_items
 from common.placement import decodes_in_tiles
 
 import numpy as np
@@ -390,9 +390,9 @@ def generate_class_images(
     dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16}
     if precision in dtypes:
         autocast = torch.autocast(device.type, dtypes[precision])
-    sharing: Any = accelerator.split_between_processes(batches)
+    share = own_items(accelerator, batches)
     quiet = not missing or not accelerator.is_main_process
-    with undisturbed(pipeline.transformer, device=device), autocast, sharing as share:
+    with undisturbed(pipeline.transformer, device=device), autocast:
         for batch in tqdm(share, desc="Generating class images", unit="batch", disable=quiet):
             generators = [step_generator(seed, i) for i in batch]
             batch_prompts = [prompts[i % len(prompts)] for i in batch]

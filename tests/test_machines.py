@@ -1,6 +1,8 @@
 """Several machines: a torchrun for each, on the loopback, and Slurm's script with stand-ins for Slurm's commands."""
 
+import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -10,11 +12,19 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import common.checkpoints
-from common.checkpoints import check_shared_folder, find_checkpoints
+from common.checkpoints import (
+    STATE_FILE,
+    agreed_checkpoint,
+    check_shared_folder,
+    claim_output_dir,
+    find_checkpoints,
+    save_checkpoint,
+)
 
 import psutil
 import pytest
 from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
 from conftest import ROOT
 from safetensors.torch import load_file
 
@@ -23,6 +33,7 @@ from examples.estimate_memory import parse_args, sent_bytes
 
 SLURM = ROOT / "examples" / "accelerate" / "slurm.sh"
 SCRIPT = "train_omini"
+SCRIPTS = [SCRIPT, "train_dreambooth_flux_advanced", "train_influxedit", "train_twinflow"]
 
 
 def result(folder):
@@ -44,7 +55,10 @@ def environment():
 
 @contextmanager
 def machines(log, flags, *, count, processes, script=SCRIPT, more=()):
-    """Starts torchrun on so many machines; `start(i)` starts that of one again, in a process group of its own."""
+    """Starts torchrun on so many machines; `start(i)` starts that of one again, in a process group of its own.
+
+    MACHINE in a flag is the number of the machine.
+    """
     port = free_port()
     words = [sys.executable, "-m", "torch.distributed.run", "--nnodes", count, "--nproc_per_node", processes]
     words += ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"localhost:{port}", "--rdzv_id", "test"]
@@ -53,7 +67,8 @@ def machines(log, flags, *, count, processes, script=SCRIPT, more=()):
 
     def start(machine):
         is_host = ["--rdzv_conf", f"is_host={str(machine == 0).lower()},read_timeout=120"]
-        command = map(str, [*words, *is_host, ROOT / f"{script}.py", *flags])
+        own_flags = [str(flag).replace("MACHINE", str(machine)) for flag in flags]
+        command = map(str, [*words, *is_host, ROOT / f"{script}.py", *own_flags])
         with (log / f"{machine}.txt").open("a") as file:
             process = subprocess.Popen(
                 list(command), cwd=ROOT, env=environment(), stdout=file, stderr=file, start_new_session=True
@@ -145,6 +160,174 @@ def test_a_machine_that_is_killed_and_comes_back_ends_in_the_same_bits(flags_of,
     found, expected = result(tmp_path / "run"), result(tmp_path / "whole")
     assert found.keys() == expected.keys()
     assert all(found[key].equal(value) for key, value in expected.items())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --save_on_each_node
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def on_own_disks(trainer, folder, number=2):
+    """A fault: so many machines, each with its own --output_dir, folder/0, folder/1, ..."""
+    per_machine = int(os.environ["WORLD_SIZE"]) // number
+    machine, local_rank = divmod(int(os.environ["RANK"]), per_machine)
+    os.environ.update(LOCAL_RANK=str(local_rank), LOCAL_WORLD_SIZE=str(per_machine))
+    if trainer:
+        honest = trainer.parse_args
+        trainer.parse_args = lambda argv: honest([*argv, "--output_dir", f"{folder}/{machine}"])
+    return machine
+
+
+def names_of(folder):
+    return [path.name for path in find_checkpoints(folder)]
+
+
+def same(found, expected):
+    return found.keys() == expected.keys() and all(found[key].equal(value) for key, value in expected.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_machines_with_disks_of_their_own_end_in_the_bits_of_those_with_one(runs, flags_of, tmp_path, script):
+    flags = [*flags_of[script], tmp_path / "shared", "--checkpointing_steps", 1, "--checkpoints_total_limit", 2]
+    assert runs.run(script, flags, processes=2) == 0, runs.output()[-3000:]
+    own = [*flags, "--save_on_each_node"]
+    assert runs.run(script, own, on_own_disks, str(tmp_path), processes=2) == 0, runs.output()[-3000:]
+    expected = result(tmp_path / "shared")
+    assert expected
+    for machine in "01":
+        assert same(result(tmp_path / machine), expected)
+        assert names_of(tmp_path / machine) == names_of(tmp_path / "shared") == ["checkpoint-2", "checkpoint-3"]
+        assert not (tmp_path / machine / "encoded").exists()
+    assert (tmp_path / "0" / "metrics.jsonl").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["DDP", "hybrid"])
+def test_machines_that_were_killed_between_their_writes_go_on_at_what_all_have(runs, flags_of, tmp_path, way):
+    """A machine that lacks the last checkpoint takes the others back to the one before; one with none is refused."""
+    number, flags = 2, [*flags_of[SCRIPT], tmp_path / "whole", "--checkpointing_steps", 1]
+    if way == "hybrid":
+        number, flags = 4, [*flags, "--fsdp", "--hybrid_shard", "--optimizer", "adamw", "--use_ema"]
+    assert runs.run(SCRIPT, [*flags, "--max_train_steps", 5], processes=number) == 0, runs.output()[-3000:]
+    own = [*flags, "--save_on_each_node", "--resume_from_checkpoint", "latest"]
+    arguments = (on_own_disks, str(tmp_path))
+    assert runs.run(SCRIPT, own, *arguments, processes=number) == 0, runs.output()[-3000:]
+    shutil.rmtree(tmp_path / "0" / "checkpoint-3")
+    assert runs.run(SCRIPT, [*own, "--max_train_steps", 5], *arguments, processes=number) == 0, runs.output()[-3000:]
+    assert "checkpoint-3 is not on every machine" in runs.output()
+    assert f"Resuming from {tmp_path}/0/checkpoint-2" in runs.output()
+    for machine in "01":
+        assert same(result(tmp_path / machine), result(tmp_path / "whole"))
+        assert names_of(tmp_path / machine) == names_of(tmp_path / "whole")
+
+    shutil.rmtree(tmp_path / "1")
+    assert runs.run(SCRIPT, [*own, "--max_train_steps", 6], *arguments, processes=number) != 0
+    assert f"{tmp_path}/1 on {socket.gethostname()} lacks the checkpoint-5" in runs.output()
+    assert names_of(tmp_path / "0") == names_of(tmp_path / "whole")
+    shutil.copytree(tmp_path / "0" / "checkpoint-5", tmp_path / "1" / "checkpoint-5")
+    shutil.rmtree(tmp_path / "0")  # the second machine's folder is as good as the first's
+    shutil.copytree(tmp_path / "1", tmp_path / "0")
+    assert runs.run(SCRIPT, [*own, "--max_train_steps", 6], *arguments, processes=number) == 0, runs.output()[-3000:]
+    assert f"Resuming from {tmp_path}/0/checkpoint-5" in runs.output()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["DDP", "hybrid"])
+def test_a_machine_with_its_own_disk_is_killed_and_comes_back(flags_of, tmp_path, way):
+    per_machine = 2 if way == "hybrid" else 1
+    flags = [*flags_of[SCRIPT], tmp_path / "whole", "--max_train_steps", 30, "--checkpointing_steps", 3]
+    flags += ["--fsdp", "--hybrid_shard"] if way == "hybrid" else []
+    run(tmp_path, flags, count=2, processes=per_machine)
+    own = ["--output_dir", tmp_path / "run-MACHINE", "--save_on_each_node", "--checkpoints_total_limit", 1]
+    own += ["--resume_from_checkpoint", "latest"]
+    more = ["--max_restarts", 3]
+    with machines(tmp_path, [*flags, *own], count=2, processes=per_machine, more=more) as (processes, start):
+        wait_for(lambda: find_checkpoints(tmp_path / "run-1"), tmp_path)
+        kill_group(processes[1])
+        assert not result(tmp_path / "run-0")
+        again = start(1)
+        assert processes[0].wait(600) == 0, text_of(tmp_path)
+        assert again.wait(60) == 0, text_of(tmp_path)
+    assert "Resuming from" in text_of(tmp_path)
+    for machine in "01":
+        assert same(result(tmp_path / f"run-{machine}"), result(tmp_path / "whole"))
+        assert names_of(tmp_path / f"run-{machine}") == ["checkpoint-30"]
+
+
+def machines_that_agree(trainer, folder):
+    machine = on_own_disks(trainer, folder)
+    output_dir = Path(folder, str(machine))
+    accelerator = Accelerator(
+        cpu=True,
+        project_config=ProjectConfiguration(folder, save_on_each_node=True),
+        step_scheduler_with_optimizer=False,
+    )
+
+    def agree(*left_out, resume="latest"):
+        """What a machine answers where checkpoints (machine, name) are gone."""
+        for at, name in left_out:
+            if at == machine:
+                (output_dir / name).rename(output_dir / f".{name}")
+        accelerator.wait_for_everyone()
+        checkpoint, problems = agreed_checkpoint(accelerator, output_dir, resume)
+        accelerator.wait_for_everyone()
+        for hidden in output_dir.glob(".checkpoint-*"):
+            hidden.rename(output_dir / hidden.name[1:])
+        assert checkpoint is None or checkpoint.parent == output_dir
+        return checkpoint and checkpoint.name, problems
+
+    output_dir.mkdir()
+    assert agree() == (None, [])
+    for step in (5, 10, 15):
+        save_checkpoint(accelerator, output_dir, step, {})
+    assert agree() == ("checkpoint-15", [])
+    assert agree(resume=None) == (None, [])
+    assert agree(resume="checkpoint-15") == ("checkpoint-15", [])
+    assert agree((0, "checkpoint-15")) == ("checkpoint-10", [])
+    assert agree((1, "checkpoint-15"), (0, "checkpoint-10")) == agree((1, "checkpoint-15"), (1, "checkpoint-10"))
+    checkpoint, (problem,) = agree((1, "checkpoint-15"), (1, "checkpoint-10"))
+    assert checkpoint is None
+    assert f"{folder}/1 on {socket.gethostname()} lacks the checkpoint-15" in problem
+    checkpoint, (problem,) = agree(*((0, f"checkpoint-{step}") for step in (5, 10, 15)))
+    assert checkpoint is None
+    assert f"{folder}/0 on {socket.gethostname()} lacks the checkpoint-15" in problem
+    if machine == 1:  # of the same step of another run
+        shutil.rmtree(output_dir / "checkpoint-15")
+        state = json.loads((output_dir / "checkpoint-10" / STATE_FILE).read_text())
+        (output_dir / "checkpoint-15").mkdir()
+        (output_dir / "checkpoint-15" / STATE_FILE).write_text(json.dumps(state | {"saved_as": "other"}))
+    assert agree() == ("checkpoint-10", [])
+    assert agree(resume="checkpoint-15")[0] is None
+    accelerator.end_training()
+
+
+def test_machines_agree_on_the_last_checkpoint_that_all_have(runs, tmp_path):
+    assert runs.run(None, [], machines_that_agree, str(tmp_path), processes=2) == 0, runs.output()[-3000:]
+
+
+def one_folder(trainer, folder):
+    on_own_disks(trainer, folder)
+    accelerator = Accelerator(cpu=True, project_config=ProjectConfiguration(folder, save_on_each_node=True))
+    claim_output_dir(accelerator, Path(folder, "run"), [])
+
+
+def test_a_folder_that_machines_share_is_refused_with_save_on_each_node(runs, tmp_path):
+    assert runs.run(None, [], one_folder, str(tmp_path), processes=2) != 0
+    assert f"another machine have one --output_dir {tmp_path / 'run'}" in runs.output()
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_parts_of_weights_on_each_machine_are_refused(runs, flags_of, tmp_path):
+    flags = [*flags_of[SCRIPT], tmp_path / "run", "--fsdp", "--save_on_each_node", "--optimizer", "adamw"]
+    assert runs.run(SCRIPT, flags, on_own_disks, str(tmp_path), processes=2) != 0
+    assert "add --hybrid_shard" in runs.output()
+    assert not list(tmp_path.glob("[01]"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One disk, and Slurm
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def other_folder(trainer, folder):

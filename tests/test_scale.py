@@ -397,14 +397,19 @@ def count_reads(trainer, folder):
         checkpoint = save_checkpoint(accelerator, folder, 3, {})
     written = [path.name for path in read]
     read.clear()
-    whole = checkpoint_damage(checkpoint)
+    whole = checkpoint_damage(checkpoint, accelerator)
     verified = [path.name for path in read]
     accelerator.wait_for_everyone()
     shards = sorted((checkpoint / "sharded").iterdir())
     if accelerator.is_main_process:
         shards[-1].write_bytes(shards[-1].read_bytes()[:-4] + b"1234")
     accelerator.wait_for_everyone()
-    state = {"written": written, "verified": verified, "whole": whole, "damage": checkpoint_damage(checkpoint)}
+    state = {
+        "written": written,
+        "verified": verified,
+        "whole": whole,
+        "damage": checkpoint_damage(checkpoint, accelerator),
+    }
     (folder / f"state-{rank}.json").write_text(json.dumps(state))
     accelerator.wait_for_everyone()
     accelerator.end_training()
