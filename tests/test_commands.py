@@ -64,6 +64,7 @@ NOT_RUN = {
     "pip": "installs; what it would install runs this test",
     "pre-commit": "hooks into git; tests/test_github.py runs what it would",
     "pytest": "these tests themselves",
+    "rsync": "from another machine",
     "sbatch": "needs a Slurm cluster; tests/test_machines.py runs the script with stand-ins for Slurm's commands",
     "source": "a virtual environment, which these tests run in",
     "tests/run.sh": "these tests themselves",

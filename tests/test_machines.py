@@ -37,7 +37,7 @@ SCRIPTS = [SCRIPT, "train_dreambooth_flux_advanced", "train_influxedit", "train_
 
 
 def result(folder):
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("transformer/*.safetensors")])
     return {f"{file.stem}.{key}": value for file in files for key, value in load_file(file).items()}
 
 
@@ -124,12 +124,16 @@ def flags_of(short_runs, pictures, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["DDP", "hybrid"])
-@pytest.mark.parametrize("script", ["train_omini", "train_twinflow"])
-def test_two_machines_compute_what_one_does(flags_of, tmp_path, script, way):
+@pytest.mark.parametrize(
+    "script, more",
+    [("train_omini", []), ("train_twinflow", []), ("train_twinflow", ["--training", "full", "--recipe", "twinflow"])],
+    ids=["train_omini", "train_twinflow", "full"],
+)
+def test_two_machines_compute_what_one_does(flags_of, tmp_path, script, more, way):
     flags = flags_of[script]
     together = ["--fsdp", "--hybrid_shard"] if way == "hybrid" else []
-    run(tmp_path, [*flags, tmp_path / "one", *together[:1]], count=1, processes=4, script=script)
-    run(tmp_path, [*flags, tmp_path / "two", *together], count=2, processes=2, script=script)
+    run(tmp_path, [*flags, tmp_path / "one", *more, *together[:1]], count=1, processes=4, script=script)
+    run(tmp_path, [*flags, tmp_path / "two", *more, *together], count=2, processes=2, script=script)
     one, two = result(tmp_path / "one"), result(tmp_path / "two")
     assert one.keys() == two.keys()
     assert one
@@ -167,15 +171,19 @@ def test_a_machine_that_is_killed_and_comes_back_ends_in_the_same_bits(flags_of,
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def on_own_disks(trainer, folder, number=2):
-    """A fault: so many machines, each with its own --output_dir, folder/0, folder/1, ..."""
-    per_machine = int(os.environ["WORLD_SIZE"]) // number
+def on_two_machines(trainer):
+    """A fault: the processes are those of two machines; returns the number of this one's."""
+    per_machine = int(os.environ["WORLD_SIZE"]) // 2
     machine, local_rank = divmod(int(os.environ["RANK"]), per_machine)
     os.environ.update(LOCAL_RANK=str(local_rank), LOCAL_WORLD_SIZE=str(per_machine))
-    if trainer:
-        honest = trainer.parse_args
-        trainer.parse_args = lambda argv: honest([*argv, "--output_dir", f"{folder}/{machine}"])
     return machine
+
+
+def on_own_disks(trainer, folder):
+    """A fault: two machines, each with its own --output_dir, folder/0 and folder/1."""
+    machine = on_two_machines(trainer)
+    honest = trainer.parse_args
+    trainer.parse_args = lambda argv: honest([*argv, "--output_dir", f"{folder}/{machine}"])
 
 
 def names_of(folder):
@@ -190,7 +198,7 @@ def same(found, expected):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_machines_with_disks_of_their_own_end_in_the_bits_of_those_with_one(runs, flags_of, tmp_path, script):
     flags = [*flags_of[script], tmp_path / "shared", "--checkpointing_steps", 1, "--checkpoints_total_limit", 2]
-    assert runs.run(script, flags, processes=2) == 0, runs.output()[-3000:]
+    assert runs.run(script, flags, on_two_machines, processes=2) == 0, runs.output()[-3000:]
     own = [*flags, "--save_on_each_node"]
     assert runs.run(script, own, on_own_disks, str(tmp_path), processes=2) == 0, runs.output()[-3000:]
     expected = result(tmp_path / "shared")
@@ -198,7 +206,7 @@ def test_machines_with_disks_of_their_own_end_in_the_bits_of_those_with_one(runs
     for machine in "01":
         assert same(result(tmp_path / machine), expected)
         assert names_of(tmp_path / machine) == names_of(tmp_path / "shared") == ["checkpoint-2", "checkpoint-3"]
-        assert not (tmp_path / machine / "encoded").exists()
+        assert (tmp_path / machine / "encoded").exists() == (tmp_path / "shared" / "encoded").exists()
     assert (tmp_path / "0" / "metrics.jsonl").exists()
 
 
@@ -209,7 +217,8 @@ def test_machines_that_were_killed_between_their_writes_go_on_at_what_all_have(r
     number, flags = 2, [*flags_of[SCRIPT], tmp_path / "whole", "--checkpointing_steps", 1]
     if way == "hybrid":
         number, flags = 4, [*flags, "--fsdp", "--hybrid_shard", "--optimizer", "adamw", "--use_ema"]
-    assert runs.run(SCRIPT, [*flags, "--max_train_steps", 5], processes=number) == 0, runs.output()[-3000:]
+    whole = [*flags, "--max_train_steps", 5]
+    assert runs.run(SCRIPT, whole, on_two_machines, processes=number) == 0, runs.output()[-3000:]
     own = [*flags, "--save_on_each_node", "--resume_from_checkpoint", "latest"]
     arguments = (on_own_disks, str(tmp_path))
     assert runs.run(SCRIPT, own, *arguments, processes=number) == 0, runs.output()[-3000:]
@@ -256,7 +265,7 @@ def test_a_machine_with_its_own_disk_is_killed_and_comes_back(flags_of, tmp_path
 
 
 def machines_that_agree(trainer, folder):
-    machine = on_own_disks(trainer, folder)
+    machine = on_two_machines(trainer)
     output_dir = Path(folder, str(machine))
     accelerator = Accelerator(
         cpu=True,
@@ -307,7 +316,7 @@ def test_machines_agree_on_the_last_checkpoint_that_all_have(runs, tmp_path):
 
 
 def one_folder(trainer, folder):
-    on_own_disks(trainer, folder)
+    on_two_machines(trainer)
     accelerator = Accelerator(cpu=True, project_config=ProjectConfiguration(folder, save_on_each_node=True))
     claim_output_dir(accelerator, Path(folder, "run"), [])
 

@@ -2,13 +2,20 @@
 
 import importlib
 import json
+import os
 import shutil
+import time
+from types import SimpleNamespace
 
 import common.latents
 import common.text_encoders
+from common.latents import CachedTensors, EncodedIndex, TensorCache
 from common.models import hub_commit
 
+import psutil
 import pytest
+import torch
+from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 from transformers import CLIPTextModel, T5EncoderModel
@@ -144,6 +151,44 @@ def die_at_third_file(trainer):
     common.latents.TensorCache.write = write
 
 
+@pytest.mark.slow
+def test_a_cache_of_20_000_images_is_found_in_seconds_and_not_read(tmp_path):
+    """20 GB as their names say: each entry is another name of one file of a megabyte."""
+    settings = {"data": [["a.png", "stamp", "hash"]]}
+    flags = SimpleNamespace(pretrained_model_name_or_path=str(tmp_path), revision=None, cache_dir=None)
+    index = EncodedIndex(tmp_path, flags, settings)
+    cache = TensorCache(tmp_path, b"weights of a VAE")
+    keys = list(range(20_000))
+    pixels = {key: torch.tensor([float(key)]) for key in keys}
+    digests = {key: cache.content_digest(value) for key, value in pixels.items()}
+    moments = torch.arange(2**18, dtype=torch.float32)
+    cache.write({"value": moments}, cache.path_of(digests[0]))
+    for key in keys[1:]:
+        os.link(cache.path_of(digests[0]), cache.path_of(digests[key]))
+    accelerator = Accelerator(cpu=True)
+    index.record(accelerator, "latents", CachedTensors(cache, digests))
+    read = []
+
+    def pixels_of(key):
+        read.append(key)
+        return pixels[key]
+
+    before = psutil.Process().memory_info().rss
+    started = time.perf_counter()
+    found = index.find(accelerator, "latents", keys, pixels_of)
+    seconds = time.perf_counter() - started
+    megabytes = (psutil.Process().memory_info().rss - before) / 2**20
+    print(f"{len(keys):,} entries found in {seconds:.1f} s (bar 20), {megabytes:.0f} MiB more in memory (bar 100)")
+    assert found is not None
+    assert list(found) == keys
+    assert len(read) == 8
+    assert seconds < 20
+    assert megabytes < 100
+    started = time.perf_counter()
+    assert found[12_345].equal(moments)
+    assert time.perf_counter() - started < 1
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_precomputing_nothing_is_refused(short_runs, tmp_path, capsys, script):
     flags = [*short_runs[script], "--precompute_only", "--output_dir", tmp_path]
@@ -154,8 +199,6 @@ def test_precomputing_nothing_is_refused(short_runs, tmp_path, capsys, script):
 
 
 def test_the_commit_of_a_name_on_the_hub_is_that_of_the_local_cache(tmp_path):
-    from types import SimpleNamespace
-
     commit = "0123456789" * 4
     folder = tmp_path / "models--owner--name"
     (folder / "refs").mkdir(parents=True)

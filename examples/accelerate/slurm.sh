@@ -2,6 +2,9 @@
 # A trainer on several machines of a Slurm cluster. It saves before its time is over or it is preempted, queues itself
 # again, and goes on at its last checkpoint until all steps are done:
 #   sbatch --nodes 4 examples/accelerate/slurm.sh train_omini.py --output_dir /shared/run ...
+# With disks in the nodes alone, on the same nodes each time:
+#   sbatch --nodes 2 --nodelist n1,n2 examples/accelerate/slurm.sh train_omini.py \
+#     --save_on_each_node --output_dir /local/run ...
 # Options after sbatch replace those below.
 #SBATCH --job-name=flux
 #SBATCH --nodes=2
