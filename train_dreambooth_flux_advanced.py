@@ -220,6 +220,7 @@ from common.models import (
     check_weights,
     compile_blocks,
     full_tensor,
+    gather_objects,
     is_lora,
     latent_channels,
     load_model,
@@ -3738,7 +3739,9 @@ def train(args):
     # 4. Models: VAE, class images and cached latents; then the transformer and its LoRA
     noise_scheduler = load_noise_scheduler(args)
     num_present = len(class_examples(args, class_prompts))
-    lacks_class_images = args.with_prior_preservation and num_present < args.num_class_images
+    # also if only another machine lacks some, of its own folder: all draw together
+    is_short = any(gather_objects([num_present < args.num_class_images]))
+    lacks_class_images = args.with_prior_preservation and is_short
     if args.with_prior_preservation and not lacks_class_images:
         dataset.class_examples = class_examples(args, class_prompts)
     held_out = DreamBoothDataset(held_out_examples, args)

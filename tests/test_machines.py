@@ -241,6 +241,35 @@ def test_machines_that_were_killed_between_their_writes_go_on_at_what_all_have(r
     assert f"Resuming from {tmp_path}/0/checkpoint-5" in runs.output()
 
 
+def with_own_class_images(trainer, folder):
+    machine = on_two_machines(trainer)
+    honest = trainer.parse_args
+    own = ["--output_dir", f"{folder}/{machine}", "--class_data_dir", f"{folder}/class-{machine}"]
+    trainer.parse_args = lambda argv: honest([*argv, *own])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["train_dreambooth_flux_advanced", "train_influxedit"])
+def test_each_machine_draws_the_class_images_that_its_own_disk_lacks(runs, flags_of, tmp_path, script):
+    flags = [
+        *flags_of[script],
+        tmp_path,
+        "--save_on_each_node",
+        "--with_prior_preservation",
+        "--class_prompt",
+        "a dog",
+    ]
+    flags += ["--num_class_images", 4, "--cache_latents", "--max_train_steps", 1]
+    for lacking in ("[01]", "1"):
+        for folder in [*tmp_path.glob("[01]"), *tmp_path.glob(f"class-{lacking}")]:
+            shutil.rmtree(folder)
+        assert runs.run(script, flags, with_own_class_images, str(tmp_path), processes=2) == 0, runs.output()[-3000:]
+        first, second = ({path.name: path.read_bytes() for path in tmp_path.glob(f"class-{i}/*.png")} for i in "01")
+        assert len(first) == 4
+        assert first == second
+        assert same(result(tmp_path / "0"), result(tmp_path / "1"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["DDP", "hybrid"])
 def test_a_machine_with_its_own_disk_is_killed_and_comes_back(flags_of, tmp_path, way):
