@@ -281,7 +281,8 @@ def test_a_machine_with_its_own_disk_is_killed_and_comes_back(flags_of, tmp_path
     own += ["--resume_from_checkpoint", "latest"]
     more = ["--max_restarts", 3]
     with machines(tmp_path, [*flags, *own], count=2, processes=per_machine, more=more) as (processes, start):
-        wait_for(lambda: find_checkpoints(tmp_path / "run-1"), tmp_path)
+        # between the writes of the first checkpoint a machine would have none, which is refused
+        wait_for(lambda: all(find_checkpoints(tmp_path / f"run-{machine}") for machine in "01"), tmp_path)
         kill_group(processes[1])
         assert not result(tmp_path / "run-0")
         again = start(1)
