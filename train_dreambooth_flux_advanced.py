@@ -19,7 +19,7 @@ arguments (args.json), the loss (metrics.jsonl, loss.png), images (validation/) 
     paper                                     in diffusers' script      here
     LoRA (2106.09685)                         LoraConfig                common/lora.py add_lora
     flow matching (2403.03206)                get_sigmas, target        compute_loss
-    DreamBooth, prior loss (2208.12242, (2))  prior_loss                instance_loss + prior_loss in main
+    DreamBooth, prior loss (2208.12242, (2))  prior_loss                instance_loss + prior_loss in train
     textual inversion (2208.01618)            TokenEmbeddingsHandler    TokenEmbeddingsHandler
     pivotal tuning (2106.05744)               pivoted_te, pivoted_tr    training_stops, PromptEncoder.freeze
 """
@@ -4088,12 +4088,13 @@ def train(args):
                     target=target,
                     loss_mask=to_device(batch["loss_mask"], device) if dataset.has_masks else None,
                 )
+            # class images, drawn or of is_reg, count prior_loss_weight times
             losses = torch.where(to_device(is_class_image, device), args.prior_loss_weight * losses, losses)
             if args.with_prior_preservation:
                 instance_losses, prior_losses = losses.chunk(2)  # `collate` puts class images behind the others
                 instance_loss = instance_losses.mean()
                 prior_loss = prior_losses.mean()
-                loss = instance_loss + prior_loss  # weighted above
+                loss = instance_loss + prior_loss
             else:
                 instance_losses = losses
                 loss = losses.mean()
@@ -4101,9 +4102,9 @@ def train(args):
             loss_sum = loss_sum + loss.detach() / accumulation
             if args.preserve_outputs and step % args.preserve_every == 0:
                 # a backward pass of its own: the activations of one batch are in memory at a time
-                draws = torch.rand(len(latents), generator=generator).tolist()
+                prompt_draws = torch.rand(len(latents), generator=generator).tolist()
                 batch_prompts = []
-                for prompt, draw in zip(batch["prompt"], draws, strict=True):
+                for prompt, draw in zip(batch["prompt"], prompt_draws, strict=True):
                     choices = prompts_instead.get(prompt, preserve_prompts)
                     batch_prompts.append(choices[int(draw * len(choices))])
                 with torch.set_grad_enabled(args.train_text_encoder):  # new tokens are not in these prompts
@@ -4135,9 +4136,9 @@ def train(args):
             grad_norm = accelerator.clip_grad_norm_(trained_params, args.max_grad_norm or math.inf)
             grad_norm = to_device(full_tensor(grad_norm), device)  # without a gradient it is a 0 on the CPU
             # one message between the processes carries the loss and whether any of them got a signal
-            stop_requested = torch.full((), float(interruption.is_requested()), device=device)
-            reduced = accelerator.reduce(torch.stack([loss_sum, stop_requested]), reduction="mean")
-            mean_loss, stop_requested = reduced
+            stop_flag = torch.full((), float(interruption.is_requested()), device=device)
+            reduced = accelerator.reduce(torch.stack([loss_sum, stop_flag]), reduction="mean")
+            mean_loss, mean_stop = reduced
             is_finite = mean_loss.isfinite()
             if accelerator.scaler is None:  # a gradient scaler (fp16) skips infinite gradients itself
                 is_finite = is_finite & grad_norm.isfinite()
@@ -4155,7 +4156,7 @@ def train(args):
         numbers = {
             "loss": mean_loss,
             "grad_norm": grad_norm,
-            "stop_requested": stop_requested,
+            "stop_requested": mean_stop,
             "taken": is_finite & (not accelerator.optimizer_step_was_skipped),
         }
         step_reads.put(global_step, numbers, step_logs(optimizer, num_images, started, device))

@@ -1442,9 +1442,10 @@ def predict_velocity(
 ) -> torch.Tensor:
     """The velocity [B, h/2 * w/2, 4C] that the model predicts for x_σ; arguments as of `compute_loss`."""
     _, _, height, width = latents.shape
+    noisy_latents = add_noise(pack_latents(latents), pack_latents(noise), sigmas)
     return family.predict(
         transformer,
-        add_noise(pack_latents(latents), pack_latents(noise), sigmas),
+        noisy_latents,
         condition,
         sigmas,
         prompt_embeds,
@@ -2607,13 +2608,13 @@ def train(args):
     prompts.update(example.caption for example in class_examples(args, class_prompts))
     index = EncodedIndex(latents_folder(args), args, run)
 
-    def load_text_pipeline():
+    def load_encoders():
         pipeline = family.load_text_encoders(args, encoder_dtype(weight_dtype))
         quantize_text_encoders(pipeline, encoder_dtype(weight_dtype), args.quantize_text_encoders)
         return pipeline
 
     # where all encoders are frozen, they are loaded if the disk lacks a prompt
-    text_pipeline = load_text_pipeline() if args.train_text_encoder else load_text_pipeline
+    text_pipeline = load_encoders() if args.train_text_encoder else load_encoders
     text_lora_params = []
     if args.train_text_encoder:
         text_lora_params = add_lora(
@@ -2964,9 +2965,9 @@ def train(args):
             loss_sum = loss_sum + loss.detach() / accumulation
             if args.preserve_outputs and step % args.preserve_every == 0:
                 # a backward pass of its own: the activations of one batch are in memory at a time
-                draws = torch.rand(len(latents), generator=generator).tolist()
+                prompt_draws = torch.rand(len(latents), generator=generator).tolist()
                 batch_prompts = []
-                for prompt, draw in zip(batch["prompt"], draws, strict=True):
+                for prompt, draw in zip(batch["prompt"], prompt_draws, strict=True):
                     choices = prompts_instead.get(prompt, preserve_prompts)
                     batch_prompts.append(choices[int(draw * len(choices))])
                 prompt_embeds, pooled_prompt_embeds = prompt_encoder.encode_prompts(batch_prompts)
@@ -2994,9 +2995,9 @@ def train(args):
             grad_norm = accelerator.clip_grad_norm_(trained_params, args.max_grad_norm or math.inf)
             grad_norm = to_device(full_tensor(grad_norm), device)  # without a gradient it is a 0 on the CPU
             # one message between the processes carries the loss and whether any of them got a signal
-            stop_requested = torch.full((), float(interruption.is_requested()), device=device)
-            reduced = accelerator.reduce(torch.stack([loss_sum, stop_requested]), reduction="mean")
-            mean_loss, stop_requested = reduced
+            stop_flag = torch.full((), float(interruption.is_requested()), device=device)
+            reduced = accelerator.reduce(torch.stack([loss_sum, stop_flag]), reduction="mean")
+            mean_loss, mean_stop = reduced
             is_finite = mean_loss.isfinite()
             if accelerator.scaler is None:  # a gradient scaler (fp16) skips infinite gradients itself
                 is_finite = is_finite & grad_norm.isfinite()
@@ -3010,7 +3011,7 @@ def train(args):
         numbers = {
             "loss": mean_loss,
             "grad_norm": grad_norm,
-            "stop_requested": stop_requested,
+            "stop_requested": mean_stop,
             "taken": is_finite & (not accelerator.optimizer_step_was_skipped),
         }
         step_reads.put(global_step, numbers, step_logs(optimizer, total_batch_size, started, device))

@@ -1018,7 +1018,7 @@ def pack_conditions(
     specs: Sequence[ConditionSpec],
     latent_masks: Sequence[torch.Tensor | None] = (),
 ) -> list[ConditionTokens]:
-    """The tokens of each condition, from its normalised latents [B, C, h, w].
+    """The tokens of each condition, from its normalized latents [B, C, h, w].
 
     `latent_masks`, one for each condition, are boolean [B, h/2 * w/2], True for the tokens that enter the transformer,
     or None for all (arXiv 2503.08280, section 3.3).
@@ -1495,7 +1495,7 @@ class OminiPipeline(FluxPipeline):
             main_adapter           name of a LoRA, such as a style, for text and image
             kv_cache               compute the conditions only once: exact if they are independent
 
-        Further arguments are FluxPipeline's own. `output_type` "latent" returns normalised latents
+        Further arguments are FluxPipeline's own. `output_type` "latent" returns normalized latents
         [B, C, height / 8, width / 8].
         """
         device = self._execution_device  # an offloaded transformer lies on the CPU
@@ -1576,7 +1576,7 @@ class OminiPipeline(FluxPipeline):
 class Flux:
     """FLUX.1, dev or schnell: the LoRA acts on condition tokens alone, and `OminiPipeline` draws.
 
-    `latents` are [B, C, H/8, W/8], normalised.
+    `latents` are [B, C, H/8, W/8], normalized.
     """
 
     kind = "FLUX.1-dev, -schnell or FLUX.2-klein"
@@ -1892,7 +1892,7 @@ def compute_loss(
 ) -> torch.Tensor:
     """The flow matching loss [B] of each sample of a batch (arXiv 2411.15098, section 3.1).
 
-    latents [B, C, h, w] and those of each condition are normalised; noise and noise levels t are those of
+    latents [B, C, h, w] and those of each condition are normalized; noise and noise levels t are those of
     `sample_noise`; prompt_embeds [B, T, D], pooled_prompt_embeds [B, P]; guidance [B], or None for a model without
     guidance embedding. `latent_masks`, boolean [B, h/2 * w/2] or None for all tokens, are those of the image and of
     each condition (token_integration): only an image's tokens in its mask are noisy and count.
@@ -3268,7 +3268,11 @@ def train(args):
         estimate_depth(accelerator, examples + held_out.examples + all_images(validation_examples(args)), args)
     keys = dataset.image_keys() if args.cache_latents else []
     held_out_keys = [(position, role) for position in range(len(held_out)) for role in held_out.roles]
-    read_held_out = lambda key: held_out[0, key[0]]["pixel_values"][key[1]]  # noqa: E731
+
+    def read_held_out(key):
+        position, role = key
+        return held_out[0, position]["pixel_values"][role]
+
     held_out.moments = index.find(accelerator, "held out", held_out_keys, read_held_out) or {}
     dataset.moments = index.find(accelerator, "latents", keys, dataset.pixel_values) or {}
     draws = (val_prompts or final_prompts) and not args.precompute_only
@@ -3516,9 +3520,9 @@ def train(args):
             grad_norm = accelerator.clip_grad_norm_(lora_params, args.max_grad_norm or math.inf)
             grad_norm = to_device(full_tensor(grad_norm), device)  # without a gradient it is a 0 on the CPU
             # one message between the processes carries the loss and whether any of them got a signal
-            stop_requested = torch.full((), float(interruption.is_requested()), device=device)
-            reduced = accelerator.reduce(torch.stack([loss_sum, stop_requested]), reduction="mean")
-            mean_loss, stop_requested = reduced
+            stop_flag = torch.full((), float(interruption.is_requested()), device=device)
+            reduced = accelerator.reduce(torch.stack([loss_sum, stop_flag]), reduction="mean")
+            mean_loss, mean_stop = reduced
             is_finite = mean_loss.isfinite()
             if accelerator.scaler is None:  # a gradient scaler (fp16) skips infinite gradients itself
                 is_finite = is_finite & grad_norm.isfinite()
@@ -3532,7 +3536,7 @@ def train(args):
         numbers = {
             "loss": mean_loss,
             "grad_norm": grad_norm,
-            "stop_requested": stop_requested,
+            "stop_requested": mean_stop,
             "taken": is_finite & (not accelerator.optimizer_step_was_skipped),
         }
         step_reads.put(global_step, numbers, step_logs(optimizer, total_batch_size, started, device))

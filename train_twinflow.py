@@ -3631,7 +3631,7 @@ def train(args):
         two_times=backbone.embeds_target_time(unwrapped_transformer),
         autocast=accelerator.autocast,
     )
-    validate = functools.partial(
+    draw_validation = functools.partial(
         log_validation,
         accelerator,
         predict,
@@ -3644,7 +3644,7 @@ def train(args):
         args,
         teacher=result_weights,
     )
-    compute_held_out = functools.partial(
+    validate = functools.partial(
         held_out_losses,
         accelerator,
         functools.partial(predict, transformer=unwrapped_transformer),
@@ -3656,7 +3656,7 @@ def train(args):
         args,
     )
     if val_prompts and global_step == 0:
-        validate(step=0)
+        draw_validation(step=0)
     transformer.train()
     progress_bar = tqdm(
         total=max_train_steps,
@@ -3679,8 +3679,11 @@ def train(args):
         with accelerator.accumulate(transformer):
             step, accumulated = divmod(micro_step, accumulation)
             # a run that goes on with more or fewer processes draws what those it began with would
-            processes = accelerator.process_index, accelerator.num_processes, begun_with
-            generator = step_generator(args.seed, step, *place_in_run(accumulated, *processes))
+            drawn_as = place_in_run(accumulated, accelerator.process_index, accelerator.num_processes, begun_with)
+            begun_micro_step, _ = place_in_run(
+                micro_step, accelerator.process_index, accelerator.num_processes, begun_with
+            )
+            generator = step_generator(args.seed, step, *drawn_as)
             torch.manual_seed(generator.initial_seed())  # dropout uses the global generator
             dropout_seed = generator.initial_seed() if args.lora_dropout else None  # one mask for all forward passes
             if args.streaming:
@@ -3695,7 +3698,7 @@ def train(args):
                 args,
                 device,
                 offload_vae,
-                micro_step=place_in_run(micro_step, *processes)[0],
+                micro_step=begun_micro_step,
             )
             loss, logged_losses = compute_loss(
                 functools.partial(predict, seed=dropout_seed),
@@ -3717,9 +3720,9 @@ def train(args):
             grad_norm = accelerator.clip_grad_norm_(params.values(), args.max_grad_norm or math.inf)
             grad_norm = to_device(full_tensor(grad_norm), device)  # without a gradient it is a 0 on the CPU
             # one message between the processes carries the losses and whether any of them got a signal
-            stop_requested = torch.full((), float(interruption.is_requested()), device=device)
-            reduced = accelerator.reduce(torch.stack([*sums.values(), stop_requested]), reduction="mean")
-            *mean_losses, stop_requested = reduced
+            stop_flag = torch.full((), float(interruption.is_requested()), device=device)
+            reduced = accelerator.reduce(torch.stack([*sums.values(), stop_flag]), reduction="mean")
+            *mean_losses, mean_stop = reduced
             means = dict(zip(sums, mean_losses, strict=True))
             is_finite = means["loss"].isfinite()
             if accelerator.scaler is None:  # a gradient scaler (fp16) skips infinite gradients itself
@@ -3733,7 +3736,7 @@ def train(args):
         numbers = {
             **means,
             "grad_norm": grad_norm,
-            "stop_requested": stop_requested,
+            "stop_requested": mean_stop,
             "taken": is_finite & (not accelerator.optimizer_step_was_skipped),
         }
         step_reads.put(global_step, numbers, step_logs(optimizer, total_batch_size, started, device))
@@ -3749,7 +3752,7 @@ def train(args):
                 step_reads.num_waiting = 0  # all is logged before it is saved
             if validates and logged_step == global_step:
                 with result_weights():
-                    logs |= compute_held_out()
+                    logs |= validate()
                     best.update(global_step, logs["validation_loss"])
                 done = done or best.is_over
             log_step(accelerator, progress_bar, metrics, logged_step, logs)
@@ -3757,11 +3760,11 @@ def train(args):
         if saves:
             save()
         if draws and not (done or stop_requested):
-            validate(step=global_step)
+            draw_validation(step=global_step)
             stop_requested = stop_agreed(accelerator)
         if stop_requested and not done:
             checkpoint = save()
-            transformer = predict = validate = compute_held_out = None  # see the end of `train`
+            transformer = predict = draw_validation = validate = None  # see the end of `train`
             stop_interrupted(accelerator, global_step, checkpoint)
         sums = {}
         started = time.perf_counter()
@@ -3793,10 +3796,10 @@ def train(args):
         plot_metrics(args.output_dir)
     images = []
     if val_prompts:
-        images = validate(step=global_step, teacher=best.weights, weights_of=best.result_step)
+        images = draw_validation(step=global_step, teacher=best.weights, weights_of=best.result_step)
     if stop_agreed(accelerator):
         checkpoint = save()
-        transformer = predict = validate = compute_held_out = None
+        transformer = predict = draw_validation = validate = None
         stop_interrupted(accelerator, global_step, checkpoint)
     interruption.stop_saving()
     if images and not train_all:
@@ -3809,7 +3812,7 @@ def train(args):
         two_times = backbone.embeds_target_time(unwrapped_transformer)
         save_scheduler(args.output_dir / "scheduler", two_times)
     # DistributedDataParallel must be freed before the process group: gloo can hang otherwise
-    transformer = predict = validate = compute_held_out = None
+    transformer = predict = draw_validation = validate = None
     accelerator.free_memory()
     accelerator.end_training()
     results = {

@@ -601,7 +601,11 @@ def agreed_checkpoint(
     own = {folder: checkpoint_state(folder).get("saved_as") for folder in folders if folder is not None}
     named = {folder.name: saved_as for folder, saved_as in own.items()}
     machines = gather_objects([(socket.gethostname(), output_dir, named)] if writes_files(accelerator) else [])
-    common = [folder for folder in own if all(own[folder] == found.get(folder.name, "") for *_, found in machines)]
+
+    def is_everywhere(folder: Path) -> bool:
+        return all(found.get(folder.name, "") == own[folder] for *_, found in machines)
+
+    common = [folder for folder in own if is_everywhere(folder)]
     names = {name for *_, found in machines for name in found}
     order = sorted(names, key=lambda name: (len(name), name))  # by their steps
     later = order[order.index(common[-1].name) + 1 :] if common else order

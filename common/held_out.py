@@ -145,8 +145,8 @@ def held_out_means(
     """The means over all held-out examples of what losses_of(index) returns: {name: [L]}, a loss of each noise level.
 
     {name: mean, name_0.1: mean at this level, ...}. `losses_of` is called without gradients and leaves no trace in
-    training. The processes share the examples, and all get the same means; a sharded model takes all processes for
-    each example, of which all take the last one's values: they must agree where to stop.
+    training. The processes share the examples, and all get the same means. All processes compute each example of a
+    sharded model; the last one's values count for all, so that all stop alike.
     """
     indices = list(range(num_examples))
     sharing: Any = nullcontext(indices) if is_sharded(model) else accelerator.split_between_processes(indices)

@@ -66,7 +66,7 @@ def encode_moments(vae: Vae, pixel_values: Tensor, batch_size: int = 1) -> Tenso
 
 
 def sample_latents(moments: Tensor, vae_config: Any, generator: Generators = None) -> Tensor:
-    """Latents [B, C, h, w] sampled from posteriors [B, 2C, h, w], normalised as the transformer expects them."""
+    """Latents [B, C, h, w] sampled from posteriors [B, 2C, h, w], normalized as the transformer expects them."""
     posterior = DiagonalGaussianDistribution(moments)
     first = generator[0] if isinstance(generator, list) else generator
     where = moments.device if first is None else first.device
@@ -76,13 +76,13 @@ def sample_latents(moments: Tensor, vae_config: Any, generator: Generators = Non
 
 
 def mean_latents(moments: Tensor, vae_config: Any) -> Tensor:
-    """The means [B, C, h, w] of posteriors [B, 2C, h, w], normalised as by `sample_latents`."""
+    """The means [B, C, h, w] of posteriors [B, 2C, h, w], normalized as by `sample_latents`."""
     mean, _ = moments.chunk(2, dim=1)
     return (mean - vae_config.shift_factor) * vae_config.scaling_factor
 
 
 def flux2_latents(moments: Tensor, vae: Vae) -> Tensor:
-    """Latents [B, C, h, w] of posteriors [B, 2C, h, w] of an AutoencoderKLFlux2, normalised as FLUX.2 expects them.
+    """Latents [B, C, h, w] of posteriors [B, 2C, h, w] of an AutoencoderKLFlux2, normalized as FLUX.2 expects them.
 
     Not sampled: the mean, whose 2 x 2 patches have 4C numbers that the VAE's running statistics normalise each.
     """
@@ -100,7 +100,7 @@ def flux2_statistics(vae: Vae, patches: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def decode_latents(vae: Vae, latents: Tensor) -> Tensor:
-    """Images [B, 3, H, W] in about [-1, 1] from normalised latents [B, C, h, w]."""
+    """Images [B, 3, H, W] in about [-1, 1] from normalized latents [B, C, h, w]."""
     latents = latents / vae.config.scaling_factor + vae.config.shift_factor
     return vae.decode(latents.to(vae.dtype)).sample
 

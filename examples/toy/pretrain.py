@@ -626,7 +626,7 @@ def flux2_worker(rank, work_dir):
     torch.manual_seed(0)
     vae = flux2_vae()
     tokenizer = new_qwen_tokenizer()
-    qwen = new_qwen(tokenizer, layers=len(TRAINED_LAYERS) + 1)  # the last one's output is normalised, and not read
+    qwen = new_qwen(tokenizer, layers=len(TRAINED_LAYERS) + 1)  # the last one's output is normalized, and not read
     qwen.model.layers[-1].requires_grad_(False)
     qwen.model.norm.requires_grad_(False)
     transformer = fast(new_flux2_transformer())
