@@ -221,6 +221,7 @@ from common.models import (
     compile_blocks,
     full_tensor,
     gather_objects,
+    gather_problems,
     is_lora,
     latent_channels,
     load_model,
@@ -3664,6 +3665,7 @@ def train(args):
     problems += check_run(accelerator, args, max_train_steps, checkpoint, run)
     if not problems:
         problems += check_caches(args, dataset, weight_dtype)
+    problems = gather_problems(problems)
     if problems:
         fail(accelerator, problems)
     sampler.begun_with = begun_with
@@ -4023,7 +4025,7 @@ def train(args):
     num_images = 0  # in them, on all processes, without class images
     step_reads = StepReads(device)
     taken_steps = []  # of each step: whether loss and gradient were finite, so that it changed weights
-    skipped = SkippedSamples(args.output_dir, global_step, is_first=accelerator.is_local_main_process)
+    skipped = SkippedSamples(args.output_dir, global_step, is_first=writes_files(accelerator))
     accelerator.wait_for_everyone()
     started = time.perf_counter()
     # No loop over epochs: a run can resume at any micro-step. All that a micro-step draws at random (batch, crops,

@@ -213,6 +213,7 @@ from common.models import (
     compile_blocks,
     full_tensor,
     gather_objects,
+    gather_problems,
     latent_channels,
     load_model,
     load_scheduler,
@@ -2590,6 +2591,7 @@ def train(args):
             prompts=prompts_size(args, len({example.caption for example in examples}), weight_dtype),
             latents=moments_size(args, sizes, weight_dtype),
         )
+    problems = gather_problems(problems)
     if problems:
         fail(accelerator, problems)
     sampler.begun_with = begun_with
@@ -2906,7 +2908,7 @@ def train(args):
     loss_sum = 0.0  # of the micro-steps since the last update
     step_reads = StepReads(device)
     taken_steps = []  # of each step: whether loss and gradient were finite, so that it changed weights
-    skipped = SkippedSamples(args.output_dir, global_step, is_first=accelerator.is_local_main_process)
+    skipped = SkippedSamples(args.output_dir, global_step, is_first=writes_files(accelerator))
     accelerator.wait_for_everyone()
     started = time.perf_counter()
     # No loop over epochs: a run can resume at any micro-step. All that a micro-step draws at random (batch, crops,

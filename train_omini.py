@@ -217,6 +217,7 @@ from common.models import (
     check_weights,
     compile_blocks,
     full_tensor,
+    gather_problems,
     latent_channels,
     load_model,
     load_scheduler,
@@ -2707,8 +2708,12 @@ class OminiDataset(Dataset):
         return self.sample(self.examples[index], epoch, index)
 
     def checked_sample(self, example, epoch, index):
-        """`sample` of an example of a stream, which nothing has checked before. Raises ValueError."""
-        problem = check_streamed(example, self.args, self.specs, header_size)  # `sample` decodes what it needs
+        """`sample` of an example of a stream, which nothing has checked before. Raises ValueError, or what PIL raises.
+
+        An image is decoded once, where the sample needs it: a damaged condition leaves the example out of the epochs
+        that do not drop it.
+        """
+        problem = check_streamed(example, self.args, self.specs, header_size)
         if problem:
             raise ValueError(problem)
         if example.caption is None:
@@ -3235,6 +3240,7 @@ def train(args):
     problems += check_run(accelerator, args, max_train_steps, checkpoint, run)
     if not problems:
         problems += check_caches(args, dataset, len(prompts), weight_dtype)
+    problems = gather_problems(problems)
     if problems:
         fail(accelerator, problems)
     sampler.begun_with = begun_with
@@ -3461,7 +3467,7 @@ def train(args):
     loss_sum = 0.0  # of the micro-steps since the last update
     step_reads = StepReads(device)
     taken_steps = []  # of each step: whether loss and gradient were finite, so that it changed weights
-    skipped = SkippedSamples(args.output_dir, global_step, is_first=accelerator.is_local_main_process)
+    skipped = SkippedSamples(args.output_dir, global_step, is_first=writes_files(accelerator))
     accelerator.wait_for_everyone()
     started = time.perf_counter()
     # No loop over epochs: a run can resume at any micro-step. All that a micro-step draws at random (batch, masks,

@@ -207,6 +207,7 @@ from common.models import (
     compile_blocks,
     full_tensor,
     gather_objects,
+    gather_problems,
     hub_commit,
     load_model,
     model_identities,
@@ -3419,6 +3420,7 @@ def train(args):
     problems += check_run(accelerator, args, max_train_steps, checkpoint, run)
     if not problems:
         problems += check_caches(dataset, backbone, args, weight_dtype)
+    problems = gather_problems(problems)
     if problems:
         fail(accelerator, problems)
     sampler.begun_with = begun_with
@@ -3669,7 +3671,7 @@ def train(args):
     sums = {}  # of the loss and its parts, since the last update
     step_reads = StepReads(device)
     taken_steps = []  # of each step: whether loss and gradient were finite, so that it changed weights
-    skipped = SkippedSamples(args.output_dir, global_step, is_first=accelerator.is_local_main_process)
+    skipped = SkippedSamples(args.output_dir, global_step, is_first=writes_files(accelerator))
     accelerator.wait_for_everyone()
     started = time.perf_counter()
     # No loop over epochs: a run can resume at any micro-step. All that a micro-step draws at random (batch, crops,

@@ -590,8 +590,9 @@ def agreed_checkpoint(
     """`checkpoint_to_resume`, and problems. With --save_on_each_node "latest" is the last one that every machine has.
 
     A run that is killed while it saves leaves one more on some machines, which is passed over, and deleted by
-    `load_checkpoint`. Where a machine lacks more, as a new one with an empty disk does, that is a problem: a run does
-    not go back by more, nor begin anew, while a machine has checkpoints. To be called by all processes.
+    `load_checkpoint`. Where a machine lacks more, as a new one with an empty disk does, or has another one of this
+    name, whose settings are damaged or those of another run, that is a problem: a run does not go back by more, nor
+    begin anew, while a machine has checkpoints. To be called by all processes.
     """
     checkpoint = checkpoint_to_resume(output_dir, resume_from_checkpoint)
     if not accelerator.project_configuration.save_on_each_node or not resume_from_checkpoint:
@@ -611,14 +612,16 @@ def agreed_checkpoint(
     later = order[order.index(common[-1].name) + 1 :] if common else order
     if not later:
         return (common[-1] if common else None), []
-    if common and len(later) == 1:
+    is_lacking = any(later[0] not in found for *_, found in machines)  # else it is damaged, or of another run
+    if common and len(later) == 1 and is_lacking:
         accelerator.print(
             f"{later[0]} is not on every machine, as the run was killed while it saved: going on from "
             f"{common[-1].name}; {later[0]} is deleted where it is"
         )
         return common[-1], []
     newest = later[-1]
-    owner, found_in, found = next(machine for machine in machines if newest in machine[2])
+    # one whose settings can be read, if there is one
+    owner, found_in, found = max(machines, key=lambda machine: (bool(machine[2].get(newest)), newest in machine[2]))
     lacking = [f"{folder} on {host}" for host, folder, names in machines if names.get(newest, "") != found[newest]]
     return None, [
         f"--resume_from_checkpoint {resume_from_checkpoint}: {', '.join(lacking)} lacks the {newest} that "

@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import re
+import socket
 import sys
 import warnings
 from collections.abc import Iterable
@@ -701,6 +702,20 @@ def gather_objects(objects: list, group: Any = None) -> list:
         for own, part in zip(gathered, parts, strict=True):
             own += part
     return [each for own in gathered for each in own]
+
+
+def gather_problems(problems: list[str]) -> list[str]:
+    """The problems of all processes, each once; to be called by all of them.
+
+    A machine's disk, data or checkpoint may have a problem that others have not: else its processes would end alone,
+    without a message, and the others wait for them. Such a problem gets the names of its machines.
+    """
+    host = socket.gethostname()
+    num_hosts = len(set(gather_objects([host])))
+    hosts: dict[str, dict[str, None]] = {}  # of each problem, in the order of the processes
+    for problem, at in gather_objects([(problem, host) for problem in problems]):
+        hosts.setdefault(problem, {})[at] = None
+    return [problem if len(at) == num_hosts else f"{problem} (on {', '.join(at)})" for problem, at in hosts.items()]
 
 
 NOT_SUPPORTED = (

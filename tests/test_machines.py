@@ -12,7 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import common.checkpoints
+from common.arguments import fail
 from common.checkpoints import (
+    CHECKSUMS,
     STATE_FILE,
     agreed_checkpoint,
     check_shared_folder,
@@ -20,6 +22,7 @@ from common.checkpoints import (
     find_checkpoints,
     save_checkpoint,
 )
+from common.models import gather_problems
 
 import psutil
 import pytest
@@ -331,18 +334,42 @@ def machines_that_agree(trainer, folder):
     checkpoint, (problem,) = agree(*((0, f"checkpoint-{step}") for step in (5, 10, 15)))
     assert checkpoint is None
     assert f"{folder}/0 on {socket.gethostname()} lacks the checkpoint-15" in problem
-    if machine == 1:  # of the same step of another run
-        shutil.rmtree(output_dir / "checkpoint-15")
-        state = json.loads((output_dir / "checkpoint-10" / STATE_FILE).read_text())
-        (output_dir / "checkpoint-15").mkdir()
-        (output_dir / "checkpoint-15" / STATE_FILE).write_text(json.dumps(state | {"saved_as": "other"}))
-    assert agree() == ("checkpoint-10", [])
-    assert agree(resume="checkpoint-15")[0] is None
+    newest = output_dir / "checkpoint-15"
+    if machine == 1:  # of the same step of another run: it must not be deleted
+        state = json.loads((newest / STATE_FILE).read_text())
+        (newest / STATE_FILE).write_text(json.dumps(state | {"saved_as": "other"}))
+        (newest / CHECKSUMS).unlink()
+    for resume in ("latest", "checkpoint-15"):
+        checkpoint, (problem,) = agree(resume=resume)
+        assert checkpoint is None
+    if machine == 0:  # damaged: the other machine's is whole
+        (newest / STATE_FILE).write_text("damaged")
+    checkpoint, (problem,) = agree()
+    assert checkpoint is None
+    assert f"{folder}/0 on {socket.gethostname()} lacks the checkpoint-15" in problem
+    assert f"has in {folder}/1" in problem
     accelerator.end_training()
 
 
 def test_machines_agree_on_the_last_checkpoint_that_all_have(runs, tmp_path):
     assert runs.run(None, [], machines_that_agree, str(tmp_path), processes=2) == 0, runs.output()[-3000:]
+
+
+def problems_of_machines(trainer):
+    machine = on_two_machines(trainer)
+    accelerator = Accelerator(cpu=True)
+    socket.gethostname = lambda: f"node-{machine}"
+    assert gather_problems([]) == []
+    problems = gather_problems(["of both", "disk full"] if machine else ["of both"])
+    assert problems == ["of both", "disk full (on node-1)"]
+    assert gather_problems(["own"] if machine else []) == ["own (on node-1)"]
+    fail(accelerator, problems)
+
+
+def test_what_is_wrong_on_one_machine_ends_all_with_its_name(runs):
+    assert runs.run(None, [], problems_of_machines, processes=2) != 0
+    assert "of both\n" in runs.output()
+    assert "disk full (on node-1)" in runs.output()
 
 
 def one_folder(trainer, folder):

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+from contextlib import suppress
 
 from common.data import open_stream
 from common.lora import save_lora
@@ -537,6 +538,34 @@ def test_conditions_of_a_dataset_have_the_shape_too(flags, tmp_path, monkeypatch
     dataset.checked_sample(examples[1], 0, 1)  # as those of a stream
     with pytest.raises(ValueError, match="a condition that lies on it"):
         dataset.checked_sample(examples[2], 0, 2)
+
+
+def test_a_damaged_condition_of_a_stream_is_left_out_where_it_is_not_dropped(flags, tmp_path):
+    """In the same epochs each time, as a resumed run needs it."""
+    own = ["--condition_type", "custom", "--condition_column", "pose", "--drop_image_prob", 0.5]
+    own += ["--instance_data_dir", posed(tmp_path / "data", (32, 32), image_size=(32, 32))]
+    args = omini.parse_args([str(flag) for flag in [*without_source(flags), *own]])
+    examples, problems = omini.find_examples(args)
+    assert not problems
+    dataset = omini.OminiDataset(examples, omini.condition_specs(args), args)
+
+    def used_epochs():
+        used = []
+        for epoch in range(12):
+            with suppress(OSError):
+                used.append((epoch, dataset.checked_sample(examples[0], epoch, 0)["pixel_values"]["condition_0"]))
+        return used
+
+    content = io.BytesIO()
+    Image.effect_noise((32, 32), 50).save(content, "PNG")
+    noise = content.getvalue()
+    examples[0].images["condition_0"].read = lambda: Image.open(io.BytesIO(noise))
+    whole = used_epochs()
+    dropped = [epoch for epoch, pixels in whole if (pixels == -1).all()]
+    assert len(whole) == 12
+    assert 0 < len(dropped) < 12
+    examples[0].images["condition_0"].read = lambda: Image.open(io.BytesIO(noise[:-300]))
+    assert [epoch for epoch, _ in used_epochs()] == dropped == [epoch for epoch, _ in used_epochs()]
 
 
 @pytest.mark.parametrize("kind", ["picture", "tensor"])
