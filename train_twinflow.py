@@ -131,6 +131,7 @@ from common.data import (
     fit,
     gather_places,
     header_size,
+    metadata_file,
     nearest_bucket,
     open_stream,
     parse_buckets,
@@ -505,10 +506,10 @@ def create_parser():
     )
     arg(
         "--instance_share",
-        type=in_range(float, 0, 0.9, above=True),
+        type=in_range(float, 0.01, 0.9),
         default=0.25,
         metavar="SHARE",
-        help="share of the subject's images among the samples, 0 to 0.9",
+        help="share of the subject's images among the samples, 0.01 to 0.9",
     )
     arg(
         "--instance_loss_weight",
@@ -2693,7 +2694,10 @@ def find_instances(args) -> tuple[list[Example], list[str]]:
     """(examples of the subject, problems), each with --instance_prompt beside its own captions."""
     if not args.instance_data_dir:
         return [], []
-    examples, problems = read_folder(args.instance_data_dir, caption_per_line=True, caption_column=args.caption_column)
+    folder = args.instance_data_dir
+    # with captions in .txt files, or without any, the column is that of the others
+    caption_column = args.caption_column if metadata_file(folder).exists() else None
+    examples, problems = read_folder(folder, caption_per_line=True, caption_column=caption_column)
     sizes, unreadable = read_sizes(examples)
     problems += unreadable
     if args.instance_prompt:
@@ -2818,7 +2822,8 @@ class TwinFlowDataset(Dataset):
 
     An image has the size of `buckets` nearest to its own, and a batch one size. Every batch is full, as each holds all
     types of samples: in `order`, the indices of an epoch, the first images of a size come again until they fill it.
-    The last `num_instances` examples are of a subject: they come so often that --instance_share of an epoch is theirs.
+    The last `num_instances` examples are of a subject: they, or the others, come so often that --instance_share of an
+    epoch is theirs.
 
     The crop of an image depends on (seed, index); flip and choice of a caption on (seed, epoch, index), of a subject's
     also on the place in `order`, in this order of random draws. Workers, caches and interruptions therefore change no
@@ -2843,10 +2848,13 @@ class TwinFlowDataset(Dataset):
         sizes = trained_sizes(args)
         self.buckets = [nearest_bucket(example.size, sizes) if example.size else None for example in examples]
         indices = list(range(self.num_others))
-        if num_instances:
-            share = args.instance_share
-            wanted = max(num_instances, round(self.num_others * share / (1 - share)))
-            indices += itertools.islice(itertools.cycle(range(self.num_others, len(examples))), wanted)
+        if num_instances:  # the subject's images come again until they have their share, or the others theirs
+            ratio = args.instance_share / (1 - args.instance_share)
+            num_samples = max(self.num_others, round(num_instances / ratio))
+            num_of_subject = max(num_instances, round(self.num_others * ratio))
+            indices = list(itertools.islice(itertools.cycle(indices), num_samples))
+            of_subject = itertools.cycle(range(self.num_others, len(examples)))
+            indices += itertools.islice(of_subject, num_of_subject)
         self.order = []
         for bucket in dict.fromkeys(self.buckets):
             members = [index for index in indices if self.buckets[index] == bucket]
@@ -3806,7 +3814,7 @@ def train(args):
     interruption.stop_saving()
     if images and not train_all:
         add_thumbnail(accelerator, [lora], images[-1])
-    example_prompt = val_prompts[0].prompt if val_prompts else examples[0].captions[0]
+    example_prompt = val_prompts[0].prompt if val_prompts else (instances or examples)[0].captions[0]
     command = generate_command(args, example_prompt)
     if accelerator.is_main_process:
         save_model_card(args, command, held_out=best.summary())

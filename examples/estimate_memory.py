@@ -1091,6 +1091,9 @@ def read_training_command(trainer, words, typed, parser):
     args.blocks_to_swap = 0 if run.blocks_to_swap in (None, "auto") else run.blocks_to_swap
     if vars(run).get("with_prior_preservation"):
         args.train_batch_size *= 2  # a class image for each
+    if trainer is train_twinflow and run.instance_data_dir:
+        args.remarks.append("the batch is doubled: the subject's images pass once more, at most all of a batch")
+        args.train_batch_size *= 2
     for name, why in NOT_COUNTED.items():
         if vars(run).get(name):
             args.remarks.append(f"not counted: --{name} ({why})")

@@ -388,6 +388,7 @@ def test_what_a_training_command_means_for_memory(monkeypatch, capsys):
     )
     twice = read("train_dreambooth_flux_advanced.py --with_prior_preservation --train_batch_size 2")
     assert twice.train_batch_size == 4
+    assert read("train_twinflow.py --train_batch_size 5 --instance_data_dir dog").train_batch_size == 10
     assert read("train_twinflow.py --recipe sd35_lora_1order --lora_dropout 0.1").model == "SD3.5-medium"
     file = read("--instance_prompt x --pretrained_model_name_or_path m/flux1-fill-dev.safetensors")
     assert file.model == "FLUX.1-Fill-dev"

@@ -837,6 +837,20 @@ def test_a_subject_has_its_share_of_the_samples(tiny_model, pictures, glyph_pict
     assert captions == {"sks", (glyph_pictures / "0.txt").read_text().strip()}
 
 
+@pytest.mark.parametrize("share", [0.01, 0.25, 0.5, 0.9])
+def test_the_share_holds_for_more_images_of_the_subject_than_others_too(tiny_model, pictures, glyph_pictures, share):
+    flags = ["--pretrained_model_name_or_path", tiny_model, "--resolution", 32, "--train_batch_size", 4]
+    folders = ["--train_data_dir", pictures, "--instance_data_dir", glyph_pictures, "--instance_share", share]
+    args = parsed(*flags, *folders, "--caption_column", "text")  # of the others alone: the subject has .txt files
+    instances, problems = twinflow.find_instances(args)
+    assert not problems
+    examples = twinflow.find_examples(parsed(*flags, "--train_data_dir", pictures))[0] + instances
+    dataset = twinflow.TwinFlowDataset(examples, None, args, num_instances=6)
+    assert set(dataset.order) == set(range(11))
+    of_subject = sum(index >= 5 for index in dataset.order)
+    assert abs(of_subject - share * len(dataset.order)) <= 3  # up to 3 fill the last batch
+
+
 def test_sizes_without_images_depend_on_the_seed_and_the_micro_step(tiny_model, tmp_path):
     (tmp_path / "prompts").write_text("a cat\n")
     flags = ["--pretrained_model_name_or_path", tiny_model, "--recipe", "image-free", *BUCKETS]
