@@ -733,7 +733,9 @@ def save_checkpoint(
                 for leftover in output_dir.glob(".checkpoint-*.partial"):  # of a run that was killed
                     shutil.rmtree(leftover)
                 partial.mkdir(parents=True)
-                state = {"global_step": step, "saved_as": saved_as, **run}
+                state = {"global_step": step, **run}
+                if accelerator.project_configuration.save_on_each_node:
+                    state["saved_as"] = saved_as  # by which `agreed_checkpoint` knows that of another machine
                 (partial / STATE_FILE).write_text(json.dumps(state, indent=2))
             accelerator.wait_for_everyone()
             accelerator.save_state(str(partial))
