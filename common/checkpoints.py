@@ -346,7 +346,23 @@ def check_run(
         problems.append(
             f"--lr_warmup_steps {args.lr_warmup_steps} must be less than the {max_train_steps} steps of the run"
         )
-    return problems + checkpoint_conflicts(checkpoint, run, accelerator)
+    return problems + check_same_data(run) + checkpoint_conflicts(checkpoint, run, accelerator)
+
+
+def check_same_data(run: Mapping[str, Any]) -> list[str]:
+    """A problem if a process found more examples than another, whose steps would end sooner: that would wait for it.
+
+    To be called by all processes.
+    """
+    counts = gather_objects([(socket.gethostname(), len(run.get("data", ())))])
+    first_host, first_count = counts[0]
+    for process, (host, count) in enumerate(counts):
+        if count != first_count:
+            return [
+                f"process {process} on {host} finds {count} examples, process 0 on {first_host} {first_count}: put "
+                "the same images on all machines"
+            ]
+    return []
 
 
 def checkpoint_conflicts(

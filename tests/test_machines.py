@@ -372,6 +372,23 @@ def test_what_is_wrong_on_one_machine_ends_all_with_its_name(runs):
     assert "disk full (on node-1)" in runs.output()
 
 
+def with_own_images(trainer, folder):
+    if on_two_machines(trainer):
+        honest = trainer.parse_args
+        trainer.parse_args = lambda argv: honest([*argv, "--instance_data_dir", folder])
+
+
+def test_machines_with_other_images_are_refused(runs, flags_of, pictures, tmp_path):
+    shutil.copytree(pictures, tmp_path / "own")
+    next((tmp_path / "own").glob("*.png")).unlink()
+    flags = [*flags_of[SCRIPT], tmp_path / "run", "--instance_prompt", "x"]
+    assert runs.run(SCRIPT, flags, with_own_images, str(tmp_path / "own"), processes=2) != 0
+    count = len(list(pictures.glob("*.png")))
+    assert f"process 1 on {socket.gethostname()} finds {count - 1} examples" in runs.output()
+    assert f"{count}: put the same images on all machines" in runs.output()
+    assert not (tmp_path / "run").exists()
+
+
 def one_folder(trainer, folder):
     on_two_machines(trainer)
     accelerator = Accelerator(cpu=True, project_config=ProjectConfiguration(folder, save_on_each_node=True))
