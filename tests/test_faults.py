@@ -1060,12 +1060,12 @@ def test_signals_at_random_moments_lose_nothing(runs, home_of, count, script):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-SAMPLES, BATCH = 100_000, 100
+SAMPLES, BATCH = 20_000, 100
 
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory):
-    """100 000 pictures of 16 x 16 pixels as ten tars and ten parquet files; fifty captions."""
+    """20,000 pictures of 32 x 32 pixels as ten tars and ten parquet files; fifty captions."""
     folder, rng = tmp_path_factory.mktemp("many"), np.random.default_rng(0)
     (folder / "tars").mkdir()
     (folder / "parquet").mkdir()
@@ -1074,7 +1074,7 @@ def many(tmp_path_factory):
         with tarfile.open(folder / "tars" / f"{shard}.tar", "w") as tar:
             for i in range(SAMPLES // 10):
                 buffer = io.BytesIO()
-                Image.fromarray(rng.integers(256, size=(16, 16, 3), dtype=np.uint8)).save(buffer, format="PNG")
+                Image.fromarray(rng.integers(256, size=(32, 32, 3), dtype=np.uint8)).save(buffer, format="PNG")
                 images.append({"bytes": buffer.getvalue(), "path": None})
                 texts.append(f"picture {i % 50}")
                 record = json.dumps({"prompt": texts[-1]}).encode()
@@ -1083,7 +1083,7 @@ def many(tmp_path_factory):
                     info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))
         table = pyarrow.table({"image": images, "text": texts})
-        pyarrow.parquet.write_table(table, folder / "parquet" / f"{shard}.parquet", row_group_size=1000)
+        pyarrow.parquet.write_table(table, folder / "parquet" / f"{shard}.parquet", row_group_size=200)
     return folder
 
 
@@ -1097,14 +1097,14 @@ def many(tmp_path_factory):
         ("train_twinflow", "parquet"),
     ],
 )
-def test_100_000_samples_hold_flat_memory(runs, short_runs, many, tmp_path, script, source):
+def test_20_000_samples_hold_flat_memory(runs, short_runs, many, tmp_path, script, source):
     flags, report = list(short_runs[script]), tmp_path / "memory"
     place = flags.index("--train_data_dir" if script == "train_twinflow" else "--instance_data_dir")
     del flags[place : place + 2]
     parquet = ["--dataset_name", many / "parquet"]
     flags += ["--data_files", *sorted((many / "tars").glob("*.tar"))] if "tars" in source else parquet
     flags += ["--caption_column", "json.prompt" if "tars" in source else "text", "--cache_dir", tmp_path / "cache"]
-    flags += ["--target_size" if script == "train_omini" else "--resolution", 16, "--train_batch_size", BATCH]
+    flags += ["--target_size" if script == "train_omini" else "--resolution", 32, "--train_batch_size", BATCH]
     steps = SAMPLES // BATCH
     flags += ["--max_train_steps", steps + 20, "--checkpointing_steps", steps - 10, "--output_dir", tmp_path / "run"]
     flags += ["--streaming"] if "streamed" in source else []
@@ -1113,9 +1113,9 @@ def test_100_000_samples_hold_flat_memory(runs, short_runs, many, tmp_path, scri
     tenth, half, all_of_it = memory[steps // 10 - 1], memory[steps // 2 - 1], memory[steps - 1]
     print(
         f"{script}, {source}: {tenth:.0f} MiB after 10 %, {half:.0f} after 50 %, {all_of_it:.0f} after 100 % of "
-        f"{SAMPLES} samples (bar: 32 MiB more); {runs.seconds:.0f} s"
+        f"{SAMPLES} samples (bar: 16 MiB more); {runs.seconds:.0f} s"
     )
-    assert all_of_it - tenth < 32  # the files themselves are 79 MiB, their pixels 293
+    assert all_of_it - tenth < 16  # the files themselves are 62 MiB, their pixels as float32 234
     whole = results(tmp_path / "run")
     (tmp_path / "run" / "pytorch_lora_weights.safetensors").unlink(missing_ok=True)
     again = [*flags, "--resume_from_checkpoint", "latest"]  # 10 steps before the second epoch
