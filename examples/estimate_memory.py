@@ -1023,7 +1023,7 @@ def parse_args(argv=None):
     script = next((i for i, word in enumerate(words) if Path(word).name in SCRIPTS), None)
     if script is not None:
         trainer = SCRIPTS[Path(words[script]).name]
-        words = words[script + 1 :]  # those before it are the launcher's
+        words = read_launcher(words[:script], words[script], typed, parser) + words[script + 1 :]
     elif names <= set(parser.flags):
         args = parser.parse_args(argv)
         parser.refuse(check_args(args))
@@ -1033,6 +1033,26 @@ def parse_args(argv=None):
     args = read_training_command(trainer, words, typed, parser)
     parser.refuse(check_args(args))
     return args
+
+
+def read_launcher(words, script, typed, parser):
+    """Sets the processes and machines that accelerate launch or torchrun are told in `words`, which stand before a
+    script; returns the words that mean the same behind it."""
+    if words and words[0].startswith("--"):
+        parser.error(f"{words[0]} is before {script}, as a launcher's flag without a launcher: put it behind {script}")
+    known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    known.add_argument("--nproc_per_node", "--nproc-per-node", default="1")
+    known.add_argument("--nnodes", default="1")
+    known.add_argument("--mixed_precision", "--mixed-precision")
+    launcher = known.parse_known_args(words)[0]
+    if {"torchrun", "torch.distributed.run"} & {Path(word).name for word in words}:
+        for name in ("nproc_per_node", "nnodes"):
+            value = getattr(launcher, name)
+            if not value.isdecimal() or int(value) == 0:
+                parser.error(f"--{name} {value}: give a number, for which memory is estimated")
+        typed.num_machines = int(launcher.nnodes)
+        typed.num_processes = int(launcher.nproc_per_node) * typed.num_machines
+    return ["--mixed_precision", launcher.mixed_precision] if launcher.mixed_precision else []
 
 
 def preset_folders(argv):
@@ -1066,6 +1086,7 @@ def trainer_with(names, folders, parser):
 def read_training_command(trainer, words, typed, parser):
     """The flags of a run of `trainer` with these words, with its defaults, and those `typed` of ours."""
     known = trainer.create_parser()
+    known.prog = f"{parser.prog} {trainer.__name__}.py"  # whose flags a message is about
     for action in known._actions:
         action.required = False  # a preset alone is enough
     if trainer is train_twinflow:

@@ -4,7 +4,8 @@
     python examples/suggest.py poses/ --gpu 12GB                       # its metadata.jsonl names a condition of each
     python examples/suggest.py before/ after/ --gpu 12GB               # an edit
 
-Nothing is trained or written. Memory is what examples/estimate_memory.py estimates, which takes up to a minute.
+Nothing is trained or written. Memory is what examples/estimate_memory.py estimates, which takes half a minute for each
+way to train that is tried.
 """
 
 import argparse
@@ -25,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from common.arguments import Parser
 from common.checkpoints import unused_path
 from common.data import (
+    CAPTION_COLUMNS,
     IMAGE_SUFFIXES,
     Size,
     check_captions,
@@ -217,8 +219,8 @@ def task_flags(args, captions, words):
 
 def condition_flags(args, captions):
     """(the flags of train_omini.py for the columns of metadata.jsonl, {flag: why})."""
-    example = args.examples[0]
-    prompt = captions[0] or f"a photo of a {args.class_word}"
+    example = next(example for example in args.examples if example.images.keys() >= {*args.columns})
+    prompt = example.caption or f"a photo of a {args.class_word}"
     files = [os.path.relpath(example.images[column].files[0]) for column in args.columns]
     flags = ["--condition_type", *["custom"] * len(args.columns), "--condition_column", *args.columns]
     flags += [f"--validation_prompt={prompt}", "--validation_image", *files, "--validation_steps=500"]
@@ -231,12 +233,18 @@ def condition_flags(args, captions):
 
 def edit_flags(args, captions):
     """(the flags of train_influxedit.py for a folder of edited images or a column of them, {flag: why})."""
+    caption_column = None
+    if args.columns:  # `datasets` reads captions of metadata.jsonl alone, and of a column that is named
+        rows = [example.columns for example in args.examples]
+        caption_column = next((name for name in CAPTION_COLUMNS if any(row.get(name) for row in rows)), None)
+        captions = [value if isinstance(value := row.get(caption_column), str) else None for row in rows]
     prompt = (captions[0] or "sks edit").replace(";", ",")  # which separates prompts
     flags = ["--mode=edit", f"--validation_prompt={prompt}", "--validation_steps=500"]
     if not all(captions):
         flags.append(f"--instance_prompt={prompt}")
     if args.columns:
-        flags += [f"--target_column={args.columns[0].removesuffix('_file_name')}", "--caption_column=text"]
+        flags += [f"--target_column={args.columns[0].removesuffix('_file_name')}"]
+        flags += [f"--caption_column={caption_column}"] if caption_column else []
     else:
         flags.append(f"--target_data_dir={args.edited}")
     return flags, {"--mode": args.why}
@@ -449,6 +457,9 @@ def parse_args(argv=None):
         problems.append("--kind edit: give two folders, PHOTOS and EDITED, with files of equal names")
     if args.edited and args.kind != "edit":
         problems.append(f"--kind {args.kind} takes one folder, not {args.edited} too")
+    is_complete = [example.images.keys() >= {*args.columns} for example in args.examples]
+    if args.kind in ("condition", "edit") and not any(is_complete):
+        problems += args.unread
     parser.refuse(problems)
     return args
 
@@ -461,16 +472,18 @@ def image_columns(folder):
 
 
 def choose_kind(args):
-    """Sets --kind, if it was not given, and why, by the images and what belongs to them."""
-    if args.kind:
-        return
+    """Sets --kind, if it was not given, and why, by the images and what belongs to them; the column of an edit."""
     captioned = sum(example.caption is not None for example in args.examples)
     edited = [column for column in args.columns if column.lower().startswith(EDITED)]
-    if args.edited:
+    if args.kind == "edit":
+        args.columns = (edited or args.columns)[:1]
+    elif args.kind:
+        return
+    elif args.edited:
         args.kind, args.why = "edit", "two folders: before and after an edit"
     elif edited:
         args.kind, args.why = "edit", f"the column {edited[0]} names edited images"
-        args.columns = edited
+        args.columns = edited[:1]
     elif args.columns:
         args.kind, args.why = "condition", f"columns name a condition of each image: {', '.join(args.columns)}"
     elif captioned > len(args.examples) / 2 and len(args.examples) > ENOUGH[-1]:

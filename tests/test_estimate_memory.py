@@ -395,7 +395,16 @@ def test_what_a_training_command_means_for_memory(monkeypatch, capsys):
     prompts = read("--instance_prompt x --compile --pretrained_model_name_or_path ~/models/mine")
     assert any("models/mine" in remark and "--model" in remark for remark in prompts.remarks)
     assert any("--compile" in remark for remark in prompts.remarks)
+    machines = read(
+        "torchrun --nnodes=2 --nproc-per-node 8 train_omini.py --condition_type canny --optimizer adamw --fsdp"
+    )
+    assert (machines.num_processes, machines.num_machines) == (16, 2)
+    launched = "accelerate launch --mixed_precision fp16 train_omini.py --condition_type canny"
+    assert read(launched).mixed_precision == "fp16"
+    assert read(f"{launched} --mixed_precision bf16").mixed_precision == "bf16"
     for command, message in (
+        ("--offload train_omini.py --condition_type canny", "put it behind train_omini.py"),
+        ("torchrun --nproc_per_node gpu train_omini.py", "--nproc_per_node gpu"),
         ("--recipe lora-1order --condition_type canny", "no trainer has all of these flags"),
         ("train_omini.py --recipe lora-1order", "--recipe: no flag has this name"),
         ("train_omini.py --condition_type canny fill sr --condition_size 32 64", "--condition_size has 2 values"),

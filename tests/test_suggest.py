@@ -246,6 +246,19 @@ def test_a_column_of_conditions_leads_to_omini(small_model, tiny_model, tmp_path
     assert read.condition_tokens > 0 and read.model == FLUX1
 
 
+def test_a_condition_that_is_not_there_is_named(small_model, tiny_model, tmp_path, monkeypatch, capsys):
+    folder = write_pairs(tmp_path / "poses", "pose")
+    monkeypatch.chdir(tmp_path)
+    (folder / "partners" / "00.jpg").unlink()
+    words, printed = suggested(capsys, folder, "--gpu", "8GB")
+    assert "partners/00.jpg" in printed.split("Mend this first")[1]
+    assert "--validation_image poses/partners/01.jpg" in " ".join(words)
+    shutil.rmtree(folder / "partners")
+    with pytest.raises(SystemExit) as stop:
+        suggest.main([str(folder), "--gpu", "8GB"])
+    assert stop.value.code == 2 and "names files that are not there" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("form", ["two folders", "a column"])
 def test_edited_images_lead_to_influxedit(small_model, tiny_fill, tmp_path, monkeypatch, capsys, form):
     monkeypatch.chdir(tmp_path)
@@ -261,7 +274,14 @@ def test_edited_images_lead_to_influxedit(small_model, tiny_fill, tmp_path, monk
         assert args.target_data_dir == tmp_path / "after" and args.instance_data_dir == tmp_path / "before"
     else:
         assert (args.dataset_name, args.target_column) == (str(tmp_path / "pairs"), "edited")
-        rows = (tmp_path / "pairs" / "metadata.jsonl").read_text().replace("edited_file_name", "edited")
+        rows = (tmp_path / "pairs" / "metadata.jsonl").read_text()
+        for column in ("caption", "note"):  # the second is none that holds captions
+            (tmp_path / "pairs" / "metadata.jsonl").write_text(rows.replace('"text"', f'"{column}"'))
+            words, _ = suggested(capsys, folder, "--gpu", "8GB")
+            args = trainer_args(words, tiny_fill, capsys, train_influxedit)
+            expected = ("caption", None) if column == "caption" else (None, "sks edit")
+            assert (args.caption_column, args.instance_prompt) == expected
+        rows = rows.replace("edited_file_name", "edited")
         (tmp_path / "pairs" / "metadata.jsonl").write_text(rows)
         _, printed = suggested(capsys, folder, "--gpu", "8GB")
         assert "edited_file_name" in printed.split("Mend this first")[1]
