@@ -452,6 +452,8 @@ def circles(tmp_path_factory):
     root = tmp_path_factory.mktemp("circles")
     write_archive(root / "circles.zip", count=500)
     prepare(root / "circles.zip", root, prefix="")
+    write_archive(root / "held_out.zip", count=3, seed=1)
+    prepare(root / "held_out.zip", root / "held_out", prefix="")
     return root
 
 
@@ -483,7 +485,10 @@ def figures(folder, *, base=False, count=64, steps=20):
 
 def learn(train, circles, run, mode, *extra, sampling_steps=20):
     """(figures of the base model, figures with the LoRA) of the example's command for a mode."""
-    flags = [flag.replace("data/toy_circles", str(circles)) for flag in toy_commands()[mode]]
+    flags = [
+        flag.replace("data/toy_circles", str(circles)).replace("data/held_out", str(circles / "held_out"))
+        for flag in toy_commands()[mode]
+    ]
     train(SCRIPT, *flags, *extra, "--output_dir", run)
     results = figures(run, base=True, steps=sampling_steps), figures(run, steps=sampling_steps)
     for name in results[0]:
