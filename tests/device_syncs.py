@@ -65,7 +65,7 @@ class DeviceStandIn(TorchFunctionMode):
 
     def note(self, what):
         frames = [frame for frame in traceback.extract_stack() if frame.filename.startswith(str(ROOT))]
-        frames = [frame for frame in frames if frame.filename != __file__ and "/.venv/" not in frame.filename]
+        frames = [frame for frame in frames if frame.filename != __file__ and "/site-packages/" not in frame.filename]
         place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "a library"
         self.syncs.append(f"{what} at {place}")
 

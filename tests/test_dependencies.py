@@ -1,4 +1,4 @@
-"""The packages that the trainers run on have no known vulnerabilities."""
+"""The packages that the trainers run on: known vulnerabilities, and the two ends of the versions that are tested."""
 
 import json
 import subprocess
@@ -8,7 +8,22 @@ from importlib.metadata import distributions
 from threading import Thread
 
 import pytest
+from conftest import ROOT
+from packaging.requirements import Requirement
 from packaging.version import Version
+
+
+def pinned(file):
+    """{package: (version, comment)} of a file in which each line pins one with ==."""
+    packages = {}
+    for line in (ROOT / file).read_text().splitlines():
+        requirement, _, comment = line.partition("#")
+        if requirement.strip():
+            requirement = Requirement(requirement.strip())
+            (specifier,) = requirement.specifier
+            assert specifier.operator == "==", line
+            packages[requirement.name] = Version(specifier.version), comment.strip()
+    return packages
 
 
 def vulnerabilities(packages, folder, *options):
@@ -75,3 +90,12 @@ def test_a_known_vulnerability_is_named_with_its_remedy(service, tmp_path):
 def test_without_a_service_nothing_is_said_to_be_safe(tmp_path):
     with pytest.raises(pytest.skip.Exception, match="is reached"):
         vulnerabilities({"pillow": "1.0"}, tmp_path, "-s", "osv", "--osv-url", "http://127.0.0.1:9")
+
+
+def test_requirements_say_from_which_version_each_package_is_tested():
+    newest, oldest = pinned("requirements.txt"), pinned("tests/requirements-oldest.txt")
+    assert newest.keys() == oldest.keys()
+    for name, (version, comment) in newest.items():
+        from_version = oldest[name][0]
+        assert from_version <= version, name
+        assert comment.startswith(f"from {from_version}: "), name
