@@ -572,14 +572,19 @@ def check_trackers(args: Any) -> list[str]:
         return []
     try:
         import wandb
+        from wandb.errors import UsageError
     except ImportError:  # which another check says
         return []
-    if sys.stdin.isatty() or wandb.login(prompt=False):
+    if sys.stdin.isatty():
         return []
-    return [
-        f"--report_to {args.report_to}: not logged in to wandb: run `wandb login`, set WANDB_MODE=offline, or give "
-        "--report_to tensorboard"
-    ]
+    try:
+        wandb.login()
+    except UsageError:
+        return [
+            f"--report_to {args.report_to}: not logged in to wandb: run `wandb login`, set WANDB_MODE=offline, or "
+            "give --report_to tensorboard"
+        ]
+    return []
 
 
 def check_hub(args: Any) -> list[str]:

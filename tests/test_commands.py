@@ -415,7 +415,7 @@ def selected_tests(words):
     parser.add_argument("files", nargs="*", type=Path)
     parser.add_argument("-k", type=Expression.compile)
     parser.add_argument("-m", type=Expression.compile)
-    for flag in ("--all", "-s", "-x", "-q"):
+    for flag in ("--all", "--oldest", "-s", "-x", "-q"):
         parser.add_argument(flag, action="store_true")
     args = parser.parse_args(words)
     found = []
