@@ -742,16 +742,15 @@ def save_checkpoint(
         return checkpoint
     partial = output_dir / f".checkpoint-{step}.partial"
     place, number = place_on_disk(accelerator)
-    (saved_as,) = broadcast_object_list([secrets.token_hex(8)])
+    state = {"global_step": step, **run}
+    if accelerator.project_configuration.save_on_each_node:  # `agreed_checkpoint` knows that of another machine by it
+        (state["saved_as"],) = broadcast_object_list([secrets.token_hex(8)])
     try:
         with writing(checkpoint):
             if place == 0:
                 for leftover in output_dir.glob(".checkpoint-*.partial"):  # of a run that was killed
                     shutil.rmtree(leftover)
                 partial.mkdir(parents=True)
-                state = {"global_step": step, **run}
-                if accelerator.project_configuration.save_on_each_node:
-                    state["saved_as"] = saved_as  # by which `agreed_checkpoint` knows that of another machine
                 (partial / STATE_FILE).write_text(json.dumps(state, indent=2))
             accelerator.wait_for_everyone()
             accelerator.save_state(str(partial))

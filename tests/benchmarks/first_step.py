@@ -16,7 +16,6 @@ Every row is a process of its own on the toy's FLUX, 64 px, a caption for each i
 import argparse
 import json
 import os
-import random
 import subprocess
 import sys
 import tempfile
@@ -26,38 +25,21 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
-SCRIPTS = ["train_dreambooth_flux_advanced", "train_omini", "train_influxedit", "train_twinflow"]
+
+from tests.benchmarks.trainers import SCRIPTS, data_flags, write_pictures
+
+
 KEPT = ("--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk")
 PARTS = ("import", "load", "data", "cache", "rest", "step")
 SIDE = 64
 
 
-def make_data(folder, number):
-    """Pictures with captions, and targets of the same names for editing."""
-    from examples.toy.world import caption, draw, random_scene
-
-    for name in ("pictures", "targets"):
-        (folder / name).mkdir()
-        for i in range(number):
-            scene = random_scene(random.Random(f"{name}{i}"))
-            draw(scene, SIDE, SIDE).save(folder / name / f"{i}.png")
-            (folder / name / f"{i}.txt").write_text(f"{caption(scene)} {i}")
-
-
 def flags_of(script, folder):
-    flags = {"pretrained_model_name_or_path": ROOT / "examples" / "toy" / "flux", "max_sequence_length": 32}
-    if script == "train_influxedit":
-        flags["pretrained_model_name_or_path"] = ROOT / "examples" / "toy" / "flux-fill"
-    flags |= {"train_batch_size": 4, "max_train_steps": 1, "rank": 4, "report_to": "none"}
-    flags |= {"target_size" if script == "train_omini" else "resolution": SIDE, "disk_cache_dir": folder / script}
-    flags["train_data_dir" if script == "train_twinflow" else "instance_data_dir"] = folder / "pictures"
-    targets = folder / "targets"
-    own = {
-        "train_omini": {"condition_type": "canny"},
-        "train_influxedit": {"mode": "edit", "target_data_dir": targets, "caption_data_dir": targets},
-        "train_twinflow": {"training": "lora", "model_type": "flux"},
-    }
-    return [f"--{name}={value}" for name, value in (flags | own.get(script, {})).items()]
+    model = "flux-fill" if script == "train_influxedit" else "flux"
+    flags = {"pretrained_model_name_or_path": ROOT / "examples" / "toy" / model, "max_sequence_length": 32}
+    flags |= {"train_batch_size": 4, "max_train_steps": 1, "rank": 4, "report_to": "none", "seed": 0}
+    flags |= {"disk_cache_dir": folder / script, **data_flags(script, folder, SIDE)}
+    return [f"--{name}={value}" for name, value in flags.items()]
 
 
 def run(script, flags):
@@ -149,7 +131,7 @@ def main():
     print(f"| trainer | run | to the end of the first step, s | {' + '.join(PARTS)} |")
     print("| --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory() as folder:
-        make_data(Path(folder), args.images)
+        write_pictures(Path(folder), args.images, SIDE)
         for script in args.trainers:
             flags = flags_of(script, Path(folder))
             rows = {"encodes in the run": ["--cache_latents"], "--precompute_only": [*KEPT, "--precompute_only"]}

@@ -49,6 +49,31 @@ ROWS = [  # (size, flags)
 STEPS, WARM_UP, SIDE, BAR = 13, 3, 128, 1.05
 
 
+def write_pictures(folder, number, side):
+    """Pictures with a caption each, and targets of the same names for editing."""
+    from examples.toy.world import caption, draw, random_scene
+
+    for name in ("pictures", "targets"):
+        (folder / name).mkdir()
+        for i in range(number):
+            scene = random_scene(random.Random(f"{name}{i}"))
+            draw(scene, side, side).save(folder / name / f"{i}.png")
+            (folder / name / f"{i}.txt").write_text(f"{caption(scene)} {i}")
+
+
+def data_flags(script, folder, side):
+    """{name: value} of the flags with which a trainer trains on what `write_pictures` wrote."""
+    data = "train_data_dir" if script == "train_twinflow" else "instance_data_dir"
+    flags = {data: folder / "pictures", "target_size" if script == "train_omini" else "resolution": side}
+    targets = folder / "targets"
+    own = {
+        "train_omini": {"condition_type": "canny"},
+        "train_influxedit": {"mode": "edit", "target_data_dir": targets, "caption_data_dir": targets},
+        "train_twinflow": {"training": "lora", "model_type": "flux"},
+    }
+    return flags | own.get(script, {})
+
+
 def make_data(folder):
     """Pictures with captions, and pipelines of both sizes, plain and Fill."""
     from diffusers import FluxFillPipeline
@@ -61,14 +86,8 @@ def make_data(folder):
         new_transformer,
         new_vae,
     )
-    from examples.toy.world import caption, draw, random_scene
 
-    for name in ("pictures", "targets"):
-        (folder / name).mkdir()
-        for i in range(8):
-            scene = random_scene(random.Random(f"{name}{i}"))
-            draw(scene, SIDE, SIDE).save(folder / name / f"{i}.png")
-            (folder / name / f"{i}.txt").write_text(caption(scene))
+    write_pictures(folder, 8, SIDE)
     tokenizer, tokenizer_2 = new_tokenizers()
     text_encoder, text_encoder_2 = new_text_encoders(tokenizer, tokenizer_2)
     shared = {"vae": new_vae(), "text_encoder": text_encoder, "text_encoder_2": text_encoder_2}
@@ -83,16 +102,9 @@ def make_data(folder):
 def flags_of(script, folder, size):
     model = folder / (f"{size}-fill" if script == "train_influxedit" else size)
     flags = {"pretrained_model_name_or_path": model, "max_sequence_length": 64, "max_train_steps": STEPS}
-    flags |= {"train_batch_size": 4, "learning_rate": 1e-4, "rank": 4, "report_to": "none"}
-    flags |= {"optimizer": "adamw", "target_size" if script == "train_omini" else "resolution": SIDE}
-    flags["train_data_dir" if script == "train_twinflow" else "instance_data_dir"] = folder / "pictures"
-    targets = folder / "targets"
-    own = {
-        "train_omini": {"condition_type": "canny"},
-        "train_influxedit": {"mode": "edit", "target_data_dir": targets, "caption_data_dir": targets},
-        "train_twinflow": {"training": "lora", "model_type": "flux"},
-    }
-    return [f"--{name}={value}" for name, value in (flags | own.get(script, {})).items()] + ["--cache_latents"]
+    flags |= {"train_batch_size": 4, "learning_rate": 1e-4, "rank": 4, "report_to": "none", "optimizer": "adamw"}
+    flags |= data_flags(script, folder, SIDE)
+    return [f"--{name}={value}" for name, value in flags.items()] + ["--cache_latents"]
 
 
 def run(script, flags):
