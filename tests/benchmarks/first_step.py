@@ -1,6 +1,6 @@
 """Seconds from the start of a trainer's process to the end of its first step, with and without a precomputed cache.
 
-    python tests/benchmarks/first_step.py [trainer ...] [--images 1000]      # about 15 minutes for all four
+    python tests/benchmarks/first_step.py [trainer ...] [--images 1000]      # about 3 minutes for all four
 
 Every row is a process of its own on the toy's FLUX, 64 px, a caption for each image. The images are encoded by
 --precompute_only before, which is the row of this name, or in the run.
