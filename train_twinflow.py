@@ -980,7 +980,7 @@ def check_data_flags(args) -> list[str]:
     if not args.image_free and (len(given) != 1 or args.prompts_file):
         problems.append(
             "exactly one of --train_data_dir, --dataset_name and --data_files is needed; --prompts_file is for "
-            "--image_free"
+            "--image_free" + ("; --instance_data_dir only adds a subject to them" if args.instance_data_dir else "")
         )
     problems += check_dataset_flags(args)
     if args.streaming and args.model_type == "qwenimage-edit":

@@ -30,6 +30,7 @@ from common.lora_formats import (
 )
 from common.models import full_tensor, is_sharded, reshard, writes_files
 
+import peft
 import torch
 from accelerate import Accelerator
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
@@ -411,7 +412,7 @@ def load_lora(path: str | Path, modules: Mapping[str, torch.nn.Module], *, adapt
         weights = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
         if weights.keys() != peft_state_dict(model, adapter_name=adapter_name).keys():
             raise ValueError(f"the LoRA in {path} was made for other layers of the {name} than this run trains")
-        set_peft_model_state_dict(model, weights, adapter_name=adapter_name)
+        load_weights(model, weights, adapter_name)
     unused = [key for key in state_dict if key.partition(".")[0] not in modules]
     if unused:
         raise ValueError(f"the LoRA in {path} holds layers this run does not train: {', '.join(unused)}")
@@ -510,8 +511,15 @@ def start_from_lora(
                 for factor, value in layer.factors.items():
                     weights[f"{layer_name}.{factor}"] = value.float()
                 weights[key] *= layer.scale * config.r / alpha
-        set_peft_model_state_dict(model, weights, adapter_name=adapter_name)
+        load_weights(model, weights, adapter_name)
         set_magnitudes(model, adapter_name, magnitudes)
+
+
+def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], adapter_name: str) -> None:
+    """Loads an adapter's weights, by the names of `peft_state_dict`; RuntimeError if PEFT does not take them all."""
+    ignored = set_peft_model_state_dict(model, weights, adapter_name=adapter_name).unexpected_keys
+    if ignored:
+        raise RuntimeError(f"PEFT {peft.__version__} did not load {len(ignored)} tensors, such as {ignored[0]}")
 
 
 def check_applied(path: Path, models: Iterable[torch.nn.Module | None], *, adapter_name: str | None = None) -> None:

@@ -602,8 +602,7 @@ def figures(folder, *, base=False, count=64):
 
 def learn(train, circles, run, model, *extra):  # noqa: F811
     """(figures before, after) of the page's command for edit mode on another model, its FLUX.1 layers left out."""
-    flags = [flag.replace("data/toy_circles", str(circles)) for flag in toy_commands()["edit"]]
-    flags = [flag for flag in flags if not flag.startswith("--lora_layers")]
+    flags = [flag for flag in toy_commands(circles)["edit"] if not flag.startswith("--lora_layers")]
     train(SCRIPT, *flags, "--pretrained_model_name_or_path", model, *extra, "--output_dir", run)
     before, after = figures(run, base=True), figures(run)
     for name in before:
@@ -618,7 +617,7 @@ def test_it_learns_circles_from_a_reference(train, circles, tmp_path):  # noqa: 
     model = shutil.copytree(ROOT / "examples" / "toy" / "flux", tmp_path / "kontext")
     index = (model / "model_index.json").read_text()
     (model / "model_index.json").write_text(index.replace("FluxPipeline", "FluxKontextPipeline"))
-    (layers,) = (flag for flag in toy_commands()["edit"] if flag.startswith("--lora_layers"))
+    (layers,) = (flag for flag in toy_commands(circles)["edit"] if flag.startswith("--lora_layers"))
     before, after = learn(train, circles, tmp_path / "run", model, layers)
     print("bars: 90, 90, 80")
     assert before["outline"] < 45

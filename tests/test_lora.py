@@ -21,7 +21,9 @@ from common.lora import (
     add_lora,
     find_lora,
     load_lora,
+    load_weights,
     lora_layers,
+    peft_state_dict,
     register_lora_checkpointing,
     save_exact_lora,
     save_lora,
@@ -155,6 +157,14 @@ def test_a_file_for_other_layers_is_refused(tiny, tmp_path):
         load_lora(tmp_path / "a", {"transformer": fewer})
     with pytest.raises(ValueError, match="does not train"):
         load_lora(tmp_path / "a", {})
+
+
+def test_weights_that_peft_does_not_take_are_not_lost_in_silence(tiny):
+    """As those of text encoders are not by peft 0.19 with transformers 5."""
+    model = with_random_lora(tiny.transformer)
+    weights = {f"model.{name}": value for name, value in peft_state_dict(model).items()}
+    with pytest.raises(RuntimeError, match=r"did not load \d+ tensors, such as \S+lora_A"):
+        load_weights(model, weights, "default")
 
 
 def test_adapters_train_in_float32_beside_a_bfloat16_model(tiny):

@@ -457,11 +457,15 @@ def circles(tmp_path_factory):
     return root
 
 
-def toy_commands():
-    """{mode: flags} of the commands that the example's page gives for the toy world."""
+def toy_commands(circles):
+    """{mode: flags} of the commands that the example's page gives for the toy world, with the images of `circles`."""
     blocks = re.findall(r"```bash\n(python train_influxedit.py .*?)```", README, re.S)
-    blocks = [shlex.split(block.replace("\\\n", " "))[2:] for block in blocks]
-    return {"edit" if "--mode=edit" in block else "mask": block for block in blocks}
+    commands = {}
+    for block in blocks:
+        block = block.replace("data/toy_circles", str(circles)).replace("data/held_out", str(circles / "held_out"))
+        flags = shlex.split(block.replace("\\\n", " "))[2:]
+        commands["edit" if "--mode=edit" in flags else "mask"] = flags
+    return commands
 
 
 def figures(folder, *, base=False, count=64, steps=20):
@@ -485,10 +489,7 @@ def figures(folder, *, base=False, count=64, steps=20):
 
 def learn(train, circles, run, mode, *extra, sampling_steps=20):
     """(figures of the base model, figures with the LoRA) of the example's command for a mode."""
-    flags = [
-        flag.replace("data/toy_circles", str(circles)).replace("data/held_out", str(circles / "held_out"))
-        for flag in toy_commands()[mode]
-    ]
+    flags = toy_commands(circles)[mode]
     train(SCRIPT, *flags, *extra, "--output_dir", run)
     results = figures(run, base=True, steps=sampling_steps), figures(run, steps=sampling_steps)
     for name in results[0]:
