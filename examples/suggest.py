@@ -465,10 +465,12 @@ def parse_args(argv=None):
 
 
 def image_columns(folder):
-    """The columns of a folder's metadata.jsonl that name images."""
+    """The columns of a folder's metadata.jsonl that name images, in any of its rows."""
     rows, _ = read_metadata(metadata_file(folder))
-    first = next(iter(rows.values()), {})
-    return [name for name, value in first.items() if str(value).lower().endswith(IMAGE_SUFFIXES)]
+    columns = {}  # in their order
+    for row in rows.values():
+        columns |= {name: value for name, value in row.items() if str(value).lower().endswith(IMAGE_SUFFIXES)}
+    return list(columns)
 
 
 def choose_kind(args):

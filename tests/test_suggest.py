@@ -259,6 +259,18 @@ def test_a_condition_that_is_not_there_is_named(small_model, tiny_model, tmp_pat
     assert stop.value.code == 2 and "names files that are not there" in capsys.readouterr().err
 
 
+def test_a_first_row_without_a_condition_hides_no_column(small_model, tiny_model, tmp_path, monkeypatch, capsys):
+    folder = write_pairs(tmp_path / "poses", "pose")
+    monkeypatch.chdir(tmp_path)
+    first, *others = (folder / "metadata.jsonl").read_text().splitlines()
+    row = {name: value for name, value in json.loads(first).items() if name != "pose"}
+    (folder / "metadata.jsonl").write_text("\n".join([json.dumps(row), *others]) + "\n")
+    words, printed = suggested(capsys, folder, "--gpu", "8GB")
+    assert "--condition_column pose" in " ".join(words)
+    assert "00.jpg" in printed.split("Mend this first")[1]
+    assert "--validation_image poses/partners/01.jpg" in " ".join(words)
+
+
 @pytest.mark.parametrize("form", ["two folders", "a column"])
 def test_edited_images_lead_to_influxedit(small_model, tiny_fill, tmp_path, monkeypatch, capsys, form):
     monkeypatch.chdir(tmp_path)
