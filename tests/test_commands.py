@@ -76,10 +76,11 @@ NOT_RUN = {
     "examples/omini/download_text_to_image.sh": "needs the network",
     "python tests/benchmarks/": "minutes; tests/run.sh --all runs them",
     "python tests/same_weights.py": "minutes, of two checkouts",
-    "python examples/toy/pretrain.py": "more than an hour",
-    "python examples/estimate_memory.py": "seconds to minutes each; tests/test_estimate_memory.py runs it",
-    "python examples/suggest.py": "a minute; tests/test_suggest.py runs it",
+    "python examples/toy/pretrain.py": "more than an hour; with --score it is run below",
+    "python examples/estimate_memory.py": "seconds to minutes each; run below",
+    "python examples/suggest.py": "a minute; run below",
 }
+SLOW_COMMANDS = ("python examples/toy/pretrain.py", "python examples/estimate_memory.py", "python examples/suggest.py")
 PROGRAMS = {"python", *(name for name in NOT_RUN if " " not in name), "accelerate", "torchrun"}
 
 # Flags after a command's own, which override them. Each key is a script of the pages.
@@ -551,6 +552,39 @@ def test_what_a_page_says_runs(page, train, short_runs, workplace, tmp_path, mon
             check_without_running(words)
         else:
             run(words, train, short_runs, monkeypatch)
+
+
+def slow_commands(page, tmp_path):
+    """(line, folder, words) of a page's estimates, suggestions and scores; to make the toy anew takes an hour."""
+    for line, folder, words in steps_of(page, tmp_path):
+        if isinstance(words, str) or reason_not_to_run(words) not in SLOW_COMMANDS:
+            continue
+        if words[1] != "examples/toy/pretrain.py" or "--score" in words:
+            yield line, folder, words
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES)
+def test_what_a_page_says_of_memory_and_scores_runs(page, workplace, tmp_path, monkeypatch, capsys):
+    """Each once, on the first page that has it."""
+    place = workplace(text_of(page))
+    before = [words for each in PAGES[: PAGES.index(page)] for _, _, words in slow_commands(each, tmp_path)]
+    for line, folder, words in slow_commands(page, tmp_path):
+        if words in before or "--table" in words:  # the table: below
+            continue
+        monkeypatch.chdir(place / folder)
+        run(words, None, None, monkeypatch)
+        assert capsys.readouterr().out, f"{page}:{line}: {shlex.join(words)} printed nothing"
+
+
+@pytest.mark.slow
+def test_the_readmes_table_of_cards_is_what_is_printed(monkeypatch, capsys):
+    """Of which the README shows some rows."""
+    (rows,) = (rows for _, names, rows in tables_of("README.md") if "12 GB" in names)
+    run(["python", "examples/estimate_memory.py", "--table"], None, None, monkeypatch)
+    printed = capsys.readouterr().out
+    for row in rows:
+        assert f"|{'|'.join(row)}|" in printed
 
 
 SHARED = {

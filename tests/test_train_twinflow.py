@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from statistics import mean, stdev
 from types import SimpleNamespace
 
 from common.latents import TensorCache, decode_images, unpack_latents
@@ -1489,6 +1490,7 @@ MATRIX = {  # method: flags, and the bars at 1 and 2 steps
     "full": (["--learning_rate", 3e-4], 55, 75),
     "lora": (["--recipe", "lora-2order", "--learning_rate", 1e-3], 38, 62),
 }
+GOALS = {"full": {1: 88, 2: 93, 4: 94}, "lora": {1: 82, 2: 90, 4: 92}}
 FEW_STEPS = ["--lr_scheduler", "constant", "--max_train_steps", 590]
 
 
@@ -1496,14 +1498,23 @@ FEW_STEPS = ["--lr_scheduler", "constant", "--max_train_steps", 590]
 @pytest.mark.learning
 @pytest.mark.parametrize("method", MATRIX)
 def test_few_steps_come_near_the_models_own_twenty(train, scenes, tmp_path, method):
-    flags, *bars = MATRIX[method]
-    before, after = learn(train, scenes, tmp_path, *flags, *FEW_STEPS)
-    print(f"bars: 1 step {bars[0]}, 2 steps {bars[1]}, distance at 1 step below the model's own at 1")
+    """Over three seeds."""
+    flags, *least = MATRIX[method]
+    results = []
+    for seed in range(3):
+        before, after = learn(train, scenes, tmp_path / str(seed), *flags, *FEW_STEPS, "--seed", seed)
+        results.append(after)
+    means = {steps: mean([after[steps][0] for after in results]) for steps in before}
+    for steps, goal in GOALS[method].items():
+        spread = stdev([after[steps][0] for after in results])
+        met = "met" if means[steps] >= goal else f"missed by {goal - means[steps]:.0f}"
+        print(f"{method}, {steps} steps: {means[steps]:.0f} ± {spread:.0f} % all right, goal {goal}: {met}")
+    print(f"bars: 1 step {least[0]}, 2 steps {least[1]}, distance at 1 step below the model's own at 1")
     assert before[1][0] < 20
-    assert after[1][0] >= bars[0]
-    assert after[2][0] >= bars[1]
-    assert after[1][2] < before[1][2]
-    assert after[20][0] >= before[20][0] - 15  # many steps still work
+    assert means[1] >= least[0]
+    assert means[2] >= least[1]
+    assert mean([after[1][2] for after in results]) < before[1][2]
+    assert means[20] >= before[20][0] - 15  # many steps still work
 
 
 def subject_scores(folder, loras=()):
