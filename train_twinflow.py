@@ -978,10 +978,10 @@ def check_data_flags(args) -> list[str]:
     if args.image_free and given != ["--prompts_file"]:
         problems.append(f"--image_free needs --prompts_file and no images, not {' and '.join(given) or 'nothing'}")
     if not args.image_free and (len(given) != 1 or args.prompts_file):
-        problems.append(
-            "exactly one of --train_data_dir, --dataset_name and --data_files is needed; --prompts_file is for "
-            "--image_free" + ("; --instance_data_dir only adds a subject to them" if args.instance_data_dir else "")
-        )
+        problem = "exactly one of --train_data_dir, --dataset_name and --data_files is needed"
+        if args.instance_data_dir:
+            problem += ", to which --instance_data_dir adds a subject"
+        problems.append(f"{problem}; --prompts_file is for --image_free")
     problems += check_dataset_flags(args)
     if args.streaming and args.model_type == "qwenimage-edit":
         problems.append(

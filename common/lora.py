@@ -519,7 +519,10 @@ def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], adapt
     """Loads an adapter's weights, by the names of `peft_state_dict`; RuntimeError if PEFT does not take them all."""
     ignored = set_peft_model_state_dict(model, weights, adapter_name=adapter_name).unexpected_keys
     if ignored:
-        raise RuntimeError(f"PEFT {peft.__version__} did not load {len(ignored)} tensors, such as {ignored[0]}")
+        raise RuntimeError(
+            f"peft {peft.__version__} did not load {len(ignored)} tensors, such as {ignored[0]}: install the version "
+            "that requirements.txt names"
+        )
 
 
 def check_applied(path: Path, models: Iterable[torch.nn.Module | None], *, adapter_name: str | None = None) -> None:

@@ -465,12 +465,14 @@ def parse_args(argv=None):
 
 
 def image_columns(folder):
-    """The columns of a folder's metadata.jsonl that name images, in any of its rows."""
+    """The columns of a folder's metadata.jsonl that name images in most of the rows that have them."""
     rows, _ = read_metadata(metadata_file(folder))
-    columns = {}  # in their order
+    named = {}  # {column: whether each of its values names an image}
     for row in rows.values():
-        columns |= {name: value for name, value in row.items() if str(value).lower().endswith(IMAGE_SUFFIXES)}
-    return list(columns)
+        for column, value in row.items():
+            if value:
+                named.setdefault(column, []).append(str(value).lower().endswith(IMAGE_SUFFIXES))
+    return [column for column, values in named.items() if sum(values) > len(values) / 2]
 
 
 def choose_kind(args):

@@ -90,6 +90,7 @@ BAD = [
     ("--image_free", "--image_free needs --ema_decay_rate 1 and --enhanced_ratio above 0"),
     ("--prompts_file {prompts}", "exactly one of --train_data_dir, --dataset_name and --data_files is needed"),
     ("--dataset_name x", "exactly one of --train_data_dir, --dataset_name and --data_files is needed"),
+    ("--dataset_name x --instance_data_dir {pictures}", "is needed, to which --instance_data_dir adds a subject"),
     ("--dataset_config_name x", "--dataset_config_name x needs --dataset_name"),
     ("--model_type dalle", "--model_type: invalid choice: 'dalle'"),
     (

@@ -72,8 +72,8 @@ NOT_RUN = {
     "examples/dgx_spark/download.sh": "34 GB; tests/test_dgx_spark.py runs it against a server of its own",
     "examples/dgx_spark/launch_train.sh": "needs docker; tests/test_dgx_spark.py runs it with a false one",
     "examples/dgx_spark/launch_comfyui.sh": "needs docker; tests/test_dgx_spark.py runs it with a false one",
-    "examples/omini/download_subjects.sh": "needs the network",
-    "examples/omini/download_text_to_image.sh": "needs the network",
+    "examples/omini/download_subjects.sh": "needs the network; run below with a false hf",
+    "examples/omini/download_text_to_image.sh": "needs the network; run below with a false hf",
     "python tests/benchmarks/": "minutes; tests/run.sh --all runs them",
     "python tests/same_weights.py": "minutes, of two checkouts",
     "python examples/toy/pretrain.py": "more than an hour; with --score it is run below",
@@ -563,31 +563,66 @@ def slow_commands(page, tmp_path):
             yield line, folder, words
 
 
+SLOW_PAGES = [
+    page for page in PAGES if any(command.removeprefix("python ") in text_of(page) for command in SLOW_COMMANDS)
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", SLOW_PAGES)
 def test_what_a_page_says_of_memory_and_scores_runs(page, workplace, tmp_path, monkeypatch, capsys):
-    """Each once, on the first page that has it."""
+    """Each once, on the first page that has it; what prints a table of a page is below."""
     place = workplace(text_of(page))
     before = [words for each in PAGES[: PAGES.index(page)] for _, _, words in slow_commands(each, tmp_path)]
     for line, folder, words in slow_commands(page, tmp_path):
-        if words in before or "--table" in words:  # the table: below
+        if words in before or "--table" in words or "--network_table" in words:
             continue
         monkeypatch.chdir(place / folder)
-        card = (
-            ["--gpu", "12GB"] if words[1] == "examples/suggest.py" and "--gpu" not in words else []
-        )  # else this one's
-        run([*words, *card], None, None, monkeypatch)
+        if words[1] == "examples/suggest.py" and "--gpu" not in words:  # it would ask for the card of this machine
+            words += ["--gpu", "12GB"]
+        run(words, None, None, monkeypatch)
         assert capsys.readouterr().out, f"{page}:{line}: {shlex.join(words)} printed nothing"
 
 
 @pytest.mark.slow
-def test_the_readmes_table_of_cards_is_what_is_printed(monkeypatch, capsys):
-    """Of which the README shows some rows."""
-    (rows,) = (rows for _, names, rows in tables_of("README.md") if "12 GB" in names)
-    run(["python", "examples/estimate_memory.py", "--table"], None, None, monkeypatch)
-    printed = capsys.readouterr().out
-    for row in rows:
+@pytest.mark.parametrize(
+    ("page", "flag", "column"),
+    [("README.md", "--table", "12 GB"), ("examples/accelerate/README.md", "--network_table", "NVLink")],
+)
+def test_a_pages_table_of_estimates_is_what_is_printed(monkeypatch, capsys, page, flag, column):
+    """All rows of the page; the program has more."""
+    ((names, rows),) = ((names, rows) for _, names, rows in tables_of(page) if column in names)
+    monkeypatch.chdir(ROOT)
+    run(["python", "examples/estimate_memory.py", flag], None, None, monkeypatch)
+    printed = capsys.readouterr().out.splitlines()
+    assert rows
+    for row in [[f" {name} " for name in names], *rows]:
         assert f"|{'|'.join(row)}|" in printed
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "asked"),
+    [
+        ("download_subjects.sh", [], ("Yuanshi/Subjects200K", "data/Subjects200K", "data/train-00001-of-*.parquet")),
+        ("download_subjects.sh", ["x", "0"], ("Yuanshi/Subjects200K", "x", "data/train-*.parquet")),
+        (
+            "download_text_to_image.sh",
+            ["x", "1"],
+            ("jackyhate/text-to-image-2M", "x", "data_512_2M/data_000000.tar"),
+        ),
+    ],
+)
+def test_downloads_ask_the_hub_for_what_is_trained_on(tmp_path, script, words, asked):
+    repo, folder, file = asked
+    (tmp_path / "hf").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "hf").chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    command = [ROOT / "examples" / "omini" / script, *words]
+    done = subprocess.run(command, env={"PATH": path}, capture_output=True, text=True, check=True, cwd=tmp_path)
+    request, hint = done.stdout.splitlines()
+    assert request.startswith(f"download {repo} --repo-type dataset --local-dir {folder} --include ")
+    assert request.endswith(f"--include {file}")
+    assert hint.startswith(f"In {folder}: ")
 
 
 SHARED = {

@@ -160,7 +160,7 @@ def test_a_file_for_other_layers_is_refused(tiny, tmp_path):
 
 
 def test_weights_that_peft_does_not_take_are_not_lost_in_silence(tiny):
-    """As those of text encoders are not by peft 0.19 with transformers 5."""
+    """As peft 0.19 with transformers 5 leaves out those of text encoders."""
     model = with_random_lora(tiny.transformer)
     weights = {f"model.{name}": value for name, value in peft_state_dict(model).items()}
     with pytest.raises(RuntimeError, match=r"did not load \d+ tensors, such as \S+lora_A"):

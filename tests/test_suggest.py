@@ -259,6 +259,12 @@ def test_a_condition_that_is_not_there_is_named(small_model, tiny_model, tmp_pat
     assert stop.value.code == 2 and "names files that are not there" in capsys.readouterr().err
 
 
+def test_a_caption_that_ends_like_a_file_is_no_condition(tmp_path):
+    rows = [{"file_name": f"{i}.png", "text": "a hill, as in hill.png" if i == 1 else "a hill"} for i in range(3)]
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert suggest.image_columns(tmp_path) == []
+
+
 def test_a_first_row_without_a_condition_hides_no_column(small_model, tiny_model, tmp_path, monkeypatch, capsys):
     folder = write_pairs(tmp_path / "poses", "pose")
     monkeypatch.chdir(tmp_path)
