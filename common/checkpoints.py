@@ -743,7 +743,7 @@ def save_checkpoint(
     partial = output_dir / f".checkpoint-{step}.partial"
     place, number = place_on_disk(accelerator)
     state = {"global_step": step, **run}
-    if accelerator.project_configuration.save_on_each_node:  # so that `agreed_checkpoint` can tell if copies are one's
+    if accelerator.project_configuration.save_on_each_node:  # the same in all copies of one checkpoint
         (state["saved_as"],) = broadcast_object_list([secrets.token_hex(8)])
     try:
         with writing(checkpoint):

@@ -413,8 +413,9 @@ def check_without_running(words):
 
 def with_a_card(words):
     """A command of suggest.py that takes the card of the machine, with one named."""
-    takes_the_machines = words[1] == "examples/suggest.py" and "--gpu" not in words
-    return [*words, "--gpu", "12GB"] if takes_the_machines else words
+    if words[1] == "examples/suggest.py" and "--gpu" not in words:
+        return [*words, "--gpu", "12GB"]
+    return words
 
 
 def selected_tests(words):

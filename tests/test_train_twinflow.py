@@ -1435,22 +1435,28 @@ def scenes(tmp_path_factory):
     return folder
 
 
+def measured(folder, steps):
+    """(percent all right, sharpness, distance) of 64 pictures of a run, or of the toy FLUX itself (None)."""
+    wanted, prompts = compare.scenes_and_prompts(64, 0)
+    vae = diffusers.AutoencoderKL.from_pretrained(compare.TOY / "vae", dtype=torch.float32)
+    return compare.measure(compare.generate_with(folder, prompts, steps), wanted, vae)
+
+
+measured_of_the_base = functools.cache(functools.partial(measured, None))
+
+
 def learn(train, scenes, folder, *method, sampling_steps=tuple(compare.STYLES)):
-    """Trains the toy FLUX; {steps: (percent all right, sharpness, distance)} before and after, of 64 pictures."""
+    """Trains the toy FLUX; {steps: what is `measured`} before and after."""
     train(
         SCRIPT,
         *("--pretrained_model_name_or_path", compare.TOY, "--train_data_dir", scenes, "--resolution", 64),
         *("--max_sequence_length", 32, "--cache_latents", "--train_batch_size", 24, "--report_to", "none"),
         *("--lr_scheduler", "cosine", "--lr_warmup_steps", 20, *method, "--output_dir", folder),
     )
-    wanted, prompts = compare.scenes_and_prompts(64, 0)
-    vae = diffusers.AutoencoderKL.from_pretrained(compare.TOY / "vae", dtype=torch.float32)
     before, after = {}, {}
     for steps in sampling_steps:
-        style = compare.STYLES[steps]
-        generated = generate(folder, prompts, steps=steps, style=style, batch_size=64)
-        after[steps] = compare.measure(generated, wanted, vae)
-        before[steps] = compare.measure(compare.generate_with_base(prompts, steps), wanted, vae)
+        after[steps] = measured(folder, steps)
+        before[steps] = measured_of_the_base(steps)
         cells = [f"{old:.3g} -> {new:.3g}" for old, new in zip(before[steps], after[steps], strict=True)]
         print(f"{steps:2} steps: all right {cells[0]} %, sharpness {cells[1]}, distance {cells[2]}")
     return before, after
