@@ -201,6 +201,7 @@ from common.lora import (
     check_adapter,
     check_lora_file,
     lora_file,
+    lora_to_start_from,
     register_lora_checkpointing,
     save_lora,
     start_from_lora,
@@ -573,9 +574,9 @@ def create_parser():
     arg(
         "--lora_path",
         nargs="+",
-        type=Path,
+        type=lora_to_start_from,
         metavar="FILE",
-        help="LoRA files to continue from, one per adapter, at the strength they have",
+        help="LoRA files, or folders of runs, to continue from, one per adapter, at the strength they have",
     )
 
     arg = parser.add_argument_group("noise", "which noise levels are trained, and how they are weighted").add_argument

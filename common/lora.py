@@ -571,6 +571,15 @@ def find_lora(path: str | Path) -> tuple[Path, Path | None]:
     return lora, run_of(lora) if found.is_file() else run_of(found / lora.name)
 
 
+def lora_to_start_from(text: str) -> Path:
+    """An argparse type: a LoRA file; a run's folder or a checkpoint stands for the LoRA in it."""
+    path = Path(text)
+    try:
+        return lora_of_folder(path) if path.is_dir() else path
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def lora_of_folder(folder: Path) -> Path:
     """The LoRA file of a run's folder or a checkpoint, see `find_lora`."""
     args = read_json(folder / "args.json").get("args")
@@ -591,7 +600,7 @@ def lora_of_folder(folder: Path) -> Path:
         raise ValueError(f"{folder}: no {wanted[0].name}; name one of the files in it: {names}")
     checkpoints = find_checkpoints(folder)
     hint = f"; {checkpoints[-1]} is its last checkpoint" if checkpoints else ""
-    raise FileNotFoundError(f"{wanted[0]}: no such file, so {folder} has no LoRA to draw with{hint}")
+    raise FileNotFoundError(f"{wanted[0]}: no such file, so {folder} has no LoRA{hint}")
 
 
 def run_of(lora: Path) -> Path | None:

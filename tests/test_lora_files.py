@@ -670,8 +670,17 @@ def test_a_runs_file_has_the_trained_strength_in_every_reader(script, train, sho
     assert (header["modelspec.architecture"], header["ss_steps"], header["ss_epoch"]) == (architecture, "1", "1")
     assert header["modelspec.title"] == "run"
 
-    # another run goes on from it, at another alpha and so slowly that nothing changes, to a file with a name
-    again = ["--lora_path", file, "--lora_alpha", 1, "--learning_rate", 1e-12, "--output_dir", tmp_path / "again"]
+    # another run goes on from its folder, at another alpha and so slowly that nothing changes, to a file with a name
+    again = [
+        "--lora_path",
+        file.parent,
+        "--lora_alpha",
+        1,
+        "--learning_rate",
+        1e-12,
+        "--output_dir",
+        tmp_path / "again",
+    ]
     if trains_clip:
         again += ["--text_encoder_lr", 1e-12]
     train(script, *flags, *again, "--output_name", "mine", "--metadata_author", "me")
@@ -719,7 +728,9 @@ def test_adapters_of_other_models_are_read_by_their_own_names(tmp_path):
 def test_a_file_that_does_not_fit_is_refused_before_a_model_is_loaded(script, adapted, short_runs, tmp_path, capsys):
     write_lora(tmp_path / "x.safetensors", lora_layers(adapted(2, 4)))
     flags = [*short_runs[script], "--output_dir", tmp_path / "run", "--lora_path", tmp_path / "x.safetensors"]
-    for extra, words in ((["--rank", 2], "made for other layers"), (["--rank", 3], "give --rank 2")):
+    (tmp_path / "empty").mkdir()
+    no_lora = (["--lora_path", tmp_path / "empty"], f"{tmp_path / 'empty'} has no LoRA")
+    for extra, words in ((["--rank", 2], "made for other layers"), (["--rank", 3], "give --rank 2"), no_lora):
         with pytest.raises(SystemExit) as stop:
             importlib.import_module(script).parse_args([str(flag) for flag in [*flags, *extra]])
         assert stop.value.code == 2
