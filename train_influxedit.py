@@ -195,7 +195,6 @@ from common.lora import (
     check_lora_file,
     layer_shapes,
     lora_file,
-    lora_to_start_from,
     register_lora_checkpointing,
     save_lora,
     start_from_lora,
@@ -513,12 +512,7 @@ def create_parser():
         default="gaussian",
         help="how the LoRA begins, as PEFT names it; default: uniform numbers of the size of a linear layer's",
     )
-    arg(
-        "--lora_path",
-        type=lora_to_start_from,
-        metavar="FILE",
-        help="a LoRA, or a run's folder, to continue from at its strength",
-    )
+    arg("--lora_path", type=Path, metavar="FILE", help="a LoRA, or a run's folder, to continue from at its strength")
     arg("--lora_dropout", type=in_range(float, 0, 0.99), default=0.0, help="dropout probability of the LoRA's inputs")
     arg("--use_dora", action="store_true", help="train a DoRA: also the norm of each row of a weight; slower steps")
     arg("--lora_type", choices=("lora", "lokr"), default="lora", help="lokr: a Kronecker product (LyCORIS' LoKr)")

@@ -201,7 +201,7 @@ from common.lora import (
     check_adapter,
     check_lora_file,
     lora_file,
-    lora_to_start_from,
+    lora_in,
     register_lora_checkpointing,
     save_lora,
     start_from_lora,
@@ -574,7 +574,7 @@ def create_parser():
     arg(
         "--lora_path",
         nargs="+",
-        type=lora_to_start_from,
+        type=Path,
         metavar="FILE",
         help="LoRA files, or folders of runs, to continue from, one per adapter, at the strength they have",
     )
@@ -2857,7 +2857,7 @@ def adapter_files(args):
 def read_header(path):
     """What `adapter_metadata` says in the header of an adapter's file; None for a file without. Raises ValueError."""
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(lora_in(path), "pt") as file:
             text = (file.metadata() or {}).get("omini")
     except Exception as error:  # safetensors raises a kind of its own beside OSError
         raise ValueError(f"{path}: not a readable LoRA file ({error})") from None

@@ -314,14 +314,15 @@ def names_in_the_way(folder: Path, logging_dir: Path) -> list[str]:
 
 def check_results(args: argparse.Namespace, results: Iterable[Path], sources: Sequence[Path]) -> list[str]:
     """Problems of the files `results` that the run will write: one that another run wrote, or one of `sources`, the
-    files of --lora_path, would be lost.
+    files or folders of --lora_path, would be lost.
 
     A run that starts again, or is resumed, replaces its own, see `is_run`.
     """
     is_own = is_run(args.output_dir)
     problems = []
     for file in results:
-        if any(file.exists() and source.exists() and file.samefile(source) for source in sources):
+        own = [path for path in (file, args.output_dir) if path.exists()]
+        if any(source.exists() and source.samefile(path) for source in sources for path in own):
             problems.append(f"--lora_path {file}: this run would write over it; choose another {place(args)}")
         elif file.exists() and not is_own:
             problems.append(f"{file} exists and is of another run: move it, or choose another {place(args)}")

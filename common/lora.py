@@ -435,10 +435,10 @@ def check_lora_file(
     lokr_factor: int | None = None,
     flux: bool = True,
 ) -> list[str]:
-    """Problems of a file given as --lora_path to a run with adapters of `rank` on the layers {name: (out, in)}, of the
-    kind that `use_dora` and `lokr_factor` say, see `add_lora`; `flux` as in `read_lora`."""
+    """Problems of a LoRA, see `lora_in`, given as --lora_path to a run with adapters of `rank` on the layers
+    {name: (out, in)}, of the kind that `use_dora` and `lokr_factor` say, see `add_lora`; `flux` as in `read_lora`."""
     try:
-        layers, _ = read_lora(path, flux=flux)
+        layers, _ = read_lora(lora_in(path), flux=flux)
         ranks = set()
         found_shapes: dict[str, Any] = {}
         for name, layer in layers.items():
@@ -489,9 +489,9 @@ def check_lora_file(
 def start_from_lora(
     path: Path, modules: Mapping[str, torch.nn.Module], *, adapter_name: str = "default", flux: bool = True
 ) -> None:
-    """Loads a LoRA file into an adapter of {"transformer": model, ...}, in any form that `read_lora` understands and
-    at the file's strength: its scale is divided by the adapter's own."""
-    layers: dict[str, Any] = read_lora(path, flux=flux)[0]
+    """Loads a LoRA, see `lora_in`, into an adapter of {"transformer": model, ...}, in any form that `read_lora`
+    understands and at the file's strength: its scale is divided by the adapter's own."""
+    layers: dict[str, Any] = read_lora(lora_in(path), flux=flux)[0]
     for component, model in modules.items():
         config = adapter_config(model, adapter_name)
         weights = {}
@@ -571,13 +571,9 @@ def find_lora(path: str | Path) -> tuple[Path, Path | None]:
     return lora, run_of(lora) if found.is_file() else run_of(found / lora.name)
 
 
-def lora_to_start_from(text: str) -> Path:
-    """An argparse type: a LoRA file; a run's folder or a checkpoint stands for the LoRA in it."""
-    path = Path(text)
-    try:
-        return lora_of_folder(path) if path.is_dir() else path
-    except (OSError, ValueError) as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+def lora_in(path: Path) -> Path:
+    """The LoRA file at `path`, or of the run's folder or checkpoint that it is; raises as `find_lora` does."""
+    return lora_of_folder(path.resolve()) if path.is_dir() else path
 
 
 def lora_of_folder(folder: Path) -> Path:

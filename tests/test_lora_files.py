@@ -7,6 +7,7 @@ import importlib
 import io
 import json
 from argparse import ArgumentTypeError
+from pathlib import Path
 from types import SimpleNamespace
 
 from common.arguments import file_name
@@ -15,6 +16,7 @@ from common.lora import (
     add_lora,
     check_lora_file,
     lora_file,
+    lora_in,
     lora_layers,
     save_exact_lora,
     save_lora,
@@ -724,6 +726,15 @@ def test_adapters_of_other_models_are_read_by_their_own_names(tmp_path):
     assert name in check_lora_file(file, shapes, 2)[0]
 
 
+def test_a_runs_folder_stands_for_its_lora(tmp_path, monkeypatch):
+    (tmp_path / "dog").mkdir()
+    (tmp_path / "dog" / "args.json").write_text('{"args": {"output_name": "dog"}}')
+    file = tmp_path / "dog.safetensors"
+    file.touch()
+    monkeypatch.chdir(tmp_path / "dog")
+    assert [lora_in(Path(text)) for text in (".", "../dog", str(file))] == [file, file, file]
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_file_that_does_not_fit_is_refused_before_a_model_is_loaded(script, adapted, short_runs, tmp_path, capsys):
     write_lora(tmp_path / "x.safetensors", lora_layers(adapted(2, 4)))
@@ -763,7 +774,8 @@ def test_a_result_replaces_neither_another_runs_nor_what_the_run_starts_from(
     args.output_dir.mkdir(exist_ok=True)
     (args.output_dir / "args.json").write_text('{"args": {}}')
     trainer.parse_args(words)  # the run again
-    assert f"{file}: this run would write over it" in refused("--lora_path", str(file))
+    for source in (file, args.output_dir):
+        assert f"{file}: this run would write over it" in refused("--lora_path", str(source))
     (args.output_dir / "args.json").unlink()
     (args.output_dir / "checkpoint-1").mkdir()
     (args.output_dir / "checkpoint-1" / "trainer_state.json").write_text("{}")
