@@ -109,6 +109,7 @@ SMALL = {
     "examples/influxedit/generate.py": ["--num_inference_steps", "2", "--size", "64", "64"],
     "examples/influxedit/toy_circles.py": ["--count", "4"],
     "examples/influxedit/prepare_fill_circles.py": ["--zip", "fill50k.zip", "--test_count", "1"],
+    "examples/toy/letters.py": ["--count", "4"],
     "examples/toy/world.py": ["--count", "4"],
     "examples/twinflow/generate.py": ["--size", "32", "32"],
     "examples/twinflow/compare.py": ["--count", "2", "--steps", "1"],

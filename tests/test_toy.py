@@ -9,6 +9,7 @@ from conftest import ROOT
 from diffusers import Flux2KleinPipeline, FluxFillPipeline, FluxPipeline
 from PIL import Image
 
+from examples.toy import letters
 from examples.toy.world import (
     COLOR_NAMES,
     KINDS,
@@ -106,18 +107,20 @@ def test_sets_of_images_are_near_themselves_and_far_from_others():
     assert sliced_wasserstein(a, b) < 0.2 < sliced_wasserstein(a, b + 1)
 
 
-@pytest.mark.parametrize(("folders", "megabytes"), [(("flux", "flux-fill"), 16), (("flux2",), 9)])
+@pytest.mark.parametrize(
+    ("folders", "megabytes"), [(("flux", "flux-fill"), 16), (("flux-128",), 8), (("letters",), 8), (("flux2",), 9)]
+)
 def test_weights_are_small(folders, megabytes):
     files = [path for folder in folders for path in (TOY / folder).rglob("*") if path.is_file()]
     assert 10**6 < sum(path.stat().st_size for path in files) <= megabytes * 10**6
 
 
-def sample(pipeline, scenes, **inputs):
+def sample(pipeline, scenes, side=64, caption=caption, **inputs):
     """A picture of each scene's caption, in 12 steps."""
     return pipeline(
         prompt=[caption(scene) for scene in scenes],
-        height=64,
-        width=64,
+        height=side,
+        width=side,
         num_inference_steps=12,
         max_sequence_length=32,
         generator=torch.Generator().manual_seed(0),
@@ -125,7 +128,7 @@ def sample(pipeline, scenes, **inputs):
     ).images
 
 
-def mean_scores(images, scenes):
+def mean_scores(images, scenes, score_scene=score_scene):
     """{measure: 0..100}, which are printed too."""
     scores = [score_scene(image, scene) for image, scene in zip(images, scenes, strict=True)]
     means = {name: 100 * np.mean([score[name] for score in scores]) for name in scores[0]}
@@ -144,6 +147,31 @@ def test_flux_draws_what_the_caption_says():
     assert means["background"] >= 97
     assert means["foreground"] >= 95
     assert means["shape"] >= 85
+
+
+def test_flux_128_draws_what_the_caption_says():
+    pipeline = FluxPipeline.from_pretrained(TOY / "flux-128")
+    pipeline.set_progress_bar_config(disable=True)
+    rng = random.Random(5)
+    scenes = [random_scene(rng, pair=0, outline=0, places=8) for _ in range(32)]
+    means = mean_scores(sample(pipeline, scenes, side=128), scenes)
+    print("bars: 95, 95, 50")
+    assert means["background"] >= 95
+    assert means["foreground"] >= 95
+    assert means["shape"] >= 50
+
+
+def test_the_second_world_is_drawn_as_the_caption_says():
+    pipeline = FluxPipeline.from_pretrained(TOY / "letters")
+    pipeline.set_progress_bar_config(disable=True)
+    rng = random.Random(5)
+    scenes = [letters.random_scene(rng) for _ in range(32)]
+    images = sample(pipeline, scenes, caption=letters.caption)
+    means = mean_scores(images, scenes, letters.score_scene)
+    print("bars: 90, 90, 75")
+    assert means["background"] >= 90
+    assert means["foreground"] >= 90
+    assert means["shape"] >= 75
 
 
 def test_flux2_draws_what_the_caption_says():

@@ -1,19 +1,23 @@
-"""Makes the toy world's models from nothing: a small FLUX.1 pipeline and its Fill variant that know drawn scenes.
+"""Makes the toy models: a small FLUX.1 pipeline and its Fill variant that know drawn scenes, and three others.
 
     python examples/toy/pretrain.py            # on two cores; continues where it was interrupted
     python examples/toy/pretrain.py --score    # measures what is in examples/toy
-    python examples/toy/pretrain.py flux2      # FLUX.2-klein in small, with the VAE of examples/toy/flux; on one core
-    python examples/toy/pretrain.py flux2 --score
+    python examples/toy/pretrain.py flux-128   # from flux, for 128 x 128 pixels, with shapes at more places
+    python examples/toy/pretrain.py letters    # from flux, for the second world, see letters.py
+    python examples/toy/pretrain.py flux2      # FLUX.2-klein in small, with the VAE of flux
 
-Four stages: the VAE; flow matching, together with the text encoders; guidance, distilled into the guidance embedding;
-the Fill transformer. The random numbers of a step depend on (stage, step, process) alone, so a rerun repeats itself.
+The last three train on one core, and --score measures them too. Four stages make flux: the VAE; flow matching,
+together with the text encoders; guidance, distilled into the guidance embedding; the Fill transformer. The random
+numbers of a step depend on (stage, step, process) alone, so a rerun repeats itself.
 """
 
 import json
 import math
 import random
+import shutil
 import string
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +55,7 @@ from common.arguments import Parser, check_folder
 from common.flow_matching import add_noise
 from common.latents import image_ids, pack_latents
 
+from examples.toy import letters
 from examples.toy.world import (
     COLOR_NAMES,
     COLORS,
@@ -87,6 +92,8 @@ CANVASES = {
     (128, 64): (0.05, 40),
     (128, 128): (0.15, 24),
 }
+ONLY_64 = {(64, 64): (1.0, 64)}
+LARGE_CANVASES = {(128, 128): (0.8, 32), (96, 64): (0.1, 64), (64, 96): (0.1, 64)}
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -371,23 +378,25 @@ def train_vae(vae, work_dir):
         for scene in scenes:
             x, y = rng.randint(0, 64 - crop), rng.randint(0, 64 - crop)
             images.append(draw(scene).crop((x, y, x + crop, y + crop)))
-        return reconstruction_loss(to_tensor(images))
+        return reconstruction_loss(vae, to_tensor(images))
 
     def decoder_loss_of(progress, rng):
         scenes = [random_scene(rng, outline=0.2) if rng.random() < 0.5 else collage(rng) for _ in range(32)]
-        return reconstruction_loss(to_tensor([draw(scene) for scene in scenes]))
-
-    def reconstruction_loss(images):
-        with torch.autocast("cpu", torch.bfloat16):
-            posterior = vae.encode(images).latent_dist
-            decoded = vae.decode(posterior.sample()).sample
-        error = decoded.float() - images
-        divergence = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).float().mean()
-        return error.abs().mean() + error.square().mean() + 1e-3 * divergence
+        return reconstruction_loss(vae, to_tensor([draw(scene) for scene in scenes]))
 
     fit("vae", [vae], loss_of, steps=500, lr=4e-3, work_dir=work_dir, hold=0.4)
     vae.encoder.requires_grad_(False)
     fit("decoder", [vae.decoder], decoder_loss_of, steps=500, lr=3e-3, work_dir=work_dir)
+
+
+def reconstruction_loss(vae, images):
+    """Of images [B, 3, H, W]; a frozen encoder's divergence is constant."""
+    with torch.autocast("cpu", torch.bfloat16):
+        posterior = vae.encode(images).latent_dist
+        decoded = vae.decode(posterior.sample()).sample
+    error = decoded.float() - images
+    divergence = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).float().mean()
+    return error.abs().mean() + error.square().mean() + 1e-3 * divergence
 
 
 def collage(rng):
@@ -419,13 +428,16 @@ def encode(vae, images):
     return (means - vae.config.shift_factor) * vae.config.scaling_factor
 
 
-def make_pool(vae, rank, share_of_pool=1.0, masked=False, canvases=CANVASES):
-    """{canvas: (scenes, latents [N, 16, h, w], Fill conditions or None)}: encoded once, met again in other words."""
+def make_pool(vae, rank, share_of_pool=1.0, masked=False, canvases=CANVASES, new_scene=random_scene, draw=draw):
+    """{canvas: (scenes, latents [N, 16, h, w], Fill conditions or None)}: encoded once, met again in other words.
+
+    new_scene(rng, aspect) makes a scene, draw(scene, width, height) its image.
+    """
     pool = {}
     for canvas, (share, _) in tqdm(canvases.items(), desc="encoding scenes", disable=rank != 0):
         rng = random.Random(f"pool/{rank}/{canvas}/{masked}")
         count = int((16000 if share > 0.5 else 20000 * share) * share_of_pool)
-        scenes = [random_scene(rng, canvas[0] / canvas[1]) for _ in range(count)]
+        scenes = [new_scene(rng, canvas[0] / canvas[1]) for _ in range(count)]
         latents, conditions = [], []
         for i in range(0, count, 50):
             images = to_tensor([draw(scene, *canvas) for scene in scenes[i : i + 50]])
@@ -451,11 +463,16 @@ def random_mask(rng, width, height):
     return mask
 
 
-def draw_batch(pool, rng, length):
-    """Part of a pool for one step: (tokens, conditions, captions, (width, height)); fewer for longer texts."""
-    canvas = rng.choices(list(CANVASES), [share for share, _ in CANVASES.values()])[0] if length == 24 else (64, 64)
+def draw_batch(pool, rng, length, canvases=CANVASES, caption=caption):
+    """Part of a pool for one step: (tokens, conditions, captions, (width, height)); fewer for longer texts.
+
+    Longer texts than 24 tokens come with the first canvas alone.
+    """
+    shares = [share for share, _ in canvases.values()]
+    canvas = rng.choices(list(canvases), shares)[0] if length == 24 else next(iter(canvases))
     scenes, latents, conditions = pool[canvas]
-    count = CANVASES[canvas][1] * (24 + 16) // (length + 16) if length != 24 else CANVASES[canvas][1]
+    image_tokens = canvas[0] * canvas[1] // 256
+    count = canvases[canvas][1] * (24 + image_tokens) // (length + image_tokens)
     picks = [rng.randrange(len(scenes)) for _ in range(count)]
     captions = [caption(scenes[i], rng, canvas[0] / canvas[1]) for i in picks]
     return pack_latents(latents[picks]), None if conditions is None else conditions[picks], captions, canvas
@@ -481,9 +498,9 @@ def predict(models, tokens, captions, timesteps, guidance, canvas, length=24):
     )[0].float()
 
 
-def noise_levels(count):
+def noise_levels(count, centre=0.8):
     """Noise levels [count] with more weight on high ones, where a scene's layout is decided."""
-    return torch.sigmoid(0.8 + 1.2 * torch.randn(count))
+    return torch.sigmoid(centre + 1.2 * torch.randn(count))
 
 
 def log_uniform(count, maximum):
@@ -491,22 +508,23 @@ def log_uniform(count, maximum):
     return torch.exp(torch.rand(count) * math.log(maximum))
 
 
-def train_flow(models, pool, work_dir):
-    """Flow matching, also for a Fill transformer; the guidance embedding is fed anything and learns to be ignored."""
+def train_flow(stage, models, pool, work_dir, *, steps, lr, canvases=CANVASES, caption=caption, centre=0.8):
+    """Flow matching; the guidance embedding is fed anything and learns to be ignored.
+
+    A Fill transformer is trained alone, another one with those of its text encoders that are not frozen.
+    """
     is_fill = models[0].config.in_channels > 64
 
     def loss_of(progress, rng):
-        tokens, conditions, captions, canvas = draw_batch(pool, rng, length=24)
-        timesteps, noise, guidance = noise_levels(len(tokens)), torch.randn_like(tokens), log_uniform(len(tokens), 40)
+        tokens, conditions, captions, canvas = draw_batch(pool, rng, 24, canvases, caption)
+        timesteps, noise = noise_levels(len(tokens), centre), torch.randn_like(tokens)
+        guidance = log_uniform(len(tokens), 40)
         noisy = add_noise(tokens, noise, timesteps)
         noisy = torch.cat([noisy, conditions], dim=-1) if is_fill else noisy
         velocity = predict(models, noisy, captions, timesteps, guidance, canvas)
         return (velocity - (noise - tokens)).square().mean()
 
-    if is_fill:
-        fit("fill", models[:1], loss_of, steps=1500, lr=2e-3, work_dir=work_dir)
-    else:
-        fit("flow", models[:3], loss_of, steps=7000, lr=5e-3, work_dir=work_dir)
+    fit(stage, models[:1] if is_fill else models[:3], loss_of, steps=steps, lr=lr, work_dir=work_dir)
 
 
 def predict_flux2(models, tokens, captions, timesteps, length=32):
@@ -543,14 +561,15 @@ def train_flux2_flow(models, pool, work_dir):
     fit("flux2-flow", models[:2], loss_of, steps=FLUX2_STEPS, lr=5e-3, work_dir=work_dir, ema_decay=0.995)
 
 
-def distil_guidance(teacher, models, pool, work_dir):
+def distil_guidance(stage, teacher, models, pool, work_dir, *, steps, canvases=CANVASES, caption=caption, centre=0.8):
     """The guidance embedding learns what classifier-free guidance does, at all text lengths (arXiv 2210.03142)."""
     teacher = (teacher.requires_grad_(False), *models[1:])
 
     def loss_of(progress, rng):
         length = rng.choices((24, 48, 512), (0.5, 0.2, 0.3))[0]
-        tokens, _, captions, canvas = draw_batch(pool, rng, length)
-        timesteps, noise, guidance = noise_levels(len(tokens)), torch.randn_like(tokens), log_uniform(len(tokens), 6)
+        tokens, _, captions, canvas = draw_batch(pool, rng, length, canvases, caption)
+        timesteps, noise = noise_levels(len(tokens), centre), torch.randn_like(tokens)
+        guidance = log_uniform(len(tokens), 6)
         noisy = add_noise(tokens, noise, timesteps)
         with torch.no_grad():
             conditional, unconditional = (
@@ -560,7 +579,7 @@ def distil_guidance(teacher, models, pool, work_dir):
         target = unconditional + guidance.view(-1, 1, 1) * (conditional - unconditional)
         return (predict(models, noisy, captions, timesteps, guidance, canvas, length) - target).square().mean()
 
-    fit("guidance", models[:1], loss_of, steps=1000, lr=2e-3, work_dir=work_dir)
+    fit(stage, models[:1], loss_of, steps=steps, lr=2e-3, work_dir=work_dir)
 
 
 def copy_of(transformer, **config):
@@ -581,12 +600,33 @@ def fast(transformer):
     return transformer
 
 
-def worker(rank, work_dir):
-    """One of the two training processes; the first one saves the pipelines."""
+def begin(rank, work_dir, processes):
+    """What each training process does first."""
     torch.set_num_threads(1)
     torch._dynamo.config.recompile_limit = 64  # one per canvas, text length and stage
-    dist.init_process_group("gloo", init_method=f"file://{work_dir.absolute()}/rendezvous", rank=rank, world_size=2)
+    rendezvous = f"file://{work_dir.absolute()}/rendezvous"
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=processes)
     torch.manual_seed(0)
+
+
+def load_flux(work_dir):
+    """(the pipeline in examples/toy/flux, its text encoders and tokenizers), for the one process of a training."""
+    begin(0, work_dir, processes=1)
+    pipeline = FluxPipeline.from_pretrained(HERE / "flux")
+    pipeline.vae.float()
+    return pipeline, (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.tokenizer, pipeline.tokenizer_2)
+
+
+def save_with(folder, **trained):
+    """A copy of examples/toy/flux with these modules in place of its own."""
+    shutil.copytree(HERE / "flux", HERE / folder, dirs_exist_ok=True)
+    for name, module in trained.items():
+        module.save_pretrained(HERE / folder / name)
+
+
+def worker(rank, work_dir):
+    """One of the two training processes; the first one saves the pipelines."""
+    begin(rank, work_dir, processes=2)
     vae = new_vae()
     train_vae(vae, work_dir)
     normalise(vae)
@@ -594,13 +634,14 @@ def worker(rank, work_dir):
     texts = *new_text_encoders(*tokenizers), *tokenizers
     flow = fast(new_transformer())
     pool = make_pool(vae, rank)
-    train_flow((flow, *texts), pool, work_dir)
+    train_flow("flow", (flow, *texts), pool, work_dir, steps=7000, lr=5e-3)
     for text_encoder in texts[:2]:
         text_encoder.requires_grad_(False)
     guided = fast(copy_of(flow))
-    distil_guidance(fast(copy_of(flow)), (guided, *texts), pool, work_dir)
+    distil_guidance("guidance", fast(copy_of(flow)), (guided, *texts), pool, work_dir, steps=1000)
     fill = fast(copy_of(flow, in_channels=384, out_channels=64))
-    train_flow((fill, *texts), make_pool(vae, rank, share_of_pool=0.4, masked=True), work_dir)
+    fill_pool = make_pool(vae, rank, share_of_pool=0.4, masked=True)
+    train_flow("fill", (fill, *texts), fill_pool, work_dir, steps=1500, lr=2e-3)
     if rank == 0:
         vae.half()  # the text encoders stay in float32: transformers would load them in the dtype of their files
         for pipeline_class, transformer, folder in (
@@ -619,18 +660,59 @@ def worker(rank, work_dir):
             pipeline.save_pretrained(HERE / folder)
 
 
+def large_worker(rank, work_dir):
+    """128 x 128 pixels, with shapes at more places; all but the transformer stays as it is."""
+    pipeline, texts = load_flux(work_dir)
+    for module in (pipeline.vae, *texts[:2]):
+        module.requires_grad_(False)
+    scenes = {"canvases": LARGE_CANVASES, "new_scene": partial(random_scene, places=8)}
+    pool = make_pool(pipeline.vae, rank, share_of_pool=0.8, **scenes)
+    settings = {"canvases": LARGE_CANVASES, "centre": 1.0}  # more tokens need more noise
+    flow = pipeline.transformer
+    # the first descent of the rate left four shapes of ten wrong, a second one three
+    for stage, steps, lr in (("large-flow", 6000, 4e-3), ("large-flow-again", 5000, 3e-3)):
+        flow = fast(copy_of(flow))
+        train_flow(stage, (flow, *texts), pool, work_dir, steps=steps, lr=lr, **settings)
+    guided = fast(copy_of(flow))
+    distil_guidance("large-guidance", fast(copy_of(flow)), (guided, *texts), pool, work_dir, steps=500, **settings)
+    save_with("flux-128", transformer=copy_of(guided).half())
+
+
+def letters_worker(rank, work_dir):
+    """The second world, most of whose words the tokenizers spell; of the VAE, the encoder stays as it is."""
+    pipeline, texts = load_flux(work_dir)
+    vae = pipeline.vae
+    vae.encoder.requires_grad_(False)
+
+    def loss_of(progress, rng):
+        images = [draw(collage(rng)) for _ in range(8)] + [letters.draw(letters.random_scene(rng)) for _ in range(24)]
+        return reconstruction_loss(vae, to_tensor(images))
+
+    fit("letters-decoder", [vae.decoder], loss_of, steps=400, lr=2e-3, work_dir=work_dir)
+    vae.eval().requires_grad_(False)
+    pool = make_pool(vae, rank, canvases=ONLY_64, new_scene=letters.random_scene, draw=letters.draw)
+    settings = {"canvases": ONLY_64, "caption": letters.caption}
+    flow = fast(copy_of(pipeline.transformer))
+    train_flow("letters-flow", (flow, *texts), pool, work_dir, steps=3500, lr=4e-3, **settings)
+    for text_encoder in texts[:2]:
+        text_encoder.requires_grad_(False)
+    guided = fast(copy_of(flow))
+    distil_guidance("letters-guidance", fast(copy_of(flow)), (guided, *texts), pool, work_dir, steps=500, **settings)
+    vae.register_to_config(_name_or_path="")  # not this machine's
+    modules = {"vae": vae.half(), "text_encoder": texts[0], "text_encoder_2": texts[1]}
+    save_with("letters", transformer=copy_of(guided).half(), **modules)
+
+
 def flux2_worker(rank, work_dir):
     """The one process of FLUX.2's training, which saves the pipeline."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{work_dir.absolute()}/rendezvous", rank=rank, world_size=1)
-    torch.manual_seed(0)
+    begin(rank, work_dir, processes=1)
     vae = flux2_vae()
     tokenizer = new_qwen_tokenizer()
     qwen = new_qwen(tokenizer, layers=len(TRAINED_LAYERS) + 1)  # the last one's output is normalized, and not read
     qwen.model.layers[-1].requires_grad_(False)
     qwen.model.norm.requires_grad_(False)
     transformer = fast(new_flux2_transformer())
-    pool = make_pool(vae, rank, share_of_pool=0.4, canvases={(64, 64): (1.0, 64)})
+    pool = make_pool(vae, rank, share_of_pool=0.4, canvases=ONLY_64)
     train_flux2_flow((transformer, qwen, tokenizer), pool, work_dir)
     state = {name.replace("_orig_mod.", ""): value for name, value in transformer.state_dict().items()}
     trained = new_flux2_transformer()
@@ -672,21 +754,47 @@ def sample(pipeline, captions, seed, *, size=(64, 64), length=32, guidance=3.5, 
     return images
 
 
-def cells(images, scenes):
+MEASURE = "background / foreground / shape"
+
+
+def cells(images, scenes, score_scene=score_scene):
     """Mean scores of background, foreground and shape, 0 to 100."""
     scores = [score_scene(image, scene) for image, scene in zip(images, scenes, strict=True)]
-    names = ("background", "foreground", "shape")
+    names = MEASURE.split(" / ")
     return " / ".join(f"{100 * np.mean([score[name] for score in scores]):.0f}" for name in names)
 
 
+def row(*cells):
+    """Prints a row of a Markdown table."""
+    print("|", " | ".join(map(str, cells)), "|", flush=True)
+
+
+def load(pipeline_class, folder):
+    """A pipeline of examples/toy, quiet."""
+    pipeline = pipeline_class.from_pretrained(HERE / folder)
+    pipeline.set_progress_bar_config(desc="sampling", leave=False)
+    return pipeline
+
+
+def reconstructed(vae, images):
+    """PSNR in dB of what a VAE makes of PIL images of one size."""
+    pixels = to_tensor(images)
+    with torch.no_grad():
+        decoded = vae.decode(vae.encode(pixels).latent_dist.mean).sample.clamp(-1, 1)
+    return psnr((decoded + 1) * 127.5, (pixels + 1) * 127.5)
+
+
+def overlaps(images, scenes, size=(64, 64)):
+    """Mean overlap of images with given scenes that their captions do not tell: of the shapes, of all edges."""
+    pairs = list(zip(images, scenes, strict=True))
+    shapes = np.mean([iou(foreground_mask(image), mask_of(scene, *size)) for image, scene in pairs])
+    edges = np.mean([edge_overlap(image, draw(scene, *size)) for image, scene in pairs])
+    return f"{shapes:.2f} / {edges:.2f}"
+
+
 def score(count=256):
-    """Prints what the models in examples/toy can do as a Markdown table: measure, value, bar."""
-    flux, fill = (c.from_pretrained(HERE / f) for c, f in ((FluxPipeline, "flux"), (FluxFillPipeline, "flux-fill")))
-    for pipeline in (flux, fill):
-        pipeline.set_progress_bar_config(desc="sampling", leave=False)
-    row = lambda *cells: print("|", " | ".join(map(str, cells)), "|", flush=True)  # noqa: E731
-    row("measure", "value", "bar")
-    row("---", "---", "---")
+    """Measures examples/toy/flux and examples/toy/flux-fill."""
+    flux, fill = load(FluxPipeline, "flux"), load(FluxFillPipeline, "flux-fill")
     rng = random.Random("score")
 
     subjects = [random_subject(rng, name)[0] for name in SUBJECTS for _ in range(64)]
@@ -696,35 +804,27 @@ def score(count=256):
         ("subjects", subjects, 29),
     ):
         images = [draw(scene) for scene in scenes]
-        pixels = to_tensor(images)
-        with torch.no_grad():
-            decoded = flux.vae.decode(flux.vae.encode(pixels).latent_dist.mean).sample.clamp(-1, 1)
-        row(f"VAE, PSNR of {name}", f"{psnr((decoded + 1) * 127.5, (pixels + 1) * 127.5):.1f} dB", f">= {bar}")
+        row(f"VAE, PSNR of {name}", f"{reconstructed(flux.vae, images):.1f} dB", f">= {bar}")
 
     def single_scenes(size=(64, 64)):
         aspect = size[0] / size[1]
         scenes = [random_scene(rng, aspect, pair=0, outline=0) for _ in range(count)]
         return scenes, [caption(scene) for scene in scenes]
 
-    names, bars = "background / foreground / shape", ">= 99 / 98 / 90"
     scenes, captions = single_scenes()
     for seed in range(3):
         images = sample(flux, captions, seed, length=512)
-        row(f"{names}, seed {seed}", cells(images, scenes), bars)
+        row(f"{MEASURE}, seed {seed}", cells(images, scenes), ">= 99 / 98 / 90")
     images = sample(flux, captions, 0)
-    row(f"{names}, text length 32", cells(images, scenes), "within 5 of length 512")
-    overlap = np.mean(
-        [iou(foreground_mask(image), mask_of(scene)) for image, scene in zip(images, scenes, strict=True)]
-    )
-    edges = np.mean([edge_overlap(image, draw(scene)) for image, scene in zip(images, scenes, strict=True)])
-    row("caption only: mask IoU / edge overlap with the scene", f"{overlap:.2f} / {edges:.2f}", "<= .35 / .2")
+    row(f"{MEASURE}, text length 32", cells(images, scenes), "within 5 of length 512")
+    row("caption only: mask IoU / edge overlap with the scene", overlaps(images, scenes), "<= .35 / .2")
     for guidance in (1.0, 2.0, 5.0):
         images = sample(flux, captions, 0, guidance=guidance)
-        row(f"{names}, guidance {guidance:g}", cells(images, scenes), "higher guidance, higher score")
+        row(f"{MEASURE}, guidance {guidance:g}", cells(images, scenes), "higher guidance, higher score")
     for size in ((128, 128), (96, 64)):
         scenes, captions = single_scenes(size)
         images = sample(flux, captions, 0, size=size)
-        row(f"{names}, {size[0]} x {size[1]}", cells(images, scenes), "shape >= 85")
+        row(f"{MEASURE}, {size[0]} x {size[1]}", cells(images, scenes), "shape >= 85")
 
     scenes, captions = single_scenes()
     originals = [draw(scene) for scene in scenes]
@@ -743,37 +843,75 @@ def score(count=256):
     row("Fill, all right without a caption, shape at least half visible", f"{all_right(images, shown):.0f}", ">= 60")
 
 
+def score_large(count=256):
+    """Measures examples/toy/flux-128, on shapes at more places."""
+    pipeline = load(FluxPipeline, "flux-128")
+    rng = random.Random("score")
+    scenes = [random_scene(rng, 1.5, pair=0, outline=0, places=8) for _ in range(count)]
+    images = sample(pipeline, [caption(scene) for scene in scenes], 0, size=(96, 64))
+    row(f"{MEASURE}, 96 x 64", cells(images, scenes), "shape >= 85")
+    square = (128, 128)
+    scenes = [random_scene(rng, pair=0, outline=0, places=8) for _ in range(count)]
+    captions = [caption(scene) for scene in scenes]
+    for seed in range(3):
+        images = sample(pipeline, captions, seed, size=square)
+        row(f"{MEASURE}, 128 x 128, seed {seed}", cells(images, scenes), "shape >= 85")
+    row("caption only: mask IoU / edge overlap with the scene", overlaps(images, scenes, square), "<= .35 / .2")
+    images = sample(pipeline, captions, 0, size=square, guidance=1.0)
+    row(f"{MEASURE}, 128 x 128, guidance 1", cells(images, scenes), "higher guidance, higher score")
+
+
+def score_letters(count=256):
+    """Measures examples/toy/letters."""
+    pipeline = load(FluxPipeline, "letters")
+    rng = random.Random("score")
+    scenes = [letters.random_scene(rng) for _ in range(count)]
+    row("VAE, PSNR of letters", f"{reconstructed(pipeline.vae, [letters.draw(scene) for scene in scenes]):.1f} dB", "")
+    subjects = [letters.draw(letters.random_subject(rng, "glyph")[0]) for _ in range(64)]
+    row("VAE, PSNR of subjects", f"{reconstructed(pipeline.vae, subjects):.1f} dB", "")
+    captions = [letters.caption(scene) for scene in scenes]
+    for seed in range(3):
+        images = sample(pipeline, captions, seed)
+        row(f"{MEASURE}, seed {seed}", cells(images, scenes, letters.score_scene), "shape >= 85")
+    images = sample(pipeline, captions, 0, guidance=1.0)
+    row(f"{MEASURE}, guidance 1", cells(images, scenes, letters.score_scene), "higher guidance, higher score")
+
+
 def score_flux2(count=256):
-    """Prints what examples/toy/flux2 can do, with guidance and without, as rows of a Markdown table."""
-    pipeline = Flux2KleinPipeline.from_pretrained(HERE / "flux2")
-    pipeline.set_progress_bar_config(desc="sampling", leave=False)
+    """Measures examples/toy/flux2, with guidance and without."""
+    pipeline = load(Flux2KleinPipeline, "flux2")
     rng = random.Random("score")
     scenes = [random_scene(rng, pair=0, outline=0) for _ in range(count)]
     captions = [caption(scene) for scene in scenes]
     for guidance, bar in ((4.0, ">= 95 / 95 / 80"), (1.0, "guidance 4 scores higher")):
         images = sample(pipeline, captions, 0, guidance=guidance)
-        measure = f"background / foreground / shape, guidance {guidance:g}"
-        print("|", " | ".join((measure, cells(images, scenes), bar)), "|", flush=True)
+        row(f"{MEASURE}, guidance {guidance:g}", cells(images, scenes), bar)
+
+
+# how each model is trained, by how many processes, and how it is measured
+MODELS = {
+    "flux": (worker, 2, score),
+    "flux-128": (large_worker, 1, score_large),
+    "letters": (letters_worker, 1, score_letters),
+    "flux2": (flux2_worker, 1, score_flux2),
+}
 
 
 def main(argv=None):
-    parser = Parser(description=__doc__.split("\n")[0], takes="[flux2]")
-    parser.add_argument("model", nargs="?", choices=["flux", "flux2"], default="flux", help="what is made or measured")
+    parser = Parser(description=__doc__.split("\n")[0], takes="[MODEL]")
+    parser.add_argument("model", nargs="?", choices=list(MODELS), default="flux", help="what is made or measured")
     parser.add_argument("--work_dir", type=Path, default=Path("toy-pretraining"), help="states of the stages")
     parser.add_argument("--score", action="store_true", help="only measure what is in examples/toy")
     args = parser.parse_args(argv)
     parser.refuse(check_folder("--work_dir", args.work_dir))
+    train, processes, measure = MODELS[args.model]
     if not args.score:
         args.work_dir.mkdir(parents=True, exist_ok=True)
         (args.work_dir / "rendezvous").unlink(missing_ok=True)
-        if args.model == "flux2":
-            torch.multiprocessing.spawn(flux2_worker, (args.work_dir,), nprocs=1)
-        else:
-            torch.multiprocessing.spawn(worker, (args.work_dir,), nprocs=2)
-    if args.model == "flux2":
-        score_flux2()
-    else:
-        score()
+        torch.multiprocessing.spawn(train, (args.work_dir,), nprocs=processes)
+    row("measure", "value", "bar")
+    row("---", "---", "---")
+    measure()
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ COLORS = {
 COLOR_NAMES = list(COLORS)
 KINDS = ("circle", "square", "triangle", "cross", "diamond")
 SIZES = {"small": 10 / 64, "big": 17 / 64}  # half of a shape's height
-MARGINS = {"small": 1 / 4, "big": 3 / 8}  # of a shape's centre to the canvas' border; centres lie on a grid of 1/4
+MARGINS = {"small": 1 / 4, "big": 3 / 8}  # of a shape's centre to the canvas' border
 SUBJECTS = {"glyph": "sks glyph", "totem": "zwx totem"}  # words the pretraining captions never use
 STYLE = "sks style"  # every shape is violet, on orange
 
@@ -131,27 +131,30 @@ def mask_of(scene, width=64, height=64):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def random_shape(rng, color, aspect=1.0, size=None, kind=None, left=0.0, right=None, outline=False):
-    """A shape anywhere on a canvas `aspect` times as wide as high, between x = `left` and x = `right`."""
+def random_shape(rng, color, aspect=1.0, size=None, kind=None, left=0.0, right=None, outline=False, places=4):
+    """A shape anywhere on a canvas `aspect` times as wide as high, between x = `left` and x = `right`.
+
+    Centres lie on a grid of 1 / `places`.
+    """
     size = size or rng.choice(list(SIZES))
     margin, right = MARGINS[size], max(aspect, 1) if right is None else right
-    x = left + margin + rng.randint(0, round(4 * (right - left - 2 * margin))) / 4
-    y = margin + rng.randint(0, round(4 * (max(1 / aspect, 1) - 2 * margin))) / 4
+    x = left + margin + rng.randint(0, round(places * (right - left - 2 * margin))) / places
+    y = margin + rng.randint(0, round(places * (max(1 / aspect, 1) - 2 * margin))) / places
     return Shape(kind or rng.choice(KINDS), color, x, y, SIZES[size], outline)
 
 
-def random_scene(rng, aspect=1.0, pair=0.15, outline=0.08):
+def random_scene(rng, aspect=1.0, pair=0.15, outline=0.08, places=4):
     """One shape, or with probability `pair` two small ones side by side; outlines with probability `outline`."""
     background, first, second = rng.sample(COLOR_NAMES, 3)
     as_outline = rng.random() < outline
     if rng.random() < pair:
         middle = max(aspect, 1) / 2
         shapes = (
-            random_shape(rng, first, aspect, "small", right=middle, outline=as_outline),
-            random_shape(rng, second, aspect, "small", left=middle, outline=as_outline),
+            random_shape(rng, first, aspect, "small", right=middle, outline=as_outline, places=places),
+            random_shape(rng, second, aspect, "small", left=middle, outline=as_outline, places=places),
         )
     else:
-        shapes = (random_shape(rng, first, aspect, outline=as_outline),)
+        shapes = (random_shape(rng, first, aspect, outline=as_outline, places=places),)
     return Scene(background, shapes)
 
 
@@ -290,9 +293,9 @@ def score_scene(image, scene):
     }
 
 
-def all_right(images, scenes):
+def all_right(images, scenes, score=score_scene):
     """Share of images, 0 to 100, in which background, foreground and shape of their scenes are all as asked."""
-    return 100 * float(np.mean([min(score_scene(*pair).values()) for pair in zip(images, scenes, strict=True)]))
+    return 100 * float(np.mean([min(score(*pair).values()) for pair in zip(images, scenes, strict=True)]))
 
 
 def foreground_mask(image):
@@ -359,9 +362,29 @@ def sliced_wasserstein(a, b, projections=128, seed=0):
     return float(np.sqrt(np.square(np.sort(a @ directions, axis=0) - np.sort(b @ directions, axis=0)).mean()))
 
 
-def main(argv=None):
-    parser = Parser(description=__doc__.split("\n")[0], takes="SUBJECT FOLDER")
-    parser.add_argument("subject", choices=[*SUBJECTS, "style", "scenes"], help="what is drawn")
+def pictures_of(subject, count, rng):
+    """(scene, caption) pairs of a subject, of the "style" or of "scenes"."""
+    backgrounds = []
+    for _ in range(count):
+        if subject == "scenes":
+            scene = random_scene(rng)
+            yield scene, caption(scene)
+        elif subject == "style":
+            yield random_in_style(rng)
+        else:
+            # what all photos share is learned with the subject: each background comes once before one comes again
+            if not backgrounds:
+                backgrounds = subject_backgrounds(subject)
+                rng.shuffle(backgrounds)
+            yield random_subject(rng, subject, background=backgrounds.pop())
+
+
+def main(
+    argv=None, *, description=__doc__, subjects=(*SUBJECTS, "style", "scenes"), pictures_of=pictures_of, draw=draw
+):
+    """The command line of this world, or of another."""
+    parser = Parser(description=description.split("\n")[0], takes="SUBJECT FOLDER")
+    parser.add_argument("subject", choices=subjects, help="what is drawn")
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="where the images and their captions go")
     parser.add_argument("--count", type=positive_int, default=6, help="images to draw")
     parser.add_argument("--size", type=in_range(int, 16, 2048), default=64, help="side in pixels")
@@ -372,20 +395,7 @@ def main(argv=None):
         problems.append(f"{args.folder} exists and is not empty: name a new folder")
     parser.refuse(problems)
     args.folder.mkdir(parents=True, exist_ok=True)
-    rng = random.Random(args.seed)
-    backgrounds = []
-    for i in range(args.count):
-        if args.subject == "scenes":
-            scene = random_scene(rng)
-            text = caption(scene)
-        elif args.subject == "style":
-            scene, text = random_in_style(rng)
-        else:
-            # what all photos share is learned with the subject: each background comes once before one comes again
-            if not backgrounds:
-                backgrounds = subject_backgrounds(args.subject)
-                rng.shuffle(backgrounds)
-            scene, text = random_subject(rng, args.subject, background=backgrounds.pop())
+    for i, (scene, text) in enumerate(pictures_of(args.subject, args.count, random.Random(args.seed))):
         draw(scene, args.size, args.size).save(args.folder / f"{i}.png")
         (args.folder / f"{i}.txt").write_text(text + "\n")
     names = SUBJECTS | {"style": STYLE}
