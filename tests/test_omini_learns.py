@@ -337,6 +337,17 @@ def test_it_learns_a_subject_it_is_shown(train, tmp_path):
     report("subject, its colour on the asked background", scores, 60)
 
 
+@pytest.mark.slow
+def test_it_learns_a_subjects_shape(train, tmp_path):
+    """Which takes a larger adapter and batch, more pairs and longer: six minutes of one core."""
+    flags = (
+        f"--image_size {SIDE} --padding 8 --rank 64 --train_batch_size 32 --max_train_steps 2500 --drop_text_prob 0"
+    )
+    flags += " --learning_rate 2e-3 --lr_scheduler cosine --lr_warmup_steps 50"
+    files = train_on(train, make_pairs(tmp_path / "pairs", count=1000), tmp_path / "run", "subject", flags)
+    report("subject, its shape", score_subjects(files, ("shape",)), 45)
+
+
 @pytest.fixture(scope="session")
 def depth_model(tmp_path_factory):
     """A folder with a small depth estimator, trained here for 40 seconds: shapes are near (1), the background is

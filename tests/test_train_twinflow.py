@@ -1560,8 +1560,9 @@ def test_a_subjects_lora_draws_it_in_two_steps(train, scenes, glyph_pictures, tm
 
 @pytest.mark.slow
 @pytest.mark.learning
-def test_one_run_learns_few_steps_and_a_subject(train, scenes, glyph_pictures, tmp_path):
-    flags = [*MATRIX["full"][0], *FEW_STEPS, "--instance_data_dir", glyph_pictures]
+@pytest.mark.parametrize("method", MATRIX)
+def test_one_run_learns_few_steps_and_a_subject(train, scenes, glyph_pictures, tmp_path, method):
+    flags = [*MATRIX[method][0], *FEW_STEPS, "--instance_data_dir", glyph_pictures]
     learn(train, scenes, tmp_path, *flags, sampling_steps=(2,))
     print("bars in 2 steps: subject 60, ordinary 60")
     subject, ordinary = subject_scores(tmp_path)[2]
