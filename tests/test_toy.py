@@ -136,56 +136,40 @@ def mean_scores(images, scenes, score_scene=score_scene):
     return means
 
 
-def test_flux_draws_what_the_caption_says():
-    pipeline = FluxPipeline.from_pretrained(TOY / "flux")
+def assert_draws(pipeline, scenes, bars, score_scene=score_scene, **drawing):
+    """What the captions of the scenes say; bars: of background, foreground and shape."""
     pipeline.set_progress_bar_config(disable=True)
+    means = mean_scores(sample(pipeline, scenes, **drawing), scenes, score_scene)
+    print("bars:", *bars)
+    for name, bar in zip(("background", "foreground", "shape"), bars, strict=True):
+        assert means[name] >= bar
+
+
+def test_flux_draws_what_the_caption_says():
     rng = random.Random(5)
     scenes = [random_scene(rng, pair=0, outline=0) for _ in range(64)]
-    images = sample(pipeline, scenes)
-    means = mean_scores(images, scenes)
-    print("bars: 97, 95, 85")
-    assert means["background"] >= 97
-    assert means["foreground"] >= 95
-    assert means["shape"] >= 85
+    assert_draws(FluxPipeline.from_pretrained(TOY / "flux"), scenes, (97, 95, 85))
 
 
 def test_flux_128_draws_what_the_caption_says():
-    pipeline = FluxPipeline.from_pretrained(TOY / "flux-128")
-    pipeline.set_progress_bar_config(disable=True)
     rng = random.Random(5)
     scenes = [random_scene(rng, pair=0, outline=0, places=8) for _ in range(32)]
-    means = mean_scores(sample(pipeline, scenes, side=128), scenes)
-    print("bars: 95, 95, 50")
-    assert means["background"] >= 95
-    assert means["foreground"] >= 95
-    assert means["shape"] >= 50
+    assert_draws(FluxPipeline.from_pretrained(TOY / "flux-128"), scenes, (95, 95, 50), side=128)
 
 
 def test_the_second_world_is_drawn_as_the_caption_says():
-    pipeline = FluxPipeline.from_pretrained(TOY / "letters")
-    pipeline.set_progress_bar_config(disable=True)
     rng = random.Random(5)
     scenes = [letters.random_scene(rng) for _ in range(32)]
-    images = sample(pipeline, scenes, caption=letters.caption)
-    means = mean_scores(images, scenes, letters.score_scene)
-    print("bars: 90, 90, 75")
-    assert means["background"] >= 90
-    assert means["foreground"] >= 90
-    assert means["shape"] >= 75
+    pipeline = FluxPipeline.from_pretrained(TOY / "letters")
+    assert_draws(pipeline, scenes, (90, 90, 75), letters.score_scene, caption=letters.caption)
 
 
 def test_flux2_draws_what_the_caption_says():
     pipeline = Flux2KleinPipeline.from_pretrained(TOY / "flux2")
-    pipeline.set_progress_bar_config(disable=True)
     assert not pipeline.config.is_distilled
     rng = random.Random(7)
     scenes = [random_scene(rng, pair=0, outline=0) for _ in range(32)]
-    images = sample(pipeline, scenes)
-    means = mean_scores(images, scenes)
-    print("bars: 95, 90, 60")
-    assert means["background"] >= 95
-    assert means["foreground"] >= 90
-    assert means["shape"] >= 60
+    assert_draws(pipeline, scenes, (95, 90, 60))
 
 
 def test_fill_keeps_what_it_sees():

@@ -19,7 +19,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from examples.toy import world
-from examples.toy.world import COLOR_NAMES, COLORS, SUBJECTS, Shape, coverage, iou, labels, layers, with_article
+from examples.toy.world import COLOR_NAMES, COLORS, SUBJECTS, Shape, coverage, labels, layers, with_article
 
 
 INKS = [name for name in COLOR_NAMES if name != "white"]  # of letters and textures, whose other colour is white
@@ -75,14 +75,21 @@ def is_colored(texture, x, y):
     raise ValueError(f"unknown texture {texture!r}: one of {', '.join(TEXTURES)}")
 
 
+def parts_of(scene):
+    """(place and size as a Shape, its (colour, signed distance function) pairs) of a letter or a subject."""
+    shape = Shape(scene.thing, scene.color, scene.x, scene.y, RADIUS)
+    if scene.thing in SUBJECTS:
+        return shape, layers(shape)
+    return shape, [(scene.color, lambda x, y: distance(scene.thing, x, y))]
+
+
 def draw(scene, width=64, height=64):
     """A scene as a PIL image; edges are those of four times as many pixels, averaged."""
     wide, high = 4 * width, 4 * height
     ys, xs = (np.mgrid[0:high, 0:wide].astype(np.float32) + 0.5) / min(wide, high)
     colored = is_colored(scene.texture, xs, ys)[..., None]
     pixels = np.where(colored, np.float32(COLORS[scene.background]), np.float32(COLORS["white"]))
-    shape = Shape(scene.thing, scene.color, scene.x, scene.y, RADIUS)
-    parts = layers(shape) if scene.thing in SUBJECTS else [(scene.color, lambda x, y: distance(scene.thing, x, y))]
+    shape, parts = parts_of(scene)
     for color, inside in parts:
         alpha = coverage(inside, shape, wide, high)[..., None]
         pixels = pixels * (1 - alpha) + np.float32(COLORS[color]) * alpha
@@ -90,9 +97,9 @@ def draw(scene, width=64, height=64):
 
 
 def mask_of(scene, width=64, height=64):
-    """Boolean [height, width]: the pixels of the letter."""
-    shape = Shape(scene.thing, scene.color, scene.x, scene.y, RADIUS)
-    return coverage(lambda x, y: distance(scene.thing, x, y), shape, width, height) > 0.5
+    """Boolean [height, width]: the pixels of the letter, or of the subject."""
+    shape, parts = parts_of(scene)
+    return np.any([coverage(inside, shape, width, height) > 0.5 for _, inside in parts], axis=0)
 
 
 def random_scene(rng, aspect=1.0):
@@ -148,20 +155,11 @@ def textures_of(width, height):
 
 
 def letter_of(mask):
-    """The letter which, stretched to the mask's box, overlaps it best; None if none does by 0.6."""
-    rows, columns = np.flatnonzero(mask.sum(1) > 1), np.flatnonzero(mask.sum(0) > 1)
-    if len(rows) < 8 or len(columns) < 8:
-        return None
-    mask = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    height, width = mask.shape
-    ys, xs = np.mgrid[0:height, 0:width].astype(np.float32)
-    overlaps = {}
+    """The letter that `world.best_silhouette` finds in a mask."""
+    reach = {}
     for letter, strokes in STROKES.items():
-        reach = (max(abs(x) for stroke in strokes for x, _ in stroke) + PEN) / (1 + PEN)  # half of its width
-        x, y = (2 * (xs + 0.5) / width - 1) * reach, 2 * (ys + 0.5) / height - 1
-        overlaps[letter] = iou(mask, distance(letter, x, y) <= 0)
-    best = max(overlaps, key=overlaps.get)
-    return best if overlaps[best] >= 0.6 else None
+        reach[letter] = ((max(abs(x) for stroke in strokes for x, _ in stroke) + PEN) / (1 + PEN), 1)
+    return world.best_silhouette(mask, distance, reach, smallest=8, least=0.6)
 
 
 def patches(mask):

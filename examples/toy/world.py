@@ -249,21 +249,30 @@ def foreground_of(image):
 
 
 def kind_of(mask):
-    """The kind whose silhouette, stretched to the mask's box, overlaps it best; None if none does by 0.7."""
+    """The kind that `best_silhouette` finds in a mask."""
+    reach = {kind: {"square": 0.9, "diamond": 1.1}.get(kind, 1) for kind in KINDS}
+    return best_silhouette(mask, distance, {kind: (r, r) for kind, r in reach.items()}, smallest=5, least=0.7)
+
+
+def best_silhouette(mask, distance, reach, smallest, least):
+    """The name whose silhouette, stretched to the mask's box, overlaps it best; None if none does by `least`, or if
+    the box has fewer than `smallest` pixels on a side.
+
+    distance(name, x, y) is the signed distance to a silhouette, {name: (x, y)} `reach` half of its width and height.
+    """
     rows, columns = np.flatnonzero(mask.sum(1) > 1), np.flatnonzero(mask.sum(0) > 1)
-    if len(rows) < 5 or len(columns) < 5:
+    if len(rows) < smallest or len(columns) < smallest:
         return None
     mask = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     height, width = mask.shape
-    reach = {"square": 0.9, "diamond": 1.1}
     ys, xs = np.mgrid[0:height, 0:width].astype(np.float32)
     overlaps = {}
-    for kind in KINDS:
-        x = (2 * (xs + 0.5) / width - 1) * reach.get(kind, 1)
-        y = (2 * (ys + 0.5) / height - 1) * reach.get(kind, 1)
-        overlaps[kind] = iou(mask, distance(kind, x, y) <= 0)
+    for name, (reach_x, reach_y) in reach.items():
+        x = (2 * (xs + 0.5) / width - 1) * reach_x
+        y = (2 * (ys + 0.5) / height - 1) * reach_y
+        overlaps[name] = iou(mask, distance(name, x, y) <= 0)
     best = max(overlaps, key=overlaps.get)
-    return best if overlaps[best] >= 0.7 else None
+    return best if overlaps[best] >= least else None
 
 
 def score_scene(image, scene):
