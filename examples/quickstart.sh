@@ -48,11 +48,11 @@ printf '\n%s\n' "3/5 Training a LoRA on them. First the model draws 240 pictures
     --instance_prompt "sks glyph" --caption_dropout 0.2 --caption_dropout_to instance_prompt \
     --rank 4 --lora_alpha 4 --lora_layers to_q,to_k,to_v,net.0.proj,net.2,proj_mlp,proj_out \
     --train_batch_size 6 --repeats 4 --guidance_scale 1 \
-    --learning_rate 3e-3 --lr_scheduler cosine --lr_warmup_steps 10 --max_train_steps 600 \
+    --learning_rate 3e-3 --lr_scheduler cosine --lr_warmup_steps 10 --max_train_steps 900 \
     --timestep_sampling shift --discrete_flow_shift 3 \
     --with_prior_preservation --class_data_dir "$out/class_images" --class_prompt examples/toy/prompts.txt \
-    --num_class_images 240 --sample_batch_size 40 --prior_target base \
-    --validation_prompt "sks glyph on a blue background" --validation_steps 200 \
+    --num_class_images 240 --sample_batch_size 40 --prior_target base --prior_loss_weight 2 \
+    --validation_prompt "sks glyph on a blue background" --validation_steps 300 \
     --output_dir "$out/lora"
 printf '\n%s\n' "4/5 Drawing the same prompts without and with the LoRA. Scores say how many of 100 show what was asked for"
 .venv/bin/python examples/toy/compare.py "$out/lora" --subject glyph --output "$out/before_after.png"

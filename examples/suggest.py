@@ -196,7 +196,7 @@ def subject_flags(words, class_word, captions):
     flags += ["--with_prior_preservation", f"--class_data_dir={class_word}-class-images"]
     flags += [f"--class_prompt={class_prompt}", f"--num_class_images={NUM_CLASS_IMAGES}", "--prior_target=base"]
     flags += ["--timestep_sampling=shift"]
-    keep = "class images keep what the model knows: on the toy, ordinary prompts stay at 92 of 97, not at 12"
+    keep = "class images keep what the model knows: on the toy, ordinary prompts stay at 92 of 94, not at 12"
     shift = "more steps at high noise, as in that measurement"
     return flags, reasons | {"--class_prompt": keep, "--timestep_sampling": shift}
 

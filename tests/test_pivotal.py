@@ -8,11 +8,13 @@ import shlex
 import shutil
 import subprocess
 import sys
+from operator import methodcaller
 from pathlib import Path
 
 from common import tracking, validation
 from common.data import Size, nearest_bucket
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -20,12 +22,12 @@ from conftest import ROOT
 from diffusers import FluxPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_train_dreambooth import LORA, SCRIPT, assert_equal, quickstart_flags, run_snippet
+from test_train_dreambooth import LORA, SCRIPT, assert_equal, quickstart_flags, run_snippet, score_before, toy_pipeline
 
 import train_dreambooth_flux_advanced as dreambooth
 from examples.dreambooth.generate import load_pipeline
-from examples.toy.compare import HERE, evaluate, sample
-from examples.toy.world import COLOR_NAMES, Scene, all_right, draw, random_shape
+from examples.toy.compare import HERE, evaluate, evaluate_other_words, sample
+from examples.toy.world import COLOR_NAMES, Scene, all_right, draw, random_shape, score_subject
 
 
 MODES = {
@@ -670,9 +672,7 @@ def run_on_toy(pictures, output_dir, flags, processes):
 @pytest.fixture(scope="module")
 def ordinary_before():
     """The score of ordinary prompts before training."""
-    pipeline = FluxPipeline.from_pretrained(HERE / "flux")
-    pipeline.set_progress_bar_config(disable=True)
-    return evaluate(pipeline, "glyph", count=64)[1]
+    return evaluate(toy_pipeline(), "glyph", count=64)[1]
 
 
 SEED = """
@@ -740,6 +740,29 @@ def test_every_mode_learns_the_subject(glyph_pictures, ordinary_before, tmp_path
     print(f"ordinary {ordinary_before:.0f} -> {ordinary:.0f} (bar {least_ordinary:.0f})")
     assert subject >= least_subject
     assert ordinary >= least_ordinary
+
+
+@pytest.mark.slow
+@pytest.mark.learning
+def test_pivotal_tuning_teaches_a_subject_and_keeps_the_rest(glyph_pictures, tmp_path):
+    """Means over three seeds, with the quickstart's flags and new tokens in CLIP, of 256 images of each kind."""
+    ordinary_before, reworded_before = score_before("glyph")
+    rows = []
+    for seed in range(3):
+        tokens = ("--train_text_encoder_ti", "--text_encoder_lr", "3e-3", "--seed", seed)
+        flags = [*quickstart_flags(tmp_path), *tokens]
+        pipeline, words = run_on_toy(glyph_pictures, tmp_path / f"{seed}", flags, processes=1)
+        replace = methodcaller("replace", "sks glyph", words)
+        subject, ordinary, _ = evaluate(pipeline, "glyph", count=256, replace=replace)
+        bare = 100 * np.mean([score_subject(image, "glyph") for image in sample(pipeline, [words] * 64, 0)])
+        rows.append((subject, bare, ordinary, evaluate_other_words(pipeline, count=256)))
+        print("seed {}: subject {:.0f}, bare {:.0f}, ordinary {:.0f}, reworded {:.0f}".format(seed, *rows[-1]))
+    means = np.mean(rows, axis=0)
+    print("mean: subject {:.1f}, bare {:.1f}, ordinary {:.1f}, reworded {:.1f}".format(*means))
+    assert means[0] >= 70
+    assert means[1] >= 35
+    assert means[2] >= ordinary_before - 4
+    assert means[3] >= reworded_before - 3
 
 
 @pytest.mark.slow

@@ -95,8 +95,8 @@ def test_the_quickstarts_flags_teach_a_subject_and_keep_the_rest(train, tmp_path
         rows.append((subject, after))
     subject, after = np.mean(rows, axis=0)
     print(f"mean: subject {subject:.0f}, ordinary prompts {before:.0f} -> {after:.0f}")
-    assert subject >= 30
-    assert after >= before - 8
+    assert subject >= 35
+    assert after >= before - 6
 
 
 @pytest.mark.slow

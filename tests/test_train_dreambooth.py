@@ -249,6 +249,24 @@ def toy_pictures(folder, *names, count):
     return folder
 
 
+def toy_pipeline(model="flux"):
+    from examples.toy.compare import HERE
+
+    pipeline = DiffusionPipeline.from_pretrained(HERE / model)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def score_before(subject, count=256):
+    """(ordinary prompts, reworded ones) that the toy FLUX draws right, 0 to 100; prints them and what is to be met."""
+    from examples.toy.compare import evaluate, evaluate_other_words
+
+    pipeline = toy_pipeline()
+    before = evaluate(pipeline, subject, count=count)[1], evaluate_other_words(pipeline, count=count)
+    print("before: ordinary {:.1f}, reworded {:.1f}; goals: the subject 70, these less 2".format(*before))
+    return before
+
+
 def train_on_the_toy(train, pictures, folder, *flags, model="flux"):
     """Trains on the toy FLUX or "flux2": the pipeline with the LoRA, and the processor seconds of the training."""
     from examples.toy.compare import HERE
@@ -261,8 +279,7 @@ def train_on_the_toy(train, pictures, folder, *flags, model="flux"):
         *flags,
     )
     seconds = time.process_time() - started
-    pipeline = DiffusionPipeline.from_pretrained(HERE / model)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = toy_pipeline(model)
     pipeline.load_lora_weights(folder)
     return pipeline, seconds
 
@@ -281,19 +298,19 @@ def test_it_learns_a_subject_in_fewer_steps(train, glyph_pictures, tmp_path):
 @pytest.mark.slow
 @pytest.mark.learning
 def test_the_quickstart_teaches_a_subject_and_keeps_the_rest(train, glyph_pictures, tmp_path):
-    """Means over three seeds. Before training, 97 of 100 ordinary prompts are right, and 91 reworded."""
-    from examples.toy.compare import HERE, evaluate, evaluate_other_words, sample, variety
+    """Means over three seeds, of 256 images of each kind."""
+    from examples.toy.compare import evaluate, evaluate_other_words, sample, variety
     from examples.toy.world import score_subject
 
-    base = FluxPipeline.from_pretrained(HERE / "flux")
-    of_base = variety(base, "a big red circle on a blue background")
+    of_base = variety(toy_pipeline(), "a big red circle on a blue background")
+    ordinary_before, reworded_before = score_before("glyph")
     rows = []
     for seed in range(3):
         flags = [*quickstart_flags(tmp_path), "--seed", seed]
         pipeline, seconds = train_on_the_toy(train, glyph_pictures, tmp_path / f"{seed}", *flags)
-        subject, ordinary, _ = evaluate(pipeline, "glyph")
+        subject, ordinary, _ = evaluate(pipeline, "glyph", count=256)
         bare = 100 * np.mean([score_subject(image, "glyph") for image in sample(pipeline, ["sks glyph"] * 64, 0)])
-        reworded = evaluate_other_words(pipeline)
+        reworded = evaluate_other_words(pipeline, count=256)
         ways = variety(pipeline, "sks glyph on a blue background")
         rows.append((subject, bare, ordinary, reworded, ways))
         print(f"seed {seed}: subject {subject:.0f}, bare {bare:.0f}, ordinary {ordinary:.0f}, reworded {reworded:.0f}")
@@ -301,34 +318,35 @@ def test_the_quickstart_teaches_a_subject_and_keeps_the_rest(train, glyph_pictur
             f"seed {seed}: trained in {seconds:.0f} s of a processor; drawn in {ways} ways, a big circle in {of_base}"
         )
     subject, bare, ordinary, reworded, ways = np.mean(rows, axis=0)
-    print(f"mean: subject {subject:.0f}, bare {bare:.0f}, ordinary {ordinary:.0f}, reworded {reworded:.0f}")
+    print(f"mean: subject {subject:.1f}, bare {bare:.1f}, ordinary {ordinary:.1f}, reworded {reworded:.1f}")
     assert subject >= 70
-    assert bare >= 30
-    assert ordinary >= 87
-    assert reworded >= 86
+    assert bare >= 40
+    assert ordinary >= ordinary_before - 3
+    assert reworded >= reworded_before - 3
     assert ways >= 0.7 * of_base
 
 
 @pytest.mark.slow
 @pytest.mark.learning
 def test_a_style_is_learned_and_the_rest_kept(train, tmp_path):
-    """Means over three seeds, with the quickstart's flags; before training as above."""
+    """Means over three seeds, with the quickstart's flags, of 256 images of each kind."""
     from examples.toy.compare import evaluate, evaluate_other_words
 
     pictures = toy_pictures(tmp_path / "style", "style", count=12)
+    ordinary_before, reworded_before = score_before("style")
     rows = []
     for seed in range(3):
         flags = [*quickstart_flags(tmp_path), "--seed", seed, "--instance_prompt", "sks style"]
         pipeline, _ = train_on_the_toy(train, pictures, tmp_path / f"{seed}", *flags)
-        style, ordinary, _ = evaluate(pipeline, "style")
-        reworded = evaluate_other_words(pipeline)
+        style, ordinary, _ = evaluate(pipeline, "style", count=256)
+        reworded = evaluate_other_words(pipeline, count=256)
         rows.append((style, ordinary, reworded))
         print(f"seed {seed}: style {style:.0f}, ordinary {ordinary:.0f}, reworded {reworded:.0f}")
     style, ordinary, reworded = np.mean(rows, axis=0)
-    print(f"mean: style {style:.0f}, ordinary {ordinary:.0f}, reworded {reworded:.0f}")
+    print(f"mean: style {style:.1f}, ordinary {ordinary:.1f}, reworded {reworded:.1f}")
     assert style >= 70
-    assert ordinary >= 86
-    assert reworded >= 85
+    assert ordinary >= ordinary_before - 3
+    assert reworded >= reworded_before - 3
 
 
 @pytest.mark.slow
@@ -344,7 +362,7 @@ def test_two_subjects_are_learned_in_one_run(train, tmp_path):
     del base_flags[dropout : dropout + 4]
     rows = []
     for seed in range(3):
-        flags = [*base_flags, "--seed", seed, "--rank", 8, "--lora_alpha", 8, "--max_train_steps", 1200]
+        flags = [*base_flags, "--seed", seed, "--rank", 8, "--lora_alpha", 8, "--max_train_steps", 1800]
         pipeline, _ = train_on_the_toy(train, pictures, tmp_path / f"{seed}", *flags)
         glyph, ordinary, _ = evaluate(pipeline, "glyph")
         totem, *_ = evaluate(pipeline, "totem")

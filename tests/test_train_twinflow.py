@@ -1548,6 +1548,7 @@ def test_a_subjects_lora_draws_it_in_two_steps(train, scenes, glyph_pictures, tm
         "train_dreambooth_flux_advanced",
         *("--pretrained_model_name_or_path", compare.TOY, "--max_sequence_length", 32, "--resolution", 64),
         *("--instance_data_dir", glyph_pictures, "--cache_latents", *quickstart_flags(tmp_path)),
+        *("--max_train_steps", 600, "--prior_loss_weight", 1),  # as on the page
         *("--report_to", "none", "--output_dir", tmp_path / "glyph"),
     )
     strength, least_subject, least_ordinary = ON_TOP[method]
