@@ -153,8 +153,8 @@ def test_flux_draws_what_the_caption_says():
 
 def test_flux_128_draws_what_the_caption_says():
     rng = random.Random(5)
-    scenes = [random_scene(rng, pair=0, outline=0, places=8) for _ in range(32)]
-    assert_draws(FluxPipeline.from_pretrained(TOY / "flux-128"), scenes, (95, 95, 50), side=128)
+    scenes = [random_scene(rng, pair=0, outline=0, places=8) for _ in range(64)]
+    assert_draws(FluxPipeline.from_pretrained(TOY / "flux-128"), scenes, (95, 95, 60), side=128)
 
 
 def test_the_second_world_is_drawn_as_the_caption_says():

@@ -357,6 +357,7 @@ def test_two_subjects_are_learned_in_one_run(train, tmp_path):
     from examples.toy.world import score_subject
 
     pictures = toy_pictures(tmp_path / "two", "glyph", "totem", count=6)
+    ordinary_before, reworded_before = score_before("glyph", count=64)
     base_flags = quickstart_flags(tmp_path)
     dropout = base_flags.index("--caption_dropout")  # to one prompt for all images: here there are two subjects
     del base_flags[dropout : dropout + 4]
@@ -377,8 +378,8 @@ def test_two_subjects_are_learned_in_one_run(train, tmp_path):
     means = np.mean(rows, axis=0)
     print("mean: glyph {:.0f}, totem {:.0f}, together {:.0f}, ordinary {:.0f}, reworded {:.0f}".format(*means))
     assert min(means[:2]) >= 65
-    assert means[3] >= 84
-    assert means[4] >= 84
+    assert means[3] >= ordinary_before - 6
+    assert means[4] >= reworded_before - 4
 
 
 @pytest.mark.slow
