@@ -19,7 +19,7 @@ from conftest import ROOT
 from diffusers import Flux2KleinPipeline, Flux2Pipeline, FluxKontextPipeline
 from PIL import Image
 from safetensors.torch import load_file
-from test_train_dreambooth import quickstart_flags, train_on_the_toy
+from test_train_dreambooth import quickstart_flags, toy_pipeline, train_on_the_toy
 
 import train_dreambooth_flux_advanced as dreambooth
 
@@ -364,14 +364,12 @@ def test_two_processes_train(flags, tmp_path):
 @pytest.mark.slow
 @pytest.mark.learning
 def test_klein_learns_a_subject_and_keeps_the_rest(train, glyph_pictures, tmp_path):
-    from examples.toy.compare import HERE, evaluate
+    from examples.toy.compare import evaluate
 
     flags = quickstart_flags(tmp_path)
     layers = flags.index("--lora_layers")  # FLUX.1's names
     del flags[layers : layers + 2]
-    base = Flux2KleinPipeline.from_pretrained(HERE / "flux2")
-    base.set_progress_bar_config(disable=True)
-    unknown, before, _ = evaluate(base, "glyph")
+    unknown, before, _ = evaluate(toy_pipeline("flux2"), "glyph")
     pipeline, seconds = train_on_the_toy(train, glyph_pictures, tmp_path / "run", *flags, model="flux2")
     subject, after, _ = evaluate(pipeline, "glyph")
     print(f"subject: {unknown:.0f} -> {subject:.0f} of 100 (bar 60), trained in {seconds:.0f} s of a processor")

@@ -250,6 +250,7 @@ def toy_pictures(folder, *names, count):
 
 
 def toy_pipeline(model="flux"):
+    """A pipeline of examples/toy, quiet."""
     from examples.toy.compare import HERE
 
     pipeline = DiffusionPipeline.from_pretrained(HERE / model)

@@ -95,15 +95,15 @@ CANVASES = {
 ONLY_64 = {(64, 64): (1.0, 64)}
 LARGE_CANVASES = {(128, 128): (0.8, 32), (96, 64): (0.1, 64), (64, 96): (0.1, 64)}
 WIDE_CANVASES = {(128, 128): (0.5, 32), (96, 64): (0.25, 64), (64, 96): (0.25, 64)}
-# flux-128's stages of flow matching: steps, learning rate, centre of the noise levels, canvases. Four times the tokens
-# of a 64 x 64 picture need twice the noise (arXiv 2403.03206): a centre higher by log 2 than the one of flux
+# flux-128's stages of flow matching: steps, learning rate, centre of the noise levels. Four times the tokens of a
+# 64 x 64 picture need twice the noise (arXiv 2403.03206): a centre higher by log 2 than the one of flux
 LARGE_STAGES = {
-    "large-flow": (6000, 4e-3, 1.0, LARGE_CANVASES),
-    "large-flow-again": (5000, 3e-3, 1.0, LARGE_CANVASES),
-    "large-flow-high-noise": (10000, 3e-3, 1.5, LARGE_CANVASES),
-    "large-flow-wide": (6000, 2e-3, 1.3, WIDE_CANVASES),  # 96 x 64 had a tenth of the batches so far
-    "large-flow-wide-again": (7500, 3e-3, 1.3, WIDE_CANVASES),
+    "large-flow": (6000, 4e-3, 1.0),
+    "large-flow-again": (5000, 3e-3, 1.0),
+    "large-flow-high-noise": (10000, 3e-3, 1.5),
 }
+# 96 x 64 had a tenth of the batches so far
+WIDE_STAGES = {"large-flow-wide": (6000, 2e-3, 1.3), "large-flow-wide-again": (7500, 3e-3, 1.3)}
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -676,17 +676,14 @@ def large_worker(rank, work_dir):
     for module in (pipeline.vae, *texts[:2]):
         module.requires_grad_(False)
     new_scene = partial(random_scene, places=8)
-    pools = [
-        make_pool(pipeline.vae, rank, share_of_pool=0.8, canvases=canvases, new_scene=new_scene)
-        for canvases in (LARGE_CANVASES, WIDE_CANVASES)
-    ]
     flow = pipeline.transformer
-    for stage, (steps, lr, centre, canvases) in LARGE_STAGES.items():
-        flow = fast(copy_of(flow))
-        pool = pools[canvases is WIDE_CANVASES]
-        train_flow(stage, (flow, *texts), pool, work_dir, steps=steps, lr=lr, canvases=canvases, centre=centre)
-    guided, settings = fast(copy_of(flow)), {"canvases": WIDE_CANVASES, "centre": 1.0}
-    distil_guidance("large-guidance", fast(copy_of(flow)), (guided, *texts), pools[1], work_dir, steps=500, **settings)
+    for canvases, stages in ((LARGE_CANVASES, LARGE_STAGES), (WIDE_CANVASES, WIDE_STAGES)):
+        pool = make_pool(pipeline.vae, rank, share_of_pool=0.8, canvases=canvases, new_scene=new_scene)
+        for stage, (steps, lr, centre) in stages.items():
+            flow = fast(copy_of(flow))
+            train_flow(stage, (flow, *texts), pool, work_dir, steps=steps, lr=lr, canvases=canvases, centre=centre)
+    guided, settings = fast(copy_of(flow)), {"canvases": canvases, "centre": 1.0}
+    distil_guidance("large-guidance", fast(copy_of(flow)), (guided, *texts), pool, work_dir, steps=500, **settings)
     save_with("flux-128", transformer=copy_of(guided).half())
 
 
